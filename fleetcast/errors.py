@@ -1,0 +1,99 @@
+"""The error tree and the exit codes of every program.
+
+Owns: which failures exist and which exit code each one means.
+Does not know: who raises them.
+"""
+
+from collections.abc import Sequence
+from enum import IntEnum
+from pathlib import Path
+
+
+class ExitCode(IntEnum):
+    """Exit status of the programs; 128 + n means a second signal n ended it."""
+
+    OK = 0
+    FAILED = 1
+    BAD_SETTINGS = 2
+    CANNOT_START = 3
+    ALREADY_RUNNING = 4
+    NOT_ENOUGH_DATA = 5
+
+
+class FleetcastError(Exception):
+    """Base of every error this project raises on purpose."""
+
+    exit_code = ExitCode.FAILED
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(f"{message} ({hint})" if hint else message)
+        self.hint = hint
+
+
+class SettingsError(FleetcastError):
+    """Raised when settings are wrong; carries every problem found, not only the first."""
+
+    exit_code = ExitCode.BAD_SETTINGS
+
+    def __init__(self, problems: Sequence[str], *, hint: str = "") -> None:
+        super().__init__("; ".join(problems), hint=hint)
+        self.problems = tuple(problems)
+
+
+class CannotStart(FleetcastError):
+    """Raised when a program cannot begin its work: port taken, no permission, no folder."""
+
+    exit_code = ExitCode.CANNOT_START
+
+
+class AlreadyRunning(FleetcastError):
+    """Raised when another process owns what this one needs to own."""
+
+    exit_code = ExitCode.ALREADY_RUNNING
+
+    def __init__(self, what: str, pid: int | None, *, hint: str = "") -> None:
+        holder = f"pid {pid}" if pid else "another process"
+        super().__init__(f"{what} is already held by {holder}", hint=hint)
+        self.pid = pid
+
+
+class NotEnoughData(FleetcastError):
+    """Raised when the data cannot carry a training."""
+
+    exit_code = ExitCode.NOT_ENOUGH_DATA
+
+
+class BadData(FleetcastError):
+    """Raised when input handed to a Python interface is not of the documented shape."""
+
+
+class StorageFull(FleetcastError):
+    """Raised when the disk refuses bytes; nothing of the refused write is kept."""
+
+
+class StorageBroken(FleetcastError):
+    """Raised when a write could not be made durable for another reason than a full disk."""
+
+
+class CorruptFile(FleetcastError):
+    """Raised when bytes on disk are not what was written there."""
+
+    def __init__(self, path: Path, why: str, *, hint: str = "") -> None:
+        super().__init__(f"{path}: {why}", hint=hint)
+        self.path = path
+
+
+class UnknownFormat(CorruptFile):
+    """Raised when a file carries a format version this program does not read."""
+
+
+class BadCheckpoint(CorruptFile):
+    """Raised when a model version cannot be served: missing, damaged, foreign or unsafe."""
+
+
+class WindowTooShort(FleetcastError):
+    """Raised when a series has fewer bins than a forecast needs."""
+
+
+class DaemonAway(FleetcastError):
+    """Raised when the inference daemon cannot be asked, or answers with an error."""

@@ -1,0 +1,127 @@
+"""The value types that travel between parts. Arrays are columns; times are ms since 1970 UTC.
+
+Owns: shapes and units. Does not know: where values come from or go to.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+QUANTILES = (0.1, 0.5, 0.9)
+
+Floats = NDArray[np.float64]
+Floats32 = NDArray[np.float32]
+Longs = NDArray[np.int64]
+Codes = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """Why one record of a request was not accepted."""
+
+    index: int
+    field: str
+    reason: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plain form the HTTP interface answers with."""
+        return {"index": self.index, "field": self.field, "reason": self.reason}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RecordBatch:
+    """Accepted records in columns, in the order they came; every metric is finite or NaN = absent."""
+
+    server_names: tuple[str, ...]  # distinct
+    server_codes: Codes  # (row,) index into server_names
+    timestamps_ms: Longs  # (row,)
+    metrics: Mapping[str, Floats]  # each (row,)
+
+    def __len__(self) -> int:
+        return len(self.timestamps_ms)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HistoryWindow:
+    """Bin means of a fleet up to and including one closed bin."""
+
+    server_names: tuple[str, ...]
+    metrics: tuple[str, ...]
+    values: Floats32  # (server, metric, bin) native units, NaN = no record; last column = end bin
+    end_bin_ms: int  # start of the last (newest closed) bin
+    bin_ms: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ClosedBin:
+    """What one closed bin held: the servers that sent something in it."""
+
+    bin_ms: int  # start of the bin
+    server_names: tuple[str, ...]
+    metrics: tuple[str, ...]
+    values: Floats32  # (server, metric) means, NaN = absent
+
+
+SOURCE_WARMING_UP = "warming_up"
+SOURCE_FALLBACK = "fallback"
+SOURCE_MODEL = "model"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FleetForecast:
+    """Forecasts of one sweep, made when the bin `origin_ms` closed.
+
+    Step h (from 1) is the mean of the bin that starts at origin_ms + h * bin_ms.
+    """
+
+    origin_ms: int
+    bin_ms: int
+    server_names: tuple[str, ...]
+    metrics: tuple[str, ...]
+    quantiles: Floats32  # (server, metric, horizon, quantile), non-decreasing on the last axis; NaN = none
+    sources: NDArray[np.bool_]  # (server, metric) True = model, False = fallback
+    model_version: str | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SettledForecasts:
+    """Settled forecasts in columns, one row per (origin, horizon, server, metric)."""
+
+    origin_ms: Longs
+    target_ms: Longs  # start of the forecast bin
+    horizon: Codes  # bins
+    server_name: NDArray[np.object_]
+    metric: NDArray[np.object_]
+    p10: Floats
+    p50: Floats
+    p90: Floats
+    actual: Floats
+    model_version: NDArray[np.object_]  # None = fallback
+
+    def __len__(self) -> int:
+        return len(self.origin_ms)
+
+
+@dataclass(frozen=True)
+class SafeguardCheck:
+    """One safeguard as it is reported: always all of them, passed or not."""
+
+    name: str
+    value: float | int | None
+    limit: float | int
+    passed: bool
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class QuietVerdict:
+    """Whether it is a quiet period, with every measurement it rests on (None = not measured)."""
+
+    is_quiet: bool
+    reason: str
+    measured: Mapping[str, float | None] = field(default_factory=dict)
+    limits: Mapping[str, float] = field(default_factory=dict)
+    is_host_quiet: bool = True

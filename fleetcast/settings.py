@@ -1,0 +1,384 @@
+"""Every setting of every part: one frozen dataclass each, the only source of defaults.
+
+Owns: names, defaults, units, bounds and help of settings; reading them from TOML, from the
+environment (`FLEETCAST_<PART>_<FIELD>`) and from flags, in this order; reporting all problems
+at once. Does not know: what a part does with its settings. `docs/settings.md` is made from here.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fleetcast.errors import SettingsError
+
+DEFAULT_CONFIG = Path("fleetcast.toml")
+ENV_PREFIX = "FLEETCAST_"
+
+
+def setting(
+    default: Any,
+    help_text: str,
+    *,
+    unit: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """Declare one field: its default, help, unit and bounds (inclusive)."""
+    meta = {"help": help_text, "unit": unit, "low": low, "high": high, "choices": choices}
+    return field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class PathSettings:
+    """Folders shared by the two daemons, relative to the working directory."""
+
+    data_buffer_dir: str = setting("./data_buffer", "folder of the DataBuffer")
+    checkpoint_dir: str = setting("./checkpoints", "folder of the model versions")
+    models_dir: str = setting("", "folder of the shipped base model (empty: beside the program)")
+
+
+@dataclass(frozen=True)
+class ClockSettings:
+    """What "now" means to safeguards and bins."""
+
+    mode: str = setting(
+        "system", "system: the host's clock; data: the newest record", choices=("system", "data")
+    )
+
+
+@dataclass(frozen=True)
+class LoggingSettings:
+    """The daemons' log files."""
+
+    level: str = setting("INFO", "least severe level logged", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    file_max_bytes: int = setting(10_000_000, "size at which a log file rotates", low=10_000)
+    file_count: int = setting(5, "log files kept, the current one included", low=1, high=100)
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """The HTTP interface of the inference daemon."""
+
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8000, "TCP port to listen on", low=1, high=65535)
+    max_body_bytes: int = setting(32 * 2**20, "largest accepted request body", low=1024)
+    max_server_names: int = setting(20_000, "most distinct servers accepted", low=1)
+    max_server_labels: int = setting(50, "most servers given a label of their own in /metrics", low=0)
+    max_pending_posts: int = setting(64, "POSTs at work at once before 503", low=1)
+    hold_s: float = setting(
+        1.0, "how long a POST waits for a due sweep before 429 (data clock)", unit="s", low=0, high=60
+    )
+    quarantine_max_bytes: int = setting(5_000_000, "bound of the quarantine file", low=10_000)
+
+
+@dataclass(frozen=True)
+class BufferSettings:
+    """The DataBuffer."""
+
+    retention_days: int = setting(60, "days of records kept", unit="days", low=1, high=3650)
+    flush_records: int = setting(10_000, "records after which the log becomes a part", low=1)
+    flush_interval_s: float = setting(
+        45.0, "longest time an accepted record stays outside its day file", unit="s", low=0.05, high=60
+    )
+    percent_decimals: int = setting(2, "decimals kept of `_pct` metrics", low=0, high=12)
+    significant_digits: int = setting(4, "significant digits kept of other metrics", low=1, high=17)
+
+
+@dataclass(frozen=True)
+class BinSettings:
+    """How records become the bins a model sees."""
+
+    bin_s: int = setting(300, "length of a bin; must divide a day", unit="s", low=1, high=3600)
+    close_grace_s: float = setting(30.0, "wait for stragglers after a bin's end", unit="s", low=0)
+    forecast_metrics: tuple[str, ...] = setting(
+        ("cpu_pct", "mem_pct", "disk_io_mb_s", "latency_ms"), "metrics that are forecast, if they arrive"
+    )
+
+
+@dataclass(frozen=True)
+class ForecastSettings:
+    """What the inference daemon forecasts, and when a server counts as gone."""
+
+    horizon_bins: int = setting(96, "bins ahead", low=1, high=2016)
+    settle_horizons: tuple[int, ...] = setting((1, 12, 96), "horizons that are settled, in bins")
+    stale_after_s: float = setting(1800.0, "silence after which a server is stale", unit="s", low=1)
+    gone_after_s: float = setting(86_400.0, "silence after which a server is gone", unit="s", low=1)
+    model_min_history_s: float = setting(
+        3600.0, "history a server needs before the model forecasts it", unit="s", low=0
+    )
+    torch_threads: int = setting(1, "threads of a sweep (2 on busy cores were slower)", low=1, high=64)
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """How a model is trained."""
+
+    epochs: int = setting(5, "epochs of an incremental training", low=1, high=1000)
+    base_epochs: int = setting(10, "epochs of a training from scratch", low=1, high=1000)
+    steps_per_epoch: int = setting(100, "batches sampled per epoch", low=1)
+    batch_size: int = setting(128, "windows per batch", low=1)
+    hidden_size: int = setting(32, "width of the network", low=4, high=512)
+    learning_rate: float = setting(3e-3, "peak of the cosine schedule", low=1e-6, high=1.0)
+    incremental_learning_rate: float = setting(
+        2e-3, "the same for an incremental training", low=1e-6, high=1.0
+    )
+    changed_share: float = setting(
+        0.35, "share of a batch drawn from drifting series after their change", low=0.0, high=0.9
+    )
+    holdout_share: float = setting(
+        0.1, "newest share of the data kept out of training, for the gate", low=0.02, high=0.5
+    )
+    threads: int = setting(2, "torch threads of a training", low=1, high=64)
+    seed: int = setting(7, "seed of weights and sampling", low=0)
+
+
+@dataclass(frozen=True)
+class DriftSettings:
+    """DriftMonitor. A threshold or weight left out keeps the literal in drift_monitor.py."""
+
+    basis: str = setting("literal", "which scores decide", choices=("literal",))
+    window_size: int = setting(1000, "newest (server, bin) pairs looked at, at least", low=1)
+    window_bins_per_server: int = setting(12, "bins of every server the window holds, at least", low=1)
+    min_pairs: int = setting(300, "pairs of the version in service before a verdict", low=1)
+    min_span_s: float = setting(7200.0, "span of those pairs before a verdict", unit="s", low=0)
+    min_values: int = setting(50, "values of a metric needed in window and baseline", low=2)
+    per_floor_points: float = setting(20.0, "PER's smallest divisor for percents", low=0.01)
+    per_floor_share: float = setting(
+        0.2, "PER's smallest divisor for others, as a share of the baseline's p95", low=0.001
+    )
+    baseline_days: float = setting(7.0, "newest days of the training data in the baseline", low=0.1)
+    per_threshold: float | None = setting(None, "overrides the literal", low=0)
+    dss_threshold: float | None = setting(None, "overrides the literal", low=0)
+    fds_threshold: float | None = setting(None, "overrides the literal", low=0)
+    anomaly_threshold: float | None = setting(None, "overrides the literal", low=0)
+    combined_threshold: float | None = setting(None, "overrides the literal", low=0)
+    per_weight: float | None = setting(None, "overrides the literal", low=0)
+    dss_weight: float | None = setting(None, "overrides the literal", low=0)
+    fds_weight: float | None = setting(None, "overrides the literal", low=0)
+    anomaly_weight: float | None = setting(None, "overrides the literal", low=0)
+
+
+@dataclass(frozen=True)
+class DecisionSettings:
+    """RetrainingDecisionEngine and the quiet period; left out, the literals in
+    adaptive_retraining_daemon.py hold."""
+
+    min_hours_between_training: float | None = setting(None, "overrides the literal", unit="h", low=0)
+    max_days_without_training: float | None = setting(None, "overrides the literal", unit="days", low=0)
+    max_trainings_per_week: int | None = setting(None, "overrides the literal", low=0)
+    quiet_cpu_percent: float | None = setting(None, "overrides the literal", low=0)
+    quiet_mem_percent: float | None = setting(None, "overrides the literal", low=0)
+    host_load_per_core: float = setting(
+        0.8, "1-minute load of others per core at which the host is busy", low=0
+    )
+    host_min_available_gb: float = setting(4.0, "memory the host must have free", unit="GB", low=0)
+    initial_min_span_s: float = setting(172_800.0, "data span an initial training needs", unit="s", low=0)
+    initial_min_windows: int = setting(200, "trainable windows an initial training needs", low=1)
+
+
+@dataclass(frozen=True)
+class RetrainingSettings:
+    """The retraining daemon."""
+
+    daemon_url: str = setting("http://localhost:8000", "where the inference daemon answers")
+    interval_s: float = setting(300.0, "wall time between checks", unit="s", low=0.1)
+    mode: str = setting("auto", "auto: decide and train; advise: only decide", choices=("auto", "advise"))
+    training_script: str = setting("tft_trainer.py", "program started to train")
+    training_days: int = setting(30, "days of records exported for a training", unit="days", low=1)
+    training_epochs: int = setting(5, "epochs asked of the trainer", low=1, high=1000)
+    training_timeout_s: float = setting(7200.0, "a training is killed after this", unit="s", low=1)
+    training_nice: int = setting(10, "priority of the trainer (19 is lowest)", low=0, high=19)
+    request_timeout_s: float = setting(10.0, "wait for the inference daemon", unit="s", low=0.1)
+    max_failures: int = setting(10, "failed checks in a row after which the daemon exits", low=1)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All parts; a program passes each object its own part only."""
+
+    paths: PathSettings = field(default_factory=PathSettings)
+    clock: ClockSettings = field(default_factory=ClockSettings)
+    logging: LoggingSettings = field(default_factory=LoggingSettings)
+    server: ServerSettings = field(default_factory=ServerSettings)
+    buffer: BufferSettings = field(default_factory=BufferSettings)
+    bins: BinSettings = field(default_factory=BinSettings)
+    forecast: ForecastSettings = field(default_factory=ForecastSettings)
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    drift: DriftSettings = field(default_factory=DriftSettings)
+    decision: DecisionSettings = field(default_factory=DecisionSettings)
+    retraining: RetrainingSettings = field(default_factory=RetrainingSettings)
+
+
+@dataclass(frozen=True)
+class SettingInfo:
+    """One setting as documents and messages name it."""
+
+    part: str
+    name: str
+    kind: Any
+    default: Any
+    meta: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Return the TOML key, `part.name`."""
+        return f"{self.part}.{self.name}"
+
+    @property
+    def environment(self) -> str:
+        """Return the name of the environment variable."""
+        return f"{ENV_PREFIX}{self.part}_{self.name}".upper()
+
+
+def every_setting() -> Iterator[SettingInfo]:
+    """Yield each setting of each part, in order."""
+    for part, part_class in typing.get_type_hints(Settings).items():
+        hints = typing.get_type_hints(part_class)
+        for item in dataclasses.fields(part_class):
+            yield SettingInfo(part, item.name, hints[item.name], item.default, item.metadata)
+
+
+def load_settings(
+    config: Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Settings:
+    """Return the settings: defaults < file < environment < flags.
+
+    Args:
+        config: the TOML file; None reads `./fleetcast.toml` where there is one.
+        flags: values by `part.name`; None values are flags not given.
+        environ: defaults to the process's environment.
+    Raises:
+        SettingsError: names every problem found, each with what would be right.
+    """
+    known = {info.key: info for info in every_setting()}
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    given = [
+        *_from_file(config, known, problems),
+        *_from_environment(os.environ if environ is None else environ, known, problems),
+        *((key, value, "flag") for key, value in (flags or {}).items() if value is not None),
+    ]
+    for key, raw, source in given:
+        try:
+            values[key] = _checked(known[key], raw)
+        except ValueError as error:
+            problems.append(f"{key} {error} ({source})")
+    problems += _cross_checks(values)
+    if problems:
+        raise SettingsError(problems)
+    parts: dict[str, Any] = {}
+    for part, part_class in typing.get_type_hints(Settings).items():
+        own = {key.split(".")[1]: value for key, value in values.items() if key.split(".")[0] == part}
+        parts[part] = part_class(**own)
+    return Settings(**parts)
+
+
+def _from_file(
+    config: Path | None, known: Mapping[str, SettingInfo], problems: list[str]
+) -> Iterator[tuple[str, Any, str]]:
+    path = config or DEFAULT_CONFIG
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if config is not None:
+            problems.append(f"{path} does not exist")
+        return
+    except (OSError, ValueError) as error:
+        problems.append(f"{path} cannot be read: {error}")
+        return
+    for part, table in tables.items():
+        if not isinstance(table, dict):
+            problems.append(f"{part} must be a table like [server] ({path})")
+            continue
+        for name, value in table.items():
+            key = f"{part}.{name}"
+            if key in known:
+                yield key, value, str(path)
+            else:
+                problems.append(f"unknown setting {key}{_nearest(key, list(known))} ({path})")
+
+
+def _from_environment(
+    environ: Mapping[str, str], known: Mapping[str, SettingInfo], problems: list[str]
+) -> Iterator[tuple[str, Any, str]]:
+    names = {info.environment: key for key, info in known.items()}
+    for name, value in environ.items():
+        if not name.startswith(ENV_PREFIX):
+            continue
+        if name in names:
+            yield names[name], _parsed(known[names[name]].kind, value), name
+        else:
+            problems.append(f"unknown variable {name}{_nearest(name, list(names))}")
+
+
+def _nearest(name: str, valid: list[str]) -> str:
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.0)
+    return f", nearest is {close[0]}" if close else ""
+
+
+def _parsed(kind: Any, text: str) -> Any:
+    """Return environment text as the kind of value a TOML file would hold."""
+    kind = _plain_kind(kind)
+    if typing.get_origin(kind) is tuple:
+        return [_parsed(typing.get_args(kind)[0], item.strip()) for item in text.split(",") if item.strip()]
+    for number in (int, float):
+        if kind is number:
+            try:
+                return number(text)
+            except ValueError:
+                return text
+    return text
+
+
+def _plain_kind(kind: Any) -> Any:
+    """Return T of `T | None`."""
+    if isinstance(kind, types.UnionType):
+        return next(arg for arg in typing.get_args(kind) if arg is not types.NoneType)
+    return kind
+
+
+def _checked(info: SettingInfo, value: Any) -> Any:
+    kind = _plain_kind(info.kind)
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, (list, tuple)) or not value:
+            raise ValueError(f"must be a non-empty list, got {value!r}")
+        return tuple(_checked_scalar(info, typing.get_args(kind)[0], item) for item in value)
+    return _checked_scalar(info, kind, value)
+
+
+def _checked_scalar(info: SettingInfo, kind: Any, value: Any) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(f"must be {kind.__name__}, got {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"must be finite, got {value!r}")
+    low, high = info.meta["low"], info.meta["high"]
+    if low is not None and value < low:
+        raise ValueError(f"must be >= {low}, got {value!r}")
+    if high is not None and value > high:
+        raise ValueError(f"must be <= {high}, got {value!r}")
+    if info.meta["choices"] and value not in info.meta["choices"]:
+        raise ValueError(f"must be one of {', '.join(info.meta['choices'])}, got {value!r}")
+    return value
+
+
+def _cross_checks(values: Mapping[str, Any]) -> Iterator[str]:
+    bin_s = values.get("bins.bin_s", BinSettings.bin_s)
+    if 86_400 % bin_s:
+        yield f"bins.bin_s must divide a day (86400 s), got {bin_s}"
+    horizon = values.get("forecast.horizon_bins", ForecastSettings.horizon_bins)
+    settle = values.get("forecast.settle_horizons", ForecastSettings.settle_horizons)
+    if any(not 1 <= item <= horizon for item in settle):
+        yield f"forecast.settle_horizons must be in 1..{horizon}, got {list(settle)}"

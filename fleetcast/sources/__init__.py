@@ -1,0 +1,1 @@
+"""Sources of records: programs that feed an inference daemon."""
