@@ -1,0 +1,41 @@
+# Everything a newcomer types. The virtual environment is made once; stamps remember what it holds.
+PYTHON ?= python3
+BIN := .venv/bin
+export PYTHONDONTWRITEBYTECODE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install check test demo clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.venv/.made:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	touch $@
+
+# torch goes first and alone: asked for by another package, it would come as its newest CUDA build.
+.venv/.requirements: .venv/.made requirements.txt
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements.txt)"
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/.requirements-dev: .venv/.requirements requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+install: .venv/.requirements  ## make .venv with the pinned requirements
+
+check: .venv/.requirements-dev  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check  ## everything CI runs: check, unit, doctest, contract, integration, coverage
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+demo: .venv/.requirements  ## the whole loop on bundled real data, about 6 minutes; state stays in demo_run/
+	$(BIN)/python benchmarks/demo.py
+
+clean:  ## remove what tests and demo leave behind (not .venv)
+	rm -rf demo_run bench_run .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
