@@ -1,0 +1,183 @@
+"""The naive forecast: what serves before there is a model, and what a model has to beat.
+
+Owns: last value, same time yesterday, the choice between the two and the spread around them.
+Does not know: models, files or clocks; it sees one `HistoryWindow` and nothing after its end.
+
+The choice and the spread are made per server, metric and horizon from the errors that both
+rules made for targets of the last three days, all of them settled by now.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fleetcast.schema import QUANTILES, Floats32, HistoryWindow, Longs
+
+DAY_MS = 86_400_000
+ERROR_DAYS = 3  # targets looked back at: long enough for a daily rhythm, short enough to follow a change
+MAX_TARGETS = 144  # targets sampled from them; twice as many moved no quantile by more than 2 % of itself
+MIN_ERRORS = 8  # errors needed for a 10 % quantile that is not an extreme
+_KNOTS = (1, 2, 3, 6, 12, 24, 48, 72, 96)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Errors:
+    """Settled errors of one rule at the knots."""
+
+    low: Floats32  # (series, knot) 10 % quantile, <= 0
+    high: Floats32  # (series, knot) 90 % quantile, >= 0
+
+
+class NaiveForecaster:
+    """Forecasts by repetition; finite for every series that has at least one value.
+
+    Example: a constant series stays what it is.
+
+    >>> values = np.full((1, 1, 12), 40.0, dtype=np.float32)
+    >>> window = HistoryWindow(("web-01",), ("cpu_pct",), values, 0, 300_000)
+    >>> NaiveForecaster(horizon_bins=2).predict(window)[0, 0].tolist()
+    [[40.0, 40.0, 40.0], [40.0, 40.0, 40.0]]
+    """
+
+    def __init__(self, horizon_bins: int = 96) -> None:
+        self.horizon_bins = horizon_bins
+
+    def predict(self, window: HistoryWindow) -> Floats32:
+        """Forecast every series of one window.
+
+        Args:
+            window: bin means, NaN = no record; the last column is the newest closed bin.
+        Returns:
+            quantiles (server, metric, horizon, quantile) in native units, non-decreasing on the
+            last axis; NaN for a series without any value.
+        """
+        n_servers, n_metrics, n_bins = window.values.shape
+        shape = (n_servers, n_metrics, self.horizon_bins, len(QUANTILES))
+        if 0 in (n_servers, n_metrics, n_bins):
+            return np.full(shape, np.nan, dtype=np.float32)
+        series = window.values.reshape(n_servers * n_metrics, n_bins)  # (series, bin)
+        season = max(1, DAY_MS // window.bin_ms)
+        knots = _knots(self.horizon_bins)
+        targets = _sampled_targets(n_bins, season)
+        last_errors, yesterday_errors, advantage = _settled_errors(series, season, knots, targets)
+
+        weights = _interpolation(knots, self.horizon_bins)  # (knot, horizon)
+        last = np.repeat(_last_known(series)[:, None], self.horizon_bins, axis=1)
+        yesterday = _same_time_yesterday(series, season, self.horizon_bins)
+        is_yesterday = (advantage @ weights > 0) & np.isfinite(yesterday)
+        middle = np.where(is_yesterday, yesterday, last)
+        low = middle + np.where(is_yesterday, yesterday_errors.low @ weights, last_errors.low @ weights)
+        high = middle + np.where(is_yesterday, yesterday_errors.high @ weights, last_errors.high @ weights)
+        quantiles = np.stack([low, middle, high], axis=-1).astype(np.float32)
+        return _bounded(quantiles, series, window.metrics).reshape(shape)
+
+
+def _knots(horizon_bins: int) -> Longs:
+    """Return the horizons at which errors are measured; the ones between are interpolated."""
+    inner = [knot for knot in _KNOTS if knot < horizon_bins]
+    inner += range(_KNOTS[-1] * 2, horizon_bins, _KNOTS[-1])
+    return np.array([*inner, horizon_bins], dtype=np.int64)
+
+
+def _interpolation(knots: Longs, horizon_bins: int) -> Floats32:
+    """Return weights (knot, horizon) of linear interpolation between the knots.
+
+    >>> _interpolation(np.array([1, 3]), 3).tolist()
+    [[1.0, 0.5, 0.0], [0.0, 0.5, 1.0]]
+    """
+    horizons = np.arange(1, horizon_bins + 1)
+    unit = np.eye(len(knots))
+    return np.stack([np.interp(horizons, knots, row) for row in unit]).astype(np.float32)
+
+
+def _sampled_targets(n_bins: int, season: int) -> Longs:
+    """Return the newest columns used as targets, thinned evenly."""
+    span = min(n_bins, ERROR_DAYS * season)
+    step = -(-span // MAX_TARGETS)
+    return np.arange(n_bins - 1, n_bins - 1 - span, -step, dtype=np.int64)
+
+
+def _settled_errors(
+    series: Floats32, season: int, knots: Longs, targets: Longs
+) -> tuple[_Errors, _Errors, Floats32]:
+    """Return both rules' errors at the knots and the relative advantage of yesterday (series, knot)."""
+    last = _Errors(*(np.zeros((len(series), len(knots)), dtype=np.float32) for _ in range(2)))
+    yesterday = _Errors(*(np.zeros((len(series), len(knots)), dtype=np.float32) for _ in range(2)))
+    advantage = np.full((len(series), len(knots)), -1.0, dtype=np.float32)
+    actual = series[:, targets]
+    for k, horizon in enumerate(knots.tolist()):
+        by_last = actual - _lagged(series, targets, horizon)
+        by_yesterday = actual - _lagged(series, targets, season * -(-horizon // season))
+        growth = (horizon / int(knots[k - 1])) ** 0.5 if k else 0.0  # a random walk's spread
+        _measure(last, k, by_last, growth)
+        _measure(yesterday, k, by_yesterday, 1.0 if k else 0.0)
+        advantage[:, k] = _advantage(by_last, by_yesterday)
+    return last, yesterday, advantage
+
+
+def _lagged(series: Floats32, targets: Longs, lag: int) -> Floats32:
+    """Return the values `lag` bins before the targets, NaN before the window's start."""
+    sources = targets - lag
+    values = series[:, np.maximum(sources, 0)]
+    values[:, sources < 0] = np.nan
+    return values
+
+
+def _measure(errors: _Errors, k: int, samples: Floats32, growth: float) -> None:
+    """Fill knot `k` with the samples' quantiles; too few samples extend the knot before."""
+    ordered = np.sort(samples, axis=1)  # NaN last
+    count = np.isfinite(ordered).sum(axis=1)
+    is_measured = count >= MIN_ERRORS
+    for quantile, side, limit in (
+        (QUANTILES[0], errors.low, np.minimum),
+        (QUANTILES[-1], errors.high, np.maximum),
+    ):
+        extended = side[:, k - 1] * growth if k else np.zeros(len(samples), dtype=np.float32)
+        side[:, k] = np.where(is_measured, limit(_quantile(ordered, count, quantile), 0.0), extended)
+
+
+def _quantile(ordered: Floats32, count: NDArray[np.intp], quantile: float) -> Floats32:
+    """Return the interpolated quantile of the first `count` values of each sorted row."""
+    position = np.maximum(count - 1, 0) * quantile
+    below = np.floor(position).astype(np.intp)
+    above = np.minimum(below + 1, np.maximum(count - 1, 0))
+    rows = np.arange(len(ordered))
+    share = (position - below).astype(np.float32)
+    return ordered[rows, below] * (1 - share) + ordered[rows, above] * share
+
+
+def _advantage(by_last: Floats32, by_yesterday: Floats32) -> Floats32:
+    """Return (last - yesterday) / (last + yesterday) of the mean absolute errors on common targets."""
+    is_common = np.isfinite(by_last) & np.isfinite(by_yesterday)
+    error_last = np.where(is_common, np.abs(by_last), 0.0).sum(axis=1, dtype=np.float64)
+    error_yesterday = np.where(is_common, np.abs(by_yesterday), 0.0).sum(axis=1, dtype=np.float64)
+    total = error_last + error_yesterday
+    relative = np.divide(error_last - error_yesterday, total, out=np.zeros(len(total)), where=total > 0)
+    return np.where(is_common.sum(axis=1) >= MIN_ERRORS, relative, -1.0).astype(np.float32)
+
+
+def _last_known(series: Floats32) -> Floats32:
+    """Return the newest value of each series, NaN where there is none."""
+    is_known = np.isfinite(series)
+    newest = series.shape[1] - 1 - np.argmax(is_known[:, ::-1], axis=1)
+    return np.where(is_known.any(axis=1), series[np.arange(len(series)), newest], np.nan).astype(np.float32)
+
+
+def _same_time_yesterday(series: Floats32, season: int, horizon_bins: int) -> Floats32:
+    """Return the value a whole number of days before each target, NaN where unknown."""
+    horizons = np.arange(1, horizon_bins + 1)
+    columns = series.shape[1] - 1 + horizons - season * -(-horizons // season)
+    values = series[:, np.maximum(columns, 0)]
+    values[:, columns < 0] = np.nan
+    return values
+
+
+def _bounded(quantiles: Floats32, series: Floats32, metrics: tuple[str, ...]) -> Floats32:
+    """Keep a series that was never negative at >= 0, and a percent that never passed 100 at <= 100."""
+    lowest = np.fmin.reduce(series, axis=1)
+    highest = np.fmax.reduce(series, axis=1)
+    is_percent = np.array([metric.endswith("_pct") for metric in metrics] * (len(series) // len(metrics)))
+    floor = np.where(lowest >= 0, 0.0, -np.inf).astype(np.float32)
+    ceiling = np.where(is_percent & (highest <= 100), 100.0, np.inf).astype(np.float32)
+    return np.clip(quantiles, floor[:, None, None], ceiling[:, None, None])
