@@ -1,0 +1,134 @@
+"""Records → bins: the means a model sees, and whether there are enough of them to train.
+
+Owns: `bin_means`, the one way rows become bins (the server and the trainer both call it), and
+the count of trainable windows. numpy only. Does not know: what a model makes of the bins
+(`encoding`), files, clocks.
+"""
+
+import numpy as np
+
+from fleetcast.schema import Codes, Floats, Floats32, Longs
+from fleetcast.settings import DecisionSettings
+
+HISTORY_BINS = 2304  # bins of history a forecast may look at: 8 days of 5 minutes
+DAY_BINS = 288  # bins in which a series shows its present level and spread: 1 day of 5 minutes
+RECENT_BINS = 12  # a series silent for longer has no origin to forecast from: 1 hour of 5 minutes
+
+
+def bin_means(codes: Codes, timestamps_ms: Longs, values: Floats, bin_ms: int) -> tuple[Codes, Longs, Floats]:
+    """Return the mean of every (server, bin) that holds a row.
+
+    Rows of one (server, timestamp) are merged first: the last value that is not NaN wins. The
+    answer does not depend on the order of rows of different times, nor on the other columns.
+
+    Args:
+        codes: (row,) server of each row.
+        timestamps_ms: (row,)
+        values: (row,) or (row, metric); NaN = absent.
+    Returns:
+        server codes, bin starts and means, sorted by server then bin; NaN = no value.
+
+    >>> code, start, mean = bin_means(
+    ...     np.zeros(3, np.int32), np.array([0, 5_000, 300_000]), np.array([1.0, 2.0, 7.0]), 300_000
+    ... )
+    >>> start.tolist(), mean.tolist()
+    ([0, 300000], [1.5, 7.0])
+    """
+    columns = values if values.ndim == 2 else values[:, None]
+    order = np.lexsort((timestamps_ms, codes))  # stable: rows of one key keep their order
+    codes, timestamps_ms, columns = codes[order], timestamps_ms[order], columns[order]
+    codes, timestamps_ms, columns = _merge_repeated(codes, timestamps_ms, columns)
+    bins = timestamps_ms // bin_ms
+    starts = _group_starts(codes, bins)
+    means = np.full((len(starts), columns.shape[1]), np.nan)
+    for index in range(columns.shape[1]):
+        means[:, index] = _group_means(columns[:, index], starts)
+    return (
+        codes[starts],
+        bins[starts] * bin_ms,
+        means if values.ndim == 2 else means[:, 0],
+    )
+
+
+def _merge_repeated(codes: Codes, times: Longs, columns: Floats) -> tuple[Codes, Longs, Floats]:
+    """Return one row per (server, time), each metric the last that was sent."""
+    starts = _group_starts(codes, times)
+    if len(starts) == len(codes):
+        return codes, times, columns
+    ends = np.append(starts[1:], len(codes)) - 1
+    rows = np.arange(len(codes))
+    merged = np.empty((len(starts), columns.shape[1]))
+    for index in range(columns.shape[1]):
+        column = columns[:, index]
+        newest = np.maximum.reduceat(np.where(np.isnan(column), -1, rows), starts)
+        merged[:, index] = column[np.where(newest < 0, ends, newest)]
+    return codes[starts], times[starts], merged
+
+
+def _group_starts(first: Codes | Longs, second: Longs) -> Longs:
+    """Return the first row of each run of equal pairs."""
+    if not len(first):
+        return np.empty(0, np.int64)
+    changed = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
+    return np.flatnonzero(np.concatenate(([True], changed))).astype(np.int64)
+
+
+def _group_means(column: Floats, starts: Longs) -> Floats:
+    if not len(starts):
+        return np.empty(0)
+    # one contiguous column at a time: a sum must not depend on which other metrics came along
+    column = np.ascontiguousarray(column)
+    present = ~np.isnan(column)
+    sums = np.add.reduceat(np.where(present, column, 0.0), starts)
+    counts = np.add.reduceat(present.astype(np.int64), starts)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(sums / counts)
+
+
+def count_trainable(values: Floats32, horizon_bins: int, min_history_bins: int = RECENT_BINS) -> int:
+    """Count the windows of a grid that can teach something.
+
+    A window is one origin bin of one series: a value within the last hour, an hour of values
+    within the last day, and at least half of the horizon known.
+
+    Args:
+        values: (..., bin) NaN = no record.
+    """
+    return sum(int(_trainable_origins(row, horizon_bins, min_history_bins).sum()) for row in _series(values))
+
+
+def trainable_origins(
+    values: Floats32, horizon_bins: int, min_history_bins: int = RECENT_BINS
+) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    """Return which bins of which series are origins of a trainable window: (series, bin)."""
+    return np.array([_trainable_origins(row, horizon_bins, min_history_bins) for row in _series(values)])
+
+
+def _series(values: Floats32) -> Floats32:
+    return values.reshape(-1, values.shape[-1])
+
+
+def _trainable_origins(
+    row: Floats32, horizon_bins: int, min_history_bins: int
+) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    seen = np.concatenate(([0], np.cumsum(np.isfinite(row))))  # seen[i] = values before bin i
+    end = np.arange(1, len(row) + 1)
+    recent = seen[end] - seen[np.maximum(end - RECENT_BINS, 0)]
+    day = seen[end] - seen[np.maximum(end - DAY_BINS, 0)]
+    ahead = seen[np.minimum(end + horizon_bins, len(row))] - seen[end]
+    return np.asarray((recent > 0) & (day >= min_history_bins) & (2 * ahead >= horizon_bins))
+
+
+def enough_to_train(span_s: float, n_windows: int, settings: DecisionSettings) -> str:
+    """Return why there is not enough data for a training, or "" if there is.
+
+    >>> enough_to_train(3600.0, 500, DecisionSettings())
+    'data span 1.0 h, a training needs 48.0 h'
+    >>> enough_to_train(200_000.0, 500, DecisionSettings())
+    ''
+    """
+    if span_s < settings.initial_min_span_s:
+        return f"data span {span_s / 3600:.1f} h, a training needs {settings.initial_min_span_s / 3600:.1f} h"
+    if n_windows < settings.initial_min_windows:
+        return f"{n_windows} trainable windows, a training needs {settings.initial_min_windows}"
+    return ""

@@ -1,0 +1,175 @@
+"""Claims about versions, what serves, and what a crash can leave behind."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from fleetcast.errors import BadCheckpoint, FleetcastError
+from fleetcast.registry import Registry
+from fleetcast.versions import Version, new_version_id
+
+NOW = datetime(2026, 1, 15, 10, 0, 5, tzinfo=UTC)
+
+
+def add(registry: Registry, version_id: str, *, promoted: bool = True, parent: str | None = None) -> Version:
+    version = registry.add(
+        version_id,
+        {"model.ckpt": f"weights {version_id}".encode(), "baseline.npz": b"sketch"},
+        {"created_at": "2026-01-15T10:00:05Z", "promoted": promoted, "parent": parent},
+    )
+    if promoted:
+        registry.promote(version_id)
+    registry.set_baseline(version_id)
+    return version
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return Registry(tmp_path / "checkpoints")
+
+
+def test_an_empty_folder_has_nothing_to_serve_and_reading_creates_nothing(registry: Registry) -> None:
+    assert registry.current_id() is None
+    assert registry.current() is None
+    assert registry.baseline_in_force() is None
+    assert list(registry.candidates()) == []
+    assert not registry.folder.exists()
+
+
+def test_a_promoted_version_serves_through_a_relative_link(registry: Registry) -> None:
+    version = add(registry, "20260115T100005Z-0001")
+    link = registry.folder / "last.ckpt"
+    assert str(link.readlink()) == "versions/20260115T100005Z-0001/model.ckpt"
+    assert link.read_bytes() == b"weights 20260115T100005Z-0001"
+    assert registry.current_id() == version.id
+    assert [item.id for item in registry.candidates()] == [version.id]
+
+
+def test_a_rejected_version_never_serves_but_its_baseline_is_in_force(registry: Registry) -> None:
+    add(registry, "20260115T100005Z-0001")
+    add(registry, "20260115T110005Z-0002", promoted=False)
+    assert registry.current_id() == "20260115T100005Z-0001"
+    assert [item.id for item in registry.candidates()] == ["20260115T100005Z-0001"]
+    in_force = registry.baseline_in_force()
+    assert in_force is not None
+    assert in_force.id == "20260115T110005Z-0002"
+
+
+def test_a_damaged_current_version_gives_way_to_the_newest_intact_one(registry: Registry) -> None:
+    for number in (1, 2, 3):
+        add(registry, f"20260115T10000{number}Z-000{number}")
+    current = registry.current()
+    assert current is not None
+    current.model_path.write_bytes(b"flipped")
+    problems: list[BadCheckpoint] = []
+    assert [item.id[-4:] for item in registry.candidates(problems.append)] == ["0002", "0001"]
+    assert "sha256" in str(problems[0])
+
+
+@pytest.mark.parametrize("damage", ["no manifest", "torn manifest", "foreign format", "no files", "bad time"])
+def test_a_version_without_a_sound_manifest_is_passed_over(registry: Registry, damage: str) -> None:
+    version = add(registry, "20260115T100005Z-0001")
+    manifest = version.folder / "manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.unlink()
+    if damage == "torn manifest":
+        manifest.write_text('{"format"')
+    elif damage == "foreign format":
+        manifest.write_text(json.dumps({**content, "format": 99}))
+    elif damage == "no files":
+        manifest.write_text(json.dumps({**content, "files": {}}))
+    elif damage == "bad time":
+        manifest.write_text(json.dumps({**content, "created_at": "yesterday"}))
+    problems: list[BadCheckpoint] = []
+    assert list(registry.candidates(problems.append)) == []
+    assert len(problems) == 1
+    with pytest.raises(BadCheckpoint):
+        registry.current()
+
+
+def test_a_plain_file_in_place_of_the_link_is_reported_and_passed_over(registry: Registry) -> None:
+    add(registry, "20260115T100005Z-0001")
+    (registry.folder / "last.ckpt").unlink()
+    (registry.folder / "last.ckpt").write_bytes(b"copied here")
+    problems: list[BadCheckpoint] = []
+    assert [item.id for item in registry.candidates(problems.append)] == ["20260115T100005Z-0001"]
+    assert "not a link" in str(problems[0])
+
+
+def test_a_link_out_of_the_folder_is_not_followed(registry: Registry) -> None:
+    registry.folder.mkdir(parents=True)
+    for target in ("/etc/passwd", "versions/../model.ckpt", "elsewhere/x/model.ckpt"):
+        link = registry.folder / "last.ckpt"
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        assert registry.current_id() is None
+
+
+def test_the_shipped_base_serves_last(tmp_path: Path) -> None:
+    shipped = Registry(tmp_path / "models")
+    add(shipped, "20250101T000000Z-ba5e")
+    registry = Registry(tmp_path / "checkpoints", tmp_path / "models")
+    assert [(item.id, item.is_base) for item in registry.candidates()] == [("20250101T000000Z-ba5e", True)]
+    add(registry, "20260115T100005Z-0001")
+    assert [item.is_base for item in registry.candidates()] == [False, True]
+
+
+def test_a_damaged_baseline_does_not_stop_the_model_but_is_never_used(registry: Registry) -> None:
+    version = add(registry, "20260115T100005Z-0001")
+    version.baseline_path.write_bytes(b"flipped")
+    assert [item.id for item in registry.candidates()] == [version.id]
+    with pytest.raises(BadCheckpoint):
+        registry.baseline_in_force()
+
+
+def test_what_a_killed_trainer_left_is_no_version_and_is_swept_by_the_next(registry: Registry) -> None:
+    add(registry, "20260115T100005Z-0001")
+    torn = registry.folder / "versions" / ".20260115T110005Z-0002.tmp-abcd1234"
+    torn.mkdir()
+    (torn / "model.ckpt").write_bytes(b"half")
+    assert registry.version_ids() == ["20260115T100005Z-0001"]
+    add(registry, "20260115T120005Z-0003")
+    assert not torn.exists()
+
+
+def test_rollback_returns_to_the_parent_and_the_version_rolled_back_never_serves_by_itself(
+    registry: Registry,
+) -> None:
+    # Given 1 → 2 → 3 in service, the baseline of 3 in force
+    add(registry, "20260115T100001Z-0001")
+    add(registry, "20260115T100002Z-0002", parent="20260115T100001Z-0001")
+    add(registry, "20260115T100003Z-0003", parent="20260115T100002Z-0002")
+    # When it is rolled back twice
+    assert registry.rollback(NOW) == ("20260115T100003Z-0003", "20260115T100002Z-0002")
+    assert registry.rollback(NOW) == ("20260115T100002Z-0002", "20260115T100001Z-0001")
+    # Then the first serves alone, and the newest baseline stays in force
+    assert [item.id for item in registry.candidates()] == ["20260115T100001Z-0001"]
+    in_force = registry.baseline_in_force()
+    assert in_force is not None
+    assert in_force.id == "20260115T100003Z-0003"
+    with pytest.raises(FleetcastError, match="nothing to roll back to"):
+        registry.rollback(NOW)
+
+
+def test_rollback_without_a_model_says_so(registry: Registry) -> None:
+    with pytest.raises(FleetcastError, match="points to no version"):
+        registry.rollback(NOW)
+
+
+def test_version_ids_sort_by_time() -> None:
+    later = datetime(2026, 1, 15, 10, 0, 6, tzinfo=UTC)
+    assert new_version_id(NOW) < new_version_id(later)
+    assert new_version_id(NOW).startswith("20260115T100005Z-")
+
+
+def test_a_version_knows_its_data_s_end(registry: Registry) -> None:
+    version = registry.add(
+        "20260115T100005Z-0001",
+        {"model.ckpt": b"w"},
+        {"created_at": "2026-01-15T10:00:05Z", "data_range": {"end": "1970-01-01T00:00:01Z"}},
+    )
+    assert version.data_end_ms == 1000
+    assert version.created_at == NOW
+    assert not version.is_promoted

@@ -1,0 +1,95 @@
+"""Claims about bins and trainable windows."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
+
+from fleetcast.settings import DecisionSettings
+from fleetcast.windows import bin_means, count_trainable, enough_to_train
+
+BIN_MS = 300_000
+
+
+def codes(*values: int) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+def times(*seconds: int) -> np.ndarray:
+    return np.array(seconds, np.int64) * 1000
+
+
+def test_a_bin_holds_the_mean_of_its_rows_and_starts_on_the_grid() -> None:
+    code, start, mean = bin_means(codes(0, 0, 0), times(10, 299, 300), np.array([1.0, 3.0, 9.0]), BIN_MS)
+    assert code.tolist() == [0, 0]
+    assert start.tolist() == [0, 300_000]
+    assert mean.tolist() == [2.0, 9.0]
+
+
+def test_servers_are_binned_apart_and_come_out_sorted() -> None:
+    code, start, mean = bin_means(codes(1, 0, 1), times(0, 0, 400), np.array([5.0, 7.0, 6.0]), BIN_MS)
+    assert list(zip(code.tolist(), start.tolist(), mean.tolist(), strict=True)) == [
+        (0, 0, 7.0),
+        (1, 0, 5.0),
+        (1, 300_000, 6.0),
+    ]
+
+
+def test_a_row_sent_again_counts_once_and_its_last_present_value_wins() -> None:
+    # Given the same key three times, the last without its second metric
+    values = np.array([[1.0, 10.0], [2.0, 20.0], [3.0, np.nan]])
+    _, _, mean = bin_means(codes(0, 0, 0), times(5, 5, 5), values, BIN_MS)
+    assert mean.tolist() == [[3.0, 20.0]]
+
+
+def test_an_absent_metric_does_not_touch_the_mean_of_the_others() -> None:
+    values = np.array([[1.0, np.nan], [3.0, np.nan]])
+    _, _, mean = bin_means(codes(0, 0), times(0, 5), values, BIN_MS)
+    assert mean[0, 0] == 2.0
+    assert np.isnan(mean[0, 1])
+
+
+def test_no_rows_give_no_bins() -> None:
+    code, start, mean = bin_means(codes(), times(), np.empty((0, 3)), BIN_MS)
+    assert (len(code), len(start), mean.shape) == (0, 0, (0, 3))
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 2000), st.floats(-1e6, 1e6)), min_size=1, max_size=60
+    ),
+    st.randoms(use_true_random=False),
+)
+def test_means_depend_neither_on_row_order_nor_on_other_columns(
+    rows: list[tuple[int, int, float]], random: object
+) -> None:
+    # Given unique keys
+    unique = list({(code, second): (code, second, value) for code, second, value in rows}.values())
+    shuffled = list(unique)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+
+    def binned(items: list[tuple[int, int, float]], extra: int) -> np.ndarray:
+        code, second, value = (list(column) for column in zip(*items, strict=True))
+        values = np.column_stack([np.array(value), *[np.arange(len(value)) * 1.5] * extra])
+        return bin_means(codes(*code), times(*second), values, BIN_MS)[2][:, 0]
+
+    # Then the answer is the same to the last bit
+    assert_array_equal(binned(unique, 0), binned(shuffled, 2))
+
+
+def test_a_window_is_trainable_when_it_has_an_hour_behind_and_half_the_horizon_ahead() -> None:
+    # Given 20 bins of values and a horizon of 8: origins need 12 bins behind, 4 ahead
+    values = np.ones((1, 20), np.float32)
+    assert count_trainable(values, horizon_bins=8) == len(range(12, 17))
+
+
+def test_gaps_are_not_trainable() -> None:
+    values = np.full((1, 40), np.nan, np.float32)
+    assert count_trainable(values, horizon_bins=8) == 0
+
+
+def test_too_little_data_says_how_much_is_needed() -> None:
+    settings = DecisionSettings()
+    assert "48.0 h" in enough_to_train(47 * 3600, 10_000, settings)
+    assert "200" in enough_to_train(49 * 3600, 199, settings)
+    assert enough_to_train(48 * 3600, 200, settings) == ""
