@@ -1,0 +1,252 @@
+"""Bins close by the documented rule, and hold exactly what `bin_means` makes of the same records."""
+
+import itertools
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fleetcast.clock import to_ms
+from fleetcast.history import BinHistory
+from fleetcast.schema import RecordBatch
+from fleetcast.settings import BinSettings, ForecastSettings
+from fleetcast.windows import bin_means
+
+START = datetime(2026, 1, 15, 10, 0, tzinfo=UTC)
+T0 = to_ms(START)
+BIN = 300_000
+Row = tuple[str, float, float]  # server, seconds after START, cpu
+
+
+def batch_of(*rows: Row) -> RecordBatch:
+    names = tuple(dict.fromkeys(row[0] for row in rows))
+    return RecordBatch(
+        names,
+        np.array([names.index(row[0]) for row in rows], dtype=np.int32),
+        np.array([T0 + round(row[1] * 1000) for row in rows], dtype=np.int64),
+        {"cpu_pct": np.array([row[2] for row in rows], dtype=np.float64)},
+    )
+
+
+def history(**kwargs: int) -> BinHistory:
+    return BinHistory(BinSettings(forecast_metrics=("cpu_pct",)), ForecastSettings(), **kwargs)
+
+
+def at(seconds: float) -> datetime:
+    return START + timedelta(seconds=seconds)
+
+
+def cells(bins: BinHistory) -> dict[tuple[str, int], float]:
+    """The window as {(server, bin start): mean}, absent cells left out."""
+    window = bins.window(bins.taken_bin_ms or 0)
+    n_bins = window.values.shape[2]
+    return {
+        (name, window.end_bin_ms - (n_bins - 1 - column) * BIN): float(window.values[row, 0, column])
+        for row, name in enumerate(window.server_names)
+        for column in range(n_bins)
+        if not np.isnan(window.values[row, 0, column])
+    }
+
+
+def close_all(bins: BinHistory, now: datetime) -> list[int]:
+    taken = []
+    while due := bins.due(now):
+        bins.close(due[0])
+        taken.append((due[0] - T0) // BIN)
+    return taken
+
+
+def test_a_bin_closes_when_every_live_server_has_a_later_record() -> None:
+    bins = history()
+    bins.add(batch_of(("a", 10, 1.0), ("b", 10, 2.0), ("a", 301, 9.0)))
+    assert bins.due(at(301)) == []
+    bins.add(batch_of(("b", 300, 9.0)))
+    assert bins.due(at(301)) == [T0]
+
+
+def test_a_bin_closes_by_the_clock_thirty_seconds_after_its_end() -> None:
+    bins = history()
+    bins.add(batch_of(("a", 10, 1.0)))
+    assert not bins.has_due(at(329))
+    assert bins.has_due(at(330))
+
+
+def test_a_server_silent_for_half_an_hour_holds_nobody_up() -> None:
+    bins = history()
+    bins.add(batch_of(("gone", 0, 1.0)))
+    bins.add(batch_of(*(("a", 300.0 * i, 5.0) for i in range(9))))
+    assert close_all(bins, at(0)) == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_closed_bin_holds_the_mean_of_each_server_that_sent_something() -> None:
+    bins = history()
+    bins.add(batch_of(("a", 0, 1.0), ("a", 5, 2.0), ("b", 0, 7.0), ("a", 299.999, 6.0)))
+    closed = bins.close(bins.due(at(400))[0])
+    assert closed.server_names == ("a", "b")
+    assert closed.values.tolist() == [[3.0], [7.0]]
+
+
+def test_a_repeated_record_counts_once_with_its_last_value() -> None:
+    bins = history()
+    bins.add(batch_of(("a", 0, 1.0), ("a", 5, 2.0)))
+    bins.add(batch_of(("a", 5, 4.0)))
+    assert bins.close(T0).values.tolist() == [[2.5]]
+
+
+def test_one_batch_over_several_bins_is_taken_oldest_first_and_sees_no_later_value() -> None:
+    bins = history()
+    bins.add(batch_of(*(("a", 300.0 * i, float(i)) for i in range(4))))
+    due = bins.due(at(900))
+    assert [(start - T0) // BIN for start in due] == [0, 1, 2]
+    bins.close(due[0])
+    assert cells(bins) == {("a", T0): 0.0}
+    bins.close(due[1])
+    assert cells(bins) == {("a", T0): 0.0, ("a", T0 + BIN): 1.0}
+
+
+def test_a_gap_leaves_empty_columns_and_no_due_bins() -> None:
+    bins = history()
+    bins.add(batch_of(("a", 0, 1.0), ("a", 30 * 3600, 2.0)))
+    assert close_all(bins, at(31 * 3600)) == [0, 360]
+    window = bins.window(T0 + 360 * BIN)
+    assert window.values.shape == (1, 1, 361)
+    assert np.isnan(window.values[0, 0, 1:360]).all()
+
+
+def test_a_gap_longer_than_the_memory_forgets_what_was_before() -> None:
+    bins = history(keep_bins=10)
+    bins.add(batch_of(("a", 0, 1.0)))
+    close_all(bins, at(400))
+    bins.add(batch_of(("a", 300 * 500, 2.0)))
+    close_all(bins, at(300 * 502))
+    assert cells(bins) == {("a", T0 + 500 * BIN): 2.0}
+
+
+def test_a_server_unseen_for_a_day_leaves_the_window_and_returns_with_its_past() -> None:
+    bins = history()
+    bins.add(batch_of(("a", 0, 1.0), ("b", 0, 1.0)))
+    bins.add(batch_of(("a", 24 * 3600, 1.0)))
+    close_all(bins, at(24 * 3600 + 400))
+    assert bins.window(bins.taken_bin_ms or 0).server_names == ("a",)
+    bins.add(batch_of(("a", 24 * 3600 + 600, 1.0), ("b", 24 * 3600 + 600, 3.0)))
+    close_all(bins, at(25 * 3600))
+    assert cells(bins)[("b", T0)] == 1.0
+
+
+def test_late_rows_are_counted_and_reopen_nothing() -> None:
+    bins = history()
+    bins.add(batch_of(("a", 0, 1.0)))
+    close_all(bins, at(400))
+    bins.add(batch_of(("a", 5, 100.0), ("b", 5, 3.0)))
+    assert bins.late_rows == 2
+    assert bins.due(at(10_000)) == []
+    assert cells(bins) == {("a", T0): 1.0}
+
+
+def test_refresh_reads_only_the_bins_of_late_rows_again() -> None:
+    bins = history()
+    rows: list[Row] = [("a", 300.0 * i, float(i)) for i in range(6)]
+    bins.add(batch_of(*rows))
+    close_all(bins, at(2000))
+    late: list[Row] = [("a", 305.0, 3.0), ("b", 310.0, 8.0), ("b", 900.0, 2.0)]
+    bins.add(batch_of(*late))
+    asked = []
+
+    def read(start_ms: int, end_ms: int) -> list[RecordBatch]:
+        asked.append(((start_ms - T0) // BIN, (end_ms - T0) // BIN))
+        inside = [row for row in rows + late if start_ms <= T0 + row[1] * 1000 < end_ms]
+        return [batch_of(*inside)]
+
+    assert bins.refresh(read) == 2
+    assert asked == [(1, 2), (3, 4)]
+    assert not bins.awaits_refresh
+    assert cells(bins)[("a", T0 + BIN)] == 2.0
+    assert cells(bins)[("b", T0 + BIN)] == 8.0
+    assert cells(bins)[("b", T0 + 3 * BIN)] == 2.0
+    assert cells(bins)[("a", T0 + 2 * BIN)] == 2.0
+
+
+def test_a_restored_history_goes_on_where_the_old_one_was_killed() -> None:
+    rows: list[Row] = [(name, 60.0 * i, i * 0.1) for i in range(60) for name in ("a", "b")]
+    old = history()
+    old.add(batch_of(*rows))
+    close_all(old, at(0))
+    new = history()
+    new.restore([batch_of(*rows)], T0 + 4 * BIN)
+    assert close_all(new, at(0)) == [5, 6, 7, 8, 9, 10]
+    assert cells(new) == cells(old)
+    assert new.newest_ms == old.newest_ms
+
+
+def test_servers_gone_for_the_whole_memory_are_forgotten_without_mixing_up_the_others() -> None:
+    bins = history(keep_bins=10)
+    bins.add(batch_of(*((f"old-{i}", 0.0, 1.0) for i in range(40)), ("keep", 1.0, 5.0)))
+    close_all(bins, at(400))
+    bins.add(batch_of(("new", 300.0 * 8, 7.0), ("keep", 300.0 * 8, 6.0)))
+    close_all(bins, at(300 * 10))
+    assert bins.n_servers == 42
+    bins.add(batch_of(("late-comer", 300.0 * 13, 9.0), ("keep", 300.0 * 12, 8.0), ("keep", 300.0 * 13, 4.0)))
+    close_all(bins, at(300 * 15))
+    assert bins.n_servers == 3
+    assert cells(bins) == {
+        ("keep", T0 + 8 * BIN): 6.0,
+        ("keep", T0 + 12 * BIN): 8.0,
+        ("keep", T0 + 13 * BIN): 4.0,
+        ("new", T0 + 8 * BIN): 7.0,
+        ("late-comer", T0 + 13 * BIN): 9.0,
+    }
+
+
+def test_an_unknown_metric_is_no_column_and_a_missing_one_is_absent() -> None:
+    bins = BinHistory(BinSettings(forecast_metrics=("cpu_pct", "mem_pct")), ForecastSettings())
+    batch = batch_of(("a", 0, 1.0))
+    bins.add(
+        RecordBatch(
+            batch.server_names,
+            batch.server_codes,
+            batch.timestamps_ms,
+            {"cpu_pct": batch.metrics["cpu_pct"], "fans": batch.metrics["cpu_pct"]},
+        )
+    )
+    closed = bins.close(T0)
+    assert closed.metrics == ("cpu_pct", "mem_pct")
+    assert closed.values[0, 0] == 1.0
+    assert np.isnan(closed.values[0, 1])
+
+
+def test_the_window_spans_the_memory_across_many_moves() -> None:
+    bins = history(keep_bins=20)
+    for i in range(700):
+        bins.add(batch_of(("a", 300.0 * i, float(i))))
+        close_all(bins, at(0))
+    assert cells(bins) == {("a", T0 + i * BIN): float(i) for i in range(679, 699)}
+
+
+row_strategy = st.tuples(
+    st.sampled_from(["a", "b", "c"]),
+    st.integers(0, 3600).map(float),
+    st.floats(0, 100, allow_nan=False, width=16),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(row_strategy, min_size=1, max_size=80), sizes=st.lists(st.integers(1, 9), min_size=1))
+def test_however_records_are_cut_into_batches_the_means_are_those_of_bin_means(
+    rows: list[Row], sizes: list[int]
+) -> None:
+    bins = history()
+    rest, cut = list(rows), itertools.cycle(sizes)
+    while rest:
+        n = next(cut)
+        bins.add(batch_of(*rest[:n]))
+        rest = rest[n:]
+    close_all(bins, at(10_000))
+    whole = batch_of(*rows)
+    codes, starts, means = bin_means(whole.server_codes, whole.timestamps_ms, whole.metrics["cpu_pct"], BIN)
+    expected = {
+        (whole.server_names[code], int(start)): float(np.float32(mean))
+        for code, start, mean in zip(codes, starts, means, strict=True)
+    }
+    assert cells(bins) == pytest.approx(expected, abs=0)
