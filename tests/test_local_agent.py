@@ -1,0 +1,272 @@
+"""The agent: real readings of this machine, delivered by real HTTP, kept while nobody answers."""
+
+import http.server
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fleetcast.errors import DaemonAway
+from fleetcast.sources.backlog import BATCH_RECORDS, LONGEST_WAIT_S, Backlog, Delivery
+from fleetcast.sources.client import FeedAnswer, RequestRefused
+from fleetcast.sources.local_agent import CounterRate, HostMeter
+
+ROOT = Path(__file__).resolve().parents[1]
+ALWAYS_THERE = {"cpu_pct", "mem_pct", "load_average", "disk_usage_pct"}
+ALL_METRICS = ALWAYS_THERE | {"disk_io_mb_s", "net_in_mb_s", "net_out_mb_s"}
+
+
+def test_a_rate_is_the_growth_of_every_device_over_the_elapsed_time() -> None:
+    rate = CounterRate()
+
+    assert rate.update({"vda": 100, "vdb": 1_000}, at_s=10.0) is None
+    assert rate.update({"vda": 600, "vdb": 2_500}, at_s=14.0) == 500.0
+
+
+def test_a_counter_that_fell_is_left_out_and_counts_again_afterwards() -> None:
+    rate = CounterRate()
+    rate.update({"vda": 5_000, "vdb": 0}, at_s=0.0)
+
+    assert rate.update({"vda": 10, "vdb": 200}, at_s=2.0) == 100.0
+    assert rate.update({"vda": 30, "vdb": 200}, at_s=4.0) == 10.0
+
+
+def test_a_device_that_just_appeared_does_not_bring_its_whole_past() -> None:
+    rate = CounterRate()
+    rate.update({"eth0": 0}, at_s=0.0)
+
+    assert rate.update({"eth0": 10, "eth1": 10**12}, at_s=1.0) == 10.0
+
+
+def test_without_a_usable_counter_the_rate_is_absent_rather_than_zero() -> None:
+    rate = CounterRate()
+    rate.update({"vda": 10}, at_s=0.0)
+
+    assert rate.update({"vda": 5}, at_s=1.0) is None
+    assert rate.update({}, at_s=2.0) is None
+    assert rate.update({"vda": 5}, at_s=2.0) is None
+
+
+def test_a_clock_that_stood_still_gives_no_rate() -> None:
+    rate = CounterRate()
+    rate.update({"vda": 10}, at_s=1.0)
+
+    assert rate.update({"vda": 20}, at_s=1.0) is None
+
+
+def test_this_machine_has_the_metrics_an_agent_promises() -> None:
+    readings = HostMeter().read()
+
+    assert set(readings) <= ALL_METRICS
+    assert set(readings) >= ALWAYS_THERE
+    assert all(isinstance(value, float) and value >= 0 for value in readings.values())
+    assert readings["mem_pct"] <= 100
+
+
+def test_a_file_system_that_is_not_mounted_is_absent(tmp_path: Path) -> None:
+    assert "disk_usage_pct" not in HostMeter(tmp_path / "gone").read()
+
+
+def test_a_full_backlog_gives_up_its_oldest_record() -> None:
+    backlog = Backlog(limit=2)
+    for number in range(3):
+        backlog.add({"n": number})
+
+    assert backlog.oldest(10)[0] == [{"n": 1}, {"n": 2}]
+    assert backlog.displaced == 1
+
+
+def test_a_record_displaced_during_its_delivery_does_not_take_a_newer_one_with_it() -> None:
+    backlog = Backlog(limit=2)
+    backlog.add({"n": 0})
+    backlog.add({"n": 1})
+    _, mark = backlog.oldest(1)
+    backlog.add({"n": 2})  # displaces record 0 while it travels
+
+    backlog.delivered(mark)
+
+    assert backlog.oldest(10)[0] == [{"n": 1}, {"n": 2}]
+
+
+class Daemon:
+    """Answers a delivery from a script: an exception is raised, None accepts everything."""
+
+    def __init__(self, *script: DaemonAway | None) -> None:
+        self.script = list(script)
+        self.taken: list[int] = []
+        self.tries = 0
+
+    def post(self, records: Sequence[Mapping[str, Any]]) -> FeedAnswer:
+        self.tries += 1
+        step = self.script.pop(0) if self.script else None
+        if step is not None:
+            raise step
+        self.taken += [int(record["n"]) for record in records]
+        return FeedAnswer(len(records), 0)
+
+
+def _filled(count: int) -> Backlog:
+    backlog = Backlog(limit=count)
+    for number in range(count):
+        backlog.add({"n": number})
+    return backlog
+
+
+def test_what_waited_is_delivered_in_order_and_in_batches() -> None:
+    daemon, backlog = Daemon(), _filled(2 * BATCH_RECORDS + 1)
+
+    Delivery(backlog, daemon.post).run_due()
+
+    assert daemon.taken == list(range(2 * BATCH_RECORDS + 1))
+    assert daemon.tries == 3
+    assert len(backlog) == 0
+
+
+def test_while_the_daemon_is_away_tries_grow_rare_and_nothing_is_lost() -> None:
+    now = [0.0]
+    daemon, backlog = Daemon(*[DaemonAway("refused")] * 20), _filled(3)
+    delivery = Delivery(backlog, daemon.post, wall_s=lambda: now[0])
+
+    for second in range(120):
+        now[0] = float(second)
+        delivery.run_due()
+
+    assert daemon.tries == 8  # at 0, 1, 3, 7, 15, 31, 61 and 91 s
+    assert delivery.is_away
+    assert len(backlog) == 3
+    daemon.script.clear()
+    now[0] += LONGEST_WAIT_S
+    delivery.run_due()
+    assert daemon.taken == [0, 1, 2]
+    assert not delivery.is_away
+
+
+def test_a_retry_after_longer_than_the_own_patience_is_honoured() -> None:
+    now = [0.0]
+    daemon = Daemon(RequestRefused(503, "busy", retry_after_s=20.0))
+    delivery = Delivery(_filled(1), daemon.post, wall_s=lambda: now[0])
+
+    delivery.run_due()
+    now[0] = 19.9
+    delivery.run_due()
+    assert daemon.tries == 1
+    now[0] = 20.0
+    delivery.run_due()
+
+    assert daemon.taken == [0]
+
+
+def test_a_body_the_daemon_calls_too_large_is_halved_until_it_fits() -> None:
+    too_large = RequestRefused(413, "too large")
+    daemon, backlog = Daemon(too_large, too_large), _filled(8)
+
+    Delivery(backlog, daemon.post).run_due()
+
+    assert daemon.taken == list(range(8))
+    assert daemon.tries == 6  # 8, 4, then 2 + 2 + 2 + 2
+
+
+class FeedHandler(http.server.BaseHTTPRequestHandler):
+    """The least of the daemon's HTTP interface: takes every record and remembers it."""
+
+    received: list[dict[str, Any]]
+    keys: list[str | None]
+
+    def do_POST(self) -> None:
+        records = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["records"]
+        self.received += records
+        self.keys.append(self.headers["X-API-Key"])
+        body = json.dumps(
+            {"status": "ok", "records_received": len(records), "records_rejected": 0, "errors": []}
+        ).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_args: Any) -> None:
+        return
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def agent_port() -> Iterator[int]:
+    """A port that nobody answers on yet, and an agent that already sends to it."""
+    port = _free_port()
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "fleetcast.sources.local_agent", "--url", f"http://127.0.0.1:{port}",
+            "--interval", "0.2", "--server-name", "this-host",
+        ],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin", "TFT_API_KEY": "secret-key"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    while "delivery failed" not in process.stderr.readline():
+        assert process.poll() is None
+    yield port
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=20)
+    assert process.returncode == 0, log
+    assert "agent ends daemon=" in log
+    assert "secret-key" not in log
+
+
+def test_readings_taken_while_the_daemon_was_away_arrive_when_it_is_back(agent_port: int) -> None:
+    received: list[dict[str, Any]] = []
+    keys: list[str | None] = []
+    handler = type("Handler", (FeedHandler,), {"received": received, "keys": keys})
+    born = datetime.now().astimezone()
+
+    with http.server.HTTPServer(("127.0.0.1", agent_port), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        deadline = time.monotonic() + 30
+        while len(received) < 15 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        server.shutdown()
+        thread.join()
+
+    times = [datetime.fromisoformat(record["timestamp"]) for record in received]
+    assert times[0] < born
+    assert times == sorted(times)
+    assert len(set(times)) == len(times)
+    assert all(record["server_name"] == "this-host" for record in received)
+    assert set(received[1]) - {"timestamp", "server_name"} >= ALWAYS_THERE
+    assert set(keys) == {"secret-key"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--url", "localhost:8000"], "must look like http://127.0.0.1:8000"),
+        (["--interval", "0"], "--interval must be in 0.1..3600 seconds, got 0"),
+        (["--interval", "nan"], "--interval must be in 0.1..3600 seconds, got nan"),
+        (["--backlog", "0"], "--backlog must be at least 1, got 0"),
+        (["--server-name", "a\nb"], "--server-name must be 1 to 128 printable characters"),
+    ],
+)
+def test_a_flag_that_makes_no_sense_ends_it_with_what_would_be_right(flags: list[str], message: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fleetcast.sources.local_agent", *flags],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 2
+    assert message in done.stderr
