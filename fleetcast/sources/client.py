@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 API_KEY_VARIABLE = "TFT_API_KEY"
 FIRST_WAIT_S = 0.2
+SHORTEST_WAIT_S = 0.02  # a Retry-After of 0 must not become a busy loop
 LONGEST_WAIT_S = 5.0
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 HINTS = {
@@ -200,7 +201,7 @@ class RecordSender:
                     raise
                 if error.is_busy:
                     hopeless_at = monotonic() + self._give_up_s
-                pause_s = wait_s if error.retry_after_s is None else error.retry_after_s
+                pause_s = wait_s if error.retry_after_s is None else max(SHORTEST_WAIT_S, error.retry_after_s)
                 last: DaemonAway = error
             except DaemonAway as error:
                 pause_s = wait_s

@@ -1,0 +1,122 @@
+import pytest
+from scripted_daemon import Reply, ScriptedDaemon
+
+from fleetcast.errors import BadData, DaemonAway
+from fleetcast.loop import Stop
+from fleetcast.sources.client import DaemonClient, FeedAnswer, RecordSender, RequestRefused
+
+RECORDS = [
+    {"timestamp": f"2026-01-15T10:00:{second:02d}Z", "server_name": "web-01", "cpu_pct": 1.0}
+    for second in range(8)
+]
+NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens there
+
+
+def sender(daemon: ScriptedDaemon, *, give_up_s: float = 5.0) -> RecordSender:
+    return RecordSender(DaemonClient(daemon.url), Stop(), give_up_s=give_up_s)
+
+
+def test_a_post_returns_what_the_daemon_counted_and_why() -> None:
+    body = {
+        "status": "ok",
+        "records_received": 7,
+        "records_rejected": 1,
+        "errors": [{"index": 3, "field": "cpu_pct", "reason": "not a number"}],
+    }
+    with ScriptedDaemon(Reply(200, body)) as daemon, DaemonClient(daemon.url) as client:
+        assert client.post_records(RECORDS) == FeedAnswer(7, 1, ("cpu_pct: not a number",))
+
+
+def test_the_key_of_the_environment_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TFT_API_KEY", "s3cret")
+    with ScriptedDaemon() as daemon, DaemonClient(daemon.url) as client:
+        client.post_records(RECORDS)
+        assert daemon.headers[0]["X-API-Key"] == "s3cret"
+
+
+def test_without_a_key_no_header_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TFT_API_KEY", raising=False)
+    with ScriptedDaemon() as daemon, DaemonClient(daemon.url) as client:
+        client.post_records(RECORDS)
+        assert "X-API-Key" not in daemon.headers[0]
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_a_daemon_on_this_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", NOBODY)
+    with ScriptedDaemon() as daemon, DaemonClient(daemon.url) as client:
+        assert client.post_records(RECORDS).received == 8
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "", "http://"])
+def test_an_address_that_is_none_is_refused_with_an_example(url: str) -> None:
+    with pytest.raises(BadData, match=r"must look like http://127\.0\.0\.1:8000"):
+        DaemonClient(url)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_daemon_is_tried_again_until_it_takes_the_records(status: int) -> None:
+    busy = Reply(status, "busy", {"Retry-After": "0"})
+    with ScriptedDaemon(busy, busy, busy) as daemon:
+        sending = sender(daemon)
+        assert sending.send(RECORDS) == FeedAnswer(8, 0)
+        assert (sending.requests, sending.retries) == (4, 3)
+        assert daemon.taken == RECORDS
+
+
+def test_a_busy_daemon_never_exhausts_our_patience() -> None:
+    busy = Reply(429, "training", {"Retry-After": "0.05"})
+    with ScriptedDaemon(*[busy] * 6) as daemon:
+        assert sender(daemon, give_up_s=0.1).send(RECORDS) == FeedAnswer(8, 0)
+
+
+def test_a_body_that_is_too_large_is_sent_in_parts_and_in_order() -> None:
+    with ScriptedDaemon(max_records=3) as daemon:
+        assert sender(daemon).send(RECORDS) == FeedAnswer(8, 0)
+        assert daemon.taken == RECORDS
+
+
+@pytest.mark.parametrize(("status", "hint"), [(401, "TFT_API_KEY"), (422, "422"), (404, "address")])
+def test_a_refusal_that_cannot_pass_is_raised_at_once_and_says_what_to_do(status: int, hint: str) -> None:
+    with ScriptedDaemon(Reply(status, "no")) as daemon:
+        with pytest.raises(RequestRefused, match=hint):
+            sender(daemon).send(RECORDS)
+        assert len(daemon.posts) == 1
+
+
+def test_a_full_disk_is_tried_again_and_then_named() -> None:
+    with ScriptedDaemon(*[Reply(507, "full")] * 50) as daemon:
+        sending = sender(daemon, give_up_s=0.5)
+        with pytest.raises(RequestRefused, match="disk is full"):
+            sending.send(RECORDS)
+        assert sending.retries >= 1
+
+
+def test_a_daemon_that_is_away_is_given_up_after_the_stated_time() -> None:
+    sending = RecordSender(DaemonClient(NOBODY), Stop(), give_up_s=0.5)
+    with pytest.raises(DaemonAway, match=r"does not answer: .*refused"):
+        sending.send(RECORDS)
+    assert sending.retries >= 1
+
+
+def test_a_stop_ends_the_waiting_without_an_answer() -> None:
+    stop = Stop()
+    stop.request("test")
+    assert RecordSender(DaemonClient(NOBODY), stop).send(RECORDS) is None
+
+
+@pytest.mark.parametrize("body", ["no json", "[]", '{"status": "ok"}', '{"records_received": "x"}'])
+def test_an_answer_of_another_shape_is_no_success(body: str) -> None:
+    with (
+        ScriptedDaemon(Reply(200, body)) as daemon,
+        DaemonClient(daemon.url) as client,
+        pytest.raises(DaemonAway),
+    ):
+        client.post_records(RECORDS)
+
+
+@pytest.mark.parametrize("header", ["Wed, 21 Oct 2026 07:28:00 GMT", "soon", "-5"])
+def test_a_retry_after_that_is_no_number_does_not_stop_the_retry(header: str) -> None:
+    with ScriptedDaemon(Reply(503, "", {"Retry-After": header})) as daemon:
+        assert sender(daemon).send(RECORDS) == FeedAnswer(8, 0)
