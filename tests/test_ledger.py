@@ -1,0 +1,273 @@
+"""The forecasts' account: exact counts, exact rows, whatever is killed when."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fleetcast import files
+from fleetcast.errors import StorageFull
+from fleetcast.ledger import Ledger, LedgerCounts
+from fleetcast.schema import ClosedBin, FleetForecast, SettledForecasts
+
+BIN = 300_000
+T0 = 1_768_471_200_000
+HORIZONS = (1, 3)
+
+
+def bin_ms(number: int) -> int:
+    return T0 + number * BIN
+
+
+def forecast(origin: int, servers: tuple[str, ...] = ("a", "b"), version: str | None = "v1") -> FleetForecast:
+    """A forecast whose p50 at horizon h is 100 * origin + h, for cpu_pct only."""
+    quantiles = np.full((len(servers), 2, 4, 3), np.nan, dtype=np.float32)
+    quantiles[:, 0] = (100 * origin + np.arange(1, 5))[:, None] + np.array([-1, 0, 1])
+    sources = np.zeros((len(servers), 2), dtype=bool)
+    sources[0, 0] = version is not None  # server a by the model, the others by the fallback
+    return FleetForecast(bin_ms(origin), BIN, servers, ("cpu_pct", "mem_pct"), quantiles, sources, version)
+
+
+def closed(number: int, **actuals: float) -> ClosedBin:
+    values = np.array([[actual, 50.0] for actual in actuals.values()], dtype=np.float32).reshape(-1, 2)
+    return ClosedBin(bin_ms(number), tuple(actuals), ("cpu_pct", "mem_pct"), values)
+
+
+def rows_of(settled: SettledForecasts) -> list[tuple[object, ...]]:
+    columns = (
+        (settled.origin_ms - T0) // BIN, (settled.target_ms - T0) // BIN, settled.horizon,
+        settled.server_name, settled.metric, settled.p50, settled.actual, settled.model_version,
+    )  # fmt: skip
+    return sorted(zip(*(column.tolist() for column in columns), strict=True))
+
+
+@pytest.fixture
+def reopened(tmp_path: Path) -> Callable[[], Ledger]:
+    return lambda: Ledger(tmp_path, HORIZONS, BIN)
+
+
+def settle(ledger: Ledger, bin_: ClosedBin) -> SettledForecasts:
+    rows = ledger.settle(bin_)
+    ledger.mark_settled(bin_.bin_ms, len(rows))
+    return rows
+
+
+def test_only_settle_horizons_of_series_with_a_forecast_are_opened(reopened: Callable[[], Ledger]) -> None:
+    ledger = reopened()
+    assert ledger.open(forecast(0)) == 4
+    assert ledger.counts() == LedgerCounts(opened=4, due=0, settled=0, expired=0, open=4)
+
+
+def test_a_settled_row_pairs_the_forecast_with_its_actual(reopened: Callable[[], Ledger]) -> None:
+    ledger = reopened()
+    ledger.open(forecast(0))
+    ledger.open(forecast(2))
+    rows = settle(ledger, closed(3, a=7.0, b=8.0))
+    assert rows_of(rows) == [
+        (0, 3, 3, "a", "cpu_pct", 3.0, 7.0, "v1"),
+        (0, 3, 3, "b", "cpu_pct", 3.0, 8.0, None),
+        (2, 3, 1, "a", "cpu_pct", 201.0, 7.0, "v1"),
+        (2, 3, 1, "b", "cpu_pct", 201.0, 8.0, None),
+    ]
+    assert (rows.p10.tolist()[0], rows.p90.tolist()[0]) == (2.0, 4.0)
+
+
+def test_a_server_without_an_actual_expires(reopened: Callable[[], Ledger]) -> None:
+    ledger = reopened()
+    ledger.open(forecast(0))
+    assert len(settle(ledger, closed(1, a=5.0))) == 1
+    assert ledger.counts() == LedgerCounts(opened=4, due=2, settled=1, expired=1, open=2)
+
+
+def test_bins_jumped_over_in_a_gap_expire_and_are_never_settled_falsely(
+    reopened: Callable[[], Ledger],
+) -> None:
+    ledger = reopened()
+    ledger.open(forecast(0))
+    assert len(settle(ledger, closed(360, a=5.0, b=5.0))) == 0
+    assert ledger.counts() == LedgerCounts(opened=4, due=4, settled=0, expired=4, open=0)
+
+
+def test_a_forecast_is_settled_once_only(reopened: Callable[[], Ledger]) -> None:
+    ledger = reopened()
+    ledger.open(forecast(0))
+    settle(ledger, closed(1, a=5.0, b=5.0))
+    assert len(ledger.settle(closed(1, a=5.0, b=5.0))) == 0
+    ledger.mark_settled(bin_ms(1), 0)
+    assert ledger.counts().settled == 2
+
+
+def test_a_repeated_sweep_opens_nothing_twice(reopened: Callable[[], Ledger]) -> None:
+    reopened().open(forecast(0))
+    ledger = reopened()
+    assert ledger.open(forecast(0)) == 0
+    assert ledger.counts().opened == 4
+
+
+def test_forecasts_of_a_silent_fleet_expire_by_the_clock(reopened: Callable[[], Ledger]) -> None:
+    ledger = reopened()
+    ledger.open(forecast(0))
+    assert ledger.expire(bin_ms(1)) == 0
+    assert ledger.expire(bin_ms(2)) == 2
+    assert ledger.counts() == LedgerCounts(opened=4, due=2, settled=0, expired=2, open=2)
+    assert reopened().counts() == ledger.counts()
+
+
+def test_an_origin_file_goes_when_its_last_horizon_is_done(
+    reopened: Callable[[], Ledger], tmp_path: Path
+) -> None:
+    ledger = reopened()
+    ledger.open(forecast(0))
+    settle(ledger, closed(1, a=1.0))
+    assert [path.name for path in (tmp_path / "open_forecasts").iterdir()] == [f"{T0}.npz"]
+    settle(ledger, closed(3, a=1.0))
+    assert not list((tmp_path / "open_forecasts").iterdir())
+
+
+@pytest.mark.parametrize("step", ["opened", "settled but not marked", "marked"])
+def test_a_kill_at_any_step_keeps_the_account_exact(reopened: Callable[[], Ledger], step: str) -> None:
+    ledger = reopened()
+    ledger.open(forecast(0))
+    first = rows_of(ledger.settle(closed(1, a=5.0, b=6.0))) if step != "opened" else []
+    if step == "marked":
+        ledger.mark_settled(bin_ms(1), 2)
+    ledger = reopened()  # nothing of the killed process but its files
+    again = rows_of(settle(ledger, closed(1, a=5.0, b=6.0)))
+    assert again == ([] if step == "marked" else [(0, 1, 1, "a", "cpu_pct", 1.0, 5.0, "v1"),
+                                                  (0, 1, 1, "b", "cpu_pct", 1.0, 6.0, None)])  # fmt: skip
+    assert not first or not again or first == again
+    assert ledger.counts() == LedgerCounts(opened=4, due=2, settled=2, expired=0, open=2)
+
+
+def test_a_kill_between_account_and_unlink_leaves_no_ghost(
+    reopened: Callable[[], Ledger], tmp_path: Path
+) -> None:
+    ledger = reopened()
+    ledger.open(forecast(0))
+    origin = tmp_path / "open_forecasts" / f"{T0}.npz"
+    content = origin.read_bytes()
+    settle(ledger, closed(1, a=1.0, b=1.0))
+    settle(ledger, closed(3, a=1.0, b=1.0))
+    origin.write_bytes(content)
+    ledger = reopened()
+    assert ledger.counts() == LedgerCounts(opened=4, due=4, settled=4, expired=0, open=0)
+    assert not origin.exists()
+
+
+def test_a_full_disk_opens_nothing_and_settles_later(
+    reopened: Callable[[], Ledger], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = reopened()
+    ledger.open(forecast(0))
+    before = ledger.counts()
+
+    def refuse(path: Path, data: bytes) -> None:
+        raise StorageFull(f"no space to write {path}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_atomic", refuse)
+        with pytest.raises(StorageFull):
+            ledger.open(forecast(1))
+        with pytest.raises(StorageFull):
+            ledger.mark_settled(bin_ms(1), 2)
+        assert ledger.counts() == before
+    ledger.mark_settled(bin_ms(1), 2)
+    assert ledger.open(forecast(1)) == 4
+    assert ledger.counts() == LedgerCounts(opened=8, due=2, settled=2, expired=0, open=6)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "pickle", "missing"])
+def test_a_damaged_origin_file_expires_and_costs_no_other(
+    reopened: Callable[[], Ledger], tmp_path: Path, damage: str
+) -> None:
+    ledger = reopened()
+    ledger.open(forecast(0))
+    ledger.open(forecast(2))
+    settle(ledger, closed(0, a=1.0))
+    path = tmp_path / "open_forecasts" / f"{T0}.npz"
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[content.index(b"\x93NUMPY", content.index(b"quantiles")) + 140] ^= 4
+    path.write_bytes({"truncate": bytes(content[:-100]), "empty": b"", "pickle": b"\x80\x04N."}.get(
+        damage, bytes(content)))  # fmt: skip
+    if damage == "missing":
+        path.unlink()
+    ledger = reopened()
+    rows = settle(ledger, closed(3, a=7.0, b=8.0))
+    assert {row[0] for row in rows_of(rows)} == {2}
+    assert ledger.counts() == LedgerCounts(opened=8, due=6, settled=2, expired=4, open=2)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": 9}', b'{"format": 1, "waiting": 3}'])
+def test_a_damaged_account_is_set_aside_and_rebuilt_from_the_origins(
+    reopened: Callable[[], Ledger], tmp_path: Path, content: bytes
+) -> None:
+    reopened().open(forecast(0))
+    (tmp_path / "ledger.json").write_bytes(content)
+    ledger = reopened()
+    assert ledger.counts() == LedgerCounts(opened=4, due=0, settled=0, expired=0, open=4)
+    assert ledger.resume_bin_ms == T0
+    assert (tmp_path / "ledger.json.corrupt").read_bytes() == content
+
+
+def test_another_bin_length_expires_what_it_cannot_settle(tmp_path: Path) -> None:
+    old = Ledger(tmp_path, HORIZONS, BIN)
+    old.open(forecast(0))
+    settle(old, closed(0, a=1.0))
+    old.open(forecast(1))
+    ledger = Ledger(tmp_path, HORIZONS, 60_000)
+    assert ledger.counts() == LedgerCounts(opened=8, due=8, settled=0, expired=8, open=0)
+    assert Ledger(tmp_path, HORIZONS, 60_000).counts() == ledger.counts()
+
+
+def test_foreign_files_in_the_folder_are_left_alone(reopened: Callable[[], Ledger], tmp_path: Path) -> None:
+    reopened().open(forecast(5))
+    note = tmp_path / "open_forecasts" / "notes.npz"
+    note.write_text("mine")
+    assert reopened().counts().open == 4
+    assert note.read_text() == "mine"
+
+
+def test_the_state_file_is_readable_json(reopened: Callable[[], Ledger], tmp_path: Path) -> None:
+    ledger = reopened()
+    ledger.open(forecast(0))
+    settle(ledger, closed(1, a=1.0, b=2.0))
+    state = json.loads((tmp_path / "ledger.json").read_text())
+    assert (state["opened"], state["settled"], state["expired"]) == (4, 2, 0)
+    assert state["waiting"] == {str(T0): {str(bin_ms(3)): 2}}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from(["sweep", "silence", "kill"]), st.sets(st.sampled_from("abc"))),
+        min_size=1,
+        max_size=25,
+    )
+)
+def test_whatever_happens_nothing_is_lost_or_counted_twice(
+    steps: list[tuple[str, set[str]]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("ledger")
+    stored: set[tuple[object, ...]] = set()
+    ledger, opened, number = Ledger(folder, HORIZONS, BIN), 0, 0
+    for step, servers in steps:
+        if step == "kill":
+            ledger = Ledger(folder, HORIZONS, BIN)
+        number += 1
+        if step != "sweep" or not servers:
+            continue
+        names = tuple(sorted(servers))
+        rows = ledger.settle(closed(number, **dict.fromkeys(names, 1.0)))
+        keys = {row[:5] for row in rows_of(rows)}
+        assert not keys & stored
+        stored |= keys
+        ledger.mark_settled(bin_ms(number), len(rows))
+        opened += ledger.open(forecast(number, names))
+        counts = ledger.counts()
+        assert counts.opened == opened == counts.settled + counts.expired + counts.open
+        assert counts.settled == len(stored)
