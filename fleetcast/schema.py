@@ -104,6 +104,10 @@ class SettledForecasts:
     def __len__(self) -> int:
         return len(self.origin_ms)
 
+    def where(self, mask: NDArray[np.bool_]) -> "SettledForecasts":
+        """Return the rows for which `mask` holds."""
+        return SettledForecasts(*(getattr(self, name)[mask] for name in self.__slots__))
+
 
 @dataclass(frozen=True)
 class SafeguardCheck:
