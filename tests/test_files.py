@@ -1,0 +1,234 @@
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fleetcast import files
+from fleetcast.errors import AlreadyRunning, CannotStart, CorruptFile, StorageBroken, StorageFull
+from fleetcast.files import (
+    OwnerLock,
+    append_line,
+    exchange,
+    is_locked,
+    link_atomic,
+    read_json,
+    read_json_lines,
+    read_pid,
+    remove_stale_temps,
+    temp_beside,
+    write_atomic,
+    write_json,
+)
+
+
+def failing(number: int, *_: object) -> None:
+    raise OSError(number, os.strerror(number))
+
+
+def hidden(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_an_atomic_write_replaces_the_whole_content_and_leaves_nothing_beside(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    write_atomic(path, b"a long old content")
+    write_atomic(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.ENOSPC, StorageFull),
+        (errno.EDQUOT, StorageFull),
+        (errno.EFBIG, StorageFull),
+        (errno.EIO, StorageBroken),
+    ],
+)
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failed_atomic_write_keeps_the_old_content_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception], call: str
+) -> None:
+    path = tmp_path / "state.json"
+    write_atomic(path, b"old")
+    monkeypatch.setattr(files.os, call, lambda *args: failing(number))
+    with pytest.raises(kind, match=r"state\.json"):
+        write_atomic(path, b"new")
+    monkeypatch.undo()
+    assert path.read_bytes() == b"old"
+    assert hidden(tmp_path) == []
+
+
+def test_a_folder_that_is_missing_is_a_broken_storage_not_a_crash(tmp_path: Path) -> None:
+    with pytest.raises(StorageBroken):
+        write_atomic(tmp_path / "no" / "state.json", b"x")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [float("-inf")]])
+def test_json_never_holds_nan(tmp_path: Path, value: object) -> None:
+    path = tmp_path / "x.json"
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"per": value})
+    assert not path.exists()
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"a": [1, None, "ü"]})
+    assert read_json(tmp_path / "x.json") == {"a": [1, None, "ü"]}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000, b'"text"'])
+def test_a_damaged_json_file_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(CorruptFile, match=r"x\.json"):
+        read_json(path)
+
+
+def test_a_missing_json_file_is_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "x.json")
+
+
+def test_appended_lines_are_read_back_and_rotate_at_the_bound(tmp_path: Path) -> None:
+    path = tmp_path / "decisions.jsonl"
+    for number in range(10):
+        append_line(path, json.dumps({"n": number}), max_bytes=30, keep=2)
+    assert [item["n"] for item in read_json_lines(path)] == [9]
+    assert [item["n"] for item in read_json_lines(tmp_path / "decisions.jsonl.1")] == [6, 7, 8]
+    assert [item["n"] for item in read_json_lines(tmp_path / "decisions.jsonl.2")] == [3, 4, 5]
+    assert not (tmp_path / "decisions.jsonl.3").exists()
+
+
+def test_a_torn_last_line_costs_only_itself(tmp_path: Path) -> None:
+    path = tmp_path / "decisions.jsonl"
+    append_line(path, '{"n": 1}', max_bytes=1000)
+    with path.open("ab") as stream:
+        stream.write(b'{"n": 2')
+    append_line(path, '{"n": 3}', max_bytes=1000)
+    assert [item["n"] for item in read_json_lines(path)] == [1, 3]
+
+
+def test_lines_of_a_missing_file_are_none(tmp_path: Path) -> None:
+    assert list(read_json_lines(tmp_path / "no.jsonl")) == []
+
+
+def test_a_line_that_does_not_fit_the_disk_is_storage_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files.os, "fsync", lambda *args: failing(errno.ENOSPC))
+    with pytest.raises(StorageFull):
+        append_line(tmp_path / "x.jsonl", "{}", max_bytes=1000)
+
+
+def test_a_link_moves_to_its_new_target_in_one_step(tmp_path: Path) -> None:
+    link = tmp_path / "last.ckpt"
+    link_atomic("versions/a/model.ckpt", link)
+    link_atomic("versions/b/model.ckpt", link)
+    assert str(link.readlink()) == "versions/b/model.ckpt"
+    assert hidden(tmp_path) == []
+
+
+def test_two_folders_change_places(tmp_path: Path) -> None:
+    for name in ("new", "live"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "content").write_text(name)
+    exchange(tmp_path / "new", tmp_path / "live")
+    assert (tmp_path / "live" / "content").read_text() == "new"
+    assert (tmp_path / "new" / "content").read_text() == "live"
+
+
+def test_a_folder_and_a_file_change_places(tmp_path: Path) -> None:
+    (tmp_path / "sealed").write_text("file")
+    (tmp_path / "day").mkdir()
+    exchange(tmp_path / "sealed", tmp_path / "day")
+    assert (tmp_path / "day").read_text() == "file"
+    assert (tmp_path / "sealed").is_dir()
+
+
+def test_an_exchange_with_a_missing_path_is_an_error_and_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "new").write_text("new")
+    with pytest.raises(FileNotFoundError):
+        exchange(tmp_path / "new", tmp_path / "missing")
+    assert (tmp_path / "new").read_text() == "new"
+
+
+def test_where_no_exchange_exists_three_renames_do_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoExchange:
+        def renameat2(self, *args: object) -> int:
+            return -1
+
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda *args, **kwargs: NoExchange())
+    monkeypatch.setattr(files.ctypes, "get_errno", lambda: errno.EINVAL)
+    (tmp_path / "new").write_text("new")
+    (tmp_path / "live").write_text("live")
+    assert exchange(tmp_path / "new", tmp_path / "live") is False
+    assert (tmp_path / "live").read_text() == "new"
+    assert (tmp_path / "new").read_text() == "live"
+    assert hidden(tmp_path) == []
+
+
+def test_what_a_crash_left_half_written_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    temp_beside(tmp_path / "state.json").write_bytes(b"half")
+    (tmp_path / ".owner.lock").write_text("1\n")
+    (tmp_path / "state.json").write_text("{}")
+    assert remove_stale_temps(tmp_path) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".owner.lock", "state.json"]
+
+
+def test_a_second_owner_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:
+    with OwnerLock(tmp_path / "x.lock", "the buffer"), pytest.raises(AlreadyRunning) as caught:
+        OwnerLock(tmp_path / "x.lock", "the buffer").acquire()
+    assert caught.value.pid == os.getpid()
+    assert str(caught.value) == f"the buffer is already held by pid {os.getpid()}"
+
+
+def test_a_released_lock_can_be_taken_again(tmp_path: Path) -> None:
+    lock = OwnerLock(tmp_path / "sub" / "x.lock", "the buffer")
+    assert lock.acquire() is lock.acquire()  # taking it twice is harmless
+    assert lock.is_held
+    assert is_locked(lock.path)
+    lock.release()
+    lock.release()
+    assert not lock.is_held
+    assert not is_locked(lock.path)
+    with OwnerLock(lock.path, "the buffer"):
+        pass
+
+
+def test_a_child_that_inherits_the_lock_keeps_it_until_it_ends(tmp_path: Path) -> None:
+    lock = OwnerLock(tmp_path / "attempt.lock", "the training").acquire()
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read()"],
+        stdin=subprocess.PIPE,
+        pass_fds=[lock.fileno()],
+    )
+    lock.release()
+    assert is_locked(lock.path)
+    child.communicate()
+    assert not is_locked(lock.path)
+
+
+def test_asking_for_a_lock_that_never_was_creates_nothing(tmp_path: Path) -> None:
+    assert not is_locked(tmp_path / "x.lock")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_file_that_cannot_be_opened_is_a_failed_start(tmp_path: Path) -> None:
+    (tmp_path / "x.lock").mkdir()
+    with pytest.raises(CannotStart, match=r"x\.lock"):
+        OwnerLock(tmp_path / "x.lock", "the buffer").acquire()
+
+
+@pytest.mark.parametrize("content", [None, "", "0\n", "junk", "-"])
+def test_a_pid_that_cannot_be_read_is_none(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "x.lock").write_text(content)
+    assert read_pid(tmp_path / "x.lock") is None

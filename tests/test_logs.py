@@ -1,0 +1,84 @@
+import logging
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+from fleetcast.errors import CannotStart
+from fleetcast.logs import configure_logging
+from fleetcast.settings import LoggingSettings
+
+logger = logging.getLogger("fleetcast.test")
+LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z (\w+) fleetcast\.test: (.*)")
+
+
+def test_a_line_goes_to_the_file_and_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(tmp_path / "x.log", LoggingSettings())
+    logger.info("buffer flushed records=%d", 10)
+    lines = [(tmp_path / "x.log").read_text().strip(), capsys.readouterr().err.strip()]
+    assert lines[0] == lines[1]
+    match = LINE.fullmatch(lines[0])
+    assert match is not None
+    assert match.groups() == ("INFO", "buffer flushed records=10")
+
+
+def test_a_level_below_the_setting_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(None, LoggingSettings(level="WARNING"))
+    logger.info("quiet")
+    logger.warning("loud")
+    assert "quiet" not in (text := capsys.readouterr().err)
+    assert "loud" in text
+
+
+@pytest.mark.parametrize("evil", ["a\nb", "a\r\nb", "a\x1b[31mb", "a\x00b", "a\x85b", "a\u2028b", "a\x7fb"])
+def test_no_text_can_forge_a_second_line_or_steer_a_terminal(
+    evil: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logging(None, LoggingSettings())
+    logger.warning("rejected server=%s", evil)
+    text = capsys.readouterr().err
+    assert len(text.splitlines()) == 1
+    assert text[:-1].isprintable()
+
+
+def test_a_traceback_follows_on_lines_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(None, LoggingSettings())
+    try:
+        raise ValueError("boom")
+    except ValueError:
+        logger.exception("cycle failed")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith("cycle failed")
+    assert lines[-1] == "ValueError: boom"
+
+
+def test_the_file_rotates_and_keeps_the_stated_number(tmp_path: Path) -> None:
+    configure_logging(tmp_path / "x.log", LoggingSettings(file_max_bytes=10_000, file_count=3))
+    for _ in range(600):
+        logger.info("x" * 100)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.log", "x.log.1", "x.log.2"]
+    assert all(path.stat().st_size <= 10_000 for path in tmp_path.iterdir())
+
+
+def test_configuring_twice_does_not_double_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(None, LoggingSettings())
+    configure_logging(None, LoggingSettings())
+    logger.info("once")
+    assert capsys.readouterr().err.count("once") == 1
+
+
+def test_a_log_file_that_cannot_be_opened_is_a_failed_start(tmp_path: Path) -> None:
+    with pytest.raises(CannotStart, match="cannot open the log file"):
+        configure_logging(tmp_path / "no" / "x.log", LoggingSettings())
+
+
+def test_warnings_of_libraries_land_in_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(None, LoggingSettings())
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = logging._showwarning  # type: ignore[attr-defined]  # pytest put its own there
+        warnings.warn("old interface", UserWarning, stacklevel=1)
+    text = capsys.readouterr().err
+    assert "WARNING py.warnings" in text
+    assert "old interface" in text

@@ -1,0 +1,131 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from fleetcast import loop
+from fleetcast.errors import DaemonAway
+from fleetcast.loop import Stop, run_every
+
+ROOT = Path(__file__).parents[1]
+
+
+class Wall:
+    """Wall time that passes only in `Stop.wait` and in cycles."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 100.0
+        monkeypatch.setattr(loop, "monotonic", lambda: self.now_s)
+
+    def stop_after(self, ticks: int) -> "Ticks":
+        return Ticks(self, ticks)
+
+
+class Ticks(Stop):
+    """A stop that comes after a number of waits and lets time pass instead of waiting."""
+
+    def __init__(self, wall: Wall, ticks: int) -> None:
+        super().__init__()
+        self._wall = wall
+        self._left = ticks
+
+    def wait(self, timeout_s: float) -> bool:
+        self._wall.now_s += timeout_s
+        self._left -= 1
+        return self._left < 0
+
+
+def test_the_first_cycle_runs_at_once_and_the_next_at_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    wall = Wall(monkeypatch)
+    times: list[float] = []
+    assert run_every(lambda: times.append(wall.now_s), 5.0, wall.stop_after(3)) is True
+    assert times == [100.0, 105.0, 110.0]
+
+
+def test_missed_ticks_are_skipped_and_the_rhythm_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    wall = Wall(monkeypatch)
+    times: list[float] = []
+
+    def slow_once() -> None:
+        times.append(wall.now_s)
+        if len(times) == 1:
+            wall.now_s += 12.0
+
+    run_every(slow_once, 5.0, wall.stop_after(3))
+    assert times == [100.0, 115.0, 120.0]
+
+
+def test_a_failing_cycle_is_tried_again_and_success_forgets_the_failures(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    outcomes = iter(
+        [DaemonAway("away"), ValueError("bug"), None, DaemonAway("away"), DaemonAway("away"), None]
+    )
+
+    def cycle() -> None:
+        error = next(outcomes)
+        if error:
+            raise error
+
+    assert run_every(cycle, 1.0, Wall(monkeypatch).stop_after(6), max_failures=3) is True
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [
+        "cycle failed error=away failures=1",
+        "cycle failed failures=2",
+        "cycle failed error=away failures=1",
+        "cycle failed error=away failures=2",
+    ]
+    assert caplog.records[1].exc_info is not None
+
+
+def test_too_many_failures_in_a_row_end_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def cycle() -> None:
+        calls.append(1)
+        raise DaemonAway("away")
+
+    assert run_every(cycle, 1.0, Wall(monkeypatch).stop_after(99), max_failures=4) is False
+    assert len(calls) == 4
+
+
+def test_a_requested_stop_keeps_its_first_reason() -> None:
+    stop = Stop()
+    assert not stop.is_requested
+    assert not stop.wait(0.0)
+    stop.request("signal SIGTERM")
+    stop.request("second thoughts")
+    assert stop.wait(10.0)
+    assert stop.reason == "signal SIGTERM"
+
+
+def test_a_request_from_another_thread_wakes_the_waiting_loop() -> None:
+    stop = Stop()
+    thread = threading.Thread(target=stop.request, args=("other thread",))
+    thread.start()
+    assert stop.wait(30.0)
+    thread.join()
+
+
+def test_a_signal_is_noted_and_does_not_raise() -> None:
+    stop = Stop()
+    stop.install()
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.wait(10.0)
+    assert stop.reason == "signal SIGTERM"
+
+
+def test_the_second_signal_ends_the_process_at_once_with_128_plus_its_number() -> None:
+    code = (
+        "import os, signal\nfrom fleetcast.loop import Stop\n"
+        "stop = Stop(); stop.install()\n"
+        "os.kill(os.getpid(), signal.SIGTERM); assert stop.is_requested\n"
+        "os.kill(os.getpid(), signal.SIGINT); stop.wait(30)\n"
+        "os._exit(0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, env={**os.environ})
+    assert done.returncode == 128 + signal.SIGINT
