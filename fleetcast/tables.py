@@ -1,0 +1,209 @@
+"""Arrow tables of one kind: their columns, their key, and how rows of one key merge.
+
+Owns: the two kinds (metrics, predictions), the canonical form of a table, merging.
+Does not know: files. Rows are sorted by the key columns and unique by them after `merged`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from fleetcast.schema import Floats, Longs
+
+TIME = pa.timestamp("ms", tz="UTC")
+TEXT = pa.dictionary(pa.int32(), pa.string())
+NUMBER = pa.float64()
+_KEY_LIMIT = 2**62
+
+
+class NotThisKind(ValueError):
+    """Raised when a table read from disk lacks a column of its kind or holds other types."""
+
+
+@dataclass(frozen=True)
+class TableKind:
+    """What the rows of one kind of day file are."""
+
+    name: str  # day files are `<name>_YYYY-MM-DD.parquet`
+    time_column: str  # decides the day
+    key: tuple[str, ...]  # unique; rows are sorted by these columns in this order
+    columns: tuple[tuple[str, pa.DataType], ...]  # always there
+    has_metrics: bool  # any further column is a metric; those merge value by value
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Return the columns every table of this kind has."""
+        return pa.schema(self.columns)
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """Return the names of the text columns."""
+        return tuple(name for name, kind in self.columns if kind == TEXT)
+
+
+METRICS = TableKind(
+    name="metrics",
+    time_column="timestamp",
+    key=("server_name", "timestamp"),
+    columns=(("timestamp", TIME), ("server_name", TEXT)),
+    has_metrics=True,
+)
+PREDICTIONS = TableKind(
+    name="predictions",
+    time_column="target",
+    key=("server_name", "metric", "horizon", "origin"),
+    columns=(
+        ("origin", TIME),
+        ("target", TIME),
+        ("horizon", pa.int32()),
+        ("server_name", TEXT),
+        ("metric", TEXT),
+        ("p10", NUMBER),
+        ("p50", NUMBER),
+        ("p90", NUMBER),
+        ("actual", NUMBER),
+        ("model_version", TEXT),
+    ),
+    has_metrics=False,
+)
+
+
+def canonical(table: pa.Table, kind: TableKind, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return `table` with the columns and types of `kind`; absent numbers are null.
+
+    Args:
+        columns: metrics to keep; None keeps all. Columns that are no numbers are left out.
+    Raises:
+        NotThisKind: a column of the kind is missing or cannot be read as its type.
+    """
+    fields: list[tuple[str, pa.ChunkedArray]] = []
+    for name, wanted in kind.columns:
+        if name not in table.column_names:
+            raise NotThisKind(f"column {name} is missing")
+        fields.append((name, _as_type(name, table.column(name), wanted)))
+    if kind.has_metrics:
+        fixed = kind.schema.names
+        names = [name for name in table.column_names if name not in fixed]
+        for name in sorted(names if columns is None else set(names) & set(columns)):
+            if _is_number(table.schema.field(name).type):
+                fields.append((name, _absent_as_null(table.column(name))))
+    return pa.table(dict(fields))
+
+
+def merged(tables: Sequence[pa.Table], kind: TableKind) -> pa.Table:
+    """Return canonical tables as one, sorted by key, one row per key.
+
+    Later tables (and later rows) win: value by value among metrics, else the whole row.
+    """
+    whole = pa.concat_tables(tables or [kind.schema.empty_table()], promote_options="default")
+    whole = whole.unify_dictionaries().combine_chunks()
+    keys = key_ranks(whole, kind)
+    if bool((keys[1:] > keys[:-1]).all()):
+        return whole
+    order = np.argsort(keys, kind="stable")  # merges the sorted runs that parts are
+    keys = keys[order]
+    starts = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))
+    lasts = np.append(starts[1:], len(keys)) - 1
+    taken = whole.take(pa.array(order[lasts]))
+    if len(starts) == len(keys) or not kind.has_metrics:
+        return taken
+    for place, name in enumerate(whole.column_names):
+        if name not in kind.schema.names:
+            values = floats(whole.column(name))[order]
+            taken = taken.set_column(place, name, nulls_for_nan(_last_present(values, starts)))
+    return taken
+
+
+def key_ranks(table: pa.Table, kind: TableKind) -> Longs:
+    """Return one number per row that orders and identifies rows as the key does."""
+    ranks = np.zeros(len(table), dtype=np.int64)
+    span = 1
+    for name in kind.key:
+        column, width = _column_ranks(table.column(name))
+        if span * width >= _KEY_LIMIT:
+            distinct, ranks = np.unique(ranks, return_inverse=True)
+            span = len(distinct)
+        ranks = ranks * width + column
+        span *= width
+    return ranks
+
+
+def times_ms(table: pa.Table, column: str) -> Longs:
+    """Return a time column as milliseconds since 1970."""
+    times: Longs = table.column(column).cast(pa.int64()).to_numpy()
+    return times
+
+
+def floats(column: pa.ChunkedArray) -> Floats:
+    """Return a number column with NaN for null."""
+    values: Floats = column.to_numpy().astype(np.float64, copy=False)
+    return values
+
+
+def nulls_for_nan(values: Floats) -> pa.Array:
+    """Return an Arrow column with null for NaN."""
+    return pa.array(values, type=NUMBER, from_pandas=True)
+
+
+def texts(values: Sequence[str | None] | NDArray[np.object_]) -> pa.Array:
+    """Return a text column."""
+    return pa.array(values, type=pa.string()).dictionary_encode()
+
+
+def _last_present(values: Floats, starts: NDArray[np.int64]) -> Floats:
+    """Return the last value of each group that is not NaN."""
+    places = np.where(np.isnan(values), -1, np.arange(len(values)))
+    last = np.maximum.reduceat(places, starts)
+    return np.where(last >= 0, values[last], np.nan)
+
+
+def _column_ranks(column: pa.ChunkedArray) -> tuple[Longs, int]:
+    """Return non-negative order-preserving numbers of a column and how many there may be."""
+    if len(column) == 0:
+        return np.zeros(0, dtype=np.int64), 1
+    if pa.types.is_dictionary(column.type):
+        array = column.combine_chunks() if column.num_chunks > 1 else column.chunk(0)
+        names = np.array(array.dictionary.to_pylist(), dtype=np.object_)
+        distinct, place = np.unique(names, return_inverse=True)
+        return place[array.indices.to_numpy()].astype(np.int64), len(distinct)
+    numbers = column.cast(pa.int64()).to_numpy()
+    low = int(numbers.min())
+    return numbers - low, int(numbers.max()) - low + 1
+
+
+def _as_type(name: str, column: pa.ChunkedArray, wanted: pa.DataType) -> pa.ChunkedArray:
+    if name in ("p10", "p50", "p90", "actual"):
+        return _absent_as_null(column)
+    try:
+        if wanted == TEXT:
+            column = _as_text(column)
+        elif wanted == TIME and pa.types.is_timestamp(column.type) and column.type.tz is None:
+            column = column.cast(pa.timestamp("ms"), safe=False).cast(TIME)
+        else:
+            column = column.cast(wanted, safe=not pa.types.is_timestamp(column.type))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise NotThisKind(f"column {name} is {column.type}, not {wanted}") from error
+    if name != "model_version" and column.null_count:
+        raise NotThisKind(f"column {name} has empty cells")
+    return column
+
+
+def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if column.type == TEXT:
+        return column
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    return column.cast(pa.string()).dictionary_encode()
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind))
+
+
+def _absent_as_null(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if not _is_number(column.type):
+        raise NotThisKind(f"expected numbers, got {column.type}")
+    return pa.chunked_array([nulls_for_nan(floats(column.cast(NUMBER)))])
