@@ -24,6 +24,7 @@ from fleetcast.windows import HISTORY_BINS, bin_means
 ReadRecords = Callable[[int, int], Iterable[RecordBatch]]  # (start_ms, end_ms), half open
 
 _REFRESH_BINS = 288  # bins read again per call: a bound on how long one call takes
+_UNSEEN = int(np.iinfo(np.int64).min)
 _Rows = tuple[Codes, Longs, Floats]  # server rows, times, values (row, metric)
 
 
@@ -44,25 +45,29 @@ class BinHistory:
         self._gone_ms = int(forecast.gone_after_s * 1000)
         self._lock = threading.Lock()  # guards everything down to _late_bins
         self._rows: dict[str, int] = {}
-        self._newest_ms: Longs = np.full(64, -1, dtype=np.int64)  # (server row,) -1 = unused
+        self._newest_ms: Longs = np.full(64, _UNSEEN, dtype=np.int64)  # (server row,)
         self._open: dict[int, list[_Rows]] = {}
         self._taken_ms: int | None = None  # the newest closed bin
         self._late_bins: set[int] = set()
         self.late_rows = 0
         self._grid = BinGrid(len(self.metrics), self.bin_ms, keep_bins)
-        self._seen_bin_ms: Longs = np.full(64, -1, dtype=np.int64)  # newest closed bin with a record
+        self._seen_bin_ms: Longs = np.full(64, _UNSEEN, dtype=np.int64)  # newest closed bin with a record
 
     @property
     def newest_ms(self) -> int | None:
         """Return the time of the newest record, or None."""
         with self._lock:
             newest = int(self._newest_ms.max())
-        return newest if newest >= 0 else None
+        return None if newest == _UNSEEN else newest
 
     @property
     def n_servers(self) -> int:
         """Return how many servers are remembered."""
         return len(self._rows)
+
+    def unknown(self, server_names: Iterable[str]) -> list[str]:
+        """Return those names of which nothing is remembered."""
+        return [name for name in server_names if name not in self._rows]
 
     @property
     def taken_bin_ms(self) -> int | None:
@@ -128,7 +133,7 @@ class BinHistory:
         with self._lock:
             names = list(self._rows)
         seen = self._seen_bin_ms[: len(names)]
-        rows = np.flatnonzero((seen >= 0) & (seen > end_bin_ms - self._gone_ms))
+        rows = np.flatnonzero(seen > end_bin_ms - self._gone_ms)
         view = self._grid.view(len(names))
         values = view if len(rows) == len(names) else view[rows]
         return HistoryWindow(tuple(names[row] for row in rows), self.metrics, values, end_bin_ms, self.bin_ms)
@@ -140,7 +145,7 @@ class BinHistory:
         self._grid.advance(taken_bin_ms)
         for batch in batches:
             self._put_closed(batch)
-            self.add(_rows_from(batch, taken_bin_ms + self.bin_ms))
+            self.add(batch.where(batch.timestamps_ms >= taken_bin_ms + self.bin_ms))
 
     def refresh(self, read: ReadRecords) -> int:
         """Read bins again that late rows belong to, newest first; return how many were."""
@@ -160,7 +165,7 @@ class BinHistory:
             if len(batch):
                 np.maximum.at(self._newest_ms, rows, batch.timestamps_ms)
         codes, starts, means = bin_means(rows, batch.timestamps_ms, self._columns(batch), self.bin_ms)
-        is_closed = starts <= (-1 if taken is None else taken)
+        is_closed = starts <= (_UNSEEN if taken is None else taken)
         self._grid.put(codes[is_closed], starts[is_closed], means[is_closed])
         self._note_seen(codes[is_closed], starts[is_closed])
 
@@ -214,23 +219,12 @@ class BinHistory:
 
 
 def _grown(array: Longs, size: int) -> Longs:
-    """Return `array` with room for `size` items, -1 in the new ones."""
+    """Return `array` with room for `size` items, the new ones unseen."""
     if size <= len(array):
         return array
-    longer = np.full(max(size, 2 * len(array)), -1, dtype=np.int64)
+    longer = np.full(max(size, 2 * len(array)), _UNSEEN, dtype=np.int64)
     longer[: len(array)] = array
     return longer
-
-
-def _rows_from(batch: RecordBatch, start_ms: int) -> RecordBatch:
-    """Return the rows of a batch at or after `start_ms`."""
-    is_new = batch.timestamps_ms >= start_ms
-    return RecordBatch(
-        batch.server_names,
-        batch.server_codes[is_new],
-        batch.timestamps_ms[is_new],
-        {metric: values[is_new] for metric, values in batch.metrics.items()},
-    )
 
 
 def _runs(starts: list[int], bin_ms: int) -> Iterator[tuple[int, int]]:

@@ -43,6 +43,17 @@ class RecordBatch:
     def __len__(self) -> int:
         return len(self.timestamps_ms)
 
+    def where(self, is_chosen: NDArray[np.bool_]) -> "RecordBatch":
+        """Return the chosen rows; names and metrics that none of them has are left out."""
+        codes, places = np.unique(self.server_codes[is_chosen], return_inverse=True)
+        chosen = {name: values[is_chosen] for name, values in self.metrics.items()}
+        return RecordBatch(
+            tuple(self.server_names[code] for code in codes),
+            places.astype(np.int32),
+            self.timestamps_ms[is_chosen],
+            {name: values for name, values in chosen.items() if not np.isnan(values).all()},
+        )
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HistoryWindow:

@@ -72,6 +72,7 @@ class ServerSettings:
     port: int = setting(8000, "TCP port to listen on", low=1, high=65535)
     max_body_bytes: int = setting(32 * 2**20, "largest accepted request body", low=1024)
     max_server_names: int = setting(20_000, "most distinct servers accepted", low=1)
+    max_metric_names: int = setting(512, "most distinct metrics accepted", low=1)
     max_server_labels: int = setting(50, "most servers given a label of their own in /metrics", low=0)
     max_pending_posts: int = setting(64, "POSTs at work at once before 503", low=1)
     hold_s: float = setting(

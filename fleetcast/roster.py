@@ -1,0 +1,124 @@
+"""Who is in the fleet now: the newest value of every metric of every server.
+
+Owns: last-seen times and current values, and when a server is stale or gone.
+Does not know: bins, forecasts, HTTP.
+"""
+
+import threading
+from dataclasses import dataclass
+from datetime import datetime
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fleetcast.clock import to_ms
+from fleetcast.schema import Codes, Floats, Longs, RecordBatch
+from fleetcast.settings import ForecastSettings
+
+_NEVER = int(np.iinfo(np.int64).min)
+_FORGET_AT = 64  # gone servers kept before the arrays are made smaller
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Muster:
+    """The servers that are not gone, at one moment."""
+
+    server_names: tuple[str, ...]
+    metrics: tuple[str, ...]
+    values: Floats  # (server, metric) newest known value, NaN = never sent
+    last_seen_ms: Longs  # (server,)
+    is_stale: NDArray[np.bool_]  # (server,)
+
+
+class Roster:
+    """Newest values by server; every method is safe from any thread."""
+
+    def __init__(self, settings: ForecastSettings) -> None:
+        self._stale_ms = int(settings.stale_after_s * 1000)
+        self._gone_ms = int(settings.gone_after_s * 1000)
+        self._lock = threading.Lock()
+        self._rows: dict[str, int] = {}
+        self._columns: dict[str, int] = {}
+        self._values: Floats = np.full((16, 8), np.nan)
+        self._last_seen_ms: Longs = np.full(16, _NEVER, dtype=np.int64)
+        self._changes = 0
+
+    @property
+    def changes(self) -> int:
+        """Return a number that grows with every change."""
+        return self._changes
+
+    def unknown_metrics(self, names: tuple[str, ...]) -> list[str]:
+        """Return those metrics that no server sent yet."""
+        return [name for name in names if name not in self._columns]
+
+    @property
+    def n_metrics(self) -> int:
+        """Return how many different metrics were sent."""
+        return len(self._columns)
+
+    def add(self, batch: RecordBatch) -> None:
+        """Take durable records in; records older than what is known change nothing."""
+        if not len(batch):
+            return
+        order = np.argsort(batch.timestamps_ms, kind="stable")
+        times = batch.timestamps_ms[order]
+        with self._lock:
+            rows = self._rows_of(batch)[order]
+            is_news = times >= self._last_seen_ms[rows]
+            for metric, column in batch.metrics.items():
+                cells = column[order]
+                told = is_news & ~np.isnan(cells)
+                if told.any():  # numpy assigns in order: of repeated rows the newest stays
+                    self._values[rows[told], self._columns[metric]] = cells[told]
+            np.maximum.at(self._last_seen_ms, rows, times)
+            self._changes += 1
+
+    def muster(self, now: datetime) -> Muster:
+        """Return everybody not gone, in the order of first appearance."""
+        now_ms = to_ms(now)
+        with self._lock:
+            names = list(self._rows)
+            seen = self._last_seen_ms[: len(names)]
+            here = np.flatnonzero(seen > now_ms - self._gone_ms).astype(np.int32)
+            metrics = tuple(self._columns)
+            values = self._values[here, : len(metrics)]
+            last_seen_ms = seen[here]
+            if len(names) - len(here) > max(_FORGET_AT, len(here)):
+                self._keep([names[row] for row in here], here)
+        return Muster(
+            tuple(names[row] for row in here),
+            metrics,
+            values,
+            last_seen_ms,
+            last_seen_ms <= now_ms - self._stale_ms,
+        )
+
+    def _rows_of(self, batch: RecordBatch) -> Codes:
+        """Return the row of each record, making room; caller holds the lock."""
+        row_of_code = np.empty(len(batch.server_names), dtype=np.int32)
+        for code, name in enumerate(batch.server_names):
+            row_of_code[code] = self._rows.setdefault(name, len(self._rows))
+        for metric in batch.metrics:
+            self._columns.setdefault(metric, len(self._columns))
+        n_rows, n_columns = self._values.shape
+        if len(self._rows) > n_rows or len(self._columns) > n_columns:
+            self._grow(max(n_rows, len(self._rows) * 3 // 2), max(n_columns, len(self._columns) + 8))
+        return row_of_code[batch.server_codes]
+
+    def _grow(self, n_rows: int, n_columns: int) -> None:
+        have = self._values
+        self._values = np.full((n_rows, n_columns), np.nan)
+        self._values[: have.shape[0], : have.shape[1]] = have
+        seen = self._last_seen_ms
+        self._last_seen_ms = np.full(n_rows, _NEVER, dtype=np.int64)
+        self._last_seen_ms[: len(seen)] = seen
+
+    def _keep(self, names: list[str], rows: Codes) -> None:
+        """Forget all other servers; caller holds the lock."""
+        values, seen = self._values[rows], self._last_seen_ms[rows]
+        self._rows = {name: row for row, name in enumerate(names)}
+        self._values = np.full((max(16, len(rows)), self._values.shape[1]), np.nan)
+        self._values[: len(rows)] = values
+        self._last_seen_ms = np.full(len(self._values), _NEVER, dtype=np.int64)
+        self._last_seen_ms[: len(rows)] = seen
