@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test demo clean
+.PHONY: help install check test docs demo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ check: .venv/.requirements-dev  ## lint, format and types
 
 test: check  ## everything CI runs: check, unit, doctest, contract, integration, coverage
 	$(BIN)/python -m pytest --cov --cov-report=term
+
+docs: .venv/.requirements  ## make docs/settings.md again from the dataclasses
+	$(BIN)/python -m fleetcast.settings_doc > docs/settings.md
 
 demo: .venv/.requirements  ## the whole loop on bundled real data, about 6 minutes; state stays in demo_run/
 	$(BIN)/python benchmarks/demo.py

@@ -1,16 +1,12 @@
 """Every setting of every part: one frozen dataclass each, the only source of defaults.
 
-Owns: names, defaults, units, bounds and help of settings; reading them from TOML, from the
-environment (`FLEETCAST_<PART>_<FIELD>`) and from flags, in this order; reporting all problems
-at once. Does not know: what a part does with its settings. `docs/settings.md` is made from here.
+Owns: names, defaults, units, bounds and help of settings; the order of their sources (TOML, then
+the environment, then flags); reporting all problems at once. Does not know: what a part does
+with its settings. `docs/settings.md` is made from here.
 """
 
 import dataclasses
-import difflib
-import math
 import os
-import tomllib
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,23 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fleetcast.errors import SettingsError
-
-DEFAULT_CONFIG = Path("fleetcast.toml")
-ENV_PREFIX = "FLEETCAST_"
-
-
-def setting(
-    default: Any,
-    help_text: str,
-    *,
-    unit: str = "",
-    low: float | None = None,
-    high: float | None = None,
-    choices: tuple[str, ...] = (),
-) -> Any:
-    """Declare one field: its default, help, unit and bounds (inclusive)."""
-    meta = {"help": help_text, "unit": unit, "low": low, "high": high, "choices": choices}
-    return field(default=default, metadata=meta)
+from fleetcast.setting import SettingInfo, checked, setting
+from fleetcast.setting_sources import from_environment, from_file
 
 
 @dataclass(frozen=True)
@@ -219,27 +200,6 @@ class Settings:
     retraining: RetrainingSettings = field(default_factory=RetrainingSettings)
 
 
-@dataclass(frozen=True)
-class SettingInfo:
-    """One setting as documents and messages name it."""
-
-    part: str
-    name: str
-    kind: Any
-    default: Any
-    meta: Mapping[str, Any]
-
-    @property
-    def key(self) -> str:
-        """Return the TOML key, `part.name`."""
-        return f"{self.part}.{self.name}"
-
-    @property
-    def environment(self) -> str:
-        """Return the name of the environment variable."""
-        return f"{ENV_PREFIX}{self.part}_{self.name}".upper()
-
-
 def every_setting() -> Iterator[SettingInfo]:
     """Yield each setting of each part, in order."""
     for part, part_class in typing.get_type_hints(Settings).items():
@@ -266,13 +226,13 @@ def load_settings(
     problems: list[str] = []
     values: dict[str, Any] = {}
     given = [
-        *_from_file(config, known, problems),
-        *_from_environment(os.environ if environ is None else environ, known, problems),
+        *from_file(config, known, problems),
+        *from_environment(os.environ if environ is None else environ, known, problems),
         *((key, value, "flag") for key, value in (flags or {}).items() if value is not None),
     ]
     for key, raw, source in given:
         try:
-            values[key] = _checked(known[key], raw)
+            values[key] = checked(known[key], raw)
         except ValueError as error:
             problems.append(f"{key} {error} ({source})")
     problems += _cross_checks(values)
@@ -283,96 +243,6 @@ def load_settings(
         own = {key.split(".")[1]: value for key, value in values.items() if key.split(".")[0] == part}
         parts[part] = part_class(**own)
     return Settings(**parts)
-
-
-def _from_file(
-    config: Path | None, known: Mapping[str, SettingInfo], problems: list[str]
-) -> Iterator[tuple[str, Any, str]]:
-    path = config or DEFAULT_CONFIG
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if config is not None:
-            problems.append(f"{path} does not exist")
-        return
-    except (OSError, ValueError) as error:
-        problems.append(f"{path} cannot be read: {error}")
-        return
-    for part, table in tables.items():
-        if not isinstance(table, dict):
-            problems.append(f"{part} must be a table like [server] ({path})")
-            continue
-        for name, value in table.items():
-            key = f"{part}.{name}"
-            if key in known:
-                yield key, value, str(path)
-            else:
-                problems.append(f"unknown setting {key}{_nearest(key, list(known))} ({path})")
-
-
-def _from_environment(
-    environ: Mapping[str, str], known: Mapping[str, SettingInfo], problems: list[str]
-) -> Iterator[tuple[str, Any, str]]:
-    names = {info.environment: key for key, info in known.items()}
-    for name, value in environ.items():
-        if not name.startswith(ENV_PREFIX):
-            continue
-        if name in names:
-            yield names[name], _parsed(known[names[name]].kind, value), name
-        else:
-            problems.append(f"unknown variable {name}{_nearest(name, list(names))}")
-
-
-def _nearest(name: str, valid: list[str]) -> str:
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.0)
-    return f", nearest is {close[0]}" if close else ""
-
-
-def _parsed(kind: Any, text: str) -> Any:
-    """Return environment text as the kind of value a TOML file would hold."""
-    kind = _plain_kind(kind)
-    if typing.get_origin(kind) is tuple:
-        return [_parsed(typing.get_args(kind)[0], item.strip()) for item in text.split(",") if item.strip()]
-    for number in (int, float):
-        if kind is number:
-            try:
-                return number(text)
-            except ValueError:
-                return text
-    return text
-
-
-def _plain_kind(kind: Any) -> Any:
-    """Return T of `T | None`."""
-    if isinstance(kind, types.UnionType):
-        return next(arg for arg in typing.get_args(kind) if arg is not types.NoneType)
-    return kind
-
-
-def _checked(info: SettingInfo, value: Any) -> Any:
-    kind = _plain_kind(info.kind)
-    if typing.get_origin(kind) is tuple:
-        if not isinstance(value, (list, tuple)) or not value:
-            raise ValueError(f"must be a non-empty list, got {value!r}")
-        return tuple(_checked_scalar(info, typing.get_args(kind)[0], item) for item in value)
-    return _checked_scalar(info, kind, value)
-
-
-def _checked_scalar(info: SettingInfo, kind: Any, value: Any) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not kind:
-        raise ValueError(f"must be {kind.__name__}, got {value!r}")
-    if kind is float and not math.isfinite(value):
-        raise ValueError(f"must be finite, got {value!r}")
-    low, high = info.meta["low"], info.meta["high"]
-    if low is not None and value < low:
-        raise ValueError(f"must be >= {low}, got {value!r}")
-    if high is not None and value > high:
-        raise ValueError(f"must be <= {high}, got {value!r}")
-    if info.meta["choices"] and value not in info.meta["choices"]:
-        raise ValueError(f"must be one of {', '.join(info.meta['choices'])}, got {value!r}")
-    return value
 
 
 def _cross_checks(values: Mapping[str, Any]) -> Iterator[str]:

@@ -1,0 +1,97 @@
+"""One setting: how it is declared, named, parsed from text and checked.
+
+Owns: the metadata of a field (help, unit, bounds, choices) and what a valid value is.
+Does not know: which settings there are (`settings.py`).
+"""
+
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+ENV_PREFIX = "FLEETCAST_"
+
+
+def setting(
+    default: Any,
+    help_text: str,
+    *,
+    unit: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """Declare one field: its default, help, unit and bounds (inclusive)."""
+    meta = {"help": help_text, "unit": unit, "low": low, "high": high, "choices": choices}
+    return field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class SettingInfo:
+    """One setting as documents and messages name it."""
+
+    part: str
+    name: str
+    kind: Any
+    default: Any
+    meta: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Return the TOML key, `part.name`."""
+        return f"{self.part}.{self.name}"
+
+    @property
+    def environment(self) -> str:
+        """Return the name of the environment variable."""
+        return f"{ENV_PREFIX}{self.part}_{self.name}".upper()
+
+
+def parsed(kind: Any, text: str) -> Any:
+    """Return environment text as the kind of value a TOML file would hold."""
+    kind = _plain_kind(kind)
+    if typing.get_origin(kind) is tuple:
+        return [parsed(typing.get_args(kind)[0], item.strip()) for item in text.split(",") if item.strip()]
+    for number in (int, float):
+        if kind is number:
+            try:
+                return number(text)
+            except ValueError:
+                return text
+    return text
+
+
+def _plain_kind(kind: Any) -> Any:
+    """Return T of `T | None`."""
+    if isinstance(kind, types.UnionType):
+        return next(arg for arg in typing.get_args(kind) if arg is not types.NoneType)
+    return kind
+
+
+def checked(info: SettingInfo, value: Any) -> Any:
+    """Return the value as the program uses it; raises ValueError with what would be right."""
+    kind = _plain_kind(info.kind)
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, (list, tuple)) or not value:
+            raise ValueError(f"must be a non-empty list, got {value!r}")
+        return tuple(_checked_scalar(info, typing.get_args(kind)[0], item) for item in value)
+    return _checked_scalar(info, kind, value)
+
+
+def _checked_scalar(info: SettingInfo, kind: Any, value: Any) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(f"must be {kind.__name__}, got {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"must be finite, got {value!r}")
+    low, high = info.meta["low"], info.meta["high"]
+    if low is not None and value < low:
+        raise ValueError(f"must be >= {low}, got {value!r}")
+    if high is not None and value > high:
+        raise ValueError(f"must be <= {high}, got {value!r}")
+    if info.meta["choices"] and value not in info.meta["choices"]:
+        raise ValueError(f"must be one of {', '.join(info.meta['choices'])}, got {value!r}")
+    return value
