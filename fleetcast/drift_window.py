@@ -39,6 +39,11 @@ class PairWindow:
         return len(self.target_ms)
 
     @property
+    def n_servers(self) -> int:
+        """Return how many servers have a pair."""
+        return len(np.unique(self.servers))
+
+    @property
     def one_ahead(self) -> Mapping[str, Floats]:
         """Return the forecasts made one bin ahead, by metric."""
         return self.forecasts.get(1, {})

@@ -1,0 +1,283 @@
+"""DriftMonitor: the four drift metrics over a window, against a baseline.
+
+    python drift_monitor.py [--config FILE]     prints the report of the present state
+
+Owns: thresholds, weights, the combined rule and the verdict. Does not know: the formulas
+(`fleetcast.drift_scores`), what is done about drift (`adaptive_retraining_daemon`).
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fleetcast.baseline import Baseline
+from fleetcast.clock import Clock, SystemClock
+from fleetcast.columns import extended, float_columns, n_rows
+from fleetcast.drift_report import COLLECTING, READY, BaselineFacts, DriftReading, WindowFacts
+from fleetcast.drift_scores import (
+    Columns,
+    MetricReference,
+    MetricScores,
+    error_rate,
+    reference_of,
+    references_from,
+    score_window,
+    trend,
+)
+from fleetcast.drift_series import SeriesDrift, series_drift
+from fleetcast.drift_source import DriftSource
+from fleetcast.drift_window import PairWindow
+from fleetcast.errors import BadData, FleetcastError
+from fleetcast.files import write_json
+from fleetcast.registry import Registry
+from fleetcast.settings import DriftSettings, load_settings
+
+METRICS_FILE = "drift_metrics.json"
+TOP_SERIES = 10
+# the metrics as reports name them, and as thresholds and weights do
+_SPELLED = {"per": "per", "dss": "dss", "fds": "fds", "anomaly_rate": "anomaly"}
+
+
+class DriftMonitor:
+    """Keeps a window of predictions, actuals and features, and scores it.
+
+    Alone it is fed by `update`; beside a buffer it is handed whole windows by `observe`.
+    Not thread safe.
+
+    >>> monitor = DriftMonitor(baseline={"cpu_pct": list(range(100))})
+    >>> monitor.update({"cpu_pct": list(range(100))}, {"cpu_pct": list(range(100))})
+    >>> monitor.calculate_drift_metrics()["needs_retraining"]
+    False
+    """
+
+    def __init__(
+        self,
+        window_size: int = 1000,
+        baseline: Any = None,
+        *,
+        settings: DriftSettings | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        if isinstance(window_size, bool) or not isinstance(window_size, int) or window_size < 1:
+            raise BadData(f"window_size must be a whole number >= 1, got {window_size!r}")
+        self.window_size = window_size
+        self._settings = settings or DriftSettings()
+        self._clock = clock or SystemClock()
+        # as the user's own document prints them, to be edited here; settings override them
+        # fmt: off
+        self.thresholds = {
+            'per_threshold': 0.10,      # 10%
+            'dss_threshold': 0.20,      # 20%
+            'fds_threshold': 0.15,      # 15%
+            'anomaly_threshold': 0.05   # 5%
+        }
+        self.weights = {
+            'per_weight': 0.40,   # Prediction accuracy
+            'dss_weight': 0.30,   # Distribution shift
+            'fds_weight': 0.20,   # Feature drift
+            'anomaly_weight': 0.10  # Anomalies
+        }
+        # fmt: on
+        self.combined_threshold = 0.12
+        self._override_literals()
+        self._predictions: Columns = {}
+        self._actuals: Columns = {}
+        self._features: Columns = {}
+        self._n_rows = 0
+        self._pairs: PairWindow | None = None  # None: fed by update()
+        self._model_version: str | None = None
+        self._baseline: Baseline | None = None
+        self._references: Mapping[str, MetricReference] = {}
+        self.set_baseline(baseline)
+
+    def set_baseline(self, baseline: Any) -> None:
+        """Compare with `baseline` from now on: a `Baseline`, a DataFrame, a mapping of arrays, or None."""
+        if isinstance(baseline, Baseline):
+            self._baseline, self._references = baseline, references_from(baseline)
+            return
+        columns = {} if baseline is None else float_columns(baseline, "baseline")
+        self._baseline = None
+        self._references = {name: reference_of(values) for name, values in columns.items()}
+
+    def update(self, predictions: Any, actuals: Any = None, features: Any = None) -> None:
+        """Add rows to the window, which keeps the newest `window_size`.
+
+        Args:
+            predictions, actuals, features: mappings of metric to number or equal-length arrays,
+                or DataFrames. Without features the actuals stand in; without actuals the rows
+                leave PER untouched.
+        Raises:
+            BadData: says which of them is not of this shape; the window is as it was.
+        """
+        new = [
+            {} if given is None else float_columns(given, what)
+            for given, what in ((predictions, "predictions"), (actuals, "actuals"), (features, "features"))
+        ]
+        if features is None:
+            new[2] = new[1]
+        n_new = n_rows(*new)
+        old = (self._predictions, self._actuals, self._features)
+        self._predictions, self._actuals, self._features = (
+            extended(have, self._n_rows, more, n_new, self.window_size)
+            for have, more in zip(old, new, strict=True)
+        )
+        self._n_rows = min(self._n_rows + n_new, self.window_size)
+        self._pairs = None
+
+    def observe(self, pairs: PairWindow, model_version: str | None) -> None:
+        """Look at a window read from the buffer instead; its actuals are the features."""
+        self._predictions, self._actuals, self._features = pairs.one_ahead, pairs.actuals, pairs.actuals
+        self._n_rows, self._pairs, self._model_version = len(pairs), pairs, model_version
+
+    def calculate_drift_metrics(self) -> dict[str, Any]:
+        """Return per, dss, fds, anomaly_rate, combined_score and needs_retraining."""
+        return self.reading().current_metrics()
+
+    def generate_report(self) -> str:
+        """Return the present state as text for people."""
+        return self.reading().as_text()
+
+    def save_metrics(self, path: str | Path = METRICS_FILE) -> None:
+        """Write the present state to `drift_metrics.json`, atomically."""
+        write_json(Path(path), self.reading().as_json(self._clock.now()))
+
+    def reading(self) -> DriftReading:
+        """Score the window as it is now."""
+        scores = self._scores(slice(None))
+        metrics = {**scores.by_name(), "combined_score": self._combined(scores)}
+        limits = self._limits()
+        exceeded = tuple(name for name, limit in limits.items() if metrics[name] > limit)
+        waiting = self._why_collecting(scores)
+        return DriftReading(
+            metrics=metrics,
+            needs_retraining=bool(exceeded) and not waiting,
+            exceeded=exceeded,
+            thresholds=limits,
+            weights=dict(self.weights),
+            trends=self._trends(limits),
+            status=COLLECTING if waiting else READY,
+            status_reason=waiting,
+            window=self._window_facts(),
+            baseline=self._baseline_facts(),
+            model_version=self._model_version,
+            not_compared=scores.not_compared,
+            per_by_horizon=self._per_by_horizon(),
+            top=self._top_series(),
+        )
+
+    def _override_literals(self) -> None:
+        for table in (self.thresholds, self.weights):
+            for key in table:
+                chosen = getattr(self._settings, key)
+                table[key] = table[key] if chosen is None else chosen
+        if self._settings.combined_threshold is not None:
+            self.combined_threshold = self._settings.combined_threshold
+
+    def _limits(self) -> dict[str, float]:
+        return {
+            **{name: _entry(self.thresholds, f"{short}_threshold") for name, short in _SPELLED.items()},
+            "combined_score": self.combined_threshold,
+        }
+
+    def _combined(self, scores: MetricScores) -> float:
+        weights = (_entry(self.weights, f"{short}_weight") for short in _SPELLED.values())
+        return sum(weight * value for weight, value in zip(weights, scores.by_name().values(), strict=True))
+
+    def _scores(self, rows: slice) -> MetricScores:
+        tables = (self._predictions, self._actuals, self._features)
+        cut = [{name: column[rows] for name, column in table.items()} for table in tables]
+        return score_window(cut[0], cut[1], cut[2], self._references, self._settings)
+
+    def _trends(self, limits: Mapping[str, float]) -> dict[str, str]:
+        """Compare the older half of the window with the newer: a restart sees the same trend."""
+        middle = self._n_rows // 2
+        older, newer = self._scores(slice(0, middle)), self._scores(slice(middle, None))
+        before, after = older.by_name(), newer.by_name()
+        comparable = bool(older.compared and newer.compared)
+        return {
+            name: trend(before[name], after[name], limits[name]) if comparable or name == "per" else "stable"
+            for name in before
+        }
+
+    def _why_collecting(self, scores: MetricScores) -> str:
+        """Return what is missing for a verdict, or ""."""
+        if self._pairs is not None and self._model_version is None:
+            return "no model in service yet"
+        if not self._references:
+            return "no baseline"
+        if self._pairs is not None:
+            needed = min(self._settings.min_pairs, self._pairs.size)
+            if len(self._pairs) < needed:
+                return f"{len(self._pairs)} pairs of the model in service, {needed} needed"
+            span_s, needed_s = self._pairs.span_ms / 1000, self._settings.min_span_s
+            if span_s < needed_s:
+                return f"{span_s / 3600:.1f} h of the model in service, {needed_s / 3600:.1f} h needed"
+        return "" if scores.compared else "no metric has enough values in both window and baseline"
+
+    def _per_by_horizon(self) -> dict[int, float]:
+        if self._pairs is None:
+            return {}
+        return {
+            horizon: error_rate(columns, self._actuals, self._references, self._settings)
+            for horizon, columns in self._pairs.forecasts.items()
+        }
+
+    def _top_series(self) -> tuple[SeriesDrift, ...]:
+        if self._pairs is None or self._baseline is None:
+            return ()
+        return tuple(series_drift(self._pairs, self._baseline, TOP_SERIES))
+
+    def _window_facts(self) -> WindowFacts:
+        pairs = self._pairs
+        if pairs is None or not len(pairs):
+            return WindowFacts(self.window_size, pairs.size if pairs else self.window_size, self._n_rows)
+        return WindowFacts(
+            window_size=self.window_size,
+            size=pairs.size,
+            pairs=len(pairs),
+            servers=pairs.n_servers,
+            start_ms=int(pairs.target_ms[0]),
+            end_ms=int(pairs.target_ms[-1]) + pairs.bin_ms,
+            span_s=pairs.span_ms / 1000,
+        )
+
+    def _baseline_facts(self) -> BaselineFacts | None:
+        saved = self._baseline
+        if saved is None:
+            return BaselineFacts(None, None, None, 0) if self._references else None
+        return BaselineFacts(saved.version, saved.start_ms, saved.end_ms, len(saved.server_names))
+
+
+def _entry(table: Mapping[str, float], key: str) -> float:
+    if key not in table:
+        raise BadData(f"{key} is missing, got only {', '.join(table) or 'nothing'}")
+    return float(table[key])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report of the present state, read from the buffer and the model's baseline."""
+    parser = argparse.ArgumentParser(description="Print the drift report of the present state.")
+    parser.add_argument("--config", type=Path, help="settings file (default: ./fleetcast.toml, if present)")
+    options = parser.parse_args(argv)
+    try:
+        settings = load_settings(options.config)
+        # --help shall not wait for pyarrow; nothing else of this file needs the buffer
+        from data_buffer import DataBuffer
+
+        store = DataBuffer(settings.paths.data_buffer_dir, settings.buffer.retention_days)
+        models_dir = Path(settings.paths.models_dir or Path(__file__).parent / "models")
+        registry = Registry(Path(settings.paths.checkpoint_dir), models_dir)
+        evidence = DriftSource(store, registry, settings.drift, settings.bins.bin_s * 1000).evidence()
+        monitor = DriftMonitor(settings.drift.window_size, evidence.baseline, settings=settings.drift)
+        monitor.observe(evidence.window, evidence.model_version)
+        print(monitor.generate_report())
+    except FleetcastError as error:
+        print(f"drift_monitor: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
