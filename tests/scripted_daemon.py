@@ -21,14 +21,14 @@ class Reply:
 class ScriptedDaemon:
     """Answers POSTs from a list, then accepts everything; remembers what came."""
 
-    def __init__(self, *replies: Reply, max_records: int | None = None) -> None:
+    def __init__(self, *replies: Reply, max_records: int | None = None, port: int = 0) -> None:
         self.replies = deque(replies)
         self.training_answers: deque[bool] = deque()
         self.posts: list[list[dict[str, Any]]] = []
         self.taken: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.max_records = max_records
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
 
     @property

@@ -1,19 +1,17 @@
 """The agent: real readings of this machine, delivered by real HTTP, kept while nobody answers."""
 
-import http.server
-import json
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted_daemon import ScriptedDaemon
 
 from fleetcast.errors import DaemonAway
 from fleetcast.sources.backlog import BATCH_RECORDS, LONGEST_WAIT_S, Backlog, Delivery
@@ -175,28 +173,6 @@ def test_a_body_the_daemon_calls_too_large_is_halved_until_it_fits() -> None:
     assert daemon.tries == 6  # 8, 4, then 2 + 2 + 2 + 2
 
 
-class FeedHandler(http.server.BaseHTTPRequestHandler):
-    """The least of the daemon's HTTP interface: takes every record and remembers it."""
-
-    received: list[dict[str, Any]]
-    keys: list[str | None]
-
-    def do_POST(self) -> None:
-        records = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["records"]
-        self.received += records
-        self.keys.append(self.headers["X-API-Key"])
-        body = json.dumps(
-            {"status": "ok", "records_received": len(records), "records_rejected": 0, "errors": []}
-        ).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_args: Any) -> None:
-        return
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -229,27 +205,21 @@ def agent_port() -> Iterator[int]:
 
 
 def test_readings_taken_while_the_daemon_was_away_arrive_when_it_is_back(agent_port: int) -> None:
-    received: list[dict[str, Any]] = []
-    keys: list[str | None] = []
-    handler = type("Handler", (FeedHandler,), {"received": received, "keys": keys})
-    born = datetime.now().astimezone()
+    born = datetime.now(UTC)
 
-    with http.server.HTTPServer(("127.0.0.1", agent_port), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
+    with ScriptedDaemon(port=agent_port) as daemon:
         deadline = time.monotonic() + 30
-        while len(received) < 15 and time.monotonic() < deadline:
+        while len(daemon.taken) < 15 and time.monotonic() < deadline:
             time.sleep(0.05)
-        server.shutdown()
-        thread.join()
 
+    received = daemon.taken
     times = [datetime.fromisoformat(record["timestamp"]) for record in received]
     assert times[0] < born
     assert times == sorted(times)
     assert len(set(times)) == len(times)
     assert all(record["server_name"] == "this-host" for record in received)
     assert set(received[1]) - {"timestamp", "server_name"} >= ALWAYS_THERE
-    assert set(keys) == {"secret-key"}
+    assert {headers["X-API-Key"] for headers in daemon.headers} == {"secret-key"}
 
 
 @pytest.mark.parametrize(
