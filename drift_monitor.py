@@ -159,8 +159,8 @@ class DriftMonitor:
             trends=self._trends(limits),
             status=COLLECTING if waiting else READY,
             status_reason=waiting,
-            window=self._window_facts(),
-            baseline=self._baseline_facts(),
+            window=WindowFacts.of(self._pairs, self._n_rows, self.window_size),
+            baseline=BaselineFacts.of(self._baseline) if self._references else None,
             model_version=self._model_version,
             not_compared=scores.not_compared,
             per_by_horizon=self._per_by_horizon(),
@@ -228,26 +228,6 @@ class DriftMonitor:
         if self._pairs is None or self._baseline is None:
             return ()
         return tuple(series_drift(self._pairs, self._baseline, TOP_SERIES))
-
-    def _window_facts(self) -> WindowFacts:
-        pairs = self._pairs
-        if pairs is None or not len(pairs):
-            return WindowFacts(self.window_size, pairs.size if pairs else self.window_size, self._n_rows)
-        return WindowFacts(
-            window_size=self.window_size,
-            size=pairs.size,
-            pairs=len(pairs),
-            servers=pairs.n_servers,
-            start_ms=int(pairs.target_ms[0]),
-            end_ms=int(pairs.target_ms[-1]) + pairs.bin_ms,
-            span_s=pairs.span_ms / 1000,
-        )
-
-    def _baseline_facts(self) -> BaselineFacts | None:
-        saved = self._baseline
-        if saved is None:
-            return BaselineFacts(None, None, None, 0) if self._references else None
-        return BaselineFacts(saved.version, saved.start_ms, saved.end_ms, len(saved.server_names))
 
 
 def _entry(table: Mapping[str, float], key: str) -> float:

@@ -7,7 +7,9 @@ intervals, timeouts and back-off are wall time whatever the clock mode.
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Protocol
 
 BIN_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -56,6 +58,23 @@ class FakeClock:
 def monotonic() -> float:
     """Return wall seconds that never step back, for intervals and timeouts."""
     return time.monotonic()
+
+
+@dataclass(frozen=True, slots=True)
+class Uptime:
+    """Seconds this boot of the machine has run; two of one boot can be compared across processes."""
+
+    boot: str
+    seconds: float
+
+
+def uptime() -> Uptime | None:
+    """Return the machine's uptime (Linux: CLOCK_MONOTONIC counts from boot), None where unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return Uptime(boot, time.monotonic())
 
 
 def sleep(seconds: float) -> None:

@@ -7,10 +7,12 @@ Does not know: how the figures were computed.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, Self
 
+from fleetcast.baseline import Baseline
 from fleetcast.clock import from_ms, iso_z
 from fleetcast.drift_series import SeriesDrift
+from fleetcast.drift_window import PairWindow
 
 COLLECTING = "collecting"
 READY = "ready"
@@ -36,6 +38,21 @@ class WindowFacts:
     end_ms: int | None = None
     span_s: float = 0.0
 
+    @classmethod
+    def of(cls, pairs: PairWindow | None, n_rows: int, window_size: int) -> Self:
+        """Describe a window; None stands for `n_rows` rows without times."""
+        if pairs is None or not len(pairs):
+            return cls(window_size, pairs.size if pairs is not None else window_size, n_rows)
+        return cls(
+            window_size=window_size,
+            size=pairs.size,
+            pairs=len(pairs),
+            servers=pairs.n_servers,
+            start_ms=int(pairs.target_ms[0]),
+            end_ms=int(pairs.target_ms[-1]) + pairs.bin_ms,
+            span_s=pairs.span_ms / 1000,
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Return the plain form for JSON."""
         return {
@@ -51,12 +68,19 @@ class WindowFacts:
 
 @dataclass(frozen=True, slots=True)
 class BaselineFacts:
-    """Which reference a check used."""
+    """Which reference a check used; all None for one that a caller gave as plain numbers."""
 
-    version: str | None
-    start_ms: int | None
-    end_ms: int | None
-    servers: int
+    version: str | None = None
+    start_ms: int | None = None
+    end_ms: int | None = None
+    servers: int = 0
+
+    @classmethod
+    def of(cls, saved: Baseline | None) -> Self:
+        """Describe a saved baseline."""
+        if saved is None:
+            return cls()
+        return cls(saved.version, saved.start_ms, saved.end_ms, len(saved.server_names))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plain form for JSON."""

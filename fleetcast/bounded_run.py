@@ -1,0 +1,213 @@
+"""A process that runs commands one after another, bounded in time and output, and notes the end.
+
+    python -m fleetcast.bounded_run '{"steps": [{"argv": [...], "cwd": "...", "env": {}}], ...}'
+
+Started by `attempts` in a session of its own, so that a training survives the daemon that
+started it and still has somebody who enforces its time limit, drains its output and knows its
+exit code. Owns: the child's priority, time, output, end. Does not know: what the commands do.
+
+Leaves two files: `log` (the newest output lines, at most `max_log_bytes`; later lines are
+counted, not kept) and, last and atomically, `result`: {"exit_code", "step", "timed_out",
+"seconds", "lines", "dropped_lines", "tail"}. No `result` means this process was killed; its
+child is killed with it (PR_SET_PDEATHSIG).
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fleetcast.clock import monotonic
+from fleetcast.errors import ExitCode
+from fleetcast.files import write_json
+
+LINE_BYTES = 500
+TAIL_LINES = 20
+READ_BYTES = 65_536
+_PR_SET_PDEATHSIG = 1
+_OOM_SCORE = "500"  # short of memory, the kernel shall take a training, not a daemon
+_KILL_GRACE_S = 10.0
+
+
+@dataclass(frozen=True)
+class RunJob:
+    """What to run and within which bounds."""
+
+    steps: tuple[Mapping[str, Any], ...]  # each {"argv", "cwd", "env"}
+    timeout_s: float  # all steps together
+    nice: int
+    log: str
+    result: str
+    max_log_bytes: int
+    lock_fd: int | None  # kept open by every child: the lock is held as long as one lives
+
+    def to_argument(self) -> str:
+        """Return the one argument of the command line."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_argument(cls, text: str) -> "RunJob":
+        """Read what `to_argument` wrote."""
+        raw = json.loads(text)
+        return cls(**{**raw, "steps": tuple(raw["steps"])})
+
+
+class OutputLines:
+    """Splits a stream of bytes into bounded lines and keeps a bounded number of them."""
+
+    def __init__(self, stream: BinaryIO, max_bytes: int) -> None:
+        self._stream = stream
+        self._room = max_bytes
+        self._open = b""
+        self._skipping = False  # within a line that was cut
+        self.lines = 0
+        self.dropped = 0
+        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+
+    def feed(self, data: bytes) -> None:
+        """Take output as it comes; a progress bar's carriage returns end lines, too."""
+        pieces = (self._open + data).replace(b"\r", b"\n").split(b"\n")
+        self._open = pieces.pop()
+        for piece in pieces:
+            if not self._skipping:
+                self._line(piece)
+            self._skipping = False
+        if len(self._open) > LINE_BYTES:
+            if not self._skipping:
+                self._line(self._open)
+            self._open, self._skipping = b"", True
+
+    def close(self) -> None:
+        """Take what is left as the last line."""
+        if self._open and not self._skipping:
+            self._line(self._open)
+        self._open = b""
+
+    def _line(self, line: bytes) -> None:
+        if not line.strip():
+            return
+        line = line[:LINE_BYTES]
+        self.lines += 1
+        self.tail.append(line.decode("utf-8", "replace"))
+        if len(line) >= self._room:
+            self.dropped += 1
+            return
+        try:
+            self._stream.write(line + b"\n")
+            self._stream.flush()
+            self._room -= len(line) + 1
+        except OSError:  # a full disk must not end a training; its own writes will tell
+            self.dropped += 1
+
+
+def run_job(job: RunJob) -> dict[str, Any]:
+    """Run the steps until one fails or the time is up; return what `result` shall hold."""
+    started = monotonic()
+    deadline = started + job.timeout_s
+    exit_code, index, timed_out = 0, 0, False
+    with Path(job.log).open("ab") as stream:
+        output = OutputLines(stream, job.max_log_bytes)
+        for index, step in enumerate(job.steps):
+            exit_code, timed_out = _run_step(step, job.lock_fd, deadline, output)
+            if exit_code != 0 or timed_out:
+                break
+    return {
+        "exit_code": exit_code,
+        "step": index,
+        "timed_out": timed_out,
+        "seconds": monotonic() - started,
+        "lines": output.lines,
+        "dropped_lines": output.dropped,
+        "tail": list(output.tail),
+    }
+
+
+def _run_step(
+    step: Mapping[str, Any], lock_fd: int | None, deadline: float, output: OutputLines
+) -> tuple[int, bool]:
+    try:
+        child = subprocess.Popen(
+            step["argv"],
+            cwd=step["cwd"],
+            env={**os.environ, **step["env"]},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=() if lock_fd is None else (lock_fd,),
+            process_group=0,  # one signal reaches all that it starts
+            preexec_fn=_die_with_parent,
+        )
+    except OSError as error:
+        output.feed(f"cannot start {step['argv'][:2]}: {error}\n".encode())
+        return int(ExitCode.CANNOT_START), False
+    timed_out = not _drain(child, deadline, output)
+    if timed_out:
+        output.feed(b"killed: the time limit is over\n")
+    _kill_group(child.pid)  # the step is over: nothing it started may outlive it
+    exit_code = child.wait(timeout=_KILL_GRACE_S)
+    output.close()
+    return exit_code, timed_out
+
+
+def _drain(child: subprocess.Popen[bytes], deadline: float, output: OutputLines) -> bool:
+    """Read the output until the child ends; return False if the deadline came first."""
+    assert child.stdout is not None
+    descriptor = child.stdout.fileno()
+    os.set_blocking(descriptor, False)
+    with selectors.DefaultSelector() as selector:
+        selector.register(descriptor, selectors.EVENT_READ)
+        is_open = True
+        while monotonic() < deadline:
+            # asked before reading: all that a child wrote before its end is read after it
+            has_ended = child.poll() is not None
+            wait_s = min(0.2, max(0.0, deadline - monotonic()))
+            if is_open and selector.select(0 if has_ended else wait_s):
+                data = os.read(descriptor, READ_BYTES)
+                output.feed(data)
+                if data:
+                    continue
+                selector.unregister(descriptor)
+                is_open = False
+            if has_ended:
+                return True
+            if not is_open:  # it closed its output and works on
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(wait_s)
+    return False
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _lower_priority(nice: int) -> None:
+    os.nice(nice)
+    with contextlib.suppress(OSError):  # not every container lets a process volunteer
+        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE, encoding="ascii")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one job; its own exit code says only whether the result was noted."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    job = RunJob.from_argument(arguments[0])
+    _lower_priority(job.nice)
+    write_json(Path(job.result), run_job(job))
+    return int(ExitCode.OK)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
