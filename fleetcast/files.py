@@ -17,11 +17,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from fleetcast.clock import sleep
 from fleetcast.errors import AlreadyRunning, CannotStart, CorruptFile, StorageBroken, StorageFull
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # linux/fs.h: swap two paths in one step
 TEMP_MARK = ".tmp-"
+_LOCK_ATTEMPTS, _LOCK_PAUSE_S = 5, 0.01
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -212,11 +214,9 @@ class OwnerLock:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise CannotStart(f"cannot open {self.path}: {error.strerror}") from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked_now(descriptor):
             os.close(descriptor)
-            raise AlreadyRunning(self._what, read_pid(self.path)) from None
+            raise AlreadyRunning(self._what, read_pid(self.path))
         self._descriptor = descriptor
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
@@ -243,6 +243,18 @@ class OwnerLock:
         trace: TracebackType | None,
     ) -> None:
         self.release()
+
+
+def _locked_now(descriptor: int) -> bool:
+    """Lock, trying for a moment: `is_locked` of somebody else holds the lock for microseconds."""
+    for attempt in range(_LOCK_ATTEMPTS):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if attempt < _LOCK_ATTEMPTS - 1:
+                sleep(_LOCK_PAUSE_S)
+    return False
 
 
 def read_pid(path: Path) -> int | None:

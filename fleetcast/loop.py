@@ -44,8 +44,12 @@ class Stop:
         """Ask the loop to end; safe from any thread and from a signal handler."""
         self._requests.put(reason)
 
+    def wake(self) -> None:
+        """Let `wait` return early with no stop requested: there is work; safe from any thread."""
+        self._requests.put("")
+
     def wait(self, timeout_s: float) -> bool:
-        """Wait up to `timeout_s`; return whether the stop was requested."""
+        """Wait up to `timeout_s`, or until `wake`; return whether the stop was requested."""
         if not self.is_requested and timeout_s > 0:
             self._note(block=True, timeout_s=timeout_s)
         return bool(self.reason)
@@ -55,6 +59,8 @@ class Stop:
             return
         try:
             self.reason = self._requests.get(block=block, timeout=timeout_s if block else None)
+            while not self.reason:  # many calls of `wake` are one
+                self.reason = self._requests.get_nowait()
         except queue.Empty:
             return
 
@@ -72,7 +78,7 @@ def run_every(
     *,
     max_failures: int = 10,
 ) -> bool:
-    """Call `cycle` every `interval_s` of wall time until the stop is requested.
+    """Call `cycle` every `interval_s` of wall time, and at each `stop.wake`, until the stop is requested.
 
     Missed ticks are skipped, not replayed. A failing cycle is logged and the next tick tries
     again; after `max_failures` in a row the loop gives up, for the supervisor to restart.
@@ -94,6 +100,8 @@ def run_every(
             logger.exception("cycle failed failures=%d", failures)
         if failures >= max_failures:
             return False
-        missed = int(max(0.0, monotonic() - due) // interval_s) if interval_s > 0 else 0
-        due += (missed + 1) * interval_s
+        late_s = monotonic() - due
+        if late_s >= 0:  # not a cycle that `wake` slipped in before its tick
+            missed = int(late_s // interval_s) if interval_s > 0 else 0
+            due += (missed + 1) * interval_s
     return True

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -232,3 +233,23 @@ def test_a_pid_that_cannot_be_read_is_none(tmp_path: Path, content: str | None) 
     if content is not None:
         (tmp_path / "x.lock").write_text(content)
     assert read_pid(tmp_path / "x.lock") is None
+
+
+def test_somebody_asking_about_a_lock_does_not_keep_another_from_taking_it(tmp_path: Path) -> None:
+    path = tmp_path / "trainer.lock"
+    path.touch()
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            is_locked(path)
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    try:
+        for _ in range(200):
+            with OwnerLock(path, "the training"):
+                pass
+    finally:
+        stop.set()
+        asker.join()

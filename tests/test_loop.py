@@ -129,3 +129,26 @@ def test_the_second_signal_ends_the_process_at_once_with_128_plus_its_number() -
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, env={**os.environ})
     assert done.returncode == 128 + signal.SIGINT
+
+
+def test_waking_ends_one_wait_and_requests_nothing() -> None:
+    stop = Stop()
+    stop.wake()
+    stop.wake()
+    assert stop.wait(30.0) is False
+    stop.wake()
+    stop.request("done")
+    assert stop.wait(30.0)
+    assert stop.reason == "done"
+
+
+def test_cycles_that_were_woken_do_not_move_the_rhythm(monkeypatch: pytest.MonkeyPatch) -> None:
+    wall = Wall(monkeypatch)
+    times: list[float] = []
+
+    class Woken(Ticks):
+        def wait(self, timeout_s: float) -> bool:
+            return super().wait(min(timeout_s, 1.0))
+
+    run_every(lambda: times.append(wall.now_s), 5.0, Woken(wall, 8))
+    assert times == [100.0, 101.0, 102.0, 103.0, 104.0, 105.0, 106.0, 107.0]
