@@ -14,8 +14,8 @@ import numpy as np
 
 from fleetcast.clock import Clock
 from fleetcast.history import BinHistory
-from fleetcast.quarantine import Quarantine
 from fleetcast.records import Accepted, RecordRules, accept
+from fleetcast.rejected import RejectedRecords
 from fleetcast.roster import Roster
 from fleetcast.schema import RecordBatch, Rejection
 from fleetcast.settings import BufferSettings, ServerSettings
@@ -45,7 +45,7 @@ class Intake:
         buffer: Durable,
         history: BinHistory,
         roster: Roster,
-        quarantine: Quarantine,
+        rejected: RejectedRecords,
         wall_clock: Clock,
         server: ServerSettings,
         buffer_settings: BufferSettings,
@@ -56,7 +56,7 @@ class Intake:
         self._buffer = buffer
         self._history = history
         self._roster = roster
-        self._quarantine = quarantine
+        self._rejected = rejected
         self._wall_clock = wall_clock
         self._limits = server
         self._buffer_settings = buffer_settings
@@ -77,7 +77,7 @@ class Intake:
             self._history.add(batch)
             self._on_taken()
         if rejections:
-            self._quarantine.keep(raw, rejections, self._wall_clock.now())
+            self._rejected.keep(raw, rejections, self._wall_clock.now())
         return Receipt(len(batch), rejections, accepted.ignored_text_fields)
 
     def _rules(self) -> RecordRules:

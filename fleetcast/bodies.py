@@ -1,0 +1,126 @@
+"""Request bodies: read within bounds of size, time and memory, and decoded.
+
+Owns: what a body may cost and what shape it must have (owner of the JSON decoder of the hot
+route). Does not know: what a record must look like inside.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+
+BODY_TIMEOUT_S = 30.0  # for the whole body, so that slow senders cannot pile up
+_BODIES_IN_MEMORY = 8  # times the largest body: what all requests together may hold
+_DISCARDED_BODIES = 4  # so much of a refused body is read and dropped, for the sender to get its answer
+_SHAPE = 'the body must be {"records": [...]}'
+
+
+class Refusal(Exception):
+    """Raised when a request is refused as a whole; carries the status code."""
+
+    def __init__(self, code: int, detail: str, *, retry_after_s: int | None = None) -> None:
+        super().__init__(detail)
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+
+class BodyReader:
+    """Reads bodies on one event loop, counting the bytes that all of them hold."""
+
+    def __init__(self, max_body_bytes: int) -> None:
+        self._max_bytes = max_body_bytes
+        self._held_bytes = 0
+
+    @asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """Give the body of a request; its bytes are accounted for until the block ends.
+
+        Raises:
+            Refusal: 408, 413, 415, 503, or 400 for a sender that went away.
+        """
+        encoding = request.headers.get("content-encoding", "identity").lower()
+        body = bytearray()
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                refusal = await self._collect(request, body)
+            if refusal:
+                raise refusal
+            if encoding != "identity":
+                raise Refusal(415, f"send the body uncompressed, not with Content-Encoding {encoding[:40]!r}")
+            yield bytes(body)
+        except TimeoutError as error:
+            raise Refusal(408, f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from error
+        except ClientDisconnect as error:
+            raise Refusal(400, "the sender went away") from error
+        finally:
+            self._held_bytes -= len(body)
+
+    async def _collect(self, request: Request, body: bytearray) -> Refusal | None:
+        """Fill `body`; a body refused is read on for a while, or the sender never sees the answer."""
+        refusal = None
+        n_seen = 0
+        if _declared_length(request) > self._max_bytes * _DISCARDED_BODIES:
+            return self._too_large()
+        async for chunk in request.stream():
+            n_seen += len(chunk)
+            if n_seen > self._max_bytes * _DISCARDED_BODIES:
+                return refusal
+            if refusal is None and n_seen > self._max_bytes:
+                refusal = self._too_large()
+            elif refusal is None and self._held_bytes + len(chunk) > self._max_bytes * _BODIES_IN_MEMORY:
+                refusal = Refusal(503, "too many large requests at once", retry_after_s=1)
+            if refusal is None:
+                body += chunk
+                self._held_bytes += len(chunk)
+            else:
+                self._held_bytes -= len(body)
+                body.clear()
+        return refusal
+
+    def _too_large(self) -> Refusal:
+        return Refusal(413, f"the body must be at most {self._max_bytes} bytes; send fewer records at once")
+
+
+def records_in(body: bytes) -> list[Any]:
+    """Return the list of raw records in a body.
+
+    Raises:
+        Refusal: 422, the body is not of the documented shape.
+
+    >>> records_in(b'{"records": [{"cpu_pct": NaN}]}')
+    [{'cpu_pct': nan}]
+    """
+    try:
+        value = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        value = _lenient(body, error)
+    records = value.get("records") if isinstance(value, dict) else None
+    if not isinstance(records, list):
+        found = f'"records" is {_kind(records)}' if isinstance(value, dict) else f"it is {_kind(value)}"
+        raise Refusal(422, f"{_SHAPE}; {found}")
+    return records
+
+
+def _lenient(body: bytes, error: Exception) -> Any:
+    """Decode what Python writes for numbers that are none, so that only their records are lost."""
+    if b"NaN" in body or b"Infinity" in body:
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError):
+            pass
+    reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    raise Refusal(422, f"{_SHAPE}; it is not JSON: {reason}") from error
+
+
+def _kind(value: object) -> str:
+    names = {type(None): "absent", dict: "an object", list: "a list", str: "text", bool: "true or false"}
+    return names.get(type(value), "a number")
+
+
+def _declared_length(request: Request) -> int:
+    text = request.headers.get("content-length", "0")
+    return int(text) if text.isdigit() else 0

@@ -1,0 +1,153 @@
+"""The daemon's numbers for Prometheus (`GET /metrics`).
+
+Owns: metric names, labels and their bounds, the text format (prometheus_client).
+Does not know: where the numbers come from; parts report events here, and what is a state
+(backlog, model, ledger) is read from a `Snapshot` when somebody scrapes.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+_LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+_SWEEP_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+_PLAIN_FIELDS = ("timestamp", "server_name", "")  # other fields are the sender's words: one label for all
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """States at the moment of a scrape."""
+
+    gauges: Mapping[str, float | None] = field(default_factory=dict)  # by name below, None = unknown
+    model_version: str | None = None
+    is_base_model: bool = False
+    server_last_seen_s: Mapping[str, float] = field(default_factory=dict)  # already limited
+
+
+GAUGES = {
+    "newest_record_timestamp_seconds": "time of the newest record",
+    "servers": "servers seen within gone_after_s",
+    "backlog_bins": "closed bins that wait for their sweep",
+    "open_forecasts": "forecasts that wait for their actual",
+    "buffer_bytes": "bytes of the data buffer on disk",
+    "buffer_days": "day files of the data buffer",
+    "model_age_seconds": "wall time since the model in service was made",
+    "training_running": "1 while a training runs",
+    "load_failures": "model versions that could not be loaded since the last one that could",
+}
+
+
+class Telemetry:
+    """Counts events; every method is safe from any thread."""
+
+    def __init__(
+        self, registry: CollectorRegistry, snapshot: Callable[[], Snapshot] = lambda: Snapshot()
+    ) -> None:
+        self._registry = registry
+        self._received = Counter(
+            "fleetcast_records_received", "records accepted and durable", registry=registry
+        )
+        self._rejected = Counter(
+            "fleetcast_records_rejected", "records refused", ["field"], registry=registry
+        )
+        self._ignored = Counter(
+            "fleetcast_fields_ignored", "text fields that are no metric", registry=registry
+        )
+        self._late = Gauge(
+            "fleetcast_late_records", "records that came after their bin closed", registry=registry
+        )
+        self._feed = Histogram(
+            "fleetcast_feed_seconds",
+            "time from request to answer of POST /feed/data",
+            ["code"],
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self._sweep = Histogram(
+            "fleetcast_sweep_seconds", "time of one sweep", buckets=_SWEEP_BUCKETS_S, registry=registry
+        )
+        self._series = Counter(
+            "fleetcast_series_forecast", "series forecast, by source", ["source"], registry=registry
+        )
+        self._skipped = Counter(
+            "fleetcast_bins_skipped", "closed bins that got no sweep of their own", registry=registry
+        )
+        self._settled = Counter("fleetcast_forecasts_settled", "forecasts settled", registry=registry)
+        self._expired = Counter("fleetcast_forecasts_expired", "forecasts expired", registry=registry)
+        self._reloads = Counter(
+            "fleetcast_model_loads", "attempts to put a model into service", ["outcome"], registry=registry
+        )
+        registry.register(_SnapshotCollector(snapshot))
+
+    def feed_answered(self, code: int, seconds: float) -> None:
+        """Note one answer of POST /feed/data."""
+        self._feed.labels(str(code)).observe(seconds)
+
+    def records_taken(self, n_received: int, rejected_fields: Iterable[str], n_ignored: int) -> None:
+        """Note what became of one request's records."""
+        self._received.inc(n_received)
+        self._ignored.inc(n_ignored)
+        for name in rejected_fields:
+            self._rejected.labels((name or "record") if name in _PLAIN_FIELDS else "metric").inc()
+
+    def swept(self, seconds: float, n_model: int, n_fallback: int, n_skipped: int) -> None:
+        """Note one sweep."""
+        self._sweep.observe(seconds)
+        self._series.labels("model").inc(n_model)
+        self._series.labels("fallback").inc(n_fallback)
+        self._skipped.inc(n_skipped)
+
+    def settled(self, n_settled: int, n_expired: int) -> None:
+        """Note what became of forecasts that were due."""
+        self._settled.inc(n_settled)
+        self._expired.inc(n_expired)
+
+    def late_records(self, n_late: int) -> None:
+        """Note how many records came late since the start."""
+        self._late.set(n_late)
+
+    def model_load(self, *, succeeded: bool) -> None:
+        """Note an attempt to load a version."""
+        self._reloads.labels("ok" if succeeded else "failed").inc()
+
+    def render(self) -> bytes:
+        """Return everything in Prometheus's text format."""
+        return generate_latest(self._registry)
+
+
+class _SnapshotCollector(Collector):
+    """Turns states into samples while a scrape lasts."""
+
+    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
+        self._snapshot = snapshot
+
+    def describe(self) -> Iterable[Metric]:
+        """Name nothing beforehand: registering must not take a snapshot."""
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield the present states; unknown ones are left out."""
+        snapshot = self._snapshot()
+        for name, text in GAUGES.items():
+            value = snapshot.gauges.get(name)
+            if value is not None:
+                yield GaugeMetricFamily(f"fleetcast_{name}", text, value=float(value))
+        info = GaugeMetricFamily(
+            "fleetcast_model_info",
+            "the model in service (empty version: fallback)",
+            labels=["version", "base"],
+        )
+        info.add_metric([snapshot.model_version or "", str(snapshot.is_base_model).lower()], 1.0)
+        yield info
+        seen = GaugeMetricFamily(
+            "fleetcast_server_last_record_timestamp_seconds",
+            "time of a server's newest record, for the first servers up to server.max_server_labels",
+            labels=["server"],
+        )
+        for name, seconds in snapshot.server_last_seen_s.items():
+            seen.add_metric([name], seconds)
+        yield seen
