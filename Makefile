@@ -38,7 +38,7 @@ docs: .venv/.requirements  ## make docs/settings.md again from the dataclasses
 	$(BIN)/python -m fleetcast.settings_doc > docs/settings.md
 
 demo: .venv/.requirements  ## the whole loop on bundled real data, about 6 minutes; state stays in demo_run/
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python -m benchmarks.demo
 
 clean:  ## remove what tests and demo leave behind (not .venv)
 	rm -rf demo_run bench_run .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
