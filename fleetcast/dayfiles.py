@@ -81,10 +81,12 @@ def part_names(path: Path) -> list[PartName]:
 class DaySnapshot:
     """All parts of one day, open, as they were together at one instant."""
 
-    def __init__(self, parts: list[OpenPart], *, is_sealed: bool, n_damaged: int) -> None:
+    def __init__(
+        self, parts: list[OpenPart], *, is_sealed: bool = False, damaged: tuple[str, ...] = ()
+    ) -> None:
         self.parts = parts
         self.is_sealed = is_sealed
-        self.n_damaged = n_damaged  # files that could not be opened as parts
+        self.damaged = damaged  # names of files that could not be opened as parts
 
     @property
     def n_rows(self) -> int:
@@ -100,12 +102,12 @@ def open_day(folder: Path, kind: TableKind, day: date) -> DaySnapshot:
             snapshot = _try_open(path, kind)
         except FileNotFoundError:  # a part went away: the day was swapped, look at the new one
             if not path.exists():
-                return DaySnapshot([], is_sealed=False, n_damaged=0)
+                return DaySnapshot([])
             continue
         if snapshot is not None:
             return snapshot
     logger.warning("gave up opening a day that changes all the time path=%s", path)
-    return DaySnapshot([], is_sealed=False, n_damaged=1)
+    return DaySnapshot([], damaged=(path.name,))
 
 
 def _try_open(path: Path, kind: TableKind) -> DaySnapshot | None:
@@ -114,7 +116,7 @@ def _try_open(path: Path, kind: TableKind) -> DaySnapshot | None:
         status = os.fstat(descriptor)
         if not stat.S_ISDIR(status.st_mode):
             part = _open_part(Path(f"/proc/self/fd/{descriptor}"), path, None, kind)
-            return DaySnapshot([part] if part else [], is_sealed=True, n_damaged=part is None)
+            return DaySnapshot([part] if part else [], is_sealed=True, damaged=() if part else (path.name,))
         # paths through the descriptor stay those of this folder when another takes its name
         inside = Path(f"/proc/self/fd/{descriptor}")
         names = [entry.name for entry in inside.iterdir()]
@@ -122,8 +124,8 @@ def _try_open(path: Path, kind: TableKind) -> DaySnapshot | None:
         parts = [_open_part(inside / name.text, path / name.text, name, kind) for name in parsed]
         if not _is_same(path, status):
             return None  # swapped, and its listing may have been taken while it was being deleted
-    good = [part for part in parts if part is not None]
-    return DaySnapshot(good, is_sealed=False, n_damaged=len(parts) - len(good))
+    damaged = tuple(name.text for name, part in zip(parsed, parts, strict=True) if part is None)
+    return DaySnapshot([part for part in parts if part is not None], damaged=damaged)
 
 
 @contextmanager

@@ -110,7 +110,7 @@ class DayReader:
             if len(table):
                 fresh.append(LogRows(rows.number, table))
         parts = [
-            part for part in open_day(self.folder, self.kind, day).parts if _overlaps(part, start_ms, end_ms)
+            part for part in open_day(self.folder, self.kind, day).parts if part.may_hold(start_ms, end_ms)
         ]
         for table in merge_sources(parts, fresh, self.kind, columns, chunk_rows):
             inside = _between(table, self.kind, start_ms, end_ms)
@@ -264,11 +264,6 @@ def _between(table: pa.Table, kind: TableKind, start_ms: int, end_ms: int) -> pa
     times = times_ms(table, kind.time_column)
     inside = (times >= start_ms) & (times < end_ms)
     return table if inside.all() else table.filter(pa.array(inside))
-
-
-def _overlaps(part: OpenPart, start_ms: int, end_ms: int) -> bool:
-    span = part.time_range_ms()
-    return span is None or (span[0] < end_ms and span[1] >= start_ms)
 
 
 def _edges(part: OpenPart, kind: TableKind) -> list[int]:

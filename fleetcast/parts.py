@@ -8,7 +8,6 @@ it, so replaying a segment twice writes the same name; the row count saves openi
 """
 
 import logging
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fleetcast.files import storage_error
-from fleetcast.tables import TEXT, NotThisKind, TableKind, canonical
+from fleetcast.files import fsync_file, storage_error
+from fleetcast.tables import NotThisKind, TableKind, canonical, filled, stored_schema
 
 logger = logging.getLogger(__name__)
 
@@ -70,20 +69,18 @@ def write_part(
     Raises:
         StorageFull, StorageBroken: nothing is left at `path`.
     """
-    written = _stored_schema(schema).with_metadata(
+    written = stored_schema(schema).with_metadata(
         {_META_FORMAT: str(FORMAT_VERSION).encode(), _META_NUMBER: str(number).encode()}
     )
     options = _options(kind, schema, is_sealed)
     group_rows = _SEALED_GROUP_ROWS if is_sealed else _PART_GROUP_ROWS
     n_rows = 0
     try:
-        with path.open("xb") as stream:
-            with pq.ParquetWriter(stream, written, **options) as writer:
-                for table in tables:
-                    writer.write_table(_filled(table, schema).cast(written), row_group_size=group_rows)
-                    n_rows += len(table)
-            stream.flush()
-            os.fsync(stream.fileno())
+        with path.open("xb") as stream, pq.ParquetWriter(stream, written, **options) as writer:
+            for table in tables:
+                writer.write_table(filled(table, schema).cast(written), row_group_size=group_rows)
+                n_rows += len(table)
+        fsync_file(path)
     except OSError as error:
         path.unlink(missing_ok=True)
         raise storage_error(path, error) from error
@@ -134,6 +131,11 @@ class OpenPart:
             highs.append(statistics.max_raw)
         return (min(lows), max(highs)) if lows else None
 
+    def may_hold(self, start_ms: int, end_ms: int) -> bool:
+        """Whether it can hold a row with start <= time < end."""
+        span = self.time_range_ms()
+        return span is None or (span[0] < end_ms and span[1] >= start_ms)
+
     def groups(self, first_name: str, last_name: str) -> list[int]:
         """Return the row groups that can hold servers of this (inclusive) range of names."""
         metadata = self._file.metadata
@@ -168,20 +170,6 @@ class OpenPart:
         if columns is None:
             return None
         return [*self._kind.schema.names, *(name for name in columns if name in self.column_names)]
-
-
-def _stored_schema(schema: pa.Schema) -> pa.Schema:
-    """Return the schema as stored: plain strings, so that pandas shows text, not categories."""
-    return pa.schema([(field.name, pa.string() if field.type == TEXT else field.type) for field in schema])
-
-
-def _filled(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Return `table` with all columns of `schema`, absent ones as nulls."""
-    columns = [
-        table.column(field.name) if field.name in table.column_names else pa.nulls(len(table), field.type)
-        for field in schema
-    ]
-    return pa.table(columns, schema=schema)
 
 
 def _options(kind: TableKind, schema: pa.Schema, is_sealed: bool) -> dict[str, object]:

@@ -1,79 +1,74 @@
-"""Rejected records, kept for people to look at: `data_buffer/quarantine.jsonl`.
+"""The folder for bytes that could not be understood: kept for a person, bounded, counted.
 
-Owns: the file, one JSON line per rejected record: `received_at`, `index`, `field`, `reason`,
-`record` (cut to 2,000 characters). Bounded: past half of `max_bytes` it moves to
-`quarantine.jsonl.1` and starts again. No program reads it back: a line lost to a full disk is
-only counted.
+Owns: `quarantine/` in the buffer's folder. Nothing in it is ever read by the programs.
 """
 
 import logging
-import threading
-from collections.abc import Sequence
-from datetime import datetime
+import os
+import secrets
+import shutil
 from pathlib import Path
-from typing import Any
 
-import msgspec
-
-from fleetcast import files
-from fleetcast.clock import iso_z
-from fleetcast.errors import StorageBroken, StorageFull
-from fleetcast.schema import Rejection
+from fleetcast.files import fsync_dir
 
 logger = logging.getLogger(__name__)
 
-FILE_NAME = "quarantine.jsonl"
-RECORD_MAX_CHARS = 2000
+MAX_BYTES = 64 * 2**20
 
 
 class Quarantine:
-    """The bounded file of rejected records; safe from any thread."""
+    """Keeps damaged bytes; beyond `max_bytes` the oldest are deleted.
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self.path = folder / FILE_NAME
-        self._half_bytes = max_bytes // 2
-        self._lock = threading.Lock()
-        self.lost = 0  # records the disk did not take
+    Keeping is best effort: a full disk must not stop the repair that it is part of.
+    """
 
-    def keep(self, raw: Sequence[object], rejections: Sequence[Rejection], received_at: datetime) -> None:
-        """Append the rejected ones of `raw`."""
-        stamp = iso_z(received_at)
-        lines: list[str] = []
-        n_bytes = 0
-        for rejection in rejections:
-            line = _line(stamp, rejection, raw[rejection.index])
-            n_bytes += len(line.encode()) + 1
-            if n_bytes > self._half_bytes:  # one request must not push out more than it can show
-                break
-            lines.append(line)
-        with self._lock:
+    def __init__(self, folder: Path, max_bytes: int = MAX_BYTES) -> None:
+        self.folder = folder
+        self._max_bytes = max_bytes
+        self.n_kept = 0
+
+    def keep_bytes(self, name: str, data: bytes) -> None:
+        """Keep bytes cut out of a file."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._free_name(name).write_bytes(data[: self._max_bytes])
+        except OSError as error:
+            logger.error("cannot keep damaged bytes name=%s size_bytes=%d error=%s", name, len(data), error)
+        self._note(name, len(data))
+
+    def keep_file(self, path: Path) -> None:
+        """Keep a damaged or foreign file under a second name; the caller removes the first."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            target = self._free_name(f"{path.parent.name}.{path.name}")
             try:
-                files.append_line(self.path, "\n".join(lines), max_bytes=self._half_bytes)
-            except (StorageFull, StorageBroken) as error:
-                if not self.lost:
-                    logger.warning("rejected records cannot be kept: %s", error)
-                self.lost += len(rejections)
+                os.link(path, target)
+            except OSError:
+                shutil.copyfile(path, target)
+            fsync_dir(self.folder)
+            self._note(path.name, target.stat().st_size)
+        except OSError as error:
+            logger.error("cannot keep a damaged file path=%s error=%s", path, error)
 
+    def _free_name(self, name: str) -> Path:
+        return self.folder / f"{name.lstrip('.')}.{secrets.token_hex(4)}"
 
-def _line(stamp: str, rejection: Rejection, record: object) -> str:
-    shown: Any = record
-    text = _text(record)
-    if len(text) > RECORD_MAX_CHARS:
-        shown = text[:RECORD_MAX_CHARS]
-    entry = {"received_at": stamp, **rejection.as_dict(), "record": shown}
-    try:
-        return msgspec.json.encode(entry, enc_hook=repr).decode()
-    except (UnicodeEncodeError, TypeError, ValueError, RecursionError):  # lone surrogates, odd keys
-        entry |= {
-            "field": ascii(rejection.field),
-            "reason": ascii(rejection.reason),
-            "record": text[:RECORD_MAX_CHARS],
-        }
-        return msgspec.json.encode(entry).decode()
+    def _note(self, name: str, size_bytes: int) -> None:
+        self.n_kept += 1
+        logger.warning("quarantined name=%s size_bytes=%d folder=%s", name, size_bytes, self.folder)
+        self._stay_bounded()
 
-
-def _text(record: object) -> str:
-    try:
-        return ascii(record)
-    except RecursionError:
-        return f"<{type(record).__name__} nested too deeply>"
+    def _stay_bounded(self) -> None:
+        """Delete the oldest until the rest fits; the newest stays in any case."""
+        try:
+            kept = sorted(
+                (entry.stat().st_ctime_ns, entry) for entry in self.folder.iterdir() if entry.is_file()
+            )
+            excess = sum(path.stat().st_size for _, path in kept) - self._max_bytes
+            for _, path in kept[:-1]:
+                if excess <= 0:
+                    break
+                excess -= path.stat().st_size
+                path.unlink()
+        except FileNotFoundError:  # a person tidied up meanwhile
+            return

@@ -16,6 +16,7 @@ from fleetcast.schema import Floats, Longs
 TIME = pa.timestamp("ms", tz="UTC")
 TEXT = pa.dictionary(pa.int32(), pa.string())
 NUMBER = pa.float64()
+Flags = NDArray[np.bool_]
 _KEY_LIMIT = 2**62
 
 
@@ -129,6 +130,36 @@ def key_ranks(table: pa.Table, kind: TableKind) -> Longs:
         ranks = ranks * width + column
         span *= width
     return ranks
+
+
+def union_schema(kind: TableKind, schemas: Sequence[pa.Schema]) -> pa.Schema:
+    """Return the columns of all schemas: the fixed ones first, metrics sorted."""
+    fixed = kind.schema
+    fields = {field.name: field for schema in schemas for field in schema}
+    return pa.schema([*fixed, *(fields[name] for name in sorted(fields) if name not in fixed.names)])
+
+
+def stored_schema(schema: pa.Schema) -> pa.Schema:
+    """Return the schema as stored: plain strings, so that pandas shows text, not categories."""
+    return pa.schema([(field.name, pa.string() if field.type == TEXT else field.type) for field in schema])
+
+
+def filled(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return `table` with all columns of `schema`, absent ones as nulls."""
+    columns = [
+        table.column(field.name) if field.name in table.column_names else pa.nulls(len(table), field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=schema)
+
+
+def has_key(table: pa.Table, others: pa.Table, kind: TableKind) -> Flags:
+    """Return which rows of `table` have a key that `others` has too."""
+    keys = list(kind.key)
+    both = pa.concat_tables([table.select(keys), others.select(keys)]).unify_dictionaries()
+    ranks = key_ranks(both, kind)
+    found: Flags = np.isin(ranks[: len(table)], ranks[len(table) :])
+    return found
 
 
 def times_ms(table: pa.Table, column: str) -> Longs:

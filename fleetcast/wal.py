@@ -55,6 +55,7 @@ class SegmentContent:
     payloads: tuple[bytes, ...]
     damages: tuple[Damage, ...]
     torn_bytes: int  # an unfinished last frame: never acknowledged, or still being written
+    is_newer_format: bool = False
 
 
 def frame(payload: bytes) -> bytes:
@@ -87,6 +88,8 @@ def read_segment(path: Path) -> SegmentContent:
 
 def parse_frames(data: bytes) -> SegmentContent:
     """Read frames from the bytes of a segment, resynchronising at the next valid one."""
+    if _is_newer(data):
+        return SegmentContent((), (), 0, is_newer_format=True)
     payloads: list[bytes] = []
     damages: list[Damage] = []
     offset = 0
@@ -104,6 +107,12 @@ def parse_frames(data: bytes) -> SegmentContent:
         damages.append(Damage(offset, data[offset:found]))
         offset = found
     return SegmentContent(tuple(payloads), tuple(damages), 0)
+
+
+def _is_newer(data: bytes) -> bool:
+    """Whether the first frame is whole and of a later format version (a flipped bit is no version)."""
+    is_other = data[:3] == MAGIC[:3] and data[3:4] > MAGIC[3:]
+    return is_other and _payload_at(MAGIC + data[4:], 0) is not None
 
 
 def _payload_at(data: bytes, offset: int) -> bytes | None:

@@ -1,0 +1,112 @@
+"""Between the value types of `schema.py` and Arrow tables, both ways, and from DataFrames.
+
+Owns: how a RecordBatch and SettledForecasts look in columns. Does not know: files.
+"""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from fleetcast.errors import BadData
+from fleetcast.recordrules import REQUIRED
+from fleetcast.records import Column
+from fleetcast.schema import Codes, Longs, RecordBatch, SettledForecasts
+from fleetcast.tables import METRICS, PREDICTIONS, TIME, floats, texts, times_ms
+
+_NO_TIME = np.iinfo(np.int64).min
+
+
+def table_of_batch(batch: RecordBatch) -> pa.Table:
+    """Return records as a table in the order they came; NaN stays NaN."""
+    names = pa.array(batch.server_names, type=pa.string())
+    servers = pa.DictionaryArray.from_arrays(pa.array(batch.server_codes, type=pa.int32()), names)
+    columns = [_times(batch.timestamps_ms), servers, *(pa.array(values) for values in batch.metrics.values())]
+    return pa.table(columns, names=[*METRICS.schema.names, *batch.metrics])
+
+
+def batch_of_table(table: pa.Table) -> RecordBatch:
+    """Return the rows of a canonical metrics table."""
+    servers = table.column("server_name").unify_dictionaries().combine_chunks()
+    codes: Codes = servers.indices.to_numpy()
+    used, codes_of_used = np.unique(codes, return_inverse=True)
+    every_name = servers.dictionary.to_pylist()
+    names = [name for name in table.column_names if name not in REQUIRED]
+    return RecordBatch(
+        server_names=tuple(every_name[code] for code in used.tolist()),
+        server_codes=codes_of_used.astype(np.int32),
+        timestamps_ms=times_ms(table, "timestamp"),
+        metrics={name: floats(table.column(name)) for name in names},
+    )
+
+
+def table_of_settled(rows: SettledForecasts) -> pa.Table:
+    """Return settled forecasts as a table."""
+    columns = {
+        "origin": _times(rows.origin_ms),
+        "target": _times(rows.target_ms),
+        "horizon": pa.array(rows.horizon, type=pa.int32()),
+        "server_name": texts(rows.server_name),
+        "metric": texts(rows.metric),
+        "p10": pa.array(rows.p10, type=pa.float64()),
+        "p50": pa.array(rows.p50, type=pa.float64()),
+        "p90": pa.array(rows.p90, type=pa.float64()),
+        "actual": pa.array(rows.actual, type=pa.float64()),
+        "model_version": texts(rows.model_version),
+    }
+    return pa.table(columns)
+
+
+def settled_of_table(table: pa.Table) -> SettledForecasts:
+    """Return the rows of a canonical predictions table."""
+    objects = {name: _objects(table.column(name)) for name in PREDICTIONS.text_columns}
+    return SettledForecasts(
+        origin_ms=times_ms(table, "origin"),
+        target_ms=times_ms(table, "target"),
+        horizon=table.column("horizon").to_numpy().astype(np.int32, copy=False),
+        server_name=objects["server_name"],
+        metric=objects["metric"],
+        p10=floats(table.column("p10")),
+        p50=floats(table.column("p50")),
+        p90=floats(table.column("p90")),
+        actual=floats(table.column("actual")),
+        model_version=objects["model_version"],
+    )
+
+
+def columns_of_frame(frame: Any) -> dict[str, Column]:
+    """Return the columns of a DataFrame as `records.accept_columns` takes them.
+
+    Raises:
+        BadData: it has no `timestamp` or no `server_name`, or two columns of one name.
+    """
+    names = [str(name) for name in frame.columns]
+    missing = [name for name in REQUIRED if name not in names]
+    if missing or len(set(names)) < len(names):
+        problem = f"lacks {' and '.join(missing)}" if missing else "has two columns of one name"
+        raise BadData(f"a DataFrame of records {problem}; its columns are {', '.join(names)}")
+    return {name: _cells(frame.iloc[:, place]) for place, name in enumerate(names)}
+
+
+def _cells(series: Any) -> Column:
+    """Return one DataFrame column; pandas' missing values are None, NaN or the missing time."""
+    if series.dtype.kind == "M":
+        times = series.dt.tz_localize("UTC") if series.dt.tz is None else series.dt.tz_convert("UTC")
+        numbers: Longs = times.astype("datetime64[ms, UTC]").astype("int64").to_numpy()
+        return np.where(series.isna().to_numpy(), _NO_TIME, numbers)
+    if series.dtype.kind in "fiu":
+        return np.asarray(series.to_numpy(dtype=np.float64, na_value=np.nan))
+    missing = series.isna().to_numpy()
+    return [None if gone else cell for cell, gone in zip(series.tolist(), missing, strict=True)]
+
+
+def _times(milliseconds: Longs) -> pa.Array:
+    return pa.array(milliseconds, type=pa.int64()).view(TIME)
+
+
+def _objects(column: pa.ChunkedArray) -> Any:
+    """Return text cells as objects (None for null), each distinct text made once."""
+    array = column.unify_dictionaries().combine_chunks()
+    names = np.array([*array.dictionary.to_pylist(), None], dtype=np.object_)
+    codes = array.indices.fill_null(len(names) - 1).to_numpy() if len(array) else np.zeros(0, dtype=np.int64)
+    return names[codes]

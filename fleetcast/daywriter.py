@@ -1,0 +1,235 @@
+"""Changes to the days of one kind: adding rows, compacting, putting sealed files in place, deleting.
+
+Owns: what is written below a day's public path, in an order that a crash cannot hurt. A part is
+added by renaming it into the day's folder; every other change is a `DayBuild`.
+Does not know: when (DayStore decides), the log, or other processes: one writer, one thread.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from fleetcast.daybuild import (
+    NEW_MARK,
+    DayBuild,
+    Step,
+    hidden_name,
+    keep_rejects,
+    no_step,
+    remove_path,
+    swap,
+    write_columns,
+)
+from fleetcast.dayfiles import day_path, list_days, open_day, part_names
+from fleetcast.files import TEMP_MARK, fsync_dir, publish, remove_stale_temps, storage_error, temp_beside
+from fleetcast.parts import COLUMNS_FILE, READ_ERRORS, OpenPart, PartName, write_part
+from fleetcast.quarantine import Quarantine
+from fleetcast.tables import Flags, TableKind, has_key, merged, times_ms
+
+logger = logging.getLogger(__name__)
+
+SMALL_PART_ROWS = 131_072  # bigger parts stay as they are until the day is sealed
+COMPACTED_ROWS_MAX = 1_048_576
+
+
+@dataclass(frozen=True, slots=True)
+class PartFacts:
+    """What adding rows needs to know of a part; remembered, so that it is opened once."""
+
+    span_ms: tuple[int, int] | None  # None = unknown
+    columns: frozenset[str]
+
+
+class DayWriter:
+    """Writes the days of one kind in one folder; not thread safe."""
+
+    def __init__(
+        self, folder: Path, kind: TableKind, quarantine: Quarantine, on_step: Step = no_step
+    ) -> None:
+        self._folder = folder
+        self._kind = kind
+        self._quarantine = quarantine
+        self._step = on_step
+        self._facts: dict[date, dict[PartName, PartFacts]] = {}
+
+    def recover(self) -> None:
+        """Remove what a crash left half built; put back a day that a crash left aside."""
+        days = f".{self._kind.name}_*.parquet"
+        for aside in self._folder.glob(f"{days}{TEMP_MARK}*"):
+            live = aside.with_name(aside.name[1:].split(TEMP_MARK)[0])
+            if not live.exists():  # a swap without RENAME_EXCHANGE was cut short
+                publish(aside, live)
+            else:
+                remove_path(aside)
+        for built in self._folder.glob(f"{days}{NEW_MARK}*"):
+            remove_path(built)
+        for day in list_days(self._folder, self._kind):
+            path = self.path(day)
+            if path.is_dir():
+                remove_stale_temps(path)
+
+    def path(self, day: date) -> Path:
+        """Return the public path of a day."""
+        return day_path(self._folder, self._kind, day)
+
+    def add(self, day: date, table: pa.Table, number: int) -> None:
+        """Add merged rows of log segment `number`; adding the same segment again changes nothing.
+
+        Rows whose key the day already has are merged where that row is.
+        """
+        path = self.path(day)
+        names = part_names(path)
+        if any(name.number == number for name in names):
+            return
+        if path.is_dir() and not self._shares_keys(day, names, table):
+            self._add_part(day, table, number)
+            return
+        snapshot = open_day(self._folder, self._kind, day)
+        if any(part.number == number for part in snapshot.parts):
+            return
+        is_fresh, touched = self._sorted_out(snapshot.parts, table)
+        if not touched and not is_fresh.any():
+            return  # a pure repetition
+        with DayBuild(path, self._kind, snapshot, self._quarantine, self._step) as build:
+            for part in snapshot.parts:
+                if part in touched:
+                    build.rewrite(part, table.filter(pa.array(touched[part])))
+                else:
+                    build.keep(part)
+            if is_fresh.any():
+                build.add(table.filter(pa.array(is_fresh)), number)
+        self._facts.pop(day, None)
+
+    def compact(self, day: date) -> bool:
+        """Make one part of the day's small ones; return whether there was something to do."""
+        snapshot = open_day(self._folder, self._kind, day)
+        small: list[OpenPart] = []
+        for part in snapshot.parts:
+            n_rows = sum(other.n_rows for other in small) + part.n_rows
+            if part.n_rows <= SMALL_PART_ROWS and n_rows <= COMPACTED_ROWS_MAX:
+                small.append(part)
+        if len(small) < 2:
+            return False
+        with DayBuild(self.path(day), self._kind, snapshot, self._quarantine, self._step) as build:
+            for part in snapshot.parts:
+                if part not in small:
+                    build.keep(part)
+            build.join(small)
+        self._facts.pop(day, None)
+        return True
+
+    def put_sealed(self, day: date, sealed: Path) -> None:
+        """Put a finished sealed file in the place of the day's parts."""
+        keep_rejects(self.path(day), open_day(self._folder, self._kind, day), self._quarantine)
+        swap(sealed, self.path(day), self._step)
+        self._facts.pop(day, None)
+
+    def remove(self, day: date) -> None:
+        """Delete a day."""
+        path = doomed = self.path(day)
+        if path.is_dir():  # vanishes at once for readers, however many files it has
+            doomed = hidden_name(path)
+            os.rename(path, doomed)
+        remove_path(doomed)
+        fsync_dir(self._folder)
+        self._facts.pop(day, None)
+
+    def _shares_keys(self, day: date, names: list[PartName], table: pa.Table) -> bool:
+        """Whether the open day has a key of `table`; opens only parts of the same hours."""
+        times = times_ms(table, self._kind.time_column)
+        low, high = int(times.min()), int(times.max())
+        for name in names:
+            span = self._facts_of(day, name).span_ms
+            if span is not None and (span[1] < low or span[0] > high):
+                continue
+            part = self._open(day, name)
+            if part is not None and self._known_rows(part, table).any():
+                return True
+        return False
+
+    def _facts_of(self, day: date, name: PartName) -> PartFacts:
+        facts = self._facts.setdefault(day, {})
+        if name not in facts:
+            part = self._open(day, name)
+            span = part.time_range_ms() if part else None
+            facts[name] = PartFacts(span, frozenset(part.schema.names if part else ()))
+        return facts[name]
+
+    def _open(self, day: date, name: PartName) -> OpenPart | None:
+        try:
+            return OpenPart(self.path(day) / name.text, name, self._kind)
+        except READ_ERRORS as error:
+            logger.warning("skipped an unreadable part day=%s name=%s error=%s", day, name.text, error)
+            return None
+
+    def _sorted_out(self, parts: list[OpenPart], table: pa.Table) -> tuple[Flags, dict[OpenPart, Flags]]:
+        """Return which rows have new keys, and which change a value of which part."""
+        is_fresh = np.ones(len(table), dtype=np.bool_)
+        touched: dict[OpenPart, Flags] = {}
+        for part in parts:
+            is_known = self._known_rows(part, table)
+            is_fresh &= ~is_known
+            if is_known.any() and self._changes(part, table.filter(pa.array(is_known))):
+                touched[part] = is_known
+        return is_fresh, touched
+
+    def _known_rows(self, part: OpenPart, table: pa.Table) -> Flags:
+        """Return which rows have a key that `part` has."""
+        is_known = np.zeros(len(table), dtype=np.bool_)
+        for keys in part.tables([], part.groups(*self._name_range(table))):
+            is_known |= has_key(table, keys, self._kind)
+        return is_known
+
+    def _changes(self, part: OpenPart, rows: pa.Table) -> bool:
+        """Whether merging `rows` changes a value in `part`."""
+        for old in part.tables(None, part.groups(*self._name_range(rows))):
+            hit = has_key(rows, old, self._kind)
+            if hit.any() and not _holds_all(old, merged([old, rows.filter(pa.array(hit))], self._kind)):
+                return True
+        return False
+
+    def _name_range(self, table: pa.Table) -> tuple[str, str]:
+        names: list[str] = table.column(self._kind.key[0]).unique().to_pylist()
+        return min(names), max(names)
+
+    def _add_part(self, day: date, table: pa.Table, number: int) -> None:
+        path = self.path(day)
+        known = [self._facts_of(day, name).columns for name in part_names(path)]
+        try:
+            if not known or not set(table.column_names) <= frozenset().union(*known):
+                self._widen_columns(path, table.schema)
+            final = path / PartName(number, len(table)).text
+            temp = temp_beside(final)
+            write_part(temp, iter([table]), self._kind, table.schema, number)
+            self._step("part written")
+            publish(temp, final)
+        except OSError as error:
+            raise storage_error(path, error) from error
+        self._step("part published")
+
+    def _widen_columns(self, path: Path, schema: pa.Schema) -> None:
+        parts = open_day(self._folder, self._kind, date.fromisoformat(path.stem.split("_")[-1])).parts
+        temp = temp_beside(path / COLUMNS_FILE)
+        write_columns(temp, self._kind, [*(part.schema for part in parts), schema])
+        publish(temp, path / COLUMNS_FILE)
+        self._step("columns written")
+
+
+def _holds_all(old: pa.Table, new: pa.Table) -> bool:
+    """Whether `new` (the same rows) has no value that `old` has not; dictionaries may differ."""
+    for name in new.column_names:
+        column = new.column(name)
+        if name not in old.column_names:
+            if column.null_count < len(column):
+                return False
+        elif pa.types.is_dictionary(column.type):
+            if not column.cast(pa.string()).equals(old.column(name).cast(pa.string())):
+                return False
+        elif not column.equals(old.column(name)):
+            return False
+    return True
