@@ -8,7 +8,7 @@ Does not know: where settled rows are stored; the caller stores them, then says 
 
 At every moment, and after a kill at any point: opened = settled + expired + open. A kill between
 storing and marking settles the same bin again, with the same keys: the store keeps one of them.
-Not thread safe: one thread owns a ledger.
+Not thread safe but for `counts`: one thread owns a ledger.
 """
 
 import logging
@@ -53,7 +53,9 @@ class Ledger:
         self._opened = self._settled = self._expired = 0
         self.newest_origin_ms: int | None = None
         self.settled_through_ms: int | None = None
+        self._counts = LedgerCounts(0, 0, 0, 0, 0)
         self._recover()
+        self._count()
 
     @property
     def resume_bin_ms(self) -> int | None:
@@ -61,10 +63,8 @@ class Ledger:
         return self.newest_origin_ms if self.newest_origin_ms is not None else self.settled_through_ms
 
     def counts(self) -> LedgerCounts:
-        """Return the account."""
-        waiting = sum(n for targets in self._waiting.values() for n in targets.values())
-        done = self._settled + self._expired
-        return LedgerCounts(self._opened, done, self._settled, self._expired, waiting)
+        """Return the account; safe from any thread."""
+        return self._counts
 
     def open(self, forecast: FleetForecast) -> int:
         """Keep the settle horizons of one sweep durably; return how many forecasts that are.
@@ -117,7 +117,7 @@ class Ledger:
             origin: {target: n for target, n in targets.items() if target >= before_ms}
             for origin, targets in self._waiting.items()
         }
-        n_due = self.counts().open - sum(n for targets in waiting.values() for n in targets.values())
+        n_due = self._counts.open - sum(n for targets in waiting.values() for n in targets.values())
         assert n_settled <= n_due, f"{n_settled} settled of {n_due} due"
         done = [origin for origin, targets in waiting.items() if not targets]
         for origin in done:
@@ -126,6 +126,7 @@ class Ledger:
         self._write(waiting, settled, expired, settled_through_ms)
         self._waiting, self._settled, self._expired = waiting, settled, expired
         self.settled_through_ms = settled_through_ms
+        self._count()
         for origin in done:
             self._path(origin).unlink(missing_ok=True)
 
@@ -134,6 +135,12 @@ class Ledger:
             self._waiting[origin] = counts
         self._opened += sum(counts.values())
         self.newest_origin_ms = origin
+        self._count()
+
+    def _count(self) -> None:
+        waiting = sum(n for targets in self._waiting.values() for n in targets.values())
+        done = self._settled + self._expired
+        self._counts = LedgerCounts(self._opened, done, self._settled, self._expired, waiting)
 
     def _path(self, origin_ms: int) -> Path:
         return self._folder / f"{origin_ms}.npz"

@@ -8,7 +8,7 @@ Does not know: where the numbers come from; parts report events here, and what i
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -37,6 +37,7 @@ GAUGES = {
     "buffer_days": "day files of the data buffer",
     "model_age_seconds": "wall time since the model in service was made",
     "training_running": "1 while a training runs",
+    "late_records": "records since the start that came after their bin closed",
     "load_failures": "model versions that could not be loaded since the last one that could",
 }
 
@@ -56,9 +57,6 @@ class Telemetry:
         )
         self._ignored = Counter(
             "fleetcast_fields_ignored", "text fields that are no metric", registry=registry
-        )
-        self._late = Gauge(
-            "fleetcast_late_records", "records that came after their bin closed", registry=registry
         )
         self._feed = Histogram(
             "fleetcast_feed_seconds",
@@ -105,10 +103,6 @@ class Telemetry:
         """Note what became of forecasts that were due."""
         self._settled.inc(n_settled)
         self._expired.inc(n_expired)
-
-    def late_records(self, n_late: int) -> None:
-        """Note how many records came late since the start."""
-        self._late.set(n_late)
 
     def model_load(self, *, succeeded: bool) -> None:
         """Note an attempt to load a version."""
