@@ -92,7 +92,8 @@ def error_table(
 
 
 def _in_phase(rows: SettledForecasts, phase: Phase) -> Mask:
-    inside = (rows.target_ms >= to_ms(phase.start)) & (rows.target_ms < to_ms(phase.end))
+    inside: Mask = (rows.target_ms >= to_ms(phase.start)) & (rows.target_ms < to_ms(phase.end))
     if phase.version is None:
         return inside
-    return inside & np.asarray(rows.model_version == phase.version, dtype=bool)
+    of_version: Mask = np.asarray(rows.model_version == phase.version, dtype=bool)
+    return inside & of_version
