@@ -23,10 +23,11 @@ import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fleetcast.clock import monotonic
+from fleetcast.clock import monotonic, sleep
 from fleetcast.errors import ExitCode
 from fleetcast.files import write_json
 
@@ -36,6 +37,9 @@ READ_BYTES = 65_536
 _PR_SET_PDEATHSIG = 1
 _OOM_SCORE = "500"  # short of memory, the kernel shall take a training, not a daemon
 _KILL_GRACE_S = 10.0
+_POLL_S = 0.1
+_PIPE_BYTES = 2**20  # the most a pipe holds
+_LIBC = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
@@ -113,16 +117,15 @@ def run_job(job: RunJob) -> dict[str, Any]:
     """Run the steps until one fails or the time is up; return what `result` shall hold."""
     started = monotonic()
     deadline = started + job.timeout_s
-    exit_code, index, timed_out = 0, 0, False
+    exit_code, timed_out, n_begun = 0, False, 0
     with Path(job.log).open("ab") as stream:
         output = OutputLines(stream, job.max_log_bytes)
-        for index, step in enumerate(job.steps):
-            exit_code, timed_out = _run_step(step, job.lock_fd, deadline, output)
-            if exit_code != 0 or timed_out:
-                break
+        while n_begun < len(job.steps) and exit_code == 0 and not timed_out:
+            exit_code, timed_out = _run_step(job.steps[n_begun], job.lock_fd, deadline, output)
+            n_begun += 1
     return {
         "exit_code": exit_code,
-        "step": index,
+        "step": n_begun - 1,
         "timed_out": timed_out,
         "seconds": monotonic() - started,
         "lines": output.lines,
@@ -144,54 +147,61 @@ def _run_step(
             stderr=subprocess.STDOUT,
             pass_fds=() if lock_fd is None else (lock_fd,),
             process_group=0,  # one signal reaches all that it starts
-            preexec_fn=_die_with_parent,
+            preexec_fn=partial(_die_with_parent, os.getpid()),
         )
     except OSError as error:
         output.feed(f"cannot start {step['argv'][:2]}: {error}\n".encode())
         return int(ExitCode.CANNOT_START), False
-    timed_out = not _drain(child, deadline, output)
-    if timed_out:
-        output.feed(b"killed: the time limit is over\n")
-    _kill_group(child.pid)  # the step is over: nothing it started may outlive it
-    exit_code = child.wait(timeout=_KILL_GRACE_S)
+    assert child.stdout is not None
+    os.set_blocking(child.stdout.fileno(), False)
+    has_ended = _drain(child, deadline, output)
+    os.killpg(child.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
+    _read_rest(child.stdout.fileno(), output)
+    child.stdout.close()
     output.close()
-    return exit_code, timed_out
+    if not has_ended:
+        output.feed(b"killed: the time limit is over\n")
+    return child.wait(timeout=_KILL_GRACE_S), not has_ended
 
 
 def _drain(child: subprocess.Popen[bytes], deadline: float, output: OutputLines) -> bool:
     """Read the output until the child ends; return False if the deadline came first."""
     assert child.stdout is not None
     descriptor = child.stdout.fileno()
-    os.set_blocking(descriptor, False)
     with selectors.DefaultSelector() as selector:
         selector.register(descriptor, selectors.EVENT_READ)
-        is_open = True
         while monotonic() < deadline:
-            # asked before reading: all that a child wrote before its end is read after it
-            has_ended = child.poll() is not None
-            wait_s = min(0.2, max(0.0, deadline - monotonic()))
-            if is_open and selector.select(0 if has_ended else wait_s):
+            if _has_ended(child.pid):
+                return True
+            if not selector.get_map():
+                sleep(_POLL_S)
+            elif selector.select(_POLL_S):
                 data = os.read(descriptor, READ_BYTES)
                 output.feed(data)
-                if data:
-                    continue
-                selector.unregister(descriptor)
-                is_open = False
-            if has_ended:
-                return True
-            if not is_open:  # it closed its output and works on
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(wait_s)
+                if not data:  # it closed its output and works on
+                    selector.unregister(descriptor)
     return False
 
 
-def _kill_group(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
+def _has_ended(pid: int) -> bool:
+    """Whether the child has ended; it is left unreaped."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _read_rest(descriptor: int, output: OutputLines) -> None:
+    """Take what is left in the pipe of a dead group; somebody who left the group is not waited for."""
+    with contextlib.suppress(BlockingIOError):
+        for _ in range(_PIPE_BYTES // READ_BYTES):
+            data = os.read(descriptor, READ_BYTES)
+            output.feed(data)
+            if not data:
+                return
+
+
+def _die_with_parent(parent: int) -> None:
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        os._exit(1)
 
 
 def _lower_priority(nice: int) -> None:

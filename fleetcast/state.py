@@ -124,6 +124,7 @@ def _stamp_json(stamp: TrainingStamp) -> dict[str, Any]:
         "promoted": stamp.promoted,
         "boot": stamp.uptime.boot if stamp.uptime else None,
         "uptime_s": stamp.uptime.seconds if stamp.uptime else None,
+        "attempt": stamp.attempt,
     }
 
 
@@ -155,7 +156,8 @@ def _parsed(raw: Mapping[str, Any]) -> RetrainingState:
 def _stamp(raw: Mapping[str, Any]) -> TrainingStamp:
     boot = _text_or_none(raw["boot"])
     uptime = Uptime(boot, float(raw["uptime_s"])) if boot else None
-    return TrainingStamp(parse_plain_utc(raw["at"]), raw["promoted"] is True, uptime)
+    attempt = _text_or_none(raw.get("attempt"))
+    return TrainingStamp(parse_plain_utc(raw["at"]), raw["promoted"] is True, uptime, attempt)
 
 
 def _attempt(raw: Mapping[str, Any]) -> Attempt:

@@ -28,6 +28,7 @@ class TrainingStamp:
     at: datetime  # by the Clock
     promoted: bool
     uptime: Uptime | None = None  # None: under the data clock, or recorded elsewhere
+    attempt: str | None = None  # which one it was; None: recorded by hand
 
     def age_s(self, now: datetime, uptime: Uptime | None) -> float:
         """Return seconds since the training; never negative."""
