@@ -81,7 +81,7 @@ def error_table(
         in_group = is_comparable & np.isin(rows.server_name.astype(str), sorted(servers))
         for horizon in horizons:
             for phase in phases:
-                chosen = in_group & (rows.horizon == horizon) & _in_phase(rows, phase)
+                chosen = in_group & (rows.horizon == horizon) & in_phase(rows, phase)
                 n = int(chosen.sum())
                 table[group, horizon, phase.name] = ErrorCell(
                     n,
@@ -91,7 +91,8 @@ def error_table(
     return table
 
 
-def _in_phase(rows: SettledForecasts, phase: Phase) -> Mask:
+def in_phase(rows: SettledForecasts, phase: Phase) -> Mask:
+    """Return which rows belong to a phase."""
     inside: Mask = (rows.target_ms >= to_ms(phase.start)) & (rows.target_ms < to_ms(phase.end))
     if phase.version is None:
         return inside

@@ -60,6 +60,12 @@ class Recording:
         """Return the same rows at other times."""
         return replace(self, timestamps_ms=self.timestamps_ms + by // timedelta(milliseconds=1))
 
+    def compacted(self) -> "Recording":
+        """Return the same rows without the names that no row uses."""
+        used, codes = np.unique(self.server_codes, return_inverse=True)
+        names = tuple(self.server_names[code] for code in used)
+        return replace(self, server_names=names, server_codes=codes.astype(np.int32))
+
     def batches(self, batch_s: float, max_records: int) -> Iterator[slice]:
         """Yield runs of rows of one `batch_s` of data time each, none longer than `max_records`."""
         steps = self.timestamps_ms // max(1, round(batch_s * 1000))
