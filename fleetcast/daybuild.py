@@ -113,7 +113,7 @@ class DayBuild:
     def _write(self, tables: Iterator[pa.Table], schema: pa.Schema, number: int) -> None:
         temp = self._built / f".part-{number}"
         n_rows = write_part(temp, tables, self._kind, schema, number)
-        os.rename(temp, self._built / PartName(number, n_rows).text)
+        publish(temp, self._built / PartName(number, n_rows).text)
 
 
 def write_columns(path: Path, kind: TableKind, schemas: Sequence[pa.Schema]) -> None:

@@ -6,7 +6,6 @@ Does not know: when (DayStore decides), the log, or other processes: one writer,
 """
 
 import logging
-import os
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -134,7 +133,7 @@ class DayWriter:
         path = doomed = self.path(day)
         if path.is_dir():  # vanishes at once for readers, however many files it has
             doomed = hidden_name(path)
-            os.rename(path, doomed)
+            publish(path, doomed)
         remove_path(doomed)
         fsync_dir(self._folder)
         self._facts.pop(day, None)
