@@ -1,8 +1,8 @@
 """The answer to `GET /predictions/current`, kept as encoded pieces.
 
 Owns: the shape of that document. A sweep encodes each server's forecast once; a request joins
-pieces. `current` and `stale` move between sweeps and are encoded again at most once a second
-(less often when that is costly). Does not know: how forecasts are made, HTTP.
+pieces. `current` and `stale` move between sweeps and are encoded again when that is cheap; a
+document that is costly to join may be some of its joining times old. Does not know: how forecasts are made, HTTP.
 """
 
 import threading
@@ -20,9 +20,9 @@ from fleetcast.rounding import to_significant
 from fleetcast.schema import SOURCE_FALLBACK, SOURCE_MODEL, SOURCE_WARMING_UP, FleetForecast
 
 SIGNIFICANT_DIGITS = 5  # a forecast is not more precise than that; 10,000 servers are 70 MB of digits
-REFRESH_S = 1.0
 UNCHANGED_S = 5.0  # staleness comes with time alone
-_COST_FACTOR = 20.0  # joining may take 1/20 of the time at most
+_CHEAP_S = 0.005
+_COST_FACTOR = 20.0  # costly joins may take 1/20 of the time at most
 _QUANTILE_NAMES = ("p10", "p50", "p90")
 _WARMING_UP = b'"forecast":null,"timestamps":[],"source":"' + SOURCE_WARMING_UP.encode() + b'"'
 
@@ -99,9 +99,9 @@ class PredictionBoard:
         if n_sweeps != self._n_sweeps:
             return False
         age_s = monotonic() - joined.made_at
-        return age_s < max(REFRESH_S, _COST_FACTOR * joined.cost_s) or (
-            changes == self._roster.changes and age_s < UNCHANGED_S
-        )
+        if changes == self._roster.changes:
+            return age_s < UNCHANGED_S
+        return joined.cost_s > _CHEAP_S and age_s < _COST_FACTOR * joined.cost_s
 
     def _join_all(self, only_current: bool) -> _Joined:
         started = monotonic()

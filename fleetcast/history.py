@@ -139,9 +139,15 @@ class BinHistory:
         return HistoryWindow(tuple(names[row] for row in rows), self.metrics, values, end_bin_ms, self.bin_ms)
 
     def restore(self, batches: Iterable[RecordBatch], taken_bin_ms: int) -> None:
-        """Fill an empty history from stored records; those after `taken_bin_ms` are open again."""
+        """Fill a history from stored records, before its first `close`.
+
+        Those after `taken_bin_ms` are open again; new records may come in meanwhile.
+        """
         with self._lock:
             self._taken_ms = taken_bin_ms
+            for start in [start for start in self._open if start <= taken_bin_ms]:
+                del self._open[start]  # records that came before this call: read again by `refresh`
+                self._late_bins.add(start)
         self._grid.advance(taken_bin_ms)
         for batch in batches:
             self._put_closed(batch)

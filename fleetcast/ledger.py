@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fleetcast import files
-from fleetcast.errors import CorruptFile, UnknownFormat
+from fleetcast.errors import CorruptFile, SettingsError, UnknownFormat
 from fleetcast.originfile import kept_of, read_origin, settled_rows, write_origin
 from fleetcast.schema import ClosedBin, FleetForecast, SettledForecasts
 
@@ -44,18 +44,33 @@ class LedgerCounts:
 class Ledger:
     """Open forecasts that survive their process, and counters that always add up."""
 
-    def __init__(self, buffer_dir: Path, settle_horizons: tuple[int, ...], bin_ms: int) -> None:
+    def __init__(
+        self, buffer_dir: Path, settle_horizons: tuple[int, ...], bin_ms: int, clock_mode: str = "system"
+    ) -> None:
+        """Recover the account, or begin one.
+
+        Raises:
+            SettingsError: it was kept with the other clock.
+            StorageFull, StorageBroken: it cannot be written.
+        """
         self._folder = buffer_dir / FOLDER
         self._state_path = buffer_dir / STATE_FILE
         self._settle_horizons = settle_horizons
         self._bin_ms = bin_ms
+        self._clock_mode = clock_mode
         self._waiting: dict[int, dict[int, int]] = {}  # origin → target bin → forecasts
         self._opened = self._settled = self._expired = 0
         self.newest_origin_ms: int | None = None
         self.settled_through_ms: int | None = None
         self._counts = LedgerCounts(0, 0, 0, 0, 0)
-        self._recover()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._recover()
+        except OSError as error:
+            raise files.storage_error(self._folder, error) from error
         self._count()
+        if not self._state_path.exists():
+            self._write(self._waiting, self._settled, self._expired, self.settled_through_ms)
 
     @property
     def resume_bin_ms(self) -> int | None:
@@ -153,6 +168,7 @@ class Ledger:
             {
                 "format": FORMAT,
                 "bin_ms": self._bin_ms,
+                "clock_mode": self._clock_mode,
                 "newest_origin_ms": self.newest_origin_ms,
                 "settled_through_ms": settled_through_ms,
                 "opened": self._opened,
@@ -166,7 +182,6 @@ class Ledger:
 
     def _recover(self) -> None:
         """Read the account; add what was opened after its last write, drop what it retired."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         files.remove_stale_temps(self._folder)
         is_foreign = self._load_state() != self._bin_ms
         foreign = set(self._waiting) if is_foreign else set()
@@ -197,12 +212,17 @@ class Ledger:
             waiting = {int(o): {int(t): int(n) for t, n in ts.items()} for o, ts in state["waiting"].items()}
             opened, settled, expired = (int(state[key]) for key in ("opened", "settled", "expired"))
             newest, through = (_optional_int(state[k]) for k in ("newest_origin_ms", "settled_through_ms"))
-            bin_ms = int(state["bin_ms"])
+            bin_ms, clock_mode = int(state["bin_ms"]), str(state["clock_mode"])
         except FileNotFoundError:
             return self._bin_ms
         except (CorruptFile, KeyError, TypeError, ValueError, AttributeError) as error:
             _set_aside(self._state_path, error)
             return self._bin_ms
+        if clock_mode != self._clock_mode:
+            raise SettingsError(
+                [f"clock.mode is {self._clock_mode}, but {self._state_path} was kept with {clock_mode}"],
+                hint=f"start with --clock {clock_mode}, or take another --data-buffer-dir",
+            )
         self._waiting, self._opened, self._settled, self._expired = waiting, opened, settled, expired
         self.newest_origin_ms, self.settled_through_ms = newest, through
         return bin_ms

@@ -5,8 +5,9 @@ Does not know: how the buffer recovers its own log (it has, before this is calle
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
+from itertools import takewhile
 from typing import Protocol
 
 from fleetcast.clock import from_ms, iso_z, monotonic, to_ms
@@ -30,12 +31,19 @@ class StoredRecords(Protocol):
 
 
 def restore(
-    stored: StoredRecords, history: BinHistory, roster: Roster, ledger: Ledger, gone_after_s: float
+    stored: StoredRecords,
+    history: BinHistory,
+    roster: Roster,
+    ledger: Ledger,
+    gone_after_s: float,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> int | None:
     """Fill history and roster from stored records.
 
     Bins after the last one the ledger worked off are open again: the next sweeps take them.
 
+    Args:
+        should_stop: asked between batches; what was read by then is all there is.
     Returns:
         the newest bin worked off, to be forecast again for readers; None for an empty buffer.
     """
@@ -48,7 +56,8 @@ def restore(
     taken = newest_bin - history.bin_ms if resume is None else resume
     first = min(taken, newest_bin) - (HISTORY_BINS - 1) * history.bin_ms
     recent = max(first, (to_ms(newest) - int(gone_after_s * 1000)) // history.bin_ms * history.bin_ms)
-    history.restore(_batches(stored, history, roster, first, recent, newest_bin + history.bin_ms), taken)
+    batches = _batches(stored, history, roster, first, recent, newest_bin + history.bin_ms)
+    history.restore(takewhile(lambda _: not should_stop(), batches), taken)
     logger.info(
         "history restored from the buffer servers=%d newest=%s resume=%s took_s=%.1f",
         history.n_servers, iso_z(newest), iso_z(from_ms(taken)), monotonic() - started,

@@ -123,7 +123,7 @@ class ServingModel:
                 self._on_load(True)
                 return
         kept = self.in_service.info.version if self.in_service else "the fallback forecast"
-        logger.info("no other model can serve, in service stays %s", kept)
+        logger.info("no model to put into service, %s goes on serving", kept)
 
     def _pointed_to(self) -> list[Version]:
         try:

@@ -1,0 +1,169 @@
+"""The inference daemon: takes records in, forecasts every closed bin, answers on port 8000.
+
+    python tft_inference_daemon.py [--host H] [--port N] [--data-buffer-dir D]
+        [--checkpoint-dir D] [--clock system|data] [--config FILE]
+
+Owns: flags, signals, exit codes, and where the buffer and the model's code come from. HTTP runs
+in a thread of its own; the main thread closes bins and forecasts (`fleetcast/service.py`).
+Does not know: drift, decisions, training: that is the retraining daemon's work.
+"""
+
+import argparse
+import ipaddress
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fleetcast.errors import (
+    ExitCode,
+    FleetcastError,
+    SettingsError,
+    StorageBroken,
+    StorageFull,
+)
+from fleetcast.logs import configure_logging
+from fleetcast.loop import Stop, run_every
+from fleetcast.sdnotify import SystemdNotifier
+from fleetcast.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from fleetcast.serving_model import Predictor
+
+logger = logging.getLogger(Path(__file__).stem)  # not "__main__": people read this
+
+LOG_FILE = Path("inference_daemon.log")
+KEY_VARIABLE = "TFT_API_KEY"
+TICK_S = 0.25
+RESTORE_TIMEOUT_S = 600.0  # asked of systemd for start-up: 8 days of 2,000 servers took 40 s
+LOADER_JOIN_S = 2.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run until told to stop; return the exit code."""
+    options = _parser().parse_args(argv)
+    try:
+        settings = _settings(options)
+        configure_logging(LOG_FILE, settings.logging)
+        return run(settings, os.environ.get(KEY_VARIABLE, ""), Stop())
+    except SettingsError as error:
+        for problem in error.problems:
+            print(f"tft_inference_daemon: {problem}", file=sys.stderr)
+        if error.hint:
+            print(f"tft_inference_daemon: {error.hint}", file=sys.stderr)
+        return int(error.exit_code)
+    except (StorageFull, StorageBroken) as error:
+        print(f"tft_inference_daemon: cannot start: {error}", file=sys.stderr)
+        return int(ExitCode.CANNOT_START)
+    except FleetcastError as error:
+        print(f"tft_inference_daemon: {error}", file=sys.stderr)
+        return int(error.exit_code)
+
+
+def run(settings: Settings, api_key: str, stop: Stop) -> int:
+    """Start, work, and stop in good order.
+
+    Raises:
+        AlreadyRunning, CannotStart, SettingsError, StorageFull, StorageBroken: it did not start.
+    """
+    # pandas, pyarrow and the HTTP library come with these, and --help does without
+    from data_buffer import DataBuffer
+    from fleetcast.listener import HttpListener
+    from fleetcast.service import InferenceService
+
+    notifier = SystemdNotifier()
+    stop.install()
+    is_data_clock = settings.clock.mode == "data"
+    buffer = DataBuffer(settings.paths.data_buffer_dir, settings=settings.buffer, expire=not is_data_clock)
+    notifier.extend_timeout(RESTORE_TIMEOUT_S)
+    buffer.open()  # first of all: two daemons must not even begin
+    listener = HttpListener(settings.server.host, settings.server.port)
+    service = InferenceService(
+        settings, buffer, listener, lambda path: _load_model(path, settings), api_key, stop
+    )
+    service.start()
+    notifier.ready(service.status_line())
+
+    def cycle() -> None:
+        service.cycle()
+        notifier.alive(service.status_line())
+
+    is_stop_requested = run_every(cycle, TICK_S, stop)
+    notifier.stopping()
+    logger.info("stopping reason=%s", stop.reason or "too many failures in a row")
+    service.close()
+    logger.info("stopped")
+    code = ExitCode.OK if is_stop_requested else ExitCode.FAILED
+    if not service.wait_for_loader(LOADER_JOIN_S):
+        _exit_past_loader(code)
+    return int(code)
+
+
+def _exit_past_loader(code: ExitCode) -> None:
+    """End without the interpreter's farewell: a thread in the middle of importing torch may abort in it."""
+    logging.shutdown()
+    os._exit(code)
+
+
+def _load_model(path: Path, settings: Settings) -> "Predictor":
+    from fleetcast.forecaster import Forecaster, set_threads  # torch: seconds, so not before it is needed
+
+    set_threads(settings.forecast.torch_threads)
+    return Forecaster.load(
+        path,
+        bin_ms=settings.bins.bin_s * 1000,
+        horizon_bins=settings.forecast.horizon_bins,
+        min_history_s=settings.forecast.model_min_history_s,
+    )
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    settings = load_settings(
+        options.config,
+        {
+            "server.host": options.host,
+            "server.port": options.port,
+            "paths.data_buffer_dir": options.data_buffer_dir,
+            "paths.checkpoint_dir": options.checkpoint_dir,
+            "clock.mode": options.clock,
+        },
+    )
+    host = settings.server.host
+    if not os.environ.get(KEY_VARIABLE) and not _is_loopback(host):
+        raise SettingsError(
+            [f"server.host {host} is open to others, and {KEY_VARIABLE} is not set"],
+            hint=f"set {KEY_VARIABLE}, which clients then send as X-API-Key, or listen on 127.0.0.1",
+        )
+    models = settings.paths.models_dir or str(Path(__file__).resolve().parent / "models")
+    return replace(settings, paths=replace(settings.paths, models_dir=models))
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tft_inference_daemon.py",
+        description="Take metrics in, forecast them, answer on HTTP.",
+        epilog="exit codes: 0 stopped, 1 failed, 2 bad settings, 3 cannot start, 4 already running",
+    )
+    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: 8000)")
+    parser.add_argument("--data-buffer-dir", help="folder of the buffer (default: ./data_buffer)")
+    parser.add_argument("--checkpoint-dir", help="folder of the model versions (default: ./checkpoints)")
+    parser.add_argument("--clock", help="system, or data: now is the newest record's time")
+    parser.add_argument("--config", type=Path, help="settings file (default: ./fleetcast.toml, if present)")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
