@@ -23,7 +23,7 @@ from fleetcast.encoding import AHEAD_REALS, PAST_REALS, STATIC_REALS, ModelArray
 from fleetcast.errors import BadCheckpoint, BadData
 from fleetcast.files import write_atomic
 from fleetcast.gridshape import GridShape
-from fleetcast.network import METRIC_SLOTS, Batch, NetworkConfig, StaticNetwork
+from fleetcast.network import METRIC_SLOTS, NetworkConfig, StaticNetwork, as_batch
 from fleetcast.scaling import is_percent
 from fleetcast.schema import QUANTILES, Floats32, HistoryWindow, Longs
 
@@ -103,20 +103,35 @@ class Forecaster:
         Raises:
             BadCheckpoint: missing, damaged, foreign, unsafe, not finite, or for other bins.
         """
-        content = _read(model_ckpt)
         try:
-            description, weights = _parsed(content)
-            loaded = cls(description, weights, min_history_s=min_history_s)
-            loaded._try_once()
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise BadCheckpoint(model_ckpt, f"not a model of ours: {type(error).__name__} {error}") from error
-        grid = description.grid
+            content = model_ckpt.read_bytes()
+        except OSError as error:
+            raise BadCheckpoint(model_ckpt, f"cannot be read: {error.strerror}") from error
+        loaded = cls.from_bytes(content, model_ckpt, min_history_s=min_history_s)
+        grid = loaded.description.grid
         if (bin_ms or grid.bin_ms, horizon_bins or grid.horizon_bins) != (grid.bin_ms, grid.horizon_bins):
             raise BadCheckpoint(
                 model_ckpt,
                 f"made for {grid.horizon_bins} bins of {grid.bin_ms // 1000} s",
                 hint=f"train one for {horizon_bins} bins of {(bin_ms or grid.bin_ms) // 1000} s",
             )
+        return loaded
+
+    @classmethod
+    def from_bytes(cls, content: bytes, path: Path, *, min_history_s: float = MIN_HISTORY_S) -> Self:
+        """Read the content of a checkpoint and try it once.
+
+        Args:
+            path: names it in errors.
+        Raises:
+            BadCheckpoint: damaged, foreign, unsafe or not finite.
+        """
+        try:
+            description, weights = _parsed(_unpickled(content, path))
+            loaded = cls(description, weights, min_history_s=min_history_s)
+            loaded._try_once()
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise BadCheckpoint(path, f"not a model of ours: {type(error).__name__} {error}") from error
         return loaded
 
     def to_bytes(self) -> bytes:
@@ -197,24 +212,12 @@ class Forecaster:
             raise ValueError("its answer is not finite numbers of the expected shape")
 
 
-def as_batch(arrays: ModelArrays, slots: Longs) -> Batch:
-    """Return model arrays as tensors, without a copy."""
-    return Batch(
-        past=torch.from_numpy(arrays.past),
-        ahead=torch.from_numpy(arrays.ahead),
-        static=torch.from_numpy(arrays.static),
-        metric=torch.from_numpy(slots),
-    )
-
-
-def _read(path: Path) -> Any:
+def _unpickled(content: bytes, path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise BadCheckpoint(path, f"cannot be read: {error}") from error
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise BadCheckpoint(path, f"not a checkpoint of plain types: {str(error)[:200]}") from error
-    except (KeyError, TypeError, AttributeError, IndexError, UnicodeDecodeError, MemoryError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, OSError, MemoryError) as error:
         raise BadCheckpoint(path, f"damaged: {type(error).__name__} {error}") from error
 
 

@@ -2,8 +2,8 @@
 
 Owns: how pytorch-forecasting's v1 class is built for our variables (`build`), and the forward
 pass that training and serving run (`StaticNetwork`): same weights, same answer within 1e-5,
-without lengths, interpretation and one small module per variable. With `forecaster.py` and
-`training.py` the owner of torch; the library itself is imported by `build` alone, so a serving
+without lengths and interpretation. With `networkblocks.py`, `forecaster.py` and `training.py`
+the owner of torch; the library itself is imported by `build` alone, so a serving
 process never pays for it. Does not know: units, files, servers.
 Source: Lim et al., Temporal Fusion Transformers (arXiv:1912.09363).
 """
@@ -16,12 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fleetcast.encoding import AHEAD_REALS, PAST_REALS, STATIC_REALS
-from fleetcast.schema import QUANTILES
+from fleetcast.encoding import AHEAD_REALS, PAST_REALS, STATIC_REALS, ModelArrays
+from fleetcast.networkblocks import (
+    GatedResidual,
+    VariableSelection,
+    gate_add_norm,
+    joined_linear,
+    linear,
+    norm,
+)
+from fleetcast.schema import QUANTILES, Longs
 
 METRIC_SLOTS = 32  # slot 0: a metric never seen in training
 _EMBEDDING = 8
-_NORM_EPSILON = 1e-5
 
 
 @dataclass(frozen=True)
@@ -105,20 +112,20 @@ class StaticNetwork:
     def __init__(self, weights: Mapping[str, Tensor], config: NetworkConfig) -> None:
         self._weights = weights
         self._metric = weights["input_embeddings.embeddings.metric.weight"]
-        self._static = _Selection(weights, "static_variable_selection", config.static_reals, "metric")
-        self._past = _Selection(weights, "encoder_variable_selection", config.past_reals)
-        self._ahead = _Selection(weights, "decoder_variable_selection", config.ahead_reals)
+        self._static = VariableSelection(weights, "static_variable_selection", config.static_reals, "metric")
+        self._past = VariableSelection(weights, "encoder_variable_selection", config.past_reals)
+        self._ahead = VariableSelection(weights, "decoder_variable_selection", config.ahead_reals)
         self._contexts = {
-            name: _Residual(weights, f"static_context_{name}")
+            name: GatedResidual(weights, f"static_context_{name}")
             for name in ("variable_selection", "initial_hidden_lstm", "initial_cell_lstm", "enrichment")
         }
-        self._enrichment = _Residual(weights, "static_enrichment")
-        self._feed_forward = _Residual(weights, "pos_wise_ff")
+        self._enrichment = GatedResidual(weights, "static_enrichment")
+        self._feed_forward = GatedResidual(weights, "pos_wise_ff")
         self._n_heads = config.n_heads
         attention = "multihead_attn"
         heads = range(config.n_heads)
-        self._queries = _joined(weights, [f"{attention}.q_layers.{head}" for head in heads])
-        self._keys = _joined(weights, [f"{attention}.k_layers.{head}" for head in heads])
+        self._queries = joined_linear(weights, [f"{attention}.q_layers.{head}" for head in heads])
+        self._keys = joined_linear(weights, [f"{attention}.k_layers.{head}" for head in heads])
         knot = torch.arange(config.n_knots)
         self._is_hidden = torch.cat(  # a knot attends to the past and to knots before it
             [torch.zeros(config.n_knots, config.n_past, dtype=torch.bool), knot[None] >= knot[:, None]], dim=1
@@ -134,10 +141,10 @@ class StaticNetwork:
         enriched = self._enrichment(local, context=self._contexts["enrichment"](static))
         knots = slice(past.shape[1], None)
         attended = self._attend(enriched[:, knots], enriched)
-        attended = _gate_add_norm(self._weights, "post_attn_gate_norm", attended, enriched[:, knots])
+        attended = gate_add_norm(self._weights, "post_attn_gate_norm", attended, enriched[:, knots])
         output = self._feed_forward(attended)
-        output = _gate_add_norm(self._weights, "pre_output_gate_norm", output, local[:, knots])
-        return _linear(self._weights, "output_layer", output)
+        output = gate_add_norm(self._weights, "pre_output_gate_norm", output, local[:, knots])
+        return linear(self._weights, "output_layer", output)
 
     def _local(self, past: Tensor, ahead: Tensor, static: Tensor) -> Tensor:
         """Run the two LSTMs and their skip connection; past and knots on one time axis."""
@@ -146,8 +153,8 @@ class StaticNetwork:
         past_output, state = self._lstm("lstm_encoder", past, (hidden, cell))
         ahead_output, _ = self._lstm("lstm_decoder", ahead, state)
         output, skipped = torch.cat([past_output, ahead_output], dim=1), torch.cat([past, ahead], dim=1)
-        gated = functional.glu(_linear(self._weights, "post_lstm_gate_encoder.fc", output))
-        return _norm(self._weights, "post_lstm_add_norm_encoder.norm", gated + skipped)
+        gated = functional.glu(linear(self._weights, "post_lstm_gate_encoder.fc", output))
+        return norm(self._weights, "post_lstm_add_norm_encoder.norm", gated + skipped)
 
     def _lstm(
         self, name: str, steps: Tensor, state: tuple[Tensor, Tensor]
@@ -168,151 +175,15 @@ class StaticNetwork:
         keys = by_head(functional.linear(steps, *self._keys))
         scores = torch.matmul(queries, keys.transpose(2, 3)) / size**0.5
         attention = torch.softmax(scores.masked_fill(self._is_hidden, -1e9), dim=-1).mean(dim=1)
-        values = _linear(self._weights, "multihead_attn.v_layer", steps)
+        values = linear(self._weights, "multihead_attn.v_layer", steps)
         return functional.linear(torch.matmul(attention, values), self._weights["multihead_attn.w_h.weight"])
 
 
-class _Residual:
-    """A gated residual network whose input and output have one size."""
-
-    def __init__(self, weights: Mapping[str, Tensor], name: str) -> None:
-        self._weights, self._name = weights, name
-        self._gate = _fused(weights, f"{name}.fc2", f"{name}.gate_norm.glu.fc")
-        self._context = weights.get(f"{name}.context.weight")
-
-    def __call__(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        inner = _linear(self._weights, f"{self._name}.fc1", x)
-        if context is not None and self._context is not None:
-            inner = inner + functional.linear(context, self._context)[:, None]  # the same at every step
-        gated = functional.glu(functional.linear(functional.elu(inner), *self._gate))
-        return _norm(self._weights, f"{self._name}.gate_norm.add_norm.norm", gated + x)
-
-
-class _Selection:
-    """A variable selection network over scalars, and at most one embedded category before them."""
-
-    def __init__(
-        self, weights: Mapping[str, Tensor], name: str, reals: tuple[str, ...], embedded: str = ""
-    ) -> None:
-        self._weights, self._name, self._embedded = weights, name, embedded
-        grns = [f"{name}.single_variable_grns.{real}" for real in reals]
-        scale = _stacked(weights, [f"{name}.prescalers.{real}.weight" for real in reals])[..., 0]
-        shift = _stacked(weights, [f"{name}.prescalers.{real}.bias" for real in reals])  # (variable, size)
-        self._scale, self._shift = scale, shift
-        first = _stacked(weights, [f"{grn}.fc1.weight" for grn in grns])
-        self._slope = torch.einsum("vij,vj->vi", first, scale)[:, None]
-        self._offset = (
-            torch.einsum("vij,vj->vi", first, shift) + _stacked(weights, [f"{grn}.fc1.bias" for grn in grns])
-        )[:, None]
-        gates = [_fused(weights, f"{grn}.fc2", f"{grn}.gate_norm.glu.fc") for grn in grns]
-        self._gate = torch.stack([gate[0].T for gate in gates])  # (variable, size, 2 hidden)
-        self._gate_bias = torch.stack([gate[1] for gate in gates])[:, None]
-        hidden = self._gate.shape[2] // 2
-        resample = _resampling(scale.shape[1], hidden)
-        mask = 2 * torch.sigmoid(_stacked(weights, [f"{grn}.resample_norm.mask" for grn in grns]))
-        self._skip_slope = _centred((scale @ resample) * mask)[:, None]  # (variable, 1, hidden)
-        self._skip_offset = _centred((shift @ resample) * mask)[:, None]
-        self._skip_norm = _norms(weights, [f"{grn}.resample_norm.norm" for grn in grns])
-        self._norm = _norms(weights, [f"{grn}.gate_norm.add_norm.norm" for grn in grns])
-        self._weigher = f"{name}.flattened_grn"
-        self._weigher_gate = _fused(weights, f"{self._weigher}.fc2", f"{self._weigher}.gate_norm.glu.fc")
-        n_flat = weights[f"{self._weigher}.fc1.weight"].shape[1]
-        self._flat_resampling = _resampling(n_flat, weights[f"{self._weigher}.resample_norm.mask"].shape[0])
-
-    def __call__(self, x: Tensor, *, context: Tensor | None = None, embedded: Tensor | None = None) -> Tensor:
-        """Return the selected variables (window, [step,] hidden) of scalars (window, [step,] variable)."""
-        flat = x.reshape(-1, x.shape[-1])
-        scalars = flat.T.contiguous()[..., None]  # (variable, row, 1)
-        vectors = self._variables(scalars).transpose(0, 1)  # (row, variable, hidden)
-        weigher_input = (flat[..., None] * self._scale + self._shift).flatten(1)
-        if embedded is not None:
-            vectors = torch.cat([self._category(embedded)[:, None], vectors], dim=1)
-            weigher_input = torch.cat([embedded, weigher_input], dim=1)
-        n_step = x.shape[1] if x.dim() == 3 else 1
-        weights = self._weigh(weigher_input, context, n_step)
-        selected = torch.matmul(weights[:, None], vectors)[:, 0]
-        return selected.view(*x.shape[:-1], -1)
-
-    def _variables(self, scalars: Tensor) -> Tensor:
-        """Return every variable's vector (variable, row, hidden)."""
-        inner = functional.elu(scalars * self._slope + self._offset)
-        gated = functional.glu(torch.baddbmm(self._gate_bias, inner, self._gate))
-        apart = scalars * self._skip_slope + self._skip_offset  # centred already: a norm but for its spread
-        variance = (
-            scalars**2 * self._skip_slope.square().mean(2, keepdim=True)
-            + 2 * scalars * (self._skip_slope * self._skip_offset).mean(2, keepdim=True)
-            + self._skip_offset.square().mean(2, keepdim=True)
-        )
-        skip = apart * torch.rsqrt(variance + _NORM_EPSILON) * self._skip_norm[0] + self._skip_norm[1]
-        normed = functional.layer_norm(gated + skip, gated.shape[-1:], eps=_NORM_EPSILON)
-        return normed * self._norm[0] + self._norm[1]
-
-    def _category(self, embedded: Tensor) -> Tensor:
-        name = f"{self._name}.single_variable_grns.{self._embedded}"
-        hidden = self._gate.shape[2] // 2
-        resampled = embedded @ _resampling(embedded.shape[1], hidden)
-        masked = resampled * 2 * torch.sigmoid(self._weights[f"{name}.mask"])
-        return _norm(self._weights, f"{name}.norm", masked)
-
-    def _weigh(self, flat: Tensor, context: Tensor | None, n_step: int) -> Tensor:
-        """Return the softmax weight of every variable (row, variable)."""
-        name = self._weigher
-        skip = (flat @ self._flat_resampling) * 2 * torch.sigmoid(self._weights[f"{name}.resample_norm.mask"])
-        skip = _norm(self._weights, f"{name}.resample_norm.norm", skip)
-        inner = _linear(self._weights, f"{name}.fc1", flat)
-        if context is not None:
-            shared = functional.linear(context, self._weights[f"{name}.context.weight"])
-            inner = inner + shared.repeat_interleave(n_step, dim=0)
-        gated = functional.glu(functional.linear(functional.elu(inner), *self._weigher_gate))
-        return torch.softmax(_norm(self._weights, f"{name}.gate_norm.add_norm.norm", gated + skip), dim=-1)
-
-
-def _linear(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
-    return functional.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-
-def _norm(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
-    weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
-    return functional.layer_norm(x, weight.shape, weight, bias, _NORM_EPSILON)
-
-
-def _gate_add_norm(weights: Mapping[str, Tensor], name: str, x: Tensor, skip: Tensor) -> Tensor:
-    return _norm(
-        weights, f"{name}.add_norm.norm", functional.glu(_linear(weights, f"{name}.glu.fc", x)) + skip
+def as_batch(arrays: ModelArrays, slots: Longs) -> Batch:
+    """Return model arrays as tensors, without a copy."""
+    return Batch(
+        past=torch.from_numpy(arrays.past),
+        ahead=torch.from_numpy(arrays.ahead),
+        static=torch.from_numpy(arrays.static),
+        metric=torch.from_numpy(slots),
     )
-
-
-def _stacked(weights: Mapping[str, Tensor], names: list[str]) -> Tensor:
-    return torch.stack([weights[name] for name in names])
-
-
-def _joined(weights: Mapping[str, Tensor], names: list[str]) -> tuple[Tensor, Tensor]:
-    """Return several linear layers of one input as one."""
-    return (
-        torch.cat([weights[f"{name}.weight"] for name in names]),
-        torch.cat([weights[f"{name}.bias"] for name in names]),
-    )
-
-
-def _norms(weights: Mapping[str, Tensor], names: list[str]) -> tuple[Tensor, Tensor]:
-    """Return scale and shift of one norm per variable, each (variable, 1, hidden)."""
-    return (
-        _stacked(weights, [f"{name}.weight" for name in names])[:, None],
-        _stacked(weights, [f"{name}.bias" for name in names])[:, None],
-    )
-
-
-def _fused(weights: Mapping[str, Tensor], first: str, second: str) -> tuple[Tensor, Tensor]:
-    """Return two linear layers with nothing between them as one."""
-    outer = weights[f"{second}.weight"]
-    return outer @ weights[f"{first}.weight"], outer @ weights[f"{first}.bias"] + weights[f"{second}.bias"]
-
-
-def _centred(rows: Tensor) -> Tensor:
-    return rows - rows.mean(dim=-1, keepdim=True)
-
-
-def _resampling(n_from: int, n_to: int) -> Tensor:
-    """Return the matrix (from, to) of the library's linear interpolation between vector sizes."""
-    unit = torch.eye(n_from)[:, None]
-    return functional.interpolate(unit, n_to, mode="linear", align_corners=True)[:, 0]

@@ -26,6 +26,7 @@ from fleetcast.windows import DAY_BINS, RECENT_BINS
 YOUNG_SHARE = 0.2  # windows whose history is cut short, so that young fleets are forecast, too
 UNKNOWN_SHARE = 0.05  # windows whose metric is called unknown
 _MAX_DRAWS = 50
+_MIN_TARGETS = 3  # bins ahead a window must know: a change of minutes ago has no more
 
 _Draw = Callable[[int], tuple[Longs, Longs]]
 
@@ -66,22 +67,25 @@ class WindowSampler:
     """
 
     def __init__(
-        self, grid: TrainingGrid, shape: GridShape, held_from: int, mix: WindowMix, seed: int
+        self, grid: TrainingGrid, shape: GridShape, held_from: Longs, mix: WindowMix, seed: int
     ) -> None:
+        """Prepare to draw.
+
+        Args:
+            held_from: (server, metric) the first bin no window may see.
+        """
         self._series = grid.values.reshape(-1, grid.n_bins)
         self._n_metric = len(grid.metrics)
         self._is_percent = np.array([is_percent(metric) for metric in grid.metrics])
         self._start_ms, self._bin_ms = grid.start_ms, grid.bin_ms
-        self._shape, self._held_from, self._mix = shape, held_from, mix
+        self._shape, self._held_from, self._mix = shape, held_from.reshape(-1), mix
         self._random = np.random.default_rng(seed)
-        self._changed = np.array(
-            [
-                (item.server * self._n_metric + item.metric, max(0, item.since_bin))
-                for item in mix.changed
-                if item.since_bin < held_from - 1
-            ],
-            np.int64,
-        ).reshape(-1, 2)
+        changed = [
+            (item.server * self._n_metric + item.metric, max(0, item.since_bin))
+            for item in mix.changed
+            if item.since_bin < held_from[item.server, item.metric] - 1
+        ]
+        self._changed = np.array(changed, np.int64).reshape(-1, 2)
 
     def batch(self, size: int, slots: Sequence[int]) -> TrainingBatch:
         """Draw one batch.
@@ -127,29 +131,28 @@ class WindowSampler:
         return series[:size], origins[:size]
 
     def _draw_any(self, size: int) -> tuple[Longs, Longs]:
-        return self._random.integers(len(self._series), size=size), self._random.integers(
-            self._held_from, size=size
-        )
+        return self._draw_since(size, self._held_from)
 
     def _draw_recent(self, size: int) -> tuple[Longs, Longs]:
-        oldest = max(0, self._held_from - self._mix.recent_bins)
-        return self._random.integers(len(self._series), size=size), self._random.integers(
-            oldest, self._held_from, size=size
-        )
+        return self._draw_since(size, np.minimum(self._mix.recent_bins, self._held_from))
+
+    def _draw_since(self, size: int, n_bins: Longs) -> tuple[Longs, Longs]:
+        """Draw any series, and one of its newest `n_bins` (series,) before the held-out tail."""
+        series = self._random.integers(len(self._series), size=size)
+        ago = (self._random.random(size) * n_bins[series]).astype(np.int64)
+        return series, self._held_from[series] - 1 - ago
 
     def _draw_changed(self, size: int) -> tuple[Longs, Longs]:
         chosen = self._changed[self._random.integers(len(self._changed), size=size)]
-        span = self._held_from - 1 - chosen[:, 1]
+        span = self._held_from[chosen[:, 0]] - 1 - chosen[:, 1]
         return chosen[:, 0], chosen[:, 1] + (self._random.random(size) * span).astype(np.int64)
 
     def _is_usable(self, series: Longs, origins: Longs) -> NDArray[np.bool_]:
         """Return which windows have a recent value, an hour of values, and something to learn."""
         day = np.isfinite(self._taken(series, origins, 1 - DAY_BINS, 1))
         ahead = np.isfinite(self._taken(series, origins, 1, self._shape.horizon_bins + 1))
-        few = min(RECENT_BINS, self._shape.horizon_bins)
-        return np.asarray(
-            day[:, -RECENT_BINS:].any(axis=1) & (day.sum(axis=1) >= RECENT_BINS) & (ahead.sum(axis=1) >= few)
-        )
+        is_forecast = day[:, -RECENT_BINS:].any(axis=1) & (day.sum(axis=1) >= RECENT_BINS)
+        return np.asarray(is_forecast & (ahead.sum(axis=1) >= min(_MIN_TARGETS, ahead.shape[1])))
 
     def _slices(self, series: Longs, origins: Longs) -> Floats32:
         return self._taken(series, origins, 1 - self._shape.history_bins, self._shape.horizon_bins + 1)
@@ -158,7 +161,7 @@ class WindowSampler:
         """Return bins [start, stop) relative to the origins, NaN outside and in the held-out tail."""
         columns = origins[:, None] + np.arange(start, stop)
         values: Floats32 = self._series[series[:, None], np.clip(columns, 0, self._series.shape[1] - 1)]
-        values[(columns < 0) | (columns >= self._held_from)] = np.nan
+        values[(columns < 0) | (columns >= self._held_from[series][:, None])] = np.nan
         return values
 
     def _cut_short(self, history: Floats32) -> None:

@@ -116,10 +116,20 @@ class TrainerSettings:
     changed_share: float = setting(
         0.35, "share of a batch drawn from drifting series after their change", low=0.0, high=0.9
     )
+    recent_share: float = setting(
+        0.5,
+        "share of a batch drawn from the newest days, where no change is known",
+        low=0.0,
+        high=1.0,
+    )
+    recent_days: float = setting(3.0, "what counts as the newest days", unit="days", low=0.1)
     holdout_share: float = setting(
         0.1, "newest share of the data kept out of training, for the gate", low=0.02, high=0.5
     )
-    threads: int = setting(2, "torch threads of a training", low=1, high=64)
+    holdout_max_s: float = setting(
+        86_400.0, "longest tail kept out of training, for the gate", unit="s", low=3600.0
+    )
+    threads: int = setting(1, "torch threads of a training (2 on busy cores were slower)", low=1, high=64)
     seed: int = setting(7, "seed of weights and sampling", low=0)
 
 

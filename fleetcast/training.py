@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fleetcast.clock import monotonic
-from fleetcast.forecaster import as_batch
 from fleetcast.gridshape import GridShape
-from fleetcast.network import Batch, NetworkConfig, StaticNetwork, build
+from fleetcast.network import Batch, NetworkConfig, StaticNetwork, as_batch, build
 from fleetcast.sampler import TrainingBatch
 from fleetcast.schema import QUANTILES
 
@@ -28,8 +27,6 @@ logger = logging.getLogger(__name__)
 _GRADIENT_LIMIT = 1.0
 _WEIGHT_DECAY = 1e-2
 _FINAL_RATE = 0.02  # of the peak, at the end of the cosine
-# the next bin, the first hour, the rest: a knot's weight, shared by its bins (measured: 8/2/1)
-_NEXT_WEIGHT, _HOUR_WEIGHT, _HOUR_BINS = 8.0, 2.0, 12
 
 _Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # past, ahead, static, metric, targets
 
@@ -61,6 +58,8 @@ def fit(
         draw: returns the next batch.
     """
     torch.set_num_threads(plan.threads)
+    for name in ("lightning.pytorch", "lightning.fabric"):  # advertisements and hardware notes
+        logging.getLogger(name).setLevel(logging.ERROR)
     torch.manual_seed(plan.seed)
     with warnings.catch_warnings():
         # the libraries warn of loaders and hyperparameters that this training has none of
@@ -83,15 +82,6 @@ def fit(
             _Fitting(network, config, grid, plan), train_dataloaders=_Steps(draw, plan.steps_per_epoch)
         )
     return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
-
-
-def bin_weights(grid: GridShape) -> Tensor:
-    """Return how much each bin of the horizon counts, (horizon,)."""
-    weights = torch.zeros(grid.horizon_bins)
-    for start, end in zip(grid.knot_starts.tolist(), grid.knot_ends.tolist(), strict=True):
-        knot = _NEXT_WEIGHT if end == 1 else _HOUR_WEIGHT if end <= _HOUR_BINS else 1.0
-        weights[start - 1 : end] = knot / (end - start + 1)
-    return weights
 
 
 class _Steps:
@@ -118,7 +108,7 @@ class _Fitting(lightning.LightningModule):
         self.network = network
         self._config, self._plan = config, plan
         self._interpolation = torch.from_numpy(grid.interpolation())  # (knot, horizon)
-        self._bin_weights = bin_weights(grid)
+        self._bin_weights = torch.from_numpy(grid.bin_weights())
         self._quantiles = torch.tensor(QUANTILES)
 
     def training_step(self, batch: _Tensors, _index: int) -> Tensor | None:
