@@ -69,7 +69,10 @@ def run(settings: Settings, api_key: str, stop: Stop) -> int:
     Raises:
         AlreadyRunning, CannotStart, SettingsError, StorageFull, StorageBroken: it did not start.
     """
-    # pandas, pyarrow and the HTTP library come with these, and --help does without
+    # pandas, pyarrow and the HTTP library are for --help to do without; pyarrow would import pandas
+    # at its first array, half a second into the first request
+    import pandas  # noqa: F401
+
     from data_buffer import DataBuffer
     from fleetcast.listener import HttpListener
     from fleetcast.service import InferenceService

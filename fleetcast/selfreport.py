@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 ERRORS_KEPT = 20
 _REPEAT_S = 60.0  # the same error again is logged once a minute
-_STATS_S = 5.0  # reading the buffer's statistics touches every day's footers
+_STATS_S = 1.0  # reading the statistics touches every day's footers
 
 
 class StoreStats(Protocol):
