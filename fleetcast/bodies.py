@@ -6,7 +6,7 @@ route). Does not know: what a record must look like inside.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 BODY_TIMEOUT_S = 30.0  # for the whole body, so that slow senders cannot pile up
 _BODIES_IN_MEMORY = 8  # times the largest body: what all requests together may hold
 _DISCARDED_BODIES = 4  # so much of a refused body is read and dropped, for the sender to get its answer
+_DOUBLE_DIGITS = 310
 _SHAPE = 'the body must be {"records": [...]}'
 
 
@@ -105,15 +106,23 @@ def records_in(body: bytes) -> list[Any]:
     return records
 
 
+def encoded(answer: Mapping[str, Any]) -> bytes:
+    """Return the JSON of an answer; what is no number in JSON (NaN) becomes null."""
+    return msgspec.json.encode(answer)
+
+
 def _lenient(body: bytes, error: Exception) -> Any:
-    """Decode what Python writes for numbers that are none, so that only their records are lost."""
-    if b"NaN" in body or b"Infinity" in body:
-        try:
-            return json.loads(body)
-        except (ValueError, RecursionError):
-            pass
-    reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-    raise Refusal(422, f"{_SHAPE}; it is not JSON: {reason}") from error
+    """Decode what senders write beyond JSON (NaN, 1e999, half a surrogate), to lose only their records."""
+    try:
+        return json.loads(body.decode(), parse_int=_integer)
+    except (ValueError, RecursionError):
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise Refusal(422, f"{_SHAPE}; it is not JSON: {reason}") from error
+
+
+def _integer(digits: str) -> float:
+    """Return an integer, infinity in place of one that no double holds (and `int` may refuse)."""
+    return int(digits) if len(digits) <= _DOUBLE_DIGITS else float("inf")
 
 
 def _kind(value: object) -> str:

@@ -119,7 +119,8 @@ def parse_timestamp_ms(value: object) -> int:
         ValueError: it is neither.
     """
     moment = datetime.fromisoformat(value) if isinstance(value, str) else value
-    if not isinstance(moment, datetime):
+    is_forged = isinstance(value, str) and "\0" in value  # CPython lets a trailing NUL pass
+    if is_forged or not isinstance(moment, datetime):
         raise ValueError(f"not a time: {_SHORT.repr(value)}")
     try:
         return to_ms(moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment)

@@ -129,7 +129,6 @@ _POST = b"POST /feed/data HTTP/1.1\r\nHost: x\r\n"
     [
         ("no HTTP at all", b"\x00\x01\x02 hello \xff\r\n\r\n", b"400"),
         ("a TLS handshake", bytes.fromhex("16030100c8010000c40303") + b"\0" * 200, b"400"),
-        ("an HTTP version that is none", b"GET / HTTP/9.9\r\nHost: x\r\n\r\n", b"400"),
         ("a negative length", _POST + b"Content-Length: -5\r\n\r\n", b"400"),
         ("a length that is no number", _POST + b"Content-Length: ten\r\n\r\n", b"400"),
         ("two lengths", _POST + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", b"400"),
@@ -232,10 +231,10 @@ def test_memory_and_handles_stay_flat_under_more_of_it(daemon: InferenceDaemon) 
 
 
 def test_the_quarantine_of_rejected_records_stays_bounded(daemon: InferenceDaemon) -> None:
-    kept = [path for path in (daemon.folder / "data_buffer").rglob("*") if "reject" in path.name]
+    kept = list((daemon.folder / "data_buffer").glob("quarantine.jsonl*"))
 
     assert kept
-    assert sum(path.stat().st_size for path in kept if path.is_file()) <= 2 * 5_000_000 + 200_000
+    assert sum(path.stat().st_size for path in kept) <= 5_000_000
 
 
 def test_no_sender_can_forge_a_line_of_the_log(daemon: InferenceDaemon) -> None:
