@@ -8,37 +8,42 @@ Does not know: HTTP or storage. Whatever looks odd in a column is looked at agai
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fleetcast.clock import from_ms
+from fleetcast.record_columns import (
+    NO_NAME,
+    NO_TIME,
+    CodedNames,
+    Column,
+    Flags,
+    cell,
+    cell_kinds,
+    in_range,
+    is_text,
+    numbers,
+    server_codes,
+    text_cells,
+    times_ms,
+)
 from fleetcast.recordrules import (
     ALIASES,
     PERCENT_HIGH,
-    PERCENT_LOW,
     REQUIRED,
     RecordFault,
     RecordRules,
     check_record,
     is_metric_name,
-    is_server_name,
-    parse_timestamp_ms,
 )
-from fleetcast.rounding import PERCENT_SUFFIX, rounded
+from fleetcast.rounding import rounded
 from fleetcast.schema import Codes, Floats, Longs, RecordBatch, Rejection
 
-__all__ = ["METRICS_MAX", "Accepted", "Column", "RecordRules", "accept", "accept_columns"]
+__all__ = ["METRICS_MAX", "Accepted", "CodedNames", "Column", "RecordRules", "accept", "accept_columns"]
 
 METRICS_MAX = 512  # distinct metrics of one call: bounds the columns a sender can make us keep
 _CPU_PARTS = ("cpu_user_pct", "cpu_sys_pct", "cpu_iowait_pct")
 _GROUP_MIN = 4  # fewer records of one shape are faster one by one
-_NO_TIME = np.iinfo(np.int64).min  # what a missing time is, in pandas' int64 too
-
-Column = Sequence[Any] | NDArray[Any]
-Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,20 +130,21 @@ class _Sheet:
     def take_columns(self, rows: Longs, columns: Mapping[str, Column]) -> None:
         """Check records of one shape together; rows with anything odd are taken one by one."""
         times, is_good = self._times(columns["timestamp"])
-        codes, has_name = self._server_codes(columns["server_name"])
-        is_good &= has_name
+        codes = server_codes(columns["server_name"], self._code_of)
+        is_good &= codes != NO_NAME
         n_ignored = np.zeros(len(rows), dtype=np.int64)
         metrics: dict[str, Floats] = {}
         for name, column in columns.items():
             if name in REQUIRED:
                 continue
+            kinds = cell_kinds(column)
             if not is_metric_name(name):
                 n_ignored += 1
-            elif (is_text := _text_cells(column)) is not None:
-                n_ignored += is_text
+            elif is_text(kinds):
+                n_ignored += text_cells(column)
             else:
-                metrics[name], is_number = _numbers(column)
-                is_good &= is_number & _in_range(name, metrics[name])
+                metrics[name], is_number = numbers(column, kinds)
+                is_good &= is_number & in_range(name, metrics[name])
         metrics = _without_aliases(metrics)
         if len(self._metrics.keys() | metrics.keys()) > METRICS_MAX:
             is_good[:] = False
@@ -152,7 +158,7 @@ class _Sheet:
         self._ignored += int(n_ignored[is_good].sum())
         for place in np.flatnonzero(~is_good).tolist():
             self.take_one(
-                int(rows[place]), {name: _cell(name, cells, place) for name, cells in columns.items()}
+                int(rows[place]), {name: cell(name, cells, place) for name, cells in columns.items()}
             )
 
     def _metric(self, name: str) -> Floats:
@@ -166,81 +172,21 @@ class _Sheet:
             raise RecordFault(min(fresh), f"is one of over {METRICS_MAX} different metrics in a request")
 
     def _times(self, column: Column) -> tuple[Longs, Flags]:
-        """Return times and whether each is one within the bounds; few distinct texts are parsed."""
-        if isinstance(column, np.ndarray):
-            times = column.astype(np.int64)
-        else:
-            known: dict[Any, int] = {}
-            for value in column:
-                if isinstance(value, (str, datetime)) and value not in known:
-                    try:
-                        known[value] = parse_timestamp_ms(value)
-                    except ValueError:
-                        known[value] = _NO_TIME
-            times = _looked_up(column, known, (str, datetime), _NO_TIME).astype(np.int64)
-        is_good = times != _NO_TIME
+        """Return times and whether each is one within the bounds."""
+        times = times_ms(column)
+        is_good = times != NO_TIME
         if self._rules.newest_ms is not None:
             is_good &= times <= self._rules.newest_ms
         if self._rules.oldest_ms is not None:
             is_good &= times >= self._rules.oldest_ms
         return times, is_good
 
-    def _server_codes(self, column: Column) -> tuple[Codes, Flags]:
-        known: dict[Any, int] = {}
-        for value in column:
-            if isinstance(value, str) and value not in known and is_server_name(value):
-                known[value] = self._names.setdefault(str(value), len(self._names))
-        codes = _looked_up(column, known, (str,), -1).astype(np.int32)
-        return codes, codes >= 0
+    def _code_of(self, name: str) -> int:
+        return self._names.setdefault(name, len(self._names))
 
 
 def _index_of(rejection: Rejection) -> int:
     return rejection.index
-
-
-def _looked_up(column: Column, known: Mapping[Any, int], kinds: tuple[type, ...], other: int) -> Longs:
-    """Return the number of each cell; only cells of `kinds` are sure to be hashable."""
-    found = (known.get(cell, other) if isinstance(cell, kinds) else other for cell in column)
-    return np.fromiter(found, np.int64, len(column))
-
-
-def _text_cells(column: Column) -> Flags | None:
-    """Return which cells are text if the column holds nothing else, None where it does."""
-    if isinstance(column, np.ndarray) and column.dtype != np.object_:
-        return None
-    kinds = set(map(type, column))
-    if str not in kinds or not kinds <= {str, type(None)}:
-        return None
-    return np.fromiter((cell is not None for cell in column), np.bool_, len(column))
-
-
-def _numbers(column: Column) -> tuple[Floats, Flags]:
-    """Return the cells as floats (absent = NaN) and which of them are plain numbers or absent."""
-    if isinstance(column, np.ndarray) and column.dtype.kind in "fiu":
-        values = column.astype(np.float64)
-        return values, ~np.isinf(values)
-    kinds = set(map(type, column))
-    if kinds <= {float, int}:
-        try:
-            values = np.array(column, dtype=np.float64)
-            return values, np.isfinite(values)
-        except OverflowError:  # an integer beyond a double: the exact look will name it
-            pass
-    values = np.full(len(column), np.nan)
-    is_number = np.zeros(len(column), dtype=np.bool_)
-    for place, cell in enumerate(column):
-        if cell is None:
-            is_number[place] = True
-        elif type(cell) is float or (type(cell) is int and abs(cell) < 2**63):
-            values[place] = cell
-            is_number[place] = bool(np.isfinite(values[place]))
-    return values, is_number
-
-
-def _in_range(name: str, values: Floats) -> Flags | bool:
-    if not name.endswith(PERCENT_SUFFIX):
-        return True
-    return np.isnan(values) | ((values >= PERCENT_LOW) & (values <= PERCENT_HIGH))
 
 
 def _without_aliases(metrics: dict[str, Floats]) -> dict[str, Floats]:
@@ -264,16 +210,6 @@ def _derive_cpu(metrics: dict[str, Floats]) -> None:
         bounded = np.clip(derived, 0.0, PERCENT_HIGH)
         own = metrics.get("cpu_pct")
         metrics["cpu_pct"] = bounded if own is None else np.where(np.isnan(own), bounded, own)
-
-
-def _cell(name: str, column: Column, place: int) -> object:
-    """Return one cell as a record holds it."""
-    value = column[place]
-    if not isinstance(column, np.ndarray) or column.dtype == np.object_:
-        return value
-    if name == "timestamp":
-        return None if value == _NO_TIME else from_ms(int(value))
-    return None if np.isnan(value) else value.item()
 
 
 def _without_unused(names: tuple[str, ...], codes: Codes) -> tuple[tuple[str, ...], Codes]:
