@@ -108,3 +108,19 @@ def answers(ok: Schema, **errors: str) -> dict[int | str, dict[str, Any]]:
             "content": {"application/json": {"schema": ERROR}},
         }
     return described
+
+
+_KEY = "X-API-Key is missing or wrong"
+FEED_ANSWERS = answers(
+    FEED_ANSWER,
+    e401=_KEY,
+    e408="the body did not arrive in time",
+    e413="the body is too large",
+    e415="the body is compressed",
+    e422='the body is not {"records": [...]}',
+    e429="a sweep or a training goes first (data clock); Retry-After says when to try again",
+    e503="overloaded, or the disk does not take the records; Retry-After says when to try again",
+    e507="the disk is full; nothing of the request was kept",
+)
+PREDICTION_ANSWERS = answers(PREDICTIONS, e401=_KEY, e404="unknown server")
+STATUS_ANSWERS = answers(OBJECT, e401=_KEY)

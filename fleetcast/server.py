@@ -15,14 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal, Protocol
 
-import msgspec
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.security import APIKeyHeader
 
 from fleetcast import __version__, apidocs
 from fleetcast.apidocs import answers
 from fleetcast.board import UnknownServer
-from fleetcast.bodies import BodyReader, Refusal, records_in
+from fleetcast.bodies import BodyReader, Refusal, encoded, records_in
 from fleetcast.clock import monotonic
 from fleetcast.errors import StorageBroken, StorageFull
 from fleetcast.intake import Receipt
@@ -89,17 +88,7 @@ def _guarded_routes(feed: "_Feed", board: Board, daemon: Daemon, api_key: str) -
 
     @router.post(
         "/feed/data",
-        responses=answers(
-            apidocs.FEED_ANSWER,
-            e401="X-API-Key is missing or wrong",
-            e408="the body did not arrive in time",
-            e413="the body is too large",
-            e415="the body is compressed",
-            e422='the body is not {"records": [...]}',
-            e429="a sweep goes first (data clock); Retry-After says when to try again",
-            e503="overloaded, or the disk does not take the records; Retry-After",
-            e507="the disk is full",
-        ),
+        responses=apidocs.FEED_ANSWERS,
         openapi_extra={"requestBody": {"required": True, "content": {_JSON: {"schema": apidocs.FEED_BODY}}}},
     )
     async def feed_data(request: Request) -> Response:
@@ -108,7 +97,7 @@ def _guarded_routes(feed: "_Feed", board: Board, daemon: Daemon, api_key: str) -
 
     @router.get(
         "/predictions/current",
-        responses=answers(apidocs.PREDICTIONS, e401="X-API-Key is missing or wrong", e404="unknown server"),
+        responses=apidocs.PREDICTION_ANSWERS,
     )
     def predictions_current(
         server: Annotated[list[str], Query(description="narrow to these servers")] = [],  # noqa: B006
@@ -121,10 +110,10 @@ def _guarded_routes(feed: "_Feed", board: Board, daemon: Daemon, api_key: str) -
             raise HTTPException(404, str(error)) from error
         return Response(document, media_type=_JSON)
 
-    @router.get("/status", responses=answers(apidocs.OBJECT, e401="X-API-Key is missing or wrong"))
+    @router.get("/status", responses=apidocs.STATUS_ANSWERS)
     def status() -> Response:
         """Summarise buffer, model, ledger, backlog and the last errors."""
-        return Response(msgspec.json.encode(daemon.status()), media_type=_JSON)
+        return Response(encoded(daemon.status()), media_type=_JSON)
 
     return router
 
@@ -191,7 +180,7 @@ class _Feed:
                 response = await self._answer_body(body)
         except Refusal as refusal:
             headers = {"Retry-After": str(refusal.retry_after_s)} if refusal.retry_after_s else None
-            detail = msgspec.json.encode({"detail": str(refusal)})
+            detail = encoded({"detail": str(refusal)})
             response = Response(detail, refusal.code, headers, media_type=_JSON)
         self._telemetry.feed_answered(response.status_code, monotonic() - started)
         return response
@@ -225,7 +214,7 @@ class _Feed:
         self._telemetry.records_taken(
             receipt.n_received, (r.field for r in receipt.rejections), receipt.n_ignored_fields
         )
-        return msgspec.json.encode(
+        return encoded(
             {
                 "status": "ok",
                 "records_received": receipt.n_received,
