@@ -97,8 +97,7 @@ class DataBuffer:
             n_ignored += accepted.ignored_text_fields
             rejections += [Rejection(r.index + n_seen, r.field, r.reason) for r in accepted.rejections]
             n_seen += size
-            if self._owner is not None and self._owner.is_flush_due:
-                self.flush()
+            self._flush_if_due()
         if rejections:
             logger.warning("rejected records count=%d first=%s", len(rejections), rejections[0])
         return AppendReport(n_accepted, tuple(rejections), n_ignored)
@@ -198,6 +197,14 @@ class DataBuffer:
     def get_stats(self) -> dict[str, Any]:
         """Return counts as `spec.md` prints them; those of settled forecasts under `predictions`."""
         return self._reader.stats()
+
+    def _flush_if_due(self) -> None:
+        """Flush; a failure is no failure of the append, whose records are durable in the log."""
+        try:
+            if self._owner is not None and self._owner.is_flush_due:
+                self._owner.flush()
+        except FleetcastError as error:
+            logger.error("buffer cannot flush now, the records stay in the log error=%s", error)
 
     def _checked(self, records: Any) -> Iterator[tuple[int, Accepted]]:
         """Yield the size of each portion of `records` and what was accepted of it."""

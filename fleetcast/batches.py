@@ -3,17 +3,19 @@
 Owns: how a RecordBatch and SettledForecasts look in columns. Does not know: files.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from fleetcast.errors import BadData
 from fleetcast.recordrules import REQUIRED
-from fleetcast.records import Column
 from fleetcast.schema import Codes, Longs, RecordBatch, SettledForecasts
 from fleetcast.tables import METRICS, PREDICTIONS, TIME, floats, texts, times_ms
 
+Cells = Sequence[Any] | NDArray[Any]
 _NO_TIME = np.iinfo(np.int64).min
 
 
@@ -74,7 +76,7 @@ def settled_of_table(table: pa.Table) -> SettledForecasts:
     )
 
 
-def columns_of_frame(frame: Any) -> dict[str, Column]:
+def columns_of_frame(frame: Any) -> dict[str, Cells]:
     """Return the columns of a DataFrame as `records.accept_columns` takes them.
 
     Raises:
@@ -88,7 +90,7 @@ def columns_of_frame(frame: Any) -> dict[str, Column]:
     return {name: _cells(frame.iloc[:, place]) for place, name in enumerate(names)}
 
 
-def _cells(series: Any) -> Column:
+def _cells(series: Any) -> Cells:
     """Return one DataFrame column; pandas' missing values are None, NaN or the missing time."""
     if series.dtype.kind == "M":
         times = series.dt.tz_localize("UTC") if series.dt.tz is None else series.dt.tz_convert("UTC")

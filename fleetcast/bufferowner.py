@@ -4,6 +4,7 @@ Owns: `.owner.lock`, opening and closing the stores together, the newest time se
 Does not know: what may be accepted, or reading.
 """
 
+import contextlib
 import logging
 import threading
 from datetime import datetime
@@ -13,6 +14,7 @@ from fleetcast.batches import table_of_batch, table_of_settled
 from fleetcast.daybuild import Step, no_step
 from fleetcast.dayreader import DayReader
 from fleetcast.daystore import DayStore
+from fleetcast.dayupkeep import UpkeepPace
 from fleetcast.files import OwnerLock
 from fleetcast.schema import RecordBatch, SettledForecasts
 from fleetcast.settings import BufferSettings
@@ -27,7 +29,13 @@ class BufferOwner:
     """Holds the folder's lock from construction to `close`; thread safe."""
 
     def __init__(
-        self, folder: Path, settings: BufferSettings, *, expires: bool, on_step: Step = no_step
+        self,
+        folder: Path,
+        settings: BufferSettings,
+        *,
+        expires: bool,
+        pace: UpkeepPace | None = None,
+        on_step: Step = no_step,
     ) -> None:
         """Take the lock and recover what a crash left.
 
@@ -39,8 +47,8 @@ class BufferOwner:
         self._expires = expires
         self._lock = OwnerLock(folder / LOCK_NAME, f"the buffer {folder}").acquire()
         try:
-            self._metrics = DayStore(folder, METRICS, settings, on_step)
-            self._predictions = DayStore(folder, PREDICTIONS, settings, on_step)
+            self._metrics = DayStore(folder, METRICS, settings, pace, on_step)
+            self._predictions = DayStore(folder, PREDICTIONS, settings, pace, on_step)
             for store in self._stores:
                 store.open()
             self._newest_ms = DayReader(folder, METRICS).newest_ms()
@@ -87,8 +95,7 @@ class BufferOwner:
 
     def close(self) -> None:
         """Flush and give the folder up."""
-        try:
+        with contextlib.ExitStack() as steps:  # each step is taken, whatever the others raise
+            steps.callback(self._lock.release)
             for store in self._stores:
-                store.close()
-        finally:
-            self._lock.release()
+                steps.callback(store.close)

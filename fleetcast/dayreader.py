@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fleetcast.dayfiles import DAY_MS, day_of_ms, day_start_ms, list_days, open_day
+from fleetcast.frames import read_segment, segments
 from fleetcast.parts import READ_ERRORS, OpenPart
 from fleetcast.schema import Codes
 from fleetcast.tables import TableKind, canonical, merged, times_ms
-from fleetcast.wal import read_segment, segments
 
 logger = logging.getLogger(__name__)
 

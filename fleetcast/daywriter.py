@@ -32,8 +32,8 @@ from fleetcast.tables import Flags, TableKind, has_key, merged, times_ms
 
 logger = logging.getLogger(__name__)
 
-SMALL_PART_ROWS = 131_072  # bigger parts stay as they are until the day is sealed
-COMPACTED_ROWS_MAX = 1_048_576
+COMPACTED_ROWS_MAX = 1_048_576  # bigger parts stay as they are until the day is sealed
+JOIN_RATIO = 2  # a part is rewritten only with at least 1/2 of its rows in newer, smaller ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +107,7 @@ class DayWriter:
     def compact(self, day: date) -> bool:
         """Make one part of the day's small ones; return whether there was something to do."""
         snapshot = open_day(self._folder, self._kind, day)
-        small: list[OpenPart] = []
-        for part in snapshot.parts:
-            n_rows = sum(other.n_rows for other in small) + part.n_rows
-            if part.n_rows <= SMALL_PART_ROWS and n_rows <= COMPACTED_ROWS_MAX:
-                small.append(part)
+        small = _worth_joining(snapshot.parts)
         if len(small) < 2:
             return False
         with DayBuild(self.path(day), self._kind, snapshot, self._quarantine, self._step) as build:
@@ -198,6 +194,7 @@ class DayWriter:
 
     def _add_part(self, day: date, table: pa.Table, number: int) -> None:
         path = self.path(day)
+        facts = self._facts.setdefault(day, {})
         known = [self._facts_of(day, name).columns for name in part_names(path)]
         try:
             if not known or not set(table.column_names) <= frozenset().union(*known):
@@ -209,6 +206,9 @@ class DayWriter:
             publish(temp, final)
         except OSError as error:
             raise storage_error(path, error) from error
+        times = times_ms(table, self._kind.time_column)
+        span = int(times.min()), int(times.max())
+        facts[PartName(number, len(table))] = PartFacts(span, frozenset(table.column_names))
         self._step("part published")
 
     def _widen_columns(self, path: Path, schema: pa.Schema) -> None:
@@ -217,6 +217,19 @@ class DayWriter:
         write_columns(temp, self._kind, [*(part.schema for part in parts), schema])
         publish(temp, path / COLUMNS_FILE)
         self._step("columns written")
+
+
+def _worth_joining(parts: list[OpenPart]) -> list[OpenPart]:
+    """Return the newest parts up to the first that is big beside them: rows are rewritten few times."""
+    chosen: list[OpenPart] = []
+    n_rows = 0
+    for part in sorted(parts, key=lambda part: part.number, reverse=True):
+        is_big = len(chosen) > 1 and part.n_rows > JOIN_RATIO * n_rows
+        if is_big or n_rows + part.n_rows > COMPACTED_ROWS_MAX:
+            break
+        chosen.append(part)
+        n_rows += part.n_rows
+    return chosen
 
 
 def _holds_all(old: pa.Table, new: pa.Table) -> bool:

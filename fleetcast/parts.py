@@ -103,6 +103,9 @@ class OpenPart:
             page_checksum_verification=True,
         )
         metadata = self._file.metadata
+        version = int((metadata.metadata or {}).get(_META_FORMAT, b"0"))
+        if version > FORMAT_VERSION:
+            raise NotThisKind(f"format {version} is newer than {FORMAT_VERSION}")
         named = (metadata.metadata or {}).get(_META_NUMBER, b"0")
         self.number = name.number if name else int(named)
         self.n_rows: int = metadata.num_rows

@@ -34,7 +34,7 @@ class Sealed:
     """A finished file and the parts it was made of."""
 
     path: Path
-    parts: tuple[PartName, ...]
+    parts: tuple[PartName, ...]  # unreadable ones included
     n_rows: int
 
 
@@ -44,7 +44,7 @@ class SealProcess:
     def __init__(self, folder: Path, kind_name: str, day: date, target: Path) -> None:
         self.day = day
         self._target = target
-        self._started_at = monotonic()
+        self.started_at = monotonic()
         environment = dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(
             [str(_PACKAGE_FOLDER), *filter(None, [environment.get("PYTHONPATH")])]
@@ -57,7 +57,7 @@ class SealProcess:
     @property
     def is_running(self) -> bool:
         """Whether it still works; one over its time is killed."""
-        if self._process.poll() is None and monotonic() - self._started_at > TIMEOUT_S:
+        if self._process.poll() is None and monotonic() - self.started_at > TIMEOUT_S:
             logger.error("killed a sealing that took too long day=%s limit_s=%g", self.day, TIMEOUT_S)
             self._process.kill()
         return self._process.poll() is None
@@ -92,8 +92,9 @@ def seal(folder: Path, kind_name: str, day: date, target: Path) -> Sealed:
     n_read = sum(len(table) for table in written.tables())
     if n_read != n_rows or written.n_damaged_groups:
         raise OSError(f"{target} does not read back: wrote {n_rows} rows, read {n_read}")
-    parts = tuple(PartName(part.number, part.n_rows) for part in snapshot.parts)
-    return Sealed(target, parts, n_rows)
+    damaged = [name for text in snapshot.damaged if (name := PartName.parse(text)) is not None]
+    parts = sorted([PartName(part.number, part.n_rows) for part in snapshot.parts] + damaged)
+    return Sealed(target, tuple(parts), n_rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

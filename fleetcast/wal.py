@@ -1,150 +1,23 @@
 """The append-only log under a DayStore: bytes are durable before `append` returns.
 
-Owns: segments of framed, checksummed payloads; group commit; reading them back after a crash,
-a torn tail or damage. Does not know: what the payloads mean.
-
-A segment `NNNNNNNNNNNN.wal` is a row of frames: magic (4 bytes, its last one is the format
-version), payload length and crc32c of length + payload (little-endian unsigned 32-bit each),
-payload. The magic holds a byte that UTF-8 never has, so no name in a payload can imitate it.
+Owns: writing segments of frames (`frames.py`), group commit, what happens when a write fails.
+Does not know: what the payloads mean, or what becomes of a closed segment.
 """
 
 import errno
 import logging
 import os
-import re
-import struct
 import threading
-from dataclasses import dataclass
 from pathlib import Path
-
-import crc32c
 
 from fleetcast.errors import FleetcastError, StorageBroken
 from fleetcast.files import fsync_dir, storage_error
+from fleetcast.frames import PAYLOAD_MAX_BYTES, frame, segment_path
 
 logger = logging.getLogger(__name__)
 
-MAGIC = b"\xf5FW\x01"
-PAYLOAD_MAX_BYTES = 256 * 2**20
-_HEADER = struct.Struct("<4sII")
-_LENGTH = struct.Struct("<I")
-_SEGMENT_NAME = re.compile(r"(\d{12})\.wal")
+SEGMENT_MAX_BYTES = 64 * 2**20  # a full segment is closed: it is read back as a whole
 _WRITEV_MAX = 512  # buffers of one writev; the kernel's limit is 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """One file of the log; a higher number is newer."""
-
-    number: int
-    path: Path
-
-
-@dataclass(frozen=True, slots=True)
-class Damage:
-    """Bytes of a segment that no frame owns, with valid frames or the file's end after them."""
-
-    offset: int
-    data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentContent:
-    """What could be read from a segment."""
-
-    payloads: tuple[bytes, ...]
-    damages: tuple[Damage, ...]
-    torn_bytes: int  # an unfinished last frame: never acknowledged, or still being written
-    is_newer_format: bool = False
-
-
-def frame(payload: bytes) -> bytes:
-    """Return the header that goes before `payload`."""
-    length = _LENGTH.pack(len(payload))
-    checksum = crc32c.crc32c(payload, crc32c.crc32c(length))
-    return MAGIC + length + _LENGTH.pack(checksum)
-
-
-def segments(folder: Path) -> list[Segment]:
-    """Return the segments of a log folder, oldest first; foreign files are not looked at."""
-    try:
-        names = [path.name for path in folder.iterdir()]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    found = [(match, name) for name in names if (match := _SEGMENT_NAME.fullmatch(name))]
-    return sorted(
-        (Segment(int(match[1]), folder / name) for match, name in found), key=lambda segment: segment.number
-    )
-
-
-def read_segment(path: Path) -> SegmentContent:
-    """Return every valid frame's payload; damage in the middle costs only itself.
-
-    Raises:
-        FileNotFoundError: the segment became parts meanwhile.
-    """
-    return parse_frames(path.read_bytes())
-
-
-def parse_frames(data: bytes) -> SegmentContent:
-    """Read frames from the bytes of a segment, resynchronising at the next valid one."""
-    if _is_newer(data):
-        return SegmentContent((), (), 0, is_newer_format=True)
-    payloads: list[bytes] = []
-    damages: list[Damage] = []
-    offset = 0
-    while offset < len(data):
-        payload = _payload_at(data, offset)
-        if payload is not None:
-            payloads.append(payload)
-            offset += _HEADER.size + len(payload)
-            continue
-        found = _next_valid(data, offset + 1)
-        if found is None:
-            if _is_torn(data, offset):
-                return SegmentContent(tuple(payloads), tuple(damages), len(data) - offset)
-            found = len(data)
-        damages.append(Damage(offset, data[offset:found]))
-        offset = found
-    return SegmentContent(tuple(payloads), tuple(damages), 0)
-
-
-def _is_newer(data: bytes) -> bool:
-    """Whether the first frame is whole and of a later format version (a flipped bit is no version)."""
-    is_other = data[:3] == MAGIC[:3] and data[3:4] > MAGIC[3:]
-    return is_other and _payload_at(MAGIC + data[4:], 0) is not None
-
-
-def _payload_at(data: bytes, offset: int) -> bytes | None:
-    if offset + _HEADER.size > len(data):
-        return None
-    magic, length, checksum = _HEADER.unpack_from(data, offset)
-    start = offset + _HEADER.size
-    if magic != MAGIC or length > PAYLOAD_MAX_BYTES or start + length > len(data):
-        return None
-    payload = data[start : start + length]
-    if crc32c.crc32c(payload, crc32c.crc32c(_LENGTH.pack(length))) != checksum:
-        return None
-    return payload
-
-
-def _next_valid(data: bytes, start: int) -> int | None:
-    offset = data.find(MAGIC, start)
-    while offset >= 0:
-        if _payload_at(data, offset) is not None:
-            return offset
-        offset = data.find(MAGIC, offset + 1)
-    return None
-
-
-def _is_torn(data: bytes, offset: int) -> bool:
-    """Whether the rest looks like a frame whose end was never written (zeros after a power cut)."""
-    rest = data[offset:]
-    if len(rest) < _HEADER.size:
-        return MAGIC.startswith(rest[: len(MAGIC)]) or not any(rest)
-    magic, length, _ = _HEADER.unpack_from(rest)
-    is_unfinished = magic == MAGIC and _HEADER.size + length > len(rest)
-    return is_unfinished or not any(rest)
 
 
 class _Waiter:
@@ -175,11 +48,6 @@ class WriteAheadLog:
         self._size_bytes = 0
         self._open_number = -1
 
-    @property
-    def open_number(self) -> int:
-        """Number of the segment that appends go to now; -1 while none is open."""
-        return self._open_number
-
     def append(self, payload: bytes) -> None:
         """Write one frame and return when it is durable.
 
@@ -201,12 +69,13 @@ class WriteAheadLog:
         if waiter.error is not None:
             raise waiter.error
 
-    def rotate(self) -> None:
-        """Close the open segment, so that it can become parts; the next append opens a new one."""
+    def rotate(self) -> int:
+        """Close the open segment; every number below the one returned is closed for good."""
         with self._turn:
             while self._is_writing:
                 self._turn.wait()
             self._close_segment()
+            return self._next_number
 
     def _lead(self, group: list[_Waiter]) -> None:
         """Write the frames of all that wait; the caller has set `_is_writing`."""
@@ -241,6 +110,8 @@ class WriteAheadLog:
             self._close_segment()
             raise storage_error(path, error) from error
         self._size_bytes += written
+        if self._size_bytes >= SEGMENT_MAX_BYTES:
+            self._close_segment()
 
     def _take_back(self, descriptor: int) -> None:
         """Cut off what a failed write left; where even that fails, leave the segment behind."""
@@ -253,7 +124,7 @@ class WriteAheadLog:
     def _open_segment(self) -> int:
         if self._descriptor is not None:
             return self._descriptor
-        path = self._folder / f"{self._next_number:012d}.wal"
+        path = segment_path(self._folder, self._next_number)
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
             self._descriptor = os.open(path, flags, 0o644)
@@ -274,7 +145,7 @@ class WriteAheadLog:
         self._open_number = -1
 
     def _path(self) -> Path:
-        return self._folder / f"{self._open_number:012d}.wal"
+        return segment_path(self._folder, self._open_number)
 
 
 def _write_all(descriptor: int, buffers: list[bytes]) -> int:

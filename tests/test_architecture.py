@@ -50,7 +50,7 @@ OWNERS = {
     "uvicorn": {"fleetcast.listener"},
     "msgspec": {"fleetcast.bodies", "fleetcast.board", "fleetcast.rejected"},
     "prometheus_client": {"fleetcast.telemetry", "fleetcast.service"},  # the latter makes the registry
-    "crc32c": {"fleetcast.wal"},
+    "crc32c": {"fleetcast.frames"},
     "scipy": set(),
     "sklearn": set(),
 }
