@@ -6,6 +6,7 @@ Owns: the file, one JSON line per rejected record: `received_at`, `index`, `fiel
 only counted.
 """
 
+import json
 import logging
 import threading
 from collections.abc import Sequence
@@ -64,12 +65,7 @@ def _line(stamp: str, rejection: Rejection, record: object) -> str:
     try:
         return msgspec.json.encode(entry, enc_hook=repr).decode()
     except (UnicodeEncodeError, TypeError, ValueError, RecursionError):  # lone surrogates, odd keys
-        entry |= {
-            "field": ascii(rejection.field),
-            "reason": ascii(rejection.reason),
-            "record": text[:RECORD_MAX_CHARS],
-        }
-        return msgspec.json.encode(entry).decode()
+        return json.dumps({**entry, "record": text[:RECORD_MAX_CHARS]})
 
 
 def _text(record: object) -> str:

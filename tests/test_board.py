@@ -1,0 +1,166 @@
+"""The predictions document: exact JSON, encoded once per sweep, fresh where that is cheap."""
+
+import json
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fleetcast import board as board_module
+from fleetcast.board import ModelInfo, PredictionBoard, UnknownServer
+from fleetcast.clock import FakeClock, to_ms
+from fleetcast.roster import Roster
+from fleetcast.schema import FleetForecast, RecordBatch
+from fleetcast.settings import ForecastSettings
+
+BIN = 300_000
+MODEL = ModelInfo("20260115T100005Z-3f2a", "2026-01-15T10:00:05Z", is_base=False)
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def roster(clock: FakeClock) -> Roster:
+    roster = Roster(ForecastSettings())
+    add(roster, clock, "web-01", 12.5)
+    add(roster, clock, "web-02", 30.0)
+    return roster
+
+
+def add(roster: Roster, clock: FakeClock, name: str, cpu: float) -> None:
+    times = np.array([to_ms(clock.now())])
+    roster.add(RecordBatch((name,), np.zeros(1, dtype=np.int32), times, {"cpu_pct": np.array([cpu])}))
+
+
+def forecast(clock: FakeClock, names: tuple[str, ...] = ("web-01", "web-02")) -> FleetForecast:
+    quantiles = np.full((len(names), 2, 3, 3), np.nan, dtype=np.float32)
+    quantiles[:, 0] = np.array([10.123456, 20.0, 30.0], dtype=np.float32)
+    sources = np.zeros((len(names), 2), dtype=bool)
+    sources[0, 0] = True
+    return FleetForecast(
+        to_ms(clock.now()), BIN, names, ("cpu_pct", "mem_pct"), quantiles, sources, MODEL.version
+    )
+
+
+def document(board: PredictionBoard, *servers: str, **kwargs: bool) -> dict[str, Any]:
+    value = json.loads(board.document(servers, **kwargs))
+    assert isinstance(value, dict)
+    return value
+
+
+def test_before_any_record_the_document_is_valid_and_empty(clock: FakeClock) -> None:
+    board = PredictionBoard(Roster(ForecastSettings()), clock)
+    assert board.document() == b'{"timestamp":"2026-01-15T10:00:00Z","model":null,"predictions":{}}'
+
+
+def test_before_a_sweep_servers_are_warming_up(clock: FakeClock, roster: Roster) -> None:
+    assert document(PredictionBoard(roster, clock))["predictions"]["web-01"] == {
+        "current": {"cpu_pct": 12.5},
+        "forecast": None,
+        "timestamps": [],
+        "source": "warming_up",
+        "stale": False,
+    }
+
+
+def test_after_a_sweep_each_server_has_its_forecast(clock: FakeClock, roster: Roster) -> None:
+    board = PredictionBoard(roster, clock)
+    board.publish(forecast(clock), MODEL)
+    answer = document(board)
+    assert answer["model"] == {
+        "version": "20260115T100005Z-3f2a", "trained_at": "2026-01-15T10:00:05Z", "base": False,
+    }  # fmt: skip
+    assert answer["predictions"]["web-01"] == {
+        "current": {"cpu_pct": 12.5},
+        "forecast": {"cpu_pct": {"p10": [10.123] * 3, "p50": [20.0] * 3, "p90": [30.0] * 3}},
+        "timestamps": ["2026-01-15T10:05:00Z", "2026-01-15T10:10:00Z", "2026-01-15T10:15:00Z"],
+        "source": "model",
+        "stale": False,
+    }
+    assert answer["predictions"]["web-02"]["source"] == "fallback"
+
+
+def test_server_narrows_the_document(clock: FakeClock, roster: Roster) -> None:
+    board = PredictionBoard(roster, clock)
+    board.publish(forecast(clock), None)
+    assert list(document(board, "web-02")["predictions"]) == ["web-02"]
+    assert list(document(board, "web-02", "web-01", "web-02")["predictions"]) == ["web-02", "web-01"]
+
+
+def test_current_leaves_the_forecasts_out(clock: FakeClock, roster: Roster) -> None:
+    board = PredictionBoard(roster, clock)
+    board.publish(forecast(clock), MODEL)
+    assert document(board, only_current=True)["predictions"]["web-01"] == {
+        "current": {"cpu_pct": 12.5}, "source": "model", "stale": False,
+    }  # fmt: skip
+
+
+def test_an_unknown_server_is_named(clock: FakeClock, roster: Roster) -> None:
+    with pytest.raises(UnknownServer, match="'web-03'"):
+        PredictionBoard(roster, clock).document(["web-01", "web-03"])
+
+
+def test_new_values_show_between_sweeps(clock: FakeClock, roster: Roster) -> None:
+    board = PredictionBoard(roster, clock)
+    board.publish(forecast(clock), MODEL)
+    document(board)
+    add(roster, clock, "web-01", 99.0)
+    assert document(board)["predictions"]["web-01"]["current"] == {"cpu_pct": 99.0}
+
+
+def test_an_unchanged_document_is_not_encoded_again(clock: FakeClock, roster: Roster) -> None:
+    board = PredictionBoard(roster, clock)
+    assert board.document() is board.document()
+    assert board.document(only_current=True) is board.document(only_current=True)
+
+
+def test_a_costly_document_may_be_some_of_its_joining_times_old(
+    clock: FakeClock, roster: Roster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wall = iter(
+        [0.0, 1.0, 1.0, 10.0, 21.5, 30.0, 31.0, 31.0]
+    )  # started, made, cost; asked; asked, started ...
+    monkeypatch.setattr(board_module, "monotonic", lambda: next(wall))
+    board = PredictionBoard(roster, clock)
+    first = board.document()
+    add(roster, clock, "web-01", 99.0)
+    assert board.document() is first
+    assert board.document() is not first
+
+
+def test_stale_and_gone_come_with_time(clock: FakeClock, roster: Roster) -> None:
+    board = PredictionBoard(roster, clock)
+    board.publish(forecast(clock), MODEL)
+    clock.advance(minutes=31)
+    assert document(board, "web-01")["predictions"]["web-01"]["stale"] is True
+    clock.advance(days=1)
+    with pytest.raises(UnknownServer):
+        document(board, "web-01")
+
+
+def test_names_that_need_escaping_stay_whole(clock: FakeClock) -> None:
+    roster = Roster(ForecastSettings())
+    name = 'we"b\\01 é日'
+    add(roster, clock, name, 1.0)
+    board = PredictionBoard(roster, clock)
+    board.publish(forecast(clock, (name,)), None)
+    assert list(document(board)["predictions"]) == [name]
+
+
+def test_a_forecast_that_is_not_finite_is_left_out(clock: FakeClock, roster: Roster) -> None:
+    board = PredictionBoard(roster, clock)
+    made = forecast(clock)
+    made.quantiles[1, 0, 1, 2] = np.inf
+    made.quantiles[1, 1] = 5.0
+    board.publish(made, MODEL)
+    assert list(document(board)["predictions"]["web-02"]["forecast"]) == ["mem_pct"]
+
+
+def test_the_whole_fleet_may_be_silent_and_is_still_told(clock: FakeClock, roster: Roster) -> None:
+    board = PredictionBoard(roster, clock)
+    clock.time += timedelta(hours=2)
+    assert all(item["stale"] for item in document(board)["predictions"].values())
