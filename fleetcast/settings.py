@@ -68,7 +68,7 @@ class BufferSettings:
 
     retention_days: int = setting(60, "days of records kept", unit="days", low=1, high=3650)
     retention_max_mb: int = setting(
-        0, "size of records, or of settled forecasts, beyond which the oldest days go (0: no limit)", unit="MB", low=0
+        0, "size of records (or forecasts) beyond which the oldest days go; 0: no limit", unit="MB", low=0
     )
     flush_records: int = setting(10_000, "records after which the log becomes a part", low=1)
     flush_interval_s: float = setting(
