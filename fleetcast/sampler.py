@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetcast.encoding import ModelArrays, encode
+from fleetcast.errors import NotEnoughData
 from fleetcast.gridshape import GridShape
 from fleetcast.scaling import is_percent
 from fleetcast.schema import Floats32, Longs
@@ -63,7 +64,7 @@ class WindowSampler:
     """Draws batches; the same seed draws the same batches.
 
     Raises:
-        ValueError: no window can be drawn (`count_trainable` tells beforehand).
+        NotEnoughData: no window can be drawn (`count_trainable` tells beforehand).
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class WindowSampler:
             series = np.concatenate([series, drawn[0][usable]])
             origins = np.concatenate([origins, drawn[1][usable]])
         if len(series) < size:
-            raise ValueError("no trainable window before the held-out tail")
+            raise NotEnoughData("no trainable window before the held-out tail")
         return series[:size], origins[:size]
 
     def _draw_any(self, size: int) -> tuple[Longs, Longs]:
