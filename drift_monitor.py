@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from data_buffer import DataBuffer
 
         store = DataBuffer(settings.paths.data_buffer_dir, settings.buffer.retention_days)
-        models_dir = Path(settings.paths.models_dir or Path(__file__).parent / "models")
+        models_dir = Path(settings.paths.models_dir or Path(__file__).resolve().parent / "models")
         registry = Registry(Path(settings.paths.checkpoint_dir), models_dir)
         evidence = DriftSource(store, registry, settings.drift, settings.bins.bin_s * 1000).evidence()
         monitor = DriftMonitor(settings.drift.window_size, evidence.baseline, settings=settings.drift)

@@ -55,10 +55,10 @@ class Attempts:
 
     def __init__(self, registry: Registry, *, timeout_s: float, nice: int) -> None:
         self._registry = registry
-        self._folder = registry.folder
+        self.folder = registry.folder
         self._timeout_s = timeout_s
         self._nice = nice
-        self._lock = files.OwnerLock(self._folder / ATTEMPT_LOCK, "a training attempt")
+        self._lock = files.OwnerLock(self.folder / ATTEMPT_LOCK, "a training attempt")
         self._process: subprocess.Popen[bytes] | None = None
         self._log_offset = 0
         self._lines_logged = 0
@@ -66,7 +66,7 @@ class Attempts:
     def why_not_free(self) -> str:
         """Return who trains at the moment, or ""."""
         for name, what in ((ATTEMPT_LOCK, "a training attempt"), (TRAINER_LOCK, "a trainer")):
-            path = self._folder / name
+            path = self.folder / name
             if not (name == ATTEMPT_LOCK and self._lock.is_held) and files.is_locked(path):
                 return f"{what} is running (pid {files.read_pid(path)})"
         return ""
@@ -90,7 +90,7 @@ class Attempts:
             CannotStart: the process could not be made.
         """
         assert self._lock.is_held, "reserve first"
-        runs = self._folder / RUNS_FOLDER
+        runs = self.folder / RUNS_FOLDER
         runs.mkdir(parents=True, exist_ok=True)
         _drop_old(runs)
         cwd = str(Path.cwd())
@@ -152,7 +152,7 @@ class Attempts:
         result = _read(self._result_path(attempt))
         exit_code = result.get("exit_code")
         code = exit_code if isinstance(exit_code, int) else None
-        verdict = read_verdict(self._folder, attempt.id)
+        verdict = read_verdict(self.folder, attempt.id)
         outcome, version, why = self._judged(attempt, verdict) or self._without_verdict(attempt, result, code)
         return replace(attempt, outcome=outcome, exit_code=code, version=version, why=why)
 
@@ -201,10 +201,10 @@ class Attempts:
         return FAILED, None, f"exit {code}{last}"
 
     def _log_path(self, attempt: Attempt) -> Path:
-        return self._folder / RUNS_FOLDER / f"{attempt.id}.log"
+        return self.folder / RUNS_FOLDER / f"{attempt.id}.log"
 
     def _result_path(self, attempt: Attempt) -> Path:
-        return self._folder / RUNS_FOLDER / f"{attempt.id}.json"
+        return self.folder / RUNS_FOLDER / f"{attempt.id}.json"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -55,9 +55,10 @@ class FleetMean(float):
 class FleetLoad:
     """Means over the live servers; None = no live server sends it."""
 
-    live_servers: int
-    cpu_percent: float | None
-    mem_percent: float | None
+    live_servers: int | None = None
+    cpu_percent: float | None = None
+    mem_percent: float | None = None
+    away: str = ""  # why the inference daemon could not be asked
 
 
 def fleet_load(document: Mapping[str, Any]) -> FleetLoad:
@@ -89,26 +90,24 @@ def _mean(current: list[Mapping[str, Any]], metric: str) -> float | None:
 
 
 def quiet_verdict(
-    fleet: FleetLoad | None,
-    host: HostLoad,
+    fleet: FleetLoad,
     means: Mapping[str, FleetMean],
+    host: HostLoad,
     *,
     is_fleet_quiet: bool,
-    away: str,
     settings: DecisionSettings,
 ) -> QuietVerdict:
     """Join the fleet's answer and the host's into one verdict.
 
     Args:
-        fleet: None when the inference daemon could not be asked; `away` says why.
-        means: by metric, after the comparison that made `is_fleet_quiet`.
+        means: "cpu" and "mem", after the comparison that made `is_fleet_quiet`.
     """
     load_limit, memory_limit = settings.host_load_per_core * host.cores, settings.host_min_available_gb
     is_idle, has_memory = host.load_of_others < load_limit, host.available_gb >= memory_limit
     steps = (
-        (fleet is not None, f"the inference daemon cannot be asked: {away}"),
-        (fleet is None or fleet.live_servers > 0, "no live server to measure"),
-        (fleet is None or is_fleet_quiet, f"the fleet is busy: {_shown(means)}"),
+        (not fleet.away, f"the inference daemon cannot be asked: {fleet.away}"),
+        (fleet.live_servers != 0, "no live server to measure"),
+        (is_fleet_quiet, f"the fleet is busy: {_shown(means)}"),
         (is_idle, f"the host is busy: load of others {host.load_of_others:.2f}, limit {load_limit:.2f}"),
         (has_memory, f"the host has {host.available_gb:.1f} GB available, {memory_limit:g} needed"),
     )
@@ -117,9 +116,9 @@ def quiet_verdict(
         is_quiet=not failed,
         reason=failed or "quiet",
         measured={
-            "live_servers": None if fleet is None else float(fleet.live_servers),
-            "fleet_cpu_percent": None if fleet is None else fleet.cpu_percent,
-            "fleet_mem_percent": None if fleet is None else fleet.mem_percent,
+            "live_servers": fleet.live_servers,
+            "fleet_cpu_percent": fleet.cpu_percent,
+            "fleet_mem_percent": fleet.mem_percent,
             "host_load_1m": host.load_1m,
             "host_own_cores": host.own_cores,
             "host_load_of_others": host.load_of_others,

@@ -130,7 +130,7 @@ def _demand(
         return DRIFT, f"drift: {shown}" if shown else "drift"
     if not overdue.passed:
         return OVERDUE, f"{overdue.value:.1f} days without training, limit {overdue.limit:g}"
-    return NONE, f"model healthy: {shown}" if shown else "model healthy"
+    return NONE, f"no drift: {shown}" if shown else "no drift"
 
 
 def _refusal(check: SafeguardCheck) -> str:

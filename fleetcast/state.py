@@ -69,10 +69,12 @@ class RetrainingState:
         return next((attempt for attempt in self.attempts if attempt.is_running), None)
 
     def with_attempt(self, attempt: Attempt) -> "RetrainingState":
-        """Return the state with this attempt added or, by its id, replaced."""
-        others = [item for item in self.attempts if item.id != attempt.id]
-        ordered = sorted([attempt, *others], key=lambda item: item.id, reverse=True)
-        return replace(self, attempts=tuple(ordered[:KEPT_ATTEMPTS]))
+        """Return the state with this attempt replaced, by its id, or added as the newest."""
+        if any(item.id == attempt.id for item in self.attempts):
+            changed = tuple(attempt if item.id == attempt.id else item for item in self.attempts)
+        else:
+            changed = (attempt, *self.attempts)[:KEPT_ATTEMPTS]
+        return replace(self, attempts=changed)
 
 
 def load_state(path: Path) -> RetrainingState:

@@ -59,6 +59,10 @@ class TrainingLog:
             total_promoted=self.total_promoted + stamp.promoted,
         )
 
+    def in_order(self) -> "TrainingLog":
+        """Return the log sorted by time, after entries were added late."""
+        return replace(self, stamps=tuple(sorted(self.stamps, key=lambda stamp: stamp.at, reverse=True)))
+
     def without_future(self, now: datetime) -> "TrainingLog":
         """Return the log with entries of the future moved to `now`; itself where there are none."""
         latest = now + FUTURE_TOLERANCE

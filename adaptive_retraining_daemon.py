@@ -1,0 +1,299 @@
+"""When to retrain, and in what order: drift, quiet period, safeguards, then a child process.
+
+    python adaptive_retraining_daemon.py [--interval 300] [--once] [--mode auto|advise]
+
+Owns: the cycle, and the limits in force: safeguards and quiet period stand here as literals, to
+be edited (settings override them). Does not know: how drift is scored (`drift_monitor`), how a
+model is trained (`tft_trainer.py`, run by path as a child). A stop leaves a running training
+alone; the next start adopts it.
+"""
+
+import logging
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from drift_monitor import METRICS_FILE, DriftMonitor
+from fleetcast.attempts import Attempts
+from fleetcast.clock import Clock, DataClock, SystemClock, monotonic
+from fleetcast.decision_engine import RetrainingDecisionEngine
+from fleetcast.drift_source import DriftEvidence, DriftSource
+from fleetcast.errors import AlreadyRunning, BadData, ExitCode, FleetcastError, SettingsError
+from fleetcast.files import OwnerLock, append_line, read_pid, write_json
+from fleetcast.hostload import HostProbe
+from fleetcast.inquiry import Inquiry
+from fleetcast.logs import configure_logging
+from fleetcast.loop import Stop, run_every
+from fleetcast.quiet import FleetMean, quiet_verdict
+from fleetcast.readiness import Readiness
+from fleetcast.registry import Registry
+from fleetcast.retraining_check import ADVISED, BESIDE, NOTHING, STARTED, TRAINING, RetrainingCheck
+from fleetcast.retraining_options import parser, settings_of, with_arguments
+from fleetcast.safeguards import Decision
+from fleetcast.schema import QuietVerdict
+from fleetcast.sdnotify import SystemdNotifier
+from fleetcast.settings import Settings
+from fleetcast.state import FAILED, STATE_FILE, Attempt
+from fleetcast.training_order import export_end, training_context, training_steps
+from fleetcast.trainings import Trainings
+
+__all__ = ["AdaptiveRetrainingDaemon", "RetrainingDecisionEngine"]
+
+logger = logging.getLogger(__name__)
+
+DECISIONS_FILE = "decisions.jsonl"
+DECISIONS_MAX_BYTES = 5_000_000
+LOG_FILE = "retraining_daemon.log"
+LOCK_FILE = ".retraining_daemon.lock"
+WATCH_S = 0.5  # between looks at a running training
+
+
+class AdaptiveRetrainingDaemon:
+    """Checks drift every `check_interval` seconds and starts the trainings that are due.
+
+    An argument left out is taken from the settings. Works in the current directory; only the
+    holder of its lock writes there. Not thread safe.
+    """
+
+    def __init__(
+        self,
+        daemon_url: str | None = None,
+        check_interval: float | None = None,
+        data_buffer_dir: str | None = None,
+        training_script: str | None = None,
+        *,
+        settings: Settings | None = None,
+        config: Path | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        from data_buffer import DataBuffer  # --help shall not wait for pyarrow
+
+        given = (daemon_url, check_interval, data_buffer_dir, training_script)
+        self._settings = with_arguments(settings or Settings(), *given)
+        self._config = config
+        paths, drift, bins = self._settings.paths, self._settings.drift, self._settings.bins
+        training, limits = self._settings.retraining, self._settings.decision
+        self._newest: datetime | None = None
+        is_data = self._settings.clock.mode == "data"
+        self._clock = clock or (DataClock(lambda: self._newest) if is_data else SystemClock())
+        self._store = DataBuffer(paths.data_buffer_dir, settings=self._settings.buffer, expire=False)
+        models_dir = Path(paths.models_dir or Path(__file__).resolve().parent / "models")
+        self._registry = Registry(Path(paths.checkpoint_dir), models_dir)
+        self._source = DriftSource(self._store, self._registry, drift, bins.bin_s * 1000)
+        self._monitor = DriftMonitor(drift.window_size, settings=drift, clock=self._clock)
+        horizon_bins = self._settings.forecast.horizon_bins
+        self._readiness = Readiness(self._store, bins, horizon_bins, training.training_days, limits)
+        self._inquiry = Inquiry(training.daemon_url, training.request_timeout_s)
+        self._host = HostProbe()
+        self._attempts = Attempts(
+            self._registry, timeout_s=training.training_timeout_s, nice=training.training_nice
+        )
+        self.engine = self._make_engine()
+        self._trainings = Trainings(
+            self.engine, self._attempts, Path(STATE_FILE), self._settings.clock.mode, self._clock
+        )
+        self._lock = OwnerLock(Path(LOCK_FILE), "the retraining of this folder")
+        self._is_owner = False
+        self.stop = Stop()
+        self.quiet = QuietVerdict(is_quiet=False, reason="not measured yet")
+
+    def run(self) -> ExitCode:
+        """Check at each interval until SIGTERM or SIGINT.
+
+        Raises:
+            AlreadyRunning: another retraining daemon works in this folder.
+        """
+        self.stop = Stop()
+        self.stop.install()
+        notifier, interval_s = SystemdNotifier(), self._settings.retraining.interval_s
+        with self.ownership(strict=True):
+            logger.info("retraining daemon started interval_s=%g", interval_s)
+            notifier.ready()
+
+            def cycle() -> None:
+                notifier.alive()
+                until = monotonic() + 0.9 * interval_s
+                self.run_check_cycle()
+                self.wait_for_training(until)  # its verdict is noted at once
+
+            has_stopped = run_every(
+                cycle, interval_s, self.stop, max_failures=self._settings.retraining.max_failures
+            )
+            notifier.stopping()
+        logger.info("retraining daemon stopped reason=%s", self.stop.reason or "too many failures")
+        return ExitCode.OK if has_stopped else ExitCode.FAILED
+
+    def run_check_cycle(self) -> RetrainingCheck:
+        """Check once; start a training that is due and return without waiting for it.
+
+        Beside a running retraining daemon nothing is started or written.
+        """
+        with self.ownership() as is_owner:
+            self._newest = self._store.newest_record_time()
+            if is_owner:
+                self._trainings.note()
+            evidence, check = self._measured(self._clock.now())
+            check = self._acted(check, evidence, is_owner=is_owner)
+            logger.info(
+                "checked should_retrain=%s action=%s reason=%s",
+                *(check.decision.should_retrain, check.action, check.decision.reason),
+            )
+            if is_owner:
+                append_line(Path(DECISIONS_FILE), check.as_line(), max_bytes=DECISIONS_MAX_BYTES)
+                self._trainings.save(check)
+        return check
+
+    def check_quiet_period(self) -> bool:
+        """Measure the fleet and this host; return whether it is a quiet period (details: `quiet`)."""
+        limits = self._settings.decision
+        fleet = self._inquiry.fleet(self.stop)
+        avg_cpu = FleetMean.of(fleet.cpu_percent, limits.quiet_cpu_percent)
+        avg_mem = FleetMean.of(fleet.mem_percent, limits.quiet_mem_percent)
+        # Quiet period thresholds
+        is_quiet = avg_cpu < 60.0 and avg_mem < 70.0
+        own_pids = (*self._inquiry.pids, *self._attempts.pids(self._trainings.running))
+        means = {"cpu": avg_cpu, "mem": avg_mem}
+        host = self._host.measure(own_pids)
+        self.quiet = quiet_verdict(fleet, means, host, is_fleet_quiet=is_quiet, settings=limits)
+        return self.quiet.is_quiet
+
+    @contextmanager
+    def ownership(self, *, strict: bool = False) -> Iterator[bool]:
+        """Hold the lock of the folder; yields False where another daemon has it.
+
+        Raises:
+            AlreadyRunning: another daemon has it, and `strict` was asked for.
+        """
+        if self._is_owner:
+            yield True
+            return
+        try:
+            self._lock.acquire()
+        except AlreadyRunning:
+            if strict:
+                raise
+            self._trainings.look()
+            yield False
+            return
+        try:
+            self._newest = self._store.newest_record_time()
+            self._trainings.take_over()
+            self._is_owner = True
+            yield True
+        finally:
+            self._is_owner = False
+            self._lock.release()
+
+    def wait_for_training(self, until: float = math.inf) -> Attempt | None:
+        """Follow the training that runs; None if there is none, or a stop or `until` came first."""
+        while self._trainings.running and monotonic() < until and not self.stop.wait(WATCH_S):
+            ended = self._trainings.note()
+            if ended is not None:
+                return ended
+        return None
+
+    def _measured(self, now: datetime) -> tuple[DriftEvidence, RetrainingCheck]:
+        """Measure drift and quiet, and decide."""
+        self._inquiry.look(self.stop)
+        evidence = self._source.evidence(self._inquiry.served_version)
+        self._monitor.set_baseline(evidence.baseline)
+        self._monitor.observe(evidence.window, evidence.model_version)
+        reading = self._monitor.reading()
+        # a rejected first candidate is no model either: the next is due as the safeguards allow
+        has_model = self._registry.current_id() is not None
+        missing = "" if has_model else self._readiness.why_not()
+        initial_due = not has_model and not missing
+        is_quiet = self.check_quiet_period() or (initial_due and self.quiet.is_host_quiet)
+        decision = self.engine.decide(reading.current_metrics(), is_quiet, initial_due=initial_due)
+        return evidence, RetrainingCheck(now, reading, self.quiet, decision, missing, NOTHING)
+
+    def _acted(self, check: RetrainingCheck, evidence: DriftEvidence, *, is_owner: bool) -> RetrainingCheck:
+        """Do what was decided, as far as it is ours to do."""
+        if not is_owner:
+            other = f"another retraining daemon (pid {read_pid(Path(LOCK_FILE))}) is running"
+            return check.did(BESIDE, f"{other}: only checked, nothing trained or written")
+        write_json(Path(METRICS_FILE), check.reading.as_json(check.at))
+        if not check.decision.should_retrain:
+            return check
+        if self._settings.retraining.mode == "advise":
+            return check.did(ADVISED, "advise mode: nothing is trained")
+        busy = self._trainings.why_not_free()
+        attempt = None if busy else self._start(check.decision, evidence, check.at)
+        if attempt is None:
+            return check.did(TRAINING, busy or "a training is running")
+        return check.did(STARTED, f"training {attempt.id} started", attempt.id)
+
+    def _start(self, decision: Decision, evidence: DriftEvidence, now: datetime) -> Attempt | None:
+        program = Path(__file__).resolve()
+        steps = training_steps(self._settings, program, self._config)
+        context = training_context(decision.rule, now, evidence, self._source)
+        return self._trainings.start(decision, self._registry.current_id(), steps, context)
+
+    def _make_engine(self) -> RetrainingDecisionEngine:
+        # fmt: off
+        engine = RetrainingDecisionEngine(
+            min_hours_between_training=6,   # Minimum time between trainings
+            max_days_without_training=30,   # Force retrain after N days
+            max_trainings_per_week=3        # Weekly limit
+        )
+        # fmt: on
+        engine.override(self._settings.decision)
+        engine.use_clock(self._clock)
+        return engine
+
+
+def _export(settings: Settings, path: Path) -> ExitCode:
+    from data_buffer import DataBuffer
+
+    buffer = DataBuffer(settings.paths.data_buffer_dir, settings=settings.buffer, expire=False)
+    until = export_end(settings.clock.mode, buffer.newest_record_time())
+    days, bin_s = settings.retraining.training_days, settings.bins.bin_s
+    n_rows = buffer.export_training_data(path, days, bin_s, until=until)
+    print(f"{n_rows} rows of the last {days} days written to {path}")
+    return ExitCode.OK
+
+
+def _once(daemon: AdaptiveRetrainingDaemon, settings: Settings) -> ExitCode:
+    """Check, print and wait for a training this check started."""
+    with daemon.ownership() as is_owner:
+        configure_logging(Path(LOG_FILE) if is_owner else None, settings.logging)
+        daemon.stop.install()
+        check = daemon.run_check_cycle()
+        print(check.as_text(), flush=True)
+        if check.action != STARTED:
+            return ExitCode.OK
+        ended = daemon.wait_for_training()
+        if ended is None:
+            print("Not waited for: the training goes on, the next start adopts it.")
+            return ExitCode.OK
+        print(f"Training {ended.id}: {ended.outcome}. {ended.why}")
+        return ExitCode.FAILED if ended.outcome == FAILED else ExitCode.OK
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the daemon, or one check, or one export; return the exit code."""
+    options = parser().parse_args(argv)
+    try:
+        settings = settings_of(options)
+        if options.export:
+            return int(_export(settings, options.export))
+        try:
+            daemon = AdaptiveRetrainingDaemon(settings=settings, config=options.config)
+        except BadData as error:
+            raise SettingsError([f"retraining.daemon_url: {error}"]) from error
+        if options.once:
+            return int(_once(daemon, settings))
+        with daemon.ownership(strict=True):
+            configure_logging(Path(LOG_FILE), settings.logging)
+            return int(daemon.run())
+    except FleetcastError as error:
+        print(f"adaptive_retraining_daemon: {error}", file=sys.stderr)
+        return int(error.exit_code)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
