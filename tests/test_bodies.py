@@ -1,0 +1,52 @@
+"""Bodies: what is JSON for us, and what is refused with which words."""
+
+import pytest
+
+from fleetcast.bodies import Refusal, encoded, records_in
+
+
+def test_the_documented_shape_is_read() -> None:
+    assert records_in(b'{"records": [{"a": 1}, 2, null], "source": "agent"}') == [{"a": 1}, 2, None]
+    assert records_in(b'{"records": []}') == []
+
+
+def test_numbers_that_are_none_reach_the_check_of_their_record() -> None:
+    first, second = records_in(b'{"records": [{"cpu_pct": NaN}, {"cpu_pct": -Infinity}]}')
+    assert first["cpu_pct"] != first["cpu_pct"]
+    assert second["cpu_pct"] == float("-inf")
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "not JSON"),
+        (b"null", "it is absent"),
+        (b"[]", "it is a list"),
+        (b"7", "it is a number"),
+        (b'"records"', "it is text"),
+        (b"{}", '"records" is absent'),
+        (b'{"records": null}', '"records" is absent'),
+        (b'{"records": {}}', '"records" is an object'),
+        (b'{"records": "x"}', '"records" is text'),
+        (b'{"records": 7.5}', '"records" is a number'),
+        (b'{"records": true}', '"records" is true or false'),
+        (b'{"records": [', "not JSON"),
+        (b'{"records": [}', "not JSON"),
+        (b'{"records": [NaN', "not JSON"),
+        (b"\xff\xfe{\x00}\x00", "not JSON"),
+        (b'{"records": ["\xff"]}', "not JSON"),
+        (b"\x1f\x8b\x08\x00", "not JSON"),
+        (b'{"records": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "nested too deeply"),
+        (b'{"records": [NaN, ' + b"[" * 200_000 + b"]" * 200_000 + b"]}", "not JSON"),
+        (b"cpu_pct=5", "not JSON"),
+    ],
+)
+def test_anything_else_is_refused_with_what_would_be_right(body: bytes, said: str) -> None:
+    with pytest.raises(Refusal, match="the body must be") as caught:
+        records_in(body)
+    assert caught.value.code == 422
+    assert said in str(caught.value)
+
+
+def test_answers_never_hold_nan() -> None:
+    assert encoded({"a": float("nan"), "b": [float("inf")]}) == b'{"a":null,"b":[null]}'

@@ -1,0 +1,157 @@
+"""Records on their way in: durable before known, limits refused record by record."""
+
+import json
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fleetcast.clock import FakeClock
+from fleetcast.errors import StorageFull
+from fleetcast.history import BinHistory
+from fleetcast.intake import Intake
+from fleetcast.rejected import RejectedRecords
+from fleetcast.roster import Roster
+from fleetcast.schema import RecordBatch
+from fleetcast.settings import BinSettings, BufferSettings, ForecastSettings, ServerSettings
+
+
+@dataclass
+class Disk:
+    """Takes batches, or is full."""
+
+    batches: list[RecordBatch] = field(default_factory=list)
+    is_full: bool = False
+
+    def append_batch(self, batch: RecordBatch) -> None:
+        if self.is_full:
+            raise StorageFull("no space")
+        self.batches.append(batch)
+
+
+class World:
+    """An intake and everything around it."""
+
+    def __init__(self, folder: Path, *, expires: bool = True, **limits: Any) -> None:
+        self.clock = FakeClock()
+        self.disk = Disk()
+        self.history = BinHistory(BinSettings(), ForecastSettings())
+        self.roster = Roster(ForecastSettings())
+        self.n_wakes = 0
+        self.quarantine = folder / "quarantine.jsonl"
+        self.intake = Intake(
+            self.disk,
+            self.history,
+            self.roster,
+            RejectedRecords(folder, 100_000),
+            self.clock,
+            ServerSettings(**limits),
+            BufferSettings(),
+            expires=expires,
+            on_taken=self._wake,
+        )
+
+    def _wake(self) -> None:
+        self.n_wakes += 1
+
+    def record(self, name: str = "web-01", *, seconds: float = 0.0, **values: Any) -> dict[str, Any]:
+        moment = self.clock.now() + timedelta(seconds=seconds)
+        return {"timestamp": moment.isoformat(), "server_name": name, **(values or {"cpu_pct": 12.346})}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_good_records_are_stored_and_known(world: World) -> None:
+    receipt = world.intake.take([world.record(), world.record("web-02", mem_used_pct=40.129)])
+    assert (receipt.n_received, receipt.rejections) == (2, ())
+    assert len(world.disk.batches[0]) == 2
+    assert world.roster.muster(world.clock.now()).server_names == ("web-01", "web-02")
+    assert world.history.n_servers == 2
+    assert world.n_wakes == 1
+
+
+def test_what_is_stored_is_rounded_as_everybody_sees_it(world: World) -> None:
+    world.intake.take([world.record()])
+    stored = world.disk.batches[0].metrics["cpu_pct"][0]
+    assert stored == world.roster.muster(world.clock.now()).values[0, 0] == 12.35
+
+
+def test_a_bad_record_costs_no_other_and_is_kept_aside(world: World) -> None:
+    receipt = world.intake.take([world.record(), {"server_name": "x"}, 7, world.record("web-02")])
+    assert receipt.n_received == 2
+    assert [(r.index, r.field) for r in receipt.rejections] == [(1, "timestamp"), (2, "")]
+    kept = [json.loads(line) for line in world.quarantine.read_text().splitlines()]
+    assert [line["record"] for line in kept] == [{"server_name": "x"}, 7]
+
+
+def test_a_full_disk_keeps_nothing_anywhere(world: World) -> None:
+    world.disk.is_full = True
+    with pytest.raises(StorageFull):
+        world.intake.take([world.record()])
+    assert world.history.n_servers == 0
+    assert world.roster.muster(world.clock.now()).server_names == ()
+
+
+def test_no_record_at_all_is_fine(world: World) -> None:
+    assert world.intake.take([]).n_received == 0
+    assert not world.quarantine.exists()
+
+
+def test_the_system_clock_bounds_times_on_both_sides(world: World) -> None:
+    receipt = world.intake.take(
+        [world.record(seconds=301), world.record(seconds=-61 * 86_400), world.record(seconds=299)]
+    )
+    assert receipt.n_received == 1
+    assert [r.field for r in receipt.rejections] == ["timestamp", "timestamp"]
+
+
+def test_under_the_data_clock_old_records_are_welcome_but_not_those_before_1970(tmp_path: Path) -> None:
+    world = World(tmp_path, expires=False)
+    old = {"timestamp": "2000-01-01T00:00:00Z", "server_name": "a", "cpu_pct": 1.0}
+    receipt = world.intake.take(
+        [old, {**old, "timestamp": "1969-12-31T23:59:59Z"}, world.record(seconds=301)]
+    )
+    assert receipt.n_received == 1
+    assert [r.index for r in receipt.rejections] == [1, 2]
+
+
+def test_servers_beyond_the_limit_are_refused_and_known_ones_go_on(tmp_path: Path) -> None:
+    world = World(tmp_path, max_server_names=2)
+    world.intake.take([world.record("a"), world.record("b")])
+    receipt = world.intake.take([world.record("c"), {"bad": 1}, world.record("a"), world.record("d")])
+    assert receipt.n_received == 1
+    assert [(r.index, r.field) for r in receipt.rejections] == [
+        (0, "server_name"), (1, "timestamp"), (3, "server_name"),
+    ]  # fmt: skip
+    assert "limit of 2 servers" in receipt.rejections[0].reason
+    assert world.disk.batches[-1].server_names == ("a",)
+    assert world.history.n_servers == 2
+
+
+def test_a_request_fills_the_last_places_in_order(tmp_path: Path) -> None:
+    world = World(tmp_path, max_server_names=3)
+    receipt = world.intake.take([world.record(name) for name in "abcde"])
+    assert receipt.n_received == 3
+    assert [r.index for r in receipt.rejections] == [3, 4]
+
+
+def test_metrics_beyond_the_limit_are_refused_and_leave_no_column(tmp_path: Path) -> None:
+    world = World(tmp_path, max_metric_names=2)
+    receipt = world.intake.take(
+        [world.record(cpu_pct=1.0), world.record(mem_pct=2.0), world.record("b", cpu_pct=1.0, fans=3.0)]
+    )
+    assert receipt.n_received == 2
+    assert [(r.index, r.field) for r in receipt.rejections] == [(2, "fans")]
+    assert set(world.disk.batches[0].metrics) == {"cpu_pct", "mem_pct"}
+    assert world.disk.batches[0].server_names == ("web-01",)
+
+
+def test_a_record_without_any_metric_makes_its_server_known(world: World) -> None:
+    receipt = world.intake.take([world.record(state="up")])
+    assert (receipt.n_received, receipt.n_ignored_fields) == (1, 1)
+    assert world.roster.muster(world.clock.now()).server_names == ("web-01",)

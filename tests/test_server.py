@@ -1,0 +1,256 @@
+"""The HTTP interface: codes, headers and words, over the real application and a real socket."""
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client import CollectorRegistry
+
+from fleetcast import bodies
+from fleetcast.board import UnknownServer
+from fleetcast.errors import StorageBroken, StorageFull
+from fleetcast.intake import Receipt
+from fleetcast.listener import HttpListener
+from fleetcast.schema import Rejection
+from fleetcast.server import create_app
+from fleetcast.settings import ServerSettings
+from fleetcast.telemetry import Telemetry
+
+GOOD = {"records": [{"timestamp": "2026-01-15T10:00:05Z", "server_name": "web-01", "cpu_pct": 12.5}]}
+
+
+class Daemon:
+    """What the application is given: intake, board and report in one, each as simple as can be."""
+
+    def __init__(self) -> None:
+        self.taken: list[Sequence[object]] = []
+        self.error: Exception | None = None
+        self.rejections: tuple[Rejection, ...] = ()
+        self.held: Callable[[], bool] = lambda: False
+        self.reason = ""
+        self.before_taking: Callable[[], object] = lambda: None
+
+    def take(self, raw: Sequence[object]) -> Receipt:
+        self.before_taking()
+        if self.error:
+            raise self.error
+        self.taken.append(raw)
+        return Receipt(len(raw) - len(self.rejections), self.rejections, 0)
+
+    def document(self, servers: Sequence[str] = (), *, only_current: bool = False) -> bytes:
+        if "nobody" in servers:
+            raise UnknownServer("unknown server 'nobody'")
+        return json.dumps({"servers": list(servers), "only_current": only_current}).encode()
+
+    def is_held(self) -> bool:
+        return self.held()
+
+    def why_not_ready(self) -> str:
+        return self.reason
+
+    def status(self) -> dict[str, Any]:
+        return {"pid": 7}
+
+
+@pytest.fixture
+def daemon() -> Daemon:
+    return Daemon()
+
+
+@contextmanager
+def client_of(daemon: Daemon, api_key: str = "", **settings: Any) -> Iterator[httpx.Client]:
+    telemetry = Telemetry(CollectorRegistry())
+    listener = HttpListener("127.0.0.1", 0)
+    listener.start(create_app(daemon, daemon, daemon, telemetry, ServerSettings(**settings), api_key), 5.0)
+    with httpx.Client(base_url=listener.url, trust_env=False) as client:
+        yield client
+    assert listener.stop(10.0)
+
+
+@pytest.fixture
+def client(daemon: Daemon) -> Iterator[httpx.Client]:
+    with client_of(daemon) as client:
+        yield client
+
+
+def test_records_are_handed_on_and_the_answer_counts_them(client: httpx.Client, daemon: Daemon) -> None:
+    answer = client.post("/feed/data", json=GOOD)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json() == {"status": "ok", "records_received": 1, "records_rejected": 0, "errors": []}
+    assert daemon.taken == [GOOD["records"]]
+
+
+def test_only_the_first_twenty_rejections_are_shown(client: httpx.Client, daemon: Daemon) -> None:
+    daemon.rejections = tuple(Rejection(index, "cpu_pct", "bad") for index in range(30))
+    answer = client.post("/feed/data", json={"records": [{}] * 30}).json()
+    assert (answer["records_received"], answer["records_rejected"], len(answer["errors"])) == (0, 30, 20)
+    assert answer["errors"][19] == {"index": 19, "field": "cpu_pct", "reason": "bad"}
+
+
+def test_an_empty_list_is_fine(client: httpx.Client) -> None:
+    assert client.post("/feed/data", json={"records": []}).status_code == 200
+
+
+def test_the_body_is_read_whatever_its_declared_type(client: httpx.Client) -> None:
+    content = json.dumps(GOOD)
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        assert client.post("/feed/data", content=content, headers={"content-type": kind}).status_code == 200
+
+
+def test_another_shape_is_422_and_says_what_would_be_right(client: httpx.Client, daemon: Daemon) -> None:
+    answer = client.post("/feed/data", content=b'{"rows": []}')
+    assert answer.status_code == 422
+    assert answer.json() == {"detail": 'the body must be {"records": [...]}; "records" is absent'}
+    assert daemon.taken == []
+
+
+def test_a_body_over_the_limit_is_413(daemon: Daemon) -> None:
+    with client_of(daemon, max_body_bytes=2000) as client:
+        assert client.post("/feed/data", content=b" " * 2001).status_code == 413
+        assert client.post("/feed/data", content=b" " * 9000).status_code == 413
+        chunks = (b" " * 500 for _ in range(10))
+        assert client.post("/feed/data", content=chunks).status_code == 413
+        assert client.post("/feed/data", content=json.dumps(GOOD)).status_code == 200
+
+
+def test_a_compressed_body_is_415(client: httpx.Client) -> None:
+    answer = client.post("/feed/data", content=b"\x1f\x8b", headers={"content-encoding": "gzip"})
+    assert answer.status_code == 415
+    assert "uncompressed" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "retry_after"),
+    [(StorageFull("no space left"), 507, None), (StorageBroken("input/output error"), 503, "5")],
+)
+def test_a_disk_that_refuses_is_told(
+    client: httpx.Client, daemon: Daemon, error: Exception, code: int, retry_after: str | None
+) -> None:
+    daemon.error = error
+    answer = client.post("/feed/data", json=GOOD)
+    assert (answer.status_code, answer.headers.get("retry-after")) == (code, retry_after)
+    assert str(error) in answer.json()["detail"]
+    daemon.error = None
+    assert client.post("/feed/data", json=GOOD).status_code == 200
+
+
+def test_while_held_a_post_waits_and_then_goes_through(client: httpx.Client, daemon: Daemon) -> None:
+    answers = iter([True, True, False])
+    daemon.held = lambda: next(answers)
+    assert client.post("/feed/data", json=GOOD).status_code == 200
+
+
+def test_held_for_too_long_is_429_with_retry_after(daemon: Daemon) -> None:
+    daemon.held = lambda: True
+    with client_of(daemon, hold_s=0.0) as client:
+        answer = client.post("/feed/data", json=GOOD)
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+    assert daemon.taken == []
+
+
+def test_too_many_requests_at_work_are_503(daemon: Daemon) -> None:
+    release, at_work = threading.Event(), threading.Semaphore(0)
+
+    def wait() -> None:
+        at_work.release()
+        release.wait(30)
+
+    daemon.before_taking = wait
+    with client_of(daemon, max_pending_posts=2) as client, ThreadPoolExecutor(2) as pool:
+        slow = [pool.submit(client.post, "/feed/data", json=GOOD) for _ in range(2)]
+        at_work.acquire()
+        at_work.acquire()
+        answer = client.post("/feed/data", json=GOOD)
+        release.set()
+        assert [item.result().status_code for item in slow] == [200, 200]
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+
+
+def test_a_body_that_never_ends_is_408(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "BODY_TIMEOUT_S", 0.05)
+    answered = threading.Event()
+
+    def chunks() -> Iterator[bytes]:
+        yield b"{"
+        answered.wait(0.5)
+        yield b"}"
+
+    with client_of(daemon) as client:
+        assert client.post("/feed/data", content=chunks()).status_code == 408
+        assert client.post("/feed/data", json=GOOD).status_code == 200
+
+
+def test_a_sender_that_goes_away_disturbs_nobody(client: httpx.Client, daemon: Daemon) -> None:
+    host, port = client.base_url.host, client.base_url.port
+    with socket.create_connection((host, port or 0)) as link:
+        link.sendall(b"POST /feed/data HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    assert client.post("/feed/data", json=GOOD).status_code == 200
+    assert len(daemon.taken) == 1
+
+
+def test_predictions_may_be_narrowed(client: httpx.Client) -> None:
+    assert client.get("/predictions/current").json() == {"servers": [], "only_current": False}
+    narrowed = client.get("/predictions/current?server=a&server=b&fields=current").json()
+    assert narrowed == {"servers": ["a", "b"], "only_current": True}
+
+
+def test_an_unknown_server_is_404_and_an_unknown_field_422(client: httpx.Client) -> None:
+    answer = client.get("/predictions/current?server=nobody")
+    assert (answer.status_code, answer.json()) == (404, {"detail": "unknown server 'nobody'"})
+    assert client.get("/predictions/current?fields=everything").status_code == 422
+
+
+def test_ready_says_what_is_missing(client: httpx.Client, daemon: Daemon) -> None:
+    assert client.get("/ready").json() == {"status": "ready"}
+    daemon.reason = "the history is being restored"
+    answer = client.get("/ready")
+    assert answer.status_code == 503
+    assert answer.json() == {"status": "not ready", "detail": "the history is being restored"}
+    assert client.get("/health").json() == {"status": "alive"}
+
+
+def test_status_and_metrics_answer(client: httpx.Client) -> None:
+    client.post("/feed/data", json=GOOD)
+    assert client.get("/status").json() == {"pid": 7}
+    answer = client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert "fleetcast_records_received_total 1.0" in answer.text
+
+
+@pytest.mark.parametrize("key", [None, "", "wrong", "secret2", "Secret", "sécret"])
+@pytest.mark.parametrize("path", ["/feed/data", "/predictions/current", "/status"])
+def test_without_the_key_nothing_is_told_or_taken(daemon: Daemon, path: str, key: str | None) -> None:
+    headers = [] if key is None else [(b"X-API-Key", key.encode("latin-1"))]
+    with client_of(daemon, api_key="secret") as client:
+        method = "POST" if path == "/feed/data" else "GET"
+        answer = client.request(method, path, content=json.dumps(GOOD), headers=headers)
+        assert answer.status_code == 401
+        assert client.get("/health").status_code == 200
+        assert client.get("/ready").status_code == 200
+        assert client.get("/metrics").status_code == 200
+    assert daemon.taken == []
+
+
+@pytest.mark.parametrize("key", ["secret", "schlüssel-日"])
+def test_with_the_key_everything_answers(daemon: Daemon, key: str) -> None:
+    with client_of(daemon, api_key=key) as client:
+        headers = {b"X-API-Key": key.encode()}
+        assert client.post("/feed/data", json=GOOD, headers=headers).status_code == 200
+        assert client.get("/status", headers=headers).status_code == 200
+
+
+def test_the_interface_describes_itself(client: httpx.Client) -> None:
+    described = client.get("/openapi.json").json()["paths"]
+    assert set(described) == {
+        "/feed/data", "/predictions/current", "/status", "/health", "/ready", "/metrics",
+    }  # fmt: skip
+    codes = set(described["/feed/data"]["post"]["responses"])
+    assert codes == {"200", "401", "408", "413", "415", "422", "429", "503", "507"}
+    assert client.get("/docs").status_code == 200

@@ -1,0 +1,75 @@
+"""The scraped numbers: names, bounded labels, states read at the scrape."""
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+
+from fleetcast.telemetry import GAUGES, Snapshot, Telemetry
+
+
+def samples(telemetry: Telemetry) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    text = telemetry.render().decode()
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_rejections_are_counted_by_a_bounded_label() -> None:
+    telemetry = Telemetry(CollectorRegistry())
+    telemetry.records_taken(5, ["timestamp", "server_name", "", "cpu_pct", "evil_1", "evil_2"], 3)
+    found = samples(telemetry)
+    by_field = {
+        labels: v for (name, labels), v in found.items() if name == "fleetcast_records_rejected_total"
+    }
+    assert by_field == {
+        (("field", "timestamp"),): 1.0,
+        (("field", "server_name"),): 1.0,
+        (("field", "record"),): 1.0,
+        (("field", "metric"),): 3.0,
+    }
+    assert found["fleetcast_records_received_total", ()] == 5.0
+    assert found["fleetcast_fields_ignored_total", ()] == 3.0
+
+
+def test_events_add_up() -> None:
+    telemetry = Telemetry(CollectorRegistry())
+    telemetry.feed_answered(200, 0.003)
+    telemetry.feed_answered(429, 1.0)
+    telemetry.swept(0.5, n_model=8, n_fallback=2, n_skipped=1)
+    telemetry.settled(6, 2)
+    telemetry.model_load(succeeded=True)
+    telemetry.model_load(succeeded=False)
+    found = samples(telemetry)
+    assert found["fleetcast_feed_seconds_count", (("code", "200"),)] == 1.0
+    assert found["fleetcast_feed_seconds_count", (("code", "429"),)] == 1.0
+    assert found["fleetcast_sweep_seconds_sum", ()] == 0.5
+    assert found["fleetcast_series_forecast_total", (("source", "model"),)] == 8.0
+    assert found["fleetcast_series_forecast_total", (("source", "fallback"),)] == 2.0
+    assert found["fleetcast_bins_skipped_total", ()] == 1.0
+    assert found["fleetcast_forecasts_settled_total", ()] == 6.0
+    assert found["fleetcast_forecasts_expired_total", ()] == 2.0
+    assert found["fleetcast_model_loads_total", (("outcome", "ok"),)] == 1.0
+    assert found["fleetcast_model_loads_total", (("outcome", "failed"),)] == 1.0
+
+
+def test_states_are_read_when_scraped_and_unknown_ones_are_left_out() -> None:
+    states = [Snapshot({"servers": 3.0, "buffer_bytes": None}, "v1", False, {"web-01": 1.5})]
+    telemetry = Telemetry(CollectorRegistry(), lambda: states[-1])
+    first = samples(telemetry)
+    assert first["fleetcast_servers", ()] == 3.0
+    assert ("fleetcast_buffer_bytes", ()) not in first
+    assert first["fleetcast_model_info", (("base", "false"), ("version", "v1"))] == 1.0
+    assert first["fleetcast_server_last_record_timestamp_seconds", (("server", "web-01"),)] == 1.5
+    states.append(Snapshot(dict.fromkeys(GAUGES, 1.0)))
+    second = samples(telemetry)
+    assert all(second[f"fleetcast_{name}", ()] == 1.0 for name in GAUGES)
+    assert second["fleetcast_model_info", (("base", "false"), ("version", ""))] == 1.0
+
+
+def test_a_hostile_server_name_stays_a_label_value() -> None:
+    name = 'a"} 1\nfleetcast_servers 99\\'
+    telemetry = Telemetry(CollectorRegistry(), lambda: Snapshot(server_last_seen_s={name: 2.0}))
+    found = samples(telemetry)
+    assert found["fleetcast_server_last_record_timestamp_seconds", (("server", name),)] == 2.0
+    assert ("fleetcast_servers", ()) not in found
