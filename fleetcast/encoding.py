@@ -37,6 +37,7 @@ STATIC_REALS = (
     "day_ago_share",
     "week_ago_share",
 )
+_ANSWER_LIMIT = np.float32(1e6)  # spreads; an answer is bounded by the series' range afterwards
 _WEEK_DAYS = 7
 _SMOOTH_BINS = 6  # each side's half: a day-ago value is smoothed over half an hour of 5-minute bins
 
@@ -92,7 +93,7 @@ def decode(answer: Floats32, scale: Scale, shape: GridShape) -> Floats32:
         (window, horizon, quantile), finite, non-decreasing on the last axis, within what the
         last days make plausible.
     """
-    ordered = np.sort(np.nan_to_num(answer, posinf=1e6, neginf=-1e6), axis=-1)
+    ordered = np.sort(np.clip(np.nan_to_num(answer), -_ANSWER_LIMIT, _ANSWER_LIMIT), axis=-1)
     weights = shape.interpolation()  # (knot, horizon)
     between = np.matmul(ordered.transpose(0, 2, 1), weights)  # (window, quantile, horizon)
     return scale.native(np.ascontiguousarray(between.transpose(0, 2, 1)))

@@ -17,6 +17,7 @@ from fleetcast.windows import DAY_BINS, RECENT_BINS
 INPUT_LIMIT = 20.0  # spreads; further out a value says no more than "far"
 _PERCENT_FLOOR, _LOG_FLOOR, _LINEAR_FLOOR_SHARE = 0.5, 0.1, 0.02  # smallest spread: points, log units, share
 _VALUE_LIMIT = 1e30  # native units; float32 must hold 100 times this
+_LOG_LIMIT = float(np.log1p(100 * _VALUE_LIMIT))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,4 +144,5 @@ def _bounds(
     low = np.where((is_percent | is_log) & (smallest >= 0), np.maximum(low, 0.0), low)
     high = largest + margin
     high = np.where(is_percent & (largest <= 100.0), np.minimum(high, 100.0), high)
+    high = np.where(is_log, np.minimum(high, _LOG_LIMIT), high)
     return low.astype(np.float32), high.astype(np.float32)

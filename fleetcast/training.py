@@ -121,8 +121,9 @@ class _Fitting(lightning.LightningModule):
         return loss if bool(torch.isfinite(loss)) else None  # None skips the step
 
     def configure_optimizers(self) -> Any:
+        # fused: 400 small tensors one by one take 12 ms a step, fused 3
         optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=self._plan.learning_rate, weight_decay=_WEIGHT_DECAY
+            self.network.parameters(), lr=self._plan.learning_rate, weight_decay=_WEIGHT_DECAY, fused=True
         )
         n_step = self._plan.epochs * self._plan.steps_per_epoch
         schedule = torch.optim.lr_scheduler.LambdaLR(
