@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test docs demo clean
+.PHONY: help install check test run docs demo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,9 @@ docs: .venv/.requirements  ## make docs/settings.md again from the dataclasses
 
 demo: .venv/.requirements  ## the whole loop on bundled real data, about 6 minutes; state stays in demo_run/
 	$(BIN)/python -m benchmarks.demo
+
+run: .venv/.requirements  ## both daemons on this machine's own metrics, live until Ctrl+C; state in run/
+	@$(BIN)/python -m fleetcast.live
 
 clean:  ## remove what tests and demo leave behind (not .venv)
 	rm -rf demo_run bench_run .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis

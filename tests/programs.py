@@ -16,7 +16,7 @@ import psutil
 from fleetcast.errors import DaemonAway
 from fleetcast.sources.client import DaemonClient
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 START_LIMIT_S = 60.0
 
 

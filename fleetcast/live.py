@@ -1,0 +1,224 @@
+"""Both daemons and this machine's agent in one terminal, until Ctrl+C (`make run`).
+
+    python -m fleetcast.live [--folder run] [--port 8000]
+
+Owns: starting and ending the three processes in order, and the line of status. Does not know:
+what they do; it asks the daemon over HTTP as any client would.
+State lies in `run/`, with a `fleetcast.toml` of short bins (30 s), so that the first forecast
+comes within a minute; in production the bins are 5 minutes.
+"""
+
+import argparse
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fleetcast.clock import SystemClock, iso_z, monotonic
+from fleetcast.errors import CannotStart, CorruptFile, DaemonAway, ExitCode, FleetcastError
+from fleetcast.files import read_json
+from fleetcast.loop import Stop
+from fleetcast.sources.client import DaemonClient
+
+ROOT = Path(__file__).resolve().parents[1]
+SHORT_BINS = """\
+# Made by `make run`: bins of 30 s, so that the first forecast comes within a minute.
+# Delete this file (and data_buffer/) for the usual 5 minutes.
+[bins]
+bin_s = 30
+close_grace_s = 2.0
+"""
+START_LIMIT_S = 60.0
+STOP_LIMIT_S = 30.0
+LAST_LINES = 15
+_PR_SET_PDEATHSIG = 1
+
+
+class Child:
+    """One process; its output goes to `<name>.console`, its end is ours to notice."""
+
+    def __init__(self, name: str, command: Sequence[str], folder: Path) -> None:
+        self.name = name
+        self._console = folder / f"{name}.console"
+        with self._console.open("wb") as console:
+            # a session of its own: Ctrl+C reaches only us, and we end the three in order
+            self._process = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=folder,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=console,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process is gone."""
+        return self._process.poll() is not None
+
+    def end(self) -> int:
+        """Ask the process to end, wait for it in bounds, and return its exit code."""
+        if not self.has_ended:
+            self._process.send_signal(signal.SIGTERM)
+        try:
+            return self._process.wait(STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+    def last_words(self) -> str:
+        """Return the exit code and the last lines it printed."""
+        lines = self._console.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        return "\n".join([f"{self.name} ended with exit code {self._process.returncode}:", *lines])
+
+
+def _end_with_parent() -> None:
+    """Let the kernel send SIGTERM to this child when the terminal's process is gone."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class LiveLoop:
+    """The three processes; `with` ends the ones that were started, last one first.
+
+    Ending in this order, the agent delivers its last readings, the retraining daemon takes no
+    decision about a fleet that only seems to be gone, and the buffer is closed last.
+    """
+
+    def __init__(self, folder: Path, port: int, stop: Stop, *, status_interval_s: float) -> None:
+        self._folder = folder
+        self._url = f"http://127.0.0.1:{port}"
+        self._port = port
+        self._stop = stop
+        self._status_interval_s = status_interval_s
+        self._children: list[Child] = []
+        self._server_name = socket.gethostname()
+        self._client = DaemonClient(self._url, timeout_s=5.0)
+
+    def start(self) -> None:
+        """Start the three; the second and third once the first one serves.
+
+        Raises:
+            CannotStart: one of them ended; the message holds its last words.
+        """
+        port = str(self._port)
+        self._add("inference", "tft_inference_daemon.py", "--port", port)
+        self._await_ready()
+        self._add("retraining", "adaptive_retraining_daemon.py", "--daemon-url", self._url)
+        agent = [
+            "-m",
+            "fleetcast.sources.local_agent",
+            "--url",
+            self._url,
+            "--server-name",
+            self._server_name,
+        ]
+        self._children.append(Child("agent", agent, self._folder))
+
+    def run(self) -> None:
+        """Print a line of status now and then until the stop.
+
+        Raises:
+            CannotStart: one of the three ended by itself.
+        """
+        while not self._stop.wait(self._status_interval_s):
+            self._check_children()
+            print(f"{iso_z(SystemClock().now())[:19]}  {self.summary()}", flush=True)
+
+    def end(self) -> None:
+        """End all, last one first."""
+        while self._children:
+            child = self._children.pop()
+            print(f"ending {child.name}: exit code {child.end()}", flush=True)
+
+    def summary(self) -> str:
+        """Return the state of the loop in one line."""
+        try:
+            status = self._client.status()
+            current = self._client.get("/predictions/current")
+        except DaemonAway as error:
+            return f"no answer: {error}"
+        return " | ".join([_fleet(status), self._forecast(current), self._drift()])
+
+    def _forecast(self, current: dict[str, Any]) -> str:
+        mine = current["predictions"].get(self._server_name)
+        if mine is None:
+            return f"{self._server_name}: no record yet"
+        cpu_now = mine["current"].get("cpu_pct")
+        text = f"{self._server_name}: cpu {cpu_now} %, {mine['source']}"
+        if mine["forecast"] and "cpu_pct" in mine["forecast"]:
+            ahead = mine["forecast"]["cpu_pct"]
+            text += f", until {mine['timestamps'][-1][11:16]}Z {ahead['p50'][-1]:.1f} %"
+            text += f" (80 %: {ahead['p10'][-1]:.1f} to {ahead['p90'][-1]:.1f})"
+        return text
+
+    def _drift(self) -> str:
+        try:
+            drift = read_json(self._folder / "drift_metrics.json")
+        except (OSError, CorruptFile):
+            return "drift: not checked yet"
+        is_ready = drift.get("status") == "ready"
+        return f"drift: {drift.get('recommendation') if is_ready else drift.get('status')}"
+
+    def _add(self, name: str, script: str, *flags: str) -> None:
+        self._children.append(Child(name, [str(ROOT / script), *flags], self._folder))
+
+    def _await_ready(self) -> None:
+        deadline_s = monotonic() + START_LIMIT_S
+        while monotonic() < deadline_s and not self._stop.wait(0.2):
+            self._check_children()
+            try:
+                self._client.get("/ready")
+                return
+            except DaemonAway:
+                continue
+        if not self._stop.is_requested:
+            raise CannotStart(f"the inference daemon was not ready within {START_LIMIT_S:.0f} s")
+
+    def _check_children(self) -> None:
+        for child in self._children:
+            if child.has_ended:
+                raise CannotStart(child.last_words())
+
+
+def _fleet(status: dict[str, Any]) -> str:
+    return f"newest record {str(status.get('newest_record_time'))[11:19]}, backlog {status.get('backlog')}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the loop on this machine until Ctrl+C."""
+    parser = argparse.ArgumentParser(prog="fleetcast.live", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("run"), help="where state lies (%(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port of the inference daemon (%(default)s)")
+    parser.add_argument("--status", type=float, default=10.0, help="seconds between lines (%(default)s)")
+    options = parser.parse_args(argv)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    config = options.folder / "fleetcast.toml"
+    if not config.exists():
+        config.write_text(SHORT_BINS, encoding="utf-8")
+    stop = Stop()
+    stop.install()
+    loop = LiveLoop(options.folder, options.port, stop, status_interval_s=options.status)
+    try:
+        loop.start()
+        print(
+            f"live on http://127.0.0.1:{options.port}/docs, state in {options.folder}/, Ctrl+C ends it",
+            flush=True,
+        )
+        loop.run()
+        return ExitCode.OK
+    except FleetcastError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    finally:
+        loop.end()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

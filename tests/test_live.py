@@ -1,0 +1,91 @@
+"""`make run`: three real processes that start in order, show a forecast, and end in order."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from programs import free_port, wait_for
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow
+
+QUICK = "[bins]\nbin_s = 1\nclose_grace_s = 0.2\n"
+
+
+def _start(folder: Path, port: int) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "fleetcast.live", "--status", "1", "--folder", str(folder), "--port", str(port)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def _until(process: "subprocess.Popen[str]", pattern: str, limit_s: float = 60) -> list[str]:
+    assert process.stdout is not None
+    seen: list[str] = []
+    deadline = time.monotonic() + limit_s
+    while not (seen and re.search(pattern, seen[-1])):
+        assert time.monotonic() < deadline, seen
+        line = process.stdout.readline()
+        assert line, seen
+        seen.append(line)
+    return seen
+
+
+def test_it_shows_a_forecast_of_this_machine_and_ctrl_c_ends_all_three_in_order(tmp_path: Path) -> None:
+    (tmp_path / "fleetcast.toml").write_text(QUICK)
+    process = _start(tmp_path, free_port())
+    try:
+        _until(process, r": cpu \S+ %, fallback, until \d\d:\d\dZ")
+        children = psutil.Process(process.pid).children()
+        assert len(children) == 3
+
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=60)
+
+        endings = re.findall(r"^ending (\w+): exit code (\d+)$", rest, re.MULTILINE)
+        assert endings == [("agent", "0"), ("retraining", "0"), ("inference", "0")]
+        assert process.returncode == 0
+        assert not any(child.is_running() for child in children)
+    finally:
+        process.kill()
+    assert {"fleetcast.toml", "data_buffer", "drift_metrics.json", "inference_daemon.log"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+
+
+def test_nothing_is_left_behind_when_the_terminal_itself_dies(tmp_path: Path) -> None:
+    with _start(tmp_path, free_port()) as process:
+        _until(process, r"^live on ")
+        children = psutil.Process(process.pid).children()
+
+        process.kill()
+
+    wait_for("the three to end by themselves", lambda: not any(child.is_running() for child in children), 30)
+
+
+def test_a_daemon_that_cannot_start_is_shown_with_its_last_words(tmp_path: Path) -> None:
+    (tmp_path / "fleetcast.toml").write_text("[bins]\nbin_s = 7\n")
+    process = _start(tmp_path, free_port())
+
+    output, _ = process.communicate(timeout=60)
+
+    assert process.returncode == 3
+    assert "inference ended with exit code 2" in output
+    assert "bins.bin_s must divide a day" in output
+
+
+def test_its_own_settings_give_a_forecast_within_a_minute(tmp_path: Path) -> None:
+    from fleetcast.live import SHORT_BINS
+    from fleetcast.settings import load_settings
+
+    config = tmp_path / "fleetcast.toml"
+    config.write_text(SHORT_BINS)
+
+    bins = load_settings(config, environ={}).bins
+
+    assert bins.bin_s + bins.close_grace_s < 45
