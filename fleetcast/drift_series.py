@@ -147,6 +147,7 @@ def split_point(values: Floats) -> tuple[int, float]:
 
 def change_times(
     drifting: Sequence[SeriesDrift],
+    baseline: Baseline,
     read: ReadForecasts,
     version: str | None,
     newest_ms: int,
@@ -155,15 +156,19 @@ def change_times(
     """Return the start of the bin in which each series changed, by (server, metric).
 
     Looks at the settled bins of the last week, back as far as reading stays bounded. Both the
-    values and the size of the model's error are split; the clearer split tells the time.
+    values, less what is usual at their hour, and the size of the model's error are split; the
+    clearer split tells the time.
     """
     wanted = {(item.server, item.metric) for item in drifting}
+    row_of = {name: row for row, name in enumerate(baseline.server_names)}
     if not wanted:
         return {}
     rows = _rows_of(wanted, read, newest_ms, bin_ms)
     changed = {}
     for (server, metric), (times_ms, values, errors) in _by_series(rows, version).items():
-        value_split, value_strength = split_point(values)
+        server_rows = np.full(len(values), row_of[server], np.int64)
+        unusual = hour_matched(baseline, baseline.metrics.index(metric), server_rows, times_ms, values)
+        value_split, value_strength = split_point(unusual)
         is_own = np.isfinite(errors)  # forecasts of the version in service only
         error_split, error_strength = split_point(errors[is_own])
         use_error = error_strength > value_strength

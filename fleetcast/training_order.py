@@ -76,7 +76,7 @@ def _drifting(
         return []
     newest_ms = int(evidence.window.target_ms[-1])
     bin_ms = evidence.window.bin_ms
-    since = change_times(found, source.read, evidence.model_version, newest_ms, bin_ms)
+    since = change_times(found, baseline, source.read, evidence.model_version, newest_ms, bin_ms)
     window_start_ms = int(evidence.window.target_ms[0])
     return [
         {
