@@ -18,8 +18,9 @@ QUICK = "[bins]\nbin_s = 1\nclose_grace_s = 0.2\n"
 
 
 def _start(folder: Path, port: int) -> "subprocess.Popen[str]":
+    flags = ["--status", "1", "--folder", str(folder), "--port", str(port)]
     return subprocess.Popen(
-        [sys.executable, "-m", "fleetcast.live", "--status", "1", "--folder", str(folder), "--port", str(port)],
+        [sys.executable, "-m", "fleetcast.live", *flags],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
