@@ -1,0 +1,209 @@
+"""Models in and out of service: beside the old one, and never a bad one."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fleetcast.clock import FakeClock, iso_z
+from fleetcast.errors import BadCheckpoint
+from fleetcast.registry import Registry
+from fleetcast.schema import Floats32, HistoryWindow
+from fleetcast.serving_model import ServingModel
+
+CLOCK = FakeClock()
+
+
+class Constant:
+    """A model that always forecasts its number."""
+
+    def __init__(self, number: float, horizon_bins: int = 4) -> None:
+        self.number = number
+        self._horizon_bins = horizon_bins
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("cpu_pct",)
+
+    def predict(self, window: HistoryWindow) -> Floats32:
+        shape = (len(window.server_names), len(window.metrics), self._horizon_bins, 3)
+        return np.full(shape, self.number, dtype=np.float32)
+
+
+def load(path: Path) -> Constant:
+    """Read a number; anything else is no model."""
+    content = path.read_bytes()
+    try:
+        return Constant(float(content))
+    except ValueError as error:
+        raise BadCheckpoint(path, f"not a model: {content[:20]!r}") from error
+
+
+class World:
+    """A checkpoint folder and the model served from it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.registry = Registry(folder / "checkpoints", folder / "models")
+        self.loads: list[bool] = []
+        self.model = ServingModel(
+            self.registry, load, bin_ms=300_000, horizon_bins=4, on_load=self.loads.append
+        )
+
+    def add(self, version_id: str, content: bytes, *, promote: bool = True, promoted: bool = True) -> None:
+        manifest = {"created_at": iso_z(CLOCK.now()), "parent": None, "promoted": promoted}
+        self.registry.add(version_id, {"model.ckpt": content, "baseline.npz": b""}, manifest)
+        if promote:
+            self.registry.promote(version_id)
+
+    def damage(self, version_id: str) -> None:
+        (self.registry.folder / "versions" / version_id / "model.ckpt").write_bytes(b"9")
+
+    def started(self) -> ServingModel:
+        self.model.start()
+        assert self.model.wait(30)
+        return self.model
+
+    def noticed(self) -> ServingModel:
+        self.model.notice()
+        assert self.model.wait(30)
+        return self.model
+
+    @property
+    def version(self) -> str | None:
+        return self.model.in_service.info.version if self.model.in_service else None
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_without_any_version_the_fallback_serves(world: World) -> None:
+    report = world.started().report()
+    assert report == {
+        "version": None, "trained_at": None, "base": None, "metrics": [], "loading": False, "problems": [],
+    }  # fmt: skip
+    assert world.loads == []
+
+
+def test_the_version_pointed_to_serves(world: World) -> None:
+    world.add("20260115T100000Z-0001", b"1")
+    assert world.started().report() == {
+        "version": "20260115T100000Z-0001",
+        "trained_at": "2026-01-15T10:00:00Z",
+        "base": False,
+        "metrics": ["cpu_pct"],
+        "loading": False,
+        "problems": [],
+    }
+
+
+def test_a_new_version_is_noticed_and_swapped_in(world: World) -> None:
+    world.add("20260115T100000Z-0001", b"1")
+    old = world.started().in_service
+    world.add("20260116T100000Z-0002", b"2")
+    assert world.model.in_service is old
+    world.noticed()
+    assert world.version == "20260116T100000Z-0002"
+    assert world.loads == [True, True]
+
+
+@pytest.mark.parametrize("content", [b"junk", b"nan"])
+def test_a_bad_new_version_leaves_the_old_one_and_is_tried_once(world: World, content: bytes) -> None:
+    world.add("20260115T100000Z-0001", b"1")
+    world.started()
+    world.add("20260116T100000Z-0002", content)
+    world.noticed()
+    world.noticed()
+    assert world.version == "20260115T100000Z-0001"
+    assert world.loads == [True, False]
+    assert "20260116T100000Z-0002" in world.model.report()["problems"][0]
+    world.add("20260117T100000Z-0003", b"3")
+    world.noticed()
+    assert world.version == "20260117T100000Z-0003"
+    assert world.model.report()["problems"] == []
+
+
+def test_a_version_whose_bytes_changed_is_refused_on_reload(world: World) -> None:
+    world.add("20260115T100000Z-0001", b"1")
+    world.started()
+    world.add("20260116T100000Z-0002", b"2")
+    world.damage("20260116T100000Z-0002")
+    world.noticed()
+    assert world.version == "20260115T100000Z-0001"
+    assert "sha256" in world.model.report()["problems"][0]
+
+
+def test_at_start_a_bad_version_means_the_newest_valid_one(world: World) -> None:
+    world.add("20260115T100000Z-0001", b"1")
+    world.add("20260116T100000Z-0002", b"2")
+    world.add("20260117T100000Z-0003", b"junk")
+    world.started()
+    assert world.version == "20260116T100000Z-0002"
+    assert world.loads == [False, True]
+
+
+def test_at_start_with_only_bad_versions_the_fallback_serves_until_a_good_one_comes(world: World) -> None:
+    world.add("20260115T100000Z-0001", b"junk")
+    world.started()
+    assert world.version is None
+    world.add("20260116T100000Z-0002", b"2")
+    world.noticed()
+    assert world.version == "20260116T100000Z-0002"
+
+
+def test_a_version_the_gate_rejected_never_serves(world: World) -> None:
+    world.add("20260115T100000Z-0001", b"1", promote=False, promoted=False)
+    world.started()
+    assert world.version is None
+
+
+def test_a_last_ckpt_that_is_no_link_of_ours_is_reported_and_not_served(world: World) -> None:
+    world.add("20260115T100000Z-0001", b"1")
+    link = world.registry.folder / "last.ckpt"
+    link.unlink()
+    link.write_bytes(b"2")
+    world.started()
+    assert world.version == "20260115T100000Z-0001"
+    assert "last.ckpt" in world.model.report()["problems"][0]
+
+
+def test_a_pointer_that_vanishes_leaves_the_model_in_service(world: World) -> None:
+    world.add("20260115T100000Z-0001", b"1")
+    world.started()
+    (world.registry.folder / "last.ckpt").unlink()
+    world.noticed()
+    assert world.version == "20260115T100000Z-0001"
+
+
+def test_a_model_for_another_horizon_is_refused(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.model = ServingModel(world.registry, load, bin_ms=300_000, horizon_bins=96)
+    world.add("20260115T100000Z-0001", b"1")
+    world.started()
+    assert world.version is None
+    assert "96" in world.model.report()["problems"][0]
+
+
+def test_while_a_version_loads_the_old_one_serves_and_nobody_waits(tmp_path: Path) -> None:
+    release = threading.Event()
+
+    def slow_load(path: Path) -> Constant:
+        if path.parent.name.endswith("0002"):
+            release.wait(30)
+        return load(path)
+
+    world = World(tmp_path)
+    world.model = ServingModel(world.registry, slow_load, bin_ms=300_000, horizon_bins=4)
+    world.add("20260115T100000Z-0001", b"1")
+    world.started()
+    world.add("20260116T100000Z-0002", b"2")
+    world.model.notice()
+    assert world.model.is_loading
+    assert not world.model.wait(0.0)
+    assert world.version == "20260115T100000Z-0001"
+    world.model.notice()  # nothing is begun twice
+    release.set()
+    assert world.model.wait(30)
+    assert world.version == "20260116T100000Z-0002"

@@ -1,0 +1,260 @@
+"""Cycles over real history, ledger and buffer: what is settled, forecast, kept and skipped."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+
+from data_buffer import DataBuffer
+from fleetcast.board import ModelInfo, PredictionBoard
+from fleetcast.clock import FakeClock, to_ms
+from fleetcast.errors import StorageFull
+from fleetcast.history import BinHistory
+from fleetcast.ledger import Ledger
+from fleetcast.roster import Roster
+from fleetcast.schema import Floats32, HistoryWindow, RecordBatch, SettledForecasts
+from fleetcast.serving_model import InService
+from fleetcast.settings import BinSettings, ForecastSettings
+from fleetcast.sweep import Sweeper
+from fleetcast.telemetry import Telemetry
+
+BIN_S = 300
+METRICS = ("cpu_pct", "mem_pct")
+
+
+class Model:
+    """Forecasts cpu_pct as a constant for servers with two bins of history; may fail."""
+
+    metrics = ("cpu_pct",)
+
+    def __init__(self, value: float = 77.0) -> None:
+        self.value = value
+        self.error: Exception | None = None
+
+    def predict(self, window: HistoryWindow) -> Floats32:
+        if self.error:
+            raise self.error
+        made = np.full((*window.values.shape[:2], 4, 3), np.nan, dtype=np.float32)
+        made[np.isfinite(window.values[:, 0]).sum(axis=1) >= 2, 0] = self.value
+        return made
+
+
+@dataclass
+class Service:
+    """The model in service, as a sweep sees it."""
+
+    in_service: InService | None = None
+    n_notices: int = 0
+
+    def notice(self) -> None:
+        self.n_notices += 1
+
+    def wait(self, timeout_s: float) -> bool:
+        return True
+
+
+class World:
+    """A daemon's main thread without the daemon."""
+
+    def __init__(self, folder: Path, *, every_bin: bool = True) -> None:
+        self.folder = folder
+        self.clock = FakeClock()
+        self.start = self.clock.now()
+        self.buffer = DataBuffer(folder)
+        self.errors: list[str] = []
+        self.service = Service()
+        self.settings = ForecastSettings(horizon_bins=4, settle_horizons=(1, 3))
+        self.build(every_bin)
+
+    def build(self, every_bin: bool) -> None:
+        bins = BinSettings(forecast_metrics=METRICS)
+        self.history = BinHistory(bins, self.settings)
+        self.roster = Roster(self.settings)
+        self.ledger = Ledger(self.folder, self.settings.settle_horizons, BIN_S * 1000)
+        self.board = PredictionBoard(self.roster, self.clock)
+        self.sweeper = Sweeper(
+            self.history,
+            self.ledger,
+            self.buffer,
+            self.board,
+            self.service,  # type: ignore[arg-type]
+            Telemetry(CollectorRegistry()),
+            self.settings,
+            self.clock,
+            every_bin=every_bin,
+            on_error=lambda part, error: self.errors.append(f"{part}: {error}"),
+        )
+
+    def feed(self, *rows: tuple[str, int, float]) -> None:
+        """Take rows of (server, bin, cpu); the clock stands at the newest."""
+        names = tuple(dict.fromkeys(row[0] for row in rows))
+        batch = RecordBatch(
+            names,
+            np.array([names.index(row[0]) for row in rows], dtype=np.int32),
+            np.array([to_ms(self.start) + row[1] * BIN_S * 1000 for row in rows], dtype=np.int64),
+            {"cpu_pct": np.array([row[2] for row in rows])},
+        )
+        self.buffer.append_batch(batch)
+        self.roster.add(batch)
+        self.history.add(batch)
+        newest = self.start + timedelta(seconds=BIN_S * max(row[1] for row in rows))
+        self.clock.time = max(self.clock.time, newest)
+
+    def settled(self) -> list[tuple[int, int, str, float, float, str | None]]:
+        """(origin bin, horizon, server, p50, actual, version) of every stored row."""
+        rows = self.buffer.read_predictions(0, 2**50)
+        origins = (rows.origin_ms - to_ms(self.start)) // (BIN_S * 1000)
+        columns = (origins, rows.horizon, rows.server_name, rows.p50, rows.actual, rows.model_version)
+        return sorted(zip(*(column.tolist() for column in columns), strict=True))
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path)
+    yield world
+    world.buffer.close()
+
+
+def test_every_closed_bin_is_forecast_and_settled_oldest_first(world: World) -> None:
+    world.feed(*(("a", number, 10.0 * number) for number in range(5)))
+    world.sweeper.cycle()
+    assert world.settled() == [
+        (0, 1, "a", 0.0, 10.0, None),
+        (0, 3, "a", 0.0, 30.0, None),
+        (1, 1, "a", 10.0, 20.0, None),
+        (2, 1, "a", 20.0, 30.0, None),
+    ]
+    counts = world.ledger.counts()
+    assert (counts.opened, counts.settled, counts.expired, counts.open) == (8, 4, 0, 4)
+    assert world.sweeper.counts.sweeps == 4
+
+
+def test_nothing_due_is_a_cycle_without_effect(world: World) -> None:
+    world.sweeper.cycle()
+    world.feed(("a", 0, 1.0))
+    world.sweeper.cycle()
+    assert world.sweeper.counts.sweeps == 0
+    assert b'"warming_up"' in world.board.document()
+
+
+def test_with_the_system_clock_the_newest_bin_is_forecast_and_the_others_count_as_skipped(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path, every_bin=False)
+    world.feed(*(("a", number, 10.0 * number) for number in range(5)))
+    world.sweeper.cycle()
+    assert (world.sweeper.counts.sweeps, world.sweeper.counts.bins_skipped) == (1, 3)
+    world.feed(("a", 5, 50.0))
+    world.sweeper.cycle()
+    assert world.settled() == [(3, 1, "a", 30.0, 40.0, None)]
+    world.buffer.close()
+
+
+def test_the_model_forecasts_what_it_knows_and_the_fallback_the_rest(world: World) -> None:
+    world.service.in_service = InService(Model(), ModelInfo("v1", "2026-01-15T10:00:00Z", False))
+    world.feed(("a", 0, 1.0), ("a", 1, 2.0), ("new", 1, 5.0), ("a", 2, 3.0), ("new", 2, 5.0))
+    world.sweeper.cycle()
+    world.feed(("a", 3, 4.0), ("new", 3, 6.0))
+    world.sweeper.cycle()
+    assert (1, 1, "a", 77.0, 3.0, "v1") in world.settled()
+    assert (1, 1, "new", 5.0, 5.0, None) in world.settled()
+    document = world.board.document(["a"])
+    assert b'"version":"v1"' in document
+    assert b'"source":"model"' in document
+
+
+def test_a_model_that_fails_costs_no_forecast(world: World) -> None:
+    model = Model()
+    model.error = RuntimeError("no memory")
+    world.service.in_service = InService(model, ModelInfo("v1", "2026-01-15T10:00:00Z", False))
+    world.feed(("a", 0, 1.0), ("a", 1, 2.0), ("a", 2, 3.0))
+    world.sweeper.cycle()
+    assert world.settled() == [(0, 1, "a", 1.0, 2.0, None)]
+    assert world.errors[0] == "model: no memory"
+
+
+def test_a_gap_settles_nothing_falsely_and_blocks_nothing(world: World) -> None:
+    world.feed(("a", 0, 1.0), ("a", 1, 2.0))
+    world.sweeper.cycle()
+    world.feed(("a", 361, 50.0), ("a", 362, 51.0), ("a", 363, 52.0))
+    world.sweeper.cycle()
+    assert world.settled() == [(0, 1, "a", 1.0, 2.0, None), (361, 1, "a", 50.0, 51.0, None)]
+    counts = world.ledger.counts()
+    assert counts.opened == counts.settled + counts.expired + counts.open
+    assert counts.expired == 3
+
+
+def test_a_server_that_disappears_and_returns_is_settled_only_where_it_sent(world: World) -> None:
+    for number in range(14):
+        rows = [("a", number, 1.0)] + ([("b", number, 2.0)] if number in (0, 1, 2, 10, 11, 12, 13) else [])
+        world.feed(*rows)
+        world.sweeper.cycle()
+    targets = {origin + horizon for origin, horizon, server, *_ in world.settled() if server == "b"}
+    assert targets == {1, 2, 10, 11, 12}
+
+
+def test_a_full_disk_delays_settling_and_opening_and_loses_neither(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.feed(("a", 0, 1.0), ("a", 1, 2.0))
+    world.sweeper.cycle()
+
+    def refuse(rows: SettledForecasts) -> None:
+        raise StorageFull("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.buffer, "append_predictions", refuse)
+        world.feed(("a", 2, 3.0), ("a", 3, 4.0))
+        world.sweeper.cycle()
+        world.sweeper.cycle()
+    assert world.settled() == []
+    assert set(world.errors) == {"ledger: no space left"}
+    assert world.sweeper.counts.last_origin_ms == to_ms(world.start) + 2 * BIN_S * 1000
+    world.sweeper.cycle()
+    assert [row[:3] for row in world.settled()] == [(0, 1, "a"), (1, 1, "a")]
+    assert world.ledger.counts().opened == 6
+
+
+def test_a_silent_fleet_lets_its_forecasts_expire_after_a_day(world: World) -> None:
+    world.feed(("a", 0, 1.0), ("a", 1, 2.0))
+    world.sweeper.cycle()
+    world.history.close(to_ms(world.start) + BIN_S * 1000)
+    world.clock.advance(hours=23)
+    world.sweeper.cycle()
+    assert world.ledger.counts().expired == 0
+    world.clock.advance(hours=2)
+    world.sweeper.cycle()
+    assert world.ledger.counts().expired == 2
+
+
+def test_a_stop_is_obeyed_between_two_bins(world: World) -> None:
+    world.feed(*(("a", number, 1.0) for number in range(10)))
+    answers = iter([False, False, True])
+    world.sweeper.cycle(lambda: next(answers))
+    assert world.sweeper.counts.sweeps == 2
+    assert not world.sweeper.is_at_work
+
+
+def test_late_records_reach_the_window_from_the_buffer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.feed(("a", 0, 1.0), ("a", 1, 2.0), ("a", 2, 3.0))
+    world.sweeper.cycle()
+    world.feed(("late", 0, 9.0))
+    monkeypatch.setattr("fleetcast.sweep.monotonic", lambda: float("inf"))
+    world.sweeper.cycle()
+    window = world.history.window(to_ms(world.start) + BIN_S * 1000)
+    assert window.server_names == ("a", "late")
+    assert window.values[1, 0, 0] == 9.0
+
+
+def test_a_large_fleet_is_forecast_in_chunks_that_join_without_a_seam(world: World) -> None:
+    names = [f"s{i:04d}" for i in range(600)]
+    world.feed(*((name, number, float(i)) for i, name in enumerate(names) for number in (0, 1)))
+    world.sweeper.cycle()
+    world.feed(*((name, 2, 0.0) for name in names))
+    world.sweeper.cycle()
+    settled = world.settled()
+    assert [(row[2], row[3]) for row in settled] == [(name, float(i)) for i, name in enumerate(names)]
