@@ -113,10 +113,10 @@ def _numbers_one_by_one(column: Column) -> tuple[Floats, Flags]:
     return values, is_number
 
 
-def in_range(name: str, values: Floats) -> Flags | bool:
-    """Return which values a metric of this name may have."""
+def in_range(name: str, values: Floats) -> Flags:
+    """Return which values a metric of this name may have; absent ones do."""
     if not name.endswith(PERCENT_SUFFIX):
-        return True
+        return np.ones(len(values), dtype=np.bool_)
     return np.isnan(values) | ((values >= PERCENT_LOW) & (values <= PERCENT_HIGH))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fleetcast.errors import SettingsError
+from fleetcast.remote_write_settings import RemoteWriteSettings
 from fleetcast.setting import SettingInfo, checked, setting
 from fleetcast.setting_sources import from_environment, from_file
 
@@ -204,6 +205,7 @@ class Settings:
     clock: ClockSettings = field(default_factory=ClockSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
     server: ServerSettings = field(default_factory=ServerSettings)
+    remote_write: RemoteWriteSettings = field(default_factory=RemoteWriteSettings)
     buffer: BufferSettings = field(default_factory=BufferSettings)
     bins: BinSettings = field(default_factory=BinSettings)
     forecast: ForecastSettings = field(default_factory=ForecastSettings)

@@ -48,7 +48,8 @@ def page() -> str:
 def _row(info: SettingInfo) -> str:
     unit = f" ({info.meta['unit']})" if info.meta["unit"] else ""
     cells = (f"`{info.name}`", _shown(info.default), "; ".join(_bounds(info)), info.meta["help"] + unit)
-    return f"| {' | '.join(cells)} |"
+    escaped = (cell.replace("|", "\\|") for cell in cells)
+    return f"| {' | '.join(escaped)} |"
 
 
 def _shown(value: object) -> str:

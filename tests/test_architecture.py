@@ -29,6 +29,7 @@ ROWS = {
     "fleetcast.server": 3,
     "fleetcast.setting": 1,
     "fleetcast.setting_sources": 1,
+    "fleetcast.remote_write_settings": 1,
     "fleetcast.settings": 1,
     "fleetcast.schema": 1,
     "fleetcast.loop": 1,
@@ -51,6 +52,7 @@ OWNERS = {
     "msgspec": {"fleetcast.bodies", "fleetcast.board", "fleetcast.rejected"},
     "prometheus_client": {"fleetcast.telemetry", "fleetcast.service"},  # the latter makes the registry
     "crc32c": {"fleetcast.frames"},
+    "google": {"fleetcast.prompb", "fleetcast.remote_write"},
     "scipy": set(),
     "sklearn": set(),
 }

@@ -1,0 +1,351 @@
+import dataclasses
+import random
+import struct
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fleetcast.counters import Samples
+from fleetcast.errors import SettingsError
+from fleetcast.exporter_mapping import Derived, ExporterMapping
+from fleetcast.exporter_series import IGNORED, REFUSED
+from fleetcast.records import RecordRules
+from fleetcast.remote_write_settings import RemoteWriteSettings
+
+NOW = 1_768_471_200_000
+RULES = RecordRules(newest_ms=NOW + 86_400_000, oldest_ms=NOW - 86_400_000, significant_digits=17)
+STALE = struct.unpack("<d", struct.pack("<Q", 0x7FF0000000000002))[0]
+Sample = tuple[Mapping[str, str], int, float]  # labels, seconds after NOW, value
+Found = dict[tuple[str, int], dict[str, float]]
+
+
+class Sender:
+    """Sends samples to a mapping and merges what comes out, as every reader of the buffer does."""
+
+    def __init__(self, **changes: object) -> None:
+        self.mapping = ExporterMapping(dataclasses.replace(RemoteWriteSettings(), **changes))  # type: ignore[arg-type]
+        self.found: Found = {}
+
+    def send(self, *samples: Sample, rules: RecordRules = RULES) -> Found:
+        """Return the rows that this request alone led to."""
+        numbered = [
+            (self.mapping.number(labels), NOW + int(at_s * 1000), value) for labels, at_s, value in samples
+        ]
+        columns = list(zip(*(row for row in numbered if row[0] >= 0), strict=True)) or [(), (), ()]
+        derived = self.mapping.derive(
+            Samples(
+                np.array(columns[0], np.int32), np.array(columns[1], np.int64), np.array(columns[2], float)
+            ),
+            rules,
+        )
+        self.derived: Derived = derived
+        batch = derived.accepted.batch
+        rows: Found = {}
+        for row in range(len(batch)):
+            key = (batch.server_names[batch.server_codes[row]], (int(batch.timestamps_ms[row]) - NOW) // 1000)
+            values = {name: float(column[row]) for name, column in batch.metrics.items()}
+            rows[key] = {name: value for name, value in values.items() if not np.isnan(value)}
+            self.found.setdefault(key, {}).update(rows[key])
+        return rows
+
+
+def series(name: str, instance: str = "web-01:9100", **more: str) -> dict[str, str]:
+    return {"__name__": name, "instance": instance, "job": "node", **more}
+
+
+def idle(cpu: int, instance: str = "web-01:9100") -> dict[str, str]:
+    return series("node_cpu_seconds_total", instance, cpu=str(cpu), mode="idle")
+
+
+def disk(device: str, what: str = "read") -> dict[str, str]:
+    return series(f"node_disk_{what}_bytes_total", device=device)
+
+
+def test_gauges_become_a_record_at_their_first_scrape() -> None:
+    found = Sender().send(
+        (series("node_load1"), 0, 0.75),
+        (series("node_memory_MemTotal_bytes"), 0, 8e9),
+        (series("node_memory_MemAvailable_bytes"), 0, 2e9),
+        (series("node_filesystem_size_bytes", mountpoint="/"), 0, 100e9),
+        (series("node_filesystem_free_bytes", mountpoint="/"), 0, 60e9),
+        (series("node_filesystem_avail_bytes", mountpoint="/"), 0, 40e9),
+    )
+    assert found == {("web-01", 0): {"load_average": 0.75, "mem_pct": 75.0, "disk_usage_pct": 50.0}}
+
+
+def test_rates_begin_at_the_second_scrape_over_all_cpus_and_devices() -> None:
+    sender = Sender()
+    zero = [(idle(0), 0, 100.0), (idle(1), 0, 100.0), (disk("sda"), 0, 0.0), (disk("sdb"), 0, 5e9)]
+    one = [(idle(0), 10, 109.0), (idle(1), 10, 105.0), (disk("sda"), 10, 30e6), (disk("sdb"), 10, 5.02e9)]
+    write = [(disk("sda", "written"), 0, 7.0), (disk("sda", "written"), 10, 10e6 + 7)]
+    assert sender.send(*zero) == {}
+    found = sender.send(*one, *write)
+    assert found == {("web-01", 10): {"cpu_pct": 30.0, "disk_io_mb_s": 6.0}}
+
+
+def test_busy_modes_of_a_cpu_are_not_needed_and_do_no_harm() -> None:
+    sender = Sender()
+    busy = [series("node_cpu_seconds_total", cpu="0", mode=mode) for mode in ("user", "system", "iowait")]
+    sender.send((idle(0), 0, 50.0), *((one, 0, 9.0) for one in busy))
+    found = sender.send((idle(0), 10, 58.0), *((one, 10, 9.5) for one in busy))
+    assert found == {("web-01", 10): {"cpu_pct": 20.0}}
+
+
+def test_a_reset_counts_from_zero_and_a_missed_scrape_is_averaged_over() -> None:
+    sender = Sender()
+    receive = series("node_network_receive_bytes_total", device="eth0")
+    for at_s, value in ((0, 9e9), (15, 45e6), (45, 105e6)):
+        sender.send((receive, at_s, value))
+    assert sender.found == {("web-01", 15): {"net_in_mb_s": 3.0}, ("web-01", 45): {"net_in_mb_s": 2.0}}
+
+
+def test_virtual_devices_are_left_out() -> None:
+    mapping = Sender().mapping
+    assert mapping.number(series("node_network_receive_bytes_total", device="lo")) == IGNORED
+    assert mapping.number(disk("dm-0")) == IGNORED
+    assert mapping.number(series("go_goroutines")) == IGNORED
+
+
+def test_a_scrape_in_pieces_is_one_record_once_its_last_piece_is_there() -> None:
+    sender = Sender()
+    sender.send((idle(0), 0, 0.0), (idle(1), 0, 0.0))
+    assert sender.send((idle(0), 10, 10.0)) == {}
+    assert sender.send((idle(1), 10, 0.0)) == {("web-01", 10): {"cpu_pct": 50.0}}
+
+
+def test_pieces_of_several_scrapes_may_arrive_in_any_order() -> None:
+    sender = Sender()
+    sender.send((idle(0), 0, 0.0), (idle(1), 0, 0.0))
+    sender.send(*((idle(0), 10 * n, 10.0 * n) for n in range(1, 13)))
+    for n in range(1, 13):
+        assert sender.send((idle(1), 10 * n, 0.0)) == {("web-01", 10 * n): {"cpu_pct": 50.0}}
+
+
+def test_a_repeated_request_changes_nothing() -> None:
+    sender = Sender()
+    request = [(idle(0), 10, 5.0), (series("node_load1"), 10, 1.0)]
+    sender.send((idle(0), 0, 0.0))
+    assert sender.send(*request)
+    assert sender.send(*request) == {}
+
+
+def test_a_cpu_that_went_offline_with_a_mark_is_no_longer_waited_for() -> None:
+    sender = Sender()
+    sender.send((idle(0), 0, 0.0), (idle(1), 0, 0.0))
+    assert sender.send((idle(0), 10, 5.0)) == {}
+    assert sender.send((idle(1), 10, STALE)) == {("web-01", 10): {"cpu_pct": 50.0}}
+    assert sender.send((idle(0), 20, 12.0)) == {("web-01", 20): {"cpu_pct": 30.0}}
+
+
+def test_a_disk_that_vanished_without_a_mark_is_waited_for_only_for_the_longest_gap() -> None:
+    sender = Sender(rules=('io = sum(rate(node_disk_read_bytes_total{device!=""}))',))
+    sender.send((disk("sda"), 0, 0.0), (disk("sdb"), 0, 0.0))
+    for at_s in range(15, 600, 15):
+        sender.send((disk("sda"), at_s, 1.0 * at_s))
+    times = sorted(at_s for _, at_s in sender.found)
+    assert times[0] in range(300, 400)
+    assert sender.found["web-01", 585] == {"io": 1.0}
+
+
+def test_a_new_device_is_absent_in_its_first_scrape_and_then_counted() -> None:
+    sender = Sender(rules=("io = sum(rate(node_disk_read_bytes_total))",))
+    sender.send((disk("sda"), 0, 0.0))
+    sender.send((disk("sda"), 10, 10.0), (disk("sdb"), 10, 100.0))
+    sender.send((disk("sda"), 20, 20.0), (disk("sdb"), 20, 300.0))
+    assert sender.found == {("web-01", 20): {"io": 21.0}}
+
+
+def test_a_member_that_turns_up_late_corrects_what_was_told_without_it() -> None:
+    sender = Sender(rules=("free = min(node_free)", "top = max(node_free)", "both = sum(node_free)"))
+    assert sender.send((series("node_free", disk="a"), 0, 5.0)) == {
+        ("web-01", 0): {"free": 5, "top": 5, "both": 5}
+    }
+    sender.send((series("node_free", disk="b"), 0, 3.0))
+    assert sender.found == {("web-01", 0): {"free": 3.0, "top": 5.0, "both": 8.0}}
+
+
+def test_two_scrapers_of_one_host_count_once() -> None:
+    sender = Sender(rules=("up = sum(node_up)",))
+    first = sender.send(({**series("node_up"), "prometheus_replica": "a"}, 0, 1.0))
+    second = sender.send(({**series("node_up"), "prometheus_replica": "b", "job": "other"}, 3, 1.0))
+    assert (first, second) == ({("web-01", 0): {"up": 1.0}}, {("web-01", 3): {"up": 1.0}})
+
+
+def test_two_exporters_of_one_host_are_two_series_of_one_server() -> None:
+    sender = Sender(rules=("latency_ms = 1000 * avg(app_latency_seconds)",))
+    sender.send(
+        (series("app_latency_seconds", "web-01:80"), 0, 0.25),
+        (series("app_latency_seconds", "web-01:81"), 0, 0.75),
+    )
+    assert sender.found == {("web-01", 0): {"latency_ms": 500.0}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "labels", "name"),
+    [
+        ({}, {"instance": "web-01:9100"}, "web-01"),
+        ({}, {"instance": "web-01"}, "web-01"),
+        ({}, {"instance": "[::1]:9100"}, "[::1]"),
+        ({"server_label": "nodename"}, {"nodename": "db:1"}, "db"),
+        ({"server_pattern": r"([^.:]+).*"}, {"instance": "web-01.example.com:9100"}, "web-01"),
+    ],
+)
+def test_the_server_is_named_by_label_and_pattern(
+    changes: dict[str, str], labels: dict[str, str], name: str
+) -> None:
+    sender = Sender(**changes)
+    assert list(sender.send(({"__name__": "node_load1", **labels}, 0, 1.0))) == [(name, 0)]
+
+
+@pytest.mark.parametrize("instance", ["", "tab\there:1", "x" * 200, "y" * 5000])
+def test_a_series_whose_server_has_no_usable_name_is_ignored(instance: str) -> None:
+    assert Sender().mapping.number(series("node_load1", instance)) == IGNORED
+
+
+@pytest.mark.parametrize("pattern", ["(", ".*"])
+def test_a_pattern_without_a_group_or_that_cannot_be_read_is_refused(pattern: str) -> None:
+    with pytest.raises(SettingsError, match="server_pattern"):
+        Sender(server_pattern=pattern)
+
+
+def test_samples_out_of_bounds_are_counted_and_touch_nothing() -> None:
+    sender = Sender()
+    sender.send(
+        (series("node_load1"), 0, 1.0),
+        (series("node_load1"), 100_000, 2.0),
+        (series("node_load1"), -100_000, 3.0),
+    )
+    assert sender.derived.n_out_of_bounds == 2
+    assert sender.found == {("web-01", 0): {"load_average": 1.0}}
+    assert sender.send((series("node_load1"), 15, 4.0)) == {("web-01", 15): {"load_average": 4.0}}
+
+
+def test_under_the_data_clock_old_samples_are_taken_but_none_from_before_1970() -> None:
+    sender = Sender()
+    sender.send(
+        (series("node_load1"), -NOW / 1000 - 1, 1.0),
+        (series("node_load1"), -NOW / 1000 + 1, 2.0),
+        rules=dataclasses.replace(RULES, oldest_ms=None),
+    )
+    assert sender.derived.n_out_of_bounds == 1
+    assert sender.derived.accepted.batch.timestamps_ms.tolist() == [1000]
+
+
+def test_a_value_out_of_range_costs_its_metric_and_not_the_record() -> None:
+    sender = Sender(rules=("x_pct = max(node_x)", "y = max(node_y)"))
+    found = sender.send((series("node_x"), 0, 5000.0), (series("node_y"), 0, 5000.0))
+    assert found == {("web-01", 0): {"y": 5000.0}}
+    assert sender.derived.n_out_of_range == 1
+
+
+def test_no_more_series_than_the_limit_are_kept_in_mind() -> None:
+    mapping = Sender(max_series=2).mapping
+    numbers = [mapping.number(series("node_load1", f"web-{n}:1")) for n in (0, 1, 2, 0)]
+    assert numbers == [0, 1, REFUSED, 0]
+
+
+def test_series_nothing_comes_from_are_forgotten_and_the_others_keep_their_state() -> None:
+    # Given three servers, of which the last one alone goes on sending
+    sender = Sender()
+    for n in range(3):
+        sender.send((idle(0, f"web-{n}:1"), 0, 0.0), (series("node_load1", f"web-{n}:1"), 0, 1.0))
+    new_numbers = None
+    for at_s in range(15, 9000, 15):
+        sender.send((idle(0, "web-2:1"), at_s, at_s / 2), (series("node_load1", "web-2:1"), at_s, 1.0))
+        got = sender.mapping.forget_silent()
+        new_numbers = got if got is not None else new_numbers
+    assert new_numbers is not None
+    assert new_numbers.tolist() == [REFUSED, REFUSED, REFUSED, REFUSED, 0, 1]
+    assert sender.mapping.n_series == 2
+    rates = [
+        values["cpu_pct"]
+        for (name, _), values in sender.found.items()
+        if name == "web-2" and len(values) == 2
+    ]
+    assert rates == [50.0] * 599
+    # When one of the others comes back, it begins anew under a new number
+    assert sender.send((series("node_load1", "web-0:1"), 9000, 3.0)) == {
+        ("web-0", 9000): {"load_average": 3.0}
+    }
+
+
+def reference(samples: Iterable[Sample], gap_s: float = 300.0) -> Found:
+    """Say plainly what a fleet's samples mean, given all of them at once: per scrape, cpu and free."""
+    last: dict[str, tuple[int, float]] = {}
+    by_scrape: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
+    members: dict[str, dict[str, set[str]]] = {}
+    for labels, at_s, value in sorted(samples, key=lambda sample: sample[1]):
+        server, key = labels["instance"].split(":")[0], repr(sorted(labels.items()))
+        scrape = by_scrape.setdefault((server, at_s), {"cpu": {}, "free": {}})
+        if labels["__name__"] == "node_cpu_seconds_total":
+            before = last.get(key)
+            rate = np.nan
+            if before is not None and at_s - before[0] <= gap_s:
+                grown = value - before[1] if value >= before[1] else value
+                rate = grown / (at_s - before[0])
+            last[key] = (at_s, value)
+            scrape["cpu"][key] = rate
+        else:
+            scrape["free"][key] = value
+        for kind in ("cpu", "free"):
+            members.setdefault(server, {"cpu": set(), "free": set()})[kind] |= scrape[kind].keys()
+    found: Found = {}
+    for (server, at_s), kinds in by_scrape.items():
+        values = {}
+        if kinds["cpu"].keys() == members[server]["cpu"] and kinds["cpu"]:
+            values["cpu_pct"] = float(np.clip(100 * (1 - np.mean(list(kinds["cpu"].values()))), 0, 100))
+        if kinds["free"].keys() == members[server]["free"] and kinds["free"]:
+            values["free"] = min(kinds["free"].values())
+        values = {name: value for name, value in values.items() if not np.isnan(value)}
+        if values:
+            found[server, at_s] = values
+    return found
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.randoms(use_true_random=False), st.integers(1, 4), st.integers(1, 3), st.integers(1, 12))
+def test_any_split_of_scrapes_into_requests_yields_what_all_samples_together_mean(
+    rng: random.Random, n_cpus: int, n_servers: int, n_shards: int
+) -> None:
+    # Given a fleet with resets and missed scrapes, whose series are sent by several shards at their own pace
+    everyone = [idle(cpu, f"s{n}:1") for cpu in range(n_cpus) for n in range(n_servers)]
+    everyone += [series("node_free", f"s{n}:1", disk=d) for n in range(n_servers) for d in "ab"]
+    shards: list[list[Sample]] = [[] for _ in range(n_shards)]
+    shard_of = {repr(one): rng.randrange(n_shards) for one in everyone}
+    level = {repr(one): 0.0 for one in everyone}
+    missed = {at_s for at_s in range(30, 600, 15) if rng.random() < 0.1}
+    for at_s in range(0, 600, 15):
+        for one in everyone:
+            reset = rng.random() < 0.02
+            level[repr(one)] = rng.uniform(0, 5) if reset else level[repr(one)] + rng.uniform(0, 15)
+            if at_s not in missed:
+                shards[shard_of[repr(one)]].append((one, at_s, level[repr(one)]))
+    want = reference(sample for shard in shards for sample in shard)
+    # When the first scrape arrives complete, and the others in requests of any size, a few scrapes apart
+    sender = Sender(rules=("free = min(node_free)",))
+    queues = [[s for s in shard if s[1] > 0] for shard in shards]
+    sender.send(*(s for shard in shards for s in shard if s[1] == 0))
+    while any(queues):
+        behind = min(queue[0][1] for queue in queues if queue)
+        shard = rng.choice([queue for queue in queues if queue and queue[0][1] <= behind + 100])
+        n_sent = rng.randrange(1, 20)
+        ready = [s for s in shard[:n_sent] if s[1] <= behind + 100]
+        del shard[: len(ready)]
+        for repeat in range(rng.choice([1, 1, 1, 2])):
+            sender.send(*ready)
+            del repeat
+    # Then every record is there with the same values
+    assert sender.found.keys() == want.keys()
+    for key, values in want.items():
+        assert sender.found[key] == pytest.approx(values, abs=0.0051)  # percents keep two decimals
+
+
+def test_a_whole_fleet_may_appear_in_one_request() -> None:
+    sender = Sender()
+    everyone = [idle(cpu, f"web-{n}:1") for n in range(100) for cpu in range(10)]
+    sender.send(*((one, 0, 0.0) for one in everyone))
+    sender.send(*((one, 10, 4.0) for one in everyone))
+    assert sender.found == {(f"web-{n}", 10): {"cpu_pct": 60.0} for n in range(100)}
