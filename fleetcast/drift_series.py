@@ -25,6 +25,8 @@ LOOK_BACK_DAYS = 7
 _HOUR_MS = 3_600_000
 _MIN_HOUR_VALUES = 12  # fewer say nothing about an hour; the whole series stands in
 _SPREAD_SHARE = 0.25  # an hour is never taken for steadier than this share of the whole series
+_MAD_TO_STD = 1.4826
+_CLIP = 8.0
 _FIRST_CHUNK_BINS = 24  # of a large fleet; small ones read more at a time
 _MAX_ROWS_READ = 5_000_000  # of settled forecasts, for the times of change
 
@@ -125,9 +127,9 @@ def _described(
 def split_point(values: Floats) -> tuple[int, float]:
     """Return where a sequence changes most, and how clearly (about 1.36 is 5 % by chance).
 
-    The largest excursion of the cumulative sum of centred ranks: ranks, because one outage
-    must not outweigh a day of new values. Returns the index of the first value after the change.
-    Source: Pettitt (1979), as a CUSUM; limit of the Brownian bridge's maximum.
+    The largest excursion of the cumulative sum of centred values, clipped at 8 robust standard
+    deviations: one outage must not outweigh a day of new values. Returns the index of the first
+    value after the change. Source: CUSUM; limit of the Brownian bridge's maximum.
 
     >>> split_point(np.array([1.0, 1.1, 0.9, 1.0, 9.0, 9.1, 8.9, 9.2]))[0]
     4
@@ -135,11 +137,13 @@ def split_point(values: Floats) -> tuple[int, float]:
     n = len(values)
     if n < 2:
         return 0, 0.0
-    ranks = np.searchsorted(np.sort(values), values, side="left").astype(float)
-    centred = ranks - ranks.mean()
-    spread = float(centred.std())
-    if spread == 0.0:
+    away = values - np.median(values)
+    scale = float(np.median(np.abs(away))) * _MAD_TO_STD or float(away.std())
+    if scale == 0.0:
         return 0, 0.0
+    clipped = np.clip(away / scale, -_CLIP, _CLIP)
+    centred = clipped - clipped.mean()
+    spread = float(centred.std())
     walk = np.abs(np.cumsum(centred))[:-1]
     peak = int(walk.argmax())
     return peak + 1, float(walk[peak] / (spread * np.sqrt(n)))

@@ -132,5 +132,6 @@ def test_the_split_is_the_first_value_after_the_change(values: list[float], spli
 
 
 def test_one_outage_does_not_outweigh_a_day_of_new_values() -> None:
-    values = np.concatenate((np.full(100, 1.0), [900.0], np.full(60, 1.0), np.full(100, 2.0)))
+    values = np.concatenate((np.full(161, 1.0), np.full(100, 2.0))) + np.tile([0.1, 0.0, -0.1], 87)
+    values[100] = 900.0
     assert split_point(values)[0] == 161
