@@ -27,6 +27,7 @@ class Stop:
     def __init__(self) -> None:
         self._requests: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._signalled = False
+        self._is_woken = False
         self.reason = ""
 
     @property
@@ -50,8 +51,9 @@ class Stop:
 
     def wait(self, timeout_s: float) -> bool:
         """Wait up to `timeout_s`, or until `wake`; return whether the stop was requested."""
-        if not self.is_requested and timeout_s > 0:
+        if not self.is_requested and not self._is_woken and timeout_s > 0:
             self._note(block=True, timeout_s=timeout_s)
+        self._is_woken = False
         return bool(self.reason)
 
     def _note(self, *, block: bool, timeout_s: float) -> None:
@@ -60,6 +62,7 @@ class Stop:
         try:
             self.reason = self._requests.get(block=block, timeout=timeout_s if block else None)
             while not self.reason:  # many calls of `wake` are one
+                self._is_woken = True
                 self.reason = self._requests.get_nowait()
         except queue.Empty:
             return

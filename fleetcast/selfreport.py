@@ -7,7 +7,7 @@ Does not know: HTTP; the parts it asks do not know it.
 import logging
 import os
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from fleetcast import __version__
 from fleetcast.clock import Clock, SystemClock, from_ms, iso_z, monotonic, parse_plain_utc
+from fleetcast.errors import FleetcastError
 from fleetcast.history import BinHistory
 from fleetcast.ledger import Ledger
 from fleetcast.roster import Roster
@@ -33,6 +34,9 @@ _STATS_S = 1.0  # reading the statistics touches every day's footers
 class StoreStats(Protocol):
     """The buffer, as far as the report reads it."""
 
+    @property
+    def pending_s(self) -> float: ...
+
     def get_stats(self) -> dict[str, Any]: ...
 
 
@@ -43,18 +47,25 @@ class RecentErrors:
         self._clock = clock
         self._lock = threading.Lock()
         self._errors: deque[dict[str, str]] = deque(maxlen=ERRORS_KEPT)
+        self._n_by_part: Counter[str] = Counter()
         self._logged_at: dict[str, float] = {}
 
     def note(self, part: str, error: Exception) -> None:
         """Keep an error, and log it unless it has just been logged."""
         message = f"{part}: {error}"
         with self._lock:
+            self._n_by_part[part] += 1
             self._errors.append({"time": iso_z(self._clock.now()), "part": part, "error": str(error)})
             is_news = monotonic() - self._logged_at.get(message, float("-inf")) >= _REPEAT_S
             if is_news:
                 self._logged_at = {message: monotonic(), **dict(list(self._logged_at.items())[:ERRORS_KEPT])}
         if is_news:
             logger.error("part failed part=%s error=%s", part, error)
+
+    def by_part(self) -> dict[str, int]:
+        """Return how many there were since the start, those forgotten meanwhile included."""
+        with self._lock:
+            return dict(self._n_by_part)
 
     def newest_first(self) -> list[dict[str, str]]:
         """Return what is kept."""
@@ -155,7 +166,8 @@ class SelfReport:
                 "backlog_bins": self.backlog(),
                 "open_forecasts": self._ledger.counts().open,
                 "buffer_bytes": round(stats["disk_usage_mb"] * 1e6) if "disk_usage_mb" in stats else None,
-                "buffer_days": stats.get("file_count"),
+                "buffer_day_files": stats.get("file_count"),
+                "buffer_lag_seconds": self._store.pending_s,
                 "model_age_seconds": _age_s(model["trained_at"]),
                 "training_running": float(self._is_training()),
                 "load_failures": self._model.n_failures,
@@ -163,6 +175,7 @@ class SelfReport:
             },
             model_version=model["version"],
             is_base_model=bool(model["base"]),
+            errors_by_part=self._errors.by_part(),
             server_last_seen_s={
                 muster.server_names[row]: float(muster.last_seen_ms[row]) / 1000 for row in shown
             },
@@ -170,7 +183,10 @@ class SelfReport:
 
     def _buffer_stats(self) -> dict[str, Any]:
         if monotonic() - self._stats_at >= _STATS_S:
-            self._stats = self._store.get_stats()
+            try:
+                self._stats = self._store.get_stats()
+            except (FleetcastError, OSError) as error:  # the rest of the report must not suffer
+                self._errors.note("buffer statistics", error)
             self._stats_at = monotonic()
         return self._stats
 

@@ -137,6 +137,9 @@ def test_waking_ends_one_wait_and_requests_nothing() -> None:
     stop.wake()
     assert stop.wait(30.0) is False
     stop.wake()
+    assert not stop.is_requested  # a look in passing takes no wake away
+    assert stop.wait(30.0) is False
+    stop.wake()
     stop.request("done")
     assert stop.wait(30.0)
     assert stop.reason == "done"

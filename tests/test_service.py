@@ -1,0 +1,250 @@
+"""One whole service in this process, over a real socket: start, cycles, status, stop, restart."""
+
+import json
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pandas as pd
+import pytest
+
+from data_buffer import DataBuffer
+from fleetcast.apidocs import FEED_ANSWER, PREDICTIONS
+from fleetcast.clock import SystemClock, iso_z
+from fleetcast.errors import CannotStart, SettingsError
+from fleetcast.listener import HttpListener
+from fleetcast.loop import Stop
+from fleetcast.registry import Registry
+from fleetcast.schema import Floats32, HistoryWindow
+from fleetcast.service import InferenceService
+from fleetcast.settings import ClockSettings, PathSettings, ServerSettings, Settings
+
+START = pd.Timestamp("2020-01-01T00:00:00Z")
+
+
+class Sevens:
+    """A model that forecasts 7 for everybody."""
+
+    metrics = ("cpu_pct",)
+
+    def predict(self, window: HistoryWindow) -> Floats32:
+        made = np.full((*window.values.shape[:2], 96, 3), np.nan, dtype=np.float32)
+        made[:, [name in self.metrics for name in window.metrics]] = 7.0
+        return made
+
+
+class World:
+    """A service, its client, and the means to stop and start it again over the same folder."""
+
+    def __init__(self, folder: Path, mode: str = "data") -> None:
+        self.folder = folder
+        self.mode = mode
+        self.stop = Stop()
+
+    def start(self) -> "World":
+        paths = PathSettings(*(str(self.folder / name) for name in ("data", "checkpoints", "models")))
+        settings = Settings(paths=paths, clock=ClockSettings(self.mode), server=ServerSettings(hold_s=0.0))
+        buffer = DataBuffer(paths.data_buffer_dir, expire=self.mode == "system")
+        listener = HttpListener("127.0.0.1", 0)
+        try:
+            self.service = InferenceService(settings, buffer, listener, lambda path: Sevens(), "", self.stop)
+        except SettingsError:
+            listener.stop(1.0)
+            raise
+        self.service.start()
+        self.service.wait_for_loader(30.0)
+        self.client = httpx.Client(base_url=listener.url, trust_env=False)
+        return self
+
+    def end(self) -> None:
+        self.client.close()
+        self.service.close()
+
+    def post(self, *rows: tuple[str, int, float], minutes: int = 5) -> httpx.Response:
+        """Send (server, bin, cpu)."""
+        records = [
+            {
+                "timestamp": (START + timedelta(minutes=minutes * number)).isoformat(),
+                "server_name": name,
+                "cpu_pct": value,
+            }
+            for name, number, value in rows
+        ]
+        return self.client.post("/feed/data", json={"records": records})
+
+    def get(self, path: str) -> dict[str, Any]:
+        answer = self.client.get(path)
+        assert answer.status_code == 200, answer.text
+        value = answer.json()
+        assert isinstance(value, dict)
+        return value
+
+    def add_version(self, version_id: str) -> None:
+        registry = Registry(self.folder / "checkpoints")
+        manifest = {"created_at": iso_z(SystemClock().now()), "parent": None, "promoted": True}
+        registry.add(version_id, {"model.ckpt": b"m", "baseline.npz": b""}, manifest)
+        registry.promote(version_id)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path).start()
+    yield world
+    world.end()
+
+
+def test_records_become_forecasts_and_settle(world: World) -> None:
+    assert world.get("/predictions/current")["predictions"] == {}
+    assert world.post(("a", 0, 1.0), ("b", 0, 2.0)).status_code == 200
+    assert world.get("/predictions/current")["predictions"]["a"]["source"] == "warming_up"
+    assert world.post(("a", 1, 3.0), ("b", 1, 2.0)).status_code == 200
+    world.service.cycle()
+    shown = world.get("/predictions/current")
+    assert shown["model"] is None
+    assert shown["predictions"]["a"]["source"] == "fallback"
+    assert shown["predictions"]["a"]["forecast"]["cpu_pct"]["p50"] == [1.0] * 96
+    assert shown["predictions"]["a"]["timestamps"][0] == "2020-01-01T00:05:00Z"
+    assert shown["predictions"]["a"]["current"] == {"cpu_pct": 3.0}
+    world.post(("a", 2, 3.0), ("b", 2, 2.0))
+    world.service.cycle()
+    assert world.get("/status")["ledger"] == {"opened": 12, "due": 2, "settled": 2, "expired": 0, "open": 10}
+
+
+def test_records_are_held_until_the_sweep_is_done(world: World) -> None:
+    world.post(("a", 0, 1.0), ("a", 1, 2.0))
+    held = world.post(("a", 2, 3.0))
+    assert (held.status_code, held.headers["retry-after"]) == (429, "1")
+    world.service.cycle()
+    assert world.post(("a", 2, 3.0)).status_code == 200
+
+
+def test_a_due_bin_wakes_the_loop(world: World) -> None:
+    world.post(("a", 0, 1.0))
+    world.post(("a", 1, 2.0))
+    assert world.stop.wait(30.0) is False  # came back at once, and not to stop
+
+
+def test_a_new_version_is_in_service_from_the_next_sweep_on(world: World) -> None:
+    world.post(("a", 0, 1.0), ("a", 1, 2.0))
+    world.service.cycle()
+    world.add_version("20260115T100000Z-0001")
+    world.post(("a", 2, 3.0))
+    world.service.cycle()
+    shown = world.get("/predictions/current")
+    assert shown["model"]["version"] == "20260115T100000Z-0001"
+    assert shown["predictions"]["a"]["source"] == "model"
+    assert shown["predictions"]["a"]["forecast"]["cpu_pct"]["p50"] == [7.0] * 96
+    assert world.get("/status")["model"]["version"] == "20260115T100000Z-0001"
+
+
+def test_the_status_says_how_things_stand(world: World) -> None:
+    world.post(("a", 0, 1.0), ("a", 1, 2.0))
+    before = world.get("/status")
+    assert (before["backlog"], before["newest_record_time"]) == (1, "2020-01-01T00:05:00Z")
+    assert before["clock"] == {"mode": "data", "now": "2020-01-01T00:05:00Z"}
+    assert (before["status"], before["training"], before["servers"]) == ("ready", {"running": False}, 1)
+    world.service.cycle()
+    after = world.get("/status")
+    assert (after["backlog"], after["sweep"]["count"], after["sweep"]["origin"]) == (
+        0,
+        1,
+        "2020-01-01T00:00:00Z",
+    )
+    assert after["bins"] == {
+        "bin_s": 300, "newest_closed": "2020-01-01T00:00:00Z", "skipped": 0, "late_records": 0,
+    }  # fmt: skip
+    assert after["buffer"]["total_records"] == 2
+    assert after["last_errors"] == []
+
+
+def test_the_scrape_shows_the_states(world: World) -> None:
+    world.post(("a", 0, 1.0), ("a", 1, 2.0))
+    world.service.cycle()
+    text = world.client.get("/metrics").text
+    for line in (
+        "fleetcast_servers 1.0",
+        "fleetcast_backlog_bins 0.0",
+        "fleetcast_open_forecasts 3.0",
+        "fleetcast_training_running 0.0",
+        'fleetcast_model_info{base="false",version=""} 1.0',
+        'fleetcast_server_last_record_timestamp_seconds{server="a"} 1.5778371e+09',
+        'fleetcast_series_forecast_total{source="fallback"} 1.0',
+    ):
+        assert line in text.splitlines()
+
+
+def test_a_restart_goes_on_where_the_old_process_ended(tmp_path: Path) -> None:
+    world = World(tmp_path).start()
+    world.post(*(("a", number, float(number)) for number in range(4)))
+    world.service.cycle()
+    world.post(("a", 4, 4.0))
+    before = world.get("/status")["ledger"]
+    world.end()
+    world = World(tmp_path).start()
+    assert world.get("/status")["ledger"] == before
+    assert world.get("/status")["backlog"] == 1
+    shown = world.get("/predictions/current")["predictions"]["a"]
+    assert (shown["source"], shown["forecast"]["cpu_pct"]["p50"][0]) == ("fallback", 2.0)
+    world.service.cycle()
+    assert world.get("/status")["ledger"]["opened"] == 12
+    world.end()
+
+
+def test_the_other_clock_is_refused_with_a_hint(tmp_path: Path) -> None:
+    World(tmp_path).start().end()
+    with pytest.raises(SettingsError, match="--clock data"):
+        World(tmp_path, "system").start()
+
+
+def test_a_failing_disk_is_an_error_to_be_seen_not_the_end(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(now: object) -> None:
+        raise CannotStart("the disk is on fire")
+
+    monkeypatch.setattr(world.service._buffer, "maintain", fail)
+    world.service.cycle()
+    (error,) = world.get("/status")["last_errors"]
+    assert (error["part"], error["error"]) == ("buffer", "the disk is on fire")
+
+
+def test_a_dead_http_thread_ends_the_cycle(tmp_path: Path) -> None:
+    world = World(tmp_path).start()
+    world.end()
+    with pytest.raises(CannotStart, match="HTTP"):
+        world.service.cycle()
+
+
+def conforms(value: Any, schema: dict[str, Any]) -> bool:
+    """Check the few schema words that `apidocs` uses."""
+    kinds: dict[str, type] = {
+        "object": dict, "array": list, "string": str, "integer": int, "boolean": bool, "null": type(None),
+        "number": float,
+    }  # fmt: skip
+    wanted = schema.get("type", [])
+    if not any(isinstance(value, kinds[kind]) for kind in ([wanted] if isinstance(wanted, str) else wanted)):
+        return False
+    if isinstance(value, list):
+        return all(conforms(item, schema.get("items", {})) for item in value)
+    if isinstance(value, dict):
+        inner = schema.get("properties", {})
+        rest = schema.get("additionalProperties", {"type": list(kinds)})
+        return set(schema.get("required", [])) <= set(value) and all(
+            conforms(item, inner.get(name, rest)) for name, item in value.items()
+        )
+    return value in schema.get("enum", [value])
+
+
+def test_the_answers_are_what_the_interface_describes(world: World) -> None:
+    world.add_version("20260115T100000Z-0001")
+    answer = world.post(("a", 0, 1.0), ("a", 1, 2000.0), ("a", 1, 3.0)).json()
+    assert answer["records_rejected"] == 1
+    assert conforms(answer, FEED_ANSWER)
+    assert conforms(world.get("/predictions/current"), PREDICTIONS)
+    world.service.cycle()
+    assert conforms(world.get("/predictions/current"), PREDICTIONS)
+    assert conforms(world.get("/predictions/current?fields=current"), PREDICTIONS)
+    assert not conforms(json.loads('{"timestamp": 7, "model": null, "predictions": {}}'), PREDICTIONS)
