@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,11 +83,15 @@ def run(settings: Settings, api_key: str, stop: Stop) -> int:
     is_data_clock = settings.clock.mode == "data"
     buffer = DataBuffer(settings.paths.data_buffer_dir, settings=settings.buffer, expire=not is_data_clock)
     notifier.extend_timeout(RESTORE_TIMEOUT_S)
-    buffer.open()  # first of all: two daemons must not even begin
-    listener = HttpListener(settings.server.host, settings.server.port)
-    service = InferenceService(
-        settings, buffer, listener, lambda path: _load_model(path, settings), api_key, stop
-    )
+    with ExitStack() as undo:
+        buffer.open()  # first of all: two daemons must not even begin
+        undo.callback(buffer.close)
+        listener = HttpListener(settings.server.host, settings.server.port)
+        undo.callback(listener.stop, 0.0)
+        service = InferenceService(
+            settings, buffer, listener, lambda path: _load_model(path, settings), api_key, stop
+        )
+        undo.pop_all()  # from here on `service.close` does it, in its order
     service.start()
     notifier.ready(service.status_line())
 
