@@ -122,6 +122,11 @@ class DataBuffer:
         if self._owner is not None:
             self._owner.flush()
 
+    @property
+    def pending_s(self) -> float:
+        """How long the oldest record that is not yet in its day file has waited, 0.0 if none does."""
+        return self._owner.pending_s if self._owner else 0.0
+
     def maintain(self, now: datetime) -> None:
         """Do what is due at `now`: flush, compact, seal, expire. Call it about every second."""
         if self._owner is not None:

@@ -72,6 +72,11 @@ class BufferOwner:
         """Whether the records in the log should become parts now."""
         return self._metrics.is_flush_due
 
+    @property
+    def pending_s(self) -> float:
+        """How long the oldest record outside its day file has waited."""
+        return self._metrics.pending_s
+
     def append_batch(self, batch: RecordBatch) -> None:
         """Make records durable."""
         self._metrics.append(table_of_batch(batch))

@@ -65,6 +65,12 @@ class DayStore:
         """Rows that are durable in the log but not yet in their day."""
         return self._n_pending
 
+    @property
+    def pending_s(self) -> float:
+        """How long the oldest of these rows has waited; 0.0 where there are none."""
+        with self._pending:
+            return monotonic() - self._pending_since if self._n_pending else 0.0
+
     def open(self) -> None:
         """Take over the folder: clean up after a crash, make parts of what the log still holds.
 

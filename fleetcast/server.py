@@ -212,7 +212,7 @@ class _Feed:
         except StorageBroken as error:
             raise Refusal(503, str(error), retry_after_s=5) from error
         self._telemetry.records_taken(
-            receipt.n_received, (r.field for r in receipt.rejections), receipt.n_ignored_fields
+            receipt.n_received, (r.reason for r in receipt.rejections), receipt.n_ignored_fields
         )
         return encoded(
             {

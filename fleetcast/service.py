@@ -25,6 +25,7 @@ from fleetcast.loop import Stop
 from fleetcast.recovery import StoredRecords
 from fleetcast.registry import Registry
 from fleetcast.rejected import RejectedRecords
+from fleetcast.retraining_telemetry import TEXTFILE, read_textfile
 from fleetcast.roster import Roster
 from fleetcast.selfreport import RecentErrors, SelfReport, StoreStats
 from fleetcast.server import create_app
@@ -79,7 +80,9 @@ class InferenceService:
         self._ledger = Ledger(
             folder, settings.forecast.settle_horizons, self._history.bin_ms, settings.clock.mode
         )
-        self._telemetry = Telemetry(CollectorRegistry(), lambda: self._report.snapshot())
+        self._telemetry = Telemetry(
+            CollectorRegistry(), lambda: self._report.snapshot(), lambda: read_textfile(Path(TEXTFILE))
+        )
         self._board = PredictionBoard(self._roster, self._clock)
         self._model = self._serving_model(load_model)
         self._sweeper = self._build_sweeper(every_bin=is_data_clock)

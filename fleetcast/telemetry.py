@@ -8,14 +8,35 @@ Does not know: where the numbers come from; parts report events here, and what i
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _SWEEP_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-_PLAIN_FIELDS = ("timestamp", "server_name", "")  # other fields are the sender's words: one label for all
+# A reason quotes what the sender sent; its first words say which rule it was (recordrules, intake).
+_RULES = {
+    "a record must be an object": "not_an_object",
+    "must be ISO 8601": "time_format",
+    "lies more than": "time_in_future",
+    "is older than": "time_too_old",
+    "must be 1-": "server_name",
+    "must be a number": "not_a_number",
+    "must be a finite number": "not_finite",
+    "must lie in": "out_of_range",
+    "is one of over": "too_many_metrics",
+    "is a new metric": "too_many_metrics",
+    "is a new name": "too_many_servers",
+}
+OTHER_RULE = "other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +47,7 @@ class Snapshot:
     model_version: str | None = None
     is_base_model: bool = False
     server_last_seen_s: Mapping[str, float] = field(default_factory=dict)  # already limited
+    errors_by_part: Mapping[str, int] = field(default_factory=dict)
 
 
 GAUGES = {
@@ -34,7 +56,8 @@ GAUGES = {
     "backlog_bins": "closed bins that wait for their sweep",
     "open_forecasts": "forecasts that wait for their actual",
     "buffer_bytes": "bytes of the data buffer on disk",
-    "buffer_days": "day files of the data buffer",
+    "buffer_day_files": "days in the data buffer",
+    "buffer_lag_seconds": "how long the oldest record outside its day file has waited",
     "model_age_seconds": "wall time since the model in service was made",
     "training_running": "1 while a training runs",
     "late_records": "records since the start that came after their bin closed",
@@ -46,14 +69,26 @@ class Telemetry:
     """Counts events; every method is safe from any thread."""
 
     def __init__(
-        self, registry: CollectorRegistry, snapshot: Callable[[], Snapshot] = lambda: Snapshot()
+        self,
+        registry: CollectorRegistry,
+        snapshot: Callable[[], Snapshot] = lambda: Snapshot(),
+        appended: Callable[[], bytes] = bytes,
     ) -> None:
+        """Register everything.
+
+        Args:
+            snapshot: gives the states at a scrape.
+            appended: gives samples in the text format that somebody else owns.
+        """
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a sample more per counter, of no use
+        ProcessCollector(registry=registry)
         self._registry = registry
+        self._appended = appended
         self._received = Counter(
             "fleetcast_records_received", "records accepted and durable", registry=registry
         )
         self._rejected = Counter(
-            "fleetcast_records_rejected", "records refused", ["field"], registry=registry
+            "fleetcast_records_rejected", "records refused, by rule", ["reason"], registry=registry
         )
         self._ignored = Counter(
             "fleetcast_fields_ignored", "text fields that are no metric", registry=registry
@@ -85,12 +120,12 @@ class Telemetry:
         """Note one answer of POST /feed/data."""
         self._feed.labels(str(code)).observe(seconds)
 
-    def records_taken(self, n_received: int, rejected_fields: Iterable[str], n_ignored: int) -> None:
+    def records_taken(self, n_received: int, reasons: Iterable[str], n_ignored: int) -> None:
         """Note what became of one request's records."""
         self._received.inc(n_received)
         self._ignored.inc(n_ignored)
-        for name in rejected_fields:
-            self._rejected.labels((name or "record") if name in _PLAIN_FIELDS else "metric").inc()
+        for reason in reasons:
+            self._rejected.labels(rule_of(reason)).inc()
 
     def swept(self, seconds: float, n_model: int, n_fallback: int, n_skipped: int) -> None:
         """Note one sweep."""
@@ -110,7 +145,16 @@ class Telemetry:
 
     def render(self) -> bytes:
         """Return everything in Prometheus's text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self._registry) + self._appended()
+
+
+def rule_of(reason: str) -> str:
+    """Return the short name of the rule a rejection's reason comes from.
+
+    >>> rule_of("must lie in -1..1000, got 1e+06")
+    'out_of_range'
+    """
+    return next((rule for start, rule in _RULES.items() if reason.startswith(start)), OTHER_RULE)
 
 
 class _SnapshotCollector(Collector):
@@ -130,6 +174,10 @@ class _SnapshotCollector(Collector):
             value = snapshot.gauges.get(name)
             if value is not None:
                 yield GaugeMetricFamily(f"fleetcast_{name}", text, value=float(value))
+        errors = CounterMetricFamily("fleetcast_errors", "errors lived through, by part", labels=["part"])
+        for part, n_errors in snapshot.errors_by_part.items():
+            errors.add_metric([part], n_errors)
+        yield errors
         info = GaugeMetricFamily(
             "fleetcast_model_info",
             "the model in service (empty version: fallback)",

@@ -17,6 +17,7 @@ from fleetcast.clock import BIN_EPOCH, Clock, plain_utc
 from fleetcast.errors import FleetcastError
 from fleetcast.files import write_json
 from fleetcast.retraining_check import RetrainingCheck
+from fleetcast.retraining_telemetry import TEXTFILE, RetrainingTelemetry
 from fleetcast.safeguards import Decision, safeguards_json
 from fleetcast.state import Attempt, RetrainingState, load_state, save_state
 from fleetcast.state_recovery import check_clock_mode, state_at_start, with_unknown
@@ -60,6 +61,7 @@ class Trainings:
         self._clock_mode = clock_mode
         self._clock = clock
         self._state = RetrainingState()
+        self._telemetry = RetrainingTelemetry(path.with_name(TEXTFILE))
 
     @property
     def running(self) -> Attempt | None:
@@ -152,6 +154,7 @@ class Trainings:
         }
         self._state = replace(self._state, last_decision=decision)
         self._save()
+        self._telemetry.write(check, self._current())
 
     def _count(self, ended: Attempt) -> None:
         """Let an ended training count for the safeguards."""

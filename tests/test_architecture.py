@@ -50,7 +50,11 @@ OWNERS = {
     "starlette": {"fleetcast.server", "fleetcast.bodies"},
     "uvicorn": {"fleetcast.listener"},
     "msgspec": {"fleetcast.bodies", "fleetcast.board", "fleetcast.rejected"},
-    "prometheus_client": {"fleetcast.telemetry", "fleetcast.service"},  # the latter makes the registry
+    "prometheus_client": {  # the service makes the registry
+        "fleetcast.retraining_telemetry",
+        "fleetcast.service",
+        "fleetcast.telemetry",
+    },
     "crc32c": {"fleetcast.frames"},
     "google": {"fleetcast.prompb", "fleetcast.remote_write"},
     "scipy": set(),

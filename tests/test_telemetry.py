@@ -15,18 +15,16 @@ def samples(telemetry: Telemetry) -> dict[tuple[str, tuple[tuple[str, str], ...]
     }
 
 
-def test_rejections_are_counted_by_a_bounded_label() -> None:
+def test_rejections_are_counted_by_rule_and_never_by_the_senders_words() -> None:
     telemetry = Telemetry(CollectorRegistry())
-    telemetry.records_taken(5, ["timestamp", "server_name", "", "cpu_pct", "evil_1", "evil_2"], 3)
+    reasons = ["must lie in -1..1000, got 1e+06", "must be 1-128 printable characters, got 'a'", "evil", "e"]
+    telemetry.records_taken(5, reasons, 3)
     found = samples(telemetry)
-    by_field = {
-        labels: v for (name, labels), v in found.items() if name == "fleetcast_records_rejected_total"
-    }
-    assert by_field == {
-        (("field", "timestamp"),): 1.0,
-        (("field", "server_name"),): 1.0,
-        (("field", "record"),): 1.0,
-        (("field", "metric"),): 3.0,
+    by_rule = {labels: v for (name, labels), v in found.items() if name == "fleetcast_records_rejected_total"}
+    assert by_rule == {
+        (("reason", "out_of_range"),): 1.0,
+        (("reason", "server_name"),): 1.0,
+        (("reason", "other"),): 2.0,
     }
     assert found["fleetcast_records_received_total", ()] == 5.0
     assert found["fleetcast_fields_ignored_total", ()] == 3.0
@@ -73,3 +71,16 @@ def test_a_hostile_server_name_stays_a_label_value() -> None:
     found = samples(telemetry)
     assert found["fleetcast_server_last_record_timestamp_seconds", (("server", name),)] == 2.0
     assert ("fleetcast_servers", ()) not in found
+
+
+def test_what_another_daemon_left_is_shown_at_the_end() -> None:
+    text = Telemetry(CollectorRegistry(), appended=lambda: b"fleetcast_retraining_window_pairs 7\n").render()
+    assert text.endswith(b"\nfleetcast_retraining_window_pairs 7\n")
+
+
+def test_errors_are_counted_by_part_and_the_process_by_itself() -> None:
+    telemetry = Telemetry(CollectorRegistry(), lambda: Snapshot(errors_by_part={"buffer": 2}))
+    found = samples(telemetry)
+    assert found["fleetcast_errors_total", (("part", "buffer"),)] == 2.0
+    assert found["process_resident_memory_bytes", ()] > 0
+    assert not any(name.endswith("_created") for name, _ in found)

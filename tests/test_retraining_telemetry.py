@@ -1,0 +1,149 @@
+"""`retraining_metrics.prom`: what it says, how it counts, and what of it `/metrics` repeats."""
+
+import shutil
+import subprocess
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from fleetcast.clock import FakeClock
+from fleetcast.drift_report import COLLECTING, READY, DriftReading, WindowFacts
+from fleetcast.retraining_check import NOTHING, RetrainingCheck
+from fleetcast.retraining_telemetry import MAX_BYTES, PREFIX, RetrainingTelemetry, read_textfile
+from fleetcast.safeguards import Decision
+from fleetcast.schema import QuietVerdict, SafeguardCheck
+from fleetcast.state import FAILED, PROMOTED, Attempt, RetrainingState
+from fleetcast.training_log import TrainingLog, TrainingStamp
+
+NOW = datetime(2026, 1, 15, 10, 0, tzinfo=UTC)
+SCORES = {"per": 0.08, "dss": 0.25, "fds": 0.1, "anomaly_rate": 0.01, "combined_score": 0.129}
+LIMITS = {"per": 0.1, "dss": 0.2, "fds": 0.15, "anomaly_rate": 0.05, "combined_score": 0.12}
+READING = DriftReading(
+    SCORES, True, ("dss",), LIMITS, {}, {}, READY, "", WindowFacts(1000, 1000, 840), None, "v1", {},
+    per_by_horizon={1: 0.08, 96: 0.3},
+)  # fmt: skip
+CHECK = RetrainingCheck(
+    NOW,
+    READING,
+    QuietVerdict(is_quiet=True, reason=""),
+    Decision(
+        True, "drift", "dss over its limit", (SafeguardCheck("min_hours_between_training", 7.0, 6, True),)
+    ),
+    "",
+    NOTHING,
+)
+
+
+def _attempt(number: int, outcome: str) -> Attempt:
+    return Attempt(f"a{number}", "drift", "", "2026-01-15T09:00:00", outcome=outcome)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "retraining_metrics.prom"
+
+
+def _samples(path: Path) -> dict[tuple[str, str], float]:
+    families = text_string_to_metric_families(path.read_text())
+    return {
+        (sample.name.removeprefix(PREFIX), "".join(sample.labels.values())): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_scores_stand_beside_their_thresholds(path: Path) -> None:
+    RetrainingTelemetry(path, FakeClock(NOW)).write(CHECK, RetrainingState())
+
+    found = _samples(path)
+    for name in SCORES:
+        assert found["drift_score", name] == SCORES[name]
+        assert found["drift_threshold", name] == LIMITS[name]
+    assert found["prediction_error_ratio", "1"] == 0.08
+    assert found["prediction_error_ratio", "96"] == 0.3
+    assert found["needs_retraining", ""] == found["drift_ready", ""] == found["quiet_period", ""] == 1
+    assert found["safeguard_passed", "min_hours_between_training"] == 1
+    assert found["window_pairs", ""] == 840
+    assert found["last_check_timestamp_seconds", ""] == NOW.timestamp()
+
+
+def test_what_is_not_known_is_left_out_rather_than_zero(path: Path) -> None:
+    reading = replace(READING, status=COLLECTING, per_by_horizon={})
+
+    RetrainingTelemetry(path, FakeClock(NOW)).write(replace(CHECK, reading=reading), RetrainingState())
+
+    found = _samples(path)
+    assert found["drift_ready", ""] == 0
+    assert {"prediction_error_ratio", "last_training_timestamp_seconds"}.isdisjoint(name for name, _ in found)
+
+
+def test_attempts_are_counted_once_however_often_the_state_shows_them(path: Path) -> None:
+    telemetry = RetrainingTelemetry(path, FakeClock(NOW))
+    state = RetrainingState(attempts=(_attempt(2, FAILED), _attempt(1, PROMOTED)))
+    telemetry.write(CHECK, state)
+    telemetry.write(CHECK, state)
+    # the state forgets its oldest attempts; the count does not
+    telemetry.write(CHECK, replace(state, attempts=(_attempt(4, "running"), _attempt(3, FAILED))))
+
+    found = _samples(path)
+    assert found["attempts_total", FAILED] == 2
+    assert found["attempts_total", PROMOTED] == 1
+    assert found["attempts_total", "rejected"] == 0
+    assert found["attempt_running", ""] == 1
+
+
+def test_promotions_and_the_last_training_come_from_the_log(path: Path) -> None:
+    log = TrainingLog((TrainingStamp(NOW, promoted=True),), total_promoted=9)
+
+    RetrainingTelemetry(path, FakeClock(NOW)).write(CHECK, RetrainingState(log=log))
+
+    found = _samples(path)
+    assert found["promotions_total", ""] == 9
+    assert found["last_training_timestamp_seconds", ""] == NOW.timestamp()
+
+
+def test_a_disk_that_does_not_take_it_costs_numbers_and_no_check(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    RetrainingTelemetry(tmp_path / "gone" / "x.prom", FakeClock(NOW)).write(CHECK, RetrainingState())
+
+    assert "metrics not written" in caplog.text
+
+
+def test_the_inference_daemon_repeats_the_file_as_it_is(path: Path) -> None:
+    RetrainingTelemetry(path, FakeClock(NOW)).write(CHECK, RetrainingState())
+
+    assert read_textfile(path) == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "shown"),
+    [
+        (b"", b""),
+        (b"up 1\nprocess_open_fds 3\n", b""),
+        (b"fleetcast_retraining_window_pairs 1\nforeign 2\n", b"fleetcast_retraining_window_pairs 1\n"),
+        (b"\xff\xfe\x00", b""),
+        (b"fleetcast_retraining_x 1\n" * MAX_BYTES, b""),
+    ],
+)
+def test_a_foreign_or_damaged_file_cannot_break_a_scrape(path: Path, content: bytes, shown: bytes) -> None:
+    path.write_bytes(content)
+
+    assert read_textfile(path) == shown
+
+
+def test_no_file_is_no_samples(path: Path) -> None:
+    assert read_textfile(path) == b""
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_promtool_has_nothing_to_say(path: Path) -> None:
+    RetrainingTelemetry(path, FakeClock(NOW)).write(CHECK, RetrainingState(attempts=(_attempt(1, FAILED),)))
+
+    command = ["promtool", "check", "metrics"]
+    done = subprocess.run(command, input=path.read_bytes(), capture_output=True, check=False)
+
+    assert (done.returncode, done.stdout + done.stderr) == (0, b"")
