@@ -7,7 +7,7 @@ Owns: which cells of a column are certainly good. Does not know: why another one
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,34 @@ class CodedNames:
         return None if code == NO_NAME else self.names[code]
 
 
-Column = Sequence[Any] | NDArray[Any] | CodedNames
+@dataclass(frozen=True, slots=True, eq=False)
+class NotNumbers:
+    """A column of a kind of values that no metric can have."""
+
+    kind: str
+    is_there: Flags  # False = absent, which any record may be
+
+    def __len__(self) -> int:
+        return len(self.is_there)
+
+    def __iter__(self) -> Iterator[object]:
+        return (self[place] for place in range(len(self)))
+
+    def __getitem__(self, place: int) -> Any:
+        return _Value(self.kind) if self.is_there[place] else None
+
+
+class _Value:
+    """Stands for one value of a column of NotNumbers in a message."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def __repr__(self) -> str:
+        return f"<{self._kind}>"
+
+
+Column = Sequence[Any] | NDArray[Any] | CodedNames | NotNumbers
 
 
 def cell(name: str, column: Column, place: int) -> object:
@@ -65,6 +92,8 @@ def cell_kinds(column: Column) -> frozenset[type]:
     """Return the types of the cells; a numeric array needs no such look and has none."""
     if isinstance(column, CodedNames):
         return frozenset((str,))
+    if isinstance(column, NotNumbers):
+        return frozenset((_Value,))
     if isinstance(column, np.ndarray) and column.dtype != np.object_:
         return frozenset()
     return frozenset(map(type, column))
@@ -87,6 +116,8 @@ def numbers(column: Column, kinds: frozenset[type]) -> tuple[Floats, Flags]:
     if isinstance(column, np.ndarray) and column.dtype.kind in "fiu":
         values = column.astype(np.float64)
         return values, ~np.isinf(values)
+    if isinstance(column, NotNumbers):
+        return np.full(len(column), np.nan), ~column.is_there
     if kinds <= {float, int, type(None)}:
         try:
             values = np.array(column, dtype=np.float64)  # None becomes NaN
@@ -165,3 +196,22 @@ def _looked_up(column: Column, kinds: tuple[type, ...], read: Callable[[Any], in
     known = {value: read(value) for value in column if isinstance(value, kinds)}
     found = (known.get(value, other) if isinstance(value, kinds) else other for value in column)
     return np.fromiter(found, np.int64, len(column))
+
+
+class RowsOf(Sequence[dict[str, object]]):
+    """Columns seen as the records they hold, made when asked for."""
+
+    def __init__(self, columns: Mapping[str, Column]) -> None:
+        self._columns = columns
+
+    def __len__(self) -> int:
+        return len(self._columns["timestamp"])
+
+    @overload
+    def __getitem__(self, place: int) -> dict[str, object]: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[dict[str, object]]: ...
+    def __getitem__(self, place: int | slice) -> dict[str, object] | list[dict[str, object]]:
+        if isinstance(place, slice):
+            return [self[row] for row in range(*place.indices(len(self)))]
+        return {name: cell(name, column, place) for name, column in self._columns.items()}
