@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from fleetcast import recovery
 from fleetcast.board import PredictionBoard
 from fleetcast.clock import Clock, DataClock, SystemClock, from_ms, monotonic
-from fleetcast.errors import CannotStart, FleetcastError
+from fleetcast.errors import CannotStart, FleetcastError, StorageBroken, StorageFull
 from fleetcast.history import BinHistory
 from fleetcast.hold import DataHold, TrainingProbe
 from fleetcast.intake import Durable, Intake
@@ -124,7 +124,10 @@ class InferenceService:
         self._report.not_ready = "the daemon is stopping"
         if not self._listener.stop(DRAIN_S + 2.0):
             logger.warning("requests were still at work after %.0f s", DRAIN_S)
-        self._buffer.close()
+        try:
+            self._buffer.close()
+        except (StorageFull, StorageBroken) as error:  # durable in the log: the next start moves it
+            logger.error("the last records stay in the buffer's log: %s", error)
 
     def wait_for_loader(self, timeout_s: float) -> bool:
         """Wait for a model that is still being loaded; return whether none is."""
