@@ -1,0 +1,83 @@
+"""A trainer for tests of processes: takes the real one's flags and ends as it is told.
+
+What it shall do stands in `stand_in.txt` in the working directory. It writes versions and
+verdicts through the real Registry, in the real trainer's order; only the model is no model.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from fleetcast.baseline import Baseline
+from fleetcast.clock import SystemClock, iso_z, sleep
+from fleetcast.files import OwnerLock, write_json
+from fleetcast.registry import TRAINER_LOCK, Registry
+from fleetcast.versions import BASELINE_FILE, MODEL_FILE, new_version_id
+
+GIGABYTE = 2**30
+
+
+def main() -> int:
+    """Do what `stand_in.txt` says."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--incremental", action="store_true")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--checkpoint-dir", default="checkpoints")
+    options = parser.parse_args()
+    order = Path("stand_in.txt").read_text().strip()
+    print(f"stand-in: {order}, data {Path(options.data).exists()}", flush=True)
+    registry = Registry(Path(options.checkpoint_dir))
+    attempt_id = os.environ["TFT_ATTEMPT_ID"]
+    with OwnerLock(registry.folder / TRAINER_LOCK, "the trainer's lock"):
+        if order == "wait":
+            while Path("stand_in.txt").read_text().strip() == "wait":
+                sleep(0.05)
+            order = Path("stand_in.txt").read_text().strip()
+        return _end(order, registry, attempt_id)
+
+
+def _end(order: str, registry: Registry, attempt_id: str) -> int:
+    if order == "crash":
+        raise RuntimeError("out of luck")
+    if order == "hang":
+        sleep(3600)
+    if order == "gigabyte":
+        block = (b"x" * 99 + b"\n") * 10_000
+        for _ in range(GIGABYTE // len(block)):
+            sys.stdout.buffer.write(block)
+    if order == "not enough":
+        print("data span 1.0 h, a training needs 48.0 h", flush=True)
+        return 5
+    if order in ("promoted", "rejected", "promoted without a word", "promised"):
+        _leave_version(order, registry, attempt_id)
+    return 0
+
+
+def _leave_version(order: str, registry: Registry, attempt_id: str) -> None:
+    now = SystemClock().now()
+    version, promoted = new_version_id(now), order != "rejected"
+    if order != "promised":
+        columns = {"cpu_pct": np.linspace(0, 100, 500)}
+        contents = {
+            MODEL_FILE: b"no model",
+            BASELINE_FILE: Baseline.from_columns(columns, version).to_bytes(),
+        }
+        made = {"created_at": iso_z(now), "attempt_id": attempt_id, "parent": None, "promoted": promoted}
+        registry.add(version, contents, made)
+        if promoted:
+            registry.promote(version)
+        registry.set_baseline(version)
+    if order == "promoted without a word":
+        os.kill(os.getpid(), 9)
+    folder = registry.folder / "attempts"
+    folder.mkdir(exist_ok=True)
+    verdict = {"attempt_id": attempt_id, "promoted": promoted, "version": version, "why": "told so"}
+    write_json(folder / f"{attempt_id}.json", verdict)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
