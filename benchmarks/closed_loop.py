@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from benchmarks.loop_harness import ROOT, Loop, LoopFailed, Seen, Watcher, summary
+from benchmarks.loop_harness import ROOT, Loop, LoopFailed, Seen, Watcher, ledger_counts, summary
 from benchmarks.model_phases import ModelPhase, phases_of, phases_table
 from benchmarks.results_file import write_results
 from benchmarks.settled_errors import keys_of
@@ -105,7 +105,7 @@ def _figures(recording: Recording, seen: Seen, codes: dict[str, int]) -> dict[st
     buffer = DataBuffer(str(FOLDER / "data_buffer"), expire=False)
     end = recording.last + timedelta(days=1)
     rows = buffer.read_predictions(to_ms(recording.first), to_ms(end))
-    state, ledger = read_json(FOLDER / "retraining_state.json"), seen.status.get("ledger", {})
+    state, ledger = read_json(FOLDER / "retraining_state.json"), ledger_counts(FOLDER)
     doubled = len(rows) - len(keys_of(rows))
     phases: list[ModelPhase] = phases_of(rows, seen.reloads, recording.first, end)
     return {
@@ -116,8 +116,8 @@ def _figures(recording: Recording, seen: Seen, codes: dict[str, int]) -> dict[st
         "stored_forecasts": len(rows),
         "doubled": doubled,
         "is_exact": not doubled
-        and ledger.get("due") == ledger.get("settled", -1) + ledger.get("expired", -1)
-        and ledger.get("settled") == len(rows),
+        and ledger["due"] == ledger["settled"] + ledger["expired"]
+        and ledger["settled"] == len(rows),
         "trainings": [
             {key: attempt[key] for key in ("rule", "reason", "started_at", "outcome", "version", "why")}
             for attempt in reversed(state["attempts"])

@@ -9,8 +9,8 @@ Exit code 0 only if all did.
 
 import subprocess
 import sys
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from benchmarks import splice
 from benchmarks.demo_claims import Claim, Outcome, claims, table
 from benchmarks.loop_harness import ROOT, Loop, LoopFailed, Seen, Watcher
 from fleetcast.clock import monotonic, sleep
+from fleetcast.files import read_json
 
 FOLDER = ROOT / "demo_run"
 LIMIT_S = 900.0
-TELL_S = 5.0
+TELL_EVERY = timedelta(hours=12)
 LAST_CHECKS_S = 4.0
 CONFIG = """\
 # Made by the demo. What differs from the defaults, and why.
@@ -46,9 +47,9 @@ interval_s = 1.0              # wall time; a second is more than an hour of data
 
 [trainer]                     # a small network, seconds of training
 hidden_size = 16
-base_epochs = 6
+base_epochs = 5
 steps_per_epoch = 60
-batch_size = 128
+batch_size = 64
 """
 
 
@@ -58,9 +59,10 @@ class Teller:
 
     folder: Path
     began_s: float
-    told_s: float = 0.0
+    told: datetime | None = None
     n_attempts: int = 0
     n_reloads: int = 0
+    contexts: dict[str, Any] = field(default_factory=dict)  # why each training was started, by its id
 
     def say(self, text: str) -> None:
         """Print one line with the time since the start."""
@@ -70,12 +72,13 @@ class Teller:
         """Tell what is new."""
         for attempt in attempts[self.n_attempts :]:
             self.say(f"training started by rule {attempt['rule']}: {attempt['reason']}")
+            self.contexts[attempt["id"]] = read_json(self.folder / "training_context.json")
         self.n_attempts = len(attempts)
         for reload in seen.reloads[self.n_reloads :]:
             self.say(f"model {reload.version} answers in /predictions/current")
         self.n_reloads = len(seen.reloads)
-        if monotonic() - self.told_s >= TELL_S and seen.newest:
-            self.told_s = monotonic()
+        if seen.newest and (self.told is None or seen.newest - self.told >= TELL_EVERY):
+            self.told = seen.newest
             self.say(f"data time {seen.newest:%Y-%m-%d %H:%M} {phase_name(seen.newest)}")
 
 
@@ -125,7 +128,7 @@ def run(loop: Loop, teller: Teller) -> Outcome:
         finally:
             seen = watcher.end()
         codes = loop.stop()
-    return Outcome.read(FOLDER, seen, codes)
+    return Outcome.read(FOLDER, seen, codes, teller.contexts)
 
 
 def follow(loop: Loop, replay: subprocess.Popen[bytes], watcher: Watcher, teller: Teller) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from benchmarks import splice
-from benchmarks.loop_harness import Seen, summary
+from benchmarks.loop_harness import Seen, ledger_counts, summary
 from benchmarks.settled_errors import ErrorCell, Phase, error_table, keys_of
 from fleetcast.clock import parse_plain_utc, to_ms
 from fleetcast.files import read_json
@@ -37,12 +37,14 @@ class Outcome:
     exit_codes: dict[str, int]
     replay: dict[str, str]
     attempts: list[dict[str, Any]]  # oldest first
-    context: dict[str, Any]
-    ledger: dict[str, Any]
+    contexts: dict[str, dict[str, Any]]  # training_context.json of each attempt, by its id
+    ledger: dict[str, int]
     rows: SettledForecasts
 
     @classmethod
-    def read(cls, folder: Path, seen: Seen, exit_codes: dict[str, int]) -> Self:
+    def read(
+        cls, folder: Path, seen: Seen, exit_codes: dict[str, int], contexts: dict[str, dict[str, Any]]
+    ) -> Self:
         """Read the state and the settled forecasts of a run that has ended."""
         from data_buffer import DataBuffer
 
@@ -54,8 +56,8 @@ class Outcome:
             exit_codes=exit_codes,
             replay=summary((folder / "replay.out").read_text()),
             attempts=list(reversed(state["attempts"])),
-            context=read_json(folder / "training_context.json"),
-            ledger=dict(seen.status.get("ledger", {})),
+            contexts=contexts,
+            ledger=ledger_counts(folder),
             rows=rows,
         )
 
@@ -141,7 +143,9 @@ def _control(outcome: Outcome) -> Claim:
 
 
 def _drift_names_them(outcome: Outcome) -> Claim:
-    named = {item["server"] for item in outcome.context.get("drifting", [])}
+    second = outcome.second
+    context = outcome.contexts.get(second["id"], {}) if second else {}
+    named = {item["server"] for item in context.get("drifting", []) if item["is_drifting"]}
     changed = set(splice.SPLICED)
     evidence = f"named {', '.join(sorted(named)) or 'nobody'}"
     return Claim("drift names the changed servers and no other", named == changed, evidence)

@@ -195,3 +195,11 @@ def summary(text: str) -> dict[str, str]:
     """Return the figures of the line a replay ends with."""
     line = next((line for line in text.splitlines() if line.startswith("replay: records=")), "")
     return dict(pair.split("=", 1) for pair in line.split() if "=" in pair)
+
+
+def ledger_counts(folder: Path) -> dict[str, int]:
+    """Return the forecast account a stopped inference daemon left behind."""
+    raw = read_json(folder / "data_buffer" / "ledger.json")
+    waiting = sum(count for origin in raw["waiting"].values() for count in origin.values())
+    counts = {name: int(raw[name]) for name in ("opened", "settled", "expired")}
+    return counts | {"open": waiting, "due": counts["opened"] - waiting}

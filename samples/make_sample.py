@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-FLEET = ("1-2", "1-3", "1-6", "1-8", "2-4", "2-7", "2-8", "3-3")
-FLEET_START = datetime(2000, 1, 4, tzinfo=UTC)
-FLEET_DAYS = 8
+FLEET = ("1-2", "1-3", "1-6", "1-7", "1-8", "2-1", "2-7", "2-8")
+FLEET_START = datetime(2000, 1, 10, tzinfo=UTC)
+FLEET_DAYS = 7
 DONOR = "1-5"  # the machine whose disk writes alternate every five minutes
 DONOR_START = datetime(2000, 1, 21, tzinfo=UTC)
 DONOR_DAYS = 9

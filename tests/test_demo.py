@@ -73,7 +73,7 @@ def test_the_feed_is_the_sample_up_to_the_change_and_the_donor_afterwards(tmp_pa
     for server, since in splice.SPLICED.items():
         last_own = splice.CHANGE - minute
         assert feed.loc[(server, last_own)].equals(sample.loc[(server, last_own)])
-        for after in (timedelta(0), timedelta(hours=30)):
+        for after in (timedelta(0), timedelta(hours=35)):
             expected = sample.loc[(splice.DONOR, since + after)]
             assert (feed.loc[(server, splice.CHANGE + after)] == expected).all()
     untouched = sample.loc[(UNCHANGED, splice.CHANGE + minute)]
@@ -88,6 +88,7 @@ def test_the_summary_line_of_a_replay_is_read_back() -> None:
 
 def attempt(rule: str, started: Any, version: str, outcome: str = "promoted") -> dict[str, Any]:
     return {
+        "id": version,
         "rule": rule,
         "started_at": plain_utc(started),
         "version": version,
@@ -102,7 +103,7 @@ def good() -> Outcome:
     """A run in which everything happened: v1 from day 3 on, v2 ten hours after the change."""
     first, second = splice.START + timedelta(days=3), splice.CHANGE + timedelta(hours=10)
     rows = []
-    for i in range(5 * 288 // 2):
+    for i in range(4 * 288 // 2):
         target = first + 2 * i * BIN
         version = "v2" if target >= second else "v1"
         for server in (CHANGED, UNCHANGED):
@@ -115,7 +116,7 @@ def good() -> Outcome:
         exit_codes={"inference": 0, "retraining": 0, "replay": 0},
         replay={"records": "10", "accepted": "10", "rejected": "0", "requests": "3"},
         attempts=[attempt("initial", first - BIN, "v1"), attempt("drift", second - BIN, "v2")],
-        context={"drifting": [{"server": server, "metric": "cpu_pct"} for server in splice.SPLICED]},
+        contexts={"v2": {"drifting": [{"server": name, "is_drifting": True} for name in splice.SPLICED]}},
         ledger={"due": len(forecasts) + 2, "settled": len(forecasts), "expired": 2},
         rows=forecasts,
     )
@@ -143,7 +144,7 @@ def test_each_thing_that_did_not_happen_is_a_no(good: Outcome) -> None:
     cases = {
         "every record was accepted": changed(good, replay=good.replay | {"accepted": "9"}),
         "nothing is trained while nothing changes": changed(good, attempts=[first, early, second]),
-        "drift names the changed servers and no other": changed(good, context={"drifting": []}),
+        "drift names the changed servers and no other": changed(good, contexts={"v2": {"drifting": []}}),
         "every forecast that was due is accounted for, none twice": changed(
             good, ledger=good.ledger | {"due": 1}
         ),
@@ -156,9 +157,10 @@ def test_each_thing_that_did_not_happen_is_a_no(good: Outcome) -> None:
         assert untrue(outcome) == [claim]
 
 
-def test_without_a_second_training_three_claims_fall(good: Outcome) -> None:
+def test_without_a_second_training_four_claims_fall(good: Outcome) -> None:
     alone = changed(good, attempts=good.attempts[:1])
     assert untrue(alone) == [
+        "drift names the changed servers and no other",
         "the engine started a training because of drift",
         "the new model was loaded without a failed request",
         "forecasts of the changed servers are better afterwards",
@@ -168,6 +170,6 @@ def test_without_a_second_training_three_claims_fall(good: Outcome) -> None:
 
 def test_a_run_that_left_nothing_claims_nothing(good: Outcome) -> None:
     nothing = changed(
-        good, seen=Seen(failed=1), replay={}, attempts=[], context={}, ledger={}, exit_codes={"replay": 1}
+        good, seen=Seen(failed=1), replay={}, attempts=[], contexts={}, ledger={}, exit_codes={"replay": 1}
     )
     assert len(untrue(nothing)) == len(claims(nothing))

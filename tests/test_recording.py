@@ -146,7 +146,7 @@ def test_a_file_that_is_missing_or_no_parquet_is_refused(tmp_path: Path, content
 
 def test_the_bundled_sample_is_complete() -> None:
     recording = load_recording(SAMPLE, [parse_formula("cpu_pct=cpu_r_norm01*100")])
-    assert len(recording) == 8 * 8 * 1440 + 9 * 1440
+    assert len(recording) == 8 * 7 * 1440 + 9 * 1440
     cpu = recording.metrics["cpu_pct"]
     assert not np.isnan(cpu).any()
     assert 0.0 <= cpu.min() <= cpu.max() <= 100.0001

@@ -21,7 +21,7 @@ PROGRAMS = (
     "tft_trainer.py",
 )
 SAMPLE = ROOT / "samples" / "smd_fleet.parquet"
-FLEET = ("1-2", "1-3", "1-6", "1-8", "2-4", "2-7", "2-8", "3-3")
+FLEET = ("1-2", "1-3", "1-6", "1-7", "1-8", "2-1", "2-7", "2-8")
 MAPPING = ("cpu_pct=cpu_r_norm01*100", "mem_pct=mem_u_norm01*100")
 # Small enough that a training takes seconds; everything else is the default.
 SMALL_TRAINING = "[trainer]\nsteps_per_epoch = 4\nbatch_size = 32\nhidden_size = 8\n"

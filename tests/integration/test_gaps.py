@@ -8,16 +8,16 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from benchmarks.programs import InferenceDaemon, wait_for
 from fleetcast.errors import ExitCode
 from fleetcast.files import read_json
 from fleetcast.sources import replay
-from tests.faults.programs import InferenceDaemon, wait_for
 
 pytestmark = pytest.mark.slow
 SAMPLE = Path(__file__).parents[2] / "samples" / "smd_fleet.parquet"
-START = datetime(2000, 1, 4, tzinfo=UTC)
+START = datetime(2000, 1, 10, tzinfo=UTC)
 GAP = (START + timedelta(hours=20), START + timedelta(hours=50))  # 30 hours without anybody
-AWAY = "smd-machine-2-4"
+AWAY = "smd-machine-2-1"
 AWAY_TIME = (START + timedelta(hours=6), START + timedelta(hours=16))
 BIN = pd.Timedelta("5min")
 
