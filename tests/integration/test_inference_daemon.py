@@ -13,8 +13,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from programs import InferenceDaemon, Program, free_port, wait_for
 
+from benchmarks.programs import InferenceDaemon, Program, free_port, wait_for
 from data_buffer import DataBuffer
 from fleetcast.clock import iso_z
 from fleetcast.errors import DaemonAway, ExitCode
