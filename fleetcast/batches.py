@@ -4,6 +4,7 @@ Owns: how a RecordBatch and SettledForecasts look in columns. Does not know: fil
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,18 +14,33 @@ from numpy.typing import NDArray
 from fleetcast.errors import BadData
 from fleetcast.recordrules import REQUIRED
 from fleetcast.schema import Codes, Longs, RecordBatch, SettledForecasts
-from fleetcast.tables import METRICS, PREDICTIONS, TIME, floats, texts, times_ms
+from fleetcast.tables import (
+    METRICS,
+    NUMBER,
+    PREDICTIONS,
+    TIME,
+    column_of,
+    floats,
+    nulls_for_nan,
+    texts,
+    times_ms,
+)
 
 Cells = Sequence[Any] | NDArray[Any]
 _NO_TIME = np.iinfo(np.int64).min
 
 
 def table_of_batch(batch: RecordBatch) -> pa.Table:
-    """Return records as a table in the order they came; NaN stays NaN."""
+    """Return records as a canonical table, in the order they came."""
+    metrics = sorted(batch.metrics)
     names = pa.array(batch.server_names, type=pa.string())
-    servers = pa.DictionaryArray.from_arrays(pa.array(batch.server_codes, type=pa.int32()), names)
-    columns = [_times(batch.timestamps_ms), servers, *(pa.array(values) for values in batch.metrics.values())]
-    return pa.table(columns, names=[*METRICS.schema.names, *batch.metrics])
+    servers = pa.DictionaryArray.from_arrays(column_of(batch.server_codes, pa.int32()), names)
+    columns = [
+        column_of(batch.timestamps_ms, TIME),
+        servers,
+        *(nulls_for_nan(batch.metrics[name]) for name in metrics),
+    ]
+    return pa.Table.from_arrays(columns, schema=_schema(tuple(metrics)))
 
 
 def batch_of_table(table: pa.Table) -> RecordBatch:
@@ -45,15 +61,15 @@ def batch_of_table(table: pa.Table) -> RecordBatch:
 def table_of_settled(rows: SettledForecasts) -> pa.Table:
     """Return settled forecasts as a table."""
     columns = {
-        "origin": _times(rows.origin_ms),
-        "target": _times(rows.target_ms),
-        "horizon": pa.array(rows.horizon, type=pa.int32()),
+        "origin": column_of(rows.origin_ms, TIME),
+        "target": column_of(rows.target_ms, TIME),
+        "horizon": column_of(rows.horizon, pa.int32()),
         "server_name": texts(rows.server_name),
         "metric": texts(rows.metric),
-        "p10": pa.array(rows.p10, type=pa.float64()),
-        "p50": pa.array(rows.p50, type=pa.float64()),
-        "p90": pa.array(rows.p90, type=pa.float64()),
-        "actual": pa.array(rows.actual, type=pa.float64()),
+        "p10": column_of(rows.p10, NUMBER),
+        "p50": column_of(rows.p50, NUMBER),
+        "p90": column_of(rows.p90, NUMBER),
+        "actual": column_of(rows.actual, NUMBER),
         "model_version": texts(rows.model_version),
     }
     return pa.table(columns)
@@ -90,6 +106,12 @@ def columns_of_frame(frame: Any) -> dict[str, Cells]:
     return {name: _cells(frame.iloc[:, place]) for place, name in enumerate(names)}
 
 
+@lru_cache(maxsize=256)
+def _schema(metrics: tuple[str, ...]) -> pa.Schema:
+    """Return the schema of a table of these metrics; a fleet sends few different ones."""
+    return pa.schema([*METRICS.schema, *((name, NUMBER) for name in metrics)])
+
+
 def _cells(series: Any) -> Cells:
     """Return one DataFrame column; pandas' missing values are None, NaN or the missing time."""
     if series.dtype.kind == "M":
@@ -100,10 +122,6 @@ def _cells(series: Any) -> Cells:
         return np.asarray(series.to_numpy(dtype=np.float64, na_value=np.nan))
     missing = series.isna().to_numpy()
     return [None if gone else cell for cell, gone in zip(series.tolist(), missing, strict=True)]
-
-
-def _times(milliseconds: Longs) -> pa.Array:
-    return pa.array(milliseconds, type=pa.int64()).view(TIME)
 
 
 def _objects(column: pa.ChunkedArray) -> Any:

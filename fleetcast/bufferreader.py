@@ -17,7 +17,7 @@ from fleetcast.bufferstats import buffer_stats
 from fleetcast.dayreader import DayReader
 from fleetcast.export import export_records
 from fleetcast.schema import RecordBatch, SettledForecasts
-from fleetcast.tables import METRICS, PREDICTIONS, merged, stored_schema, times_ms
+from fleetcast.tables import METRICS, PREDICTIONS, in_order, merged, stored_schema, times_ms
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,7 +52,7 @@ class BufferReader:
             tables.append(table if horizon is None else table.filter(pc.field("horizon") == horizon))
         whole = merged(tables, PREDICTIONS)
         order = np.argsort(times_ms(whole, "target"), kind="stable")
-        return settled_of_table(whole.take(pa.array(order)))
+        return settled_of_table(in_order(whole, order))
 
     def newest_ms(self) -> int | None:
         """Return the newest time of all records."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fleetcast.dayfiles import DAY_MS, day_of_ms, day_path, folder_bytes, list_days, open_day, part_names
+from fleetcast.dayfiles import day_path, folder_bytes, list_days, open_day, part_names, split_by_day
 from fleetcast.dayreader import LogRows, log_folder, read_log
 from fleetcast.tables import TableKind, has_key, merged, times_ms
 
@@ -48,14 +48,8 @@ def _rows_of_day(folder: Path, kind: TableKind, day: date) -> int:
 
 def _log_by_day(log: Sequence[LogRows], kind: TableKind) -> dict[date, pa.Table]:
     """Return the log's rows, merged, by day."""
-    if not log:
-        return {}
-    table = merged([rows.table for rows in log], kind)
-    numbers = times_ms(table, kind.time_column) // DAY_MS
-    return {
-        day_of_ms(number * DAY_MS): table.filter(pa.array(numbers == number))
-        for number in np.unique(numbers).tolist()
-    }
+    by_day: dict[date, pa.Table] = split_by_day(merged([rows.table for rows in log], kind), kind)
+    return by_day
 
 
 def _new_rows(folder: Path, kind: TableKind, day: date, rows: pa.Table) -> int:

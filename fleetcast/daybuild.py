@@ -20,7 +20,7 @@ from fleetcast.dayreader import LogRows, merge_sources
 from fleetcast.files import exchange, fsync_dir, fsync_file, publish, storage_error
 from fleetcast.parts import COLUMNS_FILE, OpenPart, PartName, write_part
 from fleetcast.quarantine import Quarantine
-from fleetcast.tables import TableKind, has_key, merged, union_schema
+from fleetcast.tables import TableKind, chosen, has_key, merged, union_schema
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ def remove_path(path: Path) -> None:
 def _updated(part: OpenPart, rows: pa.Table, kind: TableKind) -> Iterator[pa.Table]:
     for old in part.tables():
         hit = has_key(rows, old, kind)
-        yield merged([old, rows.filter(pa.array(hit))], kind) if hit.any() else old
+        yield merged([old, chosen(rows, hit)], kind) if hit.any() else old
 
 
 def _link(source: Path, target: Path) -> None:

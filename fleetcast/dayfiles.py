@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+
 from fleetcast.clock import BIN_EPOCH
 from fleetcast.parts import COLUMNS_FILE, READ_ERRORS, OpenPart, PartName
-from fleetcast.tables import TableKind
+from fleetcast.tables import TableKind, chosen, times_ms
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +55,21 @@ def day_start_ms(day: date) -> int:
     return (day - BIN_EPOCH.date()).days * DAY_MS
 
 
+def split_by_day(table: pa.Table, kind: TableKind) -> dict[date, pa.Table]:
+    """Return the rows of each UTC day, oldest first; their order stays."""
+    numbers = times_ms(table, kind.time_column) // DAY_MS
+    if len(numbers) and numbers.min() == numbers.max():
+        return {day_of_ms(int(numbers[0]) * DAY_MS): table}
+    return {
+        day_of_ms(number * DAY_MS): chosen(table, numbers == number) for number in np.unique(numbers).tolist()
+    }
+
+
 def list_days(folder: Path, kind: TableKind) -> list[date]:
     """Return the days that have a file or folder, oldest first; foreign names are not looked at."""
     pattern = re.compile(rf"{kind.name}_(\d{{4}}-\d\d-\d\d)\.parquet")
     try:
-        names = [path.name for path in folder.iterdir()]
+        names = [entry.name for entry in os.scandir(folder)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     days = []
@@ -72,7 +85,7 @@ def list_days(folder: Path, kind: TableKind) -> list[date]:
 def part_names(path: Path) -> list[PartName]:
     """Return the parts in a day's folder, oldest first; none if it is a sealed file or missing."""
     try:
-        names = [entry.name for entry in path.iterdir()]
+        names = [entry.name for entry in os.scandir(path)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(name for text in names if (name := PartName.parse(text)) is not None)

@@ -6,7 +6,7 @@ Does not know: writing.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -19,7 +19,7 @@ from fleetcast.dayfiles import DAY_MS, day_of_ms, day_start_ms, list_days, open_
 from fleetcast.frames import read_segment, segments
 from fleetcast.parts import READ_ERRORS, OpenPart
 from fleetcast.schema import Codes
-from fleetcast.tables import TableKind, canonical, merged, times_ms
+from fleetcast.tables import TableKind, canonical, chosen, concatenated, merged, times_ms
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +34,21 @@ class LogRows:
     table: pa.Table
 
 
-def decode_frame(payload: bytes, kind: TableKind) -> pa.Table:
-    """Return the canonical table of a log frame."""
-    with pa.ipc.open_stream(payload) as reader:
-        return canonical(reader.read_all(), kind)
+def decode_frames(
+    payloads: Sequence[bytes], kind: TableKind, on_bad: Callable[[bytes, Exception], None]
+) -> pa.Table:
+    """Return the rows of log frames in their order; an undecodable one costs only itself."""
+    tables: list[pa.Table] = []
+    for payload in payloads:
+        try:
+            with pa.ipc.open_stream(payload) as reader:
+                table = reader.read_all()
+            if not tables or not table.schema.equals(tables[-1].schema):  # a fleet sends few shapes
+                table = canonical(table, kind)
+            tables.append(table)
+        except READ_ERRORS as error:
+            on_bad(payload, error)
+    return concatenated(tables, kind)
 
 
 def encode_frame(table: pa.Table) -> bytes:
@@ -61,12 +72,14 @@ def read_log(folder: Path, kind: TableKind) -> list[LogRows]:
             content = read_segment(segment.path)
         except OSError:  # became parts since it was listed; the days are opened later
             continue
-        for payload in content.payloads:
-            try:
-                found.append(LogRows(segment.number, decode_frame(payload, kind)))
-            except READ_ERRORS as error:
-                logger.warning("skipped a log frame segment=%s error=%s", segment.path, error)
+        table = decode_frames(content.payloads, kind, _note_bad_frame)
+        if len(table):
+            found.append(LogRows(segment.number, table))
     return found
+
+
+def _note_bad_frame(payload: bytes, error: Exception) -> None:
+    logger.warning("skipped a log frame size_bytes=%d error=%s", len(payload), error)
 
 
 class DayReader:
@@ -225,7 +238,7 @@ def _servers_between(table: pa.Table, kind: TableKind, first: str | None, last: 
         return table
     names, codes = _server_codes(table, kind)
     wanted = np.array([first <= name <= last for name in names], dtype=np.bool_)
-    return table.filter(pa.array(wanted[codes]))
+    return chosen(table, wanted[codes])
 
 
 def _whole_servers(tables: Iterator[pa.Table], kind: TableKind) -> Iterator[pa.Table]:
@@ -263,7 +276,7 @@ def _narrow(table: pa.Table, kind: TableKind, columns: Sequence[str] | None) -> 
 def _between(table: pa.Table, kind: TableKind, start_ms: int, end_ms: int) -> pa.Table:
     times = times_ms(table, kind.time_column)
     inside = (times >= start_ms) & (times < end_ms)
-    return table if inside.all() else table.filter(pa.array(inside))
+    return table if inside.all() else chosen(table, inside)
 
 
 def _edges(part: OpenPart, kind: TableKind) -> list[int]:

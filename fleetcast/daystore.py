@@ -12,22 +12,20 @@ import threading
 from datetime import datetime
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 from fleetcast.clock import monotonic
 from fleetcast.daybuild import Step, no_step
-from fleetcast.dayfiles import DAY_MS, day_of_ms, list_days, part_names
-from fleetcast.dayreader import decode_frame, encode_frame, log_folder
+from fleetcast.dayfiles import list_days, part_names, split_by_day
+from fleetcast.dayreader import decode_frames, encode_frame, log_folder
 from fleetcast.dayupkeep import DayUpkeep, UpkeepPace
 from fleetcast.daywriter import DayWriter
 from fleetcast.errors import FleetcastError, UnknownFormat
 from fleetcast.files import fsync_dir, storage_error
 from fleetcast.frames import Segment, SegmentContent, read_segment, segments
-from fleetcast.parts import READ_ERRORS
 from fleetcast.quarantine import Quarantine
 from fleetcast.settings import BufferSettings
-from fleetcast.tables import TableKind, merged, times_ms
+from fleetcast.tables import TableKind, merged
 from fleetcast.wal import WriteAheadLog
 
 logger = logging.getLogger(__name__)
@@ -163,12 +161,11 @@ class DayStore:
 
     def _apply(self, segment: Segment, content: SegmentContent) -> int:
         """Add one closed segment's rows to their days, then delete it."""
-        table = merged(self._rows(segment, content), self.kind)
+        table = merged([self._rows(segment, content)], self.kind)
         self._step("segment read")
-        days = times_ms(table, self.kind.time_column) // DAY_MS
-        for number in np.unique(days).tolist():
-            day = day_of_ms(number * DAY_MS)
-            self._writer.add(day, table.filter(pa.array(days == number)), segment.number)
+        by_day = split_by_day(table, self.kind)
+        for day, rows in by_day.items():
+            self._writer.add(day, rows, segment.number)
             self._upkeep.note_change(day)
         try:
             segment.path.unlink(missing_ok=True)
@@ -181,12 +178,12 @@ class DayStore:
                 "buffer flushed kind=%s rows=%d days=%d segment=%d",
                 self.kind.name,
                 len(table),
-                len(np.unique(days)),
+                len(by_day),
                 segment.number,
             )
         return len(table)
 
-    def _rows(self, segment: Segment, content: SegmentContent) -> list[pa.Table]:
+    def _rows(self, segment: Segment, content: SegmentContent) -> pa.Table:
         """Return the rows of a segment; what cannot be read goes to the quarantine."""
         if content.is_newer_format:
             raise UnknownFormat(
@@ -198,11 +195,9 @@ class DayStore:
             logger.warning(
                 "dropped an unfinished frame segment=%s size_bytes=%d", segment.path, content.torn_bytes
             )
-        tables = []
-        for place, payload in enumerate(content.payloads):
-            try:
-                tables.append(decode_frame(payload, self.kind))
-            except READ_ERRORS as error:
-                self._quarantine.keep_bytes(f"{self.kind.name}-{segment.path.name}-frame{place}", payload)
-                logger.error("undecodable frame segment=%s place=%d error=%s", segment.path, place, error)
-        return tables
+
+        def keep(payload: bytes, error: Exception) -> None:
+            logger.error("undecodable frame segment=%s error=%s", segment.path, error)
+            self._quarantine.keep_bytes(f"{self.kind.name}-{segment.path.name}-frame", payload)
+
+        return decode_frames(content.payloads, self.kind, keep)

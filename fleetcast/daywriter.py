@@ -28,7 +28,7 @@ from fleetcast.dayfiles import day_path, list_days, open_day, part_names
 from fleetcast.files import TEMP_MARK, fsync_dir, publish, remove_stale_temps, storage_error, temp_beside
 from fleetcast.parts import COLUMNS_FILE, READ_ERRORS, OpenPart, PartName, write_part
 from fleetcast.quarantine import Quarantine
-from fleetcast.tables import Flags, TableKind, has_key, merged, times_ms
+from fleetcast.tables import Flags, TableKind, chosen, has_key, merged, times_ms
 
 logger = logging.getLogger(__name__)
 
@@ -97,11 +97,11 @@ class DayWriter:
         with DayBuild(path, self._kind, snapshot, self._quarantine, self._step) as build:
             for part in snapshot.parts:
                 if part in touched:
-                    build.rewrite(part, table.filter(pa.array(touched[part])))
+                    build.rewrite(part, chosen(table, touched[part]))
                 else:
                     build.keep(part)
             if is_fresh.any():
-                build.add(table.filter(pa.array(is_fresh)), number)
+                build.add(chosen(table, is_fresh), number)
         self._facts.pop(day, None)
 
     def compact(self, day: date) -> bool:
@@ -169,7 +169,7 @@ class DayWriter:
         for part in parts:
             is_known = self._known_rows(part, table)
             is_fresh &= ~is_known
-            if is_known.any() and self._changes(part, table.filter(pa.array(is_known))):
+            if is_known.any() and self._changes(part, chosen(table, is_known)):
                 touched[part] = is_known
         return is_fresh, touched
 
@@ -184,7 +184,7 @@ class DayWriter:
         """Whether merging `rows` changes a value in `part`."""
         for old in part.tables(None, part.groups(*self._name_range(rows))):
             hit = has_key(rows, old, self._kind)
-            if hit.any() and not _holds_all(old, merged([old, rows.filter(pa.array(hit))], self._kind)):
+            if hit.any() and not _holds_all(old, merged([old, chosen(rows, hit)], self._kind)):
                 return True
         return False
 

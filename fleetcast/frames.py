@@ -8,6 +8,7 @@ version), payload length and crc32c of length + payload (little-endian unsigned 
 payload. The magic holds a byte that UTF-8 never has, so no name in a payload can imitate it.
 """
 
+import os
 import re
 import struct
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def segment_path(folder: Path, number: int) -> Path:
 def segments(folder: Path) -> list[Segment]:
     """Return the segments of a log folder, oldest first; foreign files are not looked at."""
     try:
-        names = [path.name for path in folder.iterdir()]
+        names = [entry.name for entry in os.scandir(folder)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     found = [(match, name) for name in names if (match := _SEGMENT_NAME.fullmatch(name))]

@@ -17,18 +17,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fleetcast.files import fsync_file, storage_error
-from fleetcast.tables import NotThisKind, TableKind, canonical, filled, stored_schema
+from fleetcast.tables import NotThisKind, TableKind, canonical, filled, is_canonical, stored_schema
 
 logger = logging.getLogger(__name__)
 
 COLUMNS_FILE = "00-columns.parquet"  # sorts first: readers of the folder take their columns from it
 FORMAT_VERSION = 1
-_META_FORMAT = b"fleetcast.format"
-_META_NUMBER = b"fleetcast.segment"
+_META_FORMAT = "fleetcast.format"
+_META_NUMBER = "fleetcast.segment"
 _PART_NAME = re.compile(r"part-(\d{12})-(\d+)\.parquet")
 _PART_GROUP_ROWS = 32_768
 _SEALED_GROUP_ROWS = 131_072
 _SEALED_ZSTD_LEVEL = 9
+_THREADS_ROWS = 50_000  # below, starting threads costs more than it saves
 READ_ERRORS = (pa.ArrowException, OSError, NotThisKind, KeyError, ValueError)
 
 
@@ -69,14 +70,13 @@ def write_part(
     Raises:
         StorageFull, StorageBroken: nothing is left at `path`.
     """
-    written = stored_schema(schema).with_metadata(
-        {_META_FORMAT: str(FORMAT_VERSION).encode(), _META_NUMBER: str(number).encode()}
-    )
+    written = stored_schema(schema)
     options = _options(kind, schema, is_sealed)
     group_rows = _SEALED_GROUP_ROWS if is_sealed else _PART_GROUP_ROWS
     n_rows = 0
     try:
         with path.open("xb") as stream, pq.ParquetWriter(stream, written, **options) as writer:
+            writer.add_key_value_metadata({_META_FORMAT: str(FORMAT_VERSION), _META_NUMBER: str(number)})
             for table in tables:
                 writer.write_table(filled(table, schema).cast(written), row_group_size=group_rows)
                 n_rows += len(table)
@@ -103,16 +103,18 @@ class OpenPart:
             page_checksum_verification=True,
         )
         metadata = self._file.metadata
-        version = int((metadata.metadata or {}).get(_META_FORMAT, b"0"))
+        said = metadata.metadata or {}
+        version = int(said.get(_META_FORMAT.encode(), b"0"))
         if version > FORMAT_VERSION:
             raise NotThisKind(f"format {version} is newer than {FORMAT_VERSION}")
-        named = (metadata.metadata or {}).get(_META_NUMBER, b"0")
-        self.number = name.number if name else int(named)
+        self.is_ours = version > 0
+        self.number = name.number if name else int(said.get(_META_NUMBER.encode(), b"0"))
         self.n_rows: int = metadata.num_rows
         self.n_damaged_groups = 0
-        self.is_ours = _META_NUMBER in (metadata.metadata or {})
         self.column_names: list[str] = self._file.schema_arrow.names
-        self._schema = canonical(self._file.schema_arrow.empty_table(), kind).schema
+        found = self._file.schema_arrow
+        self._schema = found if is_canonical(found, kind) else canonical(found.empty_table(), kind).schema
+        self._is_large = self.n_rows > _THREADS_ROWS
 
     @property
     def schema(self) -> pa.Schema:
@@ -162,7 +164,8 @@ class OpenPart:
         wanted = self._wanted(columns)
         for group in range(self._file.metadata.num_row_groups) if groups is None else groups:
             try:
-                yield canonical(self._file.read_row_group(group, columns=wanted), self._kind, columns)
+                table = self._file.read_row_group(group, columns=wanted, use_threads=self._is_large)
+                yield canonical(table, self._kind, columns)
             except READ_ERRORS as error:
                 self.n_damaged_groups += 1
                 logger.warning(
@@ -183,12 +186,7 @@ def _options(kind: TableKind, schema: pa.Schema, is_sealed: bool) -> dict[str, o
         "write_statistics": [kind.key[0], kind.time_column],
     }
     if not is_sealed:
-        return {
-            **common,
-            "compression": "zstd",
-            "compression_level": 1,
-            "use_dictionary": list(kind.text_columns),
-        }
+        return {**common, "compression": "lz4", "use_dictionary": list(kind.text_columns)}
     times = [field.name for field in schema if pa.types.is_timestamp(field.type)]
     return {
         **common,

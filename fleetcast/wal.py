@@ -95,20 +95,20 @@ class WriteAheadLog:
 
     def _write(self, group: list[_Waiter]) -> None:
         descriptor = self._open_segment()
-        path = self._path()
+        number = self._open_number
         buffers = [buffer for waiter in group for buffer in waiter.buffers]
         try:
             written = _write_all(descriptor, buffers)
         except OSError as error:
             self._take_back(descriptor)
-            raise storage_error(path, error) from error
+            raise storage_error(self._path(number), error) from error
         try:
             os.fdatasync(descriptor)
         except OSError as error:
             # after a failed fsync the kernel may have dropped the pages: this descriptor lies from now on
             self._take_back(descriptor)
             self._close_segment()
-            raise storage_error(path, error) from error
+            raise storage_error(self._path(number), error) from error
         self._size_bytes += written
         if self._size_bytes >= SEGMENT_MAX_BYTES:
             self._close_segment()
@@ -118,13 +118,13 @@ class WriteAheadLog:
         try:
             os.ftruncate(descriptor, self._size_bytes)
         except OSError as error:
-            logger.error("cannot cut a refused write off segment=%s error=%s", self._path(), error)
+            logger.error("cannot cut a refused write off number=%d error=%s", self._open_number, error)
             self._close_segment()
 
     def _open_segment(self) -> int:
         if self._descriptor is not None:
             return self._descriptor
-        path = segment_path(self._folder, self._next_number)
+        path = self._path(self._next_number)
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
             self._descriptor = os.open(path, flags, 0o644)
@@ -144,8 +144,8 @@ class WriteAheadLog:
             self._descriptor = None
         self._open_number = -1
 
-    def _path(self) -> Path:
-        return segment_path(self._folder, self._open_number)
+    def _path(self, number: int) -> Path:
+        return segment_path(self._folder, number)
 
 
 def _write_all(descriptor: int, buffers: list[bytes]) -> int:
