@@ -202,10 +202,10 @@ class RowsOf(Sequence[dict[str, object]]):
     """Columns seen as the records they hold, made when asked for."""
 
     def __init__(self, columns: Mapping[str, Column]) -> None:
-        self._columns = columns
+        self.columns = columns
 
     def __len__(self) -> int:
-        return len(self._columns["timestamp"])
+        return len(self.columns["timestamp"])
 
     @overload
     def __getitem__(self, place: int) -> dict[str, object]: ...
@@ -214,4 +214,4 @@ class RowsOf(Sequence[dict[str, object]]):
     def __getitem__(self, place: int | slice) -> dict[str, object] | list[dict[str, object]]:
         if isinstance(place, slice):
             return [self[row] for row in range(*place.indices(len(self)))]
-        return {name: cell(name, column, place) for name, column in self._columns.items()}
+        return {name: cell(name, column, place) for name, column in self.columns.items()}

@@ -18,6 +18,7 @@ from fleetcast.record_columns import (
     CodedNames,
     Column,
     Flags,
+    RowsOf,
     cell,
     cell_kinds,
     in_range,
@@ -56,10 +57,12 @@ class Accepted:
 
 
 def accept(raw: Sequence[object], rules: RecordRules) -> Accepted:
-    """Check raw records (mappings as in `POST /feed/data`).
+    """Check raw records (mappings as in `POST /feed/data`, or columns seen as such).
 
     One bad record never costs the others: it is reported with index, field and reason.
     """
+    if isinstance(raw, RowsOf):
+        return accept_columns(raw.columns, rules)
     sheet = _Sheet(len(raw), rules)
     by_shape: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for index, record in enumerate(raw):
@@ -102,7 +105,7 @@ class _Sheet:
 
     def accepted(self) -> Accepted:
         """Return what was kept, derived metrics added, rounded."""
-        kept = self._is_kept
+        kept: Flags | slice = slice(None) if self._is_kept.all() else self._is_kept
         metrics = {name: values[kept] for name, values in self._metrics.items()}
         _derive_cpu(metrics)
         rules = self._rules
@@ -146,16 +149,20 @@ class _Sheet:
                 metrics[name], is_number = numbers(column, kinds)
                 is_good &= is_number & in_range(name, metrics[name])
         metrics = _without_aliases(metrics)
+        metrics = {name: values for name, values in metrics.items() if not np.isnan(values).all()}
         if len(self._metrics.keys() | metrics.keys()) > METRICS_MAX:
             is_good[:] = False
+        self._ignored += int(n_ignored[is_good].sum())
+        if is_good.all() and len(rows) == len(self._is_kept):  # all of the call, which is the usual case
+            self._is_kept[:] = True
+            self._timestamps_ms, self._codes, self._metrics = times, codes, metrics
+            return
         kept = rows[is_good]
         self._is_kept[kept] = True
         self._timestamps_ms[kept] = times[is_good]
         self._codes[kept] = codes[is_good]
         for name, values in metrics.items():
-            if not np.isnan(values).all():
-                self._metric(name)[kept] = values[is_good]
-        self._ignored += int(n_ignored[is_good].sum())
+            self._metric(name)[kept] = values[is_good]
         for place in np.flatnonzero(~is_good).tolist():
             self.take_one(
                 int(rows[place]), {name: cell(name, cells, place) for name, cells in columns.items()}
