@@ -13,6 +13,7 @@ import numpy as np
 
 from fleetcast.baseline import Baseline
 from fleetcast.clock import SystemClock, iso_z, sleep
+from fleetcast.errors import AlreadyRunning
 from fleetcast.files import OwnerLock, write_json
 from fleetcast.registry import TRAINER_LOCK, Registry
 from fleetcast.versions import BASELINE_FILE, MODEL_FILE, new_version_id
@@ -32,7 +33,12 @@ def main() -> int:
     print(f"stand-in: {order}, data {Path(options.data).exists()}", flush=True)
     registry = Registry(Path(options.checkpoint_dir))
     attempt_id = os.environ["TFT_ATTEMPT_ID"]
-    with OwnerLock(registry.folder / TRAINER_LOCK, "the trainer's lock"):
+    try:
+        lock = OwnerLock(registry.folder / TRAINER_LOCK, "the trainer's lock").acquire()
+    except AlreadyRunning as error:
+        print(error)
+        return int(error.exit_code)
+    with lock:
         if order == "wait":
             while Path("stand_in.txt").read_text().strip() == "wait":
                 sleep(0.05)
