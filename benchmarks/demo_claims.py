@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from benchmarks import splice
-from benchmarks.loop_harness import Seen, ledger_counts, summary
+from benchmarks.loop_harness import Seen, decisions, ledger_counts, summary
 from benchmarks.settled_errors import ErrorCell, Phase, error_table, keys_of
-from fleetcast.clock import parse_plain_utc, to_ms
+from fleetcast.clock import iso_z, parse_plain_utc, to_ms
 from fleetcast.files import read_json
 from fleetcast.schema import SettledForecasts
 
@@ -37,6 +37,7 @@ class Outcome:
     exit_codes: dict[str, int]
     replay: dict[str, str]
     attempts: list[dict[str, Any]]  # oldest first
+    decisions: list[dict[str, Any]]  # one per check, oldest first
     contexts: dict[str, dict[str, Any]]  # training_context.json of each attempt, by its id
     ledger: dict[str, int]
     rows: SettledForecasts
@@ -56,6 +57,7 @@ class Outcome:
             exit_codes=exit_codes,
             replay=summary((folder / "replay.out").read_text()),
             attempts=list(reversed(state["attempts"])),
+            decisions=decisions(folder),
             contexts=contexts,
             ledger=ledger_counts(folder),
             rows=rows,
@@ -132,12 +134,21 @@ def _first_training(outcome: Outcome) -> Claim:
 
 def _control(outcome: Outcome) -> Claim:
     served = outcome.served_from(outcome.first)
-    quiet_h = splice.hours(served, splice.CHANGE) if served else 0.0
     between = [a for a in outcome.attempts if served and served <= _started(a) < splice.CHANGE]
-    evidence = f"{quiet_h:.1f} h of unchanged data under the model, trainings in them: {len(between)}"
+    judged = [
+        parse_plain_utc(line["at"])
+        for line in outcome.decisions
+        if line["drift_status"] == "ready" and line["at"] < iso_z(splice.CHANGE)
+    ]
+    judged_h = splice.hours(judged[0], judged[-1]) if judged else 0.0
+    served_h = splice.hours(served, splice.CHANGE) if served else 0.0
+    evidence = (
+        f"{served_h:.1f} h of unchanged data under the model, {judged_h:.1f} h of them judged in "
+        f"{len(judged)} checks; trainings: {len(between)}"
+    )
     return Claim(
-        f"nothing is trained while nothing changes (>= {CONTROL_HOURS:.0f} h)",
-        quiet_h >= CONTROL_HOURS and not between,
+        f"nothing is trained while nothing changes ({CONTROL_HOURS:.0f} h)",
+        judged_h >= CONTROL_HOURS and not between,
         evidence,
     )
 

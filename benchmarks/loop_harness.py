@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from fleetcast.clock import monotonic, sleep
 from fleetcast.errors import DaemonAway
-from fleetcast.files import read_json
+from fleetcast.files import read_json, read_json_lines
 from fleetcast.sources.client import DaemonClient
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -195,6 +195,12 @@ def summary(text: str) -> dict[str, str]:
     """Return the figures of the line a replay ends with."""
     line = next((line for line in text.splitlines() if line.startswith("replay: records=")), "")
     return dict(pair.split("=", 1) for pair in line.split() if "=" in pair)
+
+
+def decisions(folder: Path) -> list[dict[str, Any]]:
+    """Return the retraining daemon's decisions that are still kept, oldest first."""
+    lines = [line for path in folder.glob("decisions.jsonl*") for line in read_json_lines(path)]
+    return sorted(lines, key=lambda line: str(line["at"]))
 
 
 def ledger_counts(folder: Path) -> dict[str, int]:

@@ -15,14 +15,14 @@ SAMPLE = Path(__file__).resolve().parents[1] / "samples" / "smd_fleet.parquet"
 MAPS = ("cpu_pct=cpu_r_norm01*100", "mem_pct=mem_u_norm01*100", "disk_write_pct=disk_wb_norm01*100")
 METRICS = tuple(text.split("=")[0] for text in MAPS)
 START = datetime(2000, 1, 10, tzinfo=UTC)
-CHANGE = datetime(2000, 1, 15, 6, tzinfo=UTC)
-END = datetime(2000, 1, 16, 18, tzinfo=UTC)
+CHANGE = datetime(2000, 1, 15, 9, tzinfo=UTC)
+END = datetime(2000, 1, 16, 21, tzinfo=UTC)
 DONOR = "smd-machine-1-5"
 # server -> the day of the donor that it continues with; the time of day is kept
 SPLICED = {
-    "smd-machine-1-3": datetime(2000, 1, 21, 6, tzinfo=UTC),
-    "smd-machine-1-7": datetime(2000, 1, 24, 6, tzinfo=UTC),
-    "smd-machine-2-8": datetime(2000, 1, 27, 6, tzinfo=UTC),
+    "smd-machine-1-3": datetime(2000, 1, 21, 9, tzinfo=UTC),
+    "smd-machine-1-7": datetime(2000, 1, 24, 9, tzinfo=UTC),
+    "smd-machine-2-8": datetime(2000, 1, 27, 9, tzinfo=UTC),
 }
 
 

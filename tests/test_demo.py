@@ -12,7 +12,7 @@ from benchmarks import splice
 from benchmarks.demo_claims import Outcome, claims, table
 from benchmarks.loop_harness import Reload, Seen, summary
 from benchmarks.settled_errors import Phase, error_table, last_values
-from fleetcast.clock import plain_utc, to_ms
+from fleetcast.clock import iso_z, plain_utc, to_ms
 from fleetcast.schema import SettledForecasts
 
 BIN = timedelta(minutes=5)
@@ -116,6 +116,9 @@ def good() -> Outcome:
         exit_codes={"inference": 0, "retraining": 0, "replay": 0},
         replay={"records": "10", "accepted": "10", "rejected": "0", "requests": "3"},
         attempts=[attempt("initial", first - BIN, "v1"), attempt("drift", second - BIN, "v2")],
+        decisions=[
+            {"at": iso_z(splice.CHANGE - timedelta(hours=age)), "drift_status": "ready"} for age in (25, 9, 1)
+        ],
         contexts={"v2": {"drifting": [{"server": name, "is_drifting": True} for name in splice.SPLICED]}},
         ledger={"due": len(forecasts) + 2, "settled": len(forecasts), "expired": 2},
         rows=forecasts,
@@ -153,6 +156,8 @@ def test_each_thing_that_did_not_happen_is_a_no(good: Outcome) -> None:
             good, seen=Seen(requests=9, failed=1, reloads=good.seen.reloads)
         ),
     }
+    unjudged = changed(good, decisions=good.decisions[1:])
+    assert untrue(unjudged) == ["nothing is trained while nothing changes"]
     for claim, outcome in cases.items():
         assert untrue(outcome) == [claim]
 
@@ -170,6 +175,13 @@ def test_without_a_second_training_four_claims_fall(good: Outcome) -> None:
 
 def test_a_run_that_left_nothing_claims_nothing(good: Outcome) -> None:
     nothing = changed(
-        good, seen=Seen(failed=1), replay={}, attempts=[], contexts={}, ledger={}, exit_codes={"replay": 1}
+        good,
+        seen=Seen(failed=1),
+        replay={},
+        attempts=[],
+        contexts={},
+        ledger={},
+        exit_codes={"replay": 1},
+        decisions=[],
     )
     assert len(untrue(nothing)) == len(claims(nothing))
