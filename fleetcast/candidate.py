@@ -125,11 +125,8 @@ class CandidateMaker:
         metrics = (*known, *(metric for metric in self._grid.metrics if metric not in known))
         if len(metrics) >= METRIC_SLOTS:
             raise BadData(f"{len(metrics)} metrics, a model holds at most {METRIC_SLOTS - 1}")
-        network = (
-            old.network
-            if old
-            else NetworkConfig(self.shape.n_past, self.shape.n_knots, self._settings.trainer.hidden_size)
-        )
+        width = self._settings.trainer.hidden_size
+        network = old.network if old else NetworkConfig.for_grid(self.shape, width)
         return ModelDescription(version_id, trained_at, metrics, self.shape, network)
 
     def _plan(self, is_incremental: bool, epochs: int, *, shows_progress_bar: bool) -> Fit:

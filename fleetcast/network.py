@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fleetcast.encoding import AHEAD_REALS, PAST_REALS, STATIC_REALS, ModelArrays
+from fleetcast.gridshape import GridShape
 from fleetcast.networkblocks import (
     GatedResidual,
     VariableSelection,
@@ -28,7 +29,8 @@ from fleetcast.networkblocks import (
 from fleetcast.schema import QUANTILES, Longs
 
 METRIC_SLOTS = 32  # slot 0: a metric never seen in training
-_EMBEDDING = 8
+_FIRST_WEIGHT, _FIRST_ANSWER = 0.3, (-0.2, 0.0, 0.2)
+_SMALL = 8  # size of a scalar's vector before it is widened; always smaller than the network's width
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,17 @@ class NetworkConfig:
 
     n_past: int
     n_knots: int
-    hidden_size: int = 32
+    hidden_size: int
+    continuous_size: int
     n_heads: int = 4
-    continuous_size: int = 8
     past_reals: tuple[str, ...] = PAST_REALS
     ahead_reals: tuple[str, ...] = AHEAD_REALS
     static_reals: tuple[str, ...] = STATIC_REALS
+
+    @classmethod
+    def for_grid(cls, grid: GridShape, hidden_size: int) -> "NetworkConfig":
+        """Return the network of one width for one grid."""
+        return cls(grid.n_past, grid.n_knots, hidden_size, min(_SMALL, hidden_size // 2))
 
     def as_config(self) -> dict[str, Any]:
         """Return plain values for a checkpoint."""
@@ -79,11 +86,21 @@ def build(config: NetworkConfig) -> nn.Module:
         x_reals=real_names(config),
         x_categoricals=["metric"],
         hidden_continuous_size=config.continuous_size,
-        embedding_sizes={"metric": (METRIC_SLOTS, min(_EMBEDDING, config.hidden_size))},
+        embedding_sizes={"metric": (METRIC_SLOTS, config.continuous_size)},
         output_transformer=TorchNormalizer("identity"),
         logging_metrics=nn.ModuleList([]),
     )
+    _start_at_last_value(network)
     return network
+
+
+def _start_at_last_value(network: nn.Module) -> None:
+    """Let fresh weights answer "as now, give or take": a forecast that is hard to beat is the start."""
+    layer = network.get_submodule("output_layer")
+    assert isinstance(layer, nn.Linear)
+    with torch.no_grad():
+        layer.weight.mul_(_FIRST_WEIGHT)
+        layer.bias.copy_(torch.tensor(_FIRST_ANSWER))
 
 
 def real_names(config: NetworkConfig) -> list[str]:
