@@ -11,20 +11,22 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from fleetcast.errors import BadData
-from fleetcast.recordrules import REQUIRED
-from fleetcast.schema import Codes, Longs, RecordBatch, SettledForecasts
-from fleetcast.tables import (
-    METRICS,
+from fleetcast.arrays import (
     NUMBER,
-    PREDICTIONS,
     TIME,
+    cells,
+    coded_texts,
+    codes_of,
     column_of,
     floats,
     nulls_for_nan,
     texts,
     times_ms,
 )
+from fleetcast.errors import BadData
+from fleetcast.recordrules import REQUIRED
+from fleetcast.schema import Longs, RecordBatch, SettledForecasts
+from fleetcast.tables import METRICS, PREDICTIONS
 
 Cells = Sequence[Any] | NDArray[Any]
 _NO_TIME = np.iinfo(np.int64).min
@@ -33,8 +35,7 @@ _NO_TIME = np.iinfo(np.int64).min
 def table_of_batch(batch: RecordBatch) -> pa.Table:
     """Return records as a canonical table, in the order they came."""
     metrics = sorted(batch.metrics)
-    names = pa.array(batch.server_names, type=pa.string())
-    servers = pa.DictionaryArray.from_arrays(column_of(batch.server_codes, pa.int32()), names)
+    servers = coded_texts(batch.server_names, batch.server_codes)
     columns = [
         column_of(batch.timestamps_ms, TIME),
         servers,
@@ -45,13 +46,11 @@ def table_of_batch(batch: RecordBatch) -> pa.Table:
 
 def batch_of_table(table: pa.Table) -> RecordBatch:
     """Return the rows of a canonical metrics table."""
-    servers = table.column("server_name").unify_dictionaries().combine_chunks()
-    codes: Codes = servers.indices.to_numpy()
+    every_name, codes = codes_of(table.column("server_name"))
     used, codes_of_used = np.unique(codes, return_inverse=True)
-    every_name = servers.dictionary.to_pylist()
     names = [name for name in table.column_names if name not in REQUIRED]
     return RecordBatch(
-        server_names=tuple(every_name[code] for code in used.tolist()),
+        server_names=tuple(str(every_name[code]) for code in used.tolist()),
         server_codes=codes_of_used.astype(np.int32),
         timestamps_ms=times_ms(table, "timestamp"),
         metrics={name: floats(table.column(name)) for name in names},
@@ -81,7 +80,7 @@ def settled_of_table(table: pa.Table) -> SettledForecasts:
     return SettledForecasts(
         origin_ms=times_ms(table, "origin"),
         target_ms=times_ms(table, "target"),
-        horizon=table.column("horizon").to_numpy().astype(np.int32, copy=False),
+        horizon=cells(table.column("horizon"), np.int32),
         server_name=objects["server_name"],
         metric=objects["metric"],
         p10=floats(table.column("p10")),
@@ -126,7 +125,5 @@ def _cells(series: Any) -> Cells:
 
 def _objects(column: pa.ChunkedArray) -> Any:
     """Return text cells as objects (None for null), each distinct text made once."""
-    array = column.unify_dictionaries().combine_chunks()
-    names = np.array([*array.dictionary.to_pylist(), None], dtype=np.object_)
-    codes = array.indices.fill_null(len(names) - 1).to_numpy() if len(array) else np.zeros(0, dtype=np.int64)
-    return names[codes]
+    names, codes = codes_of(column)
+    return np.array(names, dtype=np.object_)[codes]

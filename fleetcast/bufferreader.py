@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from fleetcast.arrays import cells, chosen, in_order, times_ms
 from fleetcast.batches import batch_of_table, settled_of_table
 from fleetcast.bufferstats import buffer_stats
 from fleetcast.dayreader import DayReader
 from fleetcast.export import export_records
 from fleetcast.schema import RecordBatch, SettledForecasts
-from fleetcast.tables import METRICS, PREDICTIONS, in_order, merged, stored_schema, times_ms
+from fleetcast.tables import METRICS, PREDICTIONS, merged, stored_schema
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +49,9 @@ class BufferReader:
         """Return settled forecasts with start <= target < end, sorted by target."""
         tables = []
         for _, table in self._predictions.read(start_ms, end_ms):
-            tables.append(table if horizon is None else table.filter(pc.field("horizon") == horizon))
+            if horizon is not None:
+                table = chosen(table, cells(table.column("horizon"), np.int32) == horizon)
+            tables.append(table)
         whole = merged(tables, PREDICTIONS)
         order = np.argsort(times_ms(whole, "target"), kind="stable")
         return settled_of_table(in_order(whole, order))

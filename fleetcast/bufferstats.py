@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from fleetcast.arrays import times_ms
 from fleetcast.dayfiles import day_path, folder_bytes, list_days, open_day, part_names, split_by_day
 from fleetcast.dayreader import LogRows, log_folder, read_log
-from fleetcast.tables import TableKind, has_key, merged, times_ms
+from fleetcast.tables import TableKind, has_key, merged
 
 MEGABYTE = 1_000_000
 

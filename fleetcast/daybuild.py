@@ -15,12 +15,13 @@ from typing import Self
 
 import pyarrow as pa
 
+from fleetcast.arrays import chosen
 from fleetcast.dayfiles import DaySnapshot, is_own_file
 from fleetcast.dayreader import LogRows, merge_sources
 from fleetcast.files import exchange, fsync_dir, fsync_file, publish, storage_error
 from fleetcast.parts import COLUMNS_FILE, OpenPart, PartName, write_part
 from fleetcast.quarantine import Quarantine
-from fleetcast.tables import TableKind, chosen, has_key, merged, union_schema
+from fleetcast.tables import TableKind, has_key, merged, union_schema
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ class DayBuild:
 def write_columns(path: Path, kind: TableKind, schemas: Sequence[pa.Schema]) -> None:
     """Write the file without rows that tells readers of a day's folder all its columns."""
     schema = union_schema(kind, schemas)
-    write_part(path, iter([schema.empty_table()]), kind, schema, 0)
+    write_part(path, iter(()), kind, schema, 0)
 
 
 def swap(built: Path, path: Path, on_step: Step) -> None:

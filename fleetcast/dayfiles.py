@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from fleetcast.arrays import chosen, times_ms
 from fleetcast.clock import BIN_EPOCH
 from fleetcast.parts import COLUMNS_FILE, READ_ERRORS, OpenPart, PartName
-from fleetcast.tables import TableKind, chosen, times_ms
+from fleetcast.tables import TableKind
 
 logger = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fleetcast.arrays import chosen, codes_of, times_ms
 from fleetcast.dayfiles import DAY_MS, day_of_ms, day_start_ms, list_days, open_day
 from fleetcast.frames import read_segment, segments
 from fleetcast.parts import READ_ERRORS, OpenPart
-from fleetcast.schema import Codes
-from fleetcast.tables import TableKind, canonical, chosen, concatenated, merged, times_ms
+from fleetcast.tables import TableKind, canonical, concatenated, merged
 
 logger = logging.getLogger(__name__)
 
@@ -236,8 +236,8 @@ def _part_rows(
 def _servers_between(table: pa.Table, kind: TableKind, first: str | None, last: str | None) -> pa.Table:
     if first is None or last is None or len(table) == 0:
         return table
-    names, codes = _server_codes(table, kind)
-    wanted = np.array([first <= name <= last for name in names], dtype=np.bool_)
+    names, codes = codes_of(table.column(kind.key[0]))
+    wanted = np.array([first <= str(name) <= last for name in names], dtype=np.bool_)
     return chosen(table, wanted[codes])
 
 
@@ -247,23 +247,17 @@ def _whole_servers(tables: Iterator[pa.Table], kind: TableKind) -> Iterator[pa.T
     for table in tables:
         if len(table) == 0:
             continue
-        whole = table if held is None else pa.concat_tables([held, table], promote_options="default")
-        whole = whole.unify_dictionaries().combine_chunks()
-        _, codes = _server_codes(whole, kind)
-        n_ready = int(np.flatnonzero(codes != codes[-1])[-1]) + 1 if (codes != codes[-1]).any() else 0
+        if held is None:
+            held = table
+            continue
+        _, codes = codes_of(held.column(kind.key[0]))
+        others = np.flatnonzero(codes != codes[-1])
+        n_ready = int(others[-1]) + 1 if len(others) else 0
         if n_ready:
-            yield whole.slice(0, n_ready)
-        held = whole.slice(n_ready)
+            yield held.slice(0, n_ready)
+        held = concatenated([held.slice(n_ready), table], kind)
     if held is not None:
         yield held
-
-
-def _server_codes(table: pa.Table, kind: TableKind) -> tuple[list[str], Codes]:
-    """Return the server names of a table and the code of each row."""
-    column = table.column(kind.key[0]).unify_dictionaries().combine_chunks()
-    names: list[str] = column.dictionary.to_pylist()
-    codes: Codes = column.indices.to_numpy()
-    return names, codes
 
 
 def _narrow(table: pa.Table, kind: TableKind, columns: Sequence[str] | None) -> pa.Table:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from fleetcast.arrays import Flags, chosen, times_ms
 from fleetcast.daybuild import (
     NEW_MARK,
     DayBuild,
@@ -28,7 +29,7 @@ from fleetcast.dayfiles import day_path, list_days, open_day, part_names
 from fleetcast.files import TEMP_MARK, fsync_dir, publish, remove_stale_temps, storage_error, temp_beside
 from fleetcast.parts import COLUMNS_FILE, READ_ERRORS, OpenPart, PartName, write_part
 from fleetcast.quarantine import Quarantine
-from fleetcast.tables import Flags, TableKind, chosen, has_key, merged, times_ms
+from fleetcast.tables import TableKind, has_key, merged
 
 logger = logging.getLogger(__name__)
 

@@ -10,13 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fleetcast.arrays import NUMBER
 from fleetcast.batches import batch_of_table, table_of_batch
 from fleetcast.dayfiles import DAY_MS
 from fleetcast.dayreader import DayReader
 from fleetcast.errors import BadData
 from fleetcast.files import fsync_file, publish, storage_error, temp_beside
 from fleetcast.schema import RecordBatch
-from fleetcast.tables import METRICS, NUMBER, canonical, filled, stored_schema
+from fleetcast.tables import METRICS, canonical, filled, stored_schema
 from fleetcast.windows import bin_means
 
 

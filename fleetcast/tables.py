@@ -6,20 +6,25 @@ Does not know: files. Rows are sorted by the key columns and unique by them afte
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from fleetcast.arrays import (
+    NUMBER,
+    TEXT,
+    TIME,
+    Flags,
+    cells,
+    codes_of,
+    floats,
+    in_order,
+    nulls_for_nan,
+)
 from fleetcast.schema import Floats, Longs
 
-TIME = pa.timestamp("ms", tz="UTC")
-TEXT = pa.dictionary(pa.int32(), pa.string())
-NUMBER = pa.float64()
-Flags = NDArray[np.bool_]
 _KEY_LIMIT = 2**62
-_NUMPY_TYPES = {NUMBER: np.float64, TIME: np.int64, pa.int64(): np.int64, pa.int32(): np.int32}
 
 
 class NotThisKind(ValueError):
@@ -136,7 +141,7 @@ def merged(tables: Sequence[pa.Table], kind: TableKind) -> pa.Table:
 def concatenated(tables: Sequence[pa.Table], kind: TableKind) -> pa.Table:
     """Return canonical tables one after the other, in one chunk; absent columns are null."""
     if not tables:
-        return kind.schema.empty_table()
+        return pa.Table.from_batches([], schema=kind.schema)
     is_alike = all(table.schema.equals(tables[0].schema) for table in tables)
     whole = pa.concat_tables(tables, promote_options="none" if is_alike else "default")
     return whole.unify_dictionaries().combine_chunks()
@@ -186,54 +191,6 @@ def has_key(table: pa.Table, others: pa.Table, kind: TableKind) -> Flags:
     return found
 
 
-def times_ms(table: pa.Table, column: str) -> Longs:
-    """Return a time column as milliseconds since 1970."""
-    times: Longs = table.column(column).cast(pa.int64()).to_numpy()
-    return times
-
-
-def floats(column: pa.ChunkedArray) -> Floats:
-    """Return a number column with NaN for null."""
-    values: Floats = column.to_numpy().astype(np.float64, copy=False)
-    return values
-
-
-def nulls_for_nan(values: Floats) -> pa.Array:
-    """Return an Arrow column with null for NaN; it shares the memory of `values`."""
-    is_present = ~np.isnan(values)
-    validity = None if is_present.all() else _bits(is_present)
-    return column_of(values, NUMBER, validity)
-
-
-def column_of(values: NDArray[Any], kind: pa.DataType, validity: pa.Buffer | None = None) -> pa.Array:
-    """Return numbers or times as an Arrow column, uncopied where the type is the same.
-
-    `pa.array` would import pandas first, which costs 0.4 s and 40 MB in a program without it.
-    """
-    data = np.ascontiguousarray(values, dtype=_NUMPY_TYPES[kind])
-    return pa.Array.from_buffers(kind, len(data), [validity, pa.py_buffer(data)])
-
-
-def chosen(table: pa.Table, is_chosen: Flags) -> pa.Table:
-    """Return the rows of a table that are chosen."""
-    mask = pa.Array.from_buffers(pa.bool_(), len(is_chosen), [None, _bits(is_chosen)])
-    return table.filter(mask)
-
-
-def in_order(table: pa.Table, places: Longs) -> pa.Table:
-    """Return the rows of a table at `places`."""
-    return table.take(column_of(places, pa.int64()))
-
-
-def _bits(flags: Flags) -> pa.Buffer:
-    return pa.py_buffer(np.packbits(flags, bitorder="little"))
-
-
-def texts(values: Sequence[str | None] | NDArray[np.object_]) -> pa.Array:
-    """Return a text column."""
-    return pa.array(list(values), type=pa.string()).dictionary_encode()
-
-
 def _last_present(values: Floats, starts: NDArray[np.int64]) -> Floats:
     """Return the last value of each group that is not NaN."""
     places = np.where(np.isnan(values), -1, np.arange(len(values)))
@@ -246,12 +203,12 @@ def _column_ranks(column: pa.ChunkedArray) -> tuple[Longs, int]:
     if len(column) == 0:
         return np.zeros(0, dtype=np.int64), 1
     if pa.types.is_dictionary(column.type):
-        array = column.combine_chunks() if column.num_chunks > 1 else column.chunk(0)
-        names = array.dictionary.to_pylist()
-        place = {name: rank for rank, name in enumerate(sorted(set(names)))}
-        ranks = np.fromiter((place[name] for name in names), np.int64, len(names))
-        return ranks[array.indices.to_numpy()], len(place)
-    numbers = column.cast(pa.int64()).to_numpy()
+        names, codes = codes_of(column)
+        texts = [str(name) for name in names]
+        place = {text: rank for rank, text in enumerate(sorted(set(texts)))}
+        ranks = np.fromiter((place[text] for text in texts), np.int64, len(texts))
+        return ranks[codes], len(place)
+    numbers = cells(column.cast(pa.int64()), np.int64)
     low = int(numbers.min())
     return numbers - low, int(numbers.max()) - low + 1
 
