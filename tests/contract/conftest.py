@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from spec_blocks import BLOCKS, ROOT
-from workplace import PROGRAMS, SAMPLE, SMALL_TRAINING, Workplace, is_free, until
+from workplace import IN_A_HURRY, PROGRAMS, SAMPLE, Workplace, is_free, until
 
 BUSY = "port 8000, where the printed commands work, is taken on this machine"
 
@@ -19,7 +19,7 @@ def new_workplace(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], W
         folder = tmp_path_factory.mktemp(name)
         for program in (*PROGRAMS, "fleetcast"):
             (folder / program).symlink_to(ROOT / program)
-        (folder / "fleetcast.toml").write_text(SMALL_TRAINING)
+        (folder / "fleetcast.toml").write_text(IN_A_HURRY)
         return Workplace(folder)
 
     return make
@@ -41,7 +41,7 @@ def daemons(new_workplace: Callable[[str], Workplace]) -> Iterator[Workplace]:
         assert fed.returncode == 0, fed.stderr
         place.start(retraining)
         until(lambda: (place.folder / "retraining_state.json").exists(), place)
-        until(lambda: place.run("curl -sf http://localhost:8000/predictions/current").stdout != "", place)
+        until(lambda: any((place.folder / "data_buffer").glob("metrics_*.parquet")), place)
         yield place
     finally:
         codes = place.stop()

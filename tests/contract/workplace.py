@@ -23,8 +23,16 @@ PROGRAMS = (
 SAMPLE = ROOT / "samples" / "smd_fleet.parquet"
 FLEET = ("1-2", "1-3", "1-6", "1-7", "1-8", "2-1", "2-7", "2-8")
 MAPPING = ("cpu_pct=cpu_r_norm01*100", "mem_pct=mem_u_norm01*100")
-# Small enough that a training takes seconds; everything else is the default.
-SMALL_TRAINING = "[trainer]\nsteps_per_epoch = 4\nbatch_size = 32\nhidden_size = 8\n"
+# A training of seconds that still beats the fallback, and no minute of waiting for the first day
+# file; everything else is the default.
+IN_A_HURRY = """\
+[trainer]
+steps_per_epoch = 25
+batch_size = 64
+hidden_size = 16
+[buffer]
+flush_interval_s = 2.0
+"""
 
 
 @dataclass
