@@ -95,6 +95,7 @@ ERROR: Schema = {
     "properties": {"detail": {"type": "string"}},
 }
 OBJECT: Schema = {"type": "object"}
+BINARY: Schema = {"type": "string", "format": "binary"}
 
 
 def answers(ok: Schema, **errors: str) -> dict[int | str, dict[str, Any]]:
@@ -122,5 +123,14 @@ FEED_ANSWERS = answers(
     e503="overloaded, or the disk does not take the records; Retry-After says when to try again",
     e507="the disk is full; nothing of the request was kept",
 )
+WRITE_ANSWERS: dict[int | str, dict[str, Any]] = {
+    204: {"description": "taken"},
+    400: {"description": "not a WriteRequest, or some samples were refused: the text says which"},
+    401: {"description": _KEY},
+    413: {"description": "too large, packed or unpacked"},
+    415: {"description": "not remote-write 1.0 in a snappy block"},
+    503: {"description": "busy, or a sweep goes first (data clock); repeat it"},
+    507: {"description": "the disk is full; repeat it"},
+}
 PREDICTION_ANSWERS = answers(PREDICTIONS, e401=_KEY, e404="unknown server")
 STATUS_ANSWERS = answers(OBJECT, e401=_KEY)

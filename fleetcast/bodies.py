@@ -37,21 +37,24 @@ class BodyReader:
         self._held_bytes = 0
 
     @asynccontextmanager
-    async def read(self, request: Request) -> AsyncIterator[bytes]:
+    async def read(self, request: Request, encoding: str = "identity") -> AsyncIterator[bytes]:
         """Give the body of a request; its bytes are accounted for until the block ends.
 
+        Args:
+            encoding: the Content-Encoding it must have; it is not undone here.
         Raises:
             Refusal: 408, 413, 415, 503, or 400 for a sender that went away.
         """
-        encoding = request.headers.get("content-encoding", "identity").lower()
+        found = request.headers.get("content-encoding", "identity").lower()
         body = bytearray()
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
                 refusal = await self._collect(request, body)
             if refusal:
                 raise refusal
-            if encoding != "identity":
-                raise Refusal(415, f"send the body uncompressed, not with Content-Encoding {encoding[:40]!r}")
+            if found != encoding:
+                wanted = "uncompressed" if encoding == "identity" else f"with Content-Encoding {encoding}"
+                raise Refusal(415, f"send the body {wanted}, not with Content-Encoding {found[:40]!r}")
             yield bytes(body)
         except TimeoutError as error:
             raise Refusal(408, f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from error

@@ -17,8 +17,8 @@ import numpy as np
 from fleetcast.counters import CounterMemory, Samples
 from fleetcast.exporter_grammar import parse_rules
 from fleetcast.exporter_series import REFUSED, ExporterSeries, roomy
-from fleetcast.record_columns import in_range
-from fleetcast.records import Accepted, CodedNames, Column, RecordRules, accept_columns
+from fleetcast.record_columns import CodedNames, Column, in_range
+from fleetcast.recordrules import RecordRules
 from fleetcast.remote_write_settings import NODE_EXPORTER_RULES, RemoteWriteSettings
 from fleetcast.schema import Longs
 from fleetcast.scrapes import ONLY_LOOK, CompleteRows, Contributions, PendingScrapes
@@ -34,7 +34,7 @@ _FORGET_AFTER_SWEEPS = 12  # a series from which nothing came for so many of the
 class Derived:
     """What samples led to."""
 
-    accepted: Accepted  # the rows of a request's records, rounded and checked
+    columns: Mapping[str, Column]  # of records that are complete now, not rounded yet
     n_out_of_bounds: int  # samples in the future or older than the retention
     n_out_of_range: int  # values that a metric of this name cannot have; they are absent
 
@@ -82,7 +82,7 @@ class ExporterMapping:
         rows = []
         for start in range(0, len(usable), _PIECE_SAMPLES):
             rows += self._complete(usable.where(slice(start, start + _PIECE_SAMPLES)))
-        return self._derived(rows, rules, n_out_of_bounds)
+        return self._derived(rows, n_out_of_bounds)
 
     def forget_silent(self) -> Longs | None:
         """Drop series from which nothing came for long, when that is worth it.
@@ -152,8 +152,8 @@ class ExporterMapping:
         silent = alive[self._counters.last_ms[alive] < newest_ms - self._gap_ms]
         self._series.set_alive(silent, np.zeros(len(silent), dtype=np.bool_))
 
-    def _derived(self, rows: list[CompleteRows], rules: RecordRules, n_out_of_bounds: int) -> Derived:
-        """Return complete rows as records under the common rules.
+    def _derived(self, rows: list[CompleteRows], n_out_of_bounds: int) -> Derived:
+        """Return complete rows as columns of records.
 
         A value out of range costs its metric only, not the record: the others are measured apart.
         """
@@ -174,4 +174,4 @@ class ExporterMapping:
         for number, rule in enumerate(self._rules):
             if is_told[:, number].any():
                 columns[rule.metric] = values[some, number]
-        return Derived(accept_columns(columns, rules), n_out_of_bounds, n_out_of_range)
+        return Derived(columns, n_out_of_bounds, n_out_of_range)

@@ -69,7 +69,7 @@ class Intake:
         Raises:
             StorageFull, StorageBroken: none of them was kept.
         """
-        accepted = accept(raw, self._rules())
+        accepted = accept(raw, self.rules())
         batch, rejections = self._within_limits(accepted, len(raw))
         if len(batch):
             self._buffer.append_batch(batch)
@@ -80,7 +80,7 @@ class Intake:
             self._rejected.keep(raw, rejections, self._wall_clock.now())
         return Receipt(len(batch), rejections, accepted.ignored_text_fields)
 
-    def _rules(self) -> RecordRules:
+    def rules(self) -> RecordRules:
         """Return the rules at this moment; recorded data may be old, but not from before 1970."""
         rules = RecordRules.at(self._wall_clock.now(), self._buffer_settings, expires=self._expires)
         return rules if self._expires else replace(rules, oldest_ms=0)

@@ -44,6 +44,9 @@ class RemoteWriteSettings:
         NODE_EXPORTER_RULES,
         "our metrics out of series; yours are added to these, or replace the one for the same metric",
     )
+    max_unpacked_bytes: int = setting(
+        16 * 2**20, "largest request, unpacked (senders make them of 0.1 to 8 MB)", low=1024
+    )
     max_gap_s: float = setting(
         300.0, "longest time between two samples of a counter that still makes a rate", unit="s", low=1
     )

@@ -3,15 +3,11 @@
 Owns: routes, status codes, authentication, and how much work may wait. It is given what it
 serves as narrow protocols. Does not know: models, buffers, bins.
 
-The hot route reads the raw body itself (`bodies`) and hands it to worker threads, so that the
-event loop only ever waits.
+The routes that take records in are in `feed`.
 """
 
-import asyncio
 import hmac
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal, Protocol
 
@@ -21,25 +17,10 @@ from fastapi.security import APIKeyHeader
 from fleetcast import __version__, apidocs
 from fleetcast.apidocs import answers
 from fleetcast.board import UnknownServer
-from fleetcast.bodies import BodyReader, Refusal, encoded, records_in
-from fleetcast.clock import monotonic
-from fleetcast.errors import StorageBroken, StorageFull
-from fleetcast.intake import Receipt
+from fleetcast.bodies import encoded
+from fleetcast.feed import ARROW, JSON, PROTOBUF, Feed, Intake, Writes
 from fleetcast.settings import ServerSettings
 from fleetcast.telemetry import Telemetry
-
-logger = logging.getLogger(__name__)
-
-MAX_ERRORS_SHOWN = 20
-_WORKERS = 32  # threads that wait for the disk together: one fdatasync then serves all of them
-_HOLD_STEP_S = 0.002
-_JSON = "application/json"
-
-
-class Intake(Protocol):
-    """Takes records; raises StorageFull or StorageBroken when none was kept."""
-
-    def take(self, raw: Sequence[object]) -> Receipt: ...
 
 
 class Board(Protocol):
@@ -68,9 +49,15 @@ def create_app(
     telemetry: Telemetry,
     settings: ServerSettings,
     api_key: str = "",
+    writes: Writes | None = None,
 ) -> FastAPI:
-    """Build the application; an empty `api_key` means that no key is asked for."""
-    feed = _Feed(intake, daemon, telemetry, settings)
+    """Build the application.
+
+    Args:
+        api_key: empty means that no key is asked for.
+        writes: takes Prometheus remote-write; None leaves that route out.
+    """
+    feed = Feed(intake, writes, daemon.is_held, telemetry, settings)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -79,17 +66,24 @@ def create_app(
 
     app = FastAPI(title="fleetcast inference daemon", version=__version__, lifespan=lifespan)
     app.include_router(_guarded_routes(feed, board, daemon, api_key))
+    if writes is not None:
+        app.include_router(_write_route(feed, writes.path, api_key))
     app.include_router(_open_routes(daemon, telemetry))
     return app
 
 
-def _guarded_routes(feed: "_Feed", board: Board, daemon: Daemon, api_key: str) -> APIRouter:
+def _guarded_routes(feed: Feed, board: Board, daemon: Daemon, api_key: str) -> APIRouter:
     router = APIRouter(dependencies=[Depends(_key_check(api_key))])
 
     @router.post(
         "/feed/data",
         responses=apidocs.FEED_ANSWERS,
-        openapi_extra={"requestBody": {"required": True, "content": {_JSON: {"schema": apidocs.FEED_BODY}}}},
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {JSON: {"schema": apidocs.FEED_BODY}, ARROW: {"schema": apidocs.BINARY}},
+            }
+        },
     )
     async def feed_data(request: Request) -> Response:
         """Take records in; received means accepted and durable."""
@@ -108,12 +102,31 @@ def _guarded_routes(feed: "_Feed", board: Board, daemon: Daemon, api_key: str) -
             document = board.document(server, only_current=fields == "current")
         except UnknownServer as error:
             raise HTTPException(404, str(error)) from error
-        return Response(document, media_type=_JSON)
+        return Response(document, media_type=JSON)
 
     @router.get("/status", responses=apidocs.STATUS_ANSWERS)
     def status() -> Response:
         """Summarise buffer, model, ledger, backlog and the last errors."""
-        return Response(encoded(daemon.status()), media_type=_JSON)
+        return Response(encoded(daemon.status()), media_type=JSON)
+
+    return router
+
+
+def _write_route(feed: Feed, path: str, api_key: str) -> APIRouter:
+    router = APIRouter(dependencies=[Depends(_key_check(api_key))])
+
+    @router.post(
+        path,
+        status_code=204,
+        response_class=Response,
+        responses=apidocs.WRITE_ANSWERS,
+        openapi_extra={
+            "requestBody": {"required": True, "content": {PROTOBUF: {"schema": apidocs.BINARY}}},
+        },
+    )
+    async def remote_write(request: Request) -> Response:
+        """Take Prometheus remote-write 1.0 in: snappy block, protobuf WriteRequest."""
+        return await feed.answer_write(request)
 
     return router
 
@@ -151,74 +164,3 @@ def _key_check(api_key: str) -> Callable[..., Awaitable[None]]:
             raise HTTPException(401, "X-API-Key is missing or wrong")
 
     return check
-
-
-class _Feed:
-    """The hot route: bounded waiting, worker threads, one answer per request."""
-
-    def __init__(
-        self, intake: Intake, daemon: Daemon, telemetry: Telemetry, settings: ServerSettings
-    ) -> None:
-        self._intake = intake
-        self._daemon = daemon
-        self._telemetry = telemetry
-        self._settings = settings
-        self._bodies = BodyReader(settings.max_body_bytes)
-        self._n_pending = 0  # touched by the event loop only
-        n_workers = min(_WORKERS, settings.max_pending_posts)
-        self._workers = ThreadPoolExecutor(n_workers, thread_name_prefix="ingest")
-
-    def close(self) -> None:
-        """Wait for the requests at work; called once no new one can arrive."""
-        self._workers.shutdown(wait=True)
-
-    async def answer(self, request: Request) -> Response:
-        """Answer one POST and count it."""
-        started = monotonic()
-        try:
-            async with self._bodies.read(request) as body:
-                response = await self._answer_body(body)
-        except Refusal as refusal:
-            headers = {"Retry-After": str(refusal.retry_after_s)} if refusal.retry_after_s else None
-            detail = encoded({"detail": str(refusal)})
-            response = Response(detail, refusal.code, headers, media_type=_JSON)
-        self._telemetry.feed_answered(response.status_code, monotonic() - started)
-        return response
-
-    async def _answer_body(self, body: bytes) -> Response:
-        if self._n_pending >= self._settings.max_pending_posts:
-            raise Refusal(503, "too many requests at work", retry_after_s=1)
-        self._n_pending += 1
-        try:
-            await self._wait_for_the_sweep()
-            answer = await asyncio.get_running_loop().run_in_executor(self._workers, self._take, body)
-        finally:
-            self._n_pending -= 1
-        return Response(answer, media_type=_JSON)
-
-    async def _wait_for_the_sweep(self) -> None:
-        deadline = monotonic() + self._settings.hold_s
-        while self._daemon.is_held():
-            if monotonic() >= deadline:
-                raise Refusal(429, "a sweep or a training goes first (data clock)", retry_after_s=1)
-            await asyncio.sleep(_HOLD_STEP_S)
-
-    def _take(self, body: bytes) -> bytes:
-        """Decode, check and store; runs in a worker thread."""
-        try:
-            receipt = self._intake.take(records_in(body))
-        except StorageFull as error:
-            raise Refusal(507, str(error)) from error
-        except StorageBroken as error:
-            raise Refusal(503, str(error), retry_after_s=5) from error
-        self._telemetry.records_taken(
-            receipt.n_received, (r.reason for r in receipt.rejections), receipt.n_ignored_fields
-        )
-        return encoded(
-            {
-                "status": "ok",
-                "records_received": receipt.n_received,
-                "records_rejected": len(receipt.rejections),
-                "errors": [r.as_dict() for r in receipt.rejections[:MAX_ERRORS_SHOWN]],
-            }
-        )

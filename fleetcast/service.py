@@ -22,6 +22,7 @@ from fleetcast.intake import Durable, Intake
 from fleetcast.ledger import Ledger
 from fleetcast.listener import HttpListener
 from fleetcast.loop import Stop
+from fleetcast.recordrules import FUTURE_LIMIT
 from fleetcast.recovery import StoredRecords
 from fleetcast.registry import Registry
 from fleetcast.rejected import RejectedRecords
@@ -33,6 +34,7 @@ from fleetcast.serving_model import Predictor, ServingModel
 from fleetcast.settings import Settings
 from fleetcast.sweep import Store, Sweeper
 from fleetcast.telemetry import Telemetry
+from fleetcast.write_intake import WriteIntake
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +73,10 @@ class InferenceService:
         self._listener = listener
         self._stop = stop
         self._maintained_at = float("-inf")
-        is_data_clock = settings.clock.mode == "data"
+        self._is_data_clock = settings.clock.mode == "data"
         folder = Path(settings.paths.data_buffer_dir)
         self._history = BinHistory(settings.bins, settings.forecast)
-        self._clock: Clock = DataClock(self._newest_record_time) if is_data_clock else SystemClock()
+        self._clock: Clock = DataClock(self._newest_record_time) if self._is_data_clock else SystemClock()
         self._roster = Roster(settings.forecast)
         self._errors = RecentErrors(SystemClock())
         self._ledger = Ledger(
@@ -85,32 +87,31 @@ class InferenceService:
         )
         self._board = PredictionBoard(self._roster, self._clock)
         self._model = self._serving_model(load_model)
-        self._sweeper = self._build_sweeper(every_bin=is_data_clock)
-        self._report = self._build_report(is_data_clock)
+        self._sweeper = self._build_sweeper(every_bin=self._is_data_clock)
+        self._report = self._build_report()
         intake = self._build_intake(RejectedRecords(folder, settings.server.quarantine_max_bytes))
-        self._app = create_app(intake, self._board, self._report, self._telemetry, settings.server, api_key)
+        writes = WriteIntake(settings.remote_write, intake.take, intake.rules)
+        self._app = create_app(
+            intake, self._board, self._report, self._telemetry, settings.server, api_key, writes
+        )
 
     def start(self) -> None:
         """Serve at once, load a model beside, then bring back what a restart has to."""
         self._listener.start(self._app, DRAIN_S)
         logger.info("listening url=%s clock=%s", self._listener.url, self._settings.clock.mode)
         self._model.start()
-        newest_bin = recovery.restore(
-            self._buffer,
-            self._history,
-            self._roster,
-            self._ledger,
-            self._settings.forecast.gone_after_s,
-            lambda: self._stop.is_requested,
-        )
+        self._restore()
         self._report.not_ready = ""
-        if newest_bin is not None and not self._stop.is_requested:
-            self._sweeper.forecast_again(newest_bin)
 
     def cycle(self) -> None:
         """Do what is due: sweeps first, then the buffer's upkeep."""
         if not self._listener.is_alive:
             raise CannotStart("the HTTP server's thread ended; see the log")
+        if not self._is_data_clock and self._is_ahead_of_the_clock():
+            logger.warning("the system's clock stepped back: the history is read again")
+            self._history.clear()
+            self._roster.clear()
+            self._restore()
         self._sweeper.cycle(lambda: self._stop.is_requested)
         if monotonic() - self._maintained_at >= MAINTAIN_S:
             self._maintained_at = monotonic()
@@ -118,6 +119,24 @@ class InferenceService:
                 self._buffer.maintain(self._clock.now())
             except FleetcastError as error:  # a full disk passes; what is durable stays in the log
                 self._errors.note("buffer", error)
+
+    def _restore(self) -> None:
+        newest_bin = recovery.restore(
+            self._buffer,
+            self._history,
+            self._roster,
+            self._ledger,
+            self._settings.forecast.gone_after_s,
+            lambda: self._stop.is_requested,
+            None if self._is_data_clock else self._clock.now() + FUTURE_LIMIT,
+        )
+        if newest_bin is not None and not self._stop.is_requested:
+            self._sweeper.forecast_again(newest_bin)
+
+    def _is_ahead_of_the_clock(self) -> bool:
+        """Whether bins were closed that, by the present clock, cannot have begun."""
+        taken_ms = self._history.taken_bin_ms
+        return taken_ms is not None and from_ms(taken_ms) > self._clock.now() + 2 * FUTURE_LIMIT
 
     def close(self) -> None:
         """Stop in order: no new request, those at work answered, then everything into its day."""
@@ -170,7 +189,7 @@ class InferenceService:
             on_error=self._errors.note,
         )
 
-    def _build_report(self, is_data_clock: bool) -> SelfReport:
+    def _build_report(self) -> SelfReport:
         is_training = TrainingProbe(Path(self._settings.paths.checkpoint_dir))
         hold = DataHold(self._history, self._clock, lambda: self._sweeper.is_at_work, is_training)
         return SelfReport(
@@ -183,13 +202,11 @@ class InferenceService:
             self._model,
             self._sweeper,
             self._errors,
-            is_held=hold if is_data_clock else lambda: False,
+            is_held=hold if self._is_data_clock else lambda: False,
             is_training=is_training,
         )
 
     def _build_intake(self, rejected: RejectedRecords) -> Intake:
-        is_data_clock = self._settings.clock.mode == "data"
-
         def wake_if_due() -> None:
             if self._history.has_due(self._clock.now()):
                 self._stop.wake()
@@ -202,6 +219,6 @@ class InferenceService:
             SystemClock(),
             self._settings.server,
             self._settings.buffer,
-            expires=not is_data_clock,
+            expires=not self._is_data_clock,
             on_taken=wake_if_due,
         )

@@ -100,6 +100,7 @@ class Telemetry:
             buckets=_LATENCY_BUCKETS_S,
             registry=registry,
         )
+        self._write, self._samples = _of_remote_write(registry)
         self._sweep = Histogram(
             "fleetcast_sweep_seconds", "time of one sweep", buckets=_SWEEP_BUCKETS_S, registry=registry
         )
@@ -119,6 +120,15 @@ class Telemetry:
     def feed_answered(self, code: int, seconds: float) -> None:
         """Note one answer of POST /feed/data."""
         self._feed.labels(str(code)).observe(seconds)
+
+    def write_answered(self, code: int, seconds: float) -> None:
+        """Note one answer to remote-write."""
+        self._write.labels(str(code)).observe(seconds)
+
+    def samples_taken(self, n_by_outcome: Mapping[str, int]) -> None:
+        """Note what became of one remote-write request's samples."""
+        for outcome, n_samples in n_by_outcome.items():
+            self._samples.labels(outcome).inc(n_samples)
 
     def records_taken(self, n_received: int, reasons: Iterable[str], n_ignored: int) -> None:
         """Note what became of one request's records."""
@@ -146,6 +156,23 @@ class Telemetry:
     def render(self) -> bytes:
         """Return everything in Prometheus's text format."""
         return generate_latest(self._registry) + self._appended()
+
+
+def _of_remote_write(registry: CollectorRegistry) -> tuple[Histogram, Counter]:
+    seconds = Histogram(
+        "fleetcast_write_seconds",
+        "time from request to answer of remote-write",
+        ["code"],
+        buckets=_LATENCY_BUCKETS_S,
+        registry=registry,
+    )
+    samples = Counter(
+        "fleetcast_write_samples",
+        "samples of remote-write, by outcome (ignored and refused ones are counted as series)",
+        ["outcome"],
+        registry=registry,
+    )
+    return seconds, samples
 
 
 def rule_of(reason: str) -> str:

@@ -47,9 +47,9 @@ OWNERS = {
     "requests": {"fleetcast.sources.client"},
     "psutil": {"fleetcast.hostload", "fleetcast.sources.local_agent"},
     "fastapi": {"fleetcast.server"},
-    "starlette": {"fleetcast.server", "fleetcast.bodies"},
+    "starlette": {"fleetcast.server", "fleetcast.bodies", "fleetcast.feed"},
     "uvicorn": {"fleetcast.listener"},
-    "msgspec": {"fleetcast.bodies", "fleetcast.board", "fleetcast.rejected"},
+    "msgspec": {"fleetcast.bodies", "fleetcast.board", "fleetcast.json_records", "fleetcast.rejected"},
     "prometheus_client": {  # the service makes the registry
         "fleetcast.retraining_telemetry",
         "fleetcast.service",
