@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fleetcast.clock import Clock, SystemClock, from_ms, to_ms
-from fleetcast.errors import BadData, FleetcastError
+from fleetcast.errors import BadData, ExitCode, FleetcastError
 from fleetcast.records import Accepted, RecordRules, accept, accept_columns
 from fleetcast.schema import RecordBatch, Rejection, SettledForecasts
 from fleetcast.settings import BufferSettings, load_settings
@@ -243,6 +243,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FleetcastError as error:
         print(f"data_buffer: {error}", file=sys.stderr)
         return int(error.exit_code)
+    except OSError as error:  # a folder that may not be read
+        print(f"data_buffer: {error}", file=sys.stderr)
+        return int(ExitCode.FAILED)
     print(f"buffer       {settings.paths.data_buffer_dir}")
     for title, counts in (("records", stats), ("predictions", stats["predictions"])):
         span = counts["date_range"]

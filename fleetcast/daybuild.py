@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -104,7 +104,10 @@ class DayBuild:
         write_columns(self._built / COLUMNS_FILE, self._kind, self._schemas)
         fsync_dir(self._built)
         self._step("day built")
-        keep_rejects(self._path, self._snapshot, self._quarantine)
+        hurt = [
+            PartName(part.number, part.n_rows).text for part in self._snapshot.parts if part.n_damaged_groups
+        ]
+        keep_rejects(self._path, [*self._snapshot.damaged, *hurt], self._quarantine)
         if self._path.exists():
             swap(self._built, self._path, self._step)
         else:
@@ -131,19 +134,20 @@ def swap(built: Path, path: Path, on_step: Step) -> None:
     on_step("old day removed")
 
 
-def keep_rejects(path: Path, snapshot: DaySnapshot, quarantine: Quarantine) -> None:
-    """Keep under a second name what the next version of the day will not contain."""
-    hurt = [part for part in snapshot.parts if part.n_damaged_groups]
-    if path.is_file():
-        if snapshot.damaged or hurt:
-            quarantine.keep_file(path)
-        return
-    names = {*snapshot.damaged, *(PartName(part.number, part.n_rows).text for part in hurt)}
-    if path.is_dir():
+def keep_rejects(path: Path, rejects: Iterable[str], quarantine: Quarantine) -> None:
+    """Keep under a second name what the next version of the day will not contain.
+
+    Args:
+        rejects: names of damaged files; a sealed day has one file, which any name stands for.
+    """
+    names = set(rejects)
+    if path.is_file() and names:
+        quarantine.keep_file(path)
+    elif path.is_dir():
         names.update(entry.name for entry in path.iterdir() if not is_own_file(entry.name))
-    for name in sorted(names):
-        if (path / name).is_file():
-            quarantine.keep_file(path / name)
+        for name in sorted(names):
+            if (path / name).is_file():
+                quarantine.keep_file(path / name)
 
 
 def hidden_name(path: Path) -> Path:

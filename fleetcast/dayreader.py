@@ -229,7 +229,7 @@ def _part_rows(
 ) -> list[pa.Table]:
     if first is None or last is None:
         return list(part.tables(columns))
-    groups = part.groups(first, last)
+    groups = part.groups((first, last))
     return [_servers_between(table, kind, first, last) for table in part.tables(columns, groups)]
 
 

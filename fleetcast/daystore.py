@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from fleetcast.clock import monotonic
 from fleetcast.daybuild import Step, no_step
-from fleetcast.dayfiles import list_days, part_names, split_by_day
+from fleetcast.dayfiles import split_by_day
 from fleetcast.dayreader import decode_frames, encode_frame, log_folder
 from fleetcast.dayupkeep import DayUpkeep, UpkeepPace
 from fleetcast.daywriter import DayWriter
@@ -82,10 +82,8 @@ class DayStore:
         except OSError as error:
             raise storage_error(folder, error) from error
         self._writer.recover()
-        days = list_days(self._folder, self.kind)
-        numbers = [name.number for day in days for name in part_names(self._writer.path(day))]
-        numbers += [segment.number for segment in segments(folder)]
-        self._log = WriteAheadLog(folder, max(numbers, default=0) + 1)
+        numbers = [segment.number for segment in segments(folder)]
+        self._log = WriteAheadLog(folder, max([self._writer.newest_number(), *numbers]) + 1)
         self._upkeep.load()
         self._apply_segments(self._log.rotate())
 

@@ -133,7 +133,7 @@ class DayUpkeep:
         if state.changed_at >= process.started_at or list(sealed.parts) != part_names(path):
             sealed.path.unlink(missing_ok=True)  # late rows came meanwhile: it lacks them
             return
-        self._writer.put_sealed(process.day, sealed.path)
+        self._writer.put_sealed(process.day, sealed.path, sealed.rejects)
         del self._open_days[process.day]
         size = folder_bytes(path)
         name = self._kind.name

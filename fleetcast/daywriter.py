@@ -6,9 +6,11 @@ Does not know: when (DayStore decides), the log, or other processes: one writer,
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -41,8 +43,29 @@ JOIN_RATIO = 2  # a part is rewritten only with at least 1/2 of its rows in newe
 class PartFacts:
     """What adding rows needs to know of a part; remembered, so that it is opened once."""
 
-    span_ms: tuple[int, int] | None  # None = unknown
     columns: frozenset[str]
+    span_ms: tuple[int, int] | None  # oldest and newest time; None = unknown
+    names: tuple[str, str] | None  # first and last server
+
+    def may_share(self, other: Self) -> bool:
+        """Whether a row of `other` can have the key of a row of this part."""
+        is_apart = False
+        for own, others in ((self.span_ms, other.span_ms), (self.names, other.names)):
+            is_apart = is_apart or (own is not None and others is not None and _are_apart(own, others))
+        return not is_apart
+
+
+def facts_of_table(table: pa.Table, kind: TableKind) -> PartFacts:
+    """Return the facts of a part that holds this table (not empty)."""
+    times = times_ms(table, kind.time_column)
+    names: list[str] = table.column(kind.key[0]).unique().to_pylist()
+    span = int(times.min()), int(times.max())
+    return PartFacts(frozenset(table.column_names), span, (min(names), max(names)))
+
+
+def facts_of_part(part: OpenPart) -> PartFacts:
+    """Return the facts of an open part, from its footer."""
+    return PartFacts(frozenset(part.schema.names), part.time_range_ms(), part.name_range())
 
 
 class DayWriter:
@@ -56,6 +79,15 @@ class DayWriter:
         self._quarantine = quarantine
         self._step = on_step
         self._facts: dict[date, dict[PartName, PartFacts]] = {}
+
+    def newest_number(self) -> int:
+        """Return the highest segment number in any part or sealed file, 0 if there is none."""
+        days = list_days(self._folder, self._kind)
+        numbers = [name.number for day in days for name in part_names(self.path(day))]
+        for day in days:
+            if self.path(day).is_file():
+                numbers += [part.number for part in open_day(self._folder, self._kind, day).parts]
+        return max(numbers, default=0)
 
     def recover(self) -> None:
         """Remove what a crash left half built; put back a day that a crash left aside."""
@@ -86,13 +118,14 @@ class DayWriter:
         names = part_names(path)
         if any(name.number == number for name in names):
             return
-        if path.is_dir() and not self._shares_keys(day, names, table):
-            self._add_part(day, table, number)
+        facts = facts_of_table(table, self._kind)
+        if path.is_dir() and not self._shares_keys(day, names, table, facts):
+            self._add_part(day, table, number, facts)
             return
         snapshot = open_day(self._folder, self._kind, day)
         if any(part.number == number for part in snapshot.parts):
             return
-        is_fresh, touched = self._sorted_out(snapshot.parts, table)
+        is_fresh, touched = self._sorted_out(snapshot.parts, table, facts)
         if not touched and not is_fresh.any():
             return  # a pure repetition
         with DayBuild(path, self._kind, snapshot, self._quarantine, self._step) as build:
@@ -119,9 +152,13 @@ class DayWriter:
         self._facts.pop(day, None)
         return True
 
-    def put_sealed(self, day: date, sealed: Path) -> None:
-        """Put a finished sealed file in the place of the day's parts."""
-        keep_rejects(self.path(day), open_day(self._folder, self._kind, day), self._quarantine)
+    def put_sealed(self, day: date, sealed: Path, rejects: Iterable[str] = ()) -> None:
+        """Put a finished sealed file in the place of the day's parts.
+
+        Args:
+            rejects: names of parts that could not be read completely.
+        """
+        keep_rejects(self.path(day), rejects, self._quarantine)
         swap(sealed, self.path(day), self._step)
         self._facts.pop(day, None)
 
@@ -135,25 +172,20 @@ class DayWriter:
         fsync_dir(self._folder)
         self._facts.pop(day, None)
 
-    def _shares_keys(self, day: date, names: list[PartName], table: pa.Table) -> bool:
-        """Whether the open day has a key of `table`; opens only parts of the same hours."""
-        times = times_ms(table, self._kind.time_column)
-        low, high = int(times.min()), int(times.max())
+    def _shares_keys(self, day: date, names: list[PartName], table: pa.Table, facts: PartFacts) -> bool:
+        """Whether the open day has a key of `table`; opens only parts of the same hours and servers."""
         for name in names:
-            span = self._facts_of(day, name).span_ms
-            if span is not None and (span[1] < low or span[0] > high):
-                continue
-            part = self._open(day, name)
-            if part is not None and self._known_rows(part, table).any():
-                return True
+            if self._facts_of(day, name).may_share(facts):
+                part = self._open(day, name)
+                if part is not None and self._known_rows(part, table, facts).any():
+                    return True
         return False
 
     def _facts_of(self, day: date, name: PartName) -> PartFacts:
         facts = self._facts.setdefault(day, {})
         if name not in facts:
             part = self._open(day, name)
-            span = part.time_range_ms() if part else None
-            facts[name] = PartFacts(span, frozenset(part.schema.names if part else ()))
+            facts[name] = facts_of_part(part) if part else PartFacts(frozenset(), None, None)
         return facts[name]
 
     def _open(self, day: date, name: PartName) -> OpenPart | None:
@@ -163,43 +195,42 @@ class DayWriter:
             logger.warning("skipped an unreadable part day=%s name=%s error=%s", day, name.text, error)
             return None
 
-    def _sorted_out(self, parts: list[OpenPart], table: pa.Table) -> tuple[Flags, dict[OpenPart, Flags]]:
+    def _sorted_out(
+        self, parts: list[OpenPart], table: pa.Table, facts: PartFacts
+    ) -> tuple[Flags, dict[OpenPart, Flags]]:
         """Return which rows have new keys, and which change a value of which part."""
         is_fresh = np.ones(len(table), dtype=np.bool_)
         touched: dict[OpenPart, Flags] = {}
         for part in parts:
-            is_known = self._known_rows(part, table)
+            if not facts_of_part(part).may_share(facts):
+                continue
+            is_known = self._known_rows(part, table, facts)
             is_fresh &= ~is_known
-            if is_known.any() and self._changes(part, chosen(table, is_known)):
+            if is_known.any() and self._changes(part, chosen(table, is_known), facts):
                 touched[part] = is_known
         return is_fresh, touched
 
-    def _known_rows(self, part: OpenPart, table: pa.Table) -> Flags:
+    def _known_rows(self, part: OpenPart, table: pa.Table, facts: PartFacts) -> Flags:
         """Return which rows have a key that `part` has."""
         is_known = np.zeros(len(table), dtype=np.bool_)
-        for keys in part.tables([], part.groups(*self._name_range(table))):
+        for keys in part.tables([], part.groups(facts.names)):
             is_known |= has_key(table, keys, self._kind)
         return is_known
 
-    def _changes(self, part: OpenPart, rows: pa.Table) -> bool:
+    def _changes(self, part: OpenPart, rows: pa.Table, facts: PartFacts) -> bool:
         """Whether merging `rows` changes a value in `part`."""
-        for old in part.tables(None, part.groups(*self._name_range(rows))):
+        for old in part.tables(None, part.groups(facts.names)):
             hit = has_key(rows, old, self._kind)
             if hit.any() and not _holds_all(old, merged([old, chosen(rows, hit)], self._kind)):
                 return True
         return False
 
-    def _name_range(self, table: pa.Table) -> tuple[str, str]:
-        names: list[str] = table.column(self._kind.key[0]).unique().to_pylist()
-        return min(names), max(names)
-
-    def _add_part(self, day: date, table: pa.Table, number: int) -> None:
+    def _add_part(self, day: date, table: pa.Table, number: int, facts: PartFacts) -> None:
         path = self.path(day)
-        facts = self._facts.setdefault(day, {})
         known = [self._facts_of(day, name).columns for name in part_names(path)]
         try:
-            if not known or not set(table.column_names) <= frozenset().union(*known):
-                self._widen_columns(path, table.schema)
+            if not known or not facts.columns <= frozenset().union(*known):
+                self._widen_columns(day, table.schema)
             final = path / PartName(number, len(table)).text
             temp = temp_beside(final)
             write_part(temp, iter([table]), self._kind, table.schema, number)
@@ -207,30 +238,33 @@ class DayWriter:
             publish(temp, final)
         except OSError as error:
             raise storage_error(path, error) from error
-        times = times_ms(table, self._kind.time_column)
-        span = int(times.min()), int(times.max())
-        facts[PartName(number, len(table))] = PartFacts(span, frozenset(table.column_names))
+        self._facts[day][PartName(number, len(table))] = facts
         self._step("part published")
 
-    def _widen_columns(self, path: Path, schema: pa.Schema) -> None:
-        parts = open_day(self._folder, self._kind, date.fromisoformat(path.stem.split("_")[-1])).parts
-        temp = temp_beside(path / COLUMNS_FILE)
+    def _widen_columns(self, day: date, schema: pa.Schema) -> None:
+        parts = open_day(self._folder, self._kind, day).parts
+        path = self.path(day) / COLUMNS_FILE
+        temp = temp_beside(path)
         write_columns(temp, self._kind, [*(part.schema for part in parts), schema])
-        publish(temp, path / COLUMNS_FILE)
+        publish(temp, path)
         self._step("columns written")
 
 
 def _worth_joining(parts: list[OpenPart]) -> list[OpenPart]:
     """Return the newest parts up to the first that is big beside them: rows are rewritten few times."""
-    chosen: list[OpenPart] = []
+    joined: list[OpenPart] = []
     n_rows = 0
     for part in sorted(parts, key=lambda part: part.number, reverse=True):
-        is_big = len(chosen) > 1 and part.n_rows > JOIN_RATIO * n_rows
+        is_big = len(joined) > 1 and part.n_rows > JOIN_RATIO * n_rows
         if is_big or n_rows + part.n_rows > COMPACTED_ROWS_MAX:
             break
-        chosen.append(part)
+        joined.append(part)
         n_rows += part.n_rows
-    return chosen
+    return joined
+
+
+def _are_apart(first: tuple[Any, Any], second: tuple[Any, Any]) -> bool:
+    return bool(first[1] < second[0] or first[0] > second[1])
 
 
 def _holds_all(old: pa.Table, new: pa.Table) -> bool:

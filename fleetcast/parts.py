@@ -141,16 +141,30 @@ class OpenPart:
         span = self.time_range_ms()
         return span is None or (span[0] < end_ms and span[1] >= start_ms)
 
-    def groups(self, first_name: str, last_name: str) -> list[int]:
+    def name_range(self) -> tuple[str, str] | None:
+        """Return the first and last server from the footer, None where it says nothing."""
+        ranges = self._name_ranges()
+        known = [names for names in ranges if names is not None]
+        if len(known) < len(ranges) or not known:
+            return None
+        return min(first for first, _ in known), max(last for _, last in known)
+
+    def groups(self, names: tuple[str, str] | None) -> list[int]:
         """Return the row groups that can hold servers of this (inclusive) range of names."""
+        ranges = enumerate(self._name_ranges())
+        if names is None:
+            return [group for group, _ in ranges]
+        return [group for group, own in ranges if own is None or (own[1] >= names[0] and own[0] <= names[1])]
+
+    def _name_ranges(self) -> list[tuple[str, str] | None]:
+        """Return the first and last server of each row group."""
         metadata = self._file.metadata
         place = self.column_names.index(self._kind.key[0])
-        found = []
+        found: list[tuple[str, str] | None] = []
         for group in range(metadata.num_row_groups):
             statistics = metadata.row_group(group).column(place).statistics
             is_known = statistics is not None and statistics.has_min_max
-            if not is_known or (statistics.max >= first_name and statistics.min <= last_name):
-                found.append(group)
+            found.append((statistics.min, statistics.max) if is_known else None)
         return found
 
     def tables(

@@ -35,6 +35,7 @@ class Sealed:
 
     path: Path
     parts: tuple[PartName, ...]  # unreadable ones included
+    rejects: tuple[str, ...]  # names of parts that could not be read completely
     n_rows: int
 
 
@@ -71,7 +72,7 @@ class SealProcess:
             return None
         answer = json.loads(output)
         parts = tuple(PartName(number, n_rows) for number, n_rows in answer["parts"])
-        return Sealed(self._target, parts, answer["n_rows"])
+        return Sealed(self._target, parts, tuple(answer["rejects"]), answer["n_rows"])
 
     def stop(self) -> None:
         """End it; the day stays as it is."""
@@ -92,9 +93,10 @@ def seal(folder: Path, kind_name: str, day: date, target: Path) -> Sealed:
     n_read = sum(len(table) for table in written.tables())
     if n_read != n_rows or written.n_damaged_groups:
         raise OSError(f"{target} does not read back: wrote {n_rows} rows, read {n_read}")
+    names = {part: PartName(part.number, part.n_rows) for part in snapshot.parts}
+    hurt = [names[part].text for part in snapshot.parts if part.n_damaged_groups]
     damaged = [name for text in snapshot.damaged if (name := PartName.parse(text)) is not None]
-    parts = sorted([PartName(part.number, part.n_rows) for part in snapshot.parts] + damaged)
-    return Sealed(target, tuple(parts), n_rows)
+    return Sealed(target, tuple(sorted([*names.values(), *damaged])), (*snapshot.damaged, *hurt), n_rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,9 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.getppid() != int(owner):  # the owner died: nobody will take this file
         sealed.path.unlink(missing_ok=True)
         return 1
-    print(
-        json.dumps({"parts": [[name.number, name.n_rows] for name in sealed.parts], "n_rows": sealed.n_rows})
-    )
+    names = [[name.number, name.n_rows] for name in sealed.parts]
+    print(json.dumps({"parts": names, "rejects": sealed.rejects, "n_rows": sealed.n_rows}))
     return 0
 
 
