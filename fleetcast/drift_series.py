@@ -55,7 +55,7 @@ def series_drift(window: PairWindow, baseline: Baseline, top: int) -> list[Serie
     rows = np.array([row_of.get(name, -1) for name in window.server_names], np.int64)
     found: list[tuple[float, int, int, float, float, int]] = []
     for column, metric in enumerate(baseline.metrics):
-        if metric in window.actuals and len(rows):
+        if metric in window.actuals and len(rows) and row_of:
             found += _metric_scores(window, baseline, column, rows)
     found.sort(key=lambda item: (-item[0], item[1], item[2]))
     return [_described(window, baseline, rows, item) for item in found[:top]]

@@ -108,9 +108,9 @@ def decide(
     if rule == NONE:
         return Decision(False, rule, reason, safeguards)
     if not is_quiet_period:
-        return Decision(False, rule, f"not a quiet period ({reason})", safeguards)
+        return Decision(False, rule, f"not a quiet period; {reason}", safeguards)
     if blocking:
-        return Decision(False, rule, f"{_refusal(blocking)} ({reason})", safeguards)
+        return Decision(False, rule, f"{_refusal(blocking)}; {reason}", safeguards)
     return Decision(True, rule, reason, safeguards)
 
 

@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from fleetcast.baseline import Baseline
-from fleetcast.clock import SystemClock, iso_z, sleep
+from fleetcast.clock import SystemClock, from_ms, iso_z, sleep
 from fleetcast.errors import AlreadyRunning
 from fleetcast.files import OwnerLock, write_json
 from fleetcast.registry import TRAINER_LOCK, Registry
+from fleetcast.settings import BinSettings
+from fleetcast.traingrid import TrainingGrid
 from fleetcast.versions import BASELINE_FILE, MODEL_FILE, new_version_id
 
 GIGABYTE = 2**30
@@ -43,10 +45,10 @@ def main() -> int:
             while Path("stand_in.txt").read_text().strip() == "wait":
                 sleep(0.05)
             order = Path("stand_in.txt").read_text().strip()
-        return _end(order, registry, attempt_id)
+        return _end(order, registry, attempt_id, Path(options.data))
 
 
-def _end(order: str, registry: Registry, attempt_id: str) -> int:
+def _end(order: str, registry: Registry, attempt_id: str, data: Path) -> int:
     if order == "crash":
         raise RuntimeError("out of luck")
     if order == "hang":
@@ -59,20 +61,18 @@ def _end(order: str, registry: Registry, attempt_id: str) -> int:
         print("data span 1.0 h, a training needs 48.0 h", flush=True)
         return 5
     if order in ("promoted", "rejected", "promoted without a word", "promised"):
-        _leave_version(order, registry, attempt_id)
+        _leave_version(order, registry, attempt_id, data)
     return 0
 
 
-def _leave_version(order: str, registry: Registry, attempt_id: str) -> None:
+def _leave_version(order: str, registry: Registry, attempt_id: str, data: Path) -> None:
     now = SystemClock().now()
     version, promoted = new_version_id(now), order != "rejected"
     if order != "promised":
-        columns = {"cpu_pct": np.linspace(0, 100, 500)}
-        contents = {
-            MODEL_FILE: b"no model",
-            BASELINE_FILE: Baseline.from_columns(columns, version).to_bytes(),
-        }
-        made = {"created_at": iso_z(now), "attempt_id": attempt_id, "parent": None, "promoted": promoted}
+        baseline, data_range = _baseline(data, version)
+        contents = {MODEL_FILE: b"no model", BASELINE_FILE: baseline.to_bytes()}
+        made = {"created_at": iso_z(now), "attempt_id": attempt_id, "promoted": promoted}
+        made |= {"data_range": data_range}
         registry.add(version, contents, made)
         if promoted:
             registry.promote(version)
@@ -83,6 +83,17 @@ def _leave_version(order: str, registry: Registry, attempt_id: str) -> None:
     folder.mkdir(exist_ok=True)
     verdict = {"attempt_id": attempt_id, "promoted": promoted, "version": version, "why": "told so"}
     write_json(folder / f"{attempt_id}.json", verdict)
+
+
+def _baseline(data: Path, version: str) -> tuple[Baseline, dict[str, str]]:
+    """Return a baseline of the newest 60 bins of the export, as after a change, and its range."""
+    if not data.exists():
+        return Baseline.from_columns({"cpu_pct": np.linspace(0, 100, 500)}, version), {}
+    grid = TrainingGrid.read(data, BinSettings().forecast_metrics, BinSettings().bin_s * 1000)
+    start_ms = grid.end_ms - 60 * grid.bin_ms
+    newest = grid.values[:, :, -60:]
+    made = Baseline.from_grid(newest, start_ms, grid.bin_ms, grid.server_names, grid.metrics, version)
+    return made, {"start": iso_z(from_ms(grid.start_ms)), "end": iso_z(from_ms(grid.end_ms))}
 
 
 if __name__ == "__main__":

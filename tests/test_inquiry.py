@@ -1,0 +1,80 @@
+"""Asking the inference daemon: what is learned, and that nothing hangs on it."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from told_daemon import Told
+
+from fleetcast.errors import BadData
+from fleetcast.inquiry import Inquiry
+from fleetcast.loop import Stop
+from fleetcast.quiet import FleetLoad
+
+FLEET = {"predictions": {"a": {"current": {"cpu_pct": 20.0, "mem_pct": 30.0}, "stale": False}}}
+
+
+@pytest.fixture
+def told() -> Iterator[Told]:
+    with Told() as daemon:
+        yield daemon
+
+
+def test_the_version_in_service_and_the_process_are_learned(told: Told) -> None:
+    told.answers["/status"] = {"pid": 77, "model": {"version": "v7"}}
+    inquiry = Inquiry(told.url, 5.0)
+    inquiry.look(Stop())
+    assert (inquiry.served_version, inquiry.pids) == ("v7", (77,))
+
+
+@pytest.mark.parametrize(
+    "status",
+    [{}, {"model": None, "pid": None}, {"model": "v1", "pid": "77"}, {"model": {"version": 3}, "pid": True}],
+)
+def test_what_the_status_does_not_say_stays_unknown(told: Told, status: dict[str, Any]) -> None:
+    told.answers["/status"] = status
+    inquiry = Inquiry(told.url, 5.0)
+    inquiry.look(Stop())
+    assert (inquiry.served_version, inquiry.pids) == (None, ())
+
+
+def test_a_daemon_that_went_away_is_not_believed_any_longer(told: Told) -> None:
+    told.answers["/status"] = {"pid": 77, "model": {"version": "v7"}}
+    inquiry = Inquiry(told.url, 5.0)
+    inquiry.look(Stop())
+    told.close()
+    inquiry.look(Stop())
+    assert (inquiry.served_version, inquiry.pids) == (None, ())
+    assert "does not answer" in inquiry.fleet(Stop()).away
+
+
+def test_the_fleet_is_asked_for_its_current_values_only_and_with_the_key(
+    told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TFT_API_KEY", "secret")
+    told.answers["/predictions/current"] = FLEET
+    assert Inquiry(told.url, 5.0).fleet(Stop()) == FleetLoad(1, 20.0, 30.0)
+    assert (told.paths, told.keys) == (["/predictions/current?fields=current"], ["secret"])
+
+
+def test_an_answer_of_another_shape_is_away(told: Told) -> None:
+    told.answers["/predictions/current"] = {"predictions": 3}
+    assert "another shape" in Inquiry(told.url, 5.0).fleet(Stop()).away
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://", ""])
+def test_an_address_that_is_none_is_refused_at_once(url: str) -> None:
+    with pytest.raises(BadData, match="must look like http://"):
+        Inquiry(url, 5.0)
+
+
+def test_a_daemon_that_hangs_does_not_hold_a_stop_up() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        inquiry, stop = Inquiry(f"http://127.0.0.1:{silent.getsockname()[1]}", 60.0), Stop()
+        threading.Timer(0.2, stop.request, args=("a test",)).start()
+        started = time.monotonic()
+        assert inquiry.fleet(stop).away.endswith("was not waited for: a test")
+        assert time.monotonic() - started < 10

@@ -1,0 +1,80 @@
+"""What a training is told: the documented command line, and what drifts since when."""
+
+import sys
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from settled_rows import BIN_MS, RowStore
+from test_drift_series import CHANGE, START_MS, baseline, changed, daily, store_of, window_of
+
+from fleetcast.drift_source import DriftEvidence, DriftSource
+from fleetcast.registry import Registry
+from fleetcast.settings import DriftSettings, Settings
+from fleetcast.training_order import export_end, trainer_command, training_context, training_steps
+
+ROOT = Path(__file__).parents[1]
+PRINTED = ["tft_trainer.py", "--data", "training_data_incremental.parquet", "--incremental", "--epochs", "5"]
+NOW = datetime(2026, 1, 18, tzinfo=UTC)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_command_is_the_printed_one_with_our_interpreter() -> None:
+    Path("tft_trainer.py").touch()
+    assert trainer_command(Settings(), ROOT, None) == [sys.executable, *PRINTED]
+
+
+def test_installed_elsewhere_the_trainer_beside_the_program_is_run() -> None:
+    assert trainer_command(Settings(), ROOT, None)[1] == str(ROOT / "tft_trainer.py")
+
+
+def test_further_flags_come_only_where_settings_are_not_the_defaults() -> None:
+    Path("tft_trainer.py").touch()
+    settings = replace(
+        Settings(),
+        paths=replace(Settings().paths, checkpoint_dir="elsewhere"),
+        retraining=replace(Settings().retraining, training_epochs=2),
+    )
+    command = trainer_command(settings, ROOT, Path("own.toml"))
+    assert command[2:] == [*PRINTED[1:-1], "2", "--checkpoint-dir", "elsewhere", "--config", "own.toml"]
+
+
+def test_the_export_comes_first_and_is_done_by_a_child_too() -> None:
+    export, train = training_steps(Settings(), ROOT / "adaptive_retraining_daemon.py", None)
+    assert export.argv[1:] == [
+        str(ROOT / "adaptive_retraining_daemon.py"),
+        "--export",
+        "training_data_incremental.parquet",
+    ]
+    assert export.env["FLEETCAST_RETRAINING_TRAINING_DAYS"] == "30"
+    assert train.env == {}
+
+
+def context(store: RowStore, *, with_baseline: bool = True) -> dict[str, object]:
+    source = DriftSource(store, Registry(Path("checkpoints")), DriftSettings(), BIN_MS)
+    evidence = DriftEvidence(window_of(store), "v1", baseline() if with_baseline else None)
+    return training_context("drift", NOW, evidence, source)
+
+
+def test_the_drifting_series_are_named_with_the_time_they_changed() -> None:
+    (found,) = context(store_of(changed))["drifting"]  # type: ignore[misc]
+    assert (found["server"], found["metric"]) == ("b", "cpu_pct")
+    assert found["score"] > 1
+    since = datetime.fromisoformat(found["since"])
+    assert abs(since.timestamp() * 1000 - (START_MS + CHANGE * BIN_MS)) <= 3 * BIN_MS
+
+
+def test_nobody_is_named_where_nothing_drifts_or_nothing_is_known() -> None:
+    assert context(store_of(daily))["drifting"] == []
+    assert context(store_of(changed), with_baseline=False)["drifting"] == []
+
+
+def test_an_export_ends_now_or_just_after_the_newest_record_of_the_data_clock() -> None:
+    assert export_end("system", NOW) is None
+    assert export_end("data", None) is None
+    assert export_end("data", NOW) == NOW.replace(microsecond=1000)
