@@ -88,7 +88,7 @@ def test_a_training_leaves_the_checkpoint_where_the_daemon_looks(trained: Workpl
     code = (
         "import torch\n"
         f"state = torch.load({name!r}, weights_only=True, map_location='cpu')\n"
-        "assert {'state_dict', 'config'} <= state.keys(), list(state)\n"
+        "assert {'format', 'network', 'state_dict'} <= state.keys(), list(state)\n"
     )
     (trained.folder / "load.py").write_text(code)
     done = trained.run("python load.py")
