@@ -10,6 +10,7 @@ else): {"format": 1, "version": str, "trained_at": ISO 8601, "metrics": [str], "
 
 import io
 import pickle
+import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ class Forecaster:
             description, weights = _parsed(_unpickled(content, path))
             loaded = cls(description, weights, min_history_s=min_history_s)
             loaded._try_once()
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
             raise BadCheckpoint(path, f"not a model of ours: {type(error).__name__} {error}") from error
         return loaded
 
@@ -212,13 +213,19 @@ class Forecaster:
             raise ValueError("its answer is not finite numbers of the expected shape")
 
 
+# what torch's own unpickler raises on foreign bytes, found by feeding it damaged files
+_FOREIGN = (
+    *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, OSError, MemoryError),
+    *(RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError),
+)
+
+
 def _unpickled(content: bytes, path: Path) -> Any:
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise BadCheckpoint(path, f"not a checkpoint of plain types: {str(error)[:200]}") from error
-    except (KeyError, TypeError, AttributeError, IndexError, OSError, MemoryError) as error:
-        raise BadCheckpoint(path, f"damaged: {type(error).__name__} {error}") from error
+    except _FOREIGN as error:
+        why = f"not a checkpoint of plain types: {type(error).__name__} {str(error)[:200]}"
+        raise BadCheckpoint(path, why) from error
 
 
 def _parsed(content: Any) -> tuple[ModelDescription, dict[str, torch.Tensor]]:
