@@ -43,14 +43,19 @@ class BinHistory:
         self._grace_ms = int(bins.close_grace_s * 1000)
         self._live_ms = int(forecast.stale_after_s * 1000)
         self._gone_ms = int(forecast.gone_after_s * 1000)
-        self._lock = threading.Lock()  # guards everything down to _late_bins
+        self._keep_bins = keep_bins
+        self.late_rows = 0
+        self._lock = threading.Lock()
+        self._begin()
+
+    def _begin(self) -> None:
+        # the lock guards what `add` touches, down to _late_bins; the rest is the sweeping thread's
         self._rows: dict[str, int] = {}
         self._newest_ms: Longs = np.full(64, _UNSEEN, dtype=np.int64)  # (server row,)
         self._open: dict[int, list[_Rows]] = {}
         self._taken_ms: int | None = None  # the newest closed bin
         self._late_bins: set[int] = set()
-        self.late_rows = 0
-        self._grid = BinGrid(len(self.metrics), self.bin_ms, keep_bins)
+        self._grid = BinGrid(len(self.metrics), self.bin_ms, self._keep_bins)
         self._seen_bin_ms: Longs = np.full(64, _UNSEEN, dtype=np.int64)  # newest closed bin with a record
 
     @property
@@ -137,6 +142,11 @@ class BinHistory:
         view = self._grid.view(len(names))
         values = view if len(rows) == len(names) else view[rows]
         return HistoryWindow(tuple(names[row] for row in rows), self.metrics, values, end_bin_ms, self.bin_ms)
+
+    def clear(self) -> None:
+        """Forget everything, for a `restore` to follow."""
+        with self._lock:
+            self._begin()
 
     def restore(self, batches: Iterable[RecordBatch], taken_bin_ms: int) -> None:
         """Fill a history from stored records, before its first `close`.

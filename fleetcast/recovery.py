@@ -13,6 +13,7 @@ from typing import Protocol
 from fleetcast.clock import from_ms, iso_z, monotonic, to_ms
 from fleetcast.history import BinHistory
 from fleetcast.ledger import Ledger
+from fleetcast.recordrules import FUTURE_LIMIT
 from fleetcast.roster import Roster
 from fleetcast.schema import RecordBatch
 from fleetcast.windows import HISTORY_BINS
@@ -37,6 +38,7 @@ def restore(
     ledger: Ledger,
     gone_after_s: float,
     should_stop: Callable[[], bool] = lambda: False,
+    now: datetime | None = None,
 ) -> int | None:
     """Fill history and roster from stored records.
 
@@ -44,6 +46,7 @@ def restore(
 
     Args:
         should_stop: asked between batches; what was read by then is all there is.
+        now: the system's clock; what was stored by one that was ahead of it is left for its time.
     Returns:
         the newest bin worked off, to be forecast again for readers; None for an empty buffer.
     """
@@ -51,11 +54,14 @@ def restore(
     if newest is None:
         return None
     started = monotonic()
-    newest_bin = to_ms(newest) // history.bin_ms * history.bin_ms
+    newest = newest if now is None else min(newest, now + FUTURE_LIMIT)
+    newest_bin = _bin(newest, history)
     resume = ledger.resume_bin_ms
     taken = newest_bin - history.bin_ms if resume is None else resume
+    if now is not None and taken > newest_bin:
+        taken = _bin(now, history) - history.bin_ms
     first = min(taken, newest_bin) - (HISTORY_BINS - 1) * history.bin_ms
-    recent = max(first, (to_ms(newest) - int(gone_after_s * 1000)) // history.bin_ms * history.bin_ms)
+    recent = max(first, newest_bin - int(gone_after_s * 1000) // history.bin_ms * history.bin_ms)
     batches = _batches(stored, history, roster, first, recent, newest_bin + history.bin_ms)
     history.restore(takewhile(lambda _: not should_stop(), batches), taken)
     logger.info(
@@ -63,6 +69,10 @@ def restore(
         history.n_servers, iso_z(newest), iso_z(from_ms(taken)), monotonic() - started,
     )  # fmt: skip
     return taken
+
+
+def _bin(moment: datetime, history: BinHistory) -> int:
+    return to_ms(moment) // history.bin_ms * history.bin_ms
 
 
 def _batches(

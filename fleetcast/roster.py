@@ -37,11 +37,14 @@ class Roster:
         self._stale_ms = int(settings.stale_after_s * 1000)
         self._gone_ms = int(settings.gone_after_s * 1000)
         self._lock = threading.Lock()
+        self._changes = 0
+        self._begin()
+
+    def _begin(self) -> None:
         self._rows: dict[str, int] = {}
         self._columns: dict[str, int] = {}
         self._values: Floats = np.full((16, 8), np.nan)
         self._last_seen_ms: Longs = np.full(16, _NEVER, dtype=np.int64)
-        self._changes = 0
 
     @property
     def changes(self) -> int:
@@ -56,6 +59,12 @@ class Roster:
     def n_metrics(self) -> int:
         """Return how many different metrics were sent."""
         return len(self._columns)
+
+    def clear(self) -> None:
+        """Forget everybody."""
+        with self._lock:
+            self._begin()
+            self._changes += 1
 
     def add(self, batch: RecordBatch) -> None:
         """Take durable records in; records older than what is known change nothing."""

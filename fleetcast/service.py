@@ -61,6 +61,8 @@ class InferenceService:
         load_model: Callable[[Path], Predictor],
         api_key: str,
         stop: Stop,
+        *,
+        wall_clock: Clock | None = None,
     ) -> None:
         """Build the parts; nothing is served yet.
 
@@ -72,13 +74,14 @@ class InferenceService:
         self._buffer = buffer
         self._listener = listener
         self._stop = stop
+        self._wall_clock = wall_clock or SystemClock()
         self._maintained_at = float("-inf")
         self._is_data_clock = settings.clock.mode == "data"
         folder = Path(settings.paths.data_buffer_dir)
         self._history = BinHistory(settings.bins, settings.forecast)
-        self._clock: Clock = DataClock(self._newest_record_time) if self._is_data_clock else SystemClock()
+        self._clock: Clock = DataClock(self._newest_record_time) if self._is_data_clock else self._wall_clock
         self._roster = Roster(settings.forecast)
-        self._errors = RecentErrors(SystemClock())
+        self._errors = RecentErrors(self._wall_clock)
         self._ledger = Ledger(
             folder, settings.forecast.settle_horizons, self._history.bin_ms, settings.clock.mode
         )
@@ -128,7 +131,7 @@ class InferenceService:
             self._ledger,
             self._settings.forecast.gone_after_s,
             lambda: self._stop.is_requested,
-            None if self._is_data_clock else self._clock.now() + FUTURE_LIMIT,
+            None if self._is_data_clock else self._clock.now(),
         )
         if newest_bin is not None and not self._stop.is_requested:
             self._sweeper.forecast_again(newest_bin)
@@ -216,7 +219,7 @@ class InferenceService:
             self._history,
             self._roster,
             rejected,
-            SystemClock(),
+            self._wall_clock,
             self._settings.server,
             self._settings.buffer,
             expires=not self._is_data_clock,

@@ -13,7 +13,7 @@ import pytest
 
 from data_buffer import DataBuffer
 from fleetcast.apidocs import FEED_ANSWER, PREDICTIONS
-from fleetcast.clock import SystemClock, iso_z
+from fleetcast.clock import FakeClock, SystemClock, iso_z
 from fleetcast.errors import CannotStart, SettingsError
 from fleetcast.listener import HttpListener
 from fleetcast.loop import Stop
@@ -41,6 +41,7 @@ class World:
 
     def __init__(self, folder: Path, mode: str = "data") -> None:
         self.folder = folder
+        self.clock = FakeClock(START.to_pydatetime() + timedelta(hours=12))
         self.mode = mode
         self.stop = Stop()
 
@@ -50,7 +51,9 @@ class World:
         buffer = DataBuffer(paths.data_buffer_dir, expire=self.mode == "system")
         listener = HttpListener("127.0.0.1", 0)
         try:
-            self.service = InferenceService(settings, buffer, listener, lambda path: Sevens(), "", self.stop)
+            self.service = InferenceService(
+                settings, buffer, listener, lambda path: Sevens(), "", self.stop, wall_clock=self.clock
+            )
         except SettingsError:
             listener.stop(1.0)
             raise
@@ -197,6 +200,29 @@ def test_the_other_clock_is_refused_with_a_hint(tmp_path: Path) -> None:
     World(tmp_path).start().end()
     with pytest.raises(SettingsError, match="--clock data"):
         World(tmp_path, "system").start()
+
+
+def test_after_the_system_clock_stepped_back_forecasts_go_on_at_once(tmp_path: Path) -> None:
+    world = World(tmp_path, "system").start()
+    right = world.clock.now()
+    world.post(("a", 144, 1.0))
+    world.service.cycle()
+    world.clock.time = right + timedelta(days=1)  # wrong for a while, and agents with it
+    world.post(("a", 144 + 288, 2.0), ("a", 145 + 288, 3.0))
+    world.service.cycle()
+    assert world.get("/status")["bins"]["newest_closed"] == "2020-01-02T12:00:00Z"
+    world.clock.time = right + timedelta(minutes=10)
+    world.post(("a", 145, 4.0))
+    world.service.cycle()
+    world.post(("a", 146, 5.0))
+    world.service.cycle()
+    assert world.get("/status")["bins"]["newest_closed"] == "2020-01-01T12:05:00Z"
+    shown = world.get("/predictions/current")["predictions"]["a"]
+    assert shown["current"] == {"cpu_pct": 5.0}
+    assert shown["forecast"]["cpu_pct"]["p50"][0] == 4.0
+    counts = world.get("/status")["ledger"]
+    assert counts["opened"] == counts["settled"] + counts["expired"] + counts["open"]
+    world.end()
 
 
 def test_a_failing_disk_is_an_error_to_be_seen_not_the_end(
