@@ -39,7 +39,7 @@ logger = logging.getLogger(Path(__file__).stem)  # not "__main__": people read t
 LOG_FILE = Path("inference_daemon.log")
 KEY_VARIABLE = "TFT_API_KEY"
 TICK_S = 0.25
-RESTORE_TIMEOUT_S = 600.0  # asked of systemd for start-up: 8 days of 2,000 servers took 40 s
+RESTORE_TIMEOUT_S = 600.0  # asked of systemd: 3M stored rows a second, 8 days of 2,000 servers are 276M
 LOADER_JOIN_S = 2.0
 
 

@@ -73,7 +73,7 @@ def run(phase: Phase, folder: Path, seconds: float) -> dict[str, Any]:
         wait_for("the model", lambda: daemon.status()["model"]["version"] is not None)
         fleet = Fleet(daemon, phase.n_servers)
         fleet.give_history()
-        before = daemon.status()
+        before, swept_s = daemon.status(), sweep_seconds(daemon)
         numbers = itertools.count(1)
         renew = partial(promote, folder) if phase.reloads else id
         with (
@@ -85,7 +85,7 @@ def run(phase: Phase, folder: Path, seconds: float) -> dict[str, Any]:
             took_s = time.monotonic() - started
         after = daemon.status()
         n_sweeps = after["sweep"]["count"] - before["sweep"]["count"]
-        sweep_s = sweep_seconds(daemon)
+        swept_s = sweep_seconds(daemon) - swept_s
     return {
         "phase": phase.name,
         "requests": len(latencies_ms),
@@ -93,8 +93,8 @@ def run(phase: Phase, folder: Path, seconds: float) -> dict[str, Any]:
         "p99_ms": round(float(np.quantile(latencies_ms, 0.99)), 2),
         "max_ms": round(max(latencies_ms), 2),
         "sweeps": n_sweeps,
-        "mean_sweep_s": round(sweep_s, 3),
-        "sweeping_share": round(min(1.0, n_sweeps * sweep_s / took_s), 2),
+        "mean_sweep_s": round(swept_s / max(1, n_sweeps), 3),
+        "sweeping_share": round(min(1.0, swept_s / took_s), 2),
         "reloaded": after["model"]["version"] != before["model"]["version"],
     }
 
@@ -211,8 +211,12 @@ def promote(folder: Path, number: int) -> None:
 
 
 def sweep_seconds(daemon: InferenceDaemon) -> float:
-    """Return the length of the newest sweep."""
-    return float(daemon.status()["sweep"]["seconds"] or 0.0)
+    """Return the time all sweeps took since the start."""
+    link = http.client.HTTPConnection("127.0.0.1", daemon.port)
+    link.request("GET", "/metrics")
+    lines = link.getresponse().read().decode().splitlines()
+    link.close()
+    return next(float(line.split()[1]) for line in lines if line.startswith("fleetcast_sweep_seconds_sum"))
 
 
 if __name__ == "__main__":
