@@ -70,6 +70,10 @@ class Program:
             )
         return self
 
+    def launch(self) -> Self:
+        """Start the process and do not wait for anything."""
+        return Program.start(self)
+
     def run(self, limit_s: float = START_LIMIT_S) -> int:
         """Start it and wait for its end; return the exit code."""
         return self.start().process.wait(limit_s)
