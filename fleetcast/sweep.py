@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK_SERVERS = 256  # one chunk keeps a core busy for well under a second
 _MODEL_WAIT_S = 120.0  # data clock: recorded hours must not run past a model that is still loading
+_MODEL_WAIT_STEP_S = 0.25  # between two looks at whether to stop
 _REFRESH_S = 5.0
 
 
@@ -117,8 +118,8 @@ class Sweeper:
 
     def _work_off(self, due: list[int], should_stop: Callable[[], bool]) -> None:
         self._model.notice()
-        if self._every_bin and not self._model.wait(_MODEL_WAIT_S):
-            logger.warning("sweep goes on without the model still loading after %.0f s", _MODEL_WAIT_S)
+        if self._every_bin:
+            self._wait_for_model(should_stop)
         for bin_ms in due:
             if should_stop():
                 return
@@ -126,6 +127,13 @@ class Sweeper:
             self._write_what_waits()
             if self._every_bin or bin_ms == due[-1]:
                 self._forecast(bin_ms, n_skipped=0 if self._every_bin else len(due) - 1)
+
+    def _wait_for_model(self, should_stop: Callable[[], bool]) -> None:
+        deadline = monotonic() + _MODEL_WAIT_S
+        while not self._model.wait(_MODEL_WAIT_STEP_S) and not should_stop():
+            if monotonic() > deadline:
+                logger.warning("sweep goes on, the model still loads after %.0f s", _MODEL_WAIT_S)
+                return
 
     def _forecast(self, origin_ms: int, n_skipped: int = 0) -> None:
         started = monotonic()

@@ -49,12 +49,14 @@ class Service:
 
     in_service: InService | None = None
     n_notices: int = 0
+    n_waits_left: int = 0  # while it loads
 
     def notice(self) -> None:
         self.n_notices += 1
 
     def wait(self, timeout_s: float) -> bool:
-        return True
+        self.n_waits_left -= 1
+        return self.n_waits_left < 0
 
 
 class World:
@@ -237,6 +239,22 @@ def test_a_stop_is_obeyed_between_two_bins(world: World) -> None:
     world.sweeper.cycle(lambda: next(answers))
     assert world.sweeper.counts.sweeps == 2
     assert not world.sweeper.is_at_work
+
+
+def test_recorded_time_waits_for_a_model_that_is_being_loaded(world: World) -> None:
+    world.service.n_waits_left = 3
+    world.feed(("a", 0, 1.0), ("a", 1, 1.0))
+    world.sweeper.cycle()
+    assert world.service.n_waits_left == -1
+    assert world.sweeper.counts.sweeps == 1
+
+
+def test_a_stop_does_not_wait_for_a_model(world: World) -> None:
+    world.service.n_waits_left = 1000
+    world.feed(("a", 0, 1.0), ("a", 1, 1.0))
+    world.sweeper.cycle(lambda: True)
+    assert world.service.n_waits_left == 999
+    assert world.sweeper.counts.sweeps == 0
 
 
 def test_late_records_reach_the_window_from_the_buffer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
