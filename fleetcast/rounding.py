@@ -35,12 +35,14 @@ def to_significant(values: Floats, digits: int) -> Floats:
     usable = np.isfinite(values) & (values != 0.0)
     some = values[usable]
     decimals = digits - 1 - np.floor(np.log10(np.abs(some))).astype(np.int64)
-    power = _POWERS[np.minimum(np.abs(decimals), _EXACT_POWER)]
+    is_exact = np.abs(decimals) <= _EXACT_POWER
+    power = _POWERS[np.where(is_exact, np.abs(decimals), 0)]
     # dividing by an exact power of ten keeps the result the nearest double; multiplying by 0.001 would not
     is_small = decimals >= 0
     scaled = np.rint(np.where(is_small, some * power, some / power))
     out = np.where(is_small, scaled / power, scaled * power)
-    for place in np.flatnonzero(np.abs(decimals) > _EXACT_POWER):
-        out[place] = float(f"{some[place]:.{digits - 1}e}")
+    for place in np.flatnonzero(~is_exact):
+        printed = float(f"{some[place]:.{digits - 1}e}")
+        out[place] = printed if np.isfinite(printed) else some[place]  # the largest doubles stay as they are
     result[usable] = out
     return result

@@ -1,0 +1,159 @@
+"""One record at a time: what contract §2 accepts, and what a rejection says."""
+
+from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fleetcast.recordrules import RecordFault, RecordRules, check_record, is_server_name, parse_timestamp_ms
+from fleetcast.settings import BufferSettings
+
+NOW = datetime(2026, 1, 15, 10, 0, tzinfo=UTC)
+RULES = RecordRules.at(NOW, BufferSettings())
+AT = "2026-01-15T10:00:00Z"
+AT_MS = 1_768_471_200_000
+
+
+def fault(record: object, rules: RecordRules = RULES) -> tuple[str, str]:
+    with pytest.raises(RecordFault) as caught:
+        check_record(record, rules)
+    return caught.value.field, caught.value.reason
+
+
+def values(**fields: Any) -> dict[str, float]:
+    return dict(check_record({"timestamp": AT, "server_name": "a", **fields}, RULES).values)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2026-01-15T10:00:00Z",
+        "2026-01-15T10:00:00",
+        "2026-01-15 10:00:00",
+        "2026-01-15T10:00:00.000Z",
+        "2026-01-15T12:00:00+02:00",
+        "2026-01-15T04:30:00-05:30",
+        "20260115T100000Z",
+    ],
+)
+def test_iso_8601_is_read_and_naive_means_utc(text: str) -> None:
+    assert parse_timestamp_ms(text) == AT_MS
+
+
+def test_a_datetime_is_a_time_too() -> None:
+    assert parse_timestamp_ms(NOW) == AT_MS
+    assert parse_timestamp_ms(NOW.replace(tzinfo=None)) == AT_MS
+    assert parse_timestamp_ms(NOW.astimezone(timezone(timedelta(hours=9)))) == AT_MS
+
+
+def test_a_time_is_cut_to_milliseconds() -> None:
+    assert parse_timestamp_ms("2026-01-15T10:00:00.123999Z") == AT_MS + 123
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", "now", "15.01.2026", "2026-13-01T00:00:00Z", "2026-01-15T25:00:00", 1768471200, None, True, [1]],
+)
+def test_anything_else_is_no_time(value: Any) -> None:
+    field, reason = fault({"timestamp": value, "server_name": "a"})
+    assert field == "timestamp"
+    assert "ISO 8601" in reason
+    assert "2026-01-15T10:00:05Z" in reason
+
+
+@pytest.mark.parametrize("text", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"])
+def test_the_edges_of_the_calendar_raise_nothing_unknown(text: str) -> None:
+    field, _ = fault({"timestamp": text, "server_name": "a"})
+    assert field == "timestamp"
+
+
+def test_five_minutes_ahead_is_the_limit() -> None:
+    at_limit = (NOW + timedelta(minutes=5)).isoformat()
+    past_it = (NOW + timedelta(minutes=5, milliseconds=1)).isoformat()
+    assert check_record({"timestamp": at_limit, "server_name": "a"}, RULES).server_name == "a"
+    assert fault({"timestamp": past_it, "server_name": "a"})[1].startswith(
+        "lies more than 5 min in the future"
+    )
+
+
+def test_the_retention_is_the_other_limit_where_records_expire() -> None:
+    old = {"timestamp": (NOW - timedelta(days=60, milliseconds=1)).isoformat(), "server_name": "a"}
+    assert fault(old) == ("timestamp", "is older than the retention: '2025-11-16T09:59:59.999000+00:00'")
+    kept_forever = RecordRules.at(NOW, BufferSettings(), expires=False)
+    assert check_record(old, kept_forever).server_name == "a"
+
+
+@pytest.mark.parametrize("name", ["a", "x" * 128, "web-01.example.com", "日本", "a b"])
+def test_printable_names_up_to_128_characters_are_servers(name: str) -> None:
+    assert is_server_name(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "x" * 129, "a\nb", "a\x00", "\ud800", "\u202e", None, 7, ["a"], {"a": 1}]
+)
+def test_other_names_are_refused(name: Any) -> None:
+    field, reason = fault({"timestamp": AT, "server_name": name})
+    assert (field, reason[:30]) == ("server_name", "must be 1-128 printable charac")
+
+
+@pytest.mark.parametrize("record", [None, 7, "text", [], [1, 2], True])
+def test_a_record_is_an_object(record: object) -> None:
+    assert fault(record) == ("", f"a record must be an object, got {record!r}")
+
+
+def test_missing_fields_are_named() -> None:
+    assert fault({})[0] == "timestamp"
+    assert fault({"timestamp": AT})[0] == "server_name"
+
+
+def test_numbers_are_metrics_null_is_absent_text_is_ignored() -> None:
+    record = {
+        "timestamp": AT,
+        "server_name": "a",
+        "load": 3,
+        "x_ms": 1.5,
+        "y": None,
+        "state": "ok",
+        "Zone": 1,
+    }
+    checked = check_record(record, RULES)
+    assert checked.values == {"load": 3.0, "x_ms": 1.5}
+    assert checked.ignored_fields == 2, "`state` is text, `Zone` is no metric's name"
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    assert values(a=np.float32(1.5), b=np.int64(7)) == {"a": 1.5, "b": 7.0}
+
+
+@pytest.mark.parametrize("value", [True, False, [1], {"v": 1}, (1,), b"1", 1j, np.bool_(True)])
+def test_other_types_are_rejected(value: Any) -> None:
+    assert fault({"timestamp": AT, "server_name": "a", "load": value})[0] == "load"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 10**400])
+def test_a_number_is_finite(value: Any) -> None:
+    assert "finite" in fault({"timestamp": AT, "server_name": "a", "load": value})[1]
+
+
+@pytest.mark.parametrize(("value", "is_good"), [(-1, True), (-1.01, False), (1000, True), (1000.1, False)])
+def test_a_percent_lies_between_minus_one_and_a_thousand(value: float, is_good: bool) -> None:
+    record = {"timestamp": AT, "server_name": "a", "cpu_pct": value, "latency_ms": -5e9}
+    if is_good:
+        assert check_record(record, RULES).values["cpu_pct"] == value
+    else:
+        assert fault(record) == ("cpu_pct", f"must lie in -1..1000, got {value:g}")
+
+
+def test_mem_used_pct_is_mem_pct() -> None:
+    assert values(mem_used_pct=40.0) == {"mem_pct": 40.0}
+    assert values(mem_used_pct=40.0, mem_pct=41.0) == {"mem_pct": 41.0}
+    assert values(mem_used_pct=40.0, mem_pct=None) == {"mem_pct": 40.0}
+
+
+def test_a_reason_never_echoes_much_of_what_was_sent() -> None:
+    deep: Any = "x" * 10_000
+    for _ in range(500):
+        deep = [deep] * 3
+    _, reason = fault({"timestamp": AT, "server_name": "a", "load": deep})
+    assert len(reason) < 300
