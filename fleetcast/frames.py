@@ -4,8 +4,8 @@ Owns: the frame format, the segment's file name, what a torn tail and damage are
 Does not know: writing, or what the payloads mean.
 
 A segment `NNNNNNNNNNNN.wal` is a row of frames: magic (4 bytes, its last one is the format
-version), payload length and crc32c of length + payload (little-endian unsigned 32-bit each),
-payload. The magic holds a byte that UTF-8 never has, so no name in a payload can imitate it.
+version), payload length and crc32c of magic + length + payload (little-endian unsigned 32-bit
+each), payload. The magic holds a byte that UTF-8 never has, so no name in a payload can imitate it.
 """
 
 import os
@@ -51,9 +51,8 @@ class SegmentContent:
 
 def frame(payload: bytes) -> bytes:
     """Return the header that goes before `payload`."""
-    length = _LENGTH.pack(len(payload))
-    checksum = crc32c.crc32c(payload, crc32c.crc32c(length))
-    return MAGIC + length + _LENGTH.pack(checksum)
+    start = MAGIC + _LENGTH.pack(len(payload))
+    return start + _LENGTH.pack(crc32c.crc32c(payload, crc32c.crc32c(start)))
 
 
 def segment_path(folder: Path, number: int) -> Path:
@@ -107,18 +106,18 @@ def parse_frames(data: bytes) -> SegmentContent:
 def _is_newer(data: bytes) -> bool:
     """Whether the first frame is whole and of a later format version (a flipped bit is no version)."""
     is_other = data[:3] == MAGIC[:3] and data[3:4] > MAGIC[3:]
-    return is_other and _payload_at(MAGIC + data[4:], 0) is not None
+    return is_other and _payload_at(data, 0, data[:4]) is not None
 
 
-def _payload_at(data: bytes, offset: int) -> bytes | None:
+def _payload_at(data: bytes, offset: int, wanted_magic: bytes = MAGIC) -> bytes | None:
     if offset + _HEADER.size > len(data):
         return None
     magic, length, checksum = _HEADER.unpack_from(data, offset)
     start = offset + _HEADER.size
-    if magic != MAGIC or length > PAYLOAD_MAX_BYTES or start + length > len(data):
+    if magic != wanted_magic or length > PAYLOAD_MAX_BYTES or start + length > len(data):
         return None
     payload = data[start : start + length]
-    if crc32c.crc32c(payload, crc32c.crc32c(_LENGTH.pack(length))) != checksum:
+    if crc32c.crc32c(payload, crc32c.crc32c(data[offset : offset + 8])) != checksum:
         return None
     return payload
 
