@@ -137,6 +137,7 @@ class _Export:
 
     @property
     def n_groups(self) -> int:
+        """Return how many row groups there are."""
         return int(self._source.metadata.num_row_groups)
 
     def time_span(self, group: int) -> tuple[int, int]:

@@ -26,6 +26,7 @@ ROWS = {
     "data_buffer": 4,
     "drift_monitor": 4,
     "fleetcast.forecaster": 3,
+    "fleetcast.candidate": 3,
     "fleetcast.server": 3,
     "fleetcast.setting": 1,
     "fleetcast.setting_sources": 1,
