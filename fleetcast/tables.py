@@ -153,9 +153,9 @@ def key_ranks(table: pa.Table, kind: TableKind) -> Longs:
     span = 1
     for name in kind.key:
         column, width = _column_ranks(table.column(name))
-        if span * width >= _KEY_LIMIT:
-            distinct, ranks = np.unique(ranks, return_inverse=True)
-            span = len(distinct)
+        if span * width >= _KEY_LIMIT:  # decades of times of many servers: number what occurs
+            ranks, span = _renumbered(ranks)
+            column, width = _renumbered(column)
         ranks = ranks * width + column
         span *= width
     return ranks
@@ -209,8 +209,16 @@ def _column_ranks(column: pa.ChunkedArray) -> tuple[Longs, int]:
         ranks = np.fromiter((place[text] for text in texts), np.int64, len(texts))
         return ranks[codes], len(place)
     numbers = cells(column.cast(pa.int64()), np.int64)
-    low = int(numbers.min())
-    return numbers - low, int(numbers.max()) - low + 1
+    low, high = int(numbers.min()), int(numbers.max())
+    if high - low >= _KEY_LIMIT:  # a foreign file's times; the difference could overflow
+        return _renumbered(numbers)
+    return numbers - low, high - low + 1
+
+
+def _renumbered(numbers: Longs) -> tuple[Longs, int]:
+    """Return the rank of each number among those that occur, and how many they are."""
+    distinct, ranks = np.unique(numbers, return_inverse=True)
+    return ranks.astype(np.int64), len(distinct)
 
 
 def _as_type(name: str, column: pa.ChunkedArray, wanted: pa.DataType) -> pa.ChunkedArray:
