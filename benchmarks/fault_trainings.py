@@ -110,7 +110,7 @@ def _one_kill(work: Path, target: str, delay_s: float, total: Tally) -> None:
         wait_for("a training", daemon.is_training)
         sleep(delay_s)
         if target == TRAINER:
-            kill_all(_training_processes(work))
+            kill_all(training_processes(work))
         else:
             daemon.kill()
             daemon.start()
@@ -131,7 +131,7 @@ def _one_kill_of_all(work: Path, fleet: Fleet, delay_s: float, total: Tally) -> 
         sleep(delay_s)
         inference.kill()
         daemon.kill()
-        kill_all(_training_processes(work))
+        kill_all(training_processes(work))
         began_s = monotonic()
         inference.start()
         daemon.start()
@@ -146,7 +146,7 @@ def _one_kill_of_all(work: Path, fleet: Fleet, delay_s: float, total: Tally) -> 
     _check_trainings(work, daemon, total)
 
 
-def _training_processes(work: Path) -> list[psutil.Process]:
+def training_processes(work: Path) -> list[psutil.Process]:
     """Return supervisor, exporter and trainer that work in this folder."""
     found = []
     for process in psutil.process_iter(["cmdline", "cwd"]):
