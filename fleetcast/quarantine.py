@@ -70,5 +70,5 @@ class Quarantine:
                     break
                 excess -= path.stat().st_size
                 path.unlink()
-        except FileNotFoundError:  # a person tidied up meanwhile
-            return
+        except OSError as error:  # a person tidies up meanwhile, or the disk is full
+            logger.warning("cannot bound the quarantine folder=%s error=%s", self.folder, error)
