@@ -97,7 +97,8 @@ class BinHistory:
                 of_bin = starts == start
                 if self._taken_ms is not None and start <= self._taken_ms:
                     self.late_rows += int(np.count_nonzero(of_bin))
-                    self._late_bins.add(start)
+                    if start > self._taken_ms - self._keep_bins * self.bin_ms:
+                        self._late_bins.add(start)
                 else:
                     part = (rows[of_bin], batch.timestamps_ms[of_bin], values[of_bin])
                     self._open.setdefault(start, []).append(part)

@@ -62,6 +62,7 @@ class Ledger:
         self._opened = self._settled = self._expired = 0
         self.newest_origin_ms: int | None = None
         self.settled_through_ms: int | None = None
+        self._recorded_ms: int | None = None  # the newest origin that `ledger.json` counts
         self._counts = LedgerCounts(0, 0, 0, 0, 0)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -134,6 +135,9 @@ class Ledger:
         }
         n_due = self._counts.open - sum(n for targets in waiting.values() for n in targets.values())
         assert n_settled <= n_due, f"{n_settled} settled of {n_due} due"
+        if not n_due and self._recorded_ms == self.newest_origin_ms:  # a backfill's bins cost no write each
+            self.settled_through_ms = settled_through_ms
+            return
         done = [origin for origin, targets in waiting.items() if not targets]
         for origin in done:
             del waiting[origin]
@@ -177,6 +181,7 @@ class Ledger:
                 "waiting": {str(o): {str(t): n for t, n in ts.items()} for o, ts in waiting.items()},
             },
         )
+        self._recorded_ms = self.newest_origin_ms
 
     # start-up
 
@@ -225,6 +230,7 @@ class Ledger:
             )
         self._waiting, self._opened, self._settled, self._expired = waiting, opened, settled, expired
         self.newest_origin_ms, self.settled_through_ms = newest, through
+        self._recorded_ms = newest
         return bin_ms
 
     def _expire_origins(self, origins: set[int]) -> None:

@@ -145,6 +145,15 @@ def test_late_rows_are_counted_and_reopen_nothing() -> None:
     assert cells(bins) == {("a", T0): 1.0}
 
 
+def test_rows_too_late_for_the_window_are_counted_and_not_read_again() -> None:
+    bins = history(keep_bins=10)
+    bins.add(batch_of(("a", 300.0 * 100, 1.0)))
+    close_all(bins, at(300 * 102))
+    bins.add(batch_of(("a", 300.0 * 90, 1.0)))
+    assert bins.late_rows == 1
+    assert not bins.awaits_refresh
+
+
 def test_refresh_reads_only_the_bins_of_late_rows_again() -> None:
     bins = history()
     rows: list[Row] = [("a", 300.0 * i, float(i)) for i in range(6)]

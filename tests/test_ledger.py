@@ -101,6 +101,14 @@ def test_a_forecast_is_settled_once_only(reopened: Callable[[], Ledger]) -> None
     assert ledger.counts().settled == 2
 
 
+def test_a_bin_nobody_forecast_costs_no_write(reopened: Callable[[], Ledger], tmp_path: Path) -> None:
+    ledger = reopened()
+    before = (tmp_path / "ledger.json").stat()
+    settle(ledger, closed(1, a=5.0))
+    assert ledger.settled_through_ms == bin_ms(1)
+    assert (tmp_path / "ledger.json").stat() == before
+
+
 def test_a_repeated_sweep_opens_nothing_twice(reopened: Callable[[], Ledger]) -> None:
     reopened().open(forecast(0))
     ledger = reopened()
