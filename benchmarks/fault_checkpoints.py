@@ -146,7 +146,7 @@ def _write(path: Path, data: bytes) -> None:
 
 def bad_checkpoints(folder: Path, n_kinds: int | None = None) -> Tally:
     """Plant each kind under a running daemon, then under a starting one."""
-    stage = _Stage(folder)
+    stage = _Stage(folder / "work")
     tally = Tally()
     good = (stage.checkpoints / "versions" / stage.good / "model.ckpt").read_bytes()
     files = list(bad_files(good, stage.marker).items())[-(n_kinds or 99) :]
