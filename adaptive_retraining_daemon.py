@@ -22,7 +22,7 @@ from fleetcast.clock import Clock, DataClock, SystemClock, monotonic
 from fleetcast.decision_engine import RetrainingDecisionEngine
 from fleetcast.drift_source import DriftEvidence, DriftSource
 from fleetcast.errors import AlreadyRunning, BadData, ExitCode, FleetcastError, SettingsError
-from fleetcast.files import OwnerLock, append_line, read_pid, write_json
+from fleetcast.files import OwnerLock, read_pid, write_json
 from fleetcast.hostload import HostProbe
 from fleetcast.inquiry import Inquiry
 from fleetcast.logs import configure_logging
@@ -44,8 +44,6 @@ __all__ = ["AdaptiveRetrainingDaemon", "RetrainingDecisionEngine"]
 
 logger = logging.getLogger(__name__)
 
-DECISIONS_FILE = "decisions.jsonl"
-DECISIONS_MAX_BYTES = 5_000_000
 LOG_FILE = "retraining_daemon.log"
 LOCK_FILE = ".retraining_daemon.lock"
 WATCH_S = 0.5  # between looks at a running training
@@ -142,8 +140,7 @@ class AdaptiveRetrainingDaemon:
                 *(check.decision.should_retrain, check.action, check.decision.reason),
             )
             if is_owner:
-                append_line(Path(DECISIONS_FILE), check.as_line(), max_bytes=DECISIONS_MAX_BYTES)
-                self._trainings.save(check)
+                self._trainings.note_check(check)
         return check
 
     def check_quiet_period(self) -> bool:
@@ -160,32 +157,37 @@ class AdaptiveRetrainingDaemon:
         self.quiet = quiet_verdict(fleet, means, host, is_fleet_quiet=is_quiet, settings=limits)
         return self.quiet.is_quiet
 
-    @contextmanager
-    def ownership(self, *, strict: bool = False) -> Iterator[bool]:
-        """Hold the lock of the folder; yields False where another daemon has it.
+    def own(self, *, strict: bool) -> bool:
+        """Take the lock of the folder; return False where another daemon has it.
 
         Raises:
             AlreadyRunning: another daemon has it, and `strict` was asked for.
         """
-        if self._is_owner:
-            yield True
-            return
         try:
             self._lock.acquire()
         except AlreadyRunning:
             if strict:
                 raise
+            return False
+        return True
+
+    @contextmanager
+    def ownership(self, *, strict: bool = False) -> Iterator[bool]:
+        """Be the owner of the folder's state; yields False where another daemon is."""
+        if self._is_owner:
+            yield True
+        elif not self.own(strict=strict):
             self._trainings.look()
             yield False
-            return
-        try:
-            self._newest = self._store.newest_record_time()
-            self._trainings.take_over()
-            self._is_owner = True
-            yield True
-        finally:
-            self._is_owner = False
-            self._lock.release()
+        else:
+            try:
+                self._newest = self._store.newest_record_time()
+                self._trainings.take_over()
+                self._is_owner = True
+                yield True
+            finally:
+                self._is_owner = False
+                self._lock.release()
 
     def wait_for_training(self, until: float = math.inf) -> Attempt | None:
         """Follow the training that runs; None if there is none, or a stop or `until` came first."""
@@ -258,19 +260,18 @@ def _export(settings: Settings, path: Path) -> ExitCode:
 
 def _once(daemon: AdaptiveRetrainingDaemon, settings: Settings) -> ExitCode:
     """Check, print and wait for a training this check started."""
-    with daemon.ownership() as is_owner:
-        configure_logging(Path(LOG_FILE) if is_owner else None, settings.logging)
+    is_owner = daemon.own(strict=False)
+    configure_logging(Path(LOG_FILE) if is_owner else None, settings.logging)
+    with daemon.ownership():
         daemon.stop.install()
         check = daemon.run_check_cycle()
         print(check.as_text(), flush=True)
         if check.action != STARTED:
             return ExitCode.OK
         ended = daemon.wait_for_training()
-        if ended is None:
-            print("Not waited for: the training goes on, the next start adopts it.")
-            return ExitCode.OK
-        print(f"Training {ended.id}: {ended.outcome}. {ended.why}")
-        return ExitCode.FAILED if ended.outcome == FAILED else ExitCode.OK
+        goes_on = "Not waited for: the training goes on, the next start adopts it."
+        print(f"Training {ended.id}: {ended.outcome}. {ended.why}" if ended else goes_on)
+        return ExitCode.FAILED if ended and ended.outcome == FAILED else ExitCode.OK
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -286,9 +287,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SettingsError([f"retraining.daemon_url: {error}"]) from error
         if options.once:
             return int(_once(daemon, settings))
-        with daemon.ownership(strict=True):
-            configure_logging(Path(LOG_FILE), settings.logging)
-            return int(daemon.run())
+        daemon.own(strict=True)  # before the log file has two writers
+        configure_logging(Path(LOG_FILE), settings.logging)
+        return int(daemon.run())
     except FleetcastError as error:
         print(f"adaptive_retraining_daemon: {error}", file=sys.stderr)
         return int(error.exit_code)

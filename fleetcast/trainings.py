@@ -15,7 +15,7 @@ from fleetcast import state as states
 from fleetcast.attempts import Attempts, Step
 from fleetcast.clock import BIN_EPOCH, Clock, plain_utc
 from fleetcast.errors import FleetcastError
-from fleetcast.files import write_json
+from fleetcast.files import append_line, write_json
 from fleetcast.retraining_check import RetrainingCheck
 from fleetcast.retraining_telemetry import TEXTFILE, RetrainingTelemetry
 from fleetcast.safeguards import Decision, safeguards_json
@@ -27,6 +27,8 @@ from fleetcast.versions import new_version_id
 
 logger = logging.getLogger(__name__)
 
+DECISIONS_FILE = "decisions.jsonl"
+DECISIONS_MAX_BYTES = 5_000_000  # and one older file of this size
 NOT_ENOUGH_PAUSE_S = 3600.0
 BUSY_PAUSE_S = 900.0
 
@@ -142,8 +144,9 @@ class Trainings:
         self._remember(spawned)
         return spawned
 
-    def save(self, check: RetrainingCheck) -> None:
-        """Write the state with the newest decision."""
+    def note_check(self, check: RetrainingCheck) -> None:
+        """Add a line to `decisions.jsonl`; write the state with the newest decision."""
+        append_line(self._path.with_name(DECISIONS_FILE), check.as_line(), max_bytes=DECISIONS_MAX_BYTES)
         decision = {
             "at": plain_utc(check.at),
             "should_retrain": check.decision.should_retrain,

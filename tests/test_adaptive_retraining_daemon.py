@@ -22,6 +22,7 @@ from fleetcast.clock import FakeClock, from_ms
 from fleetcast.errors import AlreadyRunning, BadData, ExitCode
 from fleetcast.files import OwnerLock, read_json
 from fleetcast.settings import Settings
+from fleetcast.state import RetrainingState, save_state
 
 ROOT = Path(__file__).parents[1]
 FILES = {"drift_metrics.json", "retraining_state.json", "decisions.jsonl"}
@@ -361,7 +362,7 @@ def test_bad_settings_are_exit_2_and_say_what_would_be_right(
 def test_the_other_clock_mode_is_exit_2_with_a_hint(
     fleet: SmallFleet, told: Told, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert once(told, "--clock", "data") == 0
+    save_state(Path("retraining_state.json"), RetrainingState(clock_mode="data"))
     assert once(told, "--clock", "system") == 2
     assert "start with --clock data" in capsys.readouterr().err
 
