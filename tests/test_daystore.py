@@ -1,0 +1,359 @@
+"""From the log into days: durable at once, seen once, whatever breaks in between."""
+
+import errno
+import logging
+from collections.abc import Callable, Iterator
+from datetime import UTC, date, datetime
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+from buffer_rows import DAY_MS, NOON_MS, Key, Values, batch, day_folder, one_segment, rows_of, rows_of_frame
+
+from fleetcast import daybuild, daystore, dayupkeep, files, frames, sealing, wal
+from fleetcast.batches import batch_of_table, table_of_batch
+from fleetcast.clock import monotonic
+from fleetcast.dayfiles import list_days, part_names
+from fleetcast.dayreader import DayReader, encode_frame, log_folder
+from fleetcast.daystore import DayStore
+from fleetcast.dayupkeep import UpkeepPace
+from fleetcast.errors import StorageBroken, StorageFull, UnknownFormat
+from fleetcast.settings import BufferSettings
+from fleetcast.tables import METRICS
+
+ALWAYS_MS = 2**45
+LATER = datetime(2027, 1, 1, tzinfo=UTC)
+Rows = dict[Key, Values]
+
+
+class Crash(BaseException):
+    """The process dies here: nothing that cleans up after an `Exception` may run."""
+
+
+def store(folder: Path, on_step: Callable[[str], None] = daybuild.no_step, **pace: float) -> DayStore:
+    opened = DayStore(folder, METRICS, BufferSettings(), UpkeepPace(**pace), on_step)  # type: ignore[arg-type]
+    opened.open()
+    return opened
+
+
+def append(to: DayStore, *rows: tuple[str, int, Values]) -> None:
+    to.append(table_of_batch(batch(rows)))
+
+
+def content(folder: Path) -> Rows:
+    return rows_of(
+        batch_of_table(table) for _, table in DayReader(folder, METRICS).read(-ALWAYS_MS, ALWAYS_MS)
+    )
+
+
+def in_days(folder: Path) -> Rows:
+    """Return what pandas finds in the day files, without the log."""
+    found: Rows = {}
+    for path in sorted(folder.glob("metrics_*.parquet")):
+        rows = rows_of_frame(pd.read_parquet(path))
+        assert not rows.keys() & found.keys()
+        found |= rows
+    return found
+
+
+def test_an_appended_row_is_seen_before_and_after_the_flush(tmp_path: Path) -> None:
+    owner = store(tmp_path)
+    append(owner, ("a", NOON_MS, {"x": 1.0}), ("b", NOON_MS - DAY_MS, {"x": 2.0}))
+    expected = {("a", NOON_MS): {"x": 1.0}, ("b", NOON_MS - DAY_MS): {"x": 2.0}}
+    assert (content(tmp_path), in_days(tmp_path), owner.n_pending) == (expected, {}, 2)
+    assert owner.flush() == 2
+    assert content(tmp_path) == in_days(tmp_path) == expected
+    assert (owner.n_pending, list(log_folder(tmp_path, METRICS).iterdir())) == (0, [])
+    assert list_days(tmp_path, METRICS) == [date(2026, 1, 14), date(2026, 1, 15)]
+    assert owner.flush() == 0
+
+
+def test_the_last_value_of_a_key_wins_wherever_its_row_is(tmp_path: Path) -> None:
+    owner = store(tmp_path)
+    append(owner, ("a", NOON_MS, {"x": 1.0, "y": 1.0}))
+    append(owner, ("a", NOON_MS, {"x": 2.0}))
+    assert content(tmp_path) == {("a", NOON_MS): {"x": 2.0, "y": 1.0}}
+    owner.flush()
+    append(owner, ("a", NOON_MS, {"y": 3.0, "z": 4.0}))
+    expected = {("a", NOON_MS): {"x": 2.0, "y": 3.0, "z": 4.0}}
+    assert content(tmp_path) == expected
+    owner.flush()
+    assert content(tmp_path) == in_days(tmp_path) == expected
+
+
+def test_a_restart_keeps_what_was_acknowledged(tmp_path: Path) -> None:
+    append(store(tmp_path), ("a", NOON_MS, {"x": 1.0}))
+    second = store(tmp_path)
+    assert content(tmp_path) == in_days(tmp_path) == {("a", NOON_MS): {"x": 1.0}}
+    append(second, ("b", NOON_MS, {"x": 2.0}))
+    second.close()
+    assert len(in_days(tmp_path)) == 2
+
+
+def test_segment_numbers_are_never_used_twice(tmp_path: Path) -> None:
+    first = store(tmp_path)
+    append(first, ("a", NOON_MS, {"x": 1.0}))
+    first.close()
+    second = store(tmp_path)
+    append(second, ("a", NOON_MS + 1, {"x": 2.0}))
+    second.close()
+    assert [name.number for name in part_names(day_folder(tmp_path))] == [1, 2]
+
+
+def test_a_flush_is_due_by_rows_or_by_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(daystore, "monotonic", lambda: now[0])
+    owner = DayStore(tmp_path, METRICS, BufferSettings(flush_records=3, flush_interval_s=45.0))
+    owner.open()
+    assert owner.is_flush_due is False
+    append(owner, ("a", NOON_MS, {"x": 1.0}))
+    assert owner.is_flush_due is False
+    now[0] += 45.0
+    assert owner.is_flush_due is True
+    owner.maintain(LATER, expires=False)
+    assert (owner.n_pending, len(in_days(tmp_path))) == (0, 1)
+    append(owner, *(("a", NOON_MS + tick, {"x": 1.0}) for tick in range(3)))
+    assert owner.is_flush_due is True
+
+
+def test_a_torn_tail_is_dropped_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    owner = store(tmp_path)
+    append(owner, ("a", NOON_MS, {"x": 1.0}))
+    append(owner, ("b", NOON_MS, {"x": 2.0}))
+    segment = one_segment(tmp_path)
+    segment.write_bytes(segment.read_bytes()[:-7])
+    assert content(tmp_path) == {("a", NOON_MS): {"x": 1.0}}
+    with caplog.at_level(logging.WARNING):
+        store(tmp_path)
+    assert "unfinished frame" in caplog.text
+    assert in_days(tmp_path) == {("a", NOON_MS): {"x": 1.0}}
+    assert not (tmp_path / "quarantine").exists()
+
+
+def test_damage_in_the_middle_costs_one_frame_and_is_kept(tmp_path: Path) -> None:
+    owner = store(tmp_path)
+    for place, server in enumerate("abc"):
+        append(owner, (server, NOON_MS + place, {"x": 1.0}))
+    segment = one_segment(tmp_path)
+    data = bytearray(segment.read_bytes())
+    data[len(data) // 2] ^= 1
+    segment.write_bytes(bytes(data))
+    newer = frames.segment_path(segment.parent, 2)
+    payload = encode_frame(table_of_batch(batch([("d", NOON_MS, {"x": 1.0})])))
+    newer.write_bytes(frames.frame(payload) + payload)
+    expected = {("a", NOON_MS), ("c", NOON_MS + 2), ("d", NOON_MS)}
+    assert content(tmp_path).keys() == expected
+    store(tmp_path)
+    assert in_days(tmp_path).keys() == expected
+    (kept,) = (tmp_path / "quarantine").iterdir()
+    assert kept.stat().st_size == len(data) // 3
+
+
+def test_a_frame_that_is_no_table_costs_only_itself(tmp_path: Path) -> None:
+    owner = store(tmp_path)
+    append(owner, ("a", NOON_MS, {"x": 1.0}))
+    owner._log.append(b"checksummed, but no Arrow stream")  # type: ignore[union-attr]
+    owner._log.append(encode_frame(pa.table({"other": [1]})))  # type: ignore[union-attr]
+    append(owner, ("b", NOON_MS, {"x": 2.0}))
+    assert len(content(tmp_path)) == 2
+    owner.flush()
+    assert len(in_days(tmp_path)) == 2
+    assert len(list((tmp_path / "quarantine").iterdir())) == 2
+
+
+def test_foreign_and_empty_files_in_the_log_are_left_alone(tmp_path: Path) -> None:
+    append(store(tmp_path), ("a", NOON_MS, {"x": 1.0}))
+    folder = log_folder(tmp_path, METRICS)
+    (folder / "000000000009.wal").touch()
+    (folder / "notes.txt").write_text("foreign")
+    (folder / "000000000010.wal").mkdir()
+    owner = store(tmp_path)
+    assert in_days(tmp_path) == {("a", NOON_MS): {"x": 1.0}}
+    append(owner, ("b", NOON_MS, {"x": 1.0}))
+    assert (folder / "000000000011.wal").exists()
+    owner.flush()
+    assert len(in_days(tmp_path)) == 2
+
+
+def test_a_log_of_a_newer_version_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as newer:
+        newer.setattr(frames, "MAGIC", frames.MAGIC[:3] + b"\x02")
+        append(store(tmp_path), ("a", NOON_MS, {"x": 1.0}))
+    with pytest.raises(UnknownFormat, match="newer version"):
+        store(tmp_path)
+    assert one_segment(tmp_path).stat().st_size > 0
+
+
+def test_a_full_disk_refuses_the_append_and_later_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = store(tmp_path)
+    append(owner, ("a", NOON_MS, {"x": 1.0}))
+
+    def full(*_args: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(wal.os, "writev", full)
+        with pytest.raises(StorageFull):
+            append(owner, ("b", NOON_MS, {"x": 2.0}))
+    assert content(tmp_path) == {("a", NOON_MS): {"x": 1.0}}
+    append(owner, ("b", NOON_MS, {"x": 2.0}))
+    assert len(content(tmp_path)) == 2
+
+
+def test_a_full_disk_at_the_flush_keeps_the_log_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = store(tmp_path)
+    append(owner, ("a", NOON_MS, {"x": 1.0}), ("b", NOON_MS - DAY_MS, {"x": 2.0}))
+    calls = [0]
+    real = files.fsync_file
+
+    def full_at_the_second_day(path: Path) -> None:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fleetcast.parts.fsync_file", full_at_the_second_day)
+        with pytest.raises(StorageFull):
+            owner.flush()
+    assert len(content(tmp_path)) == 2
+    owner.flush()
+    assert len(in_days(tmp_path)) == 2
+
+
+def test_a_failing_maintenance_waits_before_it_tries_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = DayStore(tmp_path, METRICS, BufferSettings(flush_records=1))
+    owner.open()
+    append(owner, ("a", NOON_MS, {"x": 1.0}))
+
+    def broken(_path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fleetcast.parts.fsync_file", broken)
+        with pytest.raises(StorageBroken):
+            owner.maintain(LATER, expires=False)
+        owner.maintain(LATER, expires=False)
+    assert content(tmp_path) == {("a", NOON_MS): {"x": 1.0}}
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("a file where the folder should be")
+    with pytest.raises(StorageBroken):
+        store(tmp_path)
+
+
+def life(folder: Path, on_step: Callable[[str], None]) -> Iterator[Rows]:
+    """Run a store through every kind of change; yield all rows acknowledged so far after each append."""
+    rows: Rows = {}
+
+    def put(owner: DayStore, *some: tuple[str, int, Values]) -> Rows:
+        append(owner, *some)
+        for server, time, values in some:
+            rows.setdefault((server, time), {}).update(values)
+        return {key: dict(values) for key, values in rows.items()}
+
+    owner = store(folder, on_step, compact_parts=3, seal_quiet_s=0.0)
+    yield put(owner, ("a", NOON_MS, {"x": 1.0}), ("b", NOON_MS, {"x": 1.0}))
+    owner.flush()
+    yield put(owner, ("a", NOON_MS + 1, {"x": 2.0, "y": 2.0}), ("b", NOON_MS - DAY_MS, {"x": 3.0}))
+    owner.flush()
+    yield put(owner, ("a", NOON_MS, {"x": 4.0}), ("a", NOON_MS + 2, {"z": 4.0}))
+    owner.flush()
+    owner.maintain(datetime(2026, 1, 15, 12, tzinfo=UTC), expires=False)  # compacts, seals the 14th
+    wait_for_seal(owner, datetime(2026, 1, 15, 12, tzinfo=UTC))
+    yield put(owner, ("b", NOON_MS - DAY_MS, {"x": 5.0}), ("c", NOON_MS - DAY_MS, {"x": 5.0}))
+    owner.flush()
+    yield put(owner, ("c", NOON_MS, {"x": 6.0}))
+    owner.close()
+
+
+def wait_for_seal(owner: DayStore, now: datetime) -> None:
+    for _ in range(6):  # each round starts or ends one
+        owner.maintain(now, expires=False)
+
+
+class SealHere:
+    """Seals in this process, at once: forty children would make the test slow (see test_sealing.py)."""
+
+    is_running = False
+
+    def __init__(self, folder: Path, kind_name: str, day: date, target: Path) -> None:
+        self.day = day
+        self.started_at = monotonic()
+        self._sealed = sealing.seal(folder, kind_name, day, target)
+
+    def result(self) -> sealing.Sealed:
+        return self._sealed
+
+    def stop(self) -> None:
+        self._sealed.path.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def seals_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dayupkeep, "SealProcess", SealHere)
+
+
+@pytest.mark.usefixtures("seals_here")
+def test_a_life_without_faults_ends_with_every_row_in_its_day(tmp_path: Path) -> None:
+    steps: list[str] = []
+    *_, rows = life(tmp_path, steps.append)
+    assert content(tmp_path) == in_days(tmp_path) == rows
+    assert set(steps) == {
+        "segment read",
+        "columns written",
+        "part written",
+        "part published",
+        "day built",
+        "day published",
+        "day swapped",
+        "old day removed",
+        "segment removed",
+        "seal started",
+    }
+
+
+def steps_of_a_life(folder: Path) -> int:
+    steps: list[str] = []
+    for _ in life(folder, steps.append):
+        pass
+    return len(steps)
+
+
+@pytest.mark.usefixtures("seals_here")
+def test_a_crash_at_any_step_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    """Given a process that dies at its n-th step, for every n, then readers see exactly what was
+    acknowledged before the restart, after it, and after everything was flushed."""
+    for fatal in range(steps_of_a_life(tmp_path / "whole")):
+        folder = tmp_path / str(fatal)
+        left = [fatal]
+
+        def die(step: str, left: list[int] = left) -> None:
+            if left[0] == 0:
+                raise Crash(step)
+            left[0] -= 1
+
+        acknowledged: Rows = {}
+        try:
+            for rows in life(folder, die):
+                acknowledged = rows
+        except Crash as crash:
+            step = str(crash)
+        else:
+            pytest.fail(f"step {fatal} was not reached")
+        assert content(folder) == acknowledged, f"after the crash at {fatal}: {step}"
+        owner = store(folder, seal_quiet_s=0.0)
+        assert content(folder) == in_days(folder) == acknowledged, f"after the restart, {fatal}: {step}"
+        wait_for_seal(owner, LATER)
+        owner.close()
+        assert in_days(folder) == acknowledged
+        left_over = [path.name for path in folder.iterdir() if path.name.startswith(".")]
+        assert left_over == [], f"{fatal}: {step}"
