@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test run docs demo clean
+.PHONY: help install check test run faults docs demo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,7 +32,7 @@ check: .venv/.requirements-dev  ## lint, format and types
 	$(BIN)/mypy
 
 test: check  ## everything CI runs: check, unit, doctest, contract, integration, coverage
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
 
 docs: .venv/.requirements  ## make docs/settings.md again from the dataclasses
 	$(BIN)/python -m fleetcast.settings_doc > docs/settings.md
@@ -42,6 +42,9 @@ demo: .venv/.requirements  ## the whole loop on bundled real data, about 6 minut
 
 run: .venv/.requirements  ## both daemons on this machine's own metrics, live until Ctrl+C; state in run/
 	@$(BIN)/python -m fleetcast.live
+
+faults: .venv/.requirements-dev  ## every fault many times (about half an hour); the table of docs/reliability.md
+	$(BIN)/python -m benchmarks.faults
 
 clean:  ## remove what tests and demo leave behind (not .venv)
 	rm -rf demo_run bench_run .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -90,6 +90,7 @@ def _misdeed(name: str) -> Run:
     return repeated(lambda folder: fault_trainers.misbehaving_trainer(folder, name))
 
 
+SHORT_MISDEEDS = ("eats memory", "exits 0 without a model")
 SHORT_STOP_S, LONG_STOP_S = 3.0, 60.0
 
 
@@ -142,9 +143,7 @@ SCENARIOS = (
         1,
     ),
     *(
-        Scenario(
-            f"trainer {name}", _misdeed(name), 2, int(name in ("eats memory", "exits 0 without a model"))
-        )
+        Scenario(f"trainer {name}", _misdeed(name), 2, int(name in SHORT_MISDEEDS))
         for name in fault_trainers.every_misdeed()
     ),
 )
@@ -159,9 +158,8 @@ def try_out(scenario: Scenario, folder: Path, times: int) -> Result:
         tally = scenario.run(folder, times)
     except Exception as error:  # the loop boundary: the other faults are still to be tried
         traceback.print_exc()
-        return Result(
-            scenario.fault, times, why=str(error).splitlines()[0][:80] if str(error) else repr(error)
-        )
+        why = (str(error) or repr(error)).splitlines()[0]
+        return Result(scenario.fault, times, why=why[:80])
     return Result(
         scenario.fault,
         times,
