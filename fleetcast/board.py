@@ -2,7 +2,8 @@
 
 Owns: the shape of that document. A sweep encodes each server's forecast once; a request joins
 pieces. `current` and `stale` move between sweeps and are encoded again when that is cheap; a
-document that is costly to join may be some of its joining times old. Does not know: how forecasts are made, HTTP.
+document that is costly to join may be some of its joining times old.
+Does not know: how forecasts are made, HTTP.
 """
 
 import threading
