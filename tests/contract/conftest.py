@@ -75,7 +75,7 @@ def trained(filled: Workplace) -> Workplace:
     export, train = BLOCKS["step-by-step-process-3"].commands()
     head = "from data_buffer import DataBuffer; buffer = DataBuffer(); "  # the block takes it for granted
     for command in (f'python -c "{head}{export}"', train):
-        done = filled.run(command, timeout_s=240)
+        done = filled.run(command, timeout_s=280)
         assert done.returncode == 0, (command, done.stdout[-2000:], done.stderr[-4000:])
     return filled
 

@@ -47,7 +47,7 @@ class Workplace:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("FLEETCAST_", "TFT_"))}
         return kept | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "120"}
 
-    def run(self, command: str, *, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+    def run(self, command: str, *, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
         """Run a command line as a user's shell does; any failing part of a pipe fails it."""
         return subprocess.run(
             ["bash", "-o", "pipefail", "-c", command],
@@ -103,7 +103,7 @@ def is_free(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-def until(is_true: Callable[[], bool], place: Workplace, *, timeout_s: float = 90.0) -> None:
+def until(is_true: Callable[[], bool], place: Workplace, *, timeout_s: float = 240.0) -> None:
     """Wait for a running program; fail with what the programs said when it takes too long."""
     end = time.monotonic() + timeout_s
     while not is_true():
