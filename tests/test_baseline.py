@@ -143,3 +143,17 @@ def _saved(tmp_path: Path) -> Path:
     path = tmp_path / "good.npz"
     sketch(grid()).save(path)
     return path
+
+
+def test_a_large_fleet_is_sketched_in_pieces_that_do_not_show() -> None:
+    values = grid(600, 40)
+    whole, part = sketch(values), sketch(values[500:510])
+    np.testing.assert_array_equal(whole.series_quantiles[500:510], part.series_quantiles)
+    np.testing.assert_array_equal(whole.hour_means[500:510], part.hour_means)
+
+
+def test_a_baseline_of_format_1_still_loads() -> None:
+    loaded = Baseline.load(Path(__file__).parent / "data" / "baseline_format_1.npz")
+    assert loaded.metrics == ("cpu_pct", "mem_pct", "disk_write_pct")
+    assert len(loaded.server_names) == 8
+    assert loaded.error_horizons.tolist() == [1, 12, 96]
