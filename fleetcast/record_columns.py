@@ -158,23 +158,20 @@ def times_ms(column: Column) -> Longs:
     return _looked_up(column, (str, datetime), _time_of, NO_TIME)
 
 
-def server_codes(column: Column, code_of: Callable[[str], int]) -> Codes:
-    """Return the code that `code_of` gives each usable name, NO_NAME for the other cells."""
+def server_codes(column: Column, known: dict[str, int]) -> Codes:
+    """Return the code of each usable name, NO_NAME for the other cells; `known` grows by new names."""
+
+    def code_of(name: object) -> int:
+        if name in known:
+            return known[name]  # only usable names are
+        return known.setdefault(str(name), len(known)) if is_server_name(name) else NO_NAME
+
     if not isinstance(column, CodedNames):
-        return _looked_up(column, (str,), _usable_code(code_of), NO_NAME).astype(np.int32)
-    codes = np.full(len(column.names) + 1, NO_NAME, dtype=np.int32)  # the last one is NO_NAME's
-    usable_code = _usable_code(code_of)
-    is_used = np.bincount(column.codes + 1, minlength=len(codes))[1:] > 0
-    for place in np.flatnonzero(is_used).tolist():
-        codes[place] = usable_code(column.names[place])
-    return codes[column.codes]
-
-
-def _usable_code(code_of: Callable[[str], int]) -> Callable[[object], int]:
-    def code(name: object) -> int:
-        return code_of(str(name)) if is_server_name(name) else NO_NAME
-
-    return code
+        return _looked_up(column, (str,), code_of, NO_NAME).astype(np.int32)
+    names = column.names
+    is_used = np.bincount(column.codes + 1, minlength=len(names) + 1)[1:] > 0
+    codes = [code_of(name) if used else NO_NAME for name, used in zip(names, is_used.tolist(), strict=True)]
+    return np.array([*codes, NO_NAME], dtype=np.int32)[column.codes]  # the last one is NO_NAME's
 
 
 def _time_of(value: Any) -> int:

@@ -11,6 +11,7 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Self
 
 from fleetcast.clock import to_ms
@@ -101,7 +102,12 @@ def check_record(record: object, rules: RecordRules) -> CheckedRecord:
 
 def is_metric_name(name: object) -> bool:
     """Whether a field of this name is a metric if it holds a number."""
-    return isinstance(name, str) and _METRIC_NAME.fullmatch(name) is not None
+    return isinstance(name, str) and len(name) <= METRIC_NAME_MAX_CHARS and _is_metric_text(name)
+
+
+@lru_cache(maxsize=4096)
+def _is_metric_text(name: str) -> bool:
+    return _METRIC_NAME.fullmatch(name) is not None
 
 
 def is_server_name(name: object) -> bool:

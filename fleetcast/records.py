@@ -133,7 +133,7 @@ class _Sheet:
     def take_columns(self, rows: Longs, columns: Mapping[str, Column]) -> None:
         """Check records of one shape together; rows with anything odd are taken one by one."""
         times, is_good = self._times(columns["timestamp"])
-        codes = server_codes(columns["server_name"], self._code_of)
+        codes = server_codes(columns["server_name"], self._names)
         is_good &= codes != NO_NAME
         n_ignored = np.zeros(len(rows), dtype=np.int64)
         metrics: dict[str, Floats] = {}
@@ -187,9 +187,6 @@ class _Sheet:
         if self._rules.oldest_ms is not None:
             is_good &= times >= self._rules.oldest_ms
         return times, is_good
-
-    def _code_of(self, name: str) -> int:
-        return self._names.setdefault(name, len(self._names))
 
 
 def _index_of(rejection: Rejection) -> int:

@@ -1,0 +1,109 @@
+"""Request bodies for the ingest benchmark: one fleet, one minute, in every form a sender may use.
+
+Every record has the 14 metrics of the spec's example fleet. Times are a millisecond apart so that
+a bin of five minutes holds millions of different records: bodies are sent faster than life.
+"""
+
+import json
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from fleetcast.clock import from_ms
+
+METRICS = (
+    "cpu_pct", "mem_pct", "disk_io_mb_s", "net_in_mb_s", "net_out_mb_s", "latency_ms", "load_average",
+    "cpu_user_pct", "cpu_sys_pct", "cpu_iowait_pct", "cpu_idle_pct", "disk_usage_pct", "error_rate",
+    "gc_pause_ms",
+)  # fmt: skip
+SERVERS = 200
+CPUS, DISKS, NICS = 8, 2, 1
+JSON, ARROW = "application/json", "application/vnd.apache.arrow.stream"
+
+
+def json_bodies(first_ms: int, n_bodies: int, n_records: int) -> Iterator[bytes]:
+    """Yield bodies for POST /feed/data."""
+    rng = np.random.default_rng(1)
+    for number in range(n_bodies):
+        values = rng.uniform(0, 100, (n_records, len(METRICS))).round(2).tolist()
+        records = []
+        for row in range(n_records):
+            at_ms = first_ms + (number * n_records + row) // SERVERS
+            stamp = from_ms(at_ms).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+            record = {"timestamp": stamp, "server_name": f"web-{row % SERVERS:03d}"}
+            records.append(record | dict(zip(METRICS, values[row], strict=True)))
+        yield json.dumps({"records": records}, separators=(",", ":")).encode()
+
+
+def arrow_bodies(first_ms: int, n_bodies: int, n_records: int, n_servers: int = SERVERS) -> Iterator[bytes]:
+    """Yield the same as Arrow streams."""
+    rng = np.random.default_rng(1)
+    names = pa.array([f"web-{number:03d}" for number in range(n_servers)])
+    for number in range(n_bodies):
+        rows = np.arange(n_records)
+        times = first_ms + (number * n_records + rows) // n_servers
+        columns = {
+            "timestamp": pa.array(times).cast(pa.timestamp("ms", "UTC")),
+            "server_name": pa.DictionaryArray.from_arrays(
+                pa.array((rows % n_servers).astype(np.int32)), names
+            ),
+        }
+        columns |= {metric: pa.array(rng.uniform(0, 100, n_records).round(2)) for metric in METRICS}
+        batch = pa.record_batch(columns)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        yield bytes(sink.getvalue())
+
+
+def write_bodies(first_ms: int, n_bodies: int, n_samples: int) -> Iterator[bytes]:
+    """Yield remote-write requests: scrapes of node_exporter, filtered as the documents say."""
+    heads = [head for server in range(SERVERS) for head in _heads(f"web-{server:03d}:9100")]
+    place = 0
+    for _ in range(n_bodies):
+        content = b""
+        for _ in range(n_samples):
+            scrape, series = divmod(place, len(heads))
+            content += _field(
+                1, heads[series] + _sample(1000.0 + scrape * (series % 7), first_ms + scrape * 5)
+            )
+            place += 1
+        yield bytes(pa.compress(content, codec="snappy", asbytes=True))
+
+
+def samples_per_record() -> int:
+    """Return how many samples of a scrape make one record."""
+    return len(list(_heads("web-000:9100")))
+
+
+def _heads(instance: str) -> Iterator[bytes]:
+    def head(name: str, **more: str) -> bytes:
+        labels = {"__name__": name, "instance": instance, "job": "node", **more}
+        pairs = (_field(1, key.encode()) + _field(2, labels[key].encode()) for key in sorted(labels))
+        return b"".join(_field(1, pair) for pair in pairs)
+
+    for cpu in range(CPUS):
+        yield head("node_cpu_seconds_total", cpu=str(cpu), mode="idle")
+    for disk in range(DISKS):
+        for way in ("read", "written"):
+            yield head(f"node_disk_{way}_bytes_total", device=f"nvme{disk}n1")
+    for nic in range(NICS):
+        for way in ("receive", "transmit"):
+            yield head(f"node_network_{way}_bytes_total", device=f"eth{nic}")
+    for name in ("node_memory_MemTotal_bytes", "node_memory_MemAvailable_bytes", "node_load1"):
+        yield head(name)
+    for part in ("size", "free", "avail"):
+        yield head(f"node_filesystem_{part}_bytes", device="/dev/sda1", fstype="ext4", mountpoint="/")
+
+
+def _field(number: int, content: bytes) -> bytes:
+    size = len(content)
+    prefix = bytes([number << 3 | 2])
+    return prefix + (bytes([size]) if size < 128 else bytes([size & 0x7F | 0x80, size >> 7])) + content
+
+
+def _sample(value: float, time_ms: int) -> bytes:
+    time = bytes([*(time_ms >> shift & 0x7F | 0x80 for shift in range(0, 35, 7)), time_ms >> 35])
+    return _field(2, b"\x09" + struct.pack("<d", value) + b"\x10" + time)
