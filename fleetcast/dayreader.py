@@ -135,7 +135,8 @@ class DayReader:
         log = read_log(self.folder, self.kind)
         names: set[str] = set()
         for rows in log:
-            names.update(rows.table.column_names)
+            if len(_between(rows.table, self.kind, start_ms, end_ms)):
+                names.update(rows.table.column_names)
         for day in self._days([], start_ms, end_ms):
             for part in open_day(self.folder, self.kind, day).parts:
                 names.update(part.schema.names)

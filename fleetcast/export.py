@@ -3,6 +3,8 @@
 Owns: raw and binned export in bounded memory. Does not know: what a trainer does with it.
 """
 
+import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -56,7 +58,7 @@ def binned(table: pa.Table, bin_ms: int) -> pa.Table:
 def _bin_ms(resolution_s: float | None) -> int | None:
     if resolution_s is None:
         return None
-    bin_ms = round(resolution_s * 1000)
+    bin_ms = round(resolution_s * 1000) if math.isfinite(resolution_s) else 0
     if bin_ms <= 0 or DAY_MS % bin_ms:
         raise BadData(f"resolution_s must divide a day (86400 s), got {resolution_s}")
     return bin_ms
@@ -78,5 +80,6 @@ def _write(path: Path, tables: Iterator[pa.Table], schema: pa.Schema) -> int:
     except OSError as error:
         raise storage_error(path, error) from error
     finally:
-        temp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # usually it became `path`
+            temp.unlink()
     return n_rows

@@ -7,6 +7,7 @@ A part is named `part-<number>-<rows>.parquet`: the number is that of the newest
 it, so replaying a segment twice writes the same name; the row count saves opening it to count.
 """
 
+import contextlib
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -82,7 +83,8 @@ def write_part(
                 n_rows += len(table)
         fsync_file(path)
     except OSError as error:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
         raise storage_error(path, error) from error
     return n_rows
 
