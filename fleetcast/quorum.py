@@ -33,8 +33,8 @@ class QuorumRule:
     """How many series, for how long, make a fleet's drift."""
 
     quorum: float = 0.25  # share of the compared series in alarm at once
-    sustained_quorum: float = 0.08  # the same, of series in alarm most of the last hours
-    sustained_h: float = 12.0
+    sustained_quorum: float = 0.10  # the same, of series in alarm most of the last hours
+    sustained_h: float = 18.0
     sustained_share: float = 0.75  # "most"
     hold_h: float = 0.5  # a series is in alarm after this long over a limit
 
