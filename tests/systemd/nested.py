@@ -16,6 +16,7 @@ SYSTEMD = Path("/lib/systemd/systemd")
 TARGETS = ("sysinit", "basic", "network", "shutdown", "multi-user", "nested")
 INSTALLED = "/opt/MonitoringPrediction"
 STATE = "/var/lib/fleetcast"
+TREE = "/opt/tree"  # this repository inside: units hide home folders and /tmp, where it may lie
 
 
 def why_not_here() -> str:
@@ -61,13 +62,15 @@ class NestedSystemd:
         The interpreter is Debian's: the one of a developer may lie in a home folder, which
         ProtectHome= hides. It borrows this environment's packages.
         """
-        packages = next((ROOT / ".venv" / "lib").glob("python3.*")) / "site-packages"
+        version = next((ROOT / ".venv" / "lib").glob("python3.*")).name
+        packages = f"lib/{version}/site-packages"
         steps = (
             f"useradd --system --home-dir {STATE} --shell /usr/sbin/nologin tft",
-            f"mkdir -p {INSTALLED} /etc/fleetcast",
-            f"cp -r {' '.join(map(str, ROOT.glob('*.py')))} {ROOT}/fleetcast {INSTALLED}",
+            f"mkdir -p {INSTALLED} {TREE} /etc/fleetcast",
+            f"mount --bind {ROOT} {TREE}",
+            f"cp -r {TREE}/*.py {TREE}/fleetcast {INSTALLED}",
             f"{DEBIAN_PYTHON} -m venv --without-pip {INSTALLED}/.venv",
-            f"echo {packages} > {INSTALLED}/.venv/lib/{packages.parent.name}/site-packages/borrowed.pth",
+            f"echo {TREE}/.venv/{packages} > {INSTALLED}/.venv/{packages}/borrowed.pth",
             "systemctl daemon-reload",
         )
         for step in steps:
