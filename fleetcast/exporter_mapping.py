@@ -125,7 +125,7 @@ class ExporterMapping:
         return [self._scrapes.add(given, self._series.n_alive)] if len(rows) else []
 
     def _make_room(self) -> None:
-        n_servers = len(self._series.server_names)
+        n_servers = self._series.n_servers
         self._counters.ensure(len(self._series))
         self._scrapes.ensure(n_servers)
         self._sweep_of = roomy(self._sweep_of, len(self._series))
@@ -167,9 +167,10 @@ class ExporterMapping:
             n_out_of_range += int(np.count_nonzero(is_out))
         is_told = ~np.isnan(values)
         some = is_told.any(axis=1)
+        used, codes = np.unique(servers[some], return_inverse=True)
         columns: dict[str, Column] = {
             "timestamp": times[some],
-            "server_name": CodedNames(self._series.server_names, servers[some].astype(np.int32)),
+            "server_name": CodedNames(self._series.names_of(used), codes.astype(np.int32)),
         }
         for number, rule in enumerate(self._rules):
             if is_told[:, number].any():

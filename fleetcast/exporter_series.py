@@ -36,6 +36,7 @@ class ExporterSeries:
             self._by_name.setdefault(term.series_name, []).append(place)
         self._numbers: dict[bytes, int] = {}
         self._servers: dict[str, int] = {}
+        self._server_names: list[str] = []  # by number
         self._places: dict[tuple[int, ...], int] = {}
         self._terms_of_place: Codes = np.zeros((0, 1), dtype=np.int32)
         self.server_of: Codes = np.zeros(64, dtype=np.int32)  # (series,)
@@ -47,9 +48,13 @@ class ExporterSeries:
         return len(self._numbers)
 
     @property
-    def server_names(self) -> tuple[str, ...]:
-        """Return the servers in the order of their numbers."""
-        return tuple(self._servers)
+    def n_servers(self) -> int:
+        """Return how many servers have a number."""
+        return len(self._server_names)
+
+    def names_of(self, servers: Longs) -> list[str]:
+        """Return the names of servers by their numbers."""
+        return [self._server_names[server] for server in servers.tolist()]
 
     def number(self, labels: Mapping[str, str]) -> int:
         """Return the number of a series, a new one where needed, IGNORED or REFUSED."""
@@ -96,8 +101,8 @@ class ExporterSeries:
             identity: new_of_old[old] for identity, old in self._numbers.items() if old in new_of_old
         }
         servers, new_server_of = np.unique(self.server_of[old_numbers].astype(np.int64), return_inverse=True)
-        names = self.server_names
-        self._servers = {names[old]: new for new, old in enumerate(servers.tolist())}
+        self._server_names = self.names_of(servers)
+        self._servers = {name: number for number, name in enumerate(self._server_names)}
         self.server_of = new_server_of.astype(np.int32)
         self._place_of = self._place_of[old_numbers]
         self._is_alive = self._is_alive[old_numbers]
@@ -106,6 +111,8 @@ class ExporterSeries:
 
     def _note(self, number: int, server_name: str, places: tuple[int, ...]) -> None:
         server = self._servers.setdefault(server_name, len(self._servers))
+        if server == len(self._server_names):
+            self._server_names.append(server_name)
         self.server_of = roomy(self.server_of, number)
         self._place_of = roomy(self._place_of, number)
         self._is_alive = roomy(self._is_alive, number)
