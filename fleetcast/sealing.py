@@ -18,6 +18,7 @@ from pathlib import Path
 from fleetcast.clock import monotonic
 from fleetcast.dayfiles import open_day
 from fleetcast.dayreader import merge_sources
+from fleetcast.errors import FleetcastError
 from fleetcast.parts import OpenPart, PartName, write_part
 from fleetcast.tables import METRICS, PREDICTIONS, union_schema
 
@@ -103,7 +104,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Seal one day: folder, kind, day, target, pid of the owner."""
     folder, kind_name, day, target, owner = sys.argv[1:] if argv is None else argv
     os.nice(NICE)
-    sealed = seal(Path(folder), kind_name, date.fromisoformat(day), Path(target))
+    try:
+        sealed = seal(Path(folder), kind_name, date.fromisoformat(day), Path(target))
+    except (FleetcastError, OSError) as error:
+        print(f"sealing {kind_name} {day}: {error}", file=sys.stderr)
+        Path(target).unlink(missing_ok=True)
+        return 1
     if os.getppid() != int(owner):  # the owner died: nobody will take this file
         sealed.path.unlink(missing_ok=True)
         return 1
