@@ -34,6 +34,7 @@ MAX_HARM = 1.02
 CONFIDENCE = 0.9
 _MAX_ORIGINS, _MAX_SERVERS, _BLOCK_ORIGINS = 48, 150, 4
 _RESAMPLES = 1000
+_PERCENT_STEP, _QUIET_SHARE = 0.5, 0.25  # smallest steps: points, share of the metric's median
 
 
 class Predictor(Protocol):
@@ -215,10 +216,14 @@ def _chosen_servers(n_server: int, changed: Sequence[ChangedSeries], seed: int) 
 
 
 def _usual_steps(grid: TrainingGrid, servers: Longs) -> Floats:
-    """Return what a series usually moves in an hour (server, metric), never 0."""
+    """Return what a series usually moves in an hour (server, metric), never 0.
+
+    A series that hardly moves is measured by a share of what its metric moves elsewhere: an idle
+    disk must not outweigh the fleet by a forecast of almost nothing.
+    """
     values = grid.values[servers].astype(np.float64)
-    moves = _nan_mean(np.abs(values[..., RECENT_BINS:] - values[..., :-RECENT_BINS]), (2,))
-    level = _nan_mean(np.abs(values), (2,))
+    moves = np.nan_to_num(_nan_mean(np.abs(values[..., RECENT_BINS:] - values[..., :-RECENT_BINS]), (2,)))
+    usual = [np.median(column[column > 0]) if (column > 0).any() else 1.0 for column in moves.T]
     percent = np.array([is_percent(metric) for metric in grid.metrics])
-    floor = np.where(percent, 0.5, 0.01 * np.nan_to_num(level) + 1e-6)
-    return np.maximum(np.nan_to_num(moves), floor)
+    floor = np.where(percent, _PERCENT_STEP, _QUIET_SHARE * np.array(usual))
+    return np.maximum(moves, floor)

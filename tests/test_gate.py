@@ -186,3 +186,20 @@ def test_a_large_fleet_is_judged_by_a_sample_that_holds_the_changed() -> None:
     assert len(hold_out.servers) == 150
     assert {7, 399} <= set(hold_out.servers.tolist())
     assert hold_out.is_changed.sum() == 2
+
+
+def test_an_idle_series_does_not_outweigh_the_fleet() -> None:
+    # Given five disks at work and one that does nothing, forecast as almost nothing
+    fleet = grid()
+    idle = fleet.values.copy()
+    idle[5] = 0.0
+    disks = TrainingGrid(fleet.server_names, ("disk_io_mb_s", "net_in_mb_s"), idle, 0, 300_000)
+
+    class Almost(Oracle):
+        def predict(self, window: HistoryWindow) -> np.ndarray:
+            forecast = super().predict(window)
+            forecast[-1] += np.float32(0.01)
+            return forecast
+
+    at_work = fleet.server_names[:5]
+    assert verdict(disks, Almost(disks, 0.5, on=at_work), Oracle(disks, 1.0, on=at_work)).promoted
