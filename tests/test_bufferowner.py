@@ -1,0 +1,155 @@
+"""The owner of a folder: any order of appends, flushes, sealings and restarts leaves one row per key."""
+
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from buffer_rows import DAY_MS, NOON_MS, Key, Values, batch, rows_of, rows_of_frame
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from fleetcast import sealing
+from fleetcast.bufferowner import LOCK_NAME, BufferOwner
+from fleetcast.bufferreader import BufferReader
+from fleetcast.dayfiles import list_days
+from fleetcast.dayupkeep import UpkeepPace
+from fleetcast.errors import AlreadyRunning, StorageBroken
+from fleetcast.files import is_locked
+from fleetcast.settings import BufferSettings
+from fleetcast.tables import METRICS
+
+LATER = datetime(2027, 1, 1, tzinfo=UTC)
+
+rows = st.lists(
+    st.tuples(
+        st.sampled_from(["a", "b", "ä"]),
+        st.integers(0, 2).flatmap(
+            lambda day: st.integers(0, 4).map(lambda tick: NOON_MS + day * DAY_MS + tick)
+        ),
+        st.dictionaries(st.sampled_from(["x", "y", "z"]), st.integers(0, 9).map(float), max_size=2),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+class BufferLife(RuleBasedStateMachine):
+    """A buffer beside a plain dictionary that says what it must hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = tempfile.TemporaryDirectory()
+        self.folder = Path(self.place.name)
+        self.expected: dict[Key, Values] = {}
+        self.owner = self.open()
+
+    def open(self) -> BufferOwner:
+        pace = UpkeepPace(compact_parts=3, seal_quiet_s=1e9)
+        return BufferOwner(self.folder, BufferSettings(), expires=False, pace=pace)
+
+    @rule(some=rows)
+    def append(self, some: list[tuple[str, int, Values]]) -> None:
+        self.owner.append_batch(batch(some))
+        for server, time, values in some:
+            self.expected.setdefault((server, time), {}).update(values)
+
+    @rule()
+    def flush(self) -> None:
+        self.owner.flush()
+
+    @rule()
+    def compact(self) -> None:
+        self.owner.maintain(LATER)
+
+    @rule(data=st.data())
+    def seal(self, data: st.DataObject) -> None:
+        """Seal a day as the child does, and put it in place as its parent does."""
+        self.owner.flush()
+        writer = self.owner._metrics._writer
+        days = [day for day in list_days(self.folder, METRICS) if writer.path(day).is_dir()]
+        if days:
+            day = data.draw(st.sampled_from(days))
+            sealed = sealing.seal(self.folder, "metrics", day, self.folder / ".sealed")
+            writer.put_sealed(day, sealed.path, sealed.rejects)
+
+    @rule()
+    def restart(self) -> None:
+        self.owner.close()
+        self.owner = self.open()
+
+    @rule()
+    def die(self) -> None:
+        self.owner._lock.release()  # as the kernel does for a killed process
+        self.owner = self.open()
+
+    @invariant()
+    def holds_one_row_per_key_with_the_last_values(self) -> None:
+        reader = BufferReader(self.folder)
+        assert rows_of(reader.batches(0, 2**45)) == self.expected
+        stats = reader.stats()
+        assert stats["total_records"] == len(self.expected)
+        newest = max((time for _, time in self.expected), default=None)
+        assert self.owner.newest_ms == reader.newest_ms() == newest
+
+    def teardown(self) -> None:
+        self.owner.flush()
+        found: dict[Key, Values] = {}
+        for path in self.folder.glob("metrics_*.parquet"):
+            found |= rows_of_frame(pd.read_parquet(path))
+        assert found == self.expected
+        self.owner.close()
+        self.place.cleanup()
+
+
+BufferLife.TestCase.settings = settings(
+    max_examples=25, stateful_step_count=12, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+test_any_life_of_a_buffer = BufferLife.TestCase
+
+
+def test_ownership_lasts_from_construction_to_close(tmp_path: Path) -> None:
+    owner = BufferOwner(tmp_path / "b", BufferSettings(), expires=True)
+    assert is_locked(tmp_path / "b" / LOCK_NAME)
+    with pytest.raises(AlreadyRunning):
+        BufferOwner(tmp_path / "b", BufferSettings(), expires=True)
+    owner.close()
+    assert not is_locked(tmp_path / "b" / LOCK_NAME)
+
+
+def test_an_owner_that_cannot_start_holds_nothing(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("a file where the folder should be")
+    with pytest.raises(StorageBroken):
+        BufferOwner(tmp_path, BufferSettings(), expires=True)
+    assert not is_locked(tmp_path / LOCK_NAME)
+
+
+def test_a_close_that_fails_for_one_kind_still_closes_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = BufferOwner(tmp_path, BufferSettings(), expires=True)
+    closed: list[str] = []
+
+    def failing() -> None:
+        raise StorageBroken("cannot flush")
+
+    monkeypatch.setattr(owner._predictions, "close", failing)
+    real = owner._metrics.close
+    monkeypatch.setattr(owner._metrics, "close", lambda *_: (closed.append("metrics"), real())[0])
+    with pytest.raises(StorageBroken):
+        owner.close()
+    assert closed == ["metrics"]
+    assert not is_locked(tmp_path / LOCK_NAME)
+
+
+def test_the_newest_time_survives_a_restart(tmp_path: Path) -> None:
+    owner = BufferOwner(tmp_path, BufferSettings(), expires=False)
+    assert owner.newest_ms is None
+    owner.append_batch(batch([("a", NOON_MS, {}), ("a", NOON_MS - 5, {})]))
+    owner.close()
+    again: Any = BufferOwner(tmp_path, BufferSettings(), expires=False)
+    assert again.newest_ms == NOON_MS
+    again.close()
