@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -155,7 +156,15 @@ class Loop:
             except subprocess.TimeoutExpired:
                 process.kill()
                 codes[name] = process.wait()
+        self._end_training()
         return codes
+
+    def _end_training(self) -> None:
+        """End a training that was under way: it outlives its daemon, and nobody would adopt it here."""
+        for attempt in self.attempts():
+            if attempt["outcome"] == "running" and attempt["pid"]:
+                with suppress(ProcessLookupError):
+                    os.kill(attempt["pid"], signal.SIGTERM)
 
     def _start(self, name: str, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("FLEETCAST_", "TFT_"))}
