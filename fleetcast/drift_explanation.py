@@ -12,7 +12,7 @@ from fleetcast.data_quality import SensorWatch
 from fleetcast.quorum import SUPPORT
 from fleetcast.reference import Reference
 from fleetcast.reference_fit import MIN_DAYS
-from fleetcast.residuals import ABSENT, LEVEL_STEPS
+from fleetcast.residuals import ABSENT
 from fleetcast.running_sums import RunningSums
 from fleetcast.schema import Floats, Floats32
 from fleetcast.window_statistics import FAMILY_OF, INDEX, IS_SHORT
@@ -35,8 +35,8 @@ def worst_statistic(statistics: Floats32, limits: Floats32, held: Floats32) -> i
 def change_bin(sums: RunningSums, series: int, statistic: int) -> int:
     """Return how many bins before now the newest day of a series splits best into before and after.
 
-    The largest excursion of the cumulated deviations from their mean (CUSUM), of what the
-    statistic looks at. 1 = only the newest bin is different.
+    The largest excursion of the cumulated deviations from their mean (CUSUM), in standard errors
+    of that place, of what the statistic looks at. 1 = only the newest bin is different.
     """
     ring: NDArray[Any] = sums.values
     if statistic in _BY_SIZE:
@@ -53,25 +53,30 @@ def change_bin(sums: RunningSums, series: int, statistic: int) -> int:
     if len(places) < 2:
         return 1
     kept = newest[places]
-    path = np.abs(np.cumsum(kept - kept.mean()))[:-1]
+    n = np.arange(1, len(kept))
+    path = np.abs(np.cumsum(kept - kept.mean())[:-1]) / np.sqrt(n * (len(kept) - n))
     return int(len(newest) - places[int(path.argmax()) + 1])
 
 
 def newest_levels(
-    reference: Reference, sums: RunningSums, end_ms: int, chosen: NDArray[np.int64]
+    reference: Reference, newest: Floats32, end_ms: int, chosen: NDArray[np.int64]
 ) -> tuple[Floats, Floats]:
-    """Return what is usual for the newest hours of some series and what they were, native units."""
+    """Return what is usual for the newest hours of some series and what they were, native units.
+
+    Args:
+        newest: (bin, series) values up to `end_ms`, oldest first, NaN = absent.
+        chosen: rows of the series asked for.
+    """
     if not len(chosen):
         return np.empty(0), np.empty(0)
-    clock, bins = reference.clock, min(sums.short, sums.n_bins)
+    clock, bins = reference.clock, len(newest)
     local_bins = clock.local_bins(end_ms - bins * reference.bin_ms, bins)
     usual = reference.shape.rows(chosen).expected(clock, local_bins).astype(np.float64)
-    known = (sums.newest(sums.values, bins)[:, chosen] != ABSENT).T
-    level = sums.newest(sums.level, bins)[:, chosen].T.astype(np.float64) / LEVEL_STEPS
-    actual = usual + level * reference.shape.ranges[chosen][:, None]
-    n = known.sum(axis=1)
-    mean_actual = np.where(known, actual, 0).sum(axis=1) / np.maximum(n, 1)
-    return usual.mean(axis=1), np.where(n > 0, mean_actual, np.nan)
+    own = newest[:, chosen].astype(np.float64)
+    known = np.isfinite(own)
+    n = known.sum(axis=0)
+    actual = np.where(known, own, 0).sum(axis=0) / np.maximum(n, 1)
+    return usual.mean(axis=1), np.where(n > 0, actual, np.nan)
 
 
 def why_not_compared(

@@ -131,13 +131,10 @@ class CodeBook:
 
     def codes(self, values: Floats32) -> Bytes:
         """Return (series, bin) codes; ABSENT where a value or the book is NaN."""
-        out = np.zeros(values.shape, np.uint8)
-        for edge in range(N_EDGES):  # one edge at a time keeps memory at the size of `values`
-            limit = self.edges[:, edge][:, None]
-            out += values > limit
-            out += values >= limit
+        edges, own = self.edges[:, None, :], values[:, :, None]
+        out = np.count_nonzero(own > edges, axis=2) + np.count_nonzero(own >= edges, axis=2)
         out[~np.isfinite(values) | ~np.isfinite(self.edges[:, :1])] = ABSENT
-        return out
+        return out.astype(np.uint8)
 
     def rows(self, chosen: NDArray[np.int64]) -> "CodeBook":
         """Return the book of some of the series, in that order."""

@@ -68,6 +68,7 @@ class SeasonalDrift:
         self._watch = SensorWatch(*shape, reference.still_limits, self._clock.bins_per_day)
         self._sums = RunningSums(n_series, self._short, self._long)
         self._last_scores = np.full(n_series, np.nan, np.float32)
+        self._recent = np.full((self._short, n_series), np.nan, np.float32)  # ring of native values
         self._ratios = np.zeros((self._hold, len(FAMILIES), n_series), np.float32)  # ring
         self._alarms = np.zeros((self._sustained, n_series), np.bool_)  # ring
         self._alarm_counts = np.zeros(n_series, np.int64)
@@ -130,6 +131,7 @@ class SeasonalDrift:
         missed = self._error_scores(errors, admitted, bins)
         codes = (books.values.codes(own.scores), books.innovations.codes(moves), books.errors.codes(missed))
         self._sums.add(BinCodes(*codes, own, daily_wave(self._clock, bins)))
+        self._recent[self._n_bins % self._short] = admitted
         self._end_ms = bin_ms + reference.bin_ms
         self._judge()
 
@@ -207,7 +209,9 @@ class SeasonalDrift:
     def _drifting(self, held: Floats32, alarms: NDArray[np.bool_]) -> tuple[DriftingSeries, ...]:
         found = []
         worst = held.max(axis=0)
-        usual, actual = newest_levels(self.reference, self._sums, self._end_ms or 0, np.flatnonzero(alarms))
+        order = np.arange(max(0, self._n_bins - self._short), self._n_bins) % self._short
+        newest = self._recent[order]
+        usual, actual = newest_levels(self.reference, newest, self._end_ms or 0, np.flatnonzero(alarms))
         for place, series in enumerate(np.flatnonzero(alarms)):
             own = (self._statistics[:, series], self.reference.limits[series], held[:, series])
             statistic = STATISTICS[worst_statistic(*own)]

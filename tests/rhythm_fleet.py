@@ -1,0 +1,60 @@
+"""A made fleet with a daily rhythm, its own noise and a seed: what unchanged data look like."""
+
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fleetcast.reference import Reference
+from fleetcast.seasonal_drift import SeasonalDrift
+
+BIN_MS = 300_000
+DAY = 288
+START_MS = 1_767_225_600_000  # 2026-01-01 00:00 UTC
+SERVERS = ("app-1", "app-2", "app-3", "db-1", "db-2")
+METRICS = ("cpu_pct", "mem_pct")
+REFERENCE_DAYS = 14
+
+Grid = NDArray[np.float32]
+
+
+@cache
+def _made(days: int, seed: int, n_servers: int) -> Grid:
+    generator = np.random.default_rng(seed)
+    grid = np.empty((n_servers, len(METRICS), days * DAY), np.float32)
+    clock = 2 * np.pi * np.arange(days * DAY) / DAY
+    for server in range(n_servers):
+        for metric in range(len(METRICS)):
+            noise = np.zeros(days * DAY)
+            steps = generator.normal(0, 1, days * DAY)
+            for place in range(1, days * DAY):
+                noise[place] = 0.7 * noise[place - 1] + steps[place]
+            rhythm = 10 * np.sin(clock + server + 2 * metric)
+            grid[server, metric] = 40 + 5 * server + rhythm + 1.5 * noise
+    return grid
+
+
+def made_grid(days: int = REFERENCE_DAYS + 3, seed: int = 1, n_servers: int = len(SERVERS)) -> Grid:
+    """Return (server, metric, bin) from START_MS on; a fresh copy."""
+    return _made(days, seed, n_servers).copy()
+
+
+def fitted(grid: Grid, **options: object) -> Reference:
+    """Learn a reference of the made fleet from the start of a grid."""
+    names = (SERVERS[: grid.shape[0]], METRICS[: grid.shape[1]])
+    return Reference.fit(grid, *names, START_MS, BIN_MS, **options)  # type: ignore[arg-type]
+
+
+@cache
+def usual_reference() -> Reference:
+    """Return the reference of the made fleet's first two weeks."""
+    return fitted(made_grid()[:, :, : REFERENCE_DAYS * DAY])
+
+
+def following(
+    grid: Grid, first_day: int = REFERENCE_DAYS - 3, reference: Reference | None = None
+) -> SeasonalDrift:
+    """Return a detector that has seen a grid from a day on."""
+    drift = SeasonalDrift(reference or usual_reference())
+    drift.replay(grid[:, :, first_day * DAY :], START_MS + first_day * DAY * BIN_MS)
+    return drift
