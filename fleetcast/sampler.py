@@ -109,11 +109,13 @@ class WindowSampler:
     def _windows(self, size: int) -> tuple[Longs, Longs]:
         """Draw series and origins, the changed ones first."""
         n_changed = round(size * self._mix.changed_share) if len(self._changed) else 0
-        n_recent = round((size - n_changed) * self._mix.recent_share)
+        n_alike = min(n_changed, size - n_changed)
+        n_recent = round((size - n_changed - n_alike) * self._mix.recent_share)
         drawn = [
             self._drawn(n_changed, self._draw_changed),
+            self._drawn(n_alike, self._draw_alike),
             self._drawn(n_recent, self._draw_recent),
-            self._drawn(size - n_changed - n_recent, self._draw_any),
+            self._drawn(size - n_changed - n_alike - n_recent, self._draw_any),
         ]
         return np.concatenate([item[0] for item in drawn]), np.concatenate([item[1] for item in drawn])
 
@@ -147,6 +149,18 @@ class WindowSampler:
         chosen = self._changed[self._random.integers(len(self._changed), size=size)]
         span = self._held_from[chosen[:, 0]] - 1 - chosen[:, 1]
         return chosen[:, 0], chosen[:, 1] + (self._random.random(size) * span).astype(np.int64)
+
+    def _draw_alike(self, size: int) -> tuple[Longs, Longs]:
+        """Draw replay of the metrics that changed, on any server.
+
+        Else most windows of such a metric would be changed ones, and what the metric does
+        elsewhere would be forgotten (cpu_pct: 7 % worse on unchanged servers).
+        """
+        series, _ = self._draw_changed(size)
+        servers = self._random.integers(len(self._series) // self._n_metric, size=size)
+        series = servers * self._n_metric + series % self._n_metric
+        ago = (self._random.random(size) * self._held_from[series]).astype(np.int64)
+        return series, self._held_from[series] - 1 - ago
 
     def _is_usable(self, series: Longs, origins: Longs) -> NDArray[np.bool_]:
         """Return which windows have a recent value, an hour of values, and something to learn."""

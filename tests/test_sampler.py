@@ -57,6 +57,16 @@ def test_the_changed_share_comes_from_changed_series_after_their_change() -> Non
     assert (origin[first][series[first] == 6] >= 2600).all()
 
 
+def test_a_changed_metric_is_replayed_as_often_as_its_change() -> None:
+    # Given a change of cpu_pct alone
+    mix = WindowMix((ChangedSeries(2, 0, 2500),), 0.3)
+    series, origin = origins(sampler(grid(), mix=mix))
+    alike = slice(120, 240)
+    assert set(series[alike].tolist()) == {0, 2, 4, 6}
+    assert origin[alike].min() < 1000
+    assert set((series[240:] % 2).tolist()) == {0, 1}
+
+
 def test_the_recent_share_comes_from_the_newest_days() -> None:
     series, origin = origins(sampler(grid(), mix=WindowMix(recent_share=0.5, recent_bins=288)))
     assert (origin[:200] >= N_BIN - 288 - 288).all()
