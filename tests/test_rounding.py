@@ -61,7 +61,10 @@ def test_the_result_is_what_printing_that_many_digits_gives(value: float, digits
     nearest = float(f"{value:.{digits - 1}e}")
     # at a tie of decimals the two may fall to different sides: one unit of the last digit at most
     unit = abs(value) * 10.0 ** (1 - digits)
-    assert got == nearest or abs(got - nearest) <= unit * 1.01
+    if np.isinf(nearest):
+        assert got == value, "the largest doubles stay as they are"
+    else:
+        assert got == nearest or abs(got - nearest) <= unit * 1.05
 
 
 @given(finite, st.integers(1, 15))
