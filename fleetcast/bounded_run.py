@@ -81,36 +81,42 @@ class OutputLines:
         """Take output as it comes; a progress bar's carriage returns end lines, too."""
         pieces = (self._open + data).replace(b"\r", b"\n").split(b"\n")
         self._open = pieces.pop()
-        for piece in pieces:
-            if not self._skipping:
-                self._line(piece)
+        if self._skipping and pieces:
+            del pieces[0]
             self._skipping = False
+        self._take(pieces)
         if len(self._open) > LINE_BYTES:
             if not self._skipping:
-                self._line(self._open)
+                self._take([self._open])
             self._open, self._skipping = b"", True
 
     def close(self) -> None:
         """Take what is left as the last line."""
-        if self._open and not self._skipping:
-            self._line(self._open)
+        if not self._skipping:
+            self._take([self._open])
         self._open = b""
 
-    def _line(self, line: bytes) -> None:
-        if not line.strip():
-            return
-        line = line[:LINE_BYTES]
-        self.lines += 1
-        self.tail.append(line.decode("utf-8", "replace"))
+    def _take(self, lines: list[bytes]) -> None:
+        """Keep what there is room for, and the last lines; a gigabyte is only counted."""
+        present = [line[:LINE_BYTES] for line in lines if line]
+        self.lines += len(present)
+        self.tail.extend(line.decode("utf-8", "replace") for line in present[-TAIL_LINES:])
+        for number, line in enumerate(present):
+            if not self._is_kept(line):
+                self._room = 0
+                self.dropped += len(present) - number
+                return
+
+    def _is_kept(self, line: bytes) -> bool:
         if len(line) >= self._room:
-            self.dropped += 1
-            return
+            return False
         try:
             self._stream.write(line + b"\n")
             self._stream.flush()
-            self._room -= len(line) + 1
         except OSError:  # a full disk must not end a training; its own writes will tell
-            self.dropped += 1
+            return False
+        self._room -= len(line) + 1
+        return True
 
 
 def run_job(job: RunJob) -> dict[str, Any]:

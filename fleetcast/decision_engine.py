@@ -74,17 +74,22 @@ class RetrainingDecisionEngine:
         self, drift_metrics: Mapping[str, Any], is_quiet_period: bool, *, initial_due: bool
     ) -> Decision:
         """Return the decision with the rule behind it."""
+        self.settle()
         now, wall_now = self._clock.now(), self._wall_clock.now()
-        settled = self.log.without_future(now)
-        if settled is not self.log:
-            logger.warning("trainings of the future are taken as made now: the clock stepped back")
-            self.log = settled
-        self.backoff = self.backoff.without_future(wall_now)
         limits = SafeguardLimits(
             self.min_hours_between_training, self.max_days_without_training, self.max_trainings_per_week
         )
         found = check_safeguards(self.log, self.backoff, limits, now, wall_now, self._uptime())
         return decide(drift_metrics, found, is_quiet_period=is_quiet_period, initial_due=initial_due)
+
+    def settle(self) -> None:
+        """Take note of what the clocks say now: no entry of the future, every age known to this boot."""
+        now = self._clock.now()
+        settled = self.log.without_future(now)
+        if settled is not self.log:
+            logger.warning("trainings of the future are taken as made now: the clock stepped back")
+        self.log = settled.anchored(now, self._uptime())
+        self.backoff = self.backoff.without_future(self._wall_clock.now())
 
     def record_training(self, promoted: bool = True, *, attempt: str | None = None) -> None:
         """Note that a training ran to a verdict just now, promoted or not."""

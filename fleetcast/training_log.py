@@ -72,6 +72,23 @@ class TrainingLog:
             return self
         return replace(self, stamps=stamps, installed_at=installed_at)
 
+    def anchored(self, now: datetime, uptime: Uptime | None) -> "TrainingLog":
+        """Return the log with entries of other boots tied to this one's uptime, at first sight.
+
+        From then on this boot knows how much time has passed for them, too.
+        """
+        if uptime is None or all(s.uptime and s.uptime.boot == uptime.boot for s in self.stamps):
+            return self
+        return replace(
+            self,
+            stamps=tuple(
+                stamp
+                if stamp.uptime and stamp.uptime.boot == uptime.boot
+                else replace(stamp, uptime=Uptime(uptime.boot, uptime.seconds - stamp.age_s(now, uptime)))
+                for stamp in self.stamps
+            ),
+        )
+
     def ages_s(self, now: datetime, uptime: Uptime | None) -> Iterator[float]:
         """Yield the age of every training."""
         return (stamp.age_s(now, uptime) for stamp in self.stamps)

@@ -64,7 +64,7 @@ def until(is_true: Callable[[], bool], timeout_s: float = 60.0) -> None:
 def ended(order: str, timeout_s: float = 60.0) -> Attempt:
     own = attempts(timeout_s)
     attempt = begun(order, own)
-    until(lambda: not own.is_running(attempt))
+    until(lambda: not own.is_running(attempt), timeout_s + 30.0)
     return own.ended(attempt)
 
 
@@ -98,7 +98,7 @@ def test_a_trainer_that_prints_a_gigabyte_fills_neither_disk_nor_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO")
-    found = ended("gigabyte")
+    found = ended("gigabyte", timeout_s=200.0)
     assert found.outcome == "failed"
     assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 2_000_000
     assert len(caplog.records) < 2_100

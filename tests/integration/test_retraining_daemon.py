@@ -180,7 +180,7 @@ def test_whoever_is_killed_at_whatever_moment_every_training_is_counted_once(
         tell(folder, chance.choice(["wait", "rejected", "promised"]))
         with daemon(folder, told.url) as running:
             if chance.random() < 0.75:
-                wait_for("an attempt", lambda: is_training(folder))
+                wait_for("an attempt", lambda: is_training(folder) or is_backing_off(folder))
             time.sleep(chance.uniform(0.0, 3.0))
             victims = chance.choice([["daemon"], ["trainer"], ["supervisor"], ["daemon", "trainer"]])
             for victim in victims:
@@ -213,6 +213,13 @@ def kill(victim: str, folder: Path, running: Program) -> None:
     if pid:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+def is_backing_off(folder: Path) -> bool:
+    """Whether this daemon found that the last round's attempt had failed."""
+    with suppress(FileNotFoundError):
+        return bool(state(folder)["backoff"]["failures"])
+    return False
 
 
 def forget_the_back_off(folder: Path) -> None:
