@@ -3,12 +3,15 @@
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
-from benchmarks.drift_data import BIN_MS, DAY, RecordedFleet, sub_fleet
+from benchmarks.drift_data import BIN_MS, DAY, RecordedFleet
 from benchmarks.drift_fleets import Member, members, our_verdict, pooled_literal
 from benchmarks.drift_ours import Block, fitted_block, held, proxy_errors, series_ratios
 from benchmarks.drift_rules import LITERAL_BINS, STEP, Stretch, literal
 from benchmarks.drift_trials import LEAD
+
+Bools = NDArray[np.bool_]
 
 REST_BINS = DAY // 4  # 6 hours between trainings
 WEEK_BINS, WEEK_TRAININGS = 7 * DAY, 3
@@ -52,15 +55,13 @@ def fleet_loop(fleet: RecordedFleet, rule: str, days: int) -> float:
     return trainings(first_alarm, begin, end) / ((end - begin) / WEEK_BINS)
 
 
-def _first(alarms: "np.typing.NDArray[np.bool_]", begin: int, earliest: int) -> int | None:
+def _first(alarms: Bools, begin: int, earliest: int) -> int | None:
     ends = begin + (np.arange(len(alarms)) - 1) * STEP  # the second check ends where the test begins
     found = np.flatnonzero(alarms & (ends >= earliest))
     return int(ends[found[0]]) if len(found) else None
 
 
-def _fleet_alarms(
-    rule: str, fleet: RecordedFleet, block: Block, group: list[Member]
-) -> "np.typing.NDArray[np.bool_]":
+def _fleet_alarms(rule: str, fleet: RecordedFleet, block: Block, group: list[Member]) -> Bools:
     if not group:
         return np.zeros(1, np.bool_)
     start_ms = block.reference.start_ms + (block.begin - LEAD - block.first) * BIN_MS
@@ -74,18 +75,25 @@ def _fleet_alarms(
     return pooled_literal(stretches, group, DAY if rule == "literal 24 h" else None)
 
 
-def _errors(block: Block, member: Member, start_ms: int) -> "np.typing.NDArray[np.float64]":
+def _errors(block: Block, member: Member, start_ms: int) -> NDArray[np.float64]:
     return proxy_errors(block.reference, member.row, np.asarray(member.lead, np.float32), start_ms)
 
 
 def series_loops(fleet: RecordedFleet, rules: tuple[str, ...], days: int) -> dict[str, float]:
-    """Return trainings per week and stable series, each series a fleet of its own server."""
+    """Return trainings per week and stable series, each series a fleet of its own."""
     totals = dict.fromkeys(rules, 0.0)
     for server, metric in fleet.stable:
-        alone = sub_fleet(fleet, [server])
+        alone = only_series(fleet, server, metric)
         for rule in rules:
-            totals[rule] += _series_loop(alone, metric, rule, days)
+            totals[rule] += _series_loop(alone, 0, rule, days)
     return {rule: total / max(len(fleet.stable), 1) for rule, total in totals.items()}
+
+
+def only_series(fleet: RecordedFleet, server: int, metric: int) -> RecordedFleet:
+    """Return a fleet of one series: its limits lean on what recorded fleets showed."""
+    grid = fleet.grid[server : server + 1, metric : metric + 1]
+    names = ((fleet.server_names[server],), (fleet.metrics[metric],))
+    return RecordedFleet(fleet.name, *names, grid, fleet.start_ms, ((0, 0),), ())
 
 
 def _series_loop(alone: RecordedFleet, metric: int, rule: str, days: int) -> float:
@@ -103,9 +111,7 @@ def _series_loop(alone: RecordedFleet, metric: int, rule: str, days: int) -> flo
     return trainings(first_alarm, begin, end) / ((end - begin) / WEEK_BINS)
 
 
-def _series_alarms(
-    alone: RecordedFleet, block: Block, metric: int, rule: str
-) -> "np.typing.NDArray[np.bool_]":
+def _series_alarms(alone: RecordedFleet, block: Block, metric: int, rule: str) -> Bools:
     values = block.admitted[0, metric]
     start_ms = block.reference.start_ms + (block.begin - LEAD - block.first) * BIN_MS
     if not block.reference.is_compared[metric]:

@@ -5,6 +5,7 @@ reference are cleaned alike; the events it saw. numpy only. Does not know: stati
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ FROZEN_TIMES = 1.5  # of the longest standstill in the reference
 FROZEN_IN_REFERENCE_H = 6.0
 FROZEN_IN_REFERENCE_TIMES = 3.0  # of a usual day's longest standstill
 
+LARGEST = 1e30  # larger values are no measurements, and their squares overflow
 NEVER_STILL = np.iinfo(np.int64).max  # limit of series that may stand still for days
 STILL_CAP_H = 48.0
 
@@ -33,6 +35,12 @@ class DataQualityEvent:
     server_name: str
     metric: str | None
     since_ms: int
+
+
+def measured(values: NDArray[Any]) -> Floats32:
+    """Return values as float32 with NaN for what cannot be a measurement."""
+    with np.errstate(invalid="ignore"):
+        return np.where(np.abs(values) < LARGEST, values, np.nan).astype(np.float32)
 
 
 def still_limits(longest: Longs, bins_per_day: int) -> Longs:
@@ -144,5 +152,5 @@ def clean_reference(grid: Floats32, bins_per_day: int) -> tuple[Floats32, Longs]
     limits = still_limits(np.minimum(runs.max(axis=1, initial=0), longest).astype(np.int64), bins_per_day)
     watch = SensorWatch(n_servers, n_metrics, np.full(len(flat), NEVER_STILL), bins_per_day)
     for index in range(n_bins):
-        cleaned[:, index] = watch.admit(cleaned[:, index])
+        cleaned[np.isnan(watch.admit(flat[:, index])), index] = np.nan
     return cleaned.reshape(grid.shape), limits

@@ -13,7 +13,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetcast.data_quality import clean_reference
+from fleetcast.data_quality import clean_reference, measured
 from fleetcast.errors import BadData
 from fleetcast.fleet_calibration import FleetCalibration, calibrate
 from fleetcast.limits import growth, own_quantiles, series_limits, shared_growth
@@ -157,11 +157,7 @@ def _checked(
         raise BadData(f"grid must be (server, metric, bin) {expected}, none of them 0, got {grid.shape}")
     if errors is not None and errors.shape != grid.shape:
         raise BadData(f"errors must have the grid's shape {grid.shape}, got {errors.shape}")
-    with np.errstate(over="ignore"):
-        values = np.where(np.isfinite(grid), grid, np.nan).astype(np.float32)
-        values[~np.isfinite(values)] = np.nan
-        missed = None if errors is None else np.where(np.isfinite(errors), errors, np.nan).astype(np.float32)
-    return values, missed
+    return measured(grid), None if errors is None else measured(errors)
 
 
 def _range_floors(flat: Floats32, n_metrics: int) -> Floats32:

@@ -134,7 +134,7 @@ class CodeBook:
         edges, own = self.edges[:, None, :], values[:, :, None]
         out = np.count_nonzero(own > edges, axis=2) + np.count_nonzero(own >= edges, axis=2)
         out[~np.isfinite(values) | ~np.isfinite(self.edges[:, :1])] = ABSENT
-        return out.astype(np.uint8)
+        return np.asarray(out, np.uint8)
 
     def rows(self, chosen: NDArray[np.int64]) -> "CodeBook":
         """Return the book of some of the series, in that order."""

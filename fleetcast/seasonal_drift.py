@@ -18,7 +18,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetcast.data_quality import NEVER_STILL, SensorWatch
+from fleetcast.data_quality import NEVER_STILL, SensorWatch, measured
 from fleetcast.drift_explanation import change_bin, newest_levels, why_not_compared, worst_statistic
 from fleetcast.drift_verdict import COLLECTING, READY, DriftingSeries, DriftVerdict
 from fleetcast.errors import BadData
@@ -111,7 +111,7 @@ class SeasonalDrift:
             if bin_ms < self._end_ms:
                 raise BadData(f"bins must come in time order: {bin_ms} starts before {self._end_ms}")
             self._fill(bin_ms)
-        self._take(np.asarray(values, np.float32).ravel(), bin_ms, errors)
+        self._take(measured(values).ravel(), bin_ms, errors)
 
     def _fill(self, until_ms: int) -> None:
         assert self._end_ms is not None, "called after a first bin"
@@ -121,8 +121,7 @@ class SeasonalDrift:
 
     def _take(self, values: Floats32, bin_ms: int, errors: Floats32 | None) -> None:
         reference = self.reference
-        finite = np.where(np.isfinite(values), values, np.nan).astype(np.float32)
-        admitted = self._watch.admit(finite)
+        admitted = self._watch.admit(values)
         bins = self._clock.local_bins(bin_ms, 1)
         own = traits(reference.shape, self._clock, bins, admitted[:, None])
         moves = innovations(own.scores, self._last_scores, reference.pull)
@@ -139,7 +138,7 @@ class SeasonalDrift:
         if errors is None:
             return np.full((len(admitted), 1), np.nan, np.float32)
         spreads = self.reference.shape.spreads[:, self._clock.slots(bins)]
-        size = np.abs(np.asarray(errors, np.float32).reshape(-1, 1)) / spreads
+        size = np.abs(measured(errors).reshape(-1, 1)) / spreads
         return np.asarray(np.where(np.isfinite(admitted)[:, None], size, np.nan), np.float32)
 
     def _judge(self) -> None:

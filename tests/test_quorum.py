@@ -1,0 +1,113 @@
+"""From series to a fleet's verdict: support, quorum, and the specification's scale."""
+
+import numpy as np
+import pytest
+
+from fleetcast.errors import BadData
+from fleetcast.quorum import (
+    COMBINED_THRESHOLD,
+    THRESHOLDS,
+    WEIGHTS,
+    QuorumRule,
+    combined_ratio,
+    family_ratios,
+    fleet_ratios,
+    held_over,
+    scaled_scores,
+    share_of,
+    worst_ratio,
+)
+from fleetcast.window_statistics import FAMILIES, INDEX, N_STATISTICS
+
+RULE = QuorumRule()
+
+
+def ratios_of(series: list[float], n_families: int = 4) -> np.ndarray:
+    return np.tile(np.array(series, np.float32), (n_families, 1))
+
+
+def test_a_long_window_counts_only_while_the_newest_hours_are_unusual_too() -> None:
+    found = np.zeros((N_STATISTICS, 3), np.float32)
+    found[INDEX["higher_24h"]] = 2.0
+    found[INDEX["shape_3h"]] = [0.0, 0.3, 0.9]
+
+    by_family = family_ratios(found, np.ones((3, N_STATISTICS), np.float32))
+
+    assert by_family[FAMILIES.index("fds")] == pytest.approx([0, 0.5, 1.5])
+
+
+def test_what_was_not_judged_counts_as_nothing() -> None:
+    found = np.full((N_STATISTICS, 1), np.nan, np.float32)
+
+    assert (family_ratios(found, np.full((1, N_STATISTICS), np.nan, np.float32)) == 0).all()
+
+
+def test_at_the_quorum_the_fleet_is_at_its_limit() -> None:
+    # Given 12 servers of one metric; more than a quarter is four of them
+    three = ratios_of([2.0] * 3 + [0.1] * 9)
+    four = ratios_of([2.0] * 4 + [0.1] * 8)
+    no = np.zeros(12, np.float32)
+
+    assert fleet_ratios(three, no, 12, 1, RULE) == pytest.approx(0.1)
+    assert fleet_ratios(four, no, 12, 1, RULE) == pytest.approx(2.0)
+
+
+def test_fewer_are_enough_when_they_stay() -> None:
+    series = ratios_of([2.0, 1.5] + [0.1] * 10)
+    sustained = np.array([0.8, 0.75] + [0.0] * 10, np.float32)
+
+    assert fleet_ratios(series, sustained, 12, 1, RULE) == pytest.approx(1.5)
+    assert fleet_ratios(series, sustained / 3, 12, 1, RULE).max() < 0.7
+
+
+def test_one_server_never_moves_a_fleet_of_several() -> None:
+    # Given three servers with four metrics each, all metrics of one far off
+    alone = ratios_of([9.0] * 4 + [0.2] * 8)
+    both = ratios_of([9.0] * 4 + [1.2] + [0.2] * 7)
+    sustained = np.ones(12, np.float32)
+
+    assert fleet_ratios(alone, sustained, 12, 4, RULE).max() < 1
+    assert fleet_ratios(both, sustained, 12, 4, RULE).min() > 1
+
+
+def test_a_single_server_is_its_own_fleet() -> None:
+    assert fleet_ratios(ratios_of([3.0]), np.zeros(1, np.float32), 1, 1, RULE) == pytest.approx(3.0)
+
+
+def test_a_fleet_of_which_nothing_is_compared_is_silent() -> None:
+    assert (fleet_ratios(ratios_of([5.0, 5.0]), np.zeros(2, np.float32), 0, 1, RULE) == 0).all()
+
+
+def test_the_thresholds_mean_at_the_limit() -> None:
+    scores = scaled_scores(np.ones(4, np.float32), THRESHOLDS)
+
+    assert scores == pytest.approx(dict(THRESHOLDS))
+    assert scaled_scores(np.full(4, 0.5, np.float32), THRESHOLDS)["dss"] == pytest.approx(0.10)
+
+
+def test_the_combined_score_can_ask_before_any_metric_does() -> None:
+    almost = np.full(4, 0.95, np.float32)
+
+    assert combined_ratio(almost, THRESHOLDS, WEIGHTS, COMBINED_THRESHOLD) > 1
+    assert worst_ratio(almost) > 1
+    assert worst_ratio(np.array([0.9, 0.1, 0.1, 0.1], np.float32)) < 1
+
+
+def test_a_series_is_held_until_it_was_over_for_long_enough() -> None:
+    assert held_over(np.array([2.0, 0.5, 3.0, 4.0], np.float32), 2).tolist() == [0, 0.5, 0.5, 3]
+    assert held_over(np.array([2.0], np.float32), 1).tolist() == [2]
+
+
+def test_the_share_in_alarm_counts_the_last_steps() -> None:
+    alarms = np.array([True, True, False, True])
+
+    assert share_of(alarms, 2).tolist() == [0.5, 1.0, 0.5, 0.5]
+    assert share_of(alarms, 8)[-1] == 3 / 8
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"quorum": 1.5}, {"sustained_quorum": -0.1}, {"sustained_h": 0.0}, {"hold_h": -1.0}]
+)
+def test_a_rule_that_makes_no_sense_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(BadData, match=next(iter(wrong))):
+        QuorumRule(**wrong)

@@ -1,0 +1,81 @@
+"""Sums kept bin by bin: equal to sums made at once, at every moment."""
+
+import numpy as np
+
+from fleetcast.residuals import ABSENT, N_CODES, Traits
+from fleetcast.running_sums import RunningSums
+from fleetcast.window_statistics import BinCodes, sums_over
+
+SHORT, LONG = 4, 12
+
+
+def random_codes(n_bins: int, seed: int = 2) -> BinCodes:
+    generator = np.random.default_rng(seed)
+    size = (3, n_bins)
+
+    def codes() -> np.ndarray:
+        drawn = generator.integers(0, N_CODES, size).astype(np.uint8)
+        drawn[generator.random(size) < 0.2] = ABSENT
+        return drawn
+
+    def shorts() -> np.ndarray:
+        return generator.integers(-500, 500, size).astype(np.int16)
+
+    traits = Traits(
+        np.zeros(size, np.float32), shorts(), np.abs(shorts()), shorts(), generator.random(size) < 0.3
+    )
+    return BinCodes(codes(), codes(), codes(), traits, generator.integers(-1024, 1024, (2, n_bins)))
+
+
+def one_bin(codes: BinCodes, place: int) -> BinCodes:
+    part = slice(place, place + 1)
+    own = codes.traits
+    traits = Traits(
+        own.scores[:, part],
+        own.level[:, part],
+        own.size[:, part],
+        own.rhythm[:, part],
+        own.is_outside[:, part],
+    )
+    return BinCodes(
+        codes.values[:, part],
+        codes.innovations[:, part],
+        codes.errors[:, part],
+        traits,
+        codes.wave[:, part],
+    )
+
+
+def test_every_sum_equals_the_sum_of_its_window_made_at_once() -> None:
+    codes = random_codes(50)
+    at_once = sums_over(codes, 1, SHORT, LONG)
+    running = RunningSums(3, SHORT, LONG)
+
+    for place in range(50):
+        running.add(one_bin(codes, place))
+        if place + 1 < LONG:
+            continue
+        now = running.window_sums()
+        for name in vars(at_once):
+            expected = getattr(at_once, name)[:, place + 1 - LONG]
+            assert np.array_equal(getattr(now, name)[:, 0], expected), (name, place)
+
+
+def test_the_newest_bins_of_a_ring_come_oldest_first() -> None:
+    codes = random_codes(20)
+    running = RunningSums(3, SHORT, LONG)
+    for place in range(20):
+        running.add(one_bin(codes, place))
+
+    assert np.array_equal(running.newest(running.values, 5), codes.values[:, 15:].T)
+    assert running.newest(running.values, 99).shape == (LONG, 3)
+
+
+def test_the_memory_is_that_of_a_day_whatever_was_seen() -> None:
+    running = RunningSums(3, SHORT, LONG)
+    codes = random_codes(50)
+    size = sum(array.nbytes for array in vars(running).values() if isinstance(array, np.ndarray))
+    for place in range(50):
+        running.add(one_bin(codes, place))
+
+    assert size == sum(array.nbytes for array in vars(running).values() if isinstance(array, np.ndarray))

@@ -1,0 +1,101 @@
+"""The statistics over windows: known answers, and their kinship with Kolmogorov-Smirnov."""
+
+import numpy as np
+import pytest
+from rhythm_fleet import DAY, usual_reference
+
+from fleetcast.quorum import THRESHOLDS
+from fleetcast.residuals import ABSENT, N_CODES, CodeBook, Traits, code_book
+from fleetcast.window_statistics import (
+    CAPS,
+    FLOORS,
+    INDEX,
+    STATISTICS,
+    BinCodes,
+    statistics,
+    sums_over,
+    surprise,
+    tail_codes,
+)
+
+SHORT = DAY // 8
+
+
+def coded(values: np.ndarray, book: CodeBook) -> BinCodes:
+    """Codes of values with every other trait at rest."""
+    codes = book.codes(values.astype(np.float32))
+    rest = np.zeros(values.shape, np.int16)
+    seen = Traits(values.astype(np.float32), rest, rest, rest, np.zeros(values.shape, np.bool_))
+    absent = np.full(codes.shape, ABSENT, np.uint8)
+    return BinCodes(codes, absent, absent, seen, np.zeros((2, values.shape[1]), np.int64))
+
+
+def test_every_statistic_belongs_to_one_of_the_four_metrics() -> None:
+    assert {item.family for item in STATISTICS} == set(THRESHOLDS)
+    assert len(INDEX) == len(STATISTICS)
+    assert (FLOORS > 0).all() and (CAPS > FLOORS).all()
+
+
+def test_surprise_grows_without_end_but_stays_finite() -> None:
+    found = surprise(np.array([0.0, 0.5, 0.97, 1.0], np.float32))
+
+    assert found[0] == 0 and found[1] == pytest.approx(np.log(2))
+    assert found[2] == found[3] and np.isfinite(found).all()
+
+
+def test_the_shape_is_the_kolmogorov_smirnov_distance_of_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    generator = np.random.default_rng(6)
+    reference = generator.normal(size=(1, 20 * DAY)).astype(np.float32)
+    window = generator.normal(0.5, 1.3, size=(1, DAY)).astype(np.float32)
+    book = code_book(reference)
+    books = usual_reference().books.rows(np.array([0]))
+    own = type(books)(
+        book,
+        books.innovations,
+        books.errors,
+        tail_codes(book),
+        books.log_size,
+        books.rhythm_power,
+        books.rhythm_noise,
+        books.turn,
+    )
+
+    found = statistics(sums_over(coded(window, book), 1, SHORT, DAY), own, SHORT, DAY)[:, 0, 0]
+
+    exact = stats.ks_2samp(window[0], reference[0]).statistic
+    assert 1 - np.exp(-found[INDEX["shape_24h"]]) == pytest.approx(exact, abs=1 / 24)
+    newest = stats.ks_2samp(window[0, -SHORT:], reference[0]).statistic
+    assert 1 - np.exp(-found[INDEX["shape_3h"]]) == pytest.approx(newest, abs=1 / 24)
+
+
+def test_a_window_that_is_too_thin_is_not_judged() -> None:
+    reference = usual_reference()
+    books = reference.books.rows(np.array([0]))
+    values = np.zeros((1, DAY), np.float32)
+    values[0, : DAY // 2] = np.nan  # half a day is missing, the newest hours are there
+
+    found = statistics(sums_over(coded(values, books.values), 1, SHORT, DAY), books, SHORT, DAY)[:, 0, 0]
+
+    assert np.isnan(found[INDEX["shape_24h"]]) and np.isnan(found[INDEX["higher_24h"]])
+    assert np.isfinite(found[INDEX["shape_3h"]])
+    assert np.isnan(found[INDEX["error_3h"]])
+
+
+def test_windows_summed_in_steps_end_where_windows_summed_bin_by_bin_end() -> None:
+    books = usual_reference().books.rows(np.array([3]))
+    values = np.random.default_rng(8).normal(size=(1, 2 * DAY)).astype(np.float32)
+    codes = coded(values, books.values)
+
+    every = statistics(sums_over(codes, 1, SHORT, DAY), books, SHORT, DAY)
+    sixth = statistics(sums_over(codes, 6, SHORT, DAY), books, SHORT, DAY)
+
+    assert np.array_equal(every[:, :, ::6], sixth, equal_nan=True)
+
+
+def test_a_tail_is_never_the_last_code() -> None:
+    book = code_book(np.array([[0.0] * 95 + [1.0] * 5, [7.0] * 100], np.float32))
+
+    tails = tail_codes(book)
+
+    assert (tails <= N_CODES - 2).all() and (tails >= 0).all()
