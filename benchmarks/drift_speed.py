@@ -1,0 +1,167 @@
+"""What does one drift check cost? Literal and season-matched, beside other libraries.
+
+    python -m benchmarks.drift_speed [--servers 10000]
+
+Literal: the Kolmogorov-Smirnov statistic of 14 columns against a reference kept sorted, with
+1,000 and 100,000 new rows against 100,000. Season-matched: one new bin of a whole fleet and the
+verdict. Ratios are the figures to read on shared cores: each is the best of several runs, in
+process CPU time. Libraries that are not installed are n/a; `make bench-peers` gives each its own
+environment and runs this file in it with --peer NAME.
+"""
+
+import argparse
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+COLUMNS = 14
+REFERENCE_ROWS = 100_000
+SIZES = (1_000, 100_000)
+PEERS = ("scipy", "evidently", "alibi_detect", "nannyml")
+SEED = 7
+REPEATS = 7
+LIMITS_MS = {1_000: 5.0, 100_000: 60.0}
+FLEET_LIMIT_MS = 1_000.0
+MEMORY_LIMIT_MB = 120.0
+FLEET_METRICS = ("cpu_pct", "mem_pct", "disk_io_mb_s", "latency_ms")
+FITTED_SERVERS = 40  # a fleet's reference is made of copies of these: only its size matters here
+BIN_MS, DAY = 300_000, 288
+
+
+def best_ms(run: Callable[[], Any], repeats: int = REPEATS) -> float:
+    """Return the least process CPU time of several runs."""
+    times = []
+    for _ in range(repeats):
+        began = time.process_time()
+        run()
+        times.append(time.process_time() - began)
+    return 1000 * min(times)
+
+
+def columns(rows: int, seed: int) -> np.ndarray[Any, Any]:
+    """Return (column, row) of skewed values, each column contiguous."""
+    generator = np.random.default_rng(seed)
+    return generator.gamma(2.0, 3.0, (COLUMNS, rows))
+
+
+def literal_ms(rows: int) -> float:
+    """Return the time of the literal statistic of every column."""
+    from fleetcast.drift_scores import ks_statistic
+
+    reference, window = np.sort(columns(REFERENCE_ROWS, SEED), axis=1), columns(rows, SEED + 1)
+    return best_ms(lambda: [ks_statistic(own, base) for own, base in zip(window, reference, strict=True)])
+
+
+def sketched_ms(rows: int) -> float:
+    """Return the same against 1,001 quantiles of the reference, as a saved baseline keeps them."""
+    from fleetcast.sketched_ks import sketched_ks
+
+    quantiles = np.quantile(columns(REFERENCE_ROWS, SEED), np.linspace(0, 1, 1001), axis=1).T
+    window = columns(rows, SEED + 1)
+    return best_ms(lambda: [sketched_ks(own, base) for own, base in zip(window, quantiles, strict=True)])
+
+
+def fleet_figures(n_servers: int) -> dict[str, float]:
+    """Return the times of one bin and one verdict of a fleet, and of learning a reference."""
+    from fleetcast.reference import Reference
+    from fleetcast.reference_chunks import joined_books, joined_shapes
+    from fleetcast.seasonal_drift import SeasonalDrift
+
+    generator = np.random.default_rng(SEED)
+    clock = np.sin(2 * np.pi * np.arange(15 * DAY) / DAY)
+    shape = (FITTED_SERVERS, len(FLEET_METRICS), 15 * DAY)
+    grid = (50 + 10 * clock + generator.normal(0, 2, shape)).astype(np.float32)
+    names = tuple(f"s{row}" for row in range(FITTED_SERVERS))
+    began = time.process_time()
+    small = Reference.fit(grid[:, :, : 14 * DAY], names, FLEET_METRICS, 0, BIN_MS)
+    fit_ms = 1000 * (time.process_time() - began) / small.n_series
+    copies = -(-n_servers // FITTED_SERVERS)
+    reference = Reference(
+        tuple(f"s{row}" for row in range(copies * FITTED_SERVERS)),
+        FLEET_METRICS,
+        BIN_MS,
+        "UTC",
+        0,
+        small.end_ms,
+        joined_shapes([small.shape] * copies),
+        joined_books([small.books] * copies),
+        *(np.concatenate([array] * copies) for array in (small.pull, small.n_days, small.start_days)),
+        np.concatenate([small.still_limits] * copies),
+        np.concatenate([small.limits] * copies),
+        small.shared_growth,
+        small.fleet,
+    )
+    drift = SeasonalDrift(reference)
+    newest = iter(range(14 * DAY, 15 * DAY))
+
+    def check() -> None:
+        place = next(newest)
+        drift.update(np.tile(grid[:, :, place], (copies, 1)), place * BIN_MS)
+        drift.check()
+
+    return {"servers": len(reference.server_names), "check_ms": best_ms(check), "fit_ms_per_series": fit_ms}
+
+
+def memory_mb() -> float:
+    """Return the peak memory of a fresh process that makes one literal check of 1,000 rows."""
+    code = (
+        "import resource, numpy as np\n"
+        "from benchmarks.drift_speed import COLUMNS, SEED, columns\n"
+        "from fleetcast.drift_scores import ks_statistic\n"
+        "base = np.sort(np.quantile(columns(100_000, SEED), np.linspace(0, 1, 1001), axis=1).T, axis=1)\n"
+        "[ks_statistic(own, ref) for own, ref in zip(columns(1000, 8), base, strict=True)]\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def peer_ms(name: str, rows: int) -> float | None:
+    """Return the time of another library's check of the same columns; None if not installed."""
+    if importlib.util.find_spec(name) is None:
+        return None
+    from benchmarks.drift_peers import PEER_CHECKS
+
+    return best_ms(PEER_CHECKS[name](columns(REFERENCE_ROWS, SEED).T, columns(rows, SEED + 1).T), 3)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print; 1 when a target is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--servers", type=int, default=10_000)
+    parser.add_argument("--peer", choices=PEERS, help="measure only this library, print JSON")
+    options = parser.parse_args(argv)
+    if options.peer:
+        print(json.dumps({str(rows): peer_ms(options.peer, rows) for rows in SIZES}))
+        return 0
+    from benchmarks.results_file import write_results
+
+    ours = {str(rows): {"exact_ms": literal_ms(rows), "sketch_ms": sketched_ms(rows)} for rows in SIZES}
+    fleet, memory = fleet_figures(options.servers), memory_mb()
+    peers = {name: {str(rows): peer_ms(name, rows) for rows in SIZES} for name in PEERS}
+    for rows in SIZES:
+        own = ours[str(rows)]
+        target = f"target {LIMITS_MS[rows]:.0f}"
+        print(f"{rows:>7} rows x {COLUMNS}: exact {own['exact_ms']:.1f} ms, sketch {own['sketch_ms']:.1f} ms ({target})")
+        for name, found in peers.items():
+            other = found[str(rows)]
+            said = "n/a" if other is None else f"{other:.0f} ms, {other / own['sketch_ms']:.0f} x"
+            print(f"          {name:<14} {said}")
+    print(f"fleet of {fleet['servers']:.0f} x {len(FLEET_METRICS)}: {fleet['check_ms']:.0f} ms a bin and verdict")
+    print(f"learning: {fleet['fit_ms_per_series']:.1f} ms a series; peak of a check {memory:.0f} MB")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    figures = {"literal": ours, "fleet": fleet, "check_peak_mb": memory, "fleet_peak_mb": peak, "peers": peers}
+    print(f"figures in {write_results('drift_speed', figures)}")
+    is_fast = all(ours[str(rows)]["sketch_ms"] <= LIMITS_MS[rows] for rows in SIZES)
+    return 0 if is_fast and fleet["check_ms"] <= FLEET_LIMIT_MS and memory <= MEMORY_LIMIT_MB else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
