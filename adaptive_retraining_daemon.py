@@ -17,28 +17,28 @@ from datetime import datetime
 from pathlib import Path
 
 from drift_monitor import METRICS_FILE, DriftMonitor
-from fleetcast.attempts import Attempts
 from fleetcast.clock import Clock, DataClock, SystemClock, monotonic
-from fleetcast.decision_engine import RetrainingDecisionEngine
-from fleetcast.drift_source import DriftEvidence, DriftSource
+from fleetcast.drift.drift_source import DriftEvidence, DriftSource
 from fleetcast.errors import AlreadyRunning, BadData, ExitCode, FleetcastError, SettingsError
 from fleetcast.files import OwnerLock, read_pid, write_json
-from fleetcast.hostload import HostProbe
-from fleetcast.inquiry import Inquiry
 from fleetcast.logs import configure_logging
 from fleetcast.loop import Stop, run_every
-from fleetcast.quiet import FleetMean, quiet_verdict
-from fleetcast.readiness import Readiness
-from fleetcast.registry import Registry
-from fleetcast.retraining_check import ADVISED, BESIDE, NOTHING, STARTED, TRAINING, RetrainingCheck
-from fleetcast.retraining_options import parser, settings_of, with_arguments
-from fleetcast.safeguards import Decision
+from fleetcast.model.registry import Registry
+from fleetcast.retraining.attempts import Attempts
+from fleetcast.retraining.decision_engine import RetrainingDecisionEngine
+from fleetcast.retraining.hostload import HostProbe
+from fleetcast.retraining.inquiry import Inquiry
+from fleetcast.retraining.quiet import FleetMean, quiet_verdict
+from fleetcast.retraining.readiness import Readiness
+from fleetcast.retraining.retraining_check import ADVISED, BESIDE, NOTHING, STARTED, TRAINING, RetrainingCheck
+from fleetcast.retraining.retraining_options import parser, settings_of, with_arguments
+from fleetcast.retraining.safeguards import Decision
+from fleetcast.retraining.state import FAILED, STATE_FILE, Attempt
+from fleetcast.retraining.training_order import export_end, training_context, training_steps
+from fleetcast.retraining.trainings import Trainings
 from fleetcast.schema import QuietVerdict
 from fleetcast.sdnotify import SystemdNotifier
 from fleetcast.settings import Settings
-from fleetcast.state import FAILED, STATE_FILE, Attempt
-from fleetcast.training_order import export_end, training_context, training_steps
-from fleetcast.trainings import Trainings
 
 __all__ = ["AdaptiveRetrainingDaemon", "RetrainingDecisionEngine"]
 

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from fleetcast.clock import Clock, SystemClock, from_ms, to_ms
 from fleetcast.errors import BadData, ExitCode, FleetcastError
-from fleetcast.records import Accepted, RecordRules, accept, accept_columns
+from fleetcast.ingest.records import Accepted, RecordRules, accept, accept_columns
 from fleetcast.schema import RecordBatch, Rejection, SettledForecasts
 from fleetcast.settings import BufferSettings, load_settings
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from fleetcast.bufferowner import BufferOwner
+    from fleetcast.storage.bufferowner import BufferOwner
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class DataBuffer:
             expire: False keeps every day and accepts records of any age (the data clock).
         """
         # pyarrow is imported here, so that --help of every program that has a buffer answers at once
-        from fleetcast.bufferreader import BufferReader
+        from fleetcast.storage.bufferreader import BufferReader
 
         self._folder = Path(buffer_dir)
         self._settings = settings or BufferSettings(retention_days=retention_days)
@@ -134,7 +134,7 @@ class DataBuffer:
 
     def open(self) -> "BufferOwner":
         """Take ownership now instead of at the first append; recovers what a crash left."""
-        from fleetcast.bufferowner import BufferOwner
+        from fleetcast.storage.bufferowner import BufferOwner
 
         with self._opening:
             if self._owner is None:
@@ -216,7 +216,7 @@ class DataBuffer:
         now = self._clock.now() if self._expires else SystemClock().now()
         rules = RecordRules.at(now, self._settings, expires=self._expires)
         if hasattr(records, "columns") and hasattr(records, "iloc"):
-            from fleetcast.batches import columns_of_frame
+            from fleetcast.storage.batches import columns_of_frame
 
             columns = columns_of_frame(records)
             for start in range(0, len(records), _APPEND_ROWS):

@@ -3,7 +3,7 @@
     python drift_monitor.py [--config FILE]     prints the report of the present state
 
 Owns: thresholds, weights, the combined rule and the verdict. Does not know: the formulas
-(`fleetcast.drift_scores`), what is done about drift (`adaptive_retraining_daemon`).
+(`fleetcast.drift.drift_scores`), what is done about drift (`adaptive_retraining_daemon`).
 """
 
 import argparse
@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fleetcast.baseline import Baseline
 from fleetcast.clock import Clock, SystemClock
-from fleetcast.columns import extended, float_columns, n_rows
-from fleetcast.drift_report import COLLECTING, READY, BaselineFacts, DriftReading, WindowFacts
-from fleetcast.drift_scores import (
+from fleetcast.drift.columns import extended, float_columns, n_rows
+from fleetcast.drift.drift_report import COLLECTING, READY, BaselineFacts, DriftReading, WindowFacts
+from fleetcast.drift.drift_scores import (
     Columns,
     MetricReference,
     MetricScores,
@@ -26,12 +25,13 @@ from fleetcast.drift_scores import (
     score_window,
     trend,
 )
-from fleetcast.drift_series import SeriesDrift, series_drift
-from fleetcast.drift_source import DriftSource
-from fleetcast.drift_window import PairWindow
+from fleetcast.drift.drift_series import SeriesDrift, series_drift
+from fleetcast.drift.drift_source import DriftSource
+from fleetcast.drift.drift_window import PairWindow
 from fleetcast.errors import BadData, FleetcastError
 from fleetcast.files import write_json
-from fleetcast.registry import Registry
+from fleetcast.model.baseline import Baseline
+from fleetcast.model.registry import Registry
 from fleetcast.settings import DriftSettings, load_settings
 
 METRICS_FILE = "drift_metrics.json"

@@ -4,7 +4,7 @@
         [--checkpoint-dir D] [--clock system|data] [--config FILE]
 
 Owns: flags, signals, exit codes, and where the buffer and the model's code come from. HTTP runs
-in a thread of its own; the main thread closes bins and forecasts (`fleetcast/service.py`).
+in a thread of its own; the main thread closes bins and forecasts (`fleetcast/serving/service.py`).
 Does not know: drift, decisions, training: that is the retraining daemon's work.
 """
 
@@ -32,7 +32,7 @@ from fleetcast.sdnotify import SystemdNotifier
 from fleetcast.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from fleetcast.serving_model import Predictor
+    from fleetcast.serving.serving_model import Predictor
 
 logger = logging.getLogger(Path(__file__).stem)  # not "__main__": people read this
 
@@ -75,8 +75,8 @@ def run(settings: Settings, api_key: str, stop: Stop) -> int:
     import pandas  # noqa: F401
 
     from data_buffer import DataBuffer
-    from fleetcast.listener import HttpListener
-    from fleetcast.service import InferenceService
+    from fleetcast.serving.listener import HttpListener
+    from fleetcast.serving.service import InferenceService
 
     notifier = SystemdNotifier()
     stop.install()
@@ -117,7 +117,10 @@ def _exit_past_loader(code: ExitCode) -> None:
 
 
 def _load_model(path: Path, settings: Settings) -> "Predictor":
-    from fleetcast.forecaster import Forecaster, set_threads  # torch: seconds, so not before it is needed
+    from fleetcast.model.forecaster import (  # torch: seconds, so not before it is needed
+        Forecaster,
+        set_threads,
+    )
 
     set_threads(settings.forecast.torch_threads)
     return Forecaster.load(

@@ -27,13 +27,13 @@ from fleetcast.clock import SystemClock, from_ms, iso_z, monotonic
 from fleetcast.errors import ExitCode, FleetcastError, SettingsError
 from fleetcast.files import OwnerLock
 from fleetcast.logs import configure_logging
-from fleetcast.registry import TRAINER_LOCK, Registry
+from fleetcast.model.registry import TRAINER_LOCK, Registry
+from fleetcast.model.versions import BASELINE_FILE, MODEL_FILE, new_version_id
 from fleetcast.settings import Settings, load_settings
-from fleetcast.versions import BASELINE_FILE, MODEL_FILE, new_version_id
 
 if TYPE_CHECKING:
-    from fleetcast.candidate import Candidate, Served
-    from fleetcast.traingrid import TrainingGrid
+    from fleetcast.model.candidate import Candidate, Served
+    from fleetcast.model.traingrid import TrainingGrid
 
 logger = logging.getLogger("tft_trainer")
 
@@ -103,9 +103,9 @@ class Attempt:
 
     def _train(self) -> "tuple[str, Candidate, Served | None]":
         # torch, lightning, pyarrow: seconds that --help and a refused lock do not pay
-        from fleetcast.candidate import CandidateMaker, served
-        from fleetcast.traingrid import TrainingGrid
-        from fleetcast.training_context import TrainingContext
+        from fleetcast.model.candidate import CandidateMaker, served
+        from fleetcast.model.traingrid import TrainingGrid
+        from fleetcast.model.training_context import TrainingContext
 
         settings, data = self._settings, Path(self._options.data)
         grid = TrainingGrid.read(data, settings.bins.forecast_metrics, settings.bins.bin_s * 1000)

@@ -21,11 +21,11 @@ import pandas as pd
 from benchmarks.results_file import write_results
 from data_buffer import DataBuffer
 from fleetcast.clock import from_ms, monotonic
-from fleetcast.dayfiles import day_of_ms, day_path
-from fleetcast.rounding import rounded
+from fleetcast.ingest.rounding import rounded
 from fleetcast.schema import RecordBatch
-from fleetcast.sealing import seal
-from fleetcast.tables import METRICS
+from fleetcast.storage.dayfiles import day_of_ms, day_path
+from fleetcast.storage.sealing import seal
+from fleetcast.storage.tables import METRICS
 
 START_MS = 1_767_225_600_000  # 2026-01-01
 TICK_MS = 5000

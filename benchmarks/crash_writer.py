@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
-from fleetcast.bufferowner import BufferOwner
 from fleetcast.clock import from_ms
-from fleetcast.dayupkeep import UpkeepPace
 from fleetcast.schema import RecordBatch
 from fleetcast.settings import BufferSettings
+from fleetcast.storage.bufferowner import BufferOwner
+from fleetcast.storage.dayupkeep import UpkeepPace
 
 START_MS = 1_768_435_200_000  # 2026-01-15
 STEP_MS = 1_800_000  # 48 batches are a day

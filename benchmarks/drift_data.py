@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from fleetcast.drift.season import DAY_MS
 from fleetcast.errors import BadData
 from fleetcast.schema import Floats32
-from fleetcast.season import DAY_MS
 
 BIN_MS = 300_000
 DAY = DAY_MS // BIN_MS

@@ -21,7 +21,7 @@ from benchmarks.drift_rules import (
     window_sums,
 )
 from benchmarks.drift_trials import HOURS_PER_CHECK, LEAD
-from fleetcast.quorum import (
+from fleetcast.drift.quorum import (
     COMBINED_THRESHOLD,
     THRESHOLDS,
     WEIGHTS,

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from benchmarks.drift_data import BIN_MS, DAY, RecordedFleet
 from benchmarks.drift_rules import STEP
-from fleetcast.data_quality import SensorWatch
-from fleetcast.quorum import QuorumRule, family_ratios, held_over
-from fleetcast.reference import Reference
-from fleetcast.residuals import innovations, traits
+from fleetcast.drift.data_quality import SensorWatch
+from fleetcast.drift.quorum import QuorumRule, family_ratios, held_over
+from fleetcast.drift.reference import Reference
+from fleetcast.drift.residuals import innovations, traits
+from fleetcast.drift.window_statistics import BinCodes, daily_wave, no_codes, statistics, sums_over
 from fleetcast.schema import Floats32
-from fleetcast.window_statistics import BinCodes, daily_wave, no_codes, statistics, sums_over
 
 SHORT = DAY // 8
 CHECKS_PER_DAY = DAY // STEP

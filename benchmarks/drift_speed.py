@@ -53,7 +53,7 @@ def columns(rows: int, seed: int) -> np.ndarray[Any, Any]:
 
 def literal_ms(rows: int) -> float:
     """Return the time of the literal statistic of every column."""
-    from fleetcast.drift_scores import ks_statistic
+    from fleetcast.drift.drift_scores import ks_statistic
 
     reference, window = np.sort(columns(REFERENCE_ROWS, SEED), axis=1), columns(rows, SEED + 1)
     return best_ms(lambda: [ks_statistic(own, base) for own, base in zip(window, reference, strict=True)])
@@ -70,9 +70,9 @@ def sketched_ms(rows: int) -> float:
 
 def fleet_figures(n_servers: int) -> dict[str, float]:
     """Return the times of one bin and one verdict of a fleet, and of learning a reference."""
-    from fleetcast.reference import Reference
-    from fleetcast.reference_chunks import joined_books, joined_shapes
-    from fleetcast.seasonal_drift import SeasonalDrift
+    from fleetcast.drift.reference import Reference
+    from fleetcast.drift.reference_chunks import joined_books, joined_shapes
+    from fleetcast.drift.seasonal_drift import SeasonalDrift
 
     generator = np.random.default_rng(SEED)
     clock = np.sin(2 * np.pi * np.arange(15 * DAY) / DAY)
@@ -114,7 +114,7 @@ def memory_mb() -> float:
     code = (
         "import resource, numpy as np\n"
         "from benchmarks.drift_speed import COLUMNS, SEED, columns\n"
-        "from fleetcast.drift_scores import ks_statistic\n"
+        "from fleetcast.drift.drift_scores import ks_statistic\n"
         "base = np.sort(np.quantile(columns(100_000, SEED), np.linspace(0, 1, 1001), axis=1).T, axis=1)\n"
         "[ks_statistic(own, ref) for own, ref in zip(columns(1000, 8), base, strict=True)]\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)\n"
@@ -149,15 +149,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     for rows in SIZES:
         own = ours[str(rows)]
         target = f"target {LIMITS_MS[rows]:.0f}"
-        print(f"{rows:>7} rows x {COLUMNS}: exact {own['exact_ms']:.1f} ms, sketch {own['sketch_ms']:.1f} ms ({target})")
+        print(
+            f"{rows:>7} rows x {COLUMNS}: exact {own['exact_ms']:.1f} ms, sketch {own['sketch_ms']:.1f} ms ({target})"
+        )
         for name, found in peers.items():
             other = found[str(rows)]
             said = "n/a" if other is None else f"{other:.0f} ms, {other / own['sketch_ms']:.0f} x"
             print(f"          {name:<14} {said}")
-    print(f"fleet of {fleet['servers']:.0f} x {len(FLEET_METRICS)}: {fleet['check_ms']:.0f} ms a bin and verdict")
+    print(
+        f"fleet of {fleet['servers']:.0f} x {len(FLEET_METRICS)}: {fleet['check_ms']:.0f} ms a bin and verdict"
+    )
     print(f"learning: {fleet['fit_ms_per_series']:.1f} ms a series; peak of a check {memory:.0f} MB")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    figures = {"literal": ours, "fleet": fleet, "check_peak_mb": memory, "fleet_peak_mb": peak, "peers": peers}
+    figures = {
+        "literal": ours,
+        "fleet": fleet,
+        "check_peak_mb": memory,
+        "fleet_peak_mb": peak,
+        "peers": peers,
+    }
     print(f"figures in {write_results('drift_speed', figures)}")
     is_fast = all(ours[str(rows)]["sketch_ms"] <= LIMITS_MS[rows] for rows in SIZES)
     return 0 if is_fast and fleet["check_ms"] <= FLEET_LIMIT_MS and memory <= MEMORY_LIMIT_MB else 1

@@ -19,7 +19,7 @@ from benchmarks.fault_trainings import PREPARED_STEPS, SMALL, prepare
 from benchmarks.programs import InferenceDaemon, Program, wait_for
 from fleetcast.files import link_atomic, read_json
 from fleetcast.loop import Stop
-from fleetcast.registry import LAST_LINK, Registry
+from fleetcast.model.registry import LAST_LINK, Registry
 from fleetcast.sources.client import RecordSender
 
 TRAINING_LIMIT_S = 180.0

@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks.programs import InferenceDaemon, wait_for
 from benchmarks.results_file import write_results
 from fleetcast.clock import iso_z
-from fleetcast.registry import Registry
+from fleetcast.model.registry import Registry
 
 PAUSE_S = 0.02
 HISTORY_BINS = 300
@@ -192,9 +192,9 @@ def promote(folder: Path, number: int) -> None:
     """Put a model of the real network with random weights into service."""
     import torch
 
-    from fleetcast.forecaster import Forecaster, ModelDescription
-    from fleetcast.gridshape import GridShape
-    from fleetcast.network import NetworkConfig, build
+    from fleetcast.model.forecaster import Forecaster, ModelDescription
+    from fleetcast.model.gridshape import GridShape
+    from fleetcast.model.network import NetworkConfig, build
 
     torch.manual_seed(number)
     version = f"20260115T{100000 + number:06d}Z-0000"

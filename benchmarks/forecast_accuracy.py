@@ -3,7 +3,7 @@
     python -m benchmarks.forecast_accuracy --data F --servers 40 --train-days 32 --test-days 20 --seeds 1
 
 Trains on the first days of some servers, tests on the days after, and on other servers that no
-training saw. The training is the product's own (`fleetcast.training`); nothing is tuned here.
+training saw. The training is the product's own (`fleetcast.model.training`); nothing is tuned here.
 "better" is, per server, metric and horizon, the better of last value and same time yesterday on
 the training days: the baseline to beat. Prints a table, writes benchmarks/results/.
 """
@@ -21,15 +21,15 @@ from numpy.typing import NDArray
 from benchmarks.forecast_scores import HORIZONS, Sums, scores
 from benchmarks.results_file import write_results
 from fleetcast.clock import monotonic
-from fleetcast.fallback import NaiveForecaster
-from fleetcast.forecaster import Forecaster, ModelDescription
-from fleetcast.gridshape import GridShape
-from fleetcast.network import NetworkConfig
-from fleetcast.sampler import WindowMix, WindowSampler
+from fleetcast.model.forecaster import Forecaster, ModelDescription
+from fleetcast.model.gridshape import GridShape
+from fleetcast.model.network import NetworkConfig
+from fleetcast.model.sampler import WindowMix, WindowSampler
+from fleetcast.model.traingrid import TrainingGrid
+from fleetcast.model.training import Fit, fit
 from fleetcast.schema import Floats32, HistoryWindow
+from fleetcast.serving.fallback import NaiveForecaster
 from fleetcast.settings import TrainerSettings
-from fleetcast.traingrid import TrainingGrid
-from fleetcast.training import Fit, fit
 
 BIN_MS, DAY_BINS, HORIZON = 300_000, 288, 96
 PEERS_NOT_INSTALLED = ("lightgbm", "stock_tft")  # columns of n/a: they are not among our requirements

@@ -27,16 +27,16 @@ from benchmarks import ingest_bodies
 from benchmarks.programs import InferenceDaemon
 from benchmarks.results_file import write_results
 from data_buffer import DataBuffer
-from fleetcast.arrow_ingest import read_columns
-from fleetcast.bodies import records_in
 from fleetcast.clock import SystemClock, to_ms
-from fleetcast.intake import Receipt
-from fleetcast.json_records import JsonRecords
-from fleetcast.record_columns import RowsOf
-from fleetcast.records import RecordRules, accept
+from fleetcast.ingest.arrow_ingest import read_columns
+from fleetcast.ingest.bodies import records_in
+from fleetcast.ingest.intake import Receipt
+from fleetcast.ingest.json_records import JsonRecords
+from fleetcast.ingest.record_columns import RowsOf
+from fleetcast.ingest.records import RecordRules, accept
+from fleetcast.ingest.write_intake import WriteIntake
 from fleetcast.remote_write_settings import RemoteWriteSettings
 from fleetcast.settings import BufferSettings
-from fleetcast.write_intake import WriteIntake
 
 N_BODIES = 60
 SOAK_SERVERS = 2000

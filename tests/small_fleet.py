@@ -8,9 +8,9 @@ import numpy as np
 from settled_rows import BIN_MS, START_MS, Value, settled
 
 from data_buffer import DataBuffer
-from fleetcast.baseline import Baseline
 from fleetcast.clock import FakeClock, from_ms, iso_z
-from fleetcast.registry import Registry
+from fleetcast.model.baseline import Baseline
+from fleetcast.model.registry import Registry
 from fleetcast.settings import Settings
 
 SERVERS = ("web-01", "web-02", "web-03")

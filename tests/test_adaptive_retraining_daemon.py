@@ -21,8 +21,8 @@ from adaptive_retraining_daemon import AdaptiveRetrainingDaemon
 from fleetcast.clock import FakeClock, from_ms
 from fleetcast.errors import AlreadyRunning, BadData, ExitCode
 from fleetcast.files import OwnerLock, read_json
+from fleetcast.retraining.state import RetrainingState, save_state
 from fleetcast.settings import Settings
-from fleetcast.state import RetrainingState, save_state
 
 ROOT = Path(__file__).parents[1]
 FILES = {"drift_metrics.json", "retraining_state.json", "decisions.jsonl"}

@@ -9,7 +9,7 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetcast.arrays import (
+from fleetcast.storage.arrays import (
     NUMBER,
     TIME,
     cells,

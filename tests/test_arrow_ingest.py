@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetcast.arrow_ingest import COLUMNS_MAX, ROWS_MAX, read_columns
 from fleetcast.errors import BadData
-from fleetcast.record_columns import RowsOf
-from fleetcast.records import Accepted, RecordRules, accept, accept_columns
+from fleetcast.ingest.arrow_ingest import COLUMNS_MAX, ROWS_MAX, read_columns
+from fleetcast.ingest.record_columns import RowsOf
+from fleetcast.ingest.records import Accepted, RecordRules, accept, accept_columns
 
 NOW = 1_768_471_200_000  # 2026-01-15T10:00:00Z
 RULES = RecordRules(newest_ms=NOW + 300_000, oldest_ms=0)

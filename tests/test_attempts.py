@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from fleetcast.attempts import Attempts, Step
 from fleetcast.files import OwnerLock, is_locked, read_json, write_json
-from fleetcast.registry import ATTEMPT_LOCK, Registry
-from fleetcast.state import Attempt
+from fleetcast.model.registry import ATTEMPT_LOCK, Registry
+from fleetcast.retraining.attempts import Attempts, Step
+from fleetcast.retraining.state import Attempt
 
 ROOT = Path(__file__).parents[1]
 STAND_IN = ROOT / "tests" / "data" / "stand_in_trainer.py"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fleetcast.bingrid import BinGrid
+from fleetcast.serving.bingrid import BinGrid
 
 BIN = 300_000
 

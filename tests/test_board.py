@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fleetcast import board as board_module
-from fleetcast.board import ModelInfo, PredictionBoard, UnknownServer
 from fleetcast.clock import FakeClock, to_ms
-from fleetcast.roster import Roster
 from fleetcast.schema import FleetForecast, RecordBatch
+from fleetcast.serving import board as board_module
+from fleetcast.serving.board import ModelInfo, PredictionBoard, UnknownServer
+from fleetcast.serving.roster import Roster
 from fleetcast.settings import ForecastSettings
 
 BIN = 300_000

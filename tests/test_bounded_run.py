@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleetcast import bounded_run
-from fleetcast.bounded_run import LINE_BYTES, OutputLines, RunJob, run_job
 from fleetcast.files import OwnerLock, is_locked
+from fleetcast.retraining import bounded_run
+from fleetcast.retraining.bounded_run import LINE_BYTES, OutputLines, RunJob, run_job
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,15 +12,15 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from fleetcast import sealing
-from fleetcast.bufferowner import LOCK_NAME, BufferOwner
-from fleetcast.bufferreader import BufferReader
-from fleetcast.dayfiles import list_days
-from fleetcast.dayupkeep import UpkeepPace
 from fleetcast.errors import AlreadyRunning, StorageBroken
 from fleetcast.files import is_locked
 from fleetcast.settings import BufferSettings
-from fleetcast.tables import METRICS
+from fleetcast.storage import sealing
+from fleetcast.storage.bufferowner import LOCK_NAME, BufferOwner
+from fleetcast.storage.bufferreader import BufferReader
+from fleetcast.storage.dayfiles import list_days
+from fleetcast.storage.dayupkeep import UpkeepPace
+from fleetcast.storage.tables import METRICS
 
 LATER = datetime(2027, 1, 1, tzinfo=UTC)
 

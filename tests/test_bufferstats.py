@@ -4,13 +4,13 @@ from pathlib import Path
 
 from buffer_rows import DAY_MS, NOON_MS, Values, batch, day_folder
 
-from fleetcast import dayreader
-from fleetcast.batches import table_of_batch
-from fleetcast.bufferstats import buffer_stats
-from fleetcast.daystore import DayStore
-from fleetcast.parts import OpenPart
 from fleetcast.settings import BufferSettings
-from fleetcast.tables import METRICS
+from fleetcast.storage import dayreader
+from fleetcast.storage.batches import table_of_batch
+from fleetcast.storage.bufferstats import buffer_stats
+from fleetcast.storage.daystore import DayStore
+from fleetcast.storage.parts import OpenPart
+from fleetcast.storage.tables import METRICS
 
 
 def store(folder: Path) -> DayStore:

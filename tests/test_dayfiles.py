@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from buffer_rows import DAY_MS, NOON_MS, day_folder, table
 
-from fleetcast.arrays import times_ms
-from fleetcast.batches import batch_of_table
-from fleetcast.daybuild import remove_path
-from fleetcast.dayfiles import (
+from fleetcast.files import exchange
+from fleetcast.storage.arrays import times_ms
+from fleetcast.storage.batches import batch_of_table
+from fleetcast.storage.daybuild import remove_path
+from fleetcast.storage.dayfiles import (
     day_of_ms,
     day_path,
     day_start_ms,
@@ -21,9 +22,8 @@ from fleetcast.dayfiles import (
     part_names,
     split_by_day,
 )
-from fleetcast.files import exchange
-from fleetcast.parts import PartName, write_part
-from fleetcast.tables import METRICS, PREDICTIONS
+from fleetcast.storage.parts import PartName, write_part
+from fleetcast.storage.tables import METRICS, PREDICTIONS
 
 DAY = date(2026, 1, 15)
 

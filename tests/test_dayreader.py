@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from buffer_rows import DAY_MS, NOON_MS, Key, Values, batch, day_folder, one_segment, rows_of, table
 
-from fleetcast import dayreader, parts
-from fleetcast.arrays import codes_of
-from fleetcast.batches import batch_of_table, table_of_batch
-from fleetcast.dayreader import DayReader, LogRows, merge_sources
-from fleetcast.daystore import DayStore
-from fleetcast.parts import OpenPart, PartName, write_part
 from fleetcast.settings import BufferSettings
-from fleetcast.tables import METRICS
+from fleetcast.storage import dayreader, parts
+from fleetcast.storage.arrays import codes_of
+from fleetcast.storage.batches import batch_of_table, table_of_batch
+from fleetcast.storage.dayreader import DayReader, LogRows, merge_sources
+from fleetcast.storage.daystore import DayStore
+from fleetcast.storage.parts import OpenPart, PartName, write_part
+from fleetcast.storage.tables import METRICS
 
 DAY = date(2026, 1, 15)
 

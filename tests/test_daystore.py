@@ -11,16 +11,17 @@ import pyarrow as pa
 import pytest
 from buffer_rows import DAY_MS, NOON_MS, Key, Values, batch, day_folder, one_segment, rows_of, rows_of_frame
 
-from fleetcast import daybuild, daystore, dayupkeep, files, frames, sealing, wal
-from fleetcast.batches import batch_of_table, table_of_batch
+from fleetcast import files
 from fleetcast.clock import monotonic
-from fleetcast.dayfiles import list_days, part_names
-from fleetcast.dayreader import DayReader, encode_frame, log_folder
-from fleetcast.daystore import DayStore
-from fleetcast.dayupkeep import UpkeepPace
 from fleetcast.errors import StorageBroken, StorageFull, UnknownFormat
 from fleetcast.settings import BufferSettings
-from fleetcast.tables import METRICS
+from fleetcast.storage import daybuild, daystore, dayupkeep, frames, sealing, wal
+from fleetcast.storage.batches import batch_of_table, table_of_batch
+from fleetcast.storage.dayfiles import list_days, part_names
+from fleetcast.storage.dayreader import DayReader, encode_frame, log_folder
+from fleetcast.storage.daystore import DayStore
+from fleetcast.storage.dayupkeep import UpkeepPace
+from fleetcast.storage.tables import METRICS
 
 ALWAYS_MS = 2**45
 LATER = datetime(2027, 1, 1, tzinfo=UTC)
@@ -218,7 +219,7 @@ def test_a_full_disk_at_the_flush_keeps_the_log_and_is_tried_again(
         real(path)
 
     with monkeypatch.context() as patched:
-        patched.setattr("fleetcast.parts.fsync_file", full_at_the_second_day)
+        patched.setattr("fleetcast.storage.parts.fsync_file", full_at_the_second_day)
         with pytest.raises(StorageFull):
             owner.flush()
     assert len(content(tmp_path)) == 2
@@ -237,7 +238,7 @@ def test_a_failing_maintenance_waits_before_it_tries_again(
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patched:
-        patched.setattr("fleetcast.parts.fsync_file", broken)
+        patched.setattr("fleetcast.storage.parts.fsync_file", broken)
         with pytest.raises(StorageBroken):
             owner.maintain(LATER, expires=False)
         owner.maintain(LATER, expires=False)

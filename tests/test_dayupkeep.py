@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from buffer_rows import DAY_MS, NOON_MS, day_folder, table
 
-from fleetcast import dayupkeep, sealing
-from fleetcast.daybuild import no_step
-from fleetcast.dayfiles import folder_bytes, list_days, part_names
-from fleetcast.dayupkeep import DayUpkeep, UpkeepPace
-from fleetcast.daywriter import DayWriter
-from fleetcast.quarantine import Quarantine
 from fleetcast.settings import BufferSettings
-from fleetcast.tables import METRICS
+from fleetcast.storage import dayupkeep, sealing
+from fleetcast.storage.daybuild import no_step
+from fleetcast.storage.dayfiles import folder_bytes, list_days, part_names
+from fleetcast.storage.dayupkeep import DayUpkeep, UpkeepPace
+from fleetcast.storage.daywriter import DayWriter
+from fleetcast.storage.quarantine import Quarantine
+from fleetcast.storage.tables import METRICS
 
 DAY = date(2026, 1, 15)
 DAY_END = datetime(2026, 1, 16, tzinfo=UTC)

@@ -8,15 +8,16 @@ import pyarrow as pa
 import pytest
 from buffer_rows import NOON_MS, Key, Values, day_folder, rows_of, rows_of_frame, table
 
-from fleetcast import daybuild, files
-from fleetcast.batches import batch_of_table
-from fleetcast.dayfiles import open_day, part_names
-from fleetcast.dayreader import merge_sources
-from fleetcast.daywriter import DayWriter
+from fleetcast import files
 from fleetcast.errors import StorageFull
-from fleetcast.parts import COLUMNS_FILE, PartName, write_part
-from fleetcast.quarantine import Quarantine
-from fleetcast.tables import METRICS
+from fleetcast.storage import daybuild
+from fleetcast.storage.batches import batch_of_table
+from fleetcast.storage.dayfiles import open_day, part_names
+from fleetcast.storage.dayreader import merge_sources
+from fleetcast.storage.daywriter import DayWriter
+from fleetcast.storage.parts import COLUMNS_FILE, PartName, write_part
+from fleetcast.storage.quarantine import Quarantine
+from fleetcast.storage.tables import METRICS
 
 DAY = date(2026, 1, 15)
 

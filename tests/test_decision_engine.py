@@ -13,8 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from adaptive_retraining_daemon import RetrainingDecisionEngine
 from fleetcast.clock import FakeClock, Uptime
 from fleetcast.errors import BadData
+from fleetcast.retraining.state import RetrainingState, load_state, save_state
 from fleetcast.settings import DecisionSettings
-from fleetcast.state import RetrainingState, load_state, save_state
 
 DRIFT = {
     "per": 0.2,

@@ -11,10 +11,10 @@ from settled_rows import BIN_MS, START_MS, RowStore, settled
 
 import drift_monitor
 from drift_monitor import DriftMonitor
-from fleetcast.baseline import Baseline
 from fleetcast.clock import FakeClock
-from fleetcast.drift_window import DriftWindow, PairWindow
+from fleetcast.drift.drift_window import DriftWindow, PairWindow
 from fleetcast.errors import BadData
+from fleetcast.model.baseline import Baseline
 from fleetcast.settings import DriftSettings
 
 RNG = np.random.default_rng(5)

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 
-from fleetcast import drift_scores as ds
-from fleetcast.baseline import Baseline
+from fleetcast.drift import drift_scores as ds
+from fleetcast.model.baseline import Baseline
 from fleetcast.settings import DriftSettings
 
 SETTINGS = DriftSettings()

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from settled_rows import BIN_MS, START_MS, RowStore, joined, settled
 
-from fleetcast.baseline import Baseline
-from fleetcast.drift_series import SeriesDrift, change_times, series_drift, split_point
-from fleetcast.drift_window import DriftWindow, PairWindow
+from fleetcast.drift.drift_series import SeriesDrift, change_times, series_drift, split_point
+from fleetcast.drift.drift_window import DriftWindow, PairWindow
+from fleetcast.model.baseline import Baseline
 from fleetcast.settings import DriftSettings
 
 SERVERS = ("a", "b", "c")

@@ -9,14 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 from buffer_rows import DAY_MS, NOON_MS, Values, batch, rows_of_frame
 
-from fleetcast import export
-from fleetcast.batches import table_of_batch
-from fleetcast.dayreader import DayReader
-from fleetcast.daystore import DayStore
 from fleetcast.errors import BadData, StorageBroken, StorageFull
-from fleetcast.export import export_records
 from fleetcast.settings import BufferSettings
-from fleetcast.tables import METRICS
+from fleetcast.storage import export
+from fleetcast.storage.batches import table_of_batch
+from fleetcast.storage.dayreader import DayReader
+from fleetcast.storage.daystore import DayStore
+from fleetcast.storage.export import export_records
+from fleetcast.storage.tables import METRICS
 
 BIN_MS = 300_000
 
@@ -62,7 +62,7 @@ def test_bins_do_not_depend_on_how_a_day_is_cut(
     reader: DayReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export_records(reader, tmp_path / "whole", 0, 2**45, 300)
-    monkeypatch.setattr("fleetcast.dayreader.CHUNK_ROWS", 1)
+    monkeypatch.setattr("fleetcast.storage.dayreader.CHUNK_ROWS", 1)
     read = DayReader.read
     monkeypatch.setattr(DayReader, "read", lambda self, *args: read(self, *args, chunk_rows=1))
     export_records(reader, tmp_path / "cut", 0, 2**45, 300)

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleetcast.counters import Samples
 from fleetcast.errors import SettingsError
-from fleetcast.exporter_mapping import Derived, ExporterMapping
-from fleetcast.exporter_series import IGNORED, REFUSED
-from fleetcast.records import RecordRules, accept_columns
+from fleetcast.ingest.counters import Samples
+from fleetcast.ingest.exporter_mapping import Derived, ExporterMapping
+from fleetcast.ingest.exporter_series import IGNORED, REFUSED
+from fleetcast.ingest.records import RecordRules, accept_columns
 from fleetcast.remote_write_settings import RemoteWriteSettings
 
 NOW = 1_768_471_200_000

@@ -12,20 +12,20 @@ import pytest
 from prometheus_client import CollectorRegistry
 from remote_write_bodies import body, labels, packed
 
-from fleetcast.board import PredictionBoard
 from fleetcast.clock import FakeClock, to_ms
 from fleetcast.errors import StorageBroken, StorageFull
-from fleetcast.history import BinHistory
-from fleetcast.intake import Intake
-from fleetcast.listener import HttpListener
-from fleetcast.rejected import RejectedRecords
+from fleetcast.ingest.intake import Intake
+from fleetcast.ingest.rejected import RejectedRecords
+from fleetcast.ingest.write_intake import WriteIntake
 from fleetcast.remote_write_settings import RemoteWriteSettings
-from fleetcast.roster import Roster
 from fleetcast.schema import RecordBatch
-from fleetcast.server import create_app
+from fleetcast.serving.board import PredictionBoard
+from fleetcast.serving.history import BinHistory
+from fleetcast.serving.listener import HttpListener
+from fleetcast.serving.roster import Roster
+from fleetcast.serving.server import create_app
+from fleetcast.serving.telemetry import Telemetry
 from fleetcast.settings import BinSettings, BufferSettings, ForecastSettings, ServerSettings
-from fleetcast.telemetry import Telemetry
-from fleetcast.write_intake import WriteIntake
 
 CLOCK = FakeClock()
 NOW = to_ms(CLOCK.now())

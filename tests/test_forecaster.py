@@ -12,13 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleetcast.encoding import decode
 from fleetcast.errors import BadCheckpoint, BadData
-from fleetcast.forecaster import Forecaster
-from fleetcast.gridshape import GridShape
-from fleetcast.sampler import WindowMix, WindowSampler
+from fleetcast.model.encoding import decode
+from fleetcast.model.forecaster import Forecaster
+from fleetcast.model.gridshape import GridShape
+from fleetcast.model.sampler import WindowMix, WindowSampler
+from fleetcast.model.traingrid import TrainingGrid
 from fleetcast.schema import HistoryWindow
-from fleetcast.traingrid import TrainingGrid
 
 OLD_CHECKPOINT = (
     Path(__file__).parent / "data" / "model_format_1.ckpt"

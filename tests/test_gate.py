@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from fleetcast.fallback import NaiveForecaster
-from fleetcast.gate import GateVerdict, HoldOut, Losses, held_from, judge, mean_errors
-from fleetcast.gridshape import GridShape
-from fleetcast.sampler import ChangedSeries
+from fleetcast.model.gate import GateVerdict, HoldOut, Losses, held_from, judge, mean_errors
+from fleetcast.model.gridshape import GridShape
+from fleetcast.model.sampler import ChangedSeries
+from fleetcast.model.traingrid import TrainingGrid
 from fleetcast.schema import HistoryWindow
-from fleetcast.traingrid import TrainingGrid
+from fleetcast.serving.fallback import NaiveForecaster
 
 SHAPE = GridShape(300_000, 96)
 N_BIN = 4000

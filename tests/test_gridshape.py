@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fleetcast.gridshape import GridShape
+from fleetcast.model.gridshape import GridShape
 
 MINUTES_5 = 300_000
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetcast.clock import to_ms
-from fleetcast.history import BinHistory
+from fleetcast.model.windows import bin_means
 from fleetcast.schema import RecordBatch
+from fleetcast.serving.history import BinHistory
 from fleetcast.settings import BinSettings, ForecastSettings
-from fleetcast.windows import bin_means
 
 START = datetime(2026, 1, 15, 10, 0, tzinfo=UTC)
 T0 = to_ms(START)

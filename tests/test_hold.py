@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fleetcast import hold
 from fleetcast.clock import FakeClock, to_ms
 from fleetcast.files import OwnerLock
-from fleetcast.history import BinHistory
-from fleetcast.hold import DataHold, TrainingProbe
 from fleetcast.schema import RecordBatch
+from fleetcast.serving import hold
+from fleetcast.serving.history import BinHistory
+from fleetcast.serving.hold import DataHold, TrainingProbe
 from fleetcast.settings import BinSettings, ForecastSettings
 
 

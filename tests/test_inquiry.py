@@ -10,9 +10,9 @@ import pytest
 from told_daemon import Told
 
 from fleetcast.errors import BadData
-from fleetcast.inquiry import Inquiry
 from fleetcast.loop import Stop
-from fleetcast.quiet import FleetLoad
+from fleetcast.retraining.inquiry import Inquiry
+from fleetcast.retraining.quiet import FleetLoad
 
 FLEET = {"predictions": {"a": {"current": {"cpu_pct": 20.0, "mem_pct": 30.0}, "stale": False}}}
 

@@ -10,11 +10,11 @@ import pytest
 
 from fleetcast.clock import FakeClock
 from fleetcast.errors import StorageFull
-from fleetcast.history import BinHistory
-from fleetcast.intake import Intake
-from fleetcast.rejected import RejectedRecords
-from fleetcast.roster import Roster
+from fleetcast.ingest.intake import Intake
+from fleetcast.ingest.rejected import RejectedRecords
 from fleetcast.schema import RecordBatch
+from fleetcast.serving.history import BinHistory
+from fleetcast.serving.roster import Roster
 from fleetcast.settings import BinSettings, BufferSettings, ForecastSettings, ServerSettings
 
 

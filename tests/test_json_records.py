@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetcast.bodies import Refusal, records_in
-from fleetcast.json_records import SHAPES_MAX, JsonRecords
-from fleetcast.record_columns import RowsOf
-from fleetcast.records import Accepted, RecordRules, accept
+from fleetcast.ingest.bodies import Refusal, records_in
+from fleetcast.ingest.json_records import SHAPES_MAX, JsonRecords
+from fleetcast.ingest.record_columns import RowsOf
+from fleetcast.ingest.records import Accepted, RecordRules, accept
 
 RULES = RecordRules(newest_ms=1_800_000_000_000, oldest_ms=0)
 GOOD = {"timestamp": "2026-01-15T10:00:05Z", "server_name": "web-01", "cpu_pct": 12.5, "mem_pct": 40}

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from fleetcast import files
 from fleetcast.errors import StorageFull
-from fleetcast.ledger import Ledger, LedgerCounts
 from fleetcast.schema import ClosedBin, FleetForecast, SettledForecasts
+from fleetcast.serving.ledger import Ledger, LedgerCounts
 
 BIN = 300_000
 T0 = 1_768_471_200_000

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from fleetcast.limits import (
+from fleetcast.drift.limits import (
     GROWTH_CAP,
     PRIOR_GROWTH,
     growth,
@@ -14,7 +14,7 @@ from fleetcast.limits import (
     series_limits,
     shared_growth,
 )
-from fleetcast.window_statistics import CAPS, FLOORS, N_STATISTICS, STATISTICS
+from fleetcast.drift.window_statistics import CAPS, FLOORS, N_STATISTICS, STATISTICS
 
 PRIOR = np.array([PRIOR_GROWTH[item.name] for item in STATISTICS], np.float32)
 

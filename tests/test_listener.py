@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI
 
 from fleetcast.errors import CannotStart
-from fleetcast.listener import HttpListener
+from fleetcast.serving.listener import HttpListener
 
 
 def test_a_taken_port_is_named_with_what_to_do() -> None:

@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from buffer_rows import NOON_MS, rows_of, rows_of_frame, table
 
-from fleetcast import parts
-from fleetcast.batches import batch_of_table
 from fleetcast.errors import StorageBroken, StorageFull
-from fleetcast.parts import READ_ERRORS, OpenPart, PartName, write_part
-from fleetcast.tables import METRICS, NotThisKind
+from fleetcast.storage import parts
+from fleetcast.storage.batches import batch_of_table
+from fleetcast.storage.parts import READ_ERRORS, OpenPart, PartName, write_part
+from fleetcast.storage.tables import METRICS, NotThisKind
 
 FLEET = table(
     *(

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from fleetcast.errors import BadData
-from fleetcast.quorum import (
+from fleetcast.drift.quorum import (
     COMBINED_THRESHOLD,
     THRESHOLDS,
     WEIGHTS,
@@ -17,7 +16,8 @@ from fleetcast.quorum import (
     share_of,
     worst_ratio,
 )
-from fleetcast.window_statistics import FAMILIES, INDEX, N_STATISTICS
+from fleetcast.drift.window_statistics import FAMILIES, INDEX, N_STATISTICS
+from fleetcast.errors import BadData
 
 RULE = QuorumRule()
 

@@ -7,7 +7,7 @@ import pytest
 
 from data_buffer import DataBuffer
 from fleetcast.clock import FakeClock
-from fleetcast.readiness import Readiness
+from fleetcast.retraining.readiness import Readiness
 from fleetcast.settings import BinSettings, DecisionSettings
 
 START = datetime(2026, 1, 10, 6, tzinfo=UTC)
@@ -49,8 +49,8 @@ def test_a_metric_nobody_forecasts_is_no_training_data(tmp_path: Path) -> None:
 
 
 def test_the_trainer_agrees_on_the_same_data(tmp_path: Path) -> None:
-    from fleetcast.traingrid import TrainingGrid
-    from fleetcast.windows import count_trainable, enough_to_train
+    from fleetcast.model.traingrid import TrainingGrid
+    from fleetcast.model.windows import count_trainable, enough_to_train
 
     buffer = filled(tmp_path, 48)
     buffer.export_training_data(tmp_path / "export.parquet", 60, 300)

@@ -7,9 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetcast.record_columns import NO_NAME, CodedNames, cell, numbers, server_codes, text_cells, times_ms
-from fleetcast.record_columns import cell_kinds as kinds_of
-from fleetcast.records import RecordRules, accept, accept_columns
+from fleetcast.ingest.record_columns import (
+    NO_NAME,
+    CodedNames,
+    cell,
+    numbers,
+    server_codes,
+    text_cells,
+    times_ms,
+)
+from fleetcast.ingest.record_columns import cell_kinds as kinds_of
+from fleetcast.ingest.records import RecordRules, accept, accept_columns
 
 RULES = RecordRules(newest_ms=1_800_000_000_000, oldest_ms=0)
 TIMES = ["2026-01-15T10:00:05Z", "2026-01-15T10:00:10", "yesterday", None, 5, "2999-01-01T00:00:00Z"]

@@ -6,7 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fleetcast.recordrules import RecordFault, RecordRules, check_record, is_server_name, parse_timestamp_ms
+from fleetcast.ingest.recordrules import (
+    RecordFault,
+    RecordRules,
+    check_record,
+    is_server_name,
+    parse_timestamp_ms,
+)
 from fleetcast.settings import BufferSettings
 
 NOW = datetime(2026, 1, 15, 10, 0, tzinfo=UTC)

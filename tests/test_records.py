@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetcast.records import METRICS_MAX, RecordRules, accept, accept_columns
+from fleetcast.ingest.records import METRICS_MAX, RecordRules, accept, accept_columns
 from fleetcast.schema import RecordBatch
 
 RULES = RecordRules(newest_ms=None)

@@ -7,11 +7,11 @@ import numpy as np
 
 from data_buffer import DataBuffer
 from fleetcast.clock import FakeClock, to_ms
-from fleetcast.history import BinHistory
-from fleetcast.ledger import Ledger
-from fleetcast.recovery import restore
-from fleetcast.roster import Roster
 from fleetcast.schema import FleetForecast, RecordBatch
+from fleetcast.serving.history import BinHistory
+from fleetcast.serving.ledger import Ledger
+from fleetcast.serving.recovery import restore
+from fleetcast.serving.roster import Roster
 from fleetcast.settings import BinSettings, BufferSettings, ForecastSettings
 
 BIN = 300_000

@@ -15,12 +15,12 @@ from rhythm_fleet import (
     usual_reference,
 )
 
+from fleetcast.drift.reference import Reference
+from fleetcast.drift.reference_chunks import fit_all, joined_books, joined_shapes, sampled
+from fleetcast.drift.reference_fit import MIN_DAYS, fit_chunk
+from fleetcast.drift.season import DayClock
+from fleetcast.drift.window_statistics import INDEX, N_STATISTICS
 from fleetcast.errors import BadData
-from fleetcast.reference import Reference
-from fleetcast.reference_chunks import fit_all, joined_books, joined_shapes, sampled
-from fleetcast.reference_fit import MIN_DAYS, fit_chunk
-from fleetcast.season import DayClock
-from fleetcast.window_statistics import INDEX, N_STATISTICS
 
 
 def weeks(days: int = REFERENCE_DAYS) -> Grid:

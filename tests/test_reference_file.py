@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from rhythm_fleet import usual_reference
 
+from fleetcast.drift.reference import Reference
 from fleetcast.errors import CorruptFile, UnknownFormat
-from fleetcast.reference import Reference
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from fleetcast import files
 from fleetcast.errors import StorageFull
-from fleetcast.rejected import RejectedRecords
+from fleetcast.ingest.rejected import RejectedRecords
 from fleetcast.schema import Rejection
 
 NOW = datetime(2026, 1, 15, 10, 0, tzinfo=UTC)

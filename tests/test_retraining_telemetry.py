@@ -10,13 +10,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fleetcast.clock import FakeClock
-from fleetcast.drift_report import COLLECTING, READY, DriftReading, WindowFacts
-from fleetcast.retraining_check import NOTHING, RetrainingCheck
-from fleetcast.retraining_telemetry import MAX_BYTES, PREFIX, RetrainingTelemetry, read_textfile
-from fleetcast.safeguards import Decision
+from fleetcast.drift.drift_report import COLLECTING, READY, DriftReading, WindowFacts
+from fleetcast.retraining.retraining_check import NOTHING, RetrainingCheck
+from fleetcast.retraining.retraining_telemetry import MAX_BYTES, PREFIX, RetrainingTelemetry, read_textfile
+from fleetcast.retraining.safeguards import Decision
+from fleetcast.retraining.state import FAILED, PROMOTED, Attempt, RetrainingState
+from fleetcast.retraining.training_log import TrainingLog, TrainingStamp
 from fleetcast.schema import QuietVerdict, SafeguardCheck
-from fleetcast.state import FAILED, PROMOTED, Attempt, RetrainingState
-from fleetcast.training_log import TrainingLog, TrainingStamp
 
 NOW = datetime(2026, 1, 15, 10, 0, tzinfo=UTC)
 SCORES = {"per": 0.08, "dss": 0.25, "fds": 0.1, "anomaly_rate": 0.01, "combined_score": 0.129}

@@ -5,8 +5,8 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 
 from fleetcast.clock import to_ms
-from fleetcast.roster import Muster, Roster
 from fleetcast.schema import RecordBatch
+from fleetcast.serving.roster import Muster, Roster
 from fleetcast.settings import ForecastSettings
 
 NOW = datetime(2026, 1, 15, 10, 0, tzinfo=UTC)

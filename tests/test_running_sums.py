@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from fleetcast.residuals import ABSENT, N_CODES, Traits
-from fleetcast.running_sums import RunningSums
-from fleetcast.window_statistics import BinCodes, sums_over
+from fleetcast.drift.residuals import ABSENT, N_CODES, Traits
+from fleetcast.drift.running_sums import RunningSums
+from fleetcast.drift.window_statistics import BinCodes, sums_over
 
 SHORT, LONG = 4, 12
 

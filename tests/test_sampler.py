@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from fleetcast.errors import NotEnoughData
-from fleetcast.gridshape import GridShape
-from fleetcast.sampler import ChangedSeries, WindowMix, WindowSampler
-from fleetcast.traingrid import TrainingGrid
+from fleetcast.model.gridshape import GridShape
+from fleetcast.model.sampler import ChangedSeries, WindowMix, WindowSampler
+from fleetcast.model.traingrid import TrainingGrid
 
 SHAPE = GridShape(300_000, 96)
 N_BIN = 3000

@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from buffer_rows import NOON_MS, day_folder, rows_of_frame, table
 
-from fleetcast import sealing
-from fleetcast.daywriter import DayWriter
-from fleetcast.parts import OpenPart, PartName, write_part
-from fleetcast.quarantine import Quarantine
-from fleetcast.sealing import Sealed, SealProcess, seal
-from fleetcast.tables import METRICS
+from fleetcast.storage import sealing
+from fleetcast.storage.daywriter import DayWriter
+from fleetcast.storage.parts import OpenPart, PartName, write_part
+from fleetcast.storage.quarantine import Quarantine
+from fleetcast.storage.sealing import Sealed, SealProcess, seal
+from fleetcast.storage.tables import METRICS
 
 DAY = date(2026, 1, 15)
 ROOT = Path(__file__).parents[1]
@@ -116,7 +116,7 @@ def test_a_child_without_its_owner_hands_nothing_over(day: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "fleetcast.sealing",
+        "fleetcast.storage.sealing",
         str(day),
         "metrics",
         "2026-01-15",

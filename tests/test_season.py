@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from fleetcast.errors import BadData
-from fleetcast.season import (
+from fleetcast.drift.season import (
     DAY_MS,
     DayClock,
     day_grid,
@@ -14,6 +13,7 @@ from fleetcast.season import (
     upper_quantile,
     weekday_medians,
 )
+from fleetcast.errors import BadData
 
 CLOCK = DayClock(300_000)
 HOUR_MS = 3_600_000

@@ -21,13 +21,13 @@ from rhythm_fleet import (
     usual_reference,
 )
 
-from fleetcast.drift_verdict import DriftVerdict
+from fleetcast.drift.drift_verdict import DriftVerdict
+from fleetcast.drift.quorum import QuorumRule, family_ratios
+from fleetcast.drift.reference import Reference
+from fleetcast.drift.residuals import innovations, traits
+from fleetcast.drift.seasonal_drift import SeasonalDrift
+from fleetcast.drift.window_statistics import BinCodes, daily_wave, no_codes, statistics, sums_over
 from fleetcast.errors import BadData
-from fleetcast.quorum import QuorumRule, family_ratios
-from fleetcast.reference import Reference
-from fleetcast.residuals import innovations, traits
-from fleetcast.seasonal_drift import SeasonalDrift
-from fleetcast.window_statistics import BinCodes, daily_wave, no_codes, statistics, sums_over
 
 CHANGE = (REFERENCE_DAYS + 1) * DAY  # bin of the change in tests that make one
 FEW_RUNS = settings(

@@ -4,10 +4,10 @@ import logging
 
 import pytest
 
-from fleetcast import selfreport
 from fleetcast.clock import FakeClock
 from fleetcast.errors import StorageFull
-from fleetcast.selfreport import ERRORS_KEPT, RecentErrors
+from fleetcast.serving import selfreport
+from fleetcast.serving.selfreport import ERRORS_KEPT, RecentErrors
 
 
 def test_the_newest_errors_are_kept_newest_first() -> None:

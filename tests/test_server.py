@@ -12,15 +12,15 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
-from fleetcast import bodies
-from fleetcast.board import UnknownServer
 from fleetcast.errors import StorageBroken, StorageFull
-from fleetcast.intake import Receipt
-from fleetcast.listener import HttpListener
+from fleetcast.ingest import bodies
+from fleetcast.ingest.intake import Receipt
 from fleetcast.schema import Rejection
-from fleetcast.server import create_app
+from fleetcast.serving.board import UnknownServer
+from fleetcast.serving.listener import HttpListener
+from fleetcast.serving.server import create_app
+from fleetcast.serving.telemetry import Telemetry
 from fleetcast.settings import ServerSettings
-from fleetcast.telemetry import Telemetry
 
 GOOD = {"records": [{"timestamp": "2026-01-15T10:00:05Z", "server_name": "web-01", "cpu_pct": 12.5}]}
 

@@ -12,14 +12,14 @@ import pandas as pd
 import pytest
 
 from data_buffer import DataBuffer
-from fleetcast.apidocs import FEED_ANSWER, PREDICTIONS
 from fleetcast.clock import FakeClock, SystemClock, iso_z
 from fleetcast.errors import CannotStart, SettingsError
-from fleetcast.listener import HttpListener
 from fleetcast.loop import Stop
-from fleetcast.registry import Registry
+from fleetcast.model.registry import Registry
 from fleetcast.schema import Floats32, HistoryWindow
-from fleetcast.service import InferenceService
+from fleetcast.serving.apidocs import FEED_ANSWER, PREDICTIONS
+from fleetcast.serving.listener import HttpListener
+from fleetcast.serving.service import InferenceService
 from fleetcast.settings import ClockSettings, PathSettings, ServerSettings, Settings
 
 START = pd.Timestamp("2020-01-01T00:00:00Z")

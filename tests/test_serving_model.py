@@ -8,9 +8,9 @@ import pytest
 
 from fleetcast.clock import FakeClock, iso_z
 from fleetcast.errors import BadCheckpoint
-from fleetcast.registry import Registry
+from fleetcast.model.registry import Registry
 from fleetcast.schema import Floats32, HistoryWindow
-from fleetcast.serving_model import ServingModel
+from fleetcast.serving.serving_model import ServingModel
 
 CLOCK = FakeClock()
 

@@ -10,17 +10,17 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from data_buffer import DataBuffer
-from fleetcast.board import ModelInfo, PredictionBoard
 from fleetcast.clock import FakeClock, to_ms
 from fleetcast.errors import StorageFull
-from fleetcast.history import BinHistory
-from fleetcast.ledger import Ledger
-from fleetcast.roster import Roster
 from fleetcast.schema import Floats32, HistoryWindow, RecordBatch, SettledForecasts
-from fleetcast.serving_model import InService
+from fleetcast.serving.board import ModelInfo, PredictionBoard
+from fleetcast.serving.history import BinHistory
+from fleetcast.serving.ledger import Ledger
+from fleetcast.serving.roster import Roster
+from fleetcast.serving.serving_model import InService
+from fleetcast.serving.sweep import Sweeper
+from fleetcast.serving.telemetry import Telemetry
 from fleetcast.settings import BinSettings, ForecastSettings
-from fleetcast.sweep import Sweeper
-from fleetcast.telemetry import Telemetry
 
 BIN_S = 300
 METRICS = ("cpu_pct", "mem_pct")
@@ -261,7 +261,7 @@ def test_late_records_reach_the_window_from_the_buffer(world: World, monkeypatch
     world.feed(("a", 0, 1.0), ("a", 1, 2.0), ("a", 2, 3.0))
     world.sweeper.cycle()
     world.feed(("late", 0, 9.0))
-    monkeypatch.setattr("fleetcast.sweep.monotonic", lambda: float("inf"))
+    monkeypatch.setattr("fleetcast.serving.sweep.monotonic", lambda: float("inf"))
     world.sweeper.cycle()
     window = world.history.window(to_ms(world.start) + BIN_S * 1000)
     assert window.server_names == ("a", "late")

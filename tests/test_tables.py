@@ -7,10 +7,10 @@ from buffer_rows import NOON_MS, Key, Values, batch, rows_of, table
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetcast.arrays import NUMBER, TEXT, TIME, times_ms
-from fleetcast.batches import batch_of_table, table_of_batch, table_of_settled
 from fleetcast.schema import SettledForecasts
-from fleetcast.tables import (
+from fleetcast.storage.arrays import NUMBER, TEXT, TIME, times_ms
+from fleetcast.storage.batches import batch_of_table, table_of_batch, table_of_settled
+from fleetcast.storage.tables import (
     METRICS,
     PREDICTIONS,
     NotThisKind,

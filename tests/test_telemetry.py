@@ -3,7 +3,7 @@
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from fleetcast.telemetry import GAUGES, Snapshot, Telemetry
+from fleetcast.serving.telemetry import GAUGES, Snapshot, Telemetry
 
 
 def samples(telemetry: Telemetry) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:

@@ -77,7 +77,7 @@ def test_a_folder_that_cannot_be_made_is_exit_3(capsys: pytest.CaptureFixture[st
 
 
 def test_another_clock_than_the_folders_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
-    from fleetcast.ledger import Ledger
+    from fleetcast.serving.ledger import Ledger
 
     Path("data_buffer").mkdir()
     Ledger(Path("data_buffer"), (1,), 300_000, "data")

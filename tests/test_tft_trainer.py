@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 
 import tft_trainer
-from fleetcast.baseline import Baseline
 from fleetcast.files import OwnerLock
-from fleetcast.forecaster import Forecaster
-from fleetcast.registry import TRAINER_LOCK, Registry
+from fleetcast.model.baseline import Baseline
+from fleetcast.model.forecaster import Forecaster
+from fleetcast.model.registry import TRAINER_LOCK, Registry
 
 ROOT = Path(__file__).parents[1]
 SMALL = """

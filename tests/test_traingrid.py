@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from fleetcast.errors import BadData
-from fleetcast.traingrid import TrainingGrid
-from fleetcast.windows import bin_means
+from fleetcast.model.traingrid import TrainingGrid
+from fleetcast.model.windows import bin_means
 
 BIN_MS = 300_000
 START = pd.Timestamp("2026-01-15T00:00:00Z")

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from fleetcast.gridshape import GridShape
-from fleetcast.network import NetworkConfig
-from fleetcast.sampler import WindowMix, WindowSampler
+from fleetcast.model.gridshape import GridShape
+from fleetcast.model.network import NetworkConfig
+from fleetcast.model.sampler import WindowMix, WindowSampler
+from fleetcast.model.traingrid import TrainingGrid
+from fleetcast.model.training import Fit, fit, pinball, rate_share
 from fleetcast.schema import QUANTILES
-from fleetcast.traingrid import TrainingGrid
-from fleetcast.training import Fit, fit, pinball, rate_share
 
 LEVELS = torch.tensor(QUANTILES)
 

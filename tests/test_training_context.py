@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fleetcast.sampler import ChangedSeries
-from fleetcast.traingrid import TrainingGrid
-from fleetcast.training_context import TrainingContext
+from fleetcast.model.sampler import ChangedSeries
+from fleetcast.model.traingrid import TrainingGrid
+from fleetcast.model.training_context import TrainingContext
 
 HOUR_MS = 3_600_000
 

@@ -9,10 +9,10 @@ import pytest
 from settled_rows import BIN_MS, RowStore
 from test_drift_series import CHANGE, START_MS, baseline, changed, daily, store_of, window_of
 
-from fleetcast.drift_source import DriftEvidence, DriftSource
-from fleetcast.registry import Registry
+from fleetcast.drift.drift_source import DriftEvidence, DriftSource
+from fleetcast.model.registry import Registry
+from fleetcast.retraining.training_order import export_end, trainer_command, training_context, training_steps
 from fleetcast.settings import DriftSettings, Settings
-from fleetcast.training_order import export_end, trainer_command, training_context, training_steps
 
 ROOT = Path(__file__).parents[1]
 PRINTED = ["tft_trainer.py", "--data", "training_data_incremental.parquet", "--incremental", "--epochs", "5"]

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from adaptive_retraining_daemon import RetrainingDecisionEngine
-from fleetcast.attempts import Attempts, Step
 from fleetcast.clock import BIN_EPOCH, FakeClock
 from fleetcast.errors import CorruptFile, FleetcastError, SettingsError, StorageFull, UnknownFormat
 from fleetcast.files import OwnerLock, write_json
-from fleetcast.registry import ATTEMPT_LOCK, Registry
-from fleetcast.safeguards import Decision
-from fleetcast.state import Attempt, RetrainingState, load_state, save_state
-from fleetcast.trainings import Trainings
+from fleetcast.model.registry import ATTEMPT_LOCK, Registry
+from fleetcast.retraining.attempts import Attempts, Step
+from fleetcast.retraining.safeguards import Decision
+from fleetcast.retraining.state import Attempt, RetrainingState, load_state, save_state
+from fleetcast.retraining.trainings import Trainings
 
 STATE = Path("retraining_state.json")
 CHECKPOINTS = Path("checkpoints")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from fleetcast import wal
 from fleetcast.errors import StorageBroken, StorageFull
-from fleetcast.frames import read_segment, segments
-from fleetcast.wal import WriteAheadLog
+from fleetcast.storage import wal
+from fleetcast.storage.frames import read_segment, segments
+from fleetcast.storage.wal import WriteAheadLog
 
 
 def payloads(folder: Path) -> list[bytes]:
@@ -214,7 +214,7 @@ _FILL = """
 import resource, sys
 from pathlib import Path
 from fleetcast.errors import StorageFull
-from fleetcast.wal import WriteAheadLog
+from fleetcast.storage.wal import WriteAheadLog
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
 log = WriteAheadLog(Path(sys.argv[1]), 1)
 for number in range(100):

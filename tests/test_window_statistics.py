@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from rhythm_fleet import DAY, usual_reference
 
-from fleetcast.quorum import THRESHOLDS
-from fleetcast.residuals import ABSENT, N_CODES, CodeBook, Traits, code_book
-from fleetcast.window_statistics import (
+from fleetcast.drift.quorum import THRESHOLDS
+from fleetcast.drift.residuals import ABSENT, N_CODES, CodeBook, Traits, code_book
+from fleetcast.drift.window_statistics import (
     CAPS,
     FLOORS,
     INDEX,

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
+from fleetcast.model.windows import bin_means, count_trainable, enough_to_train
 from fleetcast.settings import DecisionSettings
-from fleetcast.windows import bin_means, count_trainable, enough_to_train
 
 BIN_MS = 300_000
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fleetcast.baseline import Baseline
 from fleetcast.clock import SystemClock, from_ms, iso_z, sleep
 from fleetcast.errors import AlreadyRunning
 from fleetcast.files import OwnerLock, write_json
-from fleetcast.registry import TRAINER_LOCK, Registry
+from fleetcast.model.baseline import Baseline
+from fleetcast.model.registry import TRAINER_LOCK, Registry
+from fleetcast.model.traingrid import TrainingGrid
+from fleetcast.model.versions import BASELINE_FILE, MODEL_FILE, new_version_id
 from fleetcast.settings import BinSettings
-from fleetcast.traingrid import TrainingGrid
-from fleetcast.versions import BASELINE_FILE, MODEL_FILE, new_version_id
 
 GIGABYTE = 2**30
 

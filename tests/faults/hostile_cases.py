@@ -10,7 +10,7 @@ import json
 import zlib
 from dataclasses import dataclass, field
 
-from fleetcast.records import METRICS_MAX
+from fleetcast.ingest.records import METRICS_MAX
 
 DEEP = 100_000
 GOOD = b'{"timestamp": "%(now)s", "server_name": "good", "cpu_pct": 12.5}'

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.programs import InferenceDaemon, wait_for
 from fleetcast.clock import iso_z
-from fleetcast.registry import Registry
+from fleetcast.model.registry import Registry
 from fleetcast.sources.client import DaemonClient
 
 pytestmark = pytest.mark.slow
@@ -23,9 +23,9 @@ def untrained_model(version: str, seed: int) -> bytes:
     """Return a checkpoint of the real network with random weights."""
     import torch
 
-    from fleetcast.forecaster import Forecaster, ModelDescription
-    from fleetcast.gridshape import GridShape
-    from fleetcast.network import NetworkConfig, build
+    from fleetcast.model.forecaster import Forecaster, ModelDescription
+    from fleetcast.model.gridshape import GridShape
+    from fleetcast.model.network import NetworkConfig, build
 
     torch.manual_seed(seed)
     grid = GridShape(bin_ms=300_000, horizon_bins=96)

@@ -20,7 +20,7 @@ from told_daemon import Told
 
 from benchmarks.programs import Program, wait_for
 from fleetcast.files import is_locked, read_json, read_pid
-from fleetcast.state import load_state
+from fleetcast.retraining.state import load_state
 
 ROOT = Path(__file__).parents[2]
 DAEMON = "adaptive_retraining_daemon.py"

@@ -1,0 +1,1 @@
+"""The drift metrics: window, scores, references, names and times of change."""

@@ -1,0 +1,75 @@
+"""Window sums of a whole fleet, kept up to date bin by bin.
+
+Owns: rings of the last day and the integer sums over them. Adding a bin costs the same however
+long the reference or the history is; integers make the sums exact, so that a window reached
+bin by bin equals one summed at once. Does not know: what the sums say.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fleetcast.drift.residuals import ABSENT, N_CODES
+from fleetcast.drift.window_statistics import BinCodes, WindowSums
+
+
+class RunningSums:
+    """Sums over the newest `short` and `long` bins of every series."""
+
+    def __init__(self, n_series: int, short: int, long: int) -> None:
+        self.short, self.long, self.n_bins = short, long, 0
+        self._rows = np.arange(n_series)
+        self.values = np.full((long, n_series), ABSENT, np.uint8)  # rings: newest at (n_bins - 1) % long
+        self.innovations = np.full((long, n_series), ABSENT, np.uint8)
+        self.errors = np.full((long, n_series), ABSENT, np.uint8)
+        self.level = np.zeros((long, n_series), np.int16)
+        self.size = np.zeros((long, n_series), np.int16)
+        self.rhythm = np.zeros((long, n_series), np.int16)
+        self.outside = np.zeros((long, n_series), np.bool_)
+        self.wave = np.zeros((long, 2), np.int64)
+        # one column more than codes: absent values are counted there and never read
+        self._counts = np.zeros((4, n_series, N_CODES + 1), np.int16)
+        self._sums = np.zeros((8, n_series), np.int64)
+
+    def add(self, codes: BinCodes) -> None:
+        """Take in one bin, (series, 1), and let the oldest go."""
+        place = self.n_bins % self.long
+        if self.n_bins >= self.long:
+            self._count(place, place_short=None, sign=-1)
+        if self.n_bins >= self.short:
+            self._count(None, place_short=(self.n_bins - self.short) % self.long, sign=-1)
+        self.values[place] = codes.values[:, 0]
+        self.innovations[place] = codes.innovations[:, 0]
+        self.errors[place] = codes.errors[:, 0]
+        traits = codes.traits
+        self.level[place], self.size[place] = traits.level[:, 0], traits.size[:, 0]
+        self.rhythm[place], self.outside[place] = traits.rhythm[:, 0], traits.is_outside[:, 0]
+        self.wave[place] = codes.wave[:, 0]
+        self._count(place, place_short=place, sign=1)
+        self.n_bins += 1
+
+    def _count(self, place: int | None, *, place_short: int | None, sign: int) -> None:
+        if place_short is not None:
+            for table, ring in enumerate((self.values, self.innovations, self.errors)):
+                self._tally(table, ring[place_short], sign)
+            self._sums[0] += sign * self.outside[place_short]
+        if place is not None:
+            self._tally(3, self.values[place], sign)
+            level, rhythm = self.level[place].astype(np.int64), self.rhythm[place].astype(np.int64)
+            cosine, sine = self.wave[place]
+            parts = (level, self.size[place], rhythm, rhythm * rhythm, rhythm * level)
+            for row, part in enumerate((*parts, level * cosine, level * sine), 1):
+                self._sums[row] += sign * part
+
+    def _tally(self, table: int, codes: NDArray[np.uint8], sign: int) -> None:
+        self._counts[table, self._rows, np.minimum(codes, N_CODES)] += np.int16(sign)
+
+    def window_sums(self) -> WindowSums:
+        """Return the sums of the windows that end now, (series, 1)."""
+        counts = self._counts[:, :, None, :N_CODES].astype(np.int32)
+        outside, *others = (row[:, None] for row in self._sums)
+        return WindowSums(counts[0], counts[3], counts[1], counts[2], outside.astype(np.int32), *others)
+
+    def newest(self, ring: NDArray[np.generic], bins: int) -> NDArray[np.generic]:
+        """Return (bin, series): the newest `bins` of a ring, oldest first."""
+        bins = min(bins, self.n_bins, self.long)
+        return ring[np.arange(self.n_bins - bins, self.n_bins) % self.long]

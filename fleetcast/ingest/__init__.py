@@ -1,0 +1,1 @@
+"""How records come in: bodies of three kinds, one set of rules, one batch type."""

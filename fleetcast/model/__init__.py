@@ -1,0 +1,1 @@
+"""The forecaster: encoding, network, training, gate, versions, baseline."""

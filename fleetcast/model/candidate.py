@@ -1,0 +1,230 @@
+"""How a candidate is made: what it starts from, what it is shown, what it is judged by.
+
+Owns: the order of one training, from a grid to a candidate with its verdict and baseline.
+Does not know: flags, locks, where versions live.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fleetcast.errors import BadCheckpoint, BadData, NotEnoughData
+from fleetcast.model.baseline import Baseline
+from fleetcast.model.forecaster import Forecaster, ModelDescription
+from fleetcast.model.gate import GateVerdict, HoldOut, Losses, held_from, judge, mean_errors
+from fleetcast.model.gridshape import GridShape
+from fleetcast.model.network import METRIC_SLOTS, NetworkConfig
+from fleetcast.model.registry import Registry
+from fleetcast.model.sampler import ChangedSeries, WindowMix, WindowSampler
+from fleetcast.model.traingrid import TrainingGrid
+from fleetcast.model.training import Fit, fit
+from fleetcast.model.versions import Version
+from fleetcast.model.windows import RECENT_BINS, count_trainable, enough_to_train
+from fleetcast.schema import Floats32, Longs
+from fleetcast.serving.fallback import NaiveForecaster
+from fleetcast.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_WARMUP_STEPS, _INCREMENTAL_WARMUP_STEPS = 50, 20
+_EMBEDDING = "input_embeddings.embeddings.metric.weight"
+FALLBACK = "fallback"
+
+
+@dataclass(frozen=True)
+class Served:
+    """A version that can serve, loaded."""
+
+    version: Version
+    model: Forecaster
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A trained model with its verdict and the baseline of its data."""
+
+    model: Forecaster
+    content: bytes
+    baseline: Baseline
+    verdict: GateVerdict
+    errors: Mapping[str, Any]  # mean |p50 - actual| by side, metric and horizon
+    compared_with: str
+    plan: Fit
+
+
+def served(registry: Registry, grid: GridShape) -> Served | None:
+    """Return what serves these bins: the current version, else the newest that can, else the base."""
+    for version in registry.candidates():
+        try:
+            model = Forecaster.load(version.model_path, bin_ms=grid.bin_ms, horizon_bins=grid.horizon_bins)
+        except BadCheckpoint as error:
+            logger.warning("version passed over reason=%s", error)
+            continue
+        return Served(version, model)
+    return None
+
+
+class CandidateMaker:
+    """Trains and judges on one grid."""
+
+    def __init__(self, grid: TrainingGrid, changed: tuple[ChangedSeries, ...], settings: Settings) -> None:
+        """Prepare; nothing is trained yet.
+
+        Raises:
+            NotEnoughData: the grid cannot carry a training.
+        """
+        self._grid, self._changed, self._settings = grid, changed, settings
+        trainer = settings.trainer
+        self.shape = GridShape(grid.bin_ms, settings.forecast.horizon_bins)
+        n_window = count_trainable(grid.values, self.shape.horizon_bins)
+        reason = enough_to_train(grid.span_s, n_window, settings.decision)
+        if reason:
+            raise NotEnoughData(reason, hint="let the fleet be recorded for longer")
+        longest = round(trainer.holdout_max_s * 1000 / grid.bin_ms)
+        self._held_from = held_from(grid, changed, trainer.holdout_share, longest)
+        logger.info(
+            "data read servers=%d metrics=%s span_h=%.1f windows=%d changed_series=%d",
+            *(len(grid.server_names), ",".join(grid.metrics), grid.span_s / 3600, n_window, len(changed)),
+        )
+
+    def make(
+        self,
+        version_id: str,
+        trained_at: str,
+        start: Served | None,
+        serving: Served | None,
+        epochs: int,
+        *,
+        shows_progress_bar: bool,
+    ) -> Candidate:
+        """Train, load back and judge one candidate.
+
+        Args:
+            start: what to continue from; None = fresh weights.
+            serving: what to beat; None = the fallback.
+        Raises:
+            NotEnoughData: no window lies before the held-out tail.
+            BadCheckpoint: the trained model does not load back, or is not finite.
+        """
+        description = self._description(version_id, trained_at, start)
+        plan = self._plan(start is not None, epochs, shows_progress_bar=shows_progress_bar)
+        weights = self._fitted(description, start, plan)
+        content = Forecaster(description, weights).to_bytes()
+        model = Forecaster.from_bytes(content, Path(f"{version_id} (not written yet)"))
+        verdict, errors, baseline = self._judged(model, serving)
+        compared_with = serving.version.id if serving else FALLBACK
+        return Candidate(model, content, baseline, verdict, errors, compared_with, plan)
+
+    def _description(self, version_id: str, trained_at: str, start: Served | None) -> ModelDescription:
+        old = start.model.description if start else None
+        known = old.metrics if old else ()
+        metrics = (*known, *(metric for metric in self._grid.metrics if metric not in known))
+        if len(metrics) >= METRIC_SLOTS:
+            raise BadData(f"{len(metrics)} metrics, a model holds at most {METRIC_SLOTS - 1}")
+        width = self._settings.trainer.hidden_size
+        network = old.network if old else NetworkConfig.for_grid(self.shape, width)
+        return ModelDescription(version_id, trained_at, metrics, self.shape, network)
+
+    def _plan(self, is_incremental: bool, epochs: int, *, shows_progress_bar: bool) -> Fit:
+        trainer = self._settings.trainer
+        return Fit(
+            epochs=epochs,
+            steps_per_epoch=trainer.steps_per_epoch,
+            learning_rate=trainer.incremental_learning_rate if is_incremental else trainer.learning_rate,
+            warmup_steps=_INCREMENTAL_WARMUP_STEPS if is_incremental else _WARMUP_STEPS,
+            threads=trainer.threads,
+            seed=trainer.seed,
+            shows_progress_bar=shows_progress_bar,
+        )
+
+    def _mix(self, is_incremental: bool) -> WindowMix:
+        trainer = self._settings.trainer
+        if not is_incremental:
+            return WindowMix()
+        if self._changed:
+            return WindowMix(self._changed, trainer.changed_share)
+        recent = round(trainer.recent_days * 86_400_000 / self._grid.bin_ms)
+        return WindowMix(recent_share=trainer.recent_share, recent_bins=recent)
+
+    def _fitted(self, description: ModelDescription, start: Served | None, plan: Fit) -> dict[str, Any]:
+        trainer = self._settings.trainer
+        mix = self._mix(start is not None)
+        sampler = WindowSampler(self._grid, self.shape, self._held_from, mix, trainer.seed)
+        slots = [description.slot(metric) for metric in self._grid.metrics]
+        weights = _with_new_metrics(start.model, description) if start else None
+        return fit(
+            description.network, self.shape, weights, lambda: sampler.batch(trainer.batch_size, slots), plan
+        )
+
+    def _judged(
+        self, model: Forecaster, serving: Served | None
+    ) -> tuple[GateVerdict, dict[str, Any], Baseline]:
+        settings = self._settings
+        fallback = NaiveForecaster(self.shape.horizon_bins)
+        hold_out = HoldOut(
+            self._grid,
+            self.shape,
+            self._held_from,
+            self._changed,
+            fallback,
+            settings.forecast.settle_horizons,
+            settings.trainer.seed,
+        )
+        sides: dict[str, Losses] = {"candidate": hold_out.losses(model), FALLBACK: hold_out.losses(fallback)}
+        if serving:
+            sides["serving"] = hold_out.losses(serving.model)
+        opponent = sides["serving"] if serving else sides[FALLBACK]
+        verdict = judge(sides["candidate"], opponent, hold_out.is_changed, settings.trainer.seed)
+        errors = {name: self._error_table(side, hold_out.horizons) for name, side in sides.items()}
+        in_service = sides["candidate"] if verdict.promoted else opponent
+        baseline = self._baseline(model.version, in_service, hold_out)
+        return verdict, errors, baseline
+
+    def _error_table(self, side: Losses, horizons: tuple[int, ...]) -> dict[str, dict[str, float | None]]:
+        table, _ = mean_errors(side)
+        return {
+            metric: {
+                str(horizon): None if np.isnan(table[row, column]) else round(float(table[row, column]), 5)
+                for column, horizon in enumerate(horizons)
+            }
+            for row, metric in enumerate(self._grid.metrics)
+        }
+
+    def _baseline(self, version_id: str, in_service: Losses, hold_out: HoldOut) -> Baseline:
+        """Sketch the newest days, a changed series since its change, with the errors to expect now."""
+        grid = self._grid
+        n_bins = min(grid.n_bins, round(self._settings.drift.baseline_days * 86_400_000 / grid.bin_ms))
+        first = grid.n_bins - n_bins
+        values = _since_changes(grid.values[:, :, first:], first, self._changed)
+        start_ms = grid.start_ms + first * grid.bin_ms
+        sketch = Baseline.from_grid(
+            values, start_ms, grid.bin_ms, grid.server_names, grid.metrics, version_id
+        )
+        by_metric, by_series = mean_errors(in_service)
+        series_errors = np.full(grid.values.shape[:2], np.nan, np.float32)
+        series_errors[hold_out.servers] = by_series
+        horizons: Longs = np.array(hold_out.horizons, np.int64)
+        return replace(sketch, error_horizons=horizons, error_mae=by_metric, series_error_mae=series_errors)
+
+
+def _with_new_metrics(model: Forecaster, description: ModelDescription) -> dict[str, Any]:
+    """Return a model's weights, a metric it did not know starting as the unknown one."""
+    weights = dict(model.weights)
+    embedding = weights[_EMBEDDING].clone()
+    for metric in description.metrics[len(model.metrics) :]:
+        embedding[description.slot(metric)] = embedding[0]
+    return {**weights, _EMBEDDING: embedding}
+
+
+def _since_changes(values: Floats32, first_bin: int, changed: tuple[ChangedSeries, ...]) -> Floats32:
+    """Return a copy without what changed series were before; an hour of values stays at least."""
+    kept = values.copy()
+    for item in changed:
+        before = max(0, item.since_bin - first_bin)
+        if np.isfinite(kept[item.server, item.metric, before:]).sum() >= RECENT_BINS:
+            kept[item.server, item.metric, :before] = np.nan
+    return kept

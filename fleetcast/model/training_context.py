@@ -1,0 +1,85 @@
+"""What a training is told about why it runs: `training_context.json`, beside its data.
+
+    {"attempt_id": str, "drifting": [{"server": str, "metric": str, "since": ISO 8601}, ...]}
+
+Owns: reading it. The file is optional, and advice only: what is wrong in it is left out with a
+warning. Does not know: who writes it, how windows are drawn.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fleetcast import files
+from fleetcast.clock import parse_plain_utc, to_ms
+from fleetcast.errors import CorruptFile
+from fleetcast.model.sampler import ChangedSeries
+from fleetcast.model.traingrid import TrainingGrid
+
+logger = logging.getLogger(__name__)
+
+CONTEXT_FILE = "training_context.json"
+
+
+@dataclass(frozen=True)
+class TrainingContext:
+    """The attempt a training belongs to, and what drifted; empty where nobody said."""
+
+    attempt_id: str | None = None
+    drifting: tuple[Mapping[str, Any], ...] = ()
+
+    @classmethod
+    def find(cls, data: Path, attempt_id: str | None) -> "TrainingContext":
+        """Return the context beside the data or in the working directory.
+
+        Args:
+            attempt_id: the attempt this process was started for; a context of another one is
+                a leftover and says nothing about this data.
+        """
+        for path in (data.parent / CONTEXT_FILE, Path(CONTEXT_FILE)):
+            try:
+                content = files.read_json(path)
+            except FileNotFoundError:
+                continue
+            except (CorruptFile, OSError) as error:
+                logger.warning("training context left out reason=%s", error)
+                continue
+            return cls._checked(content, attempt_id, path)
+        return cls(attempt_id)
+
+    @classmethod
+    def _checked(cls, content: Mapping[str, Any], attempt_id: str | None, path: Path) -> "TrainingContext":
+        own_id = content.get("attempt_id")
+        if attempt_id is not None and own_id is not None and own_id != attempt_id:
+            logger.warning("training context left out file=%s is of attempt=%s", path, own_id)
+            return cls(attempt_id)
+        drifting = content.get("drifting")
+        entries = drifting if isinstance(drifting, list) else []
+        known = tuple(item for item in entries if isinstance(item, dict))
+        return cls(attempt_id or (own_id if isinstance(own_id, str) else None), known)
+
+    def changed_series(self, grid: TrainingGrid) -> tuple[ChangedSeries, ...]:
+        """Return the drifting series of a grid, each with the bin of its change."""
+        return tuple(dict.fromkeys(self._changed(grid)))
+
+    def _changed(self, grid: TrainingGrid) -> Iterator[ChangedSeries]:
+        servers = {name: index for index, name in enumerate(grid.server_names)}
+        metrics = {name: index for index, name in enumerate(grid.metrics)}
+        for item in self.drifting:
+            server, metric = servers.get(str(item.get("server"))), metrics.get(str(item.get("metric")))
+            since_bin = _since_bin(item.get("since"), grid)
+            if server is None or metric is None or since_bin is None:
+                logger.warning("drifting series left out: not in the data entry=%.200s", item)
+                continue
+            yield ChangedSeries(server, metric, since_bin)
+
+
+def _since_bin(since: object, grid: TrainingGrid) -> int | None:
+    """Return the bin a change began in, None where that is no time before the data's end."""
+    try:
+        since_bin = grid.bin_of(to_ms(parse_plain_utc(str(since))))
+    except (ValueError, OverflowError):
+        return None
+    return max(0, since_bin) if since_bin < grid.n_bins else None

@@ -1,0 +1,1 @@
+"""The retraining daemon's parts: safeguards, quiet period, attempts, state."""

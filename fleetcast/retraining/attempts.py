@@ -1,0 +1,227 @@
+"""One training attempt as a process: started once, followed, adopted after a restart, judged.
+
+Owns: `attempt.lock`, `checkpoints/runs/<id>.log|.json` (output and end of the process, written
+by `bounded_run`), what an end means. Does not know: when to train, or the state file: its
+caller writes an attempt down before `spawn` and its outcome after `ended`.
+
+The lock is taken before anything starts and inherited by every process of the attempt. As
+long as one of them lives nobody starts another, whichever daemon is there to see it.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fleetcast import files
+from fleetcast.errors import AlreadyRunning, BadCheckpoint, CannotStart, CorruptFile, ExitCode
+from fleetcast.model.registry import ATTEMPT_LOCK, TRAINER_LOCK, Registry
+from fleetcast.model.verdicts import Verdict, read_verdict
+from fleetcast.retraining import bounded_run
+from fleetcast.retraining.state import (
+    BUSY,
+    FAILED,
+    INTERRUPTED,
+    KEPT_ATTEMPTS,
+    NOT_ENOUGH_DATA,
+    PROMOTED,
+    REJECTED,
+    Attempt,
+)
+
+logger = logging.getLogger(__name__)
+
+ATTEMPT_ID_VARIABLE = "TFT_ATTEMPT_ID"  # how the trainer learns under which name to leave its verdict
+RUNS_FOLDER = "runs"
+_PROGRAM_DIR = Path(__file__).parents[2]
+_MAX_LOG_BYTES = 1_000_000
+_READ_BYTES = 65_536
+_MAX_LINES_LOGGED = 2_000  # of one attempt; all that was kept stands in its own log
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One command of an attempt."""
+
+    argv: Sequence[str]
+    env: Mapping[str, str]
+
+
+class Attempts:
+    """Starts and follows at most one attempt at a time. Not thread safe."""
+
+    def __init__(self, registry: Registry, *, timeout_s: float, nice: int) -> None:
+        self._registry = registry
+        self.folder = registry.folder
+        self._timeout_s = timeout_s
+        self._nice = nice
+        self._lock = files.OwnerLock(self.folder / ATTEMPT_LOCK, "a training attempt")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log_offset = 0
+        self._lines_logged = 0
+
+    def why_not_free(self) -> str:
+        """Return who trains at the moment, or ""."""
+        for name, what in ((ATTEMPT_LOCK, "a training attempt"), (TRAINER_LOCK, "a trainer")):
+            path = self.folder / name
+            if not (name == ATTEMPT_LOCK and self._lock.is_held) and files.is_locked(path):
+                return f"{what} is running (pid {files.read_pid(path)})"
+        return ""
+
+    def reserve(self) -> bool:
+        """Take the lock for a new attempt; False if somebody else was faster."""
+        try:
+            self._lock.acquire()
+        except AlreadyRunning:
+            return False
+        return True
+
+    def release(self) -> None:
+        """Give the lock up; processes that inherited it keep it."""
+        self._lock.release()
+
+    def spawn(self, attempt: Attempt, steps: Sequence[Step]) -> Attempt:
+        """Start the reserved attempt's process; return the attempt with its pid.
+
+        Raises:
+            CannotStart: the process could not be made.
+        """
+        assert self._lock.is_held, "reserve first"
+        runs = self.folder / RUNS_FOLDER
+        runs.mkdir(parents=True, exist_ok=True)
+        _drop_old(runs)
+        cwd = str(Path.cwd())
+        own = {ATTEMPT_ID_VARIABLE: attempt.id}
+        job = bounded_run.RunJob(
+            steps=tuple({"argv": [*step.argv], "cwd": cwd, "env": {**step.env, **own}} for step in steps),
+            timeout_s=self._timeout_s,
+            nice=self._nice,
+            log=str(self._log_path(attempt).absolute()),
+            result=str(self._result_path(attempt).absolute()),
+            max_log_bytes=_MAX_LOG_BYTES,
+            lock_fd=self._lock.fileno(),
+        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", bounded_run.__name__, job.to_argument()],
+                cwd=_PROGRAM_DIR,  # where -m finds the package
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(self._lock.fileno(),),
+                start_new_session=True,  # a stop of this daemon must not waste a running training
+            )
+        except OSError as error:
+            raise CannotStart(f"cannot start a training: {error}") from error
+        self._log_offset = self._lines_logged = 0
+        return replace(attempt, pid=self._process.pid)
+
+    def is_running(self, attempt: Attempt) -> bool:
+        """Whether a process of the attempt lives, started by this daemon or by an earlier one."""
+        if self._process is not None and self._process.pid == attempt.pid:
+            return self._process.poll() is None
+        return not self._lock.is_held and files.is_locked(self._lock.path)
+
+    def pids(self, attempt: Attempt | None) -> tuple[int, ...]:
+        """Return the process whose load is our own."""
+        return (attempt.pid,) if attempt and attempt.pid else ()
+
+    def follow(self, attempt: Attempt) -> None:
+        """Copy new output of the attempt to the log, bounded."""
+        try:
+            with self._log_path(attempt).open("rb") as stream:
+                stream.seek(self._log_offset)
+                data = stream.read(_READ_BYTES)
+        except FileNotFoundError:
+            return
+        whole = data[: data.rfind(b"\n") + 1]
+        self._log_offset += len(whole)
+        for line in whole.decode("utf-8", "replace").splitlines():
+            self._lines_logged += 1
+            if self._lines_logged <= _MAX_LINES_LOGGED:
+                logger.info("training attempt=%s | %s", attempt.id, line)
+
+    def ended(self, attempt: Attempt) -> Attempt:
+        """Return the attempt with its outcome, once it does not run any more."""
+        self.follow(attempt)
+        self._process = None
+        self.release()
+        result = _read(self._result_path(attempt))
+        exit_code = result.get("exit_code")
+        code = exit_code if isinstance(exit_code, int) else None
+        verdict = read_verdict(self.folder, attempt.id)
+        outcome, version, why = self._judged(attempt, verdict) or self._without_verdict(attempt, result, code)
+        return replace(attempt, outcome=outcome, exit_code=code, version=version, why=why)
+
+    def _judged(self, attempt: Attempt, verdict: Verdict | None) -> tuple[str, str | None, str] | None:
+        """Return what the trainer's verdict says, if it left one and it is true."""
+        if verdict is None:
+            return self._promoted_without_word(attempt)
+        if not verdict.promoted:
+            return REJECTED, verdict.version, verdict.why
+        try:
+            self._registry.version(verdict.version).verify()
+        except BadCheckpoint as error:
+            return FAILED, verdict.version, f"promoted, but the version cannot be used: {error}"
+        return PROMOTED, verdict.version, verdict.why
+
+    def _promoted_without_word(self, attempt: Attempt) -> tuple[str, str | None, str] | None:
+        """Catch a trainer killed between putting its version into service and saying so."""
+        current = self._registry.current_id()
+        if current is None or current == attempt.version_before:
+            return None
+        try:
+            by = self._registry.version(current).manifest.get("attempt_id")
+        except BadCheckpoint:
+            return None
+        if by != attempt.id:
+            return None
+        return PROMOTED, current, "the trainer ended before its verdict, with its version in service"
+
+    def _without_verdict(
+        self, attempt: Attempt, result: Mapping[str, Any], code: int | None
+    ) -> tuple[str, str | None, str]:
+        tail = result.get("tail")
+        last = f": {tail[-1]}" if isinstance(tail, list) and tail else ""
+        if code is None:
+            if attempt.pid is None:
+                return INTERRUPTED, None, "the daemon ended before the training began"
+            return FAILED, None, "the training was killed together with the process that supervised it"
+        if result.get("timed_out") is True:
+            return FAILED, None, f"killed after {self._timeout_s:.0f} s"
+        if code == ExitCode.NOT_ENOUGH_DATA:
+            return NOT_ENOUGH_DATA, None, f"not enough data{last}"
+        if code == ExitCode.ALREADY_RUNNING:
+            return BUSY, None, f"another trainer was at work{last}"
+        if code == ExitCode.OK:
+            return FAILED, None, "exit 0 without a verdict"
+        return FAILED, None, f"exit {code}{last}"
+
+    def _log_path(self, attempt: Attempt) -> Path:
+        return self.folder / RUNS_FOLDER / f"{attempt.id}.log"
+
+    def _result_path(self, attempt: Attempt) -> Path:
+        return self.folder / RUNS_FOLDER / f"{attempt.id}.json"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return a JSON object somebody else wrote; damaged counts as absent."""
+    try:
+        return files.read_json(path)
+    except FileNotFoundError:
+        return {}
+    except (CorruptFile, OSError) as error:
+        logger.warning("cannot read what an attempt left error=%s", error)
+        return {}
+
+
+def _drop_old(runs: Path) -> None:
+    """Keep the newest attempts' files; the names sort by time."""
+    kept = sorted({path.stem for path in runs.iterdir()})[-KEPT_ATTEMPTS + 1 :]
+    for path in runs.iterdir():
+        if path.stem not in kept and os.access(path, os.W_OK):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,94 @@
+"""What a training is told: its commands and `training_context.json`.
+
+Owns: the command line of the trainer, the export before it, the drifting series with the time
+each changed. Does not know: when to train, processes.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fleetcast.clock import from_ms, iso_z, to_ms
+from fleetcast.drift.drift_report import series_json
+from fleetcast.drift.drift_series import change_times, series_drift
+from fleetcast.drift.drift_source import DriftEvidence, DriftSource
+from fleetcast.model.baseline import Baseline
+from fleetcast.retraining.attempts import Step
+from fleetcast.settings import PathSettings, Settings
+
+EXPORT_FILE = "training_data_incremental.parquet"
+CONTEXT_FILE = "training_context.json"
+MOST_SERIES = 500  # named to the trainer; the worst come first
+
+
+def training_steps(settings: Settings, program: Path, config: Path | None) -> list[Step]:
+    """Return the export and the training, as commands in the working directory.
+
+    Args:
+        program: the retraining daemon itself, which also exports.
+        config: the settings file named on the command line, if any.
+    """
+    exported = {
+        "FLEETCAST_PATHS_DATA_BUFFER_DIR": settings.paths.data_buffer_dir,
+        "FLEETCAST_RETRAINING_TRAINING_DAYS": str(settings.retraining.training_days),
+        "FLEETCAST_BINS_BIN_S": str(settings.bins.bin_s),
+        "FLEETCAST_CLOCK_MODE": settings.clock.mode,
+    }
+    return [
+        Step([sys.executable, str(program), "--export", EXPORT_FILE], exported),
+        Step(trainer_command(settings, program.parent, config), {}),
+    ]
+
+
+def trainer_command(settings: Settings, program_dir: Path, config: Path | None) -> list[str]:
+    """Return the trainer's command line; beyond the documented flags only what is not the default."""
+    script = Path(settings.retraining.training_script)
+    if not script.exists() and (program_dir / script).exists():  # installed elsewhere than it works
+        script = program_dir / script
+    epochs = str(settings.retraining.training_epochs)
+    command = [sys.executable, str(script), "--data", EXPORT_FILE, "--incremental", "--epochs", epochs]
+    if settings.paths.checkpoint_dir != PathSettings().checkpoint_dir:
+        command += ["--checkpoint-dir", settings.paths.checkpoint_dir]
+    if config is not None:
+        command += ["--config", str(config)]
+    return command
+
+
+def training_context(
+    rule: str, now: datetime, evidence: DriftEvidence, source: DriftSource
+) -> dict[str, Any]:
+    """Return what `training_context.json` says beside the attempt's id: what drifts, since when."""
+    return {
+        "rule": rule,
+        "made_at": iso_z(now),
+        "model_version": evidence.model_version,
+        "drifting": _drifting(evidence, evidence.baseline, source) if evidence.baseline else [],
+    }
+
+
+def _drifting(
+    evidence: DriftEvidence, baseline: Baseline, source: DriftSource
+) -> Sequence[Mapping[str, Any]]:
+    found = [item for item in series_drift(evidence.window, baseline, MOST_SERIES) if item.is_drifting]
+    if not found:
+        return []
+    newest_ms = int(evidence.window.target_ms[-1])
+    bin_ms = evidence.window.bin_ms
+    since = change_times(found, baseline, source.read, evidence.model_version, newest_ms, bin_ms)
+    window_start_ms = int(evidence.window.target_ms[0])
+    return [
+        {
+            **series_json(item),
+            "since": iso_z(from_ms(since.get((item.server, item.metric), window_start_ms))),
+        }
+        for item in found
+    ]
+
+
+def export_end(clock_mode: str, newest: datetime | None) -> datetime | None:
+    """Return where an export ends: None (now), or just after the newest record under the data clock."""
+    if clock_mode != "data" or newest is None:
+        return None
+    return from_ms(to_ms(newest) + 1)

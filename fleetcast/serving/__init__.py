@@ -1,0 +1,1 @@
+"""The inference daemon's parts: history, sweeps, ledger, answers."""

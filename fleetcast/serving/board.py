@@ -1,0 +1,180 @@
+"""The answer to `GET /predictions/current`, kept as encoded pieces.
+
+Owns: the shape of that document. A sweep encodes each server's forecast once; a request joins
+pieces. `current` and `stale` move between sweeps and are encoded again when that is cheap; a
+document that is costly to join may be some of its joining times old.
+Does not know: how forecasts are made, HTTP.
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from fleetcast.clock import Clock, from_ms, iso_z, monotonic
+from fleetcast.errors import FleetcastError
+from fleetcast.ingest.rounding import to_significant
+from fleetcast.schema import SOURCE_FALLBACK, SOURCE_MODEL, SOURCE_WARMING_UP, FleetForecast
+from fleetcast.serving.roster import Muster, Roster
+
+SIGNIFICANT_DIGITS = 5  # a forecast is not more precise than that; 10,000 servers are 70 MB of digits
+UNCHANGED_S = 5.0  # staleness comes with time alone
+_CHEAP_S = 0.005
+_COST_FACTOR = 20.0  # costly joins may take 1/20 of the time at most
+_QUANTILE_NAMES = ("p10", "p50", "p90")
+_WARMING_UP = b'"forecast":null,"timestamps":[],"source":"' + SOURCE_WARMING_UP.encode() + b'"'
+
+
+class UnknownServer(FleetcastError):
+    """Raised when a request names a server that sent nothing within `gone_after_s`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The model in service as clients see it."""
+
+    version: str
+    trained_at: str
+    is_base: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plain form the HTTP interface answers with."""
+        return {"version": self.version, "trained_at": self.trained_at, "base": self.is_base}
+
+
+@dataclass(frozen=True, slots=True)
+class _Sweep:
+    """The encoded pieces of one sweep, by server."""
+
+    model: ModelInfo | None
+    forecasts: dict[str, bytes]
+    sources: dict[str, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class _Joined:
+    """One whole document and what it was made of."""
+
+    document: bytes
+    changes: tuple[int, int]
+    made_at: float
+    cost_s: float
+
+
+class PredictionBoard:
+    """Publishes sweeps and answers requests; every method is safe from any thread."""
+
+    def __init__(self, roster: Roster, clock: Clock) -> None:
+        self._roster = roster
+        self._clock = clock
+        self._sweep = _Sweep(None, {}, {})
+        self._n_sweeps = 0
+        self._joined: dict[bool, _Joined] = {}
+        self._lock = threading.Lock()  # one join at a time: others wait for it and share it
+
+    def publish(self, forecast: FleetForecast, model: ModelInfo | None) -> None:
+        """Encode a sweep; from the next request on it is the answer."""
+        self._sweep = _encoded(forecast, model)
+        self._n_sweeps += 1
+
+    def document(self, servers: Sequence[str] = (), *, only_current: bool = False) -> bytes:
+        """Return the JSON document, narrowed to `servers` where any are given.
+
+        Raises:
+            UnknownServer: one of them is not in the fleet.
+        """
+        if servers:
+            return self._join(servers, only_current)
+        with self._lock:
+            joined = self._joined.get(only_current)
+            if joined is None or not self._is_fresh(joined):
+                joined = self._join_all(only_current)
+                self._joined[only_current] = joined
+        return joined.document
+
+    def _is_fresh(self, joined: _Joined) -> bool:
+        n_sweeps, changes = joined.changes
+        if n_sweeps != self._n_sweeps:
+            return False
+        age_s = monotonic() - joined.made_at
+        if changes == self._roster.changes:
+            return age_s < UNCHANGED_S
+        return joined.cost_s > _CHEAP_S and age_s < _COST_FACTOR * joined.cost_s
+
+    def _join_all(self, only_current: bool) -> _Joined:
+        started = monotonic()
+        changes = (self._n_sweeps, self._roster.changes)
+        document = self._join((), only_current)
+        return _Joined(document, changes, monotonic(), monotonic() - started)
+
+    def _join(self, servers: Sequence[str], only_current: bool) -> bytes:
+        now = self._clock.now()
+        sweep, muster = self._sweep, self._roster.muster(now)
+        if servers:
+            row_of = {name: row for row, name in enumerate(muster.server_names)}
+            missing = [name for name in servers if name not in row_of]
+            if missing:
+                raise UnknownServer(
+                    f"unknown server {missing[0]!r}",
+                    hint="it sent nothing yet, or nothing for so long that it counts as gone",
+                )
+            rows = list(dict.fromkeys(row_of[name] for name in servers))
+        else:
+            rows = list(range(len(muster.server_names)))
+        pieces = _server_pieces(muster, rows, sweep, only_current)
+        head = {"timestamp": iso_z(now), "model": sweep.model.as_dict() if sweep.model else None}
+        return msgspec.json.encode(head)[:-1] + b',"predictions":{' + b",".join(pieces) + b"}}"
+
+
+def _server_pieces(muster: Muster, rows: list[int], sweep: _Sweep, only_current: bool) -> list[bytes]:
+    encoder = msgspec.json.Encoder()
+    pieces = []
+    values = muster.values.tolist()
+    is_known = ~np.isnan(muster.values)
+    for row in rows:
+        name = muster.server_names[row]
+        current = {
+            metric: value
+            for metric, value, known in zip(muster.metrics, values[row], is_known[row], strict=True)
+            if known
+        }
+        if only_current:
+            forecast = b'"source":"' + sweep.sources.get(name, SOURCE_WARMING_UP.encode()) + b'"'
+        else:
+            forecast = sweep.forecasts.get(name, _WARMING_UP)
+        stale = b"true" if muster.is_stale[row] else b"false"
+        pieces.append(
+            encoder.encode(name) + b':{"current":' + encoder.encode(current) + b","
+            + forecast + b',"stale":' + stale + b"}"
+        )  # fmt: skip
+    return pieces
+
+
+def _encoded(forecast: FleetForecast, model: ModelInfo | None) -> _Sweep:
+    """Encode each server's part of a sweep; servers without any forecast are left out."""
+    encoder = msgspec.json.Encoder()
+    steps = np.arange(1, forecast.quantiles.shape[2] + 1)
+    targets = [iso_z(from_ms(forecast.origin_ms + int(step) * forecast.bin_ms)) for step in steps]
+    timestamps = b',"timestamps":' + encoder.encode(targets) + b',"source":"'
+    is_whole = np.asarray(np.isfinite(forecast.quantiles).all(axis=(2, 3)))  # (server, metric)
+    is_model = np.asarray((is_whole & forecast.sources).any(axis=1))
+    forecasts, sources = {}, {}
+    for row, name in enumerate(forecast.server_names):
+        columns = np.flatnonzero(is_whole[row])
+        if not len(columns):
+            continue
+        # (metric, quantile, horizon); one server at a time keeps the pauses for other threads short
+        digits = to_significant(
+            forecast.quantiles[row, columns].transpose(0, 2, 1).astype(np.float64), SIGNIFICANT_DIGITS
+        ).tolist()
+        told = {
+            forecast.metrics[column]: dict(zip(_QUANTILE_NAMES, quantiles, strict=True))
+            for column, quantiles in zip(columns, digits, strict=True)
+        }
+        source = (SOURCE_MODEL if is_model[row] else SOURCE_FALLBACK).encode()
+        sources[name] = source
+        forecasts[name] = b'"forecast":' + encoder.encode(told) + timestamps + source + b'"'
+    return _Sweep(model, forecasts, sources)

@@ -1,0 +1,258 @@
+"""The fleet's recent past in bins: which bins are closed, what they hold, what a model sees.
+
+Owns: the rule by which a bin closes, the rows of bins still open, the last 8 days of means.
+Does not know: the buffer's files (it is handed batches), forecasts, HTTP.
+
+A server's bin closes at its first record of a later bin; the fleet's bin closes when that is
+so for every live server, or `close_grace_s` after its end by the caller's clock. Rows that come
+later are counted and reopen nothing; their bins are read again from the buffer (`refresh`), so
+that the window is always what a restart, or the trainer, would make of the same records.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
+
+import numpy as np
+
+from fleetcast.clock import to_ms
+from fleetcast.model.windows import HISTORY_BINS, bin_means
+from fleetcast.schema import ClosedBin, Codes, Floats, HistoryWindow, Longs, RecordBatch
+from fleetcast.serving.bingrid import BinGrid
+from fleetcast.settings import BinSettings, ForecastSettings
+
+ReadRecords = Callable[[int, int], Iterable[RecordBatch]]  # (start_ms, end_ms), half open
+
+_REFRESH_BINS = 288  # bins read again per call: a bound on how long one call takes
+_UNSEEN = int(np.iinfo(np.int64).min)
+_Rows = tuple[Codes, Longs, Floats]  # server rows, times, values (row, metric)
+
+
+class BinHistory:
+    """Rows in, closed bins and windows out.
+
+    `add` and the questions (`has_due`, `due`, counts) are safe from any thread; `close`,
+    `window`, `restore` and `refresh` belong to the one thread that sweeps.
+    """
+
+    def __init__(
+        self, bins: BinSettings, forecast: ForecastSettings, *, keep_bins: int = HISTORY_BINS
+    ) -> None:
+        self.metrics = bins.forecast_metrics
+        self.bin_ms = bins.bin_s * 1000
+        self._grace_ms = int(bins.close_grace_s * 1000)
+        self._live_ms = int(forecast.stale_after_s * 1000)
+        self._gone_ms = int(forecast.gone_after_s * 1000)
+        self._keep_bins = keep_bins
+        self.late_rows = 0
+        self._lock = threading.Lock()
+        self._begin()
+
+    def _begin(self) -> None:
+        # the lock guards what `add` touches, down to _late_bins; the rest is the sweeping thread's
+        self._rows: dict[str, int] = {}
+        self._newest_ms: Longs = np.full(64, _UNSEEN, dtype=np.int64)  # (server row,)
+        self._open: dict[int, list[_Rows]] = {}
+        self._taken_ms: int | None = None  # the newest closed bin
+        self._late_bins: set[int] = set()
+        self._grid = BinGrid(len(self.metrics), self.bin_ms, self._keep_bins)
+        self._seen_bin_ms: Longs = np.full(64, _UNSEEN, dtype=np.int64)  # newest closed bin with a record
+
+    @property
+    def newest_ms(self) -> int | None:
+        """Return the time of the newest record, or None."""
+        with self._lock:
+            newest = int(self._newest_ms.max())
+        return None if newest == _UNSEEN else newest
+
+    @property
+    def n_servers(self) -> int:
+        """Return how many servers are remembered."""
+        return len(self._rows)
+
+    def unknown(self, server_names: Iterable[str]) -> list[str]:
+        """Return those names of which nothing is remembered."""
+        return [name for name in server_names if name not in self._rows]
+
+    @property
+    def taken_bin_ms(self) -> int | None:
+        """Return the newest closed bin, or None before the first."""
+        return self._taken_ms
+
+    @property
+    def awaits_refresh(self) -> bool:
+        """Whether late rows changed bins that are already closed."""
+        return bool(self._late_bins)
+
+    def add(self, batch: RecordBatch) -> None:
+        """Take durable records in; visible to the next question about due bins."""
+        if not len(batch):
+            return
+        values = self._columns(batch)
+        starts = batch.timestamps_ms // self.bin_ms * self.bin_ms
+        with self._lock:
+            rows = self._rows_of(batch)
+            np.maximum.at(self._newest_ms, rows, batch.timestamps_ms)
+            for start in np.unique(starts).tolist():
+                of_bin = starts == start
+                if self._taken_ms is not None and start <= self._taken_ms:
+                    self.late_rows += int(np.count_nonzero(of_bin))
+                    if start > self._taken_ms - self._keep_bins * self.bin_ms:
+                        self._late_bins.add(start)
+                else:
+                    part = (rows[of_bin], batch.timestamps_ms[of_bin], values[of_bin])
+                    self._open.setdefault(start, []).append(part)
+
+    def has_due(self, now: datetime) -> bool:
+        """Return whether a bin waits to be closed."""
+        return bool(self.due(now))
+
+    def due(self, now: datetime) -> list[int]:
+        """Return the starts of the bins that hold rows and are closed by `now`, oldest first."""
+        with self._lock:
+            if not self._open:
+                return []
+            closed = [start for start in self._open if self._is_closed(start, to_ms(now))]
+            return sorted(start for start in self._open if start <= max(closed)) if closed else []
+
+    def close(self, bin_ms: int) -> ClosedBin:
+        """Take one due bin; due bins are taken oldest first, and only once."""
+        with self._lock:
+            assert bin_ms == min(self._open), "bins are taken oldest first"
+            parts = self._open.pop(bin_ms)
+            self._taken_ms = bin_ms
+            names = list(self._rows)
+        rows, times, values = (np.concatenate(column) for column in zip(*parts, strict=True))
+        codes, starts, means = bin_means(rows, times, values, self.bin_ms)
+        self._grid.advance(bin_ms)
+        self._grid.put(codes, starts, means)
+        self._note_seen(codes, starts)
+        self._forget_the_long_gone()
+        return ClosedBin(bin_ms, tuple(names[code] for code in codes), self.metrics, means.astype(np.float32))
+
+    def window(self, end_bin_ms: int) -> HistoryWindow:
+        """Return the fleet's means up to the newest closed bin; its values hold until the next `close`.
+
+        Servers unseen for `gone_after_s` are left out.
+        """
+        assert end_bin_ms == self._taken_ms, "a window ends at the newest closed bin"
+        with self._lock:
+            names = list(self._rows)
+        seen = self._seen_bin_ms[: len(names)]
+        rows = np.flatnonzero(seen > end_bin_ms - self._gone_ms)
+        view = self._grid.view(len(names))
+        values = view if len(rows) == len(names) else view[rows]
+        return HistoryWindow(tuple(names[row] for row in rows), self.metrics, values, end_bin_ms, self.bin_ms)
+
+    def clear(self) -> None:
+        """Forget everything, for a `restore` to follow."""
+        with self._lock:
+            self._begin()
+
+    def restore(self, batches: Iterable[RecordBatch], taken_bin_ms: int) -> None:
+        """Fill a history from stored records, before its first `close`.
+
+        Those after `taken_bin_ms` are open again; new records may come in meanwhile.
+        """
+        with self._lock:
+            self._taken_ms = taken_bin_ms
+            for start in [start for start in self._open if start <= taken_bin_ms]:
+                del self._open[start]  # records that came before this call: read again by `refresh`
+                self._late_bins.add(start)
+        self._grid.advance(taken_bin_ms)
+        for batch in batches:
+            self._put_closed(batch)
+            self.add(batch.where(batch.timestamps_ms >= taken_bin_ms + self.bin_ms))
+
+    def refresh(self, read: ReadRecords) -> int:
+        """Read bins again that late rows belong to, newest first; return how many were."""
+        with self._lock:
+            late = sorted(self._late_bins, reverse=True)[:_REFRESH_BINS]
+            self._late_bins.difference_update(late)
+        for start, end in _runs(late, self.bin_ms):
+            for batch in read(start, end):
+                self._put_closed(batch)
+        return len(late)
+
+    def _put_closed(self, batch: RecordBatch) -> None:
+        """Write the cells of a batch that holds whole bins."""
+        with self._lock:
+            taken = self._taken_ms
+            rows = self._rows_of(batch)
+            if len(batch):
+                np.maximum.at(self._newest_ms, rows, batch.timestamps_ms)
+        codes, starts, means = bin_means(rows, batch.timestamps_ms, self._columns(batch), self.bin_ms)
+        is_closed = starts <= (_UNSEEN if taken is None else taken)
+        self._grid.put(codes[is_closed], starts[is_closed], means[is_closed])
+        self._note_seen(codes[is_closed], starts[is_closed])
+
+    def _columns(self, batch: RecordBatch) -> Floats:
+        """Return (row, metric) of the metrics that are forecast; NaN where the batch has none."""
+        values = np.full((len(batch), len(self.metrics)), np.nan)
+        for index, metric in enumerate(self.metrics):
+            if metric in batch.metrics:
+                values[:, index] = batch.metrics[metric]
+        return values
+
+    def _rows_of(self, batch: RecordBatch) -> Codes:
+        """Return the history's row of each record; caller holds the lock."""
+        row_of_code = np.empty(len(batch.server_names), dtype=np.int32)
+        for code, name in enumerate(batch.server_names):
+            row_of_code[code] = self._rows.setdefault(name, len(self._rows))
+        self._newest_ms = _grown(self._newest_ms, len(self._rows))
+        return row_of_code[batch.server_codes]
+
+    def _is_closed(self, start: int, now_ms: int) -> bool:
+        """Apply the closing rule to one bin; caller holds the lock."""
+        end = start + self.bin_ms
+        if now_ms >= end + self._grace_ms:
+            return True
+        newest = self._newest_ms[: len(self._rows)]
+        return bool((newest[newest >= end - self._live_ms] >= end).all())
+
+    def _note_seen(self, codes: Codes, starts: Longs) -> None:
+        self._seen_bin_ms = _grown(self._seen_bin_ms, len(self._rows))
+        np.maximum.at(self._seen_bin_ms, codes, starts)
+
+    def _forget_the_long_gone(self) -> None:
+        """Drop servers without a value in the whole window, once they are a quarter of the rows."""
+        with self._lock:
+            assert self._taken_ms is not None
+            oldest_kept = self._taken_ms - self._grid.keep_bins * self.bin_ms
+            names = list(self._rows)
+            kept = np.flatnonzero(self._newest_ms[: len(names)] >= oldest_kept).astype(np.int32)
+            if len(names) - len(kept) < max(16, len(names) // 4):
+                return
+            new_row = np.full(len(names), -1, dtype=np.int32)
+            new_row[kept] = np.arange(len(kept), dtype=np.int32)
+            self._rows = {names[row]: index for index, row in enumerate(kept)}
+            self._newest_ms = _grown(self._newest_ms[kept], 64)
+            self._seen_bin_ms = _grown(_grown(self._seen_bin_ms, len(names))[kept], 64)
+            self._open = {
+                start: [(new_row[rows], times, values) for rows, times, values in parts]
+                for start, parts in self._open.items()
+            }
+            self._grid.keep_rows(kept)
+
+
+def _grown(array: Longs, size: int) -> Longs:
+    """Return `array` with room for `size` items, the new ones unseen."""
+    if size <= len(array):
+        return array
+    longer = np.full(max(size, 2 * len(array)), _UNSEEN, dtype=np.int64)
+    longer[: len(array)] = array
+    return longer
+
+
+def _runs(starts: list[int], bin_ms: int) -> Iterator[tuple[int, int]]:
+    """Yield half-open ranges that cover adjoining bins.
+
+    >>> list(_runs([900, 600, 0], 300))
+    [(0, 300), (600, 1200)]
+    """
+    ordered = sorted(starts)
+    for index, start in enumerate(ordered):
+        if index == 0 or start != ordered[index - 1] + bin_ms:
+            first = start
+        if index + 1 == len(ordered) or ordered[index + 1] != start + bin_ms:
+            yield first, start + bin_ms

@@ -1,0 +1,270 @@
+"""The account of forecasts: opened by a sweep, then settled with their actual, or expired.
+
+Owns: `open_forecasts/` (one immutable file per sweep origin) and `ledger.json` (the counters,
+and per open origin how many forecasts wait for which bin), both in the buffer's folder.
+Does not know: where settled rows are stored; the caller stores them, then says so:
+
+    rows = ledger.settle(closed); store(rows); ledger.mark_settled(closed.bin_ms, len(rows))
+
+At every moment, and after a kill at any point: opened = settled + expired + open. A kill between
+storing and marking settles the same bin again, with the same keys: the store keeps one of them.
+Not thread safe but for `counts`: one thread owns a ledger.
+"""
+
+import logging
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fleetcast import files
+from fleetcast.errors import CorruptFile, SettingsError, UnknownFormat
+from fleetcast.schema import ClosedBin, FleetForecast, SettledForecasts
+from fleetcast.serving.originfile import kept_of, read_origin, settled_rows, write_origin
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+FOLDER = "open_forecasts"
+STATE_FILE = "ledger.json"
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerCounts:
+    """Forecasts since the ledger began, at the settle horizons; due = settled + expired."""
+
+    opened: int
+    due: int
+    settled: int
+    expired: int
+    open: int
+
+
+class Ledger:
+    """Open forecasts that survive their process, and counters that always add up."""
+
+    def __init__(
+        self, buffer_dir: Path, settle_horizons: tuple[int, ...], bin_ms: int, clock_mode: str = "system"
+    ) -> None:
+        """Recover the account, or begin one.
+
+        Raises:
+            SettingsError: it was kept with the other clock.
+            StorageFull, StorageBroken: it cannot be written.
+        """
+        self._folder = buffer_dir / FOLDER
+        self._state_path = buffer_dir / STATE_FILE
+        self._settle_horizons = settle_horizons
+        self._bin_ms = bin_ms
+        self._clock_mode = clock_mode
+        self._waiting: dict[int, dict[int, int]] = {}  # origin → target bin → forecasts
+        self._opened = self._settled = self._expired = 0
+        self.newest_origin_ms: int | None = None
+        self.settled_through_ms: int | None = None
+        self._recorded_ms: int | None = None  # the newest origin that `ledger.json` counts
+        self._counts = LedgerCounts(0, 0, 0, 0, 0)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._recover()
+        except OSError as error:
+            raise files.storage_error(self._folder, error) from error
+        self._count()
+        if not self._state_path.exists():
+            self._write(self._waiting, self._settled, self._expired, self.settled_through_ms)
+
+    @property
+    def resume_bin_ms(self) -> int | None:
+        """Return the newest bin whose closing was fully worked off, None for a new ledger."""
+        return self.newest_origin_ms if self.newest_origin_ms is not None else self.settled_through_ms
+
+    def counts(self) -> LedgerCounts:
+        """Return the account; safe from any thread."""
+        return self._counts
+
+    def open(self, forecast: FleetForecast) -> int:
+        """Keep the settle horizons of one sweep durably; return how many forecasts that are.
+
+        A sweep that is repeated after a restart opens nothing twice.
+
+        Raises:
+            StorageFull, StorageBroken: nothing was opened.
+        """
+        origin = forecast.origin_ms
+        if self.newest_origin_ms is not None and origin <= self.newest_origin_ms:
+            return 0
+        kept = kept_of(forecast, self._settle_horizons)
+        counts = kept.counts()
+        if counts:
+            write_origin(self._path(origin), kept)
+        self._note_opened(origin, counts)
+        return sum(counts.values())
+
+    def settle(self, closed: ClosedBin) -> SettledForecasts:
+        """Return the forecasts for a closed bin that have an actual; changes nothing."""
+        found = []
+        for origin, targets in self._waiting.items():
+            if closed.bin_ms not in targets:
+                continue
+            try:
+                found.append(settled_rows(read_origin(self._path(origin)), closed))
+            except CorruptFile as error:
+                logger.error("open forecasts cannot be read and will expire: %s", error)
+        return _concatenated(found)
+
+    def mark_settled(self, bin_ms: int, n_settled: int) -> None:
+        """Note durably that a bin's rows are stored; its other forecasts, and older ones, expire.
+
+        Raises:
+            StorageFull, StorageBroken: call it again; until then the bin counts as open.
+        """
+        self._retire(bin_ms + 1, n_settled, max(bin_ms, self.settled_through_ms or bin_ms))
+
+    def expire(self, before_ms: int) -> int:
+        """Give up forecasts for bins that start before `before_ms`; return how many."""
+        n_due = sum(n for targets in self._waiting.values() for t, n in targets.items() if t < before_ms)
+        if n_due:
+            self._retire(before_ms, 0, self.settled_through_ms)
+        return n_due
+
+    def _retire(self, before_ms: int, n_settled: int, settled_through_ms: int | None) -> None:
+        """Take every forecast for bins before `before_ms` off the account, file first."""
+        waiting = {
+            origin: {target: n for target, n in targets.items() if target >= before_ms}
+            for origin, targets in self._waiting.items()
+        }
+        n_due = self._counts.open - sum(n for targets in waiting.values() for n in targets.values())
+        assert n_settled <= n_due, f"{n_settled} settled of {n_due} due"
+        if not n_due and self._recorded_ms == self.newest_origin_ms:  # a backfill's bins cost no write each
+            self.settled_through_ms = settled_through_ms
+            return
+        done = [origin for origin, targets in waiting.items() if not targets]
+        for origin in done:
+            del waiting[origin]
+        settled, expired = self._settled + n_settled, self._expired + n_due - n_settled
+        self._write(waiting, settled, expired, settled_through_ms)
+        self._waiting, self._settled, self._expired = waiting, settled, expired
+        self.settled_through_ms = settled_through_ms
+        self._count()
+        for origin in done:
+            self._path(origin).unlink(missing_ok=True)
+
+    def _note_opened(self, origin: int, counts: dict[int, int]) -> None:
+        if counts:
+            self._waiting[origin] = counts
+        self._opened += sum(counts.values())
+        self.newest_origin_ms = origin
+        self._count()
+
+    def _count(self) -> None:
+        waiting = sum(n for targets in self._waiting.values() for n in targets.values())
+        done = self._settled + self._expired
+        self._counts = LedgerCounts(self._opened, done, self._settled, self._expired, waiting)
+
+    def _path(self, origin_ms: int) -> Path:
+        return self._folder / f"{origin_ms}.npz"
+
+    def _write(
+        self, waiting: dict[int, dict[int, int]], settled: int, expired: int, settled_through_ms: int | None
+    ) -> None:
+        files.write_json(
+            self._state_path,
+            {
+                "format": FORMAT,
+                "bin_ms": self._bin_ms,
+                "clock_mode": self._clock_mode,
+                "newest_origin_ms": self.newest_origin_ms,
+                "settled_through_ms": settled_through_ms,
+                "opened": self._opened,
+                "settled": settled,
+                "expired": expired,
+                "waiting": {str(o): {str(t): n for t, n in ts.items()} for o, ts in waiting.items()},
+            },
+        )
+        self._recorded_ms = self.newest_origin_ms
+
+    # start-up
+
+    def _recover(self) -> None:
+        """Read the account; add what was opened after its last write, drop what it retired."""
+        files.remove_stale_temps(self._folder)
+        is_foreign = self._load_state() != self._bin_ms
+        foreign = set(self._waiting) if is_foreign else set()
+        counted_to = self.newest_origin_ms
+        for origin in sorted(int(path.stem) for path in self._folder.glob("*.npz") if path.stem.isdigit()):
+            if origin in self._waiting:
+                continue
+            if counted_to is not None and origin <= counted_to:  # retired; the kill came before the unlink
+                self._path(origin).unlink()
+                continue
+            try:
+                kept = read_origin(self._path(origin))
+            except CorruptFile as error:  # never counted: nobody was told of it
+                _set_aside(self._path(origin), error)
+                continue
+            self._note_opened(origin, kept.counts())
+            if kept.bin_ms != self._bin_ms:
+                foreign.add(origin)
+        if foreign:
+            self._expire_origins(foreign)
+
+    def _load_state(self) -> int:
+        """Read `ledger.json` and return the bin length it was kept for."""
+        try:
+            state = files.read_json(self._state_path)
+            if state.get("format") != FORMAT:
+                raise UnknownFormat(self._state_path, f"format {state.get('format')!r}", hint="expected 1")
+            waiting = {int(o): {int(t): int(n) for t, n in ts.items()} for o, ts in state["waiting"].items()}
+            opened, settled, expired = (int(state[key]) for key in ("opened", "settled", "expired"))
+            newest, through = (_optional_int(state[k]) for k in ("newest_origin_ms", "settled_through_ms"))
+            bin_ms, clock_mode = int(state["bin_ms"]), str(state["clock_mode"])
+        except FileNotFoundError:
+            return self._bin_ms
+        except (CorruptFile, KeyError, TypeError, ValueError, AttributeError) as error:
+            _set_aside(self._state_path, error)
+            return self._bin_ms
+        if clock_mode != self._clock_mode:
+            raise SettingsError(
+                [f"clock.mode is {self._clock_mode}, but {self._state_path} was kept with {clock_mode}"],
+                hint=f"start with --clock {clock_mode}, or take another --data-buffer-dir",
+            )
+        self._waiting, self._opened, self._settled, self._expired = waiting, opened, settled, expired
+        self.newest_origin_ms, self.settled_through_ms = newest, through
+        self._recorded_ms = newest
+        return bin_ms
+
+    def _expire_origins(self, origins: set[int]) -> None:
+        """Give up forecasts made for bins of another length: no bin of ours is their target."""
+        n_expired = sum(n for origin in origins for n in self._waiting.get(origin, {}).values())
+        logger.warning("open forecasts of another bin length expire n=%d", n_expired)
+        self._waiting = {o: targets for o, targets in self._waiting.items() if o not in origins}
+        self._expired += n_expired
+        self._write(self._waiting, self._settled, self._expired, self.settled_through_ms)
+        for origin in origins:
+            self._path(origin).unlink(missing_ok=True)
+
+
+def _optional_int(value: Any) -> int | None:
+    return None if value is None else int(value)
+
+
+def _set_aside(path: Path, error: Exception) -> None:
+    aside = path.with_name(path.name + ".corrupt")
+    path.rename(aside)
+    logger.error("damaged file set aside path=%s reason=%s", aside, error)
+
+
+def _concatenated(parts: list[SettledForecasts]) -> SettledForecasts:
+    """Return all rows in one; no parts give no rows."""
+    empty = SettledForecasts(
+        *(np.empty(0, dtype=np.int64),) * 2,
+        np.empty(0, dtype=np.int32),
+        *(np.empty(0, dtype=object),) * 2,
+        *(np.empty(0, dtype=np.float64),) * 4,
+        np.empty(0, dtype=object),
+    )
+    columns = (
+        np.concatenate([getattr(part, column.name) for part in (empty, *parts)])
+        for column in fields(SettledForecasts)
+    )
+    return SettledForecasts(*columns)

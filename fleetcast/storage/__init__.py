@@ -1,0 +1,1 @@
+"""How records and settled forecasts are kept: a log, immutable parts, sealed day files."""

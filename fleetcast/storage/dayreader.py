@@ -1,0 +1,282 @@
+"""Reading a kind of day files together with its log, without locks and without repairing.
+
+Owns: the merge of parts and log rows, in order, in bounded memory. Sees every acknowledged row
+once: the log is read before the days, and a row that moved meanwhile is in both and merged.
+Does not know: writing.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fleetcast.storage.arrays import chosen, codes_of, times_ms
+from fleetcast.storage.dayfiles import DAY_MS, day_of_ms, day_start_ms, list_days, open_day
+from fleetcast.storage.frames import read_segment, segments
+from fleetcast.storage.parts import READ_ERRORS, OpenPart
+from fleetcast.storage.tables import TableKind, canonical, concatenated, merged
+
+logger = logging.getLogger(__name__)
+
+CHUNK_ROWS = 262_144
+
+
+@dataclass(frozen=True, slots=True)
+class LogRows:
+    """Rows of one log segment, in the order they were appended."""
+
+    number: int
+    table: pa.Table
+
+
+def decode_frames(
+    payloads: Sequence[bytes], kind: TableKind, on_bad: Callable[[bytes, Exception], None]
+) -> pa.Table:
+    """Return the rows of log frames in their order; an undecodable one costs only itself."""
+    tables: list[pa.Table] = []
+    for payload in payloads:
+        try:
+            with pa.ipc.open_stream(payload) as reader:
+                table = reader.read_all()
+            if not tables or not table.schema.equals(tables[-1].schema):  # a fleet sends few shapes
+                table = canonical(table, kind)
+            tables.append(table)
+        except READ_ERRORS as error:
+            on_bad(payload, error)
+    return concatenated(tables, kind)
+
+
+def encode_frame(table: pa.Table) -> bytes:
+    """Return a table as the payload of a log frame (an Arrow IPC stream)."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def log_folder(folder: Path, kind: TableKind) -> Path:
+    """Return the folder of a kind's log."""
+    return folder / "log" / kind.name
+
+
+def read_log(folder: Path, kind: TableKind) -> list[LogRows]:
+    """Return what the log holds that may not be in parts yet."""
+    found = []
+    for segment in segments(log_folder(folder, kind)):
+        try:
+            content = read_segment(segment.path)
+        except OSError:  # became parts since it was listed; the days are opened later
+            continue
+        table = decode_frames(content.payloads, kind, _note_bad_frame)
+        if len(table):
+            found.append(LogRows(segment.number, table))
+    return found
+
+
+def _note_bad_frame(payload: bytes, error: Exception) -> None:
+    logger.warning("skipped a log frame size_bytes=%d error=%s", len(payload), error)
+
+
+class DayReader:
+    """Reads one kind in one folder; holds no state."""
+
+    def __init__(self, folder: Path, kind: TableKind) -> None:
+        self.folder = folder
+        self.kind = kind
+
+    def read(
+        self,
+        start_ms: int,
+        end_ms: int,
+        columns: Sequence[str] | None = None,
+        chunk_rows: int = CHUNK_ROWS,
+    ) -> Iterator[tuple[date, pa.Table]]:
+        """Yield the rows with start <= time < end, day by day.
+
+        A day comes in one or more tables that hold whole servers, sorted by key, one row per key.
+        """
+        log = read_log(self.folder, self.kind)
+        for day in self._days(log, start_ms, end_ms):
+            first_ms = max(start_ms, day_start_ms(day))
+            last_ms = min(end_ms, day_start_ms(day) + DAY_MS)
+            for table in self._read_span(day, log, first_ms, last_ms, columns, chunk_rows):
+                yield day, table
+
+    def _read_span(
+        self,
+        day: date,
+        log: Sequence[LogRows],
+        start_ms: int,
+        end_ms: int,
+        columns: Sequence[str] | None,
+        chunk_rows: int,
+    ) -> Iterator[pa.Table]:
+        """Yield the rows of a span inside one day."""
+        fresh = []
+        for rows in log:
+            table = _between(_narrow(rows.table, self.kind, columns), self.kind, start_ms, end_ms)
+            if len(table):
+                fresh.append(LogRows(rows.number, table))
+        parts = [
+            part for part in open_day(self.folder, self.kind, day).parts if part.may_hold(start_ms, end_ms)
+        ]
+        for table in merge_sources(parts, fresh, self.kind, columns, chunk_rows):
+            inside = _between(table, self.kind, start_ms, end_ms)
+            if len(inside):
+                yield inside
+
+    def metric_names(self, start_ms: int, end_ms: int) -> list[str]:
+        """Return the metrics that occur in days of this range, sorted, from footers and the log."""
+        log = read_log(self.folder, self.kind)
+        names: set[str] = set()
+        for rows in log:
+            if len(_between(rows.table, self.kind, start_ms, end_ms)):
+                names.update(rows.table.column_names)
+        for day in self._days([], start_ms, end_ms):
+            for part in open_day(self.folder, self.kind, day).parts:
+                names.update(part.schema.names)
+        return sorted(names - set(self.kind.schema.names))
+
+    def newest_ms(self) -> int | None:
+        """Return the newest time of all rows."""
+        return self._edge_ms(newest=True)
+
+    def oldest_ms(self) -> int | None:
+        """Return the oldest time of all rows."""
+        return self._edge_ms(newest=False)
+
+    def _edge_ms(self, *, newest: bool) -> int | None:
+        edge = max if newest else min
+        log = read_log(self.folder, self.kind)
+        times = [times_ms(rows.table, self.kind.time_column) for rows in log if len(rows.table)]
+        found = [int(edge(some)) for some in times]
+        days = list_days(self.folder, self.kind)
+        for day in reversed(days) if newest else days:
+            in_day = [
+                edge_of
+                for part in open_day(self.folder, self.kind, day).parts
+                for edge_of in _edges(part, self.kind)
+            ]
+            if in_day:
+                found.append(edge(in_day))
+                break
+        return edge(found) if found else None
+
+    def _days(self, log: Sequence[LogRows], start_ms: int, end_ms: int) -> list[date]:
+        days = set(list_days(self.folder, self.kind))
+        for rows in log:
+            numbers = np.unique(times_ms(rows.table, self.kind.time_column) // DAY_MS)
+            days.update(day_of_ms(int(number) * DAY_MS) for number in numbers)
+        return sorted(
+            day for day in days if day_start_ms(day) < end_ms and day_start_ms(day) + DAY_MS > start_ms
+        )
+
+
+def merge_sources(
+    parts: Sequence[OpenPart],
+    log: Sequence[LogRows],
+    kind: TableKind,
+    columns: Sequence[str] | None = None,
+    chunk_rows: int = CHUNK_ROWS,
+) -> Iterator[pa.Table]:
+    """Yield the rows of parts and log merged: sorted by key, one row per key, newer ones win.
+
+    Never more than about `chunk_rows` rows are held, unless one server alone has more.
+    """
+    if len(parts) == 1 and not log and parts[0].is_ours:
+        yield from _whole_servers(parts[0].tables(columns), kind)  # sorted and unique as it is
+        return
+    ranges = _server_ranges(parts, log, kind, chunk_rows)
+    for first, last in ranges:
+        sources = [(part.number, 0, _part_rows(part, kind, columns, first, last)) for part in parts]
+        sources += [(rows.number, 1, [_servers_between(rows.table, kind, first, last)]) for rows in log]
+        sources.sort(key=lambda source: source[:2])
+        tables = [table for _, _, some in sources for table in some]
+        table = merged(tables, kind)
+        if len(table):
+            yield table
+
+
+def _server_ranges(
+    parts: Sequence[OpenPart], log: Sequence[LogRows], kind: TableKind, chunk_rows: int
+) -> list[tuple[str | None, str | None]]:
+    """Return inclusive ranges of server names of about `chunk_rows` rows; (None, None) is all."""
+    if sum(part.n_rows for part in parts) + sum(len(rows.table) for rows in log) <= chunk_rows:
+        return [(None, None)]
+    counts: dict[str, int] = {}
+    tables = [table for part in parts for table in part.tables([])] + [rows.table for rows in log]
+    for table in tables:
+        for entry in pc.value_counts(table.column(kind.key[0])).to_pylist():
+            counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
+    ranges: list[tuple[str | None, str | None]] = []
+    first, last, n_rows = "", "", 0
+    for name in sorted(counts):
+        if n_rows and n_rows + counts[name] > chunk_rows:
+            ranges.append((first, last))
+            n_rows = 0
+        first = name if n_rows == 0 else first
+        last = name
+        n_rows += counts[name]
+    return [*ranges, (first, last)] if n_rows else ranges
+
+
+def _part_rows(
+    part: OpenPart, kind: TableKind, columns: Sequence[str] | None, first: str | None, last: str | None
+) -> list[pa.Table]:
+    if first is None or last is None:
+        return list(part.tables(columns))
+    groups = part.groups((first, last))
+    return [_servers_between(table, kind, first, last) for table in part.tables(columns, groups)]
+
+
+def _servers_between(table: pa.Table, kind: TableKind, first: str | None, last: str | None) -> pa.Table:
+    if first is None or last is None or len(table) == 0:
+        return table
+    names, codes = codes_of(table.column(kind.key[0]))
+    wanted = np.array([first <= str(name) <= last for name in names], dtype=np.bool_)
+    return chosen(table, wanted[codes])
+
+
+def _whole_servers(tables: Iterator[pa.Table], kind: TableKind) -> Iterator[pa.Table]:
+    """Yield sorted tables cut anew, so that no server is spread over two of them."""
+    held: pa.Table | None = None
+    for table in tables:
+        if len(table) == 0:
+            continue
+        if held is None:
+            held = table
+            continue
+        _, codes = codes_of(held.column(kind.key[0]))
+        others = np.flatnonzero(codes != codes[-1])
+        n_ready = int(others[-1]) + 1 if len(others) else 0
+        if n_ready:
+            yield held.slice(0, n_ready)
+        held = concatenated([held.slice(n_ready), table], kind)
+    if held is not None:
+        yield held
+
+
+def _narrow(table: pa.Table, kind: TableKind, columns: Sequence[str] | None) -> pa.Table:
+    if columns is None or not kind.has_metrics:
+        return table
+    fixed = kind.schema.names
+    return table.select([name for name in table.column_names if name in fixed or name in columns])
+
+
+def _between(table: pa.Table, kind: TableKind, start_ms: int, end_ms: int) -> pa.Table:
+    times = times_ms(table, kind.time_column)
+    inside = (times >= start_ms) & (times < end_ms)
+    return table if inside.all() else chosen(table, inside)
+
+
+def _edges(part: OpenPart, kind: TableKind) -> list[int]:
+    span = part.time_range_ms()
+    if span is not None:
+        return list(span)
+    tables = [times_ms(table, kind.time_column) for table in part.tables([]) if len(table)]
+    return [int(edge) for times in tables for edge in (times.min(), times.max())]

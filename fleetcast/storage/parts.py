@@ -1,0 +1,213 @@
+"""One immutable Parquet file of rows sorted by key: how it is written, opened and read.
+
+Owns: the file name of a part, Parquet options, row groups, damage inside a file.
+Does not know: days, folders, the log. Only `OpenPart` and `write_part` touch Parquet.
+
+A part is named `part-<number>-<rows>.parquet`: the number is that of the newest log segment in
+it, so replaying a segment twice writes the same name; the row count saves opening it to count.
+"""
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fleetcast.files import fsync_file, storage_error
+from fleetcast.storage.tables import NotThisKind, TableKind, canonical, filled, is_canonical, stored_schema
+
+logger = logging.getLogger(__name__)
+
+COLUMNS_FILE = "00-columns.parquet"  # sorts first: readers of the folder take their columns from it
+FORMAT_VERSION = 1
+_META_FORMAT = "fleetcast.format"
+_META_NUMBER = "fleetcast.segment"
+_PART_NAME = re.compile(r"part-(\d{12})-(\d+)\.parquet")
+_PART_GROUP_ROWS = 32_768
+_SEALED_GROUP_ROWS = 131_072
+_SEALED_ZSTD_LEVEL = 9
+_THREADS_ROWS = 50_000  # below, starting threads costs more than it saves
+READ_ERRORS = (pa.ArrowException, OSError, NotThisKind, KeyError, ValueError)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PartName:
+    """What the file name of a part says."""
+
+    number: int
+    n_rows: int
+
+    @property
+    def text(self) -> str:
+        """Return the file name."""
+        return f"part-{self.number:012d}-{self.n_rows}.parquet"
+
+    @classmethod
+    def parse(cls, text: str) -> "PartName | None":
+        """Return the part of this file name, None for a foreign file.
+
+        >>> PartName.parse("part-000000000007-180.parquet")
+        PartName(number=7, n_rows=180)
+        """
+        match = _PART_NAME.fullmatch(text)
+        return cls(int(match[1]), int(match[2])) if match else None
+
+
+def write_part(
+    path: Path,
+    tables: Iterator[pa.Table],
+    kind: TableKind,
+    schema: pa.Schema,
+    number: int,
+    *,
+    is_sealed: bool = False,
+) -> int:
+    """Write canonical tables, in order, to a new durable file; return the number of rows.
+
+    Raises:
+        StorageFull, StorageBroken: nothing is left at `path`.
+    """
+    written = stored_schema(schema)
+    options = _options(kind, schema, is_sealed)
+    group_rows = _SEALED_GROUP_ROWS if is_sealed else _PART_GROUP_ROWS
+    n_rows = 0
+    try:
+        with path.open("xb") as stream, pq.ParquetWriter(stream, written, **options) as writer:
+            writer.add_key_value_metadata({_META_FORMAT: str(FORMAT_VERSION), _META_NUMBER: str(number)})
+            for table in tables:
+                writer.write_table(filled(table, schema).cast(written), row_group_size=group_rows)
+                n_rows += len(table)
+        fsync_file(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise storage_error(path, error) from error
+    return n_rows
+
+
+class OpenPart:
+    """An open part (or sealed file): it stays readable when its name is gone.
+
+    Damage costs only the row group it lies in; `n_damaged_groups` counts them.
+    """
+
+    def __init__(self, path: Path, name: PartName | None, kind: TableKind) -> None:
+        """Open `path`, which is only used now; raises one of `READ_ERRORS`."""
+        self._kind = kind
+        self._label = str(path)
+        self._file = pq.ParquetFile(
+            pa.OSFile(str(path)),
+            read_dictionary=list(kind.text_columns),
+            page_checksum_verification=True,
+        )
+        metadata = self._file.metadata
+        said = metadata.metadata or {}
+        version = int(said.get(_META_FORMAT.encode(), b"0"))
+        if version > FORMAT_VERSION:
+            raise NotThisKind(f"format {version} is newer than {FORMAT_VERSION}")
+        self.is_ours = version > 0
+        self.number = name.number if name else int(said.get(_META_NUMBER.encode(), b"0"))
+        self.n_rows: int = metadata.num_rows
+        self.n_damaged_groups = 0
+        self.column_names: list[str] = self._file.schema_arrow.names
+        found = self._file.schema_arrow
+        self._schema = found if is_canonical(found, kind) else canonical(found.empty_table(), kind).schema
+        self._is_large = self.n_rows > _THREADS_ROWS
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Return the canonical schema of what it holds."""
+        return self._schema
+
+    def time_range_ms(self) -> tuple[int, int] | None:
+        """Return the oldest and newest time from the footer, None where it says nothing."""
+        metadata = self._file.metadata
+        if not self.is_ours:  # a foreign file may count in other units
+            return None
+        place = self.column_names.index(self._kind.time_column)
+        lows, highs = [], []
+        for group in range(metadata.num_row_groups):
+            statistics = metadata.row_group(group).column(place).statistics
+            if statistics is None or not statistics.has_min_max:
+                return None
+            lows.append(statistics.min_raw)
+            highs.append(statistics.max_raw)
+        return (min(lows), max(highs)) if lows else None
+
+    def may_hold(self, start_ms: int, end_ms: int) -> bool:
+        """Whether it can hold a row with start <= time < end."""
+        span = self.time_range_ms()
+        return span is None or (span[0] < end_ms and span[1] >= start_ms)
+
+    def name_range(self) -> tuple[str, str] | None:
+        """Return the first and last server from the footer, None where it says nothing."""
+        ranges = self._name_ranges()
+        known = [names for names in ranges if names is not None]
+        if len(known) < len(ranges) or not known:
+            return None
+        return min(first for first, _ in known), max(last for _, last in known)
+
+    def groups(self, names: tuple[str, str] | None) -> list[int]:
+        """Return the row groups that can hold servers of this (inclusive) range of names."""
+        ranges = enumerate(self._name_ranges())
+        if names is None:
+            return [group for group, _ in ranges]
+        return [group for group, own in ranges if own is None or (own[1] >= names[0] and own[0] <= names[1])]
+
+    def _name_ranges(self) -> list[tuple[str, str] | None]:
+        """Return the first and last server of each row group."""
+        metadata = self._file.metadata
+        place = self.column_names.index(self._kind.key[0])
+        found: list[tuple[str, str] | None] = []
+        for group in range(metadata.num_row_groups):
+            statistics = metadata.row_group(group).column(place).statistics
+            is_known = statistics is not None and statistics.has_min_max
+            found.append((statistics.min, statistics.max) if is_known else None)
+        return found
+
+    def tables(
+        self, columns: Sequence[str] | None = None, groups: Sequence[int] | None = None
+    ) -> Iterator[pa.Table]:
+        """Yield its row groups as canonical tables; a damaged one is skipped, counted and logged.
+
+        Args:
+            columns: metrics to read; None reads all, an empty one the key columns only.
+        """
+        wanted = self._wanted(columns)
+        for group in range(self._file.metadata.num_row_groups) if groups is None else groups:
+            try:
+                table = self._file.read_row_group(group, columns=wanted, use_threads=self._is_large)
+                yield canonical(table, self._kind, columns)
+            except READ_ERRORS as error:
+                self.n_damaged_groups += 1
+                logger.warning(
+                    "skipped a damaged row group file=%s group=%d error=%s", self._label, group, error
+                )
+
+    def _wanted(self, columns: Sequence[str] | None) -> list[str] | None:
+        if columns is None:
+            return None
+        return [*self._kind.schema.names, *(name for name in columns if name in self.column_names)]
+
+
+def _options(kind: TableKind, schema: pa.Schema, is_sealed: bool) -> dict[str, object]:
+    common: dict[str, object] = {
+        "version": "2.6",
+        "store_schema": False,
+        "write_page_checksum": True,
+        "write_statistics": [kind.key[0], kind.time_column],
+    }
+    if not is_sealed:
+        return {**common, "compression": "lz4", "use_dictionary": list(kind.text_columns)}
+    times = [field.name for field in schema if pa.types.is_timestamp(field.type)]
+    return {
+        **common,
+        "compression": "zstd",
+        "compression_level": _SEALED_ZSTD_LEVEL,
+        "use_dictionary": [field.name for field in schema if field.name not in times],
+        "column_encoding": dict.fromkeys(times, "DELTA_BINARY_PACKED"),
+    }
