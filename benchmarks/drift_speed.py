@@ -63,7 +63,7 @@ def literal_ms(rows: int) -> float:
 
 def sketched_ms(rows: int) -> float:
     """Return the same against 1,001 quantiles of the reference, as a saved baseline keeps them."""
-    from fleetcast.sketched_ks import sketched_ks
+    from fleetcast.drift.sketched_ks import sketched_ks
 
     quantiles = np.quantile(columns(REFERENCE_ROWS, SEED), np.linspace(0, 1, 1001), axis=1).T
     window = columns(rows, SEED + 1)
@@ -118,7 +118,7 @@ def memory_mb() -> float:
     """
     code = (
         "import sys, numpy as np\n"
-        "from fleetcast.sketched_ks import sketched_ks\n"
+        "from fleetcast.drift.sketched_ks import sketched_ks\n"
         "base = np.load(sys.argv[1], allow_pickle=False)\n"
         "window = np.random.default_rng(8).gamma(2.0, 3.0, (len(base), 1000))\n"
         "[sketched_ks(own, ref) for own, ref in zip(window, base, strict=True)]\n"
