@@ -118,7 +118,7 @@ class TrainerSettings:
         2e-3, "the same for an incremental training", low=1e-6, high=1.0
     )
     changed_share: float = setting(
-        0.35, "share of a batch drawn from drifting series after their change", low=0.0, high=0.9
+        0.25, "share of a batch drawn from drifting series after their change", low=0.0, high=0.9
     )
     recent_share: float = setting(
         0.5,

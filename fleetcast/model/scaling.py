@@ -140,6 +140,8 @@ def _bounds(
     largest = np.nan_to_num(np.fmax.reduce(z, axis=1))
     is_young = day_seen.mean(axis=1) < 0.5
     margin = 0.25 * (largest - smallest) + spread * np.where(is_young, 4.0, 1.0)
+    # on the log scale a margin is a factor: of a wide range it would be tens of times the maximum
+    margin = np.where(is_log, np.minimum(margin, np.where(is_young, 1.5, 0.5)), margin)
     low = smallest - margin
     low = np.where((is_percent | is_log) & (smallest >= 0), np.maximum(low, 0.0), low)
     high = largest + margin
