@@ -74,7 +74,7 @@ FAMILY_OF = np.array([FAMILIES.index(statistic.family) for statistic in STATISTI
 def surprise(share: Floats32 | np.float32) -> Floats32:
     """Return -log(1 - share): a share's distance from 0 on a scale without an upper end.
 
-    >>> float(surprise(np.array(0.5, np.float32)).round(4))
+    >>> round(float(surprise(np.float32(0.5))), 4)
     0.6931
     """
     return np.asarray(-np.log1p(-np.minimum(share, SHARE_CAP)), np.float32)
