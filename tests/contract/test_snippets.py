@@ -72,6 +72,7 @@ def test_the_thresholds_can_be_assigned_and_decide() -> None:
 @covers("data_buffer.py-340-lines", "649288ed")
 def test_the_buffer_snippet() -> None:
     import pandas as pd
+
     from data_buffer import DataBuffer
 
     now = pd.Timestamp.now("UTC").floor("s")
@@ -99,6 +100,7 @@ def test_the_buffer_snippet() -> None:
 @covers("data_buffer.py-340-lines-2", "4f49b1e7")
 def test_the_storage_structure_is_one_readable_day_file_per_utc_day() -> None:
     import pandas as pd
+
     from data_buffer import DataBuffer
 
     names = re.findall(r"metrics_\d{4}-\d\d-\d\d\.parquet", BLOCKS["data_buffer.py-340-lines-2"].text)
