@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = min(split + options.test_days * DAY_BINS, grid.n_bins)
     origins = np.linspace(split, stop - HORIZON - 1, options.origins).round().astype(int)
     groups = {"seen": slice(options.servers), "unseen": slice(options.servers, None)}
-    report: dict[str, Any] = {"options": vars(options), "metrics": list(grid.metrics), "seeds": []}
+    asked = vars(options) | {"data": Path(options.data).name}
+    report: dict[str, Any] = {"options": asked, "metrics": list(grid.metrics), "seeds": []}
     for seed in range(options.seeds):
         trainer = TrainerSettings(seed=TrainerSettings.seed + seed)
         started = monotonic()
