@@ -5,7 +5,8 @@
     python tft_trainer.py --rollback                                      back to the version before
 
 Owns: flags, the lock, the order of writing: version → last.ckpt → baseline.npz → attempt. Each
-step is one rename, so a kill leaves the old state or the new one. Does not know: when to train.
+step is one rename, so a kill leaves the old state or the new one. A training from scratch notes each epoch:
+killed and started again with the same data and settings, it goes on. Does not know: when to train.
 
 Without a model to continue, --incremental trains a base (`trainer.base_epochs`). Exit codes:
 0 ran to a verdict, promoted or not; 1 failed; 2 bad settings or usage; 4 a trainer is at work;
@@ -39,6 +40,7 @@ logger = logging.getLogger("tft_trainer")
 
 ATTEMPT_ID_VARIABLE = "TFT_ATTEMPT_ID"
 ATTEMPTS_FOLDER = "attempts"
+BASE_STATE_FILE = "base_training.state"  # after each epoch of a training from scratch; gone at its end
 _ATTEMPT_ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
@@ -129,6 +131,7 @@ class Attempt:
             serving,
             epochs,
             shows_progress_bar=sys.stderr.isatty(),
+            state_path=self._registry.folder / BASE_STATE_FILE,
         )
         self._keep(version_id, candidate, start, grid)
         return version_id, candidate, start

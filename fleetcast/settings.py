@@ -109,11 +109,14 @@ class TrainerSettings:
     """How a model is trained."""
 
     epochs: int = setting(5, "epochs of an incremental training", low=1, high=1000)
-    base_epochs: int = setting(10, "epochs of a training from scratch", low=1, high=1000)
+    base_epochs: int = setting(16, "epochs of a training from scratch", low=1, high=1000)
+    patience_epochs: int = setting(
+        4, "epochs without a better one after which a training from scratch stops; 0: never", low=0
+    )
     steps_per_epoch: int = setting(100, "batches sampled per epoch", low=1)
     batch_size: int = setting(128, "windows per batch", low=1)
     hidden_size: int = setting(32, "width of the network", low=4, high=512)
-    learning_rate: float = setting(3e-3, "peak of the cosine schedule", low=1e-6, high=1.0)
+    learning_rate: float = setting(5e-3, "peak of the cosine schedule", low=1e-6, high=1.0)
     incremental_learning_rate: float = setting(
         2e-3, "the same for an incremental training", low=1e-6, high=1.0
     )

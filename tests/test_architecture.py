@@ -43,9 +43,9 @@ ROWS = {
 }
 DEFAULT_ROW = 2
 OWNERS = {
-    "torch": {"forecaster", "network", "networkblocks", "training"},
+    "torch": {"forecaster", "network", "networkblocks", "training", "training_epochs", "training_state"},
     "pytorch_forecasting": {"network"},
-    "lightning": {"training"},
+    "lightning": {"training", "training_epochs"},
     "requests": {"client"},
     "psutil": {"hostload", "local_agent"},
     "fastapi": {"server"},

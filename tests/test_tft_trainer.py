@@ -14,6 +14,7 @@ import pytest
 
 import tft_trainer
 from fleetcast.files import OwnerLock
+from fleetcast.model import training_epochs
 from fleetcast.model.baseline import Baseline
 from fleetcast.model.forecaster import Forecaster
 from fleetcast.model.registry import TRAINER_LOCK, Registry
@@ -226,18 +227,21 @@ def test_a_trainer_that_cannot_beat_what_serves_is_not_promoted_and_says_so(work
 
 
 @pytest.mark.slow
-def test_a_killed_trainer_leaves_what_was(workplace: Path) -> None:
-    # Given a trainer in the middle of its steps
+def test_a_killed_trainer_leaves_what_was_and_goes_on_where_it_stood(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a trainer in the third of its epochs
     fleet().to_parquet("data.parquet")
-    command = [sys.executable, str(ROOT / "tft_trainer.py"), "--data", "data.parquet", "--epochs", "500"]
+    (workplace / "fleetcast.toml").write_text(SMALL.replace("base_epochs = 2", "base_epochs = 6"))
+    command = [sys.executable, str(ROOT / "tft_trainer.py"), "--data", "data.parquet"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
-        if "epoch trained" in line:
+        if "epoch trained epoch=2/6" in line:
             break
     # When it is killed
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
     process.stderr.close()
     # Then nothing serves, nothing half-written has a name, and the lock is free
     registry = Registry(workplace / "checkpoints")
@@ -246,3 +250,12 @@ def test_a_killed_trainer_leaves_what_was(workplace: Path) -> None:
     assert verdicts(workplace) == []
     with OwnerLock(workplace / "checkpoints" / TRAINER_LOCK, "a trainer"):
         pass
+    # When it is started again
+    told: list[str] = []
+    monkeypatch.setattr(training_epochs.logger, "info", lambda text, *given: told.append(text % given))
+    assert tft_trainer.main(["--data", "data.parquet"]) == 0
+    # Then it goes on with what its state file holds, and leaves no state
+    assert told[0].startswith("training goes on where it was interrupted epoch=")
+    assert len(told) in (5, 6)  # that line, and four or five of the six epochs
+    assert not (workplace / "checkpoints" / tft_trainer.BASE_STATE_FILE).exists()
+    assert len(registry.version_ids()) == 1

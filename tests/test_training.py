@@ -8,9 +8,11 @@ import torch
 
 from fleetcast.model.gridshape import GridShape
 from fleetcast.model.network import NetworkConfig
-from fleetcast.model.sampler import WindowMix, WindowSampler
+from fleetcast.model.sampler import TrainingBatch, WindowMix, WindowSampler
 from fleetcast.model.traingrid import TrainingGrid
 from fleetcast.model.training import Fit, fit, pinball, rate_share
+from fleetcast.model.training_epochs import Resumable
+from fleetcast.model.training_state import StateFile
 from fleetcast.schema import QUANTILES
 
 LEVELS = torch.tensor(QUANTILES)
@@ -40,6 +42,69 @@ def test_the_rate_warms_up_and_never_ends_at_nothing() -> None:
     assert shares[-1] == pytest.approx(0.02)
     assert min(shares) > 0
     assert rate_share(0, 1, 50) > 0
+
+
+SHAPE = GridShape(300_000, 12)
+
+
+class Killed(Exception):
+    """The machine went away."""
+
+
+def sampler() -> WindowSampler:
+    values = (50 + 30 * np.sin(2 * np.pi * np.arange(1500) / 48)).astype(np.float32)
+    grid = TrainingGrid(("a",), ("cpu_pct",), np.tile(values, (1, 1, 1)), 0, 300_000)
+    return WindowSampler(grid, SHAPE, np.full((1, 1), 1400), WindowMix(), 1)
+
+
+def trained(plan: Fit, path: Path | None = None, n_batch: int = 1000) -> dict[str, torch.Tensor]:
+    """Train; with `path` resumable, with fewer batches than steps the machine goes away before the end."""
+    source = sampler()
+    validation = sampler().batch(32, [1])
+    left = [n_batch]
+
+    def draw() -> TrainingBatch:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return source.batch(16, [1])
+
+    return fit(
+        NetworkConfig.for_grid(SHAPE, 8),
+        SHAPE,
+        None,
+        draw,
+        plan,
+        validation=validation,
+        state=Resumable(StateFile(path, "one"), source) if path else None,
+    )
+
+
+def test_a_training_that_was_interrupted_ends_with_the_weights_of_an_unbroken_one(tmp_path: Path) -> None:
+    plan = Fit(4, 6, 1e-2, 5, 1, 3)
+    # Given a training that went away in its third epoch
+    with pytest.raises(Killed):
+        trained(plan, tmp_path / "state", n_batch=15)
+    # When it is started again
+    whole, resumed = trained(plan), trained(plan, tmp_path / "state", n_batch=12)
+    # Then two epochs were enough, and nothing differs
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    # and of a training that is over nothing is trained again
+    again = trained(plan, tmp_path / "state", n_batch=0)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_training_that_gets_no_better_stops_and_keeps_its_best_epoch() -> None:
+    # Given a rate that destroys what it learns
+    ruinous = Fit(50, 3, 30.0, 0, 1, 3, patience_epochs=2)
+    with pytest.raises(Killed):
+        trained(ruinous, n_batch=5)  # it did not stop before the end of its second epoch
+    stopped = trained(ruinous, n_batch=24)  # of 150
+    # Then what it learnt in its best epoch is left
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in stopped.values())
+    forever = Fit(50, 3, 30.0, 0, 1, 3, patience_epochs=0)
+    with pytest.raises(Killed):
+        trained(forever, n_batch=24)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ Owns: the order of one training, from a grid to a candidate with its verdict and
 Does not know: flags, locks, where versions live.
 """
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ from fleetcast.model.registry import Registry
 from fleetcast.model.sampler import ChangedSeries, WindowMix, WindowSampler
 from fleetcast.model.traingrid import TrainingGrid
 from fleetcast.model.training import Fit, fit
+from fleetcast.model.training_epochs import Resumable
+from fleetcast.model.training_state import StateFile
 from fleetcast.model.versions import Version
 from fleetcast.model.windows import RECENT_BINS, count_trainable, enough_to_train
 from fleetcast.schema import Floats32, Longs
@@ -30,6 +33,7 @@ from fleetcast.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+_VALIDATED = 768  # windows an epoch of a base training is judged by
 _WARMUP_STEPS, _INCREMENTAL_WARMUP_STEPS = 50, 20
 _EMBEDDING = "input_embeddings.embeddings.metric.weight"
 FALLBACK = "fallback"
@@ -100,19 +104,22 @@ class CandidateMaker:
         epochs: int,
         *,
         shows_progress_bar: bool,
+        state_path: Path | None = None,
     ) -> Candidate:
         """Train, load back and judge one candidate.
 
         Args:
             start: what to continue from; None = fresh weights.
             serving: what to beat; None = the fallback.
+            state_path: where a training from fresh weights notes each epoch, to go on after a kill.
         Raises:
             NotEnoughData: no window lies before the held-out tail.
             BadCheckpoint: the trained model does not load back, or is not finite.
         """
         description = self._description(version_id, trained_at, start)
         plan = self._plan(start is not None, epochs, shows_progress_bar=shows_progress_bar)
-        weights = self._fitted(description, start, plan)
+        state = StateFile(state_path, self._identity(description, plan)) if state_path and not start else None
+        weights = self._fitted(description, start, plan, state)
         content = Forecaster(description, weights).to_bytes()
         model = Forecaster.from_bytes(content, Path(f"{version_id} (not written yet)"))
         verdict, errors, baseline = self._judged(model, serving)
@@ -139,7 +146,16 @@ class CandidateMaker:
             threads=trainer.threads,
             seed=trainer.seed,
             shows_progress_bar=shows_progress_bar,
+            patience_epochs=0 if is_incremental else trainer.patience_epochs,
         )
+
+    def _identity(self, description: ModelDescription, plan: Fit) -> str:
+        """Return what a training is: the same data, settings and network give the same answer."""
+        told = hashlib.sha256(self._grid.values.tobytes())
+        told.update(self._held_from.tobytes())
+        parts = (description.metrics, description.grid, description.network, self._grid.start_ms)
+        told.update(repr((*parts, replace(plan, shows_progress_bar=False), self._settings.trainer)).encode())
+        return told.hexdigest()
 
     def _mix(self, is_incremental: bool) -> WindowMix:
         trainer = self._settings.trainer
@@ -150,15 +166,41 @@ class CandidateMaker:
         recent = round(trainer.recent_days * 86_400_000 / self._grid.bin_ms)
         return WindowMix(recent_share=trainer.recent_share, recent_bins=recent)
 
-    def _fitted(self, description: ModelDescription, start: Served | None, plan: Fit) -> dict[str, Any]:
-        trainer = self._settings.trainer
-        mix = self._mix(start is not None)
-        sampler = WindowSampler(self._grid, self.shape, self._held_from, mix, trainer.seed)
+    def _fitted(
+        self, description: ModelDescription, start: Served | None, plan: Fit, state: StateFile | None
+    ) -> dict[str, Any]:
+        batch_size = self._settings.trainer.batch_size
         slots = [description.slot(metric) for metric in self._grid.metrics]
+        held_from = self._held_from
+        validation = None
+        if plan.patience_epochs:
+            validation = self._sampler(held_from, self._newest(self._n_validation)).batch(_VALIDATED, slots)
+            held_from = held_from - self._n_validation
+        sampler = self._sampler(held_from, self._mix(start is not None))
         weights = _with_new_metrics(start.model, description) if start else None
-        return fit(
-            description.network, self.shape, weights, lambda: sampler.batch(trainer.batch_size, slots), plan
+        fitted = fit(
+            description.network,
+            self.shape,
+            weights,
+            lambda: sampler.batch(batch_size, slots),
+            plan,
+            validation=validation,
+            state=Resumable(state, sampler) if state else None,
         )
+        if state:
+            state.remove()
+        return fitted
+
+    @property
+    def _n_validation(self) -> int:
+        """Return the bins before the held-out tail that no step of a base training sees."""
+        return (self._grid.n_bins - int(self._held_from.max())) // 2
+
+    def _newest(self, n_bins: int) -> WindowMix:
+        return WindowMix(recent_share=1.0, recent_bins=n_bins)
+
+    def _sampler(self, held_from: Longs, mix: WindowMix) -> WindowSampler:
+        return WindowSampler(self._grid, self.shape, held_from, mix, self._settings.trainer.seed)
 
     def _judged(
         self, model: Forecaster, serving: Served | None

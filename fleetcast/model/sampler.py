@@ -10,6 +10,7 @@ from a change; a quarter to a half of a batch of them learns it, and less than h
 forgets the rest (measured on injected dynamics).
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -87,6 +88,15 @@ class WindowSampler:
             if item.since_bin < held_from[item.server, item.metric] - 1
         ]
         self._changed = np.array(changed, np.int64).reshape(-1, 2)
+
+    @property
+    def random_state(self) -> str:
+        """Return where the draws stand, as JSON; set it to draw the same batches again."""
+        return json.dumps(self._random.bit_generator.state)
+
+    @random_state.setter
+    def random_state(self, state: str) -> None:
+        self._random.bit_generator.state = json.loads(state)
 
     def batch(self, size: int, slots: Sequence[int]) -> TrainingBatch:
         """Draw one batch.

@@ -1,8 +1,8 @@
 """Fit a network to sampled windows: steps, loss, schedule.
 
-Owns: the loss and the optimiser; with `forecaster.py` and `network.py` the owner of torch, and
-the only one that builds a `lightning.Trainer`. Everything stays in memory: no logger, no
-checkpoint, no file. Does not know: where data come from, what a gate is.
+Owns: the loss and the optimiser, when to stop early; with `forecaster.py` and `network.py` the owner
+of torch, and the only one that builds a `lightning.Trainer`. Lightning writes nothing: a training
+that is to survive a kill brings a `StateFile`. Does not know: where data come from, what a gate is.
 """
 
 import logging
@@ -16,10 +16,11 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from fleetcast.clock import monotonic
 from fleetcast.model.gridshape import GridShape
 from fleetcast.model.network import Batch, NetworkConfig, StaticNetwork, as_batch, build
 from fleetcast.model.sampler import TrainingBatch
+from fleetcast.model.training_epochs import Epochs, Resumable, Tensors
+from fleetcast.model.training_state import TrainingState
 from fleetcast.schema import QUANTILES
 
 logger = logging.getLogger(__name__)
@@ -27,8 +28,6 @@ logger = logging.getLogger(__name__)
 _GRADIENT_LIMIT = 1.0
 _WEIGHT_DECAY = 1e-2
 _FINAL_RATE = 0.02  # of the peak, at the end of the cosine
-
-_Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # past, ahead, static, metric, targets
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class Fit:
     threads: int
     seed: int
     shows_progress_bar: bool = False
+    patience_epochs: int = 0  # epochs without a lower validation loss after which to stop; 0: never
 
 
 def fit(
@@ -50,12 +50,17 @@ def fit(
     weights: Mapping[str, Tensor] | None,
     draw: Callable[[], TrainingBatch],
     plan: Fit,
+    *,
+    validation: TrainingBatch | None = None,
+    state: Resumable | None = None,
 ) -> dict[str, Tensor]:
-    """Train and return the weights.
+    """Train and return the weights: the best epoch's by the validation windows, else the last ones.
 
     Args:
         weights: where to start from; None = fresh.
         draw: returns the next batch.
+        validation: windows no batch holds.
+        state: where the training stands after each epoch; it goes on from there.
     """
     torch.set_num_threads(plan.threads)
     for name in ("lightning.pytorch", "lightning.fabric"):  # advertisements and hardware notes
@@ -67,21 +72,29 @@ def fit(
         network = build(config)
         if weights is not None:
             network.load_state_dict(dict(weights))
+        fitting = _Fitting(network, config, grid, plan)
+        epochs = Epochs(
+            fitting,
+            plan.epochs,
+            plan.patience_epochs,
+            _tensors(validation) if validation else None,
+            state,
+        )
+        if epochs.is_over:
+            return epochs.result()
         trainer = lightning.Trainer(
             accelerator="cpu",
             devices=1,
-            max_epochs=plan.epochs,
+            max_epochs=plan.epochs - epochs.done,
             logger=False,
             enable_checkpointing=False,
             enable_model_summary=False,
             enable_progress_bar=plan.shows_progress_bar,
             gradient_clip_val=_GRADIENT_LIMIT,
-            callbacks=[_EpochLog(plan.epochs)],
+            callbacks=[epochs],
         )
-        trainer.fit(
-            _Fitting(network, config, grid, plan), train_dataloaders=_Steps(draw, plan.steps_per_epoch)
-        )
-    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+        trainer.fit(fitting, train_dataloaders=_Steps(draw, plan.steps_per_epoch))
+    return epochs.result()
 
 
 class _Steps:
@@ -93,11 +106,14 @@ class _Steps:
     def __len__(self) -> int:
         return self._count
 
-    def __iter__(self) -> Iterator[_Tensors]:
+    def __iter__(self) -> Iterator[Tensors]:
         for _ in range(self._count):
-            drawn = self._draw()
-            batch = as_batch(drawn.arrays, drawn.metric_slots)
-            yield batch.past, batch.ahead, batch.static, batch.metric, torch.from_numpy(drawn.targets)
+            yield _tensors(self._draw())
+
+
+def _tensors(drawn: TrainingBatch) -> Tensors:
+    batch = as_batch(drawn.arrays, drawn.metric_slots)
+    return batch.past, batch.ahead, batch.static, batch.metric, torch.from_numpy(drawn.targets)
 
 
 class _Fitting(lightning.LightningModule):
@@ -110,13 +126,26 @@ class _Fitting(lightning.LightningModule):
         self._interpolation = torch.from_numpy(grid.interpolation())  # (knot, horizon)
         self._bin_weights = torch.from_numpy(grid.bin_weights())
         self._quantiles = torch.tensor(QUANTILES)
+        self._steps_done = 0
+        self._optimizer_state: dict[str, Any] = {}
+        self.optimizer: torch.optim.Optimizer | None = None
 
-    def training_step(self, batch: _Tensors, _index: int) -> Tensor | None:
+    def go_on(self, state: TrainingState) -> None:
+        """Continue where a training was interrupted."""
+        self.network.load_state_dict(state.weights)
+        self._steps_done = state.epoch * self._plan.steps_per_epoch
+        self._optimizer_state = state.optimizer
+
+    def loss(self, batch: Tensors) -> Tensor:
+        """Return the loss of one batch."""
         past, ahead, static, metric, targets = batch
         weights = dict(self.network.named_parameters(remove_duplicate=False))
         answer = StaticNetwork(weights, self._config)(Batch(past, ahead, static, metric))
         bins = torch.einsum("nkq,kh->nhq", answer, self._interpolation)
-        loss = pinball(bins, targets, self._bin_weights, self._quantiles)
+        return pinball(bins, targets, self._bin_weights, self._quantiles)
+
+    def training_step(self, batch: Tensors, _index: int) -> Tensor | None:
+        loss = self.loss(batch)
         self.log("loss", loss, prog_bar=True)
         return loss if bool(torch.isfinite(loss)) else None  # None skips the step
 
@@ -125,9 +154,12 @@ class _Fitting(lightning.LightningModule):
         optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=self._plan.learning_rate, weight_decay=_WEIGHT_DECAY, fused=True
         )
-        n_step = self._plan.epochs * self._plan.steps_per_epoch
+        if self._optimizer_state:
+            optimizer.load_state_dict(self._optimizer_state)
+        self.optimizer = optimizer
+        n_step, done = self._plan.epochs * self._plan.steps_per_epoch, self._steps_done
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: rate_share(step, n_step, self._plan.warmup_steps)
+            optimizer, lambda step: rate_share(done + step, n_step, self._plan.warmup_steps)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -157,23 +189,3 @@ def rate_share(step: int, n_step: int, warmup_steps: int) -> float:
         return (step + 1) / warmup_steps
     done = min(1.0, (step - warmup_steps) / max(1, n_step - warmup_steps))
     return _FINAL_RATE + (1 - _FINAL_RATE) * (1 + math.cos(math.pi * done)) / 2
-
-
-class _EpochLog(lightning.Callback):
-    """One log line per epoch."""
-
-    def __init__(self, epochs: int) -> None:
-        self._epochs = epochs
-        self._started = monotonic()
-
-    def on_train_epoch_end(self, trainer: Any, _module: Any) -> None:
-        done = trainer.current_epoch + 1
-        elapsed = monotonic() - self._started
-        logger.info(
-            "epoch trained epoch=%d/%d loss=%.4f elapsed_s=%.0f remaining_s=%.0f",
-            done,
-            self._epochs,
-            float(trainer.callback_metrics.get("loss", float("nan"))),
-            elapsed,
-            elapsed / done * (self._epochs - done),
-        )
