@@ -1,63 +1,25 @@
-"""Claims about what is held out and which candidates may serve."""
+"""Claims about which candidates may serve."""
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle_fleet import N_BIN, Oracle, grid, verdict
 
-from fleetcast.model.gate import GateVerdict, HoldOut, Losses, held_from, judge, mean_errors
-from fleetcast.model.gridshape import GridShape
+from fleetcast.model.gate import CONFIDENCE, MIN_BLOCKS, GateVerdict, judge
+from fleetcast.model.holdout import Losses
 from fleetcast.model.sampler import ChangedSeries
-from fleetcast.model.traingrid import TrainingGrid
 from fleetcast.schema import HistoryWindow
 from fleetcast.serving.fallback import NaiveForecaster
 
-SHAPE = GridShape(300_000, 96)
-N_BIN = 4000
+METRICS = ("cpu_pct", "mem_pct")
+N_SERVER, N_ORIGIN = 6, 12
 
 
-def grid(n_server: int = 6) -> TrainingGrid:
-    random = np.random.default_rng(0)
-    steps = random.normal(0, 1, (n_server, 2, N_BIN)).cumsum(axis=2)
-    values = np.clip(50 + steps, 1, 99).astype(np.float32)
-    names = tuple(f"web-{index}" for index in range(n_server))
-    return TrainingGrid(names, ("cpu_pct", "mem_pct"), values, 0, 300_000)
-
-
-class Oracle:
-    """Knows the future, and adds an error."""
-
-    def __init__(self, fleet: TrainingGrid, error: float = 0.0, on: tuple[str, ...] | None = None) -> None:
-        self._fleet, self._error = fleet, error
-        self._on = fleet.server_names if on is None else on
-
-    def predict(self, window: HistoryWindow) -> np.ndarray:
-        origin = window.end_bin_ms // 300_000
-        rows = [self._fleet.server_names.index(name) for name in window.server_names]
-        bins = np.minimum(np.arange(origin + 1, origin + 97), N_BIN - 1)
-        future = self._fleet.values[rows][..., bins]
-        noise = np.random.default_rng(origin).normal(0, 1, future.shape) * self._error
-        is_on = np.isin(window.server_names, self._on)[:, None, None]
-        return np.repeat((future + noise * is_on)[..., None], 3, axis=-1).astype(np.float32)
-
-
-def verdict(
-    fleet: TrainingGrid, candidate: object, serving: object, changed: tuple[ChangedSeries, ...] = ()
-) -> GateVerdict:
-    hold_out = HoldOut(
-        fleet, SHAPE, held_from(fleet, changed, 0.1, 288), changed, NaiveForecaster(96), (1, 12, 96), 1
-    )
-    return judge(hold_out.losses(candidate), hold_out.losses(serving), hold_out.is_changed, 1)  # type: ignore[arg-type]
-
-
-def test_the_tail_is_a_share_of_the_data_and_at_most_a_day() -> None:
-    assert (held_from(grid(), (), 0.02, 288) == N_BIN - 80).all()
-    assert (held_from(grid(), (), 0.1, 288) == N_BIN - 288).all()
-
-
-def test_a_changed_series_keeps_most_of_what_came_after_its_change_for_training() -> None:
-    first = held_from(grid(), (ChangedSeries(2, 1, N_BIN - 60), ChangedSeries(3, 0, N_BIN - 2)), 0.1, 288)
-    assert first[2, 1] == N_BIN - 24
-    assert first[3, 0] == N_BIN - 6
-    assert first[2, 0] == N_BIN - 288
+def losses(pinball: np.ndarray, *, every_bins: int = 24) -> Losses:
+    """Return a side's losses (origin, server, metric) at origins so far apart."""
+    origins = np.arange(len(pinball), dtype=np.int64) * every_bins
+    return Losses(pinball, np.ones((*pinball.shape, 3)), True, origins)
 
 
 def test_a_better_candidate_serves() -> None:
@@ -82,8 +44,8 @@ def test_a_gain_that_rests_on_chance_is_no_gain() -> None:
     shape = (12, 6, 2)
     promoted = 0
     for _ in range(40):
-        ours, theirs = (Losses(random.gamma(2, 1, shape), np.ones((*shape, 3)), True) for _ in range(2))
-        promoted += judge(ours, theirs, np.zeros((6, 2), np.bool_), 1).promoted
+        ours, theirs = (losses(random.gamma(2, 1, shape)) for _ in range(2))
+        promoted += judge(ours, theirs, np.zeros((6, 2), np.bool_), METRICS, 1).promoted
     assert promoted <= 10
 
 
@@ -113,17 +75,6 @@ def test_a_gain_on_the_others_does_not_count_for_a_change() -> None:
     assert answer.figures["unchanged"]["ratio"] == 0.0
 
 
-def test_what_the_model_does_not_forecast_counts_as_the_fallback_s() -> None:
-    class Silent:
-        def predict(self, window: HistoryWindow) -> np.ndarray:
-            return np.full((len(window.server_names), 2, 96, 3), np.nan, np.float32)
-
-    fleet = grid()
-    answer = verdict(fleet, Silent(), NaiveForecaster(96))
-    assert answer.figures["unchanged"]["ratio"] == 1.0
-    assert not answer.promoted
-
-
 def test_forecasts_that_are_no_numbers_never_serve() -> None:
     class Broken:
         def predict(self, window: HistoryWindow) -> np.ndarray:
@@ -142,64 +93,118 @@ def test_a_tail_without_values_judges_nobody() -> None:
     fleet.values[:, :, -288:] = np.nan
     answer = verdict(fleet, Oracle(fleet), Oracle(fleet, 1.0))
     assert not answer.promoted
-    assert "no window to judge by" in answer.why
+    assert answer.why == "nothing to judge by: the held-out tail holds no window of all series"
 
 
-def test_only_held_out_bins_are_judged() -> None:
-    # Given a candidate that is perfect before the tail and wrong inside it
-    fleet = grid()
-    hold_out = HoldOut(fleet, SHAPE, held_from(fleet, (), 0.1, 288), (), NaiveForecaster(96), (1,), 1)
-
-    class KnowsThePast(Oracle):
-        def predict(self, window: HistoryWindow) -> np.ndarray:
-            forecast = super().predict(window)
-            origin = window.end_bin_ms // 300_000
-            in_tail = np.arange(origin + 1, origin + 97) >= N_BIN - 288
-            forecast[:, :, ~in_tail] = 1e6
-            return forecast
-
-    assert np.nanmax(hold_out.losses(KnowsThePast(fleet)).pinball) == 0.0
+def one_changed() -> np.ndarray:
+    is_changed = np.zeros((N_SERVER, 2), np.bool_)
+    is_changed[0, 0] = True
+    return is_changed
 
 
-def test_errors_are_means_of_absolute_errors_by_metric_and_horizon() -> None:
-    fleet = grid()
-    hold_out = HoldOut(fleet, SHAPE, held_from(fleet, (), 0.1, 288), (), NaiveForecaster(96), (1, 12), 1)
-
-    class Off(Oracle):
-        def predict(self, window: HistoryWindow) -> np.ndarray:
-            return super().predict(window) + np.float32(2.0)
-
-    table, by_series = mean_errors(hold_out.losses(Off(fleet)))
-    np.testing.assert_allclose(table, 2.0, rtol=1e-4)
-    np.testing.assert_allclose(by_series, 2.0, rtol=1e-4)
-    assert table.shape == (2, 2)
+def any_losses(seed: int, n_origin: int = N_ORIGIN) -> np.ndarray:
+    """Return losses as they come: some windows cost a hundred times others, some are unknown."""
+    random = np.random.default_rng(seed)
+    pinball = random.lognormal(0, 1.5, (n_origin, N_SERVER, 2))
+    pinball[random.random(pinball.shape) < 0.1] = np.nan
+    pinball[:, 0, 0] = np.nan_to_num(pinball[:, 0, 0], nan=1.0)
+    return pinball
 
 
-def test_a_large_fleet_is_judged_by_a_sample_that_holds_the_changed() -> None:
-    fleet = grid(2)
-    values = np.broadcast_to(fleet.values[:1], (400, 2, N_BIN))
-    large = TrainingGrid(tuple(map(str, range(400))), fleet.metrics, values, 0, 300_000)
-    changed = tuple(ChangedSeries(index, 0, N_BIN - 90) for index in (7, 399))
-    hold_out = HoldOut(
-        large, SHAPE, held_from(large, changed, 0.1, 288), changed, NaiveForecaster(96), (1,), 1
+seeds = st.integers(0, 10_000)
+
+
+@given(seeds, st.booleans())
+def test_an_identical_candidate_is_never_better(seed: int, has_change: bool) -> None:
+    side = losses(any_losses(seed))
+    answer = judge(side, side, one_changed() & has_change, METRICS, seed)
+    assert not answer.promoted
+    assert answer.why.startswith("not better")
+    assert answer.figures["changed" if has_change else "unchanged"]["ratio"] == 1.0
+    assert answer.figures["changed" if has_change else "unchanged"]["confidence"] == 0.0
+
+
+@given(seeds, st.floats(0.0, 0.95))
+def test_better_on_the_changed_and_equal_elsewhere_serves(seed: int, share: float) -> None:
+    theirs = any_losses(seed)
+    ours = np.where(one_changed(), theirs * share, theirs)
+    answer = judge(losses(ours), losses(theirs), one_changed(), METRICS, seed)
+    assert answer.promoted
+    assert answer.figures["changed"]["ratio"] == pytest.approx(share, abs=1e-4)
+    assert answer.figures["unchanged"]["ratio"] == 1.0
+
+
+@given(seeds, st.floats(1.03, 5.0))
+def test_harm_to_the_unchanged_is_refused_whatever_is_gained(seed: int, factor: float) -> None:
+    theirs = any_losses(seed)
+    ours = np.where(one_changed(), 0.0, theirs * factor)
+    answer = judge(losses(ours), losses(theirs), one_changed(), METRICS, seed)
+    assert not answer.promoted
+    assert answer.why.startswith("harms: loss on unchanged series")
+
+
+@given(seeds)
+def test_harm_to_one_metric_is_not_paid_for_by_another(seed: int) -> None:
+    theirs = np.ones((N_ORIGIN, N_SERVER, 2))
+    ours = theirs.copy()
+    ours[:, :, 1] *= 1.1
+    ours[:, 1:, 0] *= 0.8
+    ours[:, 0, 0] = 0.5
+    answer = judge(losses(ours), losses(theirs), one_changed(), METRICS, seed)
+    assert answer.figures["unchanged"]["ratio"] < 1
+    assert answer.why.startswith("harms: loss on unchanged mem_pct is 1.100")
+
+
+@given(seeds, st.integers(1, 8))
+def test_a_tiny_tail_is_said_to_be_too_little(seed: int, n_origin: int) -> None:
+    # Given origins of 8 bins, which are at most two blocks of 15 minutes and a rest
+    theirs = any_losses(seed, n_origin)
+    answer = judge(
+        losses(theirs / 2, every_bins=1), losses(theirs, every_bins=1), one_changed(), METRICS, seed
     )
-    assert len(hold_out.servers) == 150
-    assert {7, 399} <= set(hold_out.servers.tolist())
-    assert hold_out.is_changed.sum() == 2
+    assert answer.promoted == (n_origin > 3 * (MIN_BLOCKS - 1))
+    if not answer.promoted:
+        assert answer.why.startswith(f"too little is held out of changed series: {n_origin} windows in")
 
 
-def test_an_idle_series_does_not_outweigh_the_fleet() -> None:
-    # Given five disks at work and one that does nothing, forecast as almost nothing
-    fleet = grid()
-    idle = fleet.values.copy()
-    idle[5] = 0.0
-    disks = TrainingGrid(fleet.server_names, ("disk_io_mb_s", "net_in_mb_s"), idle, 0, 300_000)
+def test_a_change_without_a_held_out_window_is_not_judged_by_the_others() -> None:
+    theirs = np.ones((N_ORIGIN, N_SERVER, 2))
+    theirs[:, 0, 0] = np.nan
+    answer = judge(losses(theirs / 2), losses(theirs), one_changed(), METRICS, 1)
+    assert not answer.promoted
+    assert answer.why == "nothing to judge by: the held-out tail holds no window of changed series"
 
-    class Almost(Oracle):
-        def predict(self, window: HistoryWindow) -> np.ndarray:
-            forecast = super().predict(window)
-            forecast[-1] += np.float32(0.01)
-            return forecast
 
-    at_work = fleet.server_names[:5]
-    assert verdict(disks, Almost(disks, 0.5, on=at_work), Oracle(disks, 1.0, on=at_work)).promoted
+def test_one_bad_hour_of_the_fleet_is_one_observation() -> None:
+    # Given a candidate that wins by far in one block of time, on every server, and loses all others by little
+    theirs = np.ones((N_ORIGIN, N_SERVER, 2))
+    ours = theirs * 1.01
+    ours[4] = 0.5
+    answer = judge(losses(ours), losses(theirs), np.zeros((N_SERVER, 2), np.bool_), METRICS, 1)
+    # Then it is better on average, and a resample without that block says otherwise
+    assert answer.figures["unchanged"]["ratio"] < 1
+    assert answer.figures["unchanged"]["confidence"] < CONFIDENCE
+    assert not answer.promoted
+
+
+def test_one_odd_server_is_one_observation() -> None:
+    theirs = np.ones((N_ORIGIN, N_SERVER, 2))
+    ours = theirs * 1.01
+    ours[:, 3] = 0.5
+    answer = judge(losses(ours), losses(theirs), np.zeros((N_SERVER, 2), np.bool_), METRICS, 1)
+    assert answer.figures["unchanged"]["ratio"] < 1
+    assert not answer.promoted
+
+
+def test_a_first_model_has_to_beat_the_fallback_beside_the_base() -> None:
+    ones = np.ones((N_ORIGIN, N_SERVER, 2))
+    nothing = np.zeros((N_SERVER, 2), np.bool_)
+
+    def first(fallback: float) -> GateVerdict:
+        return judge(losses(ones), losses(ones * 2), nothing, METRICS, 1, losses(ones * fallback))
+
+    assert first(1.5).promoted
+    answer = first(0.9)
+    assert not answer.promoted
+    assert answer.why.startswith("not better: loss on all series is 1.111 of the fallback's")
+    assert answer.figures["fallback"]["ratio"] == 1.1111

@@ -68,6 +68,30 @@ def test_the_context_of_another_attempt_says_nothing(tmp_path: Path) -> None:
     assert len(TrainingContext.find(data, "old").changed_series(grid())) == 1
 
 
+def test_the_time_of_the_change_goes_before_the_time_it_was_noticed(tmp_path: Path) -> None:
+    entry = {"server": "web-01", "metric": "cpu_pct", "since": "1970-01-01T05:00:00Z"}
+    data = written(tmp_path, {"drifting": [{**entry, "changed_ms": 2 * HOUR_MS}]})
+    assert TrainingContext.find(data, None).changed_series(grid()) == (ChangedSeries(0, 0, 12),)
+
+
+@pytest.mark.parametrize(
+    "times", [{}, {"since": None}, {"changed_ms": None}, {"since": None, "changed_ms": None}]
+)
+def test_a_change_without_a_time_is_taken_for_a_day_old(tmp_path: Path, times: dict[str, Any]) -> None:
+    data = written(tmp_path, {"drifting": [{"server": "web-02", "metric": "cpu_pct", **times}]})
+    week = TrainingGrid(("web-02",), ("cpu_pct",), np.zeros((1, 1, 2016), np.float32), HOUR_MS, 300_000)
+    assert TrainingContext.find(data, None).changed_series(week) == (ChangedSeries(0, 0, 2016 - 288),)
+    # and where the data are shorter than a day, for as old as they are
+    assert TrainingContext.find(data, None).changed_series(grid()) == (ChangedSeries(1, 0, 0),)
+
+
+def test_a_series_named_twice_counts_once_since_its_first_change(tmp_path: Path) -> None:
+    entry = {"server": "web-01", "metric": "cpu_pct"}
+    both = [{**entry, "changed_ms": hour * HOUR_MS} for hour in (4, 2, 3)]
+    data = written(tmp_path, {"drifting": both})
+    assert TrainingContext.find(data, None).changed_series(grid()) == (ChangedSeries(0, 0, 12),)
+
+
 @pytest.mark.parametrize("content", ["{torn", "[]", '"x"', "{}", '{"drifting": 5, "attempt_id": []}', ""])
 def test_a_damaged_file_is_left_out(tmp_path: Path, content: str) -> None:
     context = TrainingContext.find(written(tmp_path, content), None)
@@ -83,7 +107,10 @@ def test_a_damaged_file_is_left_out(tmp_path: Path, content: str) -> None:
         {"server": "gone", "metric": "cpu_pct", "since": "1970-01-01T02:00:00Z"},
         {"server": "web-01", "metric": "latency_ms", "since": "1970-01-01T02:00:00Z"},
         {"server": "web-01", "metric": "cpu_pct", "since": "yesterday"},
-        {"server": "web-01", "metric": "cpu_pct", "since": None},
+        {"server": "web-01", "metric": "cpu_pct", "changed_ms": "1970-01-01T02:00:00Z"},
+        {"server": "web-01", "metric": "cpu_pct", "changed_ms": True},
+        {"server": "web-01", "metric": "cpu_pct", "changed_ms": float("inf")},
+        {"server": "web-01", "metric": "cpu_pct", "changed_ms": 4e12},
         {"server": "web-01", "metric": "cpu_pct", "since": "2099-01-01T00:00:00Z"},
         {"server": ["web-01"], "metric": {}, "since": 3},
     ],

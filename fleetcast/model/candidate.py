@@ -16,8 +16,9 @@ import numpy as np
 from fleetcast.errors import BadCheckpoint, BadData, NotEnoughData
 from fleetcast.model.baseline import Baseline
 from fleetcast.model.forecaster import Forecaster, ModelDescription
-from fleetcast.model.gate import GateVerdict, HoldOut, Losses, held_from, judge, mean_errors
+from fleetcast.model.gate import GateVerdict, judge
 from fleetcast.model.gridshape import GridShape
+from fleetcast.model.holdout import HoldOut, Losses, held_from, mean_errors
 from fleetcast.model.network import METRIC_SLOTS, NetworkConfig
 from fleetcast.model.registry import Registry
 from fleetcast.model.sampler import ChangedSeries, WindowMix, WindowSampler
@@ -220,7 +221,16 @@ class CandidateMaker:
         if serving:
             sides["serving"] = hold_out.losses(serving.model)
         opponent = sides["serving"] if serving else sides[FALLBACK]
-        verdict = judge(sides["candidate"], opponent, hold_out.is_changed, settings.trainer.seed)
+        # a fleet's first model has to beat both the shipped base and the fallback
+        is_first = serving is None or serving.version.is_base
+        verdict = judge(
+            sides["candidate"],
+            opponent,
+            hold_out.is_changed,
+            self._grid.metrics,
+            settings.trainer.seed,
+            sides[FALLBACK] if is_first and serving else None,
+        )
         errors = {name: self._error_table(side, hold_out.horizons) for name, side in sides.items()}
         in_service = sides["candidate"] if verdict.promoted else opponent
         baseline = self._baseline(model.version, in_service, hold_out)

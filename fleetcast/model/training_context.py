@@ -1,6 +1,10 @@
 """What a training is told about why it runs: `training_context.json`, beside its data.
 
-    {"attempt_id": str, "drifting": [{"server": str, "metric": str, "since": ISO 8601}, ...]}
+    {"attempt_id": str, "drifting": [{"server": str, "metric": str,
+                                      "changed_ms": int or "since": ISO 8601}, ...]}
+
+`changed_ms` (ms since 1970, when the series changed) goes before `since` (when it was noticed);
+an entry with neither is taken to have changed a day before the data end.
 
 Owns: reading it. The file is optional, and advice only: what is wrong in it is left out with a
 warning. Does not know: who writes it, how windows are drawn.
@@ -21,6 +25,8 @@ from fleetcast.model.traingrid import TrainingGrid
 logger = logging.getLogger(__name__)
 
 CONTEXT_FILE = "training_context.json"
+# how long ago a series changed that is named without a time: drift is noticed within a day
+_UNKNOWN_AGE_MS = 86_400_000
 
 
 @dataclass(frozen=True)
@@ -61,25 +67,40 @@ class TrainingContext:
         return cls(attempt_id or (own_id if isinstance(own_id, str) else None), known)
 
     def changed_series(self, grid: TrainingGrid) -> tuple[ChangedSeries, ...]:
-        """Return the drifting series of a grid, each with the bin of its change."""
-        return tuple(dict.fromkeys(self._changed(grid)))
+        """Return the drifting series of a grid, each once, with the bin of its (first) change."""
+        oldest: dict[tuple[int, int], ChangedSeries] = {}
+        for item in self._changed(grid):
+            known = oldest.get((item.server, item.metric))
+            if known is None or item.since_bin < known.since_bin:
+                oldest[item.server, item.metric] = item
+        return tuple(oldest.values())
 
     def _changed(self, grid: TrainingGrid) -> Iterator[ChangedSeries]:
         servers = {name: index for index, name in enumerate(grid.server_names)}
         metrics = {name: index for index, name in enumerate(grid.metrics)}
         for item in self.drifting:
             server, metric = servers.get(str(item.get("server"))), metrics.get(str(item.get("metric")))
-            since_bin = _since_bin(item.get("since"), grid)
+            since_bin = _since_bin(item, grid)
             if server is None or metric is None or since_bin is None:
                 logger.warning("drifting series left out: not in the data entry=%.200s", item)
                 continue
             yield ChangedSeries(server, metric, since_bin)
 
 
-def _since_bin(since: object, grid: TrainingGrid) -> int | None:
+def _since_bin(item: Mapping[str, Any], grid: TrainingGrid) -> int | None:
     """Return the bin a change began in, None where that is no time before the data's end."""
     try:
-        since_bin = grid.bin_of(to_ms(parse_plain_utc(str(since))))
+        since_bin = grid.bin_of(_changed_ms(item, grid))
     except (ValueError, OverflowError):
         return None
     return max(0, since_bin) if since_bin < grid.n_bins else None
+
+
+def _changed_ms(item: Mapping[str, Any], grid: TrainingGrid) -> int:
+    """Return when a series changed; ValueError where what is said is no time."""
+    changed_ms, since = item.get("changed_ms"), item.get("since")
+    if changed_ms is not None:
+        if isinstance(changed_ms, bool) or not isinstance(changed_ms, int | float):
+            raise ValueError(f"changed_ms {changed_ms!r} is no number")
+        return int(changed_ms)
+    return grid.end_ms - _UNKNOWN_AGE_MS if since is None else to_ms(parse_plain_utc(str(since)))

@@ -1,0 +1,107 @@
+"""New dynamics put into recorded series: what a model of the old ones cannot know. Seeded.
+
+Three kinds, each with a period and a size of its own per series, so that a model has to learn
+the kind and read the rest off the window:
+
+    sawtooth  cpu_pct climbs for 1 to 3 hours by 25-50 points, drops, climbs again
+    leak      mem_pct grows for 5 to 12 hours by 30-60 points until the process is restarted
+    bursts    a rate jumps to 20-60 times its usual level for 2 to 4 bins, every 30 to 90 minutes
+
+Climbs differ by 5 % in length; bursts keep a timetable, as scheduled jobs do, and differ by 20 %
+in size. All is added to what was recorded, so the recorded noise stays; gaps stay gaps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fleetcast.model.sampler import ChangedSeries
+from fleetcast.model.scaling import is_percent
+from fleetcast.model.traingrid import TrainingGrid
+from fleetcast.schema import Floats, Floats32
+
+BINS_PER_HOUR = 12
+CPU_WORDS, MEMORY_WORDS = ("cpu",), ("mem",)
+_NORMALISED = "_norm01"  # a share of one instead of points of a hundred
+
+
+@dataclass(frozen=True)
+class Injected:
+    """A fleet with new dynamics, and which series have them since when, by kind."""
+
+    grid: TrainingGrid
+    changed: tuple[ChangedSeries, ...]
+    kinds: tuple[str, ...]  # of `changed`, in order
+
+
+def inject(grid: TrainingGrid, since_bin: int, per_kind: int, seed: int) -> Injected:
+    """Return the fleet with `per_kind` series of each kind changed from `since_bin` on.
+
+    Raises:
+        ValueError: fewer servers record such a metric.
+    """
+    random = np.random.default_rng(seed)
+    values = grid.values.copy()
+    changed, kinds = [], []
+    for kind, metric in _places(grid.metrics):
+        able = np.flatnonzero(np.isfinite(grid.values[:, metric, since_bin:]).mean(axis=1) > 0.5)
+        if len(able) < per_kind:
+            raise ValueError(f"{kind}: {len(able)} servers record {grid.metrics[metric]}, need {per_kind}")
+        for server in random.choice(able, per_kind, replace=False).tolist():
+            series = values[server, metric]
+            series[since_bin:] = _with(kind, series, since_bin, grid.metrics[metric], random)
+            changed.append(ChangedSeries(server, metric, since_bin))
+            kinds.append(kind)
+    return Injected(replace(grid, values=values), tuple(changed), tuple(kinds))
+
+
+def _places(metrics: Sequence[str]) -> list[tuple[str, int]]:
+    """Return each kind with the metric it happens to, where the fleet sends one."""
+    cpu = [index for index, name in enumerate(metrics) if name.startswith(CPU_WORDS)]
+    memory = [index for index, name in enumerate(metrics) if name.startswith(MEMORY_WORDS)]
+    rates = [index for index in range(len(metrics)) if index not in (*cpu, *memory)]
+    found = (("sawtooth", cpu), ("leak", memory), ("bursts", rates))
+    return [(kind, indices[0]) for kind, indices in found if indices]
+
+
+def _with(kind: str, series: Floats32, since_bin: int, metric: str, random: np.random.Generator) -> Floats32:
+    """Return the bins from `since_bin` on with the new dynamics added."""
+    own = series[since_bin:].astype(np.float64)
+    unit = 0.01 if metric.endswith(_NORMALISED) else 1.0
+    top = 100.0 * unit if is_percent(metric) or metric.endswith(_NORMALISED) else np.inf
+    if kind == "bursts":
+        added = _bursts(len(own), random) * _usual(series[:since_bin], unit)
+    else:
+        hours, points = ((1.0, 3.0), (25.0, 50.0)) if kind == "sawtooth" else ((5.0, 12.0), (30.0, 60.0))
+        added = _climbs(len(own), hours, random) * random.uniform(*points) * unit
+    return np.asarray(np.clip(own + added, 0.0, top), np.float32)
+
+
+def _climbs(n_bins: int, hours: tuple[float, float], random: np.random.Generator) -> Floats:
+    """Return a wave that climbs from 0 to 1 and drops, each climb about 5 % longer or shorter than usual."""
+    usual = random.uniform(*hours) * BINS_PER_HOUR
+    wave: list[float] = []
+    while len(wave) < 2 * n_bins + 2:
+        length = max(3, round(usual * random.normal(1.0, 0.1)))
+        wave.extend((np.arange(length) / length).tolist())
+    start = int(random.integers(n_bins))
+    return np.array(wave[start : start + n_bins])
+
+
+def _bursts(n_bins: int, random: np.random.Generator) -> Floats:
+    """Return 0, and the size of a burst while there is one."""
+    every, length = random.uniform(6, 18), int(random.integers(2, 5))
+    size = random.uniform(20, 60)
+    added = np.zeros(n_bins)
+    place = float(random.uniform(0, every))
+    while place < n_bins:
+        added[int(place) : int(place) + length] = size * random.uniform(0.8, 1.2)
+        place += max(length + 1, every)
+    return added
+
+
+def _usual(before: Floats32, unit: float) -> float:
+    """Return what a rate usually is, never nothing."""
+    known = before[np.isfinite(before)]
+    return float(max(np.median(known), 0.2 * known.mean(), 0.05 * unit)) if len(known) else 0.05 * unit
