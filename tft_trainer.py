@@ -4,9 +4,10 @@
     python tft_trainer.py --data FILE --incremental --epochs 5            continue what serves
     python tft_trainer.py --rollback                                      back to the version before
 
-Owns: flags, the lock, the order of writing: version → last.ckpt → baseline.npz → attempt. Each
-step is one rename, so a kill leaves the old state or the new one. A training from scratch notes each epoch:
-killed and started again with the same data and settings, it goes on. Does not know: when to train.
+Owns: flags, the lock, the order of writing: version → last.ckpt → baseline.npz → old versions
+deleted → attempt. Each step is one rename, so a kill leaves the old state or the new one. A training
+from scratch notes each epoch: killed and started again with the same data and settings, it goes on.
+Does not know: when to train.
 
 Without a model to continue, --incremental trains a base (`trainer.base_epochs`). Exit codes:
 0 ran to a verdict, promoted or not; 1 failed; 2 bad settings or usage; 4 a trainer is at work;
@@ -154,6 +155,9 @@ class Attempt:
         if candidate.verdict.promoted:
             self._registry.promote(version_id)
         self._registry.set_baseline(version_id)
+        pruned = self._registry.prune(self._settings.trainer.keep_versions)
+        if pruned:
+            logger.info("old versions deleted count=%d newest=%s", len(pruned), pruned[-1])
 
     def _manifest(
         self, candidate: "Candidate", start: "Served | None", grid: "TrainingGrid"

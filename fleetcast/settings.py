@@ -136,6 +136,9 @@ class TrainerSettings:
     holdout_max_s: float = setting(
         86_400.0, "longest tail kept out of training, for the gate", unit="s", low=3600.0
     )
+    keep_versions: int = setting(
+        20, "newest versions kept; what serves, the one before and the baseline's are kept besides", low=1
+    )
     threads: int = setting(1, "torch threads of a training (2 on busy cores were slower)", low=1, high=64)
     seed: int = setting(7, "seed of weights and sampling", low=0)
 

@@ -173,3 +173,64 @@ def test_a_version_knows_its_data_s_end(registry: Registry) -> None:
     assert version.data_end_ms == 1000
     assert version.created_at == NOW
     assert not version.is_promoted
+
+
+def ids(count: int) -> list[str]:
+    return [f"20260115T100005Z-{number:04d}" for number in range(1, count + 1)]
+
+
+def test_pruning_keeps_the_newest_and_whatever_is_in_use(registry: Registry) -> None:
+    # Given ten versions: 2 was trained from 1 and serves, the others were rejected, the baseline is 4's
+    for version_id in ids(10):
+        add(registry, version_id, promoted=version_id in ids(2), parent=ids(1)[0])
+    registry.set_baseline(ids(4)[-1])
+    # When all but the newest three are pruned
+    pruned = registry.prune(3)
+    # Then what serves, what a rollback needs and the baseline's are still there, whole
+    kept = [ids(10)[index] for index in (0, 1, 3, 7, 8, 9)]
+    assert registry.version_ids() == kept
+    assert pruned == [version_id for version_id in ids(10) if version_id not in kept]
+    assert sorted(path.name for path in (registry.folder / "versions").iterdir()) == kept
+    for version_id in kept:
+        registry.version(version_id).verify()
+    # and a second time there is nothing to do
+    assert registry.prune(3) == []
+    assert registry.rollback(NOW) == (kept[1], kept[0])
+
+
+def test_after_a_rollback_what_serves_again_is_kept(registry: Registry) -> None:
+    for version_id in ids(5):
+        add(registry, version_id)
+    for _ in range(3):
+        registry.rollback(NOW)
+    assert registry.current_id() == ids(2)[-1]
+    registry.prune(1)
+    assert registry.version_ids() == [ids(5)[index] for index in (0, 1, 4)]
+
+
+def test_pruning_an_empty_folder_creates_nothing(registry: Registry) -> None:
+    assert registry.prune(5) == []
+    assert not registry.folder.exists()
+
+
+def test_a_kill_while_pruning_leaves_no_half_version(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version_id in ids(6):
+        add(registry, version_id)
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt(path)
+
+    # When the process dies at the first file it deletes
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "unlink", killed)
+        registry.prune(2)
+    # Then every version that has a name is whole, and what serves does
+    assert registry.version_ids() == ids(6)[-2:]
+    for version_id in registry.version_ids():
+        registry.version(version_id).verify()
+    assert registry.current_id() == ids(6)[-1]
+    # and the next training sweeps the rest
+    add(registry, "20260115T100005Z-0007")
+    assert len(list((registry.folder / "versions").iterdir())) == 3

@@ -173,6 +173,25 @@ class Registry:
             return current, version.id
         raise FleetcastError(f"nothing to roll back to: no intact promoted version before {current}")
 
+    def prune(self, keep: int) -> list[str]:
+        """Delete old versions; return their ids.
+
+        Kept are the newest `keep`, what serves, what a rollback would put back, and the baseline in
+        force. A version loses its name in one rename before its files go, so a kill leaves it
+        whole or as a leftover that the next `add` sweeps.
+        """
+        current = self.current_id()
+        previous = next(self._earlier(current), None) if current else None
+        baseline = linked_id(self.folder / BASELINE_LINK, BASELINE_FILE)
+        kept = {*self.version_ids()[-keep:], current, baseline, previous.id if previous else None}
+        versions = self.folder / VERSIONS_FOLDER
+        pruned = [version_id for version_id in self.version_ids() if version_id not in kept]
+        for version_id in pruned:
+            files.publish(versions / version_id, files.temp_beside(versions / version_id))
+        if pruned:
+            self._sweep_leftovers(versions)
+        return pruned
+
     def _earlier(self, current: str) -> Iterator[Version]:
         """Yield the parent of `current`, then every older promoted version, newest first."""
         older = [item for item in reversed(self.version_ids()) if item < current]
@@ -190,7 +209,7 @@ class Registry:
         return {line["from"] for line in lines if isinstance(line.get("from"), str)}
 
     def _sweep_leftovers(self, versions: Path) -> None:
-        """Delete what a killed trainer left half written; those names are no versions."""
+        """Delete what was left half written or half deleted; those names are no versions."""
         for folder in versions.glob(f".*{files.TEMP_MARK}*"):
             for path in folder.iterdir():
                 path.unlink()
