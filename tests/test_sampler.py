@@ -74,6 +74,17 @@ def test_the_recent_share_comes_from_the_newest_days() -> None:
     assert len(np.unique(series)) == 8
 
 
+def test_the_recent_are_drawn_by_their_weights() -> None:
+    # Given series 5 weighing as much as the seven others together, and series 2 nothing
+    weights = np.array([[1.0, 1.0], [0.0, 1.0], [1.0, 6.0], [1.0, 1.0]])
+    mix = WindowMix(recent_share=0.5, recent_bins=288, recent_weights=weights)
+    series, _ = origins(sampler(grid(), mix=mix), 4000)
+    counts = np.bincount(series[:2000], minlength=8) / 2000
+    assert counts[2] == 0.0
+    assert counts[5] == pytest.approx(0.5, abs=0.04)
+    assert np.bincount(series[2000:], minlength=8).min() > 150  # replay knows no weights
+
+
 def test_a_change_without_a_window_to_learn_from_is_replaced_by_replay() -> None:
     # Given a series that changed and has been silent since
     fleet = grid()

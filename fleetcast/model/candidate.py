@@ -22,6 +22,7 @@ from fleetcast.model.holdout import HoldOut, Losses, held_from, mean_errors
 from fleetcast.model.network import METRIC_SLOTS, NetworkConfig
 from fleetcast.model.registry import Registry
 from fleetcast.model.sampler import ChangedSeries, WindowMix, WindowSampler
+from fleetcast.model.series_weights import series_weights
 from fleetcast.model.traingrid import TrainingGrid
 from fleetcast.model.training import Fit, fit
 from fleetcast.model.training_epochs import Resumable
@@ -158,14 +159,19 @@ class CandidateMaker:
         told.update(repr((*parts, replace(plan, shows_progress_bar=False), self._settings.trainer)).encode())
         return told.hexdigest()
 
-    def _mix(self, is_incremental: bool) -> WindowMix:
+    def _mix(self, start: Served | None) -> WindowMix:
+        """Return what a batch is drawn from: a change that is known, else the recent and badly forecast."""
         trainer = self._settings.trainer
-        if not is_incremental:
+        if start is None:
             return WindowMix()
         if self._changed:
             return WindowMix(self._changed, trainer.changed_share)
         recent = round(trainer.recent_days * 86_400_000 / self._grid.bin_ms)
-        return WindowMix(recent_share=trainer.recent_share, recent_bins=recent)
+        fallback = NaiveForecaster(self.shape.horizon_bins)
+        weights = series_weights(
+            start.model, fallback, self._grid, self.shape, self._held_from, recent, trainer.seed
+        )
+        return WindowMix(recent_share=trainer.recent_share, recent_bins=recent, recent_weights=weights)
 
     def _fitted(
         self, description: ModelDescription, start: Served | None, plan: Fit, state: StateFile | None
@@ -177,7 +183,7 @@ class CandidateMaker:
         if plan.patience_epochs:
             validation = self._sampler(held_from, self._newest(self._n_validation)).batch(_VALIDATED, slots)
             held_from = held_from - self._n_validation
-        sampler = self._sampler(held_from, self._mix(start is not None))
+        sampler = self._sampler(held_from, self._mix(start))
         weights = _with_new_metrics(start.model, description) if start else None
         fitted = fit(
             description.network,

@@ -72,12 +72,14 @@ class HoldOut:
         fallback: Predictor,
         horizons: Sequence[int],
         seed: int,
+        max_windows: int = _MAX_WINDOWS,
     ) -> None:
         """Choose the windows.
 
         Args:
             first_held: (server, metric), as `held_from` returns it.
             horizons: whose errors are reported, in bins.
+            max_windows: about as many are forecast.
         """
         self._grid, self._shape, self._fallback = grid, shape, fallback
         self.horizons = tuple(horizons)
@@ -87,13 +89,13 @@ class HoldOut:
         for item in changed:
             is_changed[item.server, item.metric] = True
         self.is_changed: NDArray[np.bool_] = is_changed[self.servers]
-        self._choose_origins(int(first_held.min()))
+        self._choose_origins(int(first_held.min()), max_windows)
         self._steps = _usual_steps(grid, self.servers)
 
-    def _choose_origins(self, oldest: int) -> None:
+    def _choose_origins(self, oldest: int, max_windows: int) -> None:
         """Spread origins over the whole tail, and more over the short one of what changed."""
         n_window = len(self.servers) * len(self._grid.metrics)
-        count = max(_MIN_ORIGINS, min(_MAX_ORIGINS, _MAX_WINDOWS // n_window))
+        count = max(_MIN_ORIGINS, min(_MAX_ORIGINS, max_windows // n_window))
         self._common = self._spread(oldest, count)
         own = int(self._first_held[self.is_changed].min()) if self.is_changed.any() else oldest
         more = self._spread(own, _CHANGED_ORIGINS) if self.is_changed.any() else self._common

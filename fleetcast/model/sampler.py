@@ -23,7 +23,7 @@ from fleetcast.model.gridshape import GridShape
 from fleetcast.model.scaling import is_percent
 from fleetcast.model.traingrid import TrainingGrid
 from fleetcast.model.windows import DAY_BINS, RECENT_BINS
-from fleetcast.schema import Floats32, Longs
+from fleetcast.schema import Floats, Floats32, Longs
 
 YOUNG_SHARE = 0.2  # windows whose history is cut short, so that young fleets are forecast, too
 UNKNOWN_SHARE = 0.05  # windows whose metric is called unknown
@@ -50,6 +50,9 @@ class WindowMix:
     changed_share: float = 0.0
     recent_share: float = 0.0
     recent_bins: int = 0
+    recent_weights: Floats | None = (
+        None  # (server, metric) how often a series is among the recent; None = equal
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,6 +91,8 @@ class WindowSampler:
             if item.since_bin < held_from[item.server, item.metric] - 1
         ]
         self._changed = np.array(changed, np.int64).reshape(-1, 2)
+        weights = np.ones(len(self._series)) if mix.recent_weights is None else mix.recent_weights
+        self._recent = np.cumsum(weights)  # (series,) ascending
 
     @property
     def random_state(self) -> str:
@@ -144,15 +149,15 @@ class WindowSampler:
         return series[:size], origins[:size]
 
     def _draw_any(self, size: int) -> tuple[Longs, Longs]:
-        return self._draw_since(size, self._held_from)
+        return self._origins(self._random.integers(len(self._series), size=size), self._held_from)
 
     def _draw_recent(self, size: int) -> tuple[Longs, Longs]:
-        return self._draw_since(size, np.minimum(self._mix.recent_bins, self._held_from))
+        series = np.searchsorted(self._recent, self._random.random(size) * self._recent[-1], side="right")
+        return self._origins(series, np.minimum(self._mix.recent_bins, self._held_from))
 
-    def _draw_since(self, size: int, n_bins: Longs) -> tuple[Longs, Longs]:
-        """Draw any series, and one of its newest `n_bins` (series,) before the held-out tail."""
-        series = self._random.integers(len(self._series), size=size)
-        ago = (self._random.random(size) * n_bins[series]).astype(np.int64)
+    def _origins(self, series: Longs, n_bins: Longs) -> tuple[Longs, Longs]:
+        """Return series with one of the newest `n_bins` (series,) before their held-out tails."""
+        ago = (self._random.random(len(series)) * n_bins[series]).astype(np.int64)
         return series, self._held_from[series] - 1 - ago
 
     def _draw_changed(self, size: int) -> tuple[Longs, Longs]:
@@ -168,9 +173,7 @@ class WindowSampler:
         """
         series, _ = self._draw_changed(size)
         servers = self._random.integers(len(self._series) // self._n_metric, size=size)
-        series = servers * self._n_metric + series % self._n_metric
-        ago = (self._random.random(size) * self._held_from[series]).astype(np.int64)
-        return series, self._held_from[series] - 1 - ago
+        return self._origins(servers * self._n_metric + series % self._n_metric, self._held_from)
 
     def _is_usable(self, series: Longs, origins: Longs) -> NDArray[np.bool_]:
         """Return which windows have a recent value, an hour of values, and something to learn."""
