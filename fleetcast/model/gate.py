@@ -109,7 +109,7 @@ def compare(
     n_window = int(known.sum())
     if not n_window:
         return Comparison(0, 0, None, None, None)
-    blocks = _time_blocks(candidate.origins, known.any(axis=(1, 2)))
+    blocks = _time_blocks(candidate.origins, np.asarray(known.any(axis=(1, 2))))
     ours, theirs = (_block_sums(side.pinball, known, blocks) for side in (candidate, other))
     total = float(theirs.sum())
     ratio = float(ours.sum()) / total if total > 0 else 1.0

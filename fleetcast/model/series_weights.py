@@ -45,7 +45,7 @@ def series_weights(
     if known.any():
         squares = np.clip(np.where(known, share, 1.0), _BEST, _WORST) ** 2
         weights[lately.servers] = np.where(known, squares / squares[known].mean(), 1.0)
-    return weights / weights.mean()
+    return np.asarray(weights / weights.mean())
 
 
 def _shares(ours: Losses, naive: Losses) -> Floats:
