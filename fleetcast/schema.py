@@ -95,11 +95,17 @@ class FleetForecast:
     quantiles: Floats32  # (server, metric, horizon, quantile), non-decreasing on the last axis; NaN = none
     sources: NDArray[np.bool_]  # (server, metric) True = model, False = fallback
     model_version: str | None
+    # (server, metric, horizon) the model's own median where feedback changed it; None = nowhere
+    model_median: Floats32 | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SettledForecasts:
-    """Settled forecasts in columns, one row per (origin, horizon, server, metric)."""
+    """Settled forecasts in columns, one row per (origin, horizon, server, metric).
+
+    p10, p50 and p90 are what clients were given; `model_p50` is what the version itself said,
+    before feedback from settled forecasts: by that a version is judged. Not given, it is p50.
+    """
 
     origin_ms: Longs
     target_ms: Longs  # start of the forecast bin
@@ -111,6 +117,11 @@ class SettledForecasts:
     p90: Floats
     actual: Floats
     model_version: NDArray[np.object_]  # None = fallback
+    model_p50: Floats = None  # type: ignore[assignment]  # never None once made
+
+    def __post_init__(self) -> None:
+        if self.model_p50 is None:
+            object.__setattr__(self, "model_p50", self.p50)
 
     def __len__(self) -> int:
         return len(self.origin_ms)

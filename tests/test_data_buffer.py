@@ -267,6 +267,7 @@ def test_predictions_are_kept_under_their_own_name_and_counted_apart(
         "p90",
         "actual",
         "model_version",
+        "model_p50",
     ]
     assert not frame.duplicated(["origin", "horizon", "server_name", "metric"]).any()
 

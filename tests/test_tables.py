@@ -1,5 +1,7 @@
 """Tables of a kind: canonical form, one row per key, the last value wins."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from fleetcast.schema import SettledForecasts
 from fleetcast.storage.arrays import NUMBER, TEXT, TIME, times_ms
-from fleetcast.storage.batches import batch_of_table, table_of_batch, table_of_settled
+from fleetcast.storage.batches import batch_of_table, settled_of_table, table_of_batch, table_of_settled
 from fleetcast.storage.tables import (
     METRICS,
     PREDICTIONS,
@@ -142,3 +144,10 @@ def test_keys_of_any_width_are_ranked() -> None:
     far = 2**62
     wide = table(("b", far, {}), ("a", far, {}), ("a", -far, {}))
     assert times_ms(wide, "timestamp").tolist() == [-far, far, far]
+
+
+def test_predictions_stored_before_there_was_feedback_are_still_read() -> None:
+    older = table_of_settled(settled(1.5, "v1")).drop_columns(["model_p50"])
+    newer = table_of_settled(replace(settled(2.5, "v1"), origin_ms=np.array([0]), model_p50=np.array([9.0])))
+    rows = settled_of_table(merged([canonical(older, PREDICTIONS), newer], PREDICTIONS))
+    assert sorted(zip(rows.p50.tolist(), rows.model_p50.tolist(), strict=True)) == [(1.5, 1.5), (2.5, 9.0)]

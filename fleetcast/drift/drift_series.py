@@ -209,7 +209,7 @@ def _by_series(
     for rows in chunks:
         for index in range(len(rows)):
             is_own = rows.model_version[index] == version
-            error = abs(rows.p50[index] - rows.actual[index]) if is_own else np.nan
+            error = abs(rows.model_p50[index] - rows.actual[index]) if is_own else np.nan
             point = (int(rows.target_ms[index]), float(rows.actual[index]), float(error))
             gathered.setdefault((rows.server_name[index], rows.metric[index]), []).append(point)
     series = {}

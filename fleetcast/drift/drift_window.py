@@ -108,7 +108,7 @@ class DriftWindow:
             forecasts={
                 int(horizon): columns
                 for horizon in np.unique(rows.horizon)
-                if (columns := _pivot(rows, keys, kept, rows.horizon == horizon, rows.p50))
+                if (columns := _pivot(rows, keys, kept, rows.horizon == horizon, rows.model_p50))
             },
             size=size,
             bin_ms=self._bin_ms,

@@ -5,7 +5,10 @@ on its right and is moved to the left once these are used up, about once a day.
 Does not know: records, clocks, or when a bin is closed. Not thread safe.
 """
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from fleetcast.schema import Codes, Floats, Floats32, Longs
 
@@ -61,6 +64,18 @@ class BinGrid:
         """Return (row, metric, bin) from the oldest bin used to the newest; good until the next change."""
         self._reserve(n_rows)
         return self._values[:n_rows, :, self._end - self._n_used() : self._end]
+
+    def span(self, rows: NDArray[np.integer[Any]], last_bin_ms: int, n_bins: int) -> Floats32:
+        """Return a copy (row, metric, bin) of `n_bins` bins up to `last_bin_ms`; NaN out of reach."""
+        values = np.full((len(rows), self._values.shape[1], n_bins), np.nan, dtype=np.float32)
+        if self.newest_bin_ms is None or not len(rows):
+            return values
+        self._reserve(int(rows.max()) + 1)
+        stop = self._end - (self.newest_bin_ms - last_bin_ms) // self.bin_ms
+        first, last = max(stop - n_bins, self._end - self.keep_bins), min(stop, self._end)
+        if first < last:
+            values[:, :, first - stop + n_bins : last - stop + n_bins] = self._values[rows, :, first:last]
+        return values
 
     def keep_rows(self, rows: Codes) -> None:
         """Forget every row but `rows`, which move up in this order."""

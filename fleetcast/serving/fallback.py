@@ -63,8 +63,8 @@ class NaiveForecaster:
         last_errors, yesterday_errors, advantage = _settled_errors(series, season, knots, targets)
 
         weights = _interpolation(knots, self.horizon_bins)  # (knot, horizon)
-        last = np.repeat(_last_known(series)[:, None], self.horizon_bins, axis=1)
-        yesterday = _same_time_yesterday(series, season, self.horizon_bins)
+        last = np.repeat(last_known(series)[:, None], self.horizon_bins, axis=1)
+        yesterday = same_time_yesterday(series, season, self.horizon_bins)
         is_yesterday = (advantage @ weights > 0) & np.isfinite(yesterday)
         middle = np.where(is_yesterday, yesterday, last)
         low = middle + np.where(is_yesterday, yesterday_errors.low @ weights, last_errors.low @ weights)
@@ -157,14 +157,14 @@ def _advantage(by_last: Floats32, by_yesterday: Floats32) -> Floats32:
     return np.where(is_common.sum(axis=1) >= MIN_ERRORS, relative, -1.0).astype(np.float32)
 
 
-def _last_known(series: Floats32) -> Floats32:
+def last_known(series: Floats32) -> Floats32:
     """Return the newest value of each series, NaN where there is none."""
     is_known = np.isfinite(series)
     newest = series.shape[1] - 1 - np.argmax(is_known[:, ::-1], axis=1)
     return np.where(is_known.any(axis=1), series[np.arange(len(series)), newest], np.nan).astype(np.float32)
 
 
-def _same_time_yesterday(series: Floats32, season: int, horizon_bins: int) -> Floats32:
+def same_time_yesterday(series: Floats32, season: int, horizon_bins: int) -> Floats32:
     """Return the value a whole number of days before each target, NaN where unknown."""
     horizons = np.arange(1, horizon_bins + 1)
     columns = series.shape[1] - 1 + horizons - season * -(-horizons // season)

@@ -10,14 +10,14 @@ that the window is always what a restart, or the trainer, would make of the same
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 
 import numpy as np
 
 from fleetcast.clock import to_ms
-from fleetcast.model.windows import HISTORY_BINS, bin_means
-from fleetcast.schema import ClosedBin, Codes, Floats, HistoryWindow, Longs, RecordBatch
+from fleetcast.model.windows import HISTORY_BINS, RECENT_BINS, bin_means
+from fleetcast.schema import ClosedBin, Codes, Floats, Floats32, HistoryWindow, Longs, RecordBatch
 from fleetcast.serving.bingrid import BinGrid
 from fleetcast.settings import BinSettings, ForecastSettings
 
@@ -143,6 +143,14 @@ class BinHistory:
         view = self._grid.view(len(names))
         values = view if len(rows) == len(names) else view[rows]
         return HistoryWindow(tuple(names[row] for row in rows), self.metrics, values, end_bin_ms, self.bin_ms)
+
+    def recent(self, server_names: Sequence[str], last_bin_ms: int, n_bins: int = RECENT_BINS) -> Floats32:
+        """Return a few closed bins of some servers, (server, metric, bin); NaN = no record."""
+        with self._lock:
+            rows = np.fromiter((self._rows.get(name, -1) for name in server_names), np.int64)
+        values = np.full((len(rows), len(self.metrics), n_bins), np.nan, dtype=np.float32)
+        values[rows >= 0] = self._grid.span(rows[rows >= 0], last_bin_ms, n_bins)
+        return values
 
     def clear(self) -> None:
         """Forget everything, for a `restore` to follow."""

@@ -1,7 +1,8 @@
 """One sweep's open forecasts as a file: written once, read back at each settle horizon.
 
 Owns: the format, `open_forecasts/<origin_ms>.npz`: `format`, `bin_ms`, `horizons` (horizon,),
-`quantiles` (server, metric, horizon, quantile) float32, `is_model` (server, metric), and the
+`quantiles` (server, metric, horizon, quantile) float32, `is_model` (server, metric),
+`model_median` (server, metric, horizon) float32 before feedback (absent in format 1), and the
 names as UTF-8 lines in byte arrays (`servers`, `metrics`, `model_version`, empty = fallback).
 The zip's own CRC-32 guards every array; nothing in it is pickled.
 Does not know: when a forecast is due, or what became of it.
@@ -20,7 +21,8 @@ from fleetcast import files
 from fleetcast.errors import CorruptFile, UnknownFormat
 from fleetcast.schema import ClosedBin, Codes, FleetForecast, Floats32, SettledForecasts
 
-FORMAT = 1
+FORMAT = 2
+_KNOWN_FORMATS = (1, 2)  # format 1: no feedback, the model's median is the one given
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +37,7 @@ class OpenForecasts:
     quantiles: Floats32  # (server, metric, horizon, quantile)
     is_model: NDArray[np.bool_]  # (server, metric)
     model_version: str | None
+    model_median: Floats32  # (server, metric, horizon)
 
     def counts(self) -> dict[int, int]:
         """Return how many forecasts there are by target bin."""
@@ -47,6 +50,7 @@ def kept_of(forecast: FleetForecast, settle_horizons: tuple[int, ...]) -> OpenFo
     """Return the part of a forecast that will be settled."""
     horizons = np.array(sorted(set(settle_horizons)), dtype=np.int32)
     horizons = horizons[horizons <= forecast.quantiles.shape[2]]
+    median = forecast.quantiles[..., 1] if forecast.model_median is None else forecast.model_median
     return OpenForecasts(
         forecast.origin_ms,
         forecast.bin_ms,
@@ -56,6 +60,7 @@ def kept_of(forecast: FleetForecast, settle_horizons: tuple[int, ...]) -> OpenFo
         np.ascontiguousarray(forecast.quantiles[:, :, horizons - 1]),
         forecast.sources,
         forecast.model_version,
+        np.ascontiguousarray(median[:, :, horizons - 1]),
     )
 
 
@@ -74,6 +79,7 @@ def write_origin(path: Path, kept: OpenForecasts) -> None:
         horizons=kept.horizons,
         quantiles=kept.quantiles,
         is_model=kept.is_model,
+        model_median=kept.model_median,
         servers=_bytes_of("\n".join(kept.server_names)),
         metrics=_bytes_of("\n".join(kept.metrics)),
         model_version=_bytes_of(kept.model_version or ""),
@@ -89,23 +95,27 @@ def read_origin(path: Path) -> OpenForecasts:
     """
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-            if int(arrays["format"]) != FORMAT:
+            if int(arrays["format"]) not in _KNOWN_FORMATS:
                 raise UnknownFormat(path, f"format {int(arrays['format'])}", hint=f"expected {FORMAT}")
+            quantiles = arrays["quantiles"]
             kept = OpenForecasts(
                 int(arrays["origin_ms"]),
                 int(arrays["bin_ms"]),
                 arrays["horizons"],
                 _lines(arrays["servers"]),
                 _lines(arrays["metrics"]),
-                arrays["quantiles"],
+                quantiles,
                 arrays["is_model"],
                 arrays["model_version"].tobytes().decode() or None,
+                arrays["model_median"] if "model_median" in arrays else quantiles[..., 1],
             )
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, ValueError, LookupError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise CorruptFile(path, f"not a file of open forecasts: {error}") from error
     shape = (len(kept.server_names), len(kept.metrics), len(kept.horizons), 3)
     if kept.quantiles.shape != shape or kept.is_model.shape != shape[:2]:
         raise CorruptFile(path, f"quantiles of shape {kept.quantiles.shape}, expected {shape}")
+    if kept.model_median.shape != shape[:3]:
+        raise CorruptFile(path, f"medians of shape {kept.model_median.shape}, expected {shape[:3]}")
     return kept
 
 
@@ -135,6 +145,7 @@ def settled_rows(kept: OpenForecasts, closed: ClosedBin) -> SettledForecasts:
         p90=quantiles[server, metric, 2],
         actual=actual[server, metric],
         model_version=versions[server, metric],
+        model_p50=kept.model_median[server, metric, step].astype(np.float64),
     )
 
 

@@ -70,6 +70,7 @@ def table_of_settled(rows: SettledForecasts) -> pa.Table:
         "p90": column_of(rows.p90, NUMBER),
         "actual": column_of(rows.actual, NUMBER),
         "model_version": texts(rows.model_version),
+        "model_p50": column_of(rows.model_p50, NUMBER),
     }
     return pa.table(columns)
 
@@ -77,6 +78,7 @@ def table_of_settled(rows: SettledForecasts) -> pa.Table:
 def settled_of_table(table: pa.Table) -> SettledForecasts:
     """Return the rows of a canonical predictions table."""
     objects = {name: _objects(table.column(name)) for name in PREDICTIONS.text_columns}
+    p50, own = floats(table.column("p50")), floats(table.column("model_p50"))
     return SettledForecasts(
         origin_ms=times_ms(table, "origin"),
         target_ms=times_ms(table, "target"),
@@ -84,10 +86,11 @@ def settled_of_table(table: pa.Table) -> SettledForecasts:
         server_name=objects["server_name"],
         metric=objects["metric"],
         p10=floats(table.column("p10")),
-        p50=floats(table.column("p50")),
+        p50=p50,
         p90=floats(table.column("p90")),
         actual=floats(table.column("actual")),
         model_version=objects["model_version"],
+        model_p50=np.where(np.isnan(own), p50, own),  # stored before there was feedback
     )
 
 

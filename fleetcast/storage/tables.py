@@ -40,6 +40,7 @@ class TableKind:
     key: tuple[str, ...]  # unique; rows are sorted by these columns in this order
     columns: tuple[tuple[str, pa.DataType], ...]  # always there
     has_metrics: bool  # any further column is a metric; those merge value by value
+    added: tuple[str, ...] = ()  # numbers that older files lack; absent there
 
     @property
     def schema(self) -> pa.Schema:
@@ -74,8 +75,10 @@ PREDICTIONS = TableKind(
         ("p90", NUMBER),
         ("actual", NUMBER),
         ("model_version", TEXT),
+        ("model_p50", NUMBER),
     ),
     has_metrics=False,
+    added=("model_p50",),
 )
 
 
@@ -94,6 +97,9 @@ def canonical(table: pa.Table, kind: TableKind, columns: Sequence[str] | None = 
         return table.select([name for name in table.column_names if name in fixed or name in columns])
     fields: list[tuple[str, pa.ChunkedArray]] = []
     for name, wanted in kind.columns:
+        if name not in table.column_names and name in kind.added:
+            fields.append((name, pa.chunked_array([pa.nulls(len(table), NUMBER)])))
+            continue
         if name not in table.column_names:
             raise NotThisKind(f"column {name} is missing")
         fields.append((name, _as_type(name, table.column(name), wanted)))
@@ -222,7 +228,7 @@ def _renumbered(numbers: Longs) -> tuple[Longs, int]:
 
 
 def _as_type(name: str, column: pa.ChunkedArray, wanted: pa.DataType) -> pa.ChunkedArray:
-    if name in ("p10", "p50", "p90", "actual"):
+    if name in ("p10", "p50", "p90", "actual", "model_p50"):
         return _absent_as_null(column)
     try:
         if wanted == TEXT:
