@@ -1,38 +1,41 @@
-"""Does the forecaster beat a ruler? Ours against naive forecasts, on servers seen and unseen.
+"""Does the forecaster beat a ruler, and its peers? On servers seen and unseen in training.
 
     python -m benchmarks.forecast_accuracy --data F --servers 40 --train-days 32 --test-days 20 --seeds 1
 
 Trains on the first days of some servers, tests on the days after, and on other servers that no
-training saw. The training is the product's own (`fleetcast.model.training`); nothing is tuned here.
+training saw. The training is the product's own (`fleetcast.model.training`) with the default settings,
+all epochs of it; nothing is tuned here. `--model FILE` tests a checkpoint as it is, without a training.
 "better" is, per server, metric and horizon, the better of last value and same time yesterday on
-the training days: the baseline to beat. Prints a table, writes benchmarks/results/.
+the training days: the baseline to beat. "ours_feedback" is ours after the corrections that
+settled forecasts make in the daemon. Peers: LightGBM where it is installed, the stock recipe with
+`--stock-steps N`; a column of n/a otherwise. Prints tables, writes benchmarks/results/.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from benchmarks.forecast_scores import HORIZONS, Sums, scores
+from benchmarks.forecast_lightgbm import LightGbm, available
+from benchmarks.forecast_rounds import OURS, OURS_FED, Forecasts, Walk, measured
+from benchmarks.forecast_scores import HORIZONS
+from benchmarks.forecast_stock import StockRecipe
 from benchmarks.results_file import write_results
-from fleetcast.clock import monotonic
 from fleetcast.model.forecaster import Forecaster, ModelDescription
 from fleetcast.model.gridshape import GridShape
 from fleetcast.model.network import NetworkConfig
 from fleetcast.model.sampler import WindowMix, WindowSampler
 from fleetcast.model.traingrid import TrainingGrid
 from fleetcast.model.training import Fit, fit
-from fleetcast.schema import Floats32, HistoryWindow
-from fleetcast.serving.fallback import NaiveForecaster
 from fleetcast.settings import TrainerSettings
 
 BIN_MS, DAY_BINS, HORIZON = 300_000, 288, 96
-PEERS_NOT_INSTALLED = ("lightgbm", "stock_tft")  # columns of n/a: they are not among our requirements
+WARMUP_STEPS = 50
 PREFERRED = (
     *("cpu_pct", "mem_pct", "disk_write_mb_s", "net_in_mb_s"),  # Bitbrains
     *("cpu_r_norm01", "mem_u_norm01", "disk_wb_norm01", "eth1_fi_norm01"),  # SMD
@@ -47,26 +50,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     split = (options.skip_days + options.train_days) * DAY_BINS
     train = _part(grid, slice(options.servers), options.skip_days * DAY_BINS, split)
     stop = min(split + options.test_days * DAY_BINS, grid.n_bins)
-    origins = np.linspace(split, stop - HORIZON - 1, options.origins).round().astype(int)
-    groups = {"seen": slice(options.servers), "unseen": slice(options.servers, None)}
+    walk = Walk(split, stop, options.every, options.scored_every)
     asked = vars(options) | {"data": Path(options.data).name}
     report: dict[str, Any] = {"options": asked, "metrics": list(grid.metrics), "seeds": []}
     for seed in range(options.seeds):
         trainer = TrainerSettings(seed=TrainerSettings.seed + seed)
-        started = monotonic()
-        model = _trained(train, trainer, options.epochs)
-        took = round(monotonic() - started, 1)
-        measured = {
-            name: _measured(_part(grid, servers, 0, grid.n_bins), model, origins, split)
-            for name, servers in groups.items()
+        cost: dict[str, float] = {}
+        model = _ours(train, trainer, options, cost)
+        peers = _peers(train, trainer.seed, options, cost)
+        tables = {
+            name: measured(_part(grid, servers, 0, grid.n_bins), model, peers, walk, split)
+            for name, servers in _groups(options.servers).items()
             if len(grid.server_names[servers])
         }
-        report["seeds"].append({"seed": trainer.seed, "training_wall_s": took, **measured})
-        for name, table in measured.items():
-            _print(f"{name} servers, seed {trainer.seed}, trained in {took} s", table)
-    path = write_results(f"forecast_accuracy_{Path(options.data).stem}", report)
+        report["seeds"].append({"seed": trainer.seed, "training_cpu_s": cost, **tables})
+        for name, table in tables.items():
+            _print(f"{name} servers, seed {trainer.seed}", table)
+        print(f"training, CPU seconds: {cost}")
+    path = write_results(_results_name(options), report)
     print(f"written: {path}")
     return 0
+
+
+def _groups(n_server: int) -> dict[str, slice]:
+    return {"seen": slice(n_server), "unseen": slice(n_server, None)}
+
+
+def _results_name(options: argparse.Namespace) -> str:
+    kind = "base_model" if options.model else "forecast"
+    return f"{kind}_accuracy_{Path(options.data).stem}"
 
 
 def _part(grid: TrainingGrid, servers: slice, start: int, stop: int) -> TrainingGrid:
@@ -74,89 +86,58 @@ def _part(grid: TrainingGrid, servers: slice, start: int, stop: int) -> Training
     return replace(grid, server_names=names, values=values, start_ms=grid.start_ms + start * grid.bin_ms)
 
 
-def _trained(grid: TrainingGrid, trainer: TrainerSettings, epochs: int) -> Forecaster:
+def _ours(
+    grid: TrainingGrid, trainer: TrainerSettings, options: argparse.Namespace, cost: dict[str, float]
+) -> Forecaster:
+    if options.model:
+        return Forecaster.load(Path(options.model), bin_ms=BIN_MS, horizon_bins=HORIZON)
     shape = GridShape(BIN_MS, HORIZON)
     network = NetworkConfig.for_grid(shape, trainer.hidden_size)
     description = ModelDescription("benchmark", "", grid.metrics, shape, network)
     held_from = np.full(grid.values.shape[:2], grid.n_bins, np.int64)
     sampler = WindowSampler(grid, shape, held_from, WindowMix(), trainer.seed)
     slots = [description.slot(metric) for metric in grid.metrics]
-    steps, rate = trainer.steps_per_epoch, trainer.learning_rate
-    plan = Fit(epochs, steps, rate, 50, trainer.threads, trainer.seed, sys.stderr.isatty())
-    return Forecaster(
-        description, fit(network, shape, None, lambda: sampler.batch(trainer.batch_size, slots), plan)
+    plan = Fit(
+        *(options.epochs, trainer.steps_per_epoch, trainer.learning_rate, WARMUP_STEPS),
+        *(trainer.threads, trainer.seed, sys.stderr.isatty()),
     )
+    began = process_time()
+    weights = fit(network, shape, None, lambda: sampler.batch(trainer.batch_size, slots), plan)
+    cost[OURS] = round(process_time() - began, 1)
+    model = Forecaster(description, weights)
+    if options.save:
+        model.save(Path(options.save))
+    return model
 
 
-def _measured(grid: TrainingGrid, model: Forecaster, origins: NDArray[Any], split: int) -> dict[str, Any]:
-    """Return the scores of every forecaster on one group of servers."""
-    shape = (*grid.values.shape[:2], HORIZON)
-    prefers_yesterday = _prefers_yesterday(grid.values[:, :, :split])
-    sums = {name: Sums.empty(shape) for name in ("last", "yesterday", "better", "fallback", "ours")}
-    counts, sizes = np.zeros(shape), np.zeros(shape)
-    naive = NaiveForecaster(HORIZON)
-    for origin in origins:
-        window = HistoryWindow(
-            grid.server_names,
-            grid.metrics,
-            grid.values[:, :, max(0, origin - 2303) : origin + 1],
-            grid.start_ms + int(origin) * BIN_MS,
-            BIN_MS,
-        )
-        actual = grid.values[:, :, origin + 1 : origin + 1 + HORIZON]
-        last = np.repeat(grid.values[:, :, origin, None], HORIZON, axis=2)
-        yesterday = grid.values[:, :, origin + 1 - DAY_BINS : origin + 1 - DAY_BINS + HORIZON]
-        forecasts: dict[str, Floats32] = {
-            "last": last[..., None],
-            "yesterday": yesterday[..., None],
-            "better": np.where(prefers_yesterday, yesterday, last)[..., None],
-            "fallback": naive.predict(window),
-            "ours": model.predict(window),
-        }
-        known = np.isfinite(actual)
-        for forecast in forecasts.values():  # the same windows for everybody
-            known &= np.isfinite(forecast).all(axis=-1)
-        counts += known
-        sizes += np.where(known, np.abs(actual), 0.0)
-        for name, forecast in forecasts.items():
-            sums[name].add(forecast, actual, known)
-    steps = np.nan_to_num(_mean(np.abs(np.diff(grid.values[:, :, :split], axis=2))))
-    table: dict[str, Any] = dict(scores(sums, counts, sizes, steps, grid.metrics))
-    return table | dict.fromkeys(PEERS_NOT_INSTALLED, "n/a")
-
-
-def _prefers_yesterday(past: Floats32) -> NDArray[np.bool_]:
-    """Return where same time yesterday beat the last value on the training days."""
-    better = np.zeros((*past.shape[:2], HORIZON), np.bool_)
-    for horizon in range(1, HORIZON + 1):
-        actual = past[:, :, DAY_BINS:]
-        by_yesterday = _mean(np.abs(actual - past[:, :, :-DAY_BINS]))
-        by_last = _mean(np.abs(actual - past[:, :, DAY_BINS - horizon : -horizon]))
-        better[..., horizon - 1] = by_yesterday < by_last
-    return better
-
-
-def _mean(values: Floats32) -> NDArray[np.float64]:
-    known = np.isfinite(values)
-    total = np.where(known, values, 0.0).sum(axis=-1, dtype=np.float64)
-    return np.asarray(total / np.maximum(known.sum(axis=-1), 1))
+def _peers(
+    train: TrainingGrid, seed: int, options: argparse.Namespace, cost: dict[str, float]
+) -> Mapping[str, Forecasts]:
+    peers: dict[str, Forecasts] = {}
+    began = process_time()
+    if available():
+        peers["lightgbm"] = LightGbm(train, options.lightgbm_windows, seed)
+        cost["lightgbm"], began = round(process_time() - began, 1), process_time()
+    if options.stock_steps:
+        metrics = tuple(options.stock_metrics.split(",")) if options.stock_metrics else train.metrics
+        peers["stock"] = StockRecipe(train, metrics, options.stock_steps, seed)
+        cost["stock"] = round(process_time() - began, 1)
+    return peers
 
 
 def _print(title: str, table: dict[str, Any]) -> None:
-    print(f"\n{title}: MAE relative to last value | WAPE | 80 % coverage")
-    names = [name for name, rows in table.items() if rows != "n/a"]
-    print(
-        f"{'metric':18s}{'horizon':9s}"
-        + "".join(f"{name:>12s}" for name in names)
-        + f"{'WAPE':>9s}{'cov':>7s}"
-    )
-    for metric in table["ours"]:
+    print(f"\n{title}: MAE relative to last value | WAPE, 80 % coverage of ours with feedback")
+    names = list(table)
+    print(f"{'metric':18s}{'horizon':9s}" + "".join(f"{name:>14s}" for name in names) + "     WAPE    cov")
+    for metric in table[OURS]:
         for horizon in HORIZONS:
-            cells = [table[name][metric][horizon]["relative_mae"] for name in names]
-            ours = table["ours"][metric][horizon]
-            row = "".join(f"{'n/a' if cell is None else format(cell, '.3f'):>12s}" for cell in cells)
-            print(f"{metric:18s}{horizon:9s}{row}{ours['wape'] or 0:9.3f}{ours['coverage'] or 0:7.3f}")
-    print(f"{', '.join(PEERS_NOT_INSTALLED)}: n/a")
+            cells = [table[name][metric] and table[name][metric][horizon]["relative_mae"] for name in names]
+            fed = table[OURS_FED][metric][horizon]
+            row = "".join(f"{'n/a' if cell is None else format(cell, '.3f'):>14s}" for cell in cells)
+            print(f"{metric:18s}{horizon:9s}{row}{fed['wape'] or 0:9.3f}{fed['coverage'] or 0:7.3f}")
+    missing = [name for name in ("lightgbm", "stock") if name not in names]
+    if missing:
+        print(f"{', '.join(missing)}: n/a")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -171,7 +152,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--test-days", type=int, default=20, metavar="B")
     parser.add_argument("--seeds", type=int, default=1, metavar="K")
     parser.add_argument("--epochs", type=int, default=TrainerSettings.base_epochs)
-    parser.add_argument("--origins", type=int, default=86, help="forecasts made per server in the test days")
+    parser.add_argument("--model", metavar="FILE", help="a checkpoint to test instead of training one")
+    parser.add_argument("--save", metavar="FILE", help="keep the trained checkpoint")
+    parser.add_argument("--every", type=int, default=4, help="bins between two origins of a server")
+    parser.add_argument("--scored-every", type=int, default=5, help="of those, every how many-th is scored")
+    parser.add_argument("--lightgbm-windows", type=int, default=30_000)
+    parser.add_argument("--stock-steps", type=int, default=0, help="steps of the stock recipe; 0: n/a")
+    parser.add_argument("--stock-metrics", help="what it is trained for, comma separated; default: all")
     return parser
 
 
