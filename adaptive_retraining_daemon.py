@@ -32,7 +32,6 @@ from fleetcast.retraining.quiet import FleetMean, quiet_verdict
 from fleetcast.retraining.readiness import Readiness
 from fleetcast.retraining.retraining_check import ADVISED, BESIDE, NOTHING, STARTED, TRAINING, RetrainingCheck
 from fleetcast.retraining.retraining_options import parser, settings_of, with_arguments
-from fleetcast.retraining.safeguards import Decision
 from fleetcast.retraining.state import FAILED, STATE_FILE, Attempt
 from fleetcast.retraining.training_order import export_end, training_context, training_steps
 from fleetcast.retraining.trainings import Trainings
@@ -133,7 +132,7 @@ class AdaptiveRetrainingDaemon:
             self._newest = self._store.newest_record_time()
             if is_owner:
                 self._trainings.note()
-            evidence, check = self._measured(self._clock.now())
+            evidence, check = self._measured(self._clock.now(), is_owner=is_owner)
             check = self._acted(check, evidence, is_owner=is_owner)
             logger.info(
                 "checked should_retrain=%s action=%s reason=%s",
@@ -197,19 +196,20 @@ class AdaptiveRetrainingDaemon:
                 return ended
         return None
 
-    def _measured(self, now: datetime) -> tuple[DriftEvidence, RetrainingCheck]:
+    def _measured(self, now: datetime, *, is_owner: bool) -> tuple[DriftEvidence, RetrainingCheck]:
         """Measure drift and quiet, and decide."""
         self._inquiry.look(self.stop)
-        evidence = self._source.evidence(self._inquiry.served_version)
+        evidence = self._source.evidence(self._inquiry.served_version, may_renew=is_owner)
         self._monitor.set_baseline(evidence.baseline)
-        self._monitor.observe(evidence.window, evidence.model_version)
+        self._monitor.observe(evidence.window, evidence.model_version, evidence.seasonal)
         reading = self._monitor.reading()
         # a rejected first candidate is no model either: the next is due as the safeguards allow
         has_model = self._registry.current_id() is not None
         missing = "" if has_model else self._readiness.why_not()
         initial_due = not has_model and not missing
         is_quiet = self.check_quiet_period() or (initial_due and self.quiet.is_host_quiet)
-        decision = self.engine.decide(reading.current_metrics(), is_quiet, initial_due=initial_due)
+        scores, waiting = reading.current_metrics(), reading.status_reason
+        decision = self.engine.decide(scores, is_quiet, initial_due=initial_due, collecting=waiting)
         return evidence, RetrainingCheck(now, reading, self.quiet, decision, missing, NOTHING)
 
     def _acted(self, check: RetrainingCheck, evidence: DriftEvidence, *, is_owner: bool) -> RetrainingCheck:
@@ -223,16 +223,16 @@ class AdaptiveRetrainingDaemon:
         if self._settings.retraining.mode == "advise":
             return check.did(ADVISED, "advise mode: nothing is trained")
         busy = self._trainings.why_not_free()
-        attempt = None if busy else self._start(check.decision, evidence, check.at)
+        attempt = None if busy else self._start(check, evidence)
         if attempt is None:
             return check.did(TRAINING, busy or "a training is running")
         return check.did(STARTED, f"training {attempt.id} started", attempt.id)
 
-    def _start(self, decision: Decision, evidence: DriftEvidence, now: datetime) -> Attempt | None:
+    def _start(self, check: RetrainingCheck, evidence: DriftEvidence) -> Attempt | None:
         program = Path(__file__).resolve()
         steps = training_steps(self._settings, program, self._config)
-        context = training_context(decision.rule, now, evidence, self._source)
-        return self._trainings.start(decision, self._registry.current_id(), steps, context)
+        context = training_context(check.decision.rule, check.at, evidence, self._source, check.reading)
+        return self._trainings.start(check.decision, self._registry.current_id(), steps, context)
 
     def _make_engine(self) -> RetrainingDecisionEngine:
         # fmt: off

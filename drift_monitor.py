@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fleetcast.clock import Clock, SystemClock
+from fleetcast.drift.calibrated_reading import CalibratedReading, calibrated_reading
 from fleetcast.drift.columns import extended, float_columns, n_rows
 from fleetcast.drift.drift_report import COLLECTING, READY, BaselineFacts, DriftReading, WindowFacts
 from fleetcast.drift.drift_scores import (
@@ -28,11 +29,13 @@ from fleetcast.drift.drift_scores import (
 from fleetcast.drift.drift_series import SeriesDrift, series_drift
 from fleetcast.drift.drift_source import DriftSource
 from fleetcast.drift.drift_window import PairWindow
+from fleetcast.drift.seasonal_source import SeasonalEvidence
+from fleetcast.drift_settings import CALIBRATED, DriftSettings
 from fleetcast.errors import BadData, FleetcastError
 from fleetcast.files import write_json
 from fleetcast.model.baseline import Baseline
 from fleetcast.model.registry import Registry
-from fleetcast.settings import DriftSettings, load_settings
+from fleetcast.settings import load_settings
 
 METRICS_FILE = "drift_metrics.json"
 TOP_SERIES = 10
@@ -88,6 +91,7 @@ class DriftMonitor:
         self._n_rows = 0
         self._pairs: PairWindow | None = None  # None: fed by update()
         self._model_version: str | None = None
+        self._seasonal: SeasonalEvidence | None = None  # None: the literal metrics decide
         self._baseline: Baseline | None = None
         self._references: Mapping[str, MetricReference] = {}
         self.set_baseline(baseline)
@@ -124,12 +128,19 @@ class DriftMonitor:
             for have, more in zip(old, new, strict=True)
         )
         self._n_rows = min(self._n_rows + n_new, self.window_size)
-        self._pairs = None
+        self._pairs = self._seasonal = None
 
-    def observe(self, pairs: PairWindow, model_version: str | None) -> None:
-        """Look at a window read from the buffer instead; its actuals are the features."""
+    def observe(
+        self, pairs: PairWindow, model_version: str | None, seasonal: SeasonalEvidence | None = None
+    ) -> None:
+        """Look at a window read from the buffer instead; its actuals are the features.
+
+        Args:
+            seasonal: the calibrated detector's state; with the basis `calibrated` it decides.
+        """
         self._predictions, self._actuals, self._features = pairs.one_ahead, pairs.actuals, pairs.actuals
         self._n_rows, self._pairs, self._model_version = len(pairs), pairs, model_version
+        self._seasonal = seasonal if self._settings.basis == CALIBRATED else None
 
     def calculate_drift_metrics(self) -> dict[str, Any]:
         """Return per, dss, fds, anomaly_rate, combined_score and needs_retraining."""
@@ -145,18 +156,21 @@ class DriftMonitor:
 
     def reading(self) -> DriftReading:
         """Score the window as it is now."""
-        scores = self._scores(slice(None))
-        metrics = {**scores.by_name(), "combined_score": self._combined(scores)}
-        limits = self._limits()
+        scores, limits = self._scores(slice(None)), self._limits()
+        literal = {**scores.by_name(), "combined_score": self._combined(scores)}
+        calibrated = self._calibrated(limits)
+        metrics = literal
+        if calibrated is not None:
+            metrics = {**calibrated.scores, "combined_score": calibrated.combined}
         exceeded = tuple(name for name, limit in limits.items() if metrics[name] > limit)
-        waiting = self._why_collecting(scores)
+        waiting = self._why_collecting(scores, calibrated)
         return DriftReading(
             metrics=metrics,
             needs_retraining=bool(exceeded) and not waiting,
             exceeded=exceeded,
             thresholds=limits,
             weights=dict(self.weights),
-            trends=self._trends(limits),
+            trends=self._trends(limits) if calibrated is None else calibrated.trends,
             status=COLLECTING if waiting else READY,
             status_reason=waiting,
             window=WindowFacts.of(self._pairs, self._n_rows, self.window_size),
@@ -164,8 +178,16 @@ class DriftMonitor:
             model_version=self._model_version,
             not_compared=scores.not_compared,
             per_by_horizon=self._per_by_horizon(),
-            top=self._top_series(),
+            top=self._top_series() if calibrated is None else (),
+            literal=literal,
+            calibrated=calibrated,
         )
+
+    def _calibrated(self, limits: Mapping[str, float]) -> CalibratedReading | None:
+        if self._seasonal is None:
+            return None
+        weights = {name: _entry(self.weights, f"{short}_weight") for name, short in _SPELLED.items()}
+        return calibrated_reading(self._seasonal, limits, weights, self._settings.min_reference_days)
 
     def _override_literals(self) -> None:
         for table in (self.thresholds, self.weights):
@@ -201,11 +223,11 @@ class DriftMonitor:
             for name in before
         }
 
-    def _why_collecting(self, scores: MetricScores) -> str:
+    def _why_collecting(self, scores: MetricScores, calibrated: CalibratedReading | None) -> str:
         """Return what is missing for a verdict, or ""."""
         if self._pairs is not None and self._model_version is None:
             return "no model in service yet"
-        if not self._references:
+        if calibrated is None and not self._references:
             return "no baseline"
         if self._pairs is not None:
             needed = min(self._settings.min_pairs, self._pairs.size)
@@ -214,6 +236,8 @@ class DriftMonitor:
             span_s, needed_s = self._pairs.span_ms / 1000, self._settings.min_span_s
             if span_s < needed_s:
                 return f"{span_s / 3600:.1f} h of the model in service, {needed_s / 3600:.1f} h needed"
+        if calibrated is not None:
+            return calibrated.waiting_for
         return "" if scores.compared else "no metric has enough values in both window and baseline"
 
     def _per_by_horizon(self) -> dict[int, float]:
@@ -251,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         registry = Registry(Path(settings.paths.checkpoint_dir), models_dir)
         evidence = DriftSource(store, registry, settings.drift, settings.bins.bin_s * 1000).evidence()
         monitor = DriftMonitor(settings.drift.window_size, evidence.baseline, settings=settings.drift)
-        monitor.observe(evidence.window, evidence.model_version)
+        monitor.observe(evidence.window, evidence.model_version, evidence.seasonal)
         print(monitor.generate_report())
     except FleetcastError as error:
         print(f"drift_monitor: {error}", file=sys.stderr)

@@ -30,11 +30,12 @@ from fleetcast.errors import ExitCode, FleetcastError, SettingsError
 from fleetcast.files import OwnerLock
 from fleetcast.logs import configure_logging
 from fleetcast.model.registry import TRAINER_LOCK, Registry
-from fleetcast.model.versions import BASELINE_FILE, MODEL_FILE, new_version_id
+from fleetcast.model.versions import BASELINE_FILE, MODEL_FILE, REFERENCE_FILE, new_version_id
 from fleetcast.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from fleetcast.model.candidate import Candidate, Served
+    from fleetcast.model.sampler import ChangedSeries
     from fleetcast.model.traingrid import TrainingGrid
 
 logger = logging.getLogger("tft_trainer")
@@ -115,7 +116,8 @@ class Attempt:
         context = TrainingContext.find(data, os.environ.get(ATTEMPT_ID_VARIABLE))
         if context.attempt_id and _checked_id(context.attempt_id):
             self._id = context.attempt_id
-        maker = CandidateMaker(grid, context.changed_series(grid), settings)
+        changed = context.changed_series(grid)
+        maker = CandidateMaker(grid, changed, settings)
         serving = served(self._registry, maker.shape)
         start = serving if self._options.incremental else None
         version_id = new_version_id(self._clock.now())
@@ -134,7 +136,7 @@ class Attempt:
             shows_progress_bar=sys.stderr.isatty(),
             state_path=self._registry.folder / BASE_STATE_FILE,
         )
-        self._keep(version_id, candidate, start, grid)
+        self._keep(version_id, candidate, start, grid, self._reference(grid, changed))
         return version_id, candidate, start
 
     def _epochs(self, start: "Served | None") -> int:
@@ -146,11 +148,31 @@ class Attempt:
             return max(int(asked or 0), trainer.base_epochs)
         return int(asked or trainer.base_epochs)
 
+    def _reference(self, grid: "TrainingGrid", changed: "Sequence[ChangedSeries]") -> bytes:
+        """Return the drift reference of this training's data; it holds whatever the verdict is."""
+        from data_buffer import DataBuffer
+        from fleetcast.drift.learned_reference import training_reference
+
+        buffer = DataBuffer(self._settings.paths.data_buffer_dir, settings=self._settings.buffer)
+        reference = training_reference(
+            grid, changed, lambda start, end: buffer.read_predictions(start, end, 1), self._settings.drift
+        )
+        return reference.to_bytes()
+
     def _keep(
-        self, version_id: str, candidate: "Candidate", start: "Served | None", grid: "TrainingGrid"
+        self,
+        version_id: str,
+        candidate: "Candidate",
+        start: "Served | None",
+        grid: "TrainingGrid",
+        reference: bytes,
     ) -> None:
         """Write the version, then put into service what the gate let through."""
-        contents = {MODEL_FILE: candidate.content, BASELINE_FILE: candidate.baseline.to_bytes()}
+        contents = {
+            MODEL_FILE: candidate.content,
+            BASELINE_FILE: candidate.baseline.to_bytes(),
+            REFERENCE_FILE: reference,
+        }
         self._registry.add(version_id, contents, self._manifest(candidate, start, grid))
         if candidate.verdict.promoted:
             self._registry.promote(version_id)

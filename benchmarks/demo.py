@@ -32,13 +32,11 @@ mode = "data"                 # "now" is the newest record: seven days pass in m
 [bins]
 forecast_metrics = ["cpu_pct", "mem_pct", "disk_write_pct"]
 
-[drift]                       # the window spans a whole day: a few minutes never look like a day
-window_size = 2304            # 8 servers x 288 bins
-min_pairs = 2304
-min_span_s = 86100.0
+[drift]                       # the first training comes after three days: judge from then on
+min_reference_days = 3
 
 [decision]
-initial_min_span_s = 259200.0 # the baseline shall know three whole days
+initial_min_span_s = 259200.0 # three whole days to compare with
 host_load_per_core = 100.0    # the demo must not depend on what else this machine does
 host_min_available_gb = 0.5
 

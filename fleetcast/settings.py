@@ -8,11 +8,13 @@ with its settings. `docs/settings.md` is made from here.
 import dataclasses
 import os
 import typing
+import zoneinfo
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fleetcast.drift_settings import DriftSettings
 from fleetcast.errors import SettingsError
 from fleetcast.remote_write_settings import RemoteWriteSettings
 from fleetcast.setting import SettingInfo, checked, setting
@@ -144,32 +146,6 @@ class TrainerSettings:
 
 
 @dataclass(frozen=True)
-class DriftSettings:
-    """DriftMonitor. A threshold or weight left out keeps the literal in drift_monitor.py."""
-
-    basis: str = setting("literal", "which scores decide", choices=("literal",))
-    window_size: int = setting(1000, "newest (server, bin) pairs looked at, at least", low=1)
-    window_bins_per_server: int = setting(12, "bins of every server the window holds, at least", low=1)
-    min_pairs: int = setting(300, "pairs of the version in service before a verdict", low=1)
-    min_span_s: float = setting(7200.0, "span of those pairs before a verdict", unit="s", low=0)
-    min_values: int = setting(50, "values of a metric needed in window and baseline", low=2)
-    per_floor_points: float = setting(20.0, "PER's smallest divisor for percents", low=0.01)
-    per_floor_share: float = setting(
-        0.2, "PER's smallest divisor for others, as a share of the baseline's p95", low=0.001
-    )
-    baseline_days: float = setting(7.0, "newest days of the training data in the baseline", low=0.1)
-    per_threshold: float | None = setting(None, "overrides the literal", low=0)
-    dss_threshold: float | None = setting(None, "overrides the literal", low=0)
-    fds_threshold: float | None = setting(None, "overrides the literal", low=0)
-    anomaly_threshold: float | None = setting(None, "overrides the literal", low=0)
-    combined_threshold: float | None = setting(None, "overrides the literal", low=0)
-    per_weight: float | None = setting(None, "overrides the literal", low=0)
-    dss_weight: float | None = setting(None, "overrides the literal", low=0)
-    fds_weight: float | None = setting(None, "overrides the literal", low=0)
-    anomaly_weight: float | None = setting(None, "overrides the literal", low=0)
-
-
-@dataclass(frozen=True)
 class DecisionSettings:
     """RetrainingDecisionEngine and the quiet period; left out, the literals in
     adaptive_retraining_daemon.py hold."""
@@ -274,3 +250,8 @@ def _cross_checks(values: Mapping[str, Any]) -> Iterator[str]:
     settle = values.get("forecast.settle_horizons", ForecastSettings.settle_horizons)
     if any(not 1 <= item <= horizon for item in settle):
         yield f"forecast.settle_horizons must be in 1..{horizon}, got {list(settle)}"
+    timezone = values.get("drift.timezone", DriftSettings.timezone)
+    try:
+        zoneinfo.ZoneInfo(timezone)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        yield f"drift.timezone must name a time zone like Europe/Berlin, got {timezone!r}"

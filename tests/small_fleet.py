@@ -37,7 +37,8 @@ def settings(**parts: dict[str, Any]) -> Settings:
     """Return settings of a small, undemanding installation; each part may be changed further."""
     small: dict[str, dict[str, Any]] = {
         "clock": {"mode": "data"},  # the fleet's days are long past, and an export ends now
-        "drift": {"window_size": PAIRS, "min_pairs": 60, "min_span_s": 3600.0},
+        # two days and a half: too few for a calibrated reference
+        "drift": {"basis": "literal", "window_size": PAIRS, "min_pairs": 60, "min_span_s": 3600.0},
         "decision": {"host_load_per_core": 1000.0, "host_min_available_gb": 0.0},
         "retraining": {"request_timeout_s": 5.0, "training_nice": 0, "training_timeout_s": 60.0},
     }

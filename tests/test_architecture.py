@@ -31,6 +31,7 @@ ROWS = {
     "server": 3,
     "setting": 1,
     "setting_sources": 1,
+    "drift_settings": 1,
     "remote_write_settings": 1,
     "settings": 1,
     "schema": 1,

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 
 from fleetcast.drift import drift_scores as ds
+from fleetcast.drift_settings import DriftSettings
 from fleetcast.model.baseline import Baseline
-from fleetcast.settings import DriftSettings
 
 SETTINGS = DriftSettings()
 RNG = np.random.default_rng(3)

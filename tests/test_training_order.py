@@ -9,10 +9,12 @@ import pytest
 from settled_rows import BIN_MS, RowStore
 from test_drift_series import CHANGE, START_MS, baseline, changed, daily, store_of, window_of
 
+from drift_monitor import DriftMonitor
 from fleetcast.drift.drift_source import DriftEvidence, DriftSource
+from fleetcast.drift_settings import DriftSettings
 from fleetcast.model.registry import Registry
 from fleetcast.retraining.training_order import export_end, trainer_command, training_context, training_steps
-from fleetcast.settings import DriftSettings, Settings
+from fleetcast.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 PRINTED = ["tft_trainer.py", "--data", "training_data_incremental.parquet", "--incremental", "--epochs", "5"]
@@ -58,7 +60,9 @@ def test_the_export_comes_first_and_is_done_by_a_child_too() -> None:
 def context(store: RowStore, *, with_baseline: bool = True) -> dict[str, object]:
     source = DriftSource(store, Registry(Path("checkpoints")), DriftSettings(), BIN_MS)
     evidence = DriftEvidence(window_of(store), "v1", baseline() if with_baseline else None)
-    return training_context("drift", NOW, evidence, source)
+    monitor = DriftMonitor(settings=DriftSettings(basis="literal"))
+    monitor.observe(evidence.window, "v1")
+    return training_context("drift", NOW, evidence, source, monitor.reading())
 
 
 def test_the_drifting_series_are_named_with_the_time_they_changed() -> None:

@@ -83,12 +83,13 @@ def why_not_compared(
     reference: Reference, judged: NDArray[np.bool_], watch: SensorWatch, is_young: bool
 ) -> dict[str, int]:
     """Return why -> how many series are not judged; no entry where there is none."""
-    short = reference.n_days < MIN_DAYS
-    unknown = ~short & ~reference.is_compared
+    unjudged = ~reference.is_compared
+    short = unjudged & (reference.n_days < MIN_DAYS)
+    unknown = unjudged & ~short
     out = np.repeat(watch.is_out, len(reference.metrics))
     rest = ~judged & ~short & ~unknown
     reasons = {
-        f"reference shorter than {MIN_DAYS} days": short,
+        "too few days in the reference": short,
         "reference without limits": unknown,
         "server is silent": rest & out,
         "sensor stands still": rest & ~out & watch.is_frozen,

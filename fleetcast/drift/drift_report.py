@@ -10,8 +10,10 @@ from datetime import datetime
 from typing import Any, Self
 
 from fleetcast.clock import from_ms, iso_z
+from fleetcast.drift.calibrated_reading import MOST_NAMED, CalibratedReading, drifting_json
 from fleetcast.drift.drift_series import SeriesDrift
 from fleetcast.drift.drift_window import PairWindow
+from fleetcast.drift_settings import CALIBRATED, LITERAL
 from fleetcast.model.baseline import Baseline
 
 COLLECTING = "collecting"
@@ -110,6 +112,13 @@ class DriftReading:
     not_compared: Mapping[str, str]
     per_by_horizon: Mapping[int, float] = field(default_factory=dict)
     top: tuple[SeriesDrift, ...] = ()
+    literal: Mapping[str, float] = field(default_factory=dict)  # the same names as metrics
+    calibrated: CalibratedReading | None = None  # None: the literal metrics decide
+
+    @property
+    def basis(self) -> str:
+        """Return which scores decide."""
+        return LITERAL if self.calibrated is None else CALIBRATED
 
     def current_metrics(self) -> dict[str, Any]:
         """Return the six keys of `calculate_drift_metrics`."""
@@ -123,18 +132,24 @@ class DriftReading:
             "recommendation": RETRAIN if self.needs_retraining else OK,
             "status": self.status,
             "status_reason": self.status_reason,
-            "basis": "literal",
-            "literal_metrics": dict(self.metrics),
+            "basis": self.basis,
+            "literal_metrics": dict(self.literal or self.metrics),
+            "calibrated": self.calibrated.as_json() if self.calibrated else None,
             "thresholds": dict(self.thresholds),
             "weights": dict(self.weights),
             "per_by_horizon": {str(horizon): value for horizon, value in self.per_by_horizon.items()},
-            "top_drifting": [series_json(item) for item in self.top],
+            "top_drifting": self._top_json(),
             "not_compared": dict(self.not_compared),
             "window": self.window.as_dict(),
             "baseline": self.baseline.as_dict() if self.baseline else None,
             "model_version": self.model_version,
             "made_at": iso_z(made_at),
         }
+
+    def _top_json(self) -> list[dict[str, Any]]:
+        if self.calibrated is None:
+            return [series_json(item) for item in self.top]
+        return [drifting_json(item) for item in self.calibrated.drifting[:MOST_NAMED]]
 
     def as_text(self) -> str:
         """Return the report for people."""
@@ -149,7 +164,7 @@ class DriftReading:
         combined, limit = self.metrics["combined_score"], self.thresholds["combined_score"]
         mark = "over" if "combined_score" in self.exceeded else "ok"
         lines.append(f"  {'Combined score':<31} {combined:7.4f}  limit {limit:5.2f}  {mark}")
-        lines += [*self._series_lines(), ""]
+        lines += [*self._basis_lines(), *self._series_lines(), ""]
         lines.append(f"Recommendation: {RETRAIN if self.needs_retraining else OK}")
         return "\n".join(lines)
 
@@ -166,12 +181,19 @@ class DriftReading:
             lines.append(f"Model: {self.model_version}")
         return lines
 
+    def _basis_lines(self) -> list[str]:
+        if self.calibrated is None:
+            return []
+        literal = ", ".join(f"{name} {self.literal[name]:.3f}" for name in _NAMES)
+        scale = "  Scores are calibrated: at the limit = as unusual as unchanged data get."
+        return ["", scale, f"  Literal, reported only: {literal}", *self.calibrated.lines()]
+
     def _series_lines(self) -> list[str]:
         lines = []
         if self.per_by_horizon:
             shown = ", ".join(f"{horizon}: {per:.1%}" for horizon, per in self.per_by_horizon.items())
             lines.append(f"  PER by horizon in bins: {shown}")
-        for item in self.top:
+        for item in self.top if self.calibrated is None else ():
             ratio = "" if item.error_ratio is None else f", error x{item.error_ratio:.1f}"
             mark = "drifts" if item.is_drifting else "within its limits"
             lines.append(

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fleetcast.drift_settings import DriftSettings
 from fleetcast.model.baseline import Baseline
 from fleetcast.schema import Floats
-from fleetcast.settings import DriftSettings
 
 SIGMAS = 3.0  # FDS is full, and a value is an anomaly, at this many standard deviations
 # A metric that stood still has no spread to measure by; its smallest step shall not be "drift".

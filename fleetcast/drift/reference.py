@@ -18,12 +18,13 @@ from fleetcast.drift.fleet_calibration import FleetCalibration, calibrate
 from fleetcast.drift.limits import growth, own_quantiles, series_limits, shared_growth
 from fleetcast.drift.quorum import QuorumRule
 from fleetcast.drift.reference_chunks import fit_all, joined_books, joined_shapes, sampled
-from fleetcast.drift.reference_file import read_reference, write_reference
+from fleetcast.drift.reference_file import read_reference, reference_bytes
 from fleetcast.drift.reference_fit import MIN_DAYS, value_ranges
 from fleetcast.drift.residuals import Shape
 from fleetcast.drift.season import DayClock
 from fleetcast.drift.window_statistics import Books
 from fleetcast.errors import BadData
+from fleetcast.files import write_atomic
 from fleetcast.schema import Floats, Floats32, Longs
 
 RANGE_FLOOR = 0.02  # of the metric's usual range in this fleet
@@ -66,7 +67,7 @@ class Reference:
     @property
     def is_compared(self) -> NDArray[np.bool_]:
         """Return which series (series,) have days enough to be judged."""
-        return np.asarray((self.n_days >= MIN_DAYS) & np.isfinite(self.limits).any(axis=1))
+        return np.asarray(np.isfinite(self.limits).any(axis=1))
 
     @classmethod
     def fit(
@@ -82,8 +83,9 @@ class Reference:
         timezone: str = "UTC",
         rule: QuorumRule | None = None,
         false_alarms_per_month: float = 1.0,
+        min_days: int = MIN_DAYS,
     ) -> Self:
-        """Learn a reference; three weeks are good, five days the least.
+        """Learn a reference; three weeks are good, five days the least advisable.
 
         Args:
             grid: (server, metric, bin) bin means in native units, NaN = absent.
@@ -91,6 +93,7 @@ class Reference:
             changed_ms: (server, metric) when a series is known to have changed, NaN = never;
                 what came before does not count.
             false_alarms_per_month: how often an unchanged fleet may call for a training.
+            min_days: days a series needs to be judged.
         Raises:
             BadData: shapes that do not fit each other.
         """
@@ -108,7 +111,7 @@ class Reference:
         own = np.concatenate([own_quantiles(part.left_out) for part in chunks])
         limits = series_limits(own, shared)
         n_days = np.concatenate([part.n_days for part in chunks])
-        limits[n_days < MIN_DAYS] = np.nan
+        limits[n_days < min_days] = np.nan
         fleet = calibrate(
             *sampled(chunks, len(metrics)), limits, len(metrics), rule or QuorumRule(), false_alarms_per_month
         )
@@ -130,9 +133,13 @@ class Reference:
             fleet,
         )
 
+    def to_bytes(self) -> bytes:
+        """Return the content of a reference file."""
+        return reference_bytes(self)
+
     def save(self, path: Path) -> None:
         """Write the file in one durable step."""
-        write_reference(path, self)
+        write_atomic(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -18,17 +18,16 @@ from fleetcast.drift.residuals import N_CODES, N_EDGES
 from fleetcast.drift.season import WEEKDAYS, DayClock
 from fleetcast.drift.window_statistics import N_STATISTICS
 from fleetcast.errors import BadData, CorruptFile, UnknownFormat
-from fleetcast.files import write_atomic
 
 FORMAT = 1
 Kind = TypeVar("Kind")
 
 
-def write_reference(path: Path, reference: Any) -> None:
-    """Write a reference in one durable step."""
+def reference_bytes(reference: Any) -> bytes:
+    """Return the content of a reference's file."""
     stream = io.BytesIO()
     np.savez_compressed(stream, **{"format": np.int64(FORMAT), **_flattened(reference, "")})
-    write_atomic(path, stream.getvalue())
+    return stream.getvalue()
 
 
 def read_reference(path: Path, kind: type[Kind]) -> Kind:

@@ -166,6 +166,23 @@ class SeasonalDrift:
         """Return (family, series): the smallest ratio of the last `hold_h`."""
         return np.asarray(self._ratios.min(axis=0), np.float32)
 
+    def fleet_ratios(self) -> Floats32:
+        """Return (family,): how near the fleet is to its limits, 1 = at them."""
+        found = fleet_ratios(
+            self.held_ratios(),
+            self._sustained_shares(),
+            int(self._judged().sum()),
+            len(self.reference.metrics),
+            self.rule,
+        )
+        return np.asarray(found / self.reference.fleet.factor, np.float32)
+
+    def _judged(self) -> NDArray[np.bool_]:
+        return np.asarray(np.isfinite(self._statistics).any(axis=0) & self._is_compared)
+
+    def _sustained_shares(self) -> Floats32:
+        return (self._alarm_counts / self._sustained).astype(np.float32)
+
     def check(
         self,
         thresholds: Mapping[str, float] = THRESHOLDS,
@@ -178,11 +195,9 @@ class SeasonalDrift:
             thresholds, weights: by per, dss, fds, anomaly_rate.
         """
         reference, held = self.reference, self.held_ratios()
-        judged = np.isfinite(self._statistics).any(axis=0) & self._is_compared
+        judged = self._judged()
         n_judged = int(judged.sum())
-        sustained = (self._alarm_counts / self._sustained).astype(np.float32)
-        ratios = fleet_ratios(held, sustained, n_judged, len(reference.metrics), self.rule)
-        ratios = np.asarray(ratios / reference.fleet.factor, np.float32)
+        sustained, ratios = self._sustained_shares(), self.fleet_ratios()
         scores = scaled_scores(ratios, thresholds)
         combined = float(combined_ratio(ratios, thresholds, weights, 1.0))
         alarms = held.max(axis=0) > 1

@@ -1,6 +1,6 @@
 """One model version on disk: its folder, its manifest, its bytes checked.
 
-    versions/<id>/model.ckpt, baseline.npz, manifest.json   immutable once named
+    versions/<id>/model.ckpt, baseline.npz, reference.npz, manifest.json   immutable once named
 
 manifest.json (format 1): id, created_at, parent, promoted, files {name: sha256}, and what the
 trainer adds: data_range, metrics, verdict, settings, schema.
@@ -28,6 +28,7 @@ FORMAT = 1
 VERSIONS_FOLDER = "versions"
 MODEL_FILE = "model.ckpt"
 BASELINE_FILE = "baseline.npz"
+REFERENCE_FILE = "reference.npz"
 MANIFEST_FILE = "manifest.json"
 
 OnProblem = Callable[[BadCheckpoint], None]
@@ -51,6 +52,11 @@ class Version:
     def baseline_path(self) -> Path:
         """Return the path of the baseline saved with it."""
         return self.folder / BASELINE_FILE
+
+    @property
+    def reference_path(self) -> Path:
+        """Return the path of the drift reference saved with it; older versions have none."""
+        return self.folder / REFERENCE_FILE
 
     @property
     def is_promoted(self) -> bool:

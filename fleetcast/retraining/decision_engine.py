@@ -71,16 +71,31 @@ class RetrainingDecisionEngine:
         return self.decide(drift_metrics, is_quiet_period, initial_due=initial_due).as_dict()
 
     def decide(
-        self, drift_metrics: Mapping[str, Any], is_quiet_period: bool, *, initial_due: bool
+        self,
+        drift_metrics: Mapping[str, Any],
+        is_quiet_period: bool,
+        *,
+        initial_due: bool,
+        collecting: str = "",
     ) -> Decision:
-        """Return the decision with the rule behind it."""
+        """Return the decision with the rule behind it.
+
+        Args:
+            collecting: why drift cannot be judged yet, or "".
+        """
         self.settle()
         now, wall_now = self._clock.now(), self._wall_clock.now()
         limits = SafeguardLimits(
             self.min_hours_between_training, self.max_days_without_training, self.max_trainings_per_week
         )
         found = check_safeguards(self.log, self.backoff, limits, now, wall_now, self._uptime())
-        return decide(drift_metrics, found, is_quiet_period=is_quiet_period, initial_due=initial_due)
+        return decide(
+            drift_metrics,
+            found,
+            is_quiet_period=is_quiet_period,
+            initial_due=initial_due,
+            collecting=collecting,
+        )
 
     def settle(self) -> None:
         """Take note of what the clocks say now: no entry of the future, every age known to this boot."""

@@ -96,9 +96,12 @@ def decide(
     *,
     is_quiet_period: bool,
     initial_due: bool,
+    collecting: str = "",
 ) -> Decision:
     """Decide; the reason of a refusal is the first step that failed.
 
+    Args:
+        collecting: why drift cannot be judged yet, or "".
     Raises:
         BadData: `drift_metrics` is not what `DriftMonitor.calculate_drift_metrics` returns.
     """
@@ -106,7 +109,7 @@ def decide(
     rule, reason = _demand(drift_metrics, asked_by[OVERDUE], initial_due=initial_due)
     blocking = next((c for c in safeguards if not c.passed and c.name != OVERDUE), None)
     if rule == NONE:
-        return Decision(False, rule, reason, safeguards)
+        return Decision(False, rule, f"collecting: {collecting}" if collecting else reason, safeguards)
     if not is_quiet_period:
         return Decision(False, rule, f"not a quiet period; {reason}", safeguards)
     if blocking:

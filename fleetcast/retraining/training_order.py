@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fleetcast.clock import from_ms, iso_z, to_ms
-from fleetcast.drift.drift_report import series_json
+from fleetcast.drift.calibrated_reading import CalibratedReading, drifting_json
+from fleetcast.drift.drift_report import DriftReading, series_json
 from fleetcast.drift.drift_series import change_times, series_drift
 from fleetcast.drift.drift_source import DriftEvidence, DriftSource
 from fleetcast.model.baseline import Baseline
@@ -57,18 +58,27 @@ def trainer_command(settings: Settings, program_dir: Path, config: Path | None) 
 
 
 def training_context(
-    rule: str, now: datetime, evidence: DriftEvidence, source: DriftSource
+    rule: str, now: datetime, evidence: DriftEvidence, source: DriftSource, reading: DriftReading
 ) -> dict[str, Any]:
     """Return what `training_context.json` says beside the attempt's id: what drifts, since when."""
     return {
         "rule": rule,
         "made_at": iso_z(now),
         "model_version": evidence.model_version,
-        "drifting": _drifting(evidence, evidence.baseline, source) if evidence.baseline else [],
+        "basis": reading.basis,
+        "drifting": _drifting(evidence, source, reading.calibrated),
     }
 
 
 def _drifting(
+    evidence: DriftEvidence, source: DriftSource, calibrated: CalibratedReading | None
+) -> Sequence[Mapping[str, Any]]:
+    if calibrated is not None:
+        return [drifting_json(item) for item in calibrated.drifting[:MOST_SERIES]]
+    return _by_baseline(evidence, evidence.baseline, source) if evidence.baseline else []
+
+
+def _by_baseline(
     evidence: DriftEvidence, baseline: Baseline, source: DriftSource
 ) -> Sequence[Mapping[str, Any]]:
     found = [item for item in series_drift(evidence.window, baseline, MOST_SERIES) if item.is_drifting]
@@ -78,12 +88,10 @@ def _drifting(
     bin_ms = evidence.window.bin_ms
     since = change_times(found, baseline, source.read, evidence.model_version, newest_ms, bin_ms)
     window_start_ms = int(evidence.window.target_ms[0])
+    changed = [since.get((item.server, item.metric), window_start_ms) for item in found]
     return [
-        {
-            **series_json(item),
-            "since": iso_z(from_ms(since.get((item.server, item.metric), window_start_ms))),
-        }
-        for item in found
+        {**series_json(item), "since": iso_z(from_ms(at_ms)), "changed_ms": at_ms}
+        for item, at_ms in zip(found, changed, strict=True)
     ]
 
 

@@ -1,0 +1,95 @@
+"""Settled one-bin-ahead forecasts as a grid: what every series was, and how far it was missed.
+
+Owns: laying rows on (server, metric, bin), and reading long stretches a piece at a time. What is
+settled never changes, so the same stretch gives the same grid whenever it is read; raw records
+may still come late. Does not know: drift.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from fleetcast.schema import Floats32, SettledForecasts
+
+ReadForecasts = Callable[[int, int], SettledForecasts]  # one bin ahead; start_ms, end_ms of the target
+MOST_CELLS = 1_000_000  # (server, metric, bin) asked for at once
+DAY_BINS_LEAST = 12  # read at once, however large the fleet
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SettledGrid:
+    """Actuals and errors on one time axis, in the order of the names asked for."""
+
+    values: Floats32  # (server, metric, bin) native units, NaN = not settled
+    errors: Floats32  # |p50 - actual| of a model; NaN = none, or the fallback's
+    start_ms: int
+
+
+def settled_grid(
+    rows: SettledForecasts,
+    server_names: tuple[str, ...],
+    metrics: tuple[str, ...],
+    span_ms: tuple[int, int],
+    bin_ms: int,
+    *,
+    version: str | None = None,
+) -> SettledGrid:
+    """Lay rows on a grid; rows of other names or times are left out.
+
+    Args:
+        span_ms: start of the first bin and end of the last.
+        version: errors of this model alone; None = of every model, never of the fallback.
+    """
+    start_ms, end_ms = span_ms
+    shape = (len(server_names), len(metrics), (end_ms - start_ms) // bin_ms)
+    values, errors = (np.full(shape, np.nan, np.float32) for _ in range(2))
+    servers = _codes(rows.server_name, server_names)
+    columns = _codes(rows.metric, metrics)
+    bins = (rows.target_ms - start_ms) // bin_ms
+    kept = (rows.horizon == 1) & (servers >= 0) & (columns >= 0) & (bins >= 0) & (bins < shape[2])
+    place = (servers[kept], columns[kept], bins[kept])
+    values[place] = rows.actual[kept]
+    versions = rows.model_version[kept]
+    is_model = np.fromiter(
+        (name == version if version is not None else name is not None for name in versions),
+        np.bool_,
+        len(versions),
+    )
+    missed = np.abs(rows.p50[kept] - rows.actual[kept])
+    errors[place] = np.where(is_model, missed, np.nan)
+    return SettledGrid(values, errors, start_ms)
+
+
+def _codes(names: np.ndarray, known: tuple[str, ...]) -> np.ndarray:
+    code_of = {name: code for code, name in enumerate(known)}
+    return np.fromiter((code_of.get(name, -1) for name in names), np.int64, len(names))
+
+
+def bins_at_once(n_series: int) -> int:
+    """Return how many bins of so many series are read at once."""
+    return max(DAY_BINS_LEAST, MOST_CELLS // max(n_series, 1))
+
+
+def read_grid(
+    read: ReadForecasts,
+    server_names: tuple[str, ...],
+    metrics: tuple[str, ...],
+    span_ms: tuple[int, int],
+    bin_ms: int,
+) -> SettledGrid:
+    """Read a long stretch piece by piece into one grid, errors of every model."""
+    pieces = [
+        settled_grid(read(*piece), server_names, metrics, piece, bin_ms)
+        for piece in _pieces(span_ms, bin_ms * bins_at_once(len(server_names) * len(metrics)))
+    ]
+    if not pieces:
+        empty = np.empty((len(server_names), len(metrics), 0), np.float32)
+        return SettledGrid(empty, empty, span_ms[0])
+    values = np.concatenate([piece.values for piece in pieces], axis=2)
+    return SettledGrid(values, np.concatenate([piece.errors for piece in pieces], axis=2), span_ms[0])
+
+
+def _pieces(span_ms: tuple[int, int], length_ms: int) -> Iterator[tuple[int, int]]:
+    for start_ms in range(*span_ms, length_ms):
+        yield start_ms, min(start_ms + length_ms, span_ms[1])
