@@ -292,7 +292,8 @@ def test_run_checks_until_a_signal_and_leaves_in_good_order(fleet: SmallFleet, t
 
 def once(told: Told, *flags: str) -> int:
     Path("own.toml").write_text(
-        '[clock]\nmode = "data"\n[drift]\nbasis = "literal"\nwindow_size = 120\nmin_pairs = 60\nmin_span_s = 3600.0\n'
+        '[clock]\nmode = "data"\n[drift]\nbasis = "literal"\nwindow_size = 120\n'
+        "min_pairs = 60\nmin_span_s = 3600.0\n"
         "[decision]\nhost_load_per_core = 1000.0\nhost_min_available_gb = 0.0\n"
         "[retraining]\ntraining_nice = 0\n"
     )

@@ -19,7 +19,6 @@ from fleetcast.schema import Floats32
 # A long window remembers a disturbance for a day after it ended; it counts as long as the newest
 # hours still look at least this unusual.
 SUPPORT = 0.6
-JUST_BELOW = 0.99  # what a single server of several can add to a fleet's score
 MIN_SERVERS = 3  # fleets this large never move for one server
 
 # As the specification prints them; drift_monitor.py hands in its own.
@@ -89,8 +88,9 @@ def fleet_ratios(
         return np.asarray(ratios, np.float32)
     by_server = held.reshape(held.shape[0], n_servers, n_metrics, *held.shape[2:]).max(axis=2)
     others = _kth_largest(by_server, 2, n_servers)
-    alone = np.where(others > 1, np.inf, JUST_BELOW)
-    return np.asarray(np.minimum(ratios, alone), np.float32)
+    # a single server, however far off, moves the fleet no further than the next one does: were it
+    # held just below the limit, four such scores would still pass the combined one
+    return np.asarray(np.minimum(ratios, np.where(others > 1, np.inf, others)), np.float32)
 
 
 def _kth_largest(values: Floats32, k: int, n: int) -> Floats32:

@@ -1,0 +1,231 @@
+"""DriftMonitor with the calibrated basis: the verdict, its words, and what must not change it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rhythm_fleet import BIN_MS, DAY, METRICS, SERVERS, START_MS, Grid, fitted, made_grid
+from seasonal_store import FIRST_TEST_BIN, VERSION, registry_with, rows_of, source_of, store_of
+from settled_rows import RowStore, joined
+
+from drift_monitor import DriftMonitor
+from fleetcast.clock import FakeClock
+from fleetcast.drift.drift_report import DriftReading
+from fleetcast.drift.learned_reference import training_reference
+from fleetcast.drift.reference import Reference
+from fleetcast.drift_settings import DriftSettings
+from fleetcast.model.sampler import ChangedSeries
+from fleetcast.model.traingrid import TrainingGrid
+from fleetcast.schema import SettledForecasts
+
+END = FIRST_TEST_BIN + 2 * DAY
+CHANGE = FIRST_TEST_BIN + DAY
+AN_HOUR = DriftSettings(window_size=60, min_pairs=60, min_span_s=3600.0)
+NEXT = "20260117T000000Z-bbbb"
+
+
+def changed_grid(by: float = 30.0) -> Grid:
+    grid = made_grid()
+    grid[:3, :, CHANGE:] += by
+    return grid
+
+
+def monitor_of(folder: Path, store: RowStore, own: DriftSettings | None = None) -> DriftMonitor:
+    own = own or DriftSettings()
+    evidence = source_of(folder, store, settings=own).evidence(VERSION)
+    monitor = DriftMonitor(baseline=evidence.baseline, settings=own, clock=FakeClock())
+    monitor.observe(evidence.window, evidence.model_version, evidence.seasonal)
+    return monitor
+
+
+def reading_of(folder: Path, grid: Grid) -> DriftReading:
+    return monitor_of(folder, store_of(grid, END)).reading()
+
+
+def test_unchanged_data_are_no_drift_whatever_the_literal_four_say(tmp_path: Path) -> None:
+    reading = monitor_of(tmp_path, store_of(made_grid(), END), AN_HOUR).reading()
+    assert (reading.basis, reading.status, reading.needs_retraining) == ("calibrated", "ready", False)
+    assert all(reading.metrics[name] < limit for name, limit in reading.thresholds.items())
+    assert reading.literal["dss"] > reading.thresholds["dss"], "an hour never looks like a week"
+
+
+def test_changed_servers_are_drift_and_are_named_with_the_time_and_the_levels(tmp_path: Path) -> None:
+    monitor = monitor_of(tmp_path, store_of(changed_grid(), END))
+    assert monitor.calculate_drift_metrics()["needs_retraining"] is True
+    monitor.save_metrics(tmp_path / "drift_metrics.json")
+    found = json.loads((tmp_path / "drift_metrics.json").read_text())
+    assert (found["basis"], found["recommendation"]) == ("calibrated", "RETRAIN NOW")
+    assert found["literal_metrics"].keys() == found["thresholds"].keys()
+    assert {item["server"] for item in found["top_drifting"]} == set(SERVERS[:3])
+    for item in found["top_drifting"]:
+        assert abs(item["changed_ms"] - (START_MS + CHANGE * BIN_MS)) <= 3 * BIN_MS
+        assert item["actual"] - item["usual"] == pytest.approx(30, abs=3)
+    assert found["calibrated"]["false_alarms_per_month"].keys() == {"target", "shown", "days_judged"}
+    assert found["calibrated"]["compared_series"] == 10
+    report = monitor.generate_report()
+    for text in (
+        "Literal, reported only",
+        "app-1 cpu_pct",
+        "times the limit",
+        "false alarms a month: 1 meant",
+    ):
+        assert text in report, report
+
+
+def test_at_the_threshold_means_at_the_calibrated_limit(tmp_path: Path) -> None:
+    store = store_of(changed_grid(), END)
+    usual, doubled = (
+        monitor_of(tmp_path, store, DriftSettings(dss_threshold=limit)).reading() for limit in (0.2, 0.4)
+    )
+    assert doubled.metrics["dss"] == pytest.approx(2 * usual.metrics["dss"])
+    assert ("dss" in usual.exceeded) == ("dss" in doubled.exceeded)
+
+
+def test_literal_basis_decides_by_the_literal_four_only(tmp_path: Path) -> None:
+    monitor = monitor_of(tmp_path, store_of(made_grid(), END), replace(AN_HOUR, basis="literal"))
+    reading = monitor.reading()
+    assert (reading.basis, reading.calibrated) == ("literal", None)
+    assert reading.metrics == reading.literal
+    assert reading.needs_retraining
+
+
+def test_a_young_reference_collects_and_says_how_much_is_missing(tmp_path: Path) -> None:
+    registry_with(tmp_path, fitted(made_grid()[:, :, : 3 * DAY]))
+    reading = monitor_of(tmp_path, store_of(changed_grid(), END)).reading()
+    assert (reading.status, reading.needs_retraining) == ("collecting", False)
+    assert reading.status_reason == "3 days known of any series, 5 needed"
+    assert reading.metrics["dss"] == 0.0
+
+
+def test_the_trend_rises_while_the_fleet_moves_away(tmp_path: Path) -> None:
+    reading = monitor_of(tmp_path, store_of(changed_grid(), CHANGE + 30)).reading()
+    assert reading.trends["fds"] == reading.trends["anomaly_rate"] == "increasing", reading.as_text()
+
+
+def test_one_broken_server_is_named_and_starts_nothing(tmp_path: Path) -> None:
+    grid = made_grid()
+    grid[0, :, CHANGE:] = grid[0, :, CHANGE:] * 3 + 500
+    reading = reading_of(tmp_path, grid)
+    assert reading.calibrated is not None
+    assert {item.server_name for item in reading.calibrated.drifting} == {SERVERS[0]}
+    assert reading.needs_retraining is False, reading.as_text()
+
+
+def test_an_outage_and_a_frozen_sensor_are_data_quality_not_drift(tmp_path: Path) -> None:
+    grid = made_grid()
+    grid[1:3, :, END - 30 :] = np.nan
+    grid[3, 0, END - 150 :] = grid[3, 0, END - 150]
+    reading = reading_of(tmp_path, grid)
+    assert not reading.needs_retraining
+    assert reading.calibrated is not None
+    events = reading.calibrated.as_json()["data_quality"]
+    assert [(event["kind"], event["server"]) for event in events] == [
+        ("outage", SERVERS[1]),
+        ("outage", SERVERS[2]),
+        ("frozen", SERVERS[3]),
+    ]
+    assert "data quality, not drift" in reading.as_text()
+
+
+def missed_on_changed(grid: Grid, first_bin: int, last_bin: int) -> SettledForecasts:
+    """Return rows whose forecasts know nothing of the change."""
+    rows = rows_of(grid, first_bin, last_bin)
+    changed = np.isin(rows.server_name.astype(str), SERVERS[:3]) & (
+        rows.target_ms >= START_MS + CHANGE * BIN_MS
+    )
+    rows.p50[changed] -= 30
+    return rows
+
+
+def test_after_a_rejected_training_the_same_drift_is_not_judged_again(tmp_path: Path) -> None:
+    grid = changed_grid()
+    store = RowStore(missed_on_changed(grid, FIRST_TEST_BIN - 3 * DAY, END))
+    first = monitor_of(tmp_path, store).reading()
+    assert first.needs_retraining and first.calibrated is not None
+    changed = [
+        ChangedSeries(
+            SERVERS.index(item.server_name),
+            METRICS.index(item.metric),
+            (item.changed_ms - START_MS) // BIN_MS,
+        )
+        for item in first.calibrated.drifting
+    ]
+    trained_on = TrainingGrid(SERVERS, METRICS, grid[:, :, :END], START_MS, BIN_MS)
+    reference = training_reference(trained_on, changed, store.read_predictions, DriftSettings())
+    registry_with(tmp_path, reference, NEXT, end_bin=END)  # its baseline holds, VERSION serves on
+    store.add(missed_on_changed(grid, END, END + DAY))  # the model that stays is as wrong as before
+    second = monitor_of(tmp_path, store).reading()
+    assert second.calibrated is not None
+    assert second.calibrated.version == NEXT
+    assert (second.status, second.needs_retraining) == ("ready", False)
+
+
+def test_update_after_observe_is_literal_again(tmp_path: Path) -> None:
+    monitor = monitor_of(tmp_path, store_of(made_grid(), END))
+    monitor.update({"cpu_pct": 50.0}, {"cpu_pct": 50.0})
+    assert monitor.reading().basis == "literal"
+
+
+# properties
+
+
+def verdict_of(folder: Path, store: RowStore) -> tuple[bool, list[tuple[str, str]]]:
+    reading = monitor_of(folder, store).reading()
+    assert reading.calibrated is not None
+    return reading.needs_retraining, sorted((s.server_name, s.metric) for s in reading.calibrated.drifting)
+
+
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_the_order_of_servers_and_metrics_does_not_change_the_verdict(
+    tmp_path: Path, is_changed: bool
+) -> None:
+    grid = changed_grid() if is_changed else made_grid()
+    rows = rows_of(grid, FIRST_TEST_BIN - 3 * DAY, END)
+    shuffled = rows.where(np.random.default_rng(4).permutation(len(rows)))
+    backwards = fitted_backwards()
+    registry_with(tmp_path / "b", backwards)
+    one = verdict_of(tmp_path / "a", RowStore(rows))
+    assert verdict_of(tmp_path / "b", RowStore(shuffled)) == one
+    assert one[0] is is_changed
+
+
+def fitted_backwards() -> Reference:
+    grid = made_grid()[::-1, ::-1, :FIRST_TEST_BIN]
+    return Reference.fit(np.ascontiguousarray(grid), SERVERS[::-1], METRICS[::-1], START_MS, BIN_MS)
+
+
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_other_units_do_not_change_the_verdict(tmp_path: Path, is_changed: bool) -> None:
+    grid = changed_grid() if is_changed else made_grid()
+    scaled = grid * np.array([1000.0, 0.001], np.float32)[None, :, None]
+    registry_with(tmp_path / "b", fitted(scaled[:, :, :FIRST_TEST_BIN]))
+    assert verdict_of(tmp_path / "b", store_of(scaled, END)) == verdict_of(
+        tmp_path / "a", store_of(grid, END)
+    )
+
+
+@given(seed=st.integers(0, 2**31), is_changed=st.booleans())
+@settings(max_examples=6, deadline=None)
+def test_rows_doubled_or_lost_do_not_change_the_verdict(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, is_changed: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("rows")
+    chance = np.random.default_rng(seed)
+    rows = rows_of(changed_grid() if is_changed else made_grid(), FIRST_TEST_BIN - 3 * DAY, END)
+    kept = rows.where(chance.random(len(rows)) > 0.05)
+    doubled = joined(kept, kept.where(chance.random(len(kept)) < 0.1))
+    assert verdict_of(folder, RowStore(doubled))[0] is is_changed
+
+
+def test_the_days_of_the_reference_themselves_never_alarm(tmp_path: Path) -> None:
+    store = RowStore(rows_of(made_grid(), 0, DAY))
+    source = source_of(tmp_path, store)
+    for bin_now in range(DAY, FIRST_TEST_BIN, DAY // 4):
+        store.add(rows_of(made_grid(), bin_now, bin_now + DAY // 4))
+        drift = source.evidence(VERSION).seasonal.drift
+        assert drift is not None
+        assert not drift.check().needs_retraining
