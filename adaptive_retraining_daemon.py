@@ -29,12 +29,13 @@ from fleetcast.retraining.decision_engine import RetrainingDecisionEngine
 from fleetcast.retraining.hostload import HostProbe
 from fleetcast.retraining.inquiry import Inquiry
 from fleetcast.retraining.quiet import FleetMean, quiet_verdict
+from fleetcast.retraining.quiet_week import QuietWeek
 from fleetcast.retraining.readiness import Readiness
 from fleetcast.retraining.retraining_check import ADVISED, BESIDE, NOTHING, STARTED, TRAINING, RetrainingCheck
 from fleetcast.retraining.retraining_options import parser, settings_of, with_arguments
 from fleetcast.retraining.state import FAILED, STATE_FILE, Attempt
 from fleetcast.retraining.training_order import export_end, training_context, training_steps
-from fleetcast.retraining.trainings import Trainings
+from fleetcast.retraining.trainings import DECISIONS_FILE, Trainings
 from fleetcast.schema import QuietVerdict
 from fleetcast.sdnotify import SystemdNotifier
 from fleetcast.settings import Settings
@@ -92,6 +93,7 @@ class AdaptiveRetrainingDaemon:
         self._trainings = Trainings(
             self.engine, self._attempts, Path(STATE_FILE), self._settings.clock.mode, self._clock
         )
+        self._quiet_week = QuietWeek(limits, Path(DECISIONS_FILE))
         self._lock = OwnerLock(Path(LOCK_FILE), "the retraining of this folder")
         self._is_owner = False
         self.stop = Stop()
@@ -151,9 +153,9 @@ class AdaptiveRetrainingDaemon:
         # Quiet period thresholds
         is_quiet = avg_cpu < 60.0 and avg_mem < 70.0
         own_pids = (*self._inquiry.pids, *self._attempts.pids(self._trainings.running))
-        means = {"cpu": avg_cpu, "mem": avg_mem}
-        host = self._host.measure(own_pids)
-        self.quiet = quiet_verdict(fleet, means, host, is_fleet_quiet=is_quiet, settings=limits)
+        means, host = {"cpu": avg_cpu, "mem": avg_mem}, self._host.measure(own_pids)
+        verdict = quiet_verdict(fleet, means, host, is_fleet_quiet=is_quiet, settings=limits)
+        self.quiet = self._quiet_week.judged(verdict, self._clock.now())
         return self.quiet.is_quiet
 
     def own(self, *, strict: bool) -> bool:
@@ -203,13 +205,13 @@ class AdaptiveRetrainingDaemon:
         self._monitor.set_baseline(evidence.baseline)
         self._monitor.observe(evidence.window, evidence.model_version, evidence.seasonal)
         reading = self._monitor.reading()
-        # a rejected first candidate is no model either: the next is due as the safeguards allow
-        has_model = self._registry.current_id() is not None
+        has_model = self._registry.current_id() is not None  # a rejected first candidate is none either
         missing = "" if has_model else self._readiness.why_not()
         initial_due = not has_model and not missing
         is_quiet = self.check_quiet_period() or (initial_due and self.quiet.is_host_quiet)
         scores, waiting = reading.current_metrics(), reading.status_reason
         decision = self.engine.decide(scores, is_quiet, initial_due=initial_due, collecting=waiting)
+        self._quiet_week.note(now, self.quiet, reason=decision.reason)
         return evidence, RetrainingCheck(now, reading, self.quiet, decision, missing, NOTHING)
 
     def _acted(self, check: RetrainingCheck, evidence: DriftEvidence, *, is_owner: bool) -> RetrainingCheck:
@@ -229,8 +231,7 @@ class AdaptiveRetrainingDaemon:
         return check.did(STARTED, f"training {attempt.id} started", attempt.id)
 
     def _start(self, check: RetrainingCheck, evidence: DriftEvidence) -> Attempt | None:
-        program = Path(__file__).resolve()
-        steps = training_steps(self._settings, program, self._config)
+        steps = training_steps(self._settings, Path(__file__).resolve(), self._config)
         context = training_context(check.decision.rule, check.at, evidence, self._source, check.reading)
         return self._trainings.start(check.decision, self._registry.current_id(), steps, context)
 

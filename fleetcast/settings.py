@@ -155,6 +155,14 @@ class DecisionSettings:
     max_trainings_per_week: int | None = setting(None, "overrides the literal", low=0)
     quiet_cpu_percent: float | None = setting(None, "overrides the literal", low=0)
     quiet_mem_percent: float | None = setting(None, "overrides the literal", low=0)
+    quiet_window: str = setting(
+        "auto",
+        "auto: a fleet over the fixed limits for a week is quiet in its own lowest quarter; fixed: never",
+        choices=("auto", "fixed"),
+    )
+    quiet_deadline_hours: float = setting(
+        24.0, "longest wait for a quiet fleet, where its own week decides", unit="h", low=0
+    )
     host_load_per_core: float = setting(
         0.8, "1-minute load of others per core at which the host is busy", low=0
     )
