@@ -58,7 +58,7 @@ def test_feedback_learns_a_bias_from_what_settled_and_nothing_of_the_future(grid
     table = measured(grid, Repeat(bias=4.0), {}, WALK, SPLIT)
     fed, raw = (table[name]["cpu_pct"]["5min"]["relative_mae"] for name in ("ours_feedback", "ours"))
     assert raw > 5
-    assert fed < 0.7 * raw
+    assert fed < 0.9 * raw
     # a change of everything after the last scored origin changes no score at the first horizon
     later = grid.values.copy()
     last_scored = WALK.origins[:: WALK.scored_every][-1]
