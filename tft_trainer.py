@@ -269,7 +269,7 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _models_dir(settings: Settings) -> Path:
-    return Path(settings.paths.models_dir) if settings.paths.models_dir else Path(__file__).parent / "models"
+    return Path(settings.paths.models_dir or Path(__file__).resolve().parent / "models")
 
 
 def _positive(text: str) -> int:

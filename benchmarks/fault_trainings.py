@@ -28,6 +28,8 @@ PREPARED_HOURS = 52
 PREPARED_STEPS = PREPARED_HOURS * 60
 TRAINING_LIMIT_S = 90.0  # a whole training of this size takes about 10 s
 SMALL = """\
+[paths]
+models_dir = "no_models"
 [trainer]
 base_epochs = 1
 epochs = 1

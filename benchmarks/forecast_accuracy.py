@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         trainer = TrainerSettings(seed=TrainerSettings.seed + seed)
         cost: dict[str, float] = {}
         model = _ours(train, trainer, options, cost)
-        peers = _peers(train, trainer.seed, options, cost)
+        peers = {} if options.without_peers else _peers(train, trainer.seed, options, cost)
         tables = {
             name: measured(_part(grid, servers, 0, grid.n_bins), model, peers, walk, split)
             for name, servers in _groups(options.servers).items()
@@ -156,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--save", metavar="FILE", help="keep the trained checkpoint")
     parser.add_argument("--every", type=int, default=4, help="bins between two origins of a server")
     parser.add_argument("--scored-every", type=int, default=5, help="of those, every how many-th is scored")
+    parser.add_argument("--without-peers", action="store_true", help="ours and the naive forecasts only")
     parser.add_argument("--lightgbm-windows", type=int, default=30_000)
     parser.add_argument("--stock-steps", type=int, default=0, help="steps of the stock recipe; 0: n/a")
     parser.add_argument("--stock-metrics", help="what it is trained for, comma separated; default: all")

@@ -21,6 +21,8 @@ from fleetcast.model.registry import TRAINER_LOCK, Registry
 
 ROOT = Path(__file__).parents[1]
 SMALL = """
+[paths]
+models_dir = "no_models"
 [bins]
 forecast_metrics = ["cpu_pct", "mem_pct"]
 [trainer]

@@ -1,0 +1,80 @@
+"""Claims about the base model that ships, and about how it was made."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.base_model import PERCENTS, RATES, SIZES, SOURCES, resized
+from fleetcast.model.forecaster import Forecaster
+from fleetcast.model.registry import Registry
+from fleetcast.model.traingrid import TrainingGrid
+from fleetcast.schema import HistoryWindow
+from fleetcast.settings import BinSettings, ForecastSettings
+
+ROOT = Path(__file__).parents[1]
+BIN_MS = 300_000
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Forecaster:
+    version = Registry(Path("no checkpoints"), ROOT / "models").base()
+    assert version is not None, "models/ holds no intact version"
+    assert version.is_base
+    return Forecaster.load(version.model_path, bin_ms=BIN_MS, horizon_bins=ForecastSettings.horizon_bins)
+
+
+def window(values: np.ndarray[tuple[int, ...], np.dtype[np.float32]], metric: str) -> HistoryWindow:
+    return HistoryWindow(("never-seen",), (metric,), values[None, None], 1_700_000_100_000, BIN_MS)
+
+
+def test_the_shipped_base_is_small_licensed_and_says_where_it_comes_from() -> None:
+    files = [path for path in (ROOT / "models").rglob("*") if path.is_file() and not path.is_symlink()]
+    assert sum(path.stat().st_size for path in files) <= 1_000_000
+    assert (ROOT / "models" / "LICENSE-smd.txt").read_text().startswith("MIT License")
+    (manifest,) = [json.loads(path.read_text()) for path in files if path.name == "manifest.json"]
+    assert "MIT" in manifest["data"]
+    assert manifest["command"].startswith("python -m benchmarks.base_model")
+
+
+def test_the_shipped_base_knows_every_metric_that_is_forecast_by_default(shipped: Forecaster) -> None:
+    assert set(BinSettings().forecast_metrics) <= set(shipped.metrics)
+
+
+def test_an_unknown_server_is_forecast_from_its_first_hour_and_not_before(shipped: Forecaster) -> None:
+    noisy = (40 + 5 * np.random.default_rng(0).normal(size=12)).astype(np.float32)
+    first_hour = shipped.predict(window(noisy, "cpu_pct"))[0, 0]
+    assert np.isfinite(first_hour).all()
+    assert (np.diff(first_hour, axis=-1) >= 0).all()
+    assert (np.abs(first_hour[:, 1] - 40) < 15).all()
+    assert np.isnan(shipped.predict(window(noisy[:11], "cpu_pct"))).all()
+
+
+@pytest.mark.parametrize(
+    ("metric", "size"), [("disk_io_mb_s", 0.05), ("latency_ms", 2000.0), ("mem_pct", 1.0)]
+)
+def test_a_daily_rhythm_of_any_size_is_forecast_better_than_by_now(
+    metric: str, size: float, shipped: Forecaster
+) -> None:
+    rhythm = (2 + np.sin(2 * np.pi * np.arange(8 * 288 + 96) / 288)) * size * 10
+    past, ahead = rhythm[:-96].astype(np.float32), rhythm[-96:]
+    middle = shipped.predict(window(past, metric))[0, 0, :, 1]
+    assert np.abs(middle - ahead).mean() < 0.5 * np.abs(past[-1] - ahead).mean()
+
+
+def test_resizing_keeps_the_shape_of_a_series_and_draws_sizes_in_bounds() -> None:
+    columns = tuple(dict.fromkeys(column for sources in SOURCES.values() for column in sources))
+    shares = np.linspace(0, 1, 5, dtype=np.float32) * np.ones((2, len(columns), 1), np.float32)
+    grid = TrainingGrid(("a", "b"), columns, shares, 0, BIN_MS)
+    fleet = resized(grid, seed=1)
+    assert fleet.values.shape == (2 * SIZES, len(SOURCES), 5)
+    assert len(set(fleet.server_names)) == 2 * SIZES
+    largest = fleet.values[..., -1]
+    np.testing.assert_allclose(fleet.values[..., 2], largest / 2, rtol=1e-6)
+    for column, metric in enumerate(fleet.metrics):
+        low, high = PERCENTS if metric.endswith("_pct") else RATES
+        assert ((largest[:, column] >= low) & (largest[:, column] <= high)).all()
+    again = resized(replace(grid), seed=1)
+    np.testing.assert_array_equal(again.values, fleet.values)
