@@ -103,6 +103,7 @@ class ForecastSettings:
     model_min_history_s: float = setting(
         3600.0, "history a server needs before the model forecasts it", unit="s", low=0
     )
+    feedback: str = setting("on", "correct the model's forecasts by settled ones", choices=("on", "off"))
     torch_threads: int = setting(1, "threads of a sweep (2 on busy cores were slower)", low=1, high=64)
 
 

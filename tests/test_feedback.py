@@ -16,7 +16,8 @@ UNKNOWN = np.array([[np.nan]])
 
 def made(low: float, middle: float, high: float) -> Floats32:
     """One series' forecast, the same at every horizon."""
-    return np.tile(np.array([low, middle, high], np.float32), (1, 1, 96, 1))
+    forecast: Floats32 = np.tile(np.array([low, middle, high], np.float32), (1, 1, 96, 1))
+    return forecast
 
 
 def told(value: float) -> Floats32:
@@ -24,7 +25,8 @@ def told(value: float) -> Floats32:
 
 
 def corrected(feedback: Feedback, forecast: Floats32, last: float, yesterday: float = np.nan) -> Floats32:
-    return feedback.apply(ROW, forecast, told(last), np.full((1, 1, 96), yesterday, np.float32))[0, 0]
+    answer = feedback.apply(ROW, forecast, told(last), np.full((1, 1, 96), yesterday, np.float32))
+    return np.asarray(answer[0, 0])
 
 
 def test_without_evidence_the_models_forecast_stays_as_it_is() -> None:

@@ -31,7 +31,7 @@ def test_a_file_of_format_1_is_read_with_the_median_that_was_given(tmp_path: Pat
     write_origin(path, kept_of(forecast(), (1, 3)))
     with np.load(io.BytesIO(path.read_bytes())) as arrays:
         older = {name: arrays[name] for name in arrays if name != "model_median"} | {"format": np.int64(1)}
-    np.savez(path, **older)  # type: ignore[arg-type]
+    np.savez(path, **older)
     assert read_origin(path).model_median.tolist() == [[[1.0, 7.0]]]
 
 
@@ -41,6 +41,6 @@ def test_a_file_of_an_unknown_format_or_shape_is_refused(tmp_path: Path) -> None
     with np.load(io.BytesIO(path.read_bytes())) as arrays:
         whole = {name: arrays[name] for name in arrays}
     for change in ({"format": np.int64(3)}, {"model_median": np.zeros((1, 1, 5), np.float32)}):
-        np.savez(path, **(whole | change))  # type: ignore[arg-type]
+        np.savez(path, **(whole | change))
         with pytest.raises(CorruptFile):
             read_origin(path)

@@ -14,6 +14,7 @@ from fleetcast.clock import FakeClock, to_ms
 from fleetcast.errors import StorageFull
 from fleetcast.schema import Floats32, HistoryWindow, RecordBatch, SettledForecasts
 from fleetcast.serving.board import ModelInfo, PredictionBoard
+from fleetcast.serving.corrector import Corrector
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.ledger import Ledger
 from fleetcast.serving.roster import Roster
@@ -88,6 +89,7 @@ class World:
             self.settings,
             self.clock,
             every_bin=every_bin,
+            corrector=Corrector(self.folder, self.history, self.settings.settle_horizons),
             on_error=lambda part, error: self.errors.append(f"{part}: {error}"),
         )
 
@@ -167,6 +169,18 @@ def test_the_model_forecasts_what_it_knows_and_the_fallback_the_rest(world: Worl
     document = world.board.document(["a"])
     assert b'"version":"v1"' in document
     assert b'"source":"model"' in document
+
+
+def test_clients_get_corrected_forecasts_and_the_models_own_are_settled_beside_them(world: World) -> None:
+    world.service.in_service = InService(Model(77.0), ModelInfo("v1", "2026-01-15T10:00:00Z", False))
+    for number in range(150):
+        world.feed(("a", number, 10.0))
+        world.sweeper.cycle()
+    rows = world.buffer.read_predictions(0, 2**50)
+    newest = np.flatnonzero((rows.horizon == 1) & (rows.origin_ms == rows.origin_ms.max()))[0]
+    assert rows.model_version[newest] == "v1"
+    assert (rows.model_p50[newest], rows.actual[newest]) == (77.0, 10.0)
+    assert 10.0 <= rows.p50[newest] < 50.0
 
 
 def test_a_model_that_fails_costs_no_forecast(world: World) -> None:

@@ -135,13 +135,29 @@ class BinHistory:
 
         Servers unseen for `gone_after_s` are left out.
         """
+        names, rows = self._here(end_bin_ms)
+        return self._part(names, rows, end_bin_ms)
+
+    def parts(self, end_bin_ms: int, n_servers: int) -> Iterator[HistoryWindow]:
+        """Yield the same window in parts of at most `n_servers`: a whole fleet's would be copied
+        as soon as one server is gone.
+        """
+        names, rows = self._here(end_bin_ms)
+        for start in range(0, len(rows), n_servers):
+            yield self._part(names, rows[start : start + n_servers], end_bin_ms)
+
+    def _here(self, end_bin_ms: int) -> tuple[list[str], Longs]:
+        """Return all names and the rows of servers that are not gone."""
         assert end_bin_ms == self._taken_ms, "a window ends at the newest closed bin"
         with self._lock:
             names = list(self._rows)
         seen = self._seen_bin_ms[: len(names)]
-        rows = np.flatnonzero(seen > end_bin_ms - self._gone_ms)
+        return names, np.flatnonzero(seen > end_bin_ms - self._gone_ms).astype(np.int64)
+
+    def _part(self, names: list[str], rows: Longs, end_bin_ms: int) -> HistoryWindow:
         view = self._grid.view(len(names))
-        values = view if len(rows) == len(names) else view[rows]
+        is_run = len(rows) and int(rows[-1]) - int(rows[0]) == len(rows) - 1
+        values = view[int(rows[0]) : int(rows[-1]) + 1] if is_run else view[rows]
         return HistoryWindow(tuple(names[row] for row in rows), self.metrics, values, end_bin_ms, self.bin_ms)
 
     def recent(self, server_names: Sequence[str], last_bin_ms: int, n_bins: int = RECENT_BINS) -> Floats32:

@@ -80,9 +80,9 @@ def write_origin(path: Path, kept: OpenForecasts) -> None:
         quantiles=kept.quantiles,
         is_model=kept.is_model,
         model_median=kept.model_median,
-        servers=_bytes_of("\n".join(kept.server_names)),
-        metrics=_bytes_of("\n".join(kept.metrics)),
-        model_version=_bytes_of(kept.model_version or ""),
+        servers=bytes_of("\n".join(kept.server_names)),
+        metrics=bytes_of("\n".join(kept.metrics)),
+        model_version=bytes_of(kept.model_version or ""),
     )
     files.write_atomic(path, stream.getvalue())
 
@@ -102,8 +102,8 @@ def read_origin(path: Path) -> OpenForecasts:
                 int(arrays["origin_ms"]),
                 int(arrays["bin_ms"]),
                 arrays["horizons"],
-                _lines(arrays["servers"]),
-                _lines(arrays["metrics"]),
+                lines(arrays["servers"]),
+                lines(arrays["metrics"]),
                 quantiles,
                 arrays["is_model"],
                 arrays["model_version"].tobytes().decode() or None,
@@ -149,10 +149,12 @@ def settled_rows(kept: OpenForecasts, closed: ClosedBin) -> SettledForecasts:
     )
 
 
-def _bytes_of(text: str) -> NDArray[np.uint8]:
+def bytes_of(text: str) -> NDArray[np.uint8]:
+    """Return text as an array that an npz file holds without pickling."""
     return np.frombuffer(text.encode(), dtype=np.uint8)
 
 
-def _lines(array: NDArray[np.uint8]) -> tuple[str, ...]:
+def lines(array: NDArray[np.uint8]) -> tuple[str, ...]:
+    """Return the lines of such a text; none for an empty one."""
     text = array.tobytes().decode()
     return tuple(text.split("\n")) if text else ()

@@ -23,6 +23,7 @@ from fleetcast.model.registry import Registry
 from fleetcast.retraining.retraining_telemetry import TEXTFILE, read_textfile
 from fleetcast.serving import recovery
 from fleetcast.serving.board import PredictionBoard
+from fleetcast.serving.corrector import Corrector
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.hold import DataHold, TrainingProbe
 from fleetcast.serving.ledger import Ledger
@@ -146,6 +147,7 @@ class InferenceService:
         self._report.not_ready = "the daemon is stopping"
         if not self._listener.stop(DRAIN_S + 2.0):
             logger.warning("requests were still at work after %.0f s", DRAIN_S)
+        self._sweeper.keep_feedback(at_once=True)
         try:
             self._buffer.close()
         except (StorageFull, StorageBroken) as error:  # durable in the log: the next start moves it
@@ -189,8 +191,16 @@ class InferenceService:
             self._settings.forecast,
             self._clock,
             every_bin=every_bin,
+            corrector=self._corrector(),
             on_error=self._errors.note,
         )
+
+    def _corrector(self) -> Corrector | None:
+        forecast = self._settings.forecast
+        if forecast.feedback == "off":
+            return None
+        folder = Path(self._settings.paths.data_buffer_dir)
+        return Corrector(folder, self._history, forecast.settle_horizons)
 
     def _build_report(self) -> SelfReport:
         is_training = TrainingProbe(Path(self._settings.paths.checkpoint_dir))

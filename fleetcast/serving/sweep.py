@@ -18,11 +18,13 @@ from functools import partial
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fleetcast.clock import Clock, monotonic, to_ms
 from fleetcast.errors import FleetcastError, StorageBroken, StorageFull
-from fleetcast.schema import ClosedBin, FleetForecast, HistoryWindow, RecordBatch, SettledForecasts
+from fleetcast.schema import ClosedBin, FleetForecast, Floats32, HistoryWindow, RecordBatch, SettledForecasts
 from fleetcast.serving.board import PredictionBoard
+from fleetcast.serving.corrector import Corrector
 from fleetcast.serving.fallback import NaiveForecaster
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.ledger import Ledger
@@ -36,6 +38,7 @@ CHUNK_SERVERS = 256  # one chunk keeps a core busy for well under a second
 _MODEL_WAIT_S = 120.0  # data clock: recorded hours must not run past a model that is still loading
 _MODEL_WAIT_STEP_S = 0.25  # between two looks at whether to stop
 _REFRESH_S = 5.0
+Flags = NDArray[np.bool_]
 
 
 class Store(Protocol):
@@ -75,6 +78,7 @@ class Sweeper:
         clock: Clock,
         *,
         every_bin: bool,
+        corrector: Corrector | None = None,
         on_error: Callable[[str, Exception], None] = lambda _part, _error: None,
     ) -> None:
         self._history = history
@@ -86,6 +90,7 @@ class Sweeper:
         self._settings = settings
         self._clock = clock
         self._every_bin = every_bin
+        self._corrector = corrector
         self._on_error = on_error
         self._naive = NaiveForecaster(settings.horizon_bins)
         self._unwritten: deque[ClosedBin | FleetForecast] = deque()  # in order; the disk refused the first
@@ -111,6 +116,15 @@ class Sweeper:
             finally:
                 self._working.clear()
         self._expire(now)
+        self.keep_feedback()
+
+    def keep_feedback(self, *, at_once: bool = False) -> None:
+        """Save what settled forecasts taught, when it is time; a full disk costs memory, no forecast."""
+        if self._corrector:
+            try:
+                self._corrector.save(at_once=at_once)
+            except (StorageFull, StorageBroken) as error:
+                self._on_error("feedback", error)
 
     def forecast_again(self, origin_ms: int) -> None:
         """Publish the newest closed bin's forecast after a restart; the ledger has it already."""
@@ -138,7 +152,7 @@ class Sweeper:
     def _forecast(self, origin_ms: int, n_skipped: int = 0) -> None:
         started = monotonic()
         serving = self._model.in_service  # one reference for the whole sweep
-        forecast = self._forecast_of(self._history.window(origin_ms), serving)
+        forecast = self._forecast_of(origin_ms, serving)
         self._unwritten.append(forecast)
         self._write_what_waits()
         self._board.publish(forecast, serving.info if serving else None)
@@ -153,33 +167,49 @@ class Sweeper:
             "sweep origin_ms=%d series=%d model=%d seconds=%.3f", origin_ms, n_made, n_model, seconds
         )
 
-    def _forecast_of(self, window: HistoryWindow, serving: InService | None) -> FleetForecast:
-        n_servers, n_metrics = window.values.shape[:2]
-        quantiles = np.full((n_servers, n_metrics, self._settings.horizon_bins, 3), np.nan, dtype=np.float32)
-        sources = np.zeros((n_servers, n_metrics), dtype=np.bool_)
+    def _forecast_of(self, origin_ms: int, serving: InService | None) -> FleetForecast:
+        """Forecast the fleet part by part; in each the model's own medians are kept, then corrected."""
         version = serving.info.version if serving else None
-        for start in range(0, n_servers, CHUNK_SERVERS):
-            rows = slice(start, start + CHUNK_SERVERS)
-            part = _servers(window, rows)
+        if serving and self._corrector:
+            self._corrector.note_version(serving.info.version)
+        names: list[str] = []
+        made: list[tuple[Floats32, Flags, Floats32]] = []  # quantiles, sources, medians of each part
+        for part in self._history.parts(origin_ms, CHUNK_SERVERS):
+            shape = (*part.values.shape[:2], self._settings.horizon_bins, 3)
+            quantiles = np.full(shape, np.nan, dtype=np.float32)
+            sources = np.zeros(shape[:2], dtype=np.bool_)
             if serving:
-                serving = self._by_model(serving, part, quantiles[rows], sources[rows])
-            without = np.flatnonzero(~sources[rows].all(axis=1))
-            if len(without):
-                naive = self._naive.predict(_servers(part, without))
-                is_naive = ~sources[rows][without]
-                block = quantiles[rows][without]
-                block[is_naive] = naive[is_naive]
-                quantiles[rows][without] = block
-        return FleetForecast(
-            window.end_bin_ms, window.bin_ms, window.server_names, window.metrics, quantiles, sources, version
+                serving = self._by_model(serving, part, quantiles, sources)
+            self._by_naive_rules(part, quantiles, sources)
+            medians = quantiles[..., 1].copy()
+            if self._corrector and sources.any():
+                self._corrector.correct(part, quantiles, sources)
+            names += part.server_names
+            made.append((quantiles, sources, medians))
+        quantiles, sources, medians = (
+            [np.concatenate(column) for column in zip(*made, strict=True)] if made else self._nothing()
         )
+        return FleetForecast(
+            origin_ms, self._history.bin_ms, tuple(names), self._history.metrics,
+            quantiles, sources, version, medians,
+        )  # fmt: skip
+
+    def _nothing(self) -> tuple[Floats32, Flags, Floats32]:
+        shape = (0, len(self._history.metrics), self._settings.horizon_bins, 3)
+        return np.empty(shape, np.float32), np.empty(shape[:2], np.bool_), np.empty(shape[:3], np.float32)
+
+    def _by_naive_rules(self, part: HistoryWindow, quantiles: Floats32, sources: Flags) -> None:
+        """Fill in what the model did not forecast."""
+        without = np.flatnonzero(~sources.all(axis=1))
+        if len(without):
+            naive = self._naive.predict(_servers(part, without))
+            is_naive = ~sources[without]
+            block = quantiles[without]
+            block[is_naive] = naive[is_naive]
+            quantiles[without] = block
 
     def _by_model(
-        self,
-        serving: InService,
-        part: HistoryWindow,
-        quantiles: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
-        sources: np.ndarray[tuple[int, ...], np.dtype[np.bool_]],
+        self, serving: InService, part: HistoryWindow, quantiles: Floats32, sources: Flags
     ) -> InService | None:
         """Fill in what the model forecasts; a model that fails is left out of this sweep."""
         try:
@@ -187,7 +217,6 @@ class Sweeper:
         except (FleetcastError, RuntimeError, ValueError, MemoryError) as error:
             logger.exception("the model failed, the fallback serves version=%s", serving.info.version)
             self._on_error("model", error)
-            sources[:] = False
             return None
         is_made = np.isfinite(made).all(axis=(2, 3))
         quantiles[is_made] = made[is_made]
@@ -213,6 +242,8 @@ class Sweeper:
         rows = self._ledger.settle(closed)
         if len(rows):
             self._store.append_predictions(rows)
+            if self._corrector:
+                self._corrector.learn(rows)
         self._ledger.mark_settled(closed.bin_ms, len(rows))
         after = self._ledger.counts()
         self._telemetry.settled(after.settled - before.settled, after.expired - before.expired)
@@ -235,9 +266,7 @@ class Sweeper:
             self._refreshed_at = monotonic()
 
 
-def _servers(
-    window: HistoryWindow, rows: "slice | np.ndarray[tuple[int], np.dtype[np.intp]]"
-) -> HistoryWindow:
+def _servers(window: HistoryWindow, rows: "np.ndarray[tuple[int], np.dtype[np.intp]]") -> HistoryWindow:
     """Return the window of some of its servers."""
-    names = np.array(window.server_names, dtype=object)[rows]
-    return HistoryWindow(tuple(names), window.metrics, window.values[rows], window.end_bin_ms, window.bin_ms)
+    names = tuple(window.server_names[row] for row in rows)
+    return HistoryWindow(names, window.metrics, window.values[rows], window.end_bin_ms, window.bin_ms)

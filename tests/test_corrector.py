@@ -1,0 +1,149 @@
+"""Feedback in service: what settled bins teach survives a restart, and damage costs no forecast."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fleetcast.errors import StorageBroken
+from fleetcast.schema import Floats32, HistoryWindow, RecordBatch, SettledForecasts
+from fleetcast.serving.corrector import FILE, Corrector
+from fleetcast.serving.history import BinHistory
+from fleetcast.settings import BinSettings, ForecastSettings
+
+BIN = 300_000
+T0 = 1_768_471_200_000
+METRICS = ("cpu_pct", "mem_pct")
+MODEL, LAST = 60.0, 50.0
+
+
+class Fleet:
+    """Two servers whose cpu_pct stays at 50 while the model says 60; bins close one by one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.history = BinHistory(BinSettings(forecast_metrics=METRICS), ForecastSettings())
+        self.n_bins = 0
+        self.start()
+
+    def start(self) -> None:
+        self.corrector = Corrector(self.folder, self.history, (1, 12, 96))
+        self.corrector.note_version("v1")
+
+    def close(self, n_bins: int, version: str | None = "v1") -> None:
+        for _ in range(n_bins):
+            time = T0 + self.n_bins * BIN
+            cpu = {"cpu_pct": np.array([LAST, LAST])}
+            self.history.add(RecordBatch(("a", "b"), np.array([0, 1], np.int32), np.array([time, time]), cpu))
+            self.history.close(time)
+            self.corrector.learn(self.settled(time, version))
+            self.n_bins += 1
+
+    def settled(self, target_ms: int, version: str | None) -> SettledForecasts:
+        """The forecasts made one bin ahead for one bin."""
+        two = np.ones(2)
+        return SettledForecasts(
+            origin_ms=np.full(2, target_ms - BIN),
+            target_ms=np.full(2, target_ms),
+            horizon=np.ones(2, np.int32),
+            server_name=np.array(["a", "b"], object),
+            metric=np.array(["cpu_pct", "cpu_pct"], object),
+            p10=two * (MODEL - 20),
+            p50=two * MODEL,
+            p90=two * (MODEL + 20),
+            actual=two * LAST,
+            model_version=np.array([version, version], object),
+        )
+
+    def forecast(self) -> Floats32:
+        """Server a's cpu_pct as clients see it, (horizon, quantile)."""
+        window = self.history.window(T0 + (self.n_bins - 1) * BIN)
+        quantiles = np.full((2, 2, 96, 3), np.nan, np.float32)
+        quantiles[:, 0] = np.array([MODEL - 20, MODEL, MODEL + 20], np.float32)
+        self.corrector.correct(window, quantiles, np.array([[True, False], [False, False]]))
+        assert quantiles[1, 0, 0, 1] == MODEL, "forecasts of other rules are left alone"
+        return np.asarray(quantiles[0, 0])
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Fleet:
+    return Fleet(tmp_path)
+
+
+def test_a_model_that_is_wrong_in_settled_bins_is_corrected_towards_the_last_value(fleet: Fleet) -> None:
+    fleet.close(10)
+    assert fleet.forecast()[0, 1] == pytest.approx(MODEL, abs=0.01), "ten settled bins change nothing yet"
+    fleet.close(290)
+    assert fleet.forecast()[0, 1] < LAST + 3
+    assert fleet.forecast()[95, 1] == pytest.approx(MODEL, abs=0.01), "nothing settled eight hours ahead"
+
+
+def test_what_was_learned_survives_a_restart_and_no_bin_teaches_twice(fleet: Fleet) -> None:
+    fleet.close(200)
+    before = fleet.forecast()
+    fleet.corrector.save(at_once=True)
+    fleet.start()
+    np.testing.assert_array_equal(fleet.forecast(), before)
+    for _ in range(50):  # a kill between storing and marking settles the same bin again
+        fleet.corrector.learn(fleet.settled(T0 + (fleet.n_bins - 1) * BIN, "v1"))
+    np.testing.assert_array_equal(fleet.forecast(), before)
+
+
+def test_other_versions_forecasts_teach_nothing(fleet: Fleet) -> None:
+    fleet.close(300, version="v0")
+    fleet.close(1, version=None)
+    assert fleet.forecast()[0, 1] == pytest.approx(MODEL, abs=0.01)
+
+
+def test_a_new_version_is_doubted_less_than_the_old_one_was(fleet: Fleet) -> None:
+    fleet.close(100)
+    before = fleet.forecast()[0, 1]
+    fleet.corrector.note_version("v2")
+    assert before + 1 < fleet.forecast()[0, 1] <= MODEL + 0.01
+
+
+@pytest.mark.parametrize("damage", ["empty", "flipped", "cut", "other metrics"])
+def test_a_file_that_cannot_be_used_is_logged_and_learning_starts_afresh(
+    fleet: Fleet, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet.close(200)
+    fleet.corrector.save(at_once=True)
+    path = fleet.folder / FILE
+    content = bytearray(path.read_bytes())
+    if damage == "other metrics":
+        fleet.history.metrics = ("cpu_pct", "latency_ms")
+    content[content.index(b"losses.npy") + 200] ^= damage == "flipped"
+    path.write_bytes(bytes({"empty": b"", "cut": content[: len(content) // 2]}.get(damage, content)))
+    with caplog.at_level(logging.WARNING):
+        fleet.start()
+    assert "feedback starts afresh" in caplog.text
+    assert fleet.forecast()[0, 1] == pytest.approx(MODEL, abs=0.01)
+
+
+def test_it_is_saved_about_once_a_minute_not_at_every_bin(fleet: Fleet) -> None:
+    fleet.close(1)
+    fleet.corrector.save()
+    assert not (fleet.folder / FILE).exists()
+    fleet.corrector.save(at_once=True)
+    assert (fleet.folder / FILE).exists()
+
+
+def test_a_folder_that_cannot_be_written_leaves_the_forecasts_as_they_are(fleet: Fleet) -> None:
+    fleet.close(100)
+    before = fleet.forecast()
+    fleet.corrector._path = fleet.folder / "missing" / FILE
+    with pytest.raises(StorageBroken):
+        fleet.corrector.save(at_once=True)
+    np.testing.assert_array_equal(fleet.forecast(), before)
+
+
+def test_servers_long_gone_give_up_their_rows(fleet: Fleet) -> None:
+    fleet.close(100)
+    names = tuple(f"gone-{i}" for i in range(100))
+    window = HistoryWindow(names, METRICS, np.full((100, 2, 12), 50, np.float32), 0, BIN)
+    fleet.corrector.correct(window, np.ones((100, 2, 96, 3), np.float32), np.ones((100, 2), bool))
+    before = fleet.forecast()
+    fleet.corrector.save(at_once=True)
+    assert set(fleet.corrector._rows) == {"a", "b"}
+    np.testing.assert_array_equal(fleet.forecast(), before)
