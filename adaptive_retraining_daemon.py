@@ -96,7 +96,7 @@ class AdaptiveRetrainingDaemon:
         self._quiet_week = QuietWeek(limits, Path(DECISIONS_FILE))
         self._lock = OwnerLock(Path(LOCK_FILE), "the retraining of this folder")
         self._is_owner = False
-        self.stop = Stop()
+        self._notifier, self.stop = SystemdNotifier(), Stop()
         self.quiet = QuietVerdict(is_quiet=False, reason="not measured yet")
 
     def run(self) -> ExitCode:
@@ -107,21 +107,19 @@ class AdaptiveRetrainingDaemon:
         """
         self.stop = Stop()
         self.stop.install()
-        notifier, interval_s = SystemdNotifier(), self._settings.retraining.interval_s
+        limits = self._settings.retraining
         with self.ownership(strict=True):
-            logger.info("retraining daemon started interval_s=%g", interval_s)
-            notifier.ready()
+            logger.info("retraining daemon started interval_s=%g", limits.interval_s)
+            self._notifier.ready()
 
             def cycle() -> None:
-                notifier.alive()
-                until = monotonic() + 0.9 * interval_s
+                until = monotonic() + 0.9 * limits.interval_s
                 self.run_check_cycle()
                 self.wait_for_training(until)  # its verdict is noted at once
 
-            has_stopped = run_every(
-                cycle, interval_s, self.stop, max_failures=self._settings.retraining.max_failures
-            )
-            notifier.stopping()
+            alive, most = self._notifier.alive, limits.max_failures
+            has_stopped = run_every(cycle, limits.interval_s, self.stop, max_failures=most, alive=alive)
+            self._notifier.stopping()
         logger.info("retraining daemon stopped reason=%s", self.stop.reason or "too many failures")
         return ExitCode.OK if has_stopped else ExitCode.FAILED
 
@@ -193,6 +191,7 @@ class AdaptiveRetrainingDaemon:
     def wait_for_training(self, until: float = math.inf) -> Attempt | None:
         """Follow the training that runs; None if there is none, or a stop or `until` came first."""
         while self._trainings.running and monotonic() < until and not self.stop.wait(WATCH_S):
+            self._notifier.alive()
             ended = self._trainings.note()
             if ended is not None:
                 return ended

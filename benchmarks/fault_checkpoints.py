@@ -43,10 +43,11 @@ def _torch_bytes(value: Any) -> bytes:
     return stream.getvalue()
 
 
-def bad_files(good: bytes, marker: Path) -> dict[str, bytes]:
-    """Return what may lie in the place of a model, by kind."""
+def bad_files(good: bytes, marker: Path) -> dict[str, bytes | None]:
+    """Return what may lie in the place of a model, by kind; None stands for a pipe nobody writes."""
     middle = len(good) // 2
     return {
+        "a pipe": None,
         "one bit flipped": good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :],
         "truncated": good[:middle],
         "empty": b"",
@@ -92,14 +93,18 @@ class _Stage:
             self._step += 1
         wait_for("the sweep", lambda: daemon.status()["backlog"] == 0)
 
-    def plant(self, kind: str, data: bytes) -> None:
+    def plant(self, kind: str, data: bytes | None) -> None:
         """Put a version in place whose manifest vouches for the bad bytes, and point to it."""
         version = f"29990101T000000Z-{hashlib.sha256(kind.encode()).hexdigest()[:4]}"
         folder = self.checkpoints / "versions" / version
         shutil.copytree(self.checkpoints / "versions" / self.good, folder)
-        (folder / "model.ckpt").write_bytes(data)
         manifest = read_json(folder / "manifest.json")
-        if kind != "one bit flipped":  # who can write files can write a manifest too
+        if data is None:
+            (folder / "model.ckpt").unlink()
+            os.mkfifo(folder / "model.ckpt")
+        else:
+            (folder / "model.ckpt").write_bytes(data)
+        if data is not None and kind != "one bit flipped":  # who can write files can write a manifest too
             manifest["files"]["model.ckpt"] = hashlib.sha256(data).hexdigest()
         (folder / "manifest.json").write_text(json.dumps({**manifest, "id": version}))
         link_atomic(f"versions/{version}/model.ckpt", self.checkpoints / LAST_LINK)
@@ -136,7 +141,7 @@ def odd_links(marker: Path) -> dict[str, Callable[[Path], None]]:
         "a link to nowhere": lambda link: link.symlink_to("versions/gone/model.ckpt"),
         "a link to itself": lambda link: link.symlink_to(LAST_LINK),
         "a link out of the folder": lambda link: link.symlink_to("../../../../etc/passwd"),
-        "a pipe that nobody writes": lambda link: os.mkfifo(link),
+        "a pipe instead of the link": lambda link: os.mkfifo(link),
     }
 
 

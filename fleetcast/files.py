@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -89,6 +90,20 @@ def publish(temp: Path, path: Path) -> None:
     fsync_dir(path.parent)
 
 
+def read_regular(path: Path) -> bytes:
+    """Return the bytes of a regular file; a pipe or a device in its place never blocks the reader.
+
+    Raises:
+        OSError: it cannot be opened.
+        CorruptFile: it is not a regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise CorruptFile(path, "not a regular file")
+        return stream.read()
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write `value` atomically as readable JSON; NaN and infinity are refused."""
     write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
@@ -102,7 +117,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CorruptFile: it is not a JSON object.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_regular(path))
     except (ValueError, RecursionError) as error:
         raise CorruptFile(path, f"not JSON: {error}") from error
     if not isinstance(value, dict):

@@ -16,6 +16,8 @@ from fleetcast.errors import FleetcastError
 
 logger = logging.getLogger(__name__)
 
+ALIVE_S = 60.0
+
 
 class Stop:
     """A request to end, noted by a signal handler and awaited by the loop.
@@ -80,18 +82,21 @@ def run_every(
     stop: Stop,
     *,
     max_failures: int = 10,
+    alive: Callable[[], None] = lambda: None,
 ) -> bool:
     """Call `cycle` every `interval_s` of wall time, and at each `stop.wake`, until the stop is requested.
 
     Missed ticks are skipped, not replayed. A failing cycle is logged and the next tick tries
     again; after `max_failures` in a row the loop gives up, for the supervisor to restart.
+    `alive` is called before each cycle and every `ALIVE_S` of a longer wait, so that a watchdog
+    bounds a cycle and not the interval.
 
     Returns:
         True after a requested stop, False after too many failures.
     """
     failures = 0
     due = monotonic()
-    while not stop.wait(max(0.0, due - monotonic())):
+    while not _wait_until(due, stop, alive):
         try:
             cycle()
             failures = 0
@@ -108,3 +113,13 @@ def run_every(
             missed = int(late_s // interval_s) if interval_s > 0 else 0
             due += (missed + 1) * interval_s
     return True
+
+
+def _wait_until(due: float, stop: Stop, alive: Callable[[], None]) -> bool:
+    """Wait for `due`, or for `wake`; return whether the stop was requested."""
+    while True:
+        alive()
+        until = min(due, monotonic() + ALIVE_S)
+        has_stopped = stop.wait(max(0.0, until - monotonic()))
+        if has_stopped or until >= due or monotonic() < until:  # stopped, due, or woken early
+            return has_stopped

@@ -54,6 +54,9 @@ class ServerSettings:
 
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "TCP port to listen on", low=1, high=65535)
+    allowed_hosts: tuple[str, ...] = setting(
+        ("localhost",), "names in `Host` that are answered without a key, beside addresses"
+    )
     max_body_bytes: int = setting(32 * 2**20, "largest accepted request body", low=1024)
     max_server_names: int = setting(20_000, "most distinct servers accepted", low=1)
     max_metric_names: int = setting(512, "most distinct metrics accepted", low=1)

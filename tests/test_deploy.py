@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from fleetcast.errors import ExitCode
+from fleetcast.loop import ALIVE_S
 
 ROOT = Path(__file__).resolve().parents[1]
 UNITS = sorted((ROOT / "deploy" / "systemd").glob("*.service"))
@@ -121,13 +122,10 @@ def test_a_restart_of_the_inference_daemon_leaves_a_trainer_alone_and_brings_ret
     assert "tft-inference-daemon.service" in unit["Install"]["WantedBy"].split()
 
 
-def test_the_watchdog_of_the_retraining_daemon_outlasts_three_of_its_checks() -> None:
+def test_the_watchdog_of_the_retraining_daemon_outlasts_its_feeding_whatever_the_interval() -> None:
     unit = ROOT / "deploy" / "systemd" / "adaptive-retraining.service"
-    command = _command(unit)
 
-    interval_s = int(command[command.index("--interval") + 1])
-
-    assert int(_Unit(unit)["Service"]["WatchdogSec"]) > 3 * interval_s
+    assert int(_Unit(unit)["Service"]["WatchdogSec"]) > 3 * ALIVE_S
 
 
 def test_restarting_is_pointless_exactly_for_bad_settings_and_a_second_start() -> None:

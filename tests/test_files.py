@@ -91,6 +91,13 @@ def test_a_damaged_json_file_is_named(tmp_path: Path, content: bytes) -> None:
         read_json(path)
 
 
+def test_a_pipe_that_nobody_writes_is_refused_at_once_instead_of_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "state.json")
+
+    with pytest.raises(CorruptFile, match="not a regular file"):
+        read_json(tmp_path / "state.json")
+
+
 def test_a_missing_json_file_is_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "x.json")

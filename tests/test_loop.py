@@ -46,6 +46,24 @@ def test_the_first_cycle_runs_at_once_and_the_next_at_the_interval(monkeypatch: 
     assert times == [100.0, 105.0, 110.0]
 
 
+def test_a_long_wait_says_every_minute_that_it_is_alive_and_checks_no_more_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wall = Wall(monkeypatch)
+    cycles: list[float] = []
+    alive: list[float] = []
+
+    run_every(
+        lambda: cycles.append(wall.now_s),
+        150.0,
+        wall.stop_after(6),
+        alive=lambda: alive.append(wall.now_s),
+    )
+
+    assert cycles == [100.0, 250.0]
+    assert alive == [100.0, 100.0, 160.0, 220.0, 250.0, 310.0, 370.0]
+
+
 def test_missed_ticks_are_skipped_and_the_rhythm_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     wall = Wall(monkeypatch)
     times: list[float] = []

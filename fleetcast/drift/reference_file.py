@@ -18,6 +18,7 @@ from fleetcast.drift.residuals import N_CODES, N_EDGES
 from fleetcast.drift.season import WEEKDAYS, DayClock
 from fleetcast.drift.window_statistics import N_STATISTICS
 from fleetcast.errors import BadData, CorruptFile, UnknownFormat
+from fleetcast.files import read_regular
 
 FORMAT = 1
 Kind = TypeVar("Kind")
@@ -32,7 +33,7 @@ def reference_bytes(reference: Any) -> bytes:
 
 def read_reference(path: Path, kind: type[Kind]) -> Kind:
     """Read a reference; see `Reference.load` for what it raises."""
-    content = path.read_bytes()
+    content = read_regular(path)
     try:
         archive = np.load(io.BytesIO(content), allow_pickle=False)
         if isinstance(archive, np.ndarray):

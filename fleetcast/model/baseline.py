@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetcast.errors import BadData, CorruptFile, UnknownFormat
-from fleetcast.files import write_atomic
+from fleetcast.files import read_regular, write_atomic
 from fleetcast.schema import Floats, Floats32, Longs
 
 FORMAT = 1
@@ -172,7 +172,7 @@ class Baseline:
 
 def _read_arrays(path: Path) -> dict[str, Any]:
     names = {"format", *(item.name for item in fields(Baseline))}
-    content = path.read_bytes()
+    content = read_regular(path)
     try:
         archive = np.load(io.BytesIO(content), allow_pickle=False)
         if isinstance(archive, np.ndarray):

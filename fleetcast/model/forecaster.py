@@ -20,8 +20,8 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from fleetcast.errors import BadCheckpoint, BadData
-from fleetcast.files import write_atomic
+from fleetcast.errors import BadCheckpoint, BadData, CorruptFile
+from fleetcast.files import read_regular, write_atomic
 from fleetcast.model.encoding import AHEAD_REALS, PAST_REALS, STATIC_REALS, ModelArrays, decode, encode
 from fleetcast.model.gridshape import GridShape
 from fleetcast.model.network import METRIC_SLOTS, NetworkConfig, StaticNetwork, as_batch
@@ -105,9 +105,11 @@ class Forecaster:
             BadCheckpoint: missing, damaged, foreign, unsafe, not finite, or for other bins.
         """
         try:
-            content = model_ckpt.read_bytes()
+            content = read_regular(model_ckpt)
         except OSError as error:
             raise BadCheckpoint(model_ckpt, f"cannot be read: {error.strerror}") from error
+        except CorruptFile as error:
+            raise BadCheckpoint(model_ckpt, "not a regular file") from error
         loaded = cls.from_bytes(content, model_ckpt, min_history_s=min_history_s)
         grid = loaded.description.grid
         if (bin_ms or grid.bin_ms, horizon_bins or grid.horizon_bins) != (grid.bin_ms, grid.horizon_bins):

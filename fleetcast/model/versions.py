@@ -89,9 +89,11 @@ class Version:
         """
         path, digest = self.folder / name, str(self.manifest["files"].get(name))
         try:
-            found = hashlib.sha256(path.read_bytes()).hexdigest()
+            found = hashlib.sha256(files.read_regular(path)).hexdigest()
         except OSError as error:
             raise BadCheckpoint(path, f"cannot be read: {error.strerror}") from error
+        except CorruptFile as error:
+            raise BadCheckpoint(path, "not a regular file") from error
         if found != digest:
             raise BadCheckpoint(path, f"sha256 is {found[:12]}.., the manifest says {digest[:12]}..")
 

@@ -20,6 +20,7 @@ from fleetcast.ingest.feed import ARROW, JSON, PROTOBUF, Feed, Intake, Writes
 from fleetcast.serving import apidocs
 from fleetcast.serving.apidocs import answers
 from fleetcast.serving.board import UnknownServer
+from fleetcast.serving.browserguard import BrowserGuard
 from fleetcast.serving.telemetry import Telemetry
 from fleetcast.settings import ServerSettings
 
@@ -66,6 +67,8 @@ def create_app(
         feed.close()
 
     app = FastAPI(title="fleetcast inference daemon", version=__version__, lifespan=lifespan)
+    if not api_key:
+        app.add_middleware(BrowserGuard, allowed_hosts=settings.allowed_hosts)
     app.include_router(_guarded_routes(feed, board, daemon, api_key))
     if writes is not None:
         app.include_router(_write_route(feed, writes.path, api_key))
