@@ -13,10 +13,10 @@ import json
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, Final
 
-Scope = Message = MutableMapping[str, Any]  # of the ASGI specification, as are the next two
+Message = MutableMapping[str, Any]  # of the ASGI specification, as are the next two
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 _JSON: Final = (b"content-type", b"application/json")
 
@@ -28,7 +28,7 @@ class BrowserGuard:
         self._app = app
         self._allowed = {name.lower() for name in allowed_hosts}
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
         if scope["type"] == "http":
             status, why = self.refusal(dict(scope["headers"]))
