@@ -7,21 +7,19 @@ tests run the same scenarios a few times each (`tests/faults/test_faults.py`).
 """
 
 import argparse
-import statistics
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks import fault_checkpoints, fault_disk, fault_kills, fault_time, fault_trainers, fault_trainings
 from benchmarks.fault_feed import Tally
-from benchmarks.results_file import ROOT, revision, write_results
-from fleetcast.clock import SystemClock, monotonic, plain_utc
+from benchmarks.reliability_tables import Result, table, write_document
+from benchmarks.results_file import write_results
+from fleetcast.clock import monotonic
 
-DOCUMENT = ROOT / "docs" / "reliability.md"
-BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
 Run = Callable[[Path, int], Tally]
 
 
@@ -34,34 +32,6 @@ class Scenario:
     times: int
     short_times: int  # in CI; 0 = only in the long form
     needs_root: bool = False
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one scenario found; `why` is empty where it ran to its end."""
-
-    fault: str
-    times: int
-    lost: int = 0
-    doubled: int = 0
-    wrong: int = 0
-    recovered_s: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    why: str = ""
-
-    @property
-    def is_clean(self) -> bool:
-        """Whether it ran and nothing was lost, doubled or wrong."""
-        return not (self.why or self.lost or self.doubled or self.wrong)
-
-    def as_row(self) -> str:
-        """Return its line of the table."""
-        if self.why:
-            return f"| {self.fault} | {self.times} | **{self.why}** | | | |"
-        times = sorted(self.recovered_s)
-        recovered = f"{statistics.median(times):.1f} s (worst {times[-1]:.1f} s)" if times else "at once"
-        figures = " | ".join(f"{n}" if not n else f"**{n}**" for n in (self.lost, self.doubled, self.wrong))
-        return f"| {self.fault} | {self.times} | {figures} | {recovered} |"
 
 
 def repeated(once: Callable[[Path], Tally]) -> Run:
@@ -171,20 +141,6 @@ def try_out(scenario: Scenario, folder: Path, times: int) -> Result:
     )
 
 
-def table(results: Sequence[Result]) -> str:
-    """Return the table for people."""
-    head = ["| fault | times tried | lost | doubled | wrong | recovered in |", "|---|---|---|---|---|---|"]
-    return "\n".join([*head, *(result.as_row() for result in results)])
-
-
-def write_document(results: Sequence[Result]) -> None:
-    """Put the table between the marks of docs/reliability.md."""
-    text = DOCUMENT.read_text(encoding="utf-8")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    note = f"Made by `make faults` on {plain_utc(SystemClock().now())[:10]} (revision {revision()})."
-    DOCUMENT.write_text(f"{before}{BEGIN}\n{note}\n\n{table(results)}\n{END}{after}", encoding="utf-8")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Try every fault; exit 1 if any of them cost something."""
     parser = argparse.ArgumentParser(prog="benchmarks.faults", description=(__doc__ or "").splitlines()[0])
@@ -202,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\n{table(results)}")
     if not options.keep and not options.only:
         write_results("faults", {"faults": [asdict(result) for result in results]})
-        write_document(results)
+        write_document()
     return 0 if all(result.is_clean for result in results) else 1
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import SCENARIOS, Result, Scenario, repeated, table, try_out
+from benchmarks.faults import SCENARIOS, Scenario, repeated, try_out
+from benchmarks.reliability_tables import Result, table
 
 pytestmark = pytest.mark.slow
 
