@@ -1,0 +1,187 @@
+"""Is the loop worth it? Four weeks of a recorded fleet under six policies of retraining.
+
+    python -m benchmarks.loop_replay --data FLEET.parquet --regimes CHANGES.csv
+
+28 days x 10 servers are replayed after 28 days of history and the training they give rise to:
+forecasts from every bin, a look every hour, trainings as each policy wants them, on the
+data so far. The policies: never, a cron job weekly or daily, the specification's literal rule,
+ours (calibrated, the default), and an oracle told what changed and when. Two scenes: the data as
+recorded, and with new dynamics on six series at a moment of each of the first three weeks.
+
+Everything is chosen before running: seeds and times in `replay_fleet.py`, the figures'
+definitions in `replay_scores.py`, the trainings' size here. One run of a policy is kept in the
+folder and not repeated; `--scene`, `--policy` run one at a time.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+import numpy as np
+
+from benchmarks.replay_fleet import (
+    DAY,
+    HISTORY_DAYS,
+    INJECTED,
+    NATURAL,
+    REPLAY_DAYS,
+    SERVERS,
+    ReplayFleet,
+    injected,
+    natural,
+    recorded_grid,
+)
+from benchmarks.replay_policies import NEVER, ORACLE, POLICIES
+from benchmarks.replay_run import ReplayRun, trained
+from benchmarks.replay_scores import errors, recovery_hours
+from benchmarks.results_file import ROOT, write_results
+from benchmarks.training_rounds import write_export
+from fleetcast.files import read_json, write_json
+from fleetcast.schema import Floats32
+
+FOLDER = ROOT / "bench_run" / "loop_replay"
+BITBRAINS_MAPS = ("cpu_pct", "mem_pct", "disk_io_mb_s=disk_read_mb_s+disk_write_mb_s")
+SCENES = (NATURAL, INJECTED)
+# chosen so that a training takes about 10 CPU seconds, 20 at most; the initial one some 80
+BATCH_SIZE = 64
+STEPS_PER_EPOCH = 20
+INITIAL_EPOCHS = 8
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is asked for and not there yet; report when all of it is."""
+    options = _parser().parse_args(argv)
+    fleets = _fleets(options)
+    settings = _settings(fleets[NATURAL].grid.metrics)
+    initial = options.folder / "initial" / "checkpoints"
+    if not initial.exists():
+        _train_initial(fleets[NATURAL], initial, settings["initial"])
+    for scene in options.scene:
+        for policy in sorted(options.policy, key=lambda name: name != NEVER):
+            if not _outcome(options.folder, scene, policy).with_suffix(".json").exists():
+                _run(fleets[scene], policy, options.folder, initial, settings["replay"])
+    if not all(
+        _outcome(options.folder, s, p).with_suffix(".json").exists() for s in SCENES for p in POLICIES
+    ):
+        print("some policies are still to be run", file=sys.stderr)
+        return 0
+    figures = {"asked": _asked(options, fleets[NATURAL])}
+    figures |= {scene: _scene_figures(fleets[scene], options.folder) for scene in SCENES}
+    for scene in SCENES:
+        print(_table(scene, figures[scene]["policies"]))
+    print(write_results(f"loop_replay_{options.data.stem}", figures).relative_to(ROOT))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Compare retraining policies on a recorded fleet.")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--regimes", type=Path, help="known changes of the data, told to the oracle")
+    parser.add_argument("--map", nargs="+", default=list(BITBRAINS_MAPS))
+    parser.add_argument("--servers", type=int, default=SERVERS, help="how many, in the order of their names")
+    parser.add_argument("--history-days", type=int, default=HISTORY_DAYS)
+    parser.add_argument("--days", type=int, default=REPLAY_DAYS)
+    parser.add_argument("--scene", nargs="+", choices=SCENES, default=list(SCENES))
+    parser.add_argument("--policy", nargs="+", choices=POLICIES, default=list(POLICIES))
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    return parser
+
+
+def _asked(options: argparse.Namespace, fleet: ReplayFleet) -> dict[str, Any]:
+    return {
+        "data": options.data.name,
+        "servers": len(fleet.grid.server_names),
+        "metrics": list(fleet.grid.metrics),
+        "history_days": options.history_days,
+        "days": options.days,
+        "batch_size": BATCH_SIZE,
+        "steps_per_epoch": STEPS_PER_EPOCH,
+        "initial_epochs": INITIAL_EPOCHS,
+    }
+
+
+def _fleets(options: argparse.Namespace) -> dict[str, ReplayFleet]:
+    days = options.history_days + options.days
+    grid = recorded_grid(options.data, options.map, options.servers, days)
+    begin = options.history_days * DAY
+    return {NATURAL: natural(grid, begin, options.regimes), INJECTED: injected(grid, begin)}
+
+
+def _settings(metrics: tuple[str, ...]) -> dict[str, str]:
+    """Return the settings of the initial and of the other trainings, as TOML."""
+    bins = f"[bins]\nforecast_metrics = {json.dumps(list(metrics))}\n[trainer]\n"
+    return {
+        "initial": f"{bins}batch_size = {BATCH_SIZE}\nbase_epochs = {INITIAL_EPOCHS}\n",
+        "replay": f"{bins}batch_size = {BATCH_SIZE}\nsteps_per_epoch = {STEPS_PER_EPOCH}\n",
+    }
+
+
+def _train_initial(fleet: ReplayFleet, checkpoints: Path, settings: str) -> None:
+    checkpoints.parent.mkdir(parents=True, exist_ok=True)
+    data = checkpoints.parent / "training_data_incremental.parquet"
+    write_export(data, fleet.until(fleet.begin, HISTORY_DAYS))
+    began_s = process_time()
+    config = checkpoints.parent / "fleetcast.toml"
+    config.write_text(settings, encoding="utf-8")
+    verdict = trained(data, checkpoints, config)
+    print(f"initial training: {process_time() - began_s:.0f} CPU s, {verdict['why']}")
+
+
+def _run(fleet: ReplayFleet, policy: str, folder: Path, initial: Path, settings: str) -> None:
+    known = _outcome(folder, fleet.name, NEVER).with_suffix(".npz")
+    by_initial = np.load(known)["quantiles"] if known.exists() else None
+    began_s = process_time()
+    run = ReplayRun(fleet, policy, folder / fleet.name / policy, initial, settings)
+    quantiles = run.run(by_initial)
+    figures = run.figures() | {"cpu_s": round(process_time() - began_s, 1)}
+    path = _outcome(folder, fleet.name, policy)
+    np.savez_compressed(path.with_suffix(".npz"), quantiles=quantiles)
+    write_json(path.with_suffix(".json"), figures)
+    own = errors(fleet, quantiles[..., 1])["all"]
+    print(f"{fleet.name} {policy}: {len(run.trainings)} trainings, {figures['cpu_s']:.0f} CPU s, error {own}")
+
+
+def _outcome(folder: Path, scene: str, policy: str) -> Path:
+    return folder / scene / f"outcome_{policy}"
+
+
+def _scene_figures(fleet: ReplayFleet, folder: Path) -> dict[str, Any]:
+    p50s: dict[str, Floats32] = {}
+    policies: dict[str, Any] = {}
+    for policy in POLICIES:
+        path = _outcome(folder, fleet.name, policy)
+        p50s[policy] = np.load(path.with_suffix(".npz"))["quantiles"][..., 1]
+        policies[policy] = read_json(path.with_suffix(".json")) | {"error": errors(fleet, p50s[policy])}
+    for policy, hours in recovery_hours(fleet, p50s, NEVER, ORACLE).items():
+        policies[policy]["recovered_after_h"] = hours
+    names = fleet.grid
+    changes = [
+        [f"{names.server_names[item.server]} {names.metrics[item.metric]}" for item in changed]
+        for changed in fleet.changes
+    ]
+    begins = [(changed[0].since_bin - fleet.begin) / DAY for changed in fleet.changes]
+    return {"changes": changes, "changed_on_day": begins, "policies": policies}
+
+
+def _table(scene: str, policies: dict[str, Any]) -> str:
+    lines = [
+        f"{scene}: policy   trainings (promoted)   error 5 min / 1 h / 8 h / mean"
+        "   changed series, mean   recovered after, h"
+    ]
+    for name, found in policies.items():
+        error, changed = found["error"]["all"], found["error"]["changed"]
+        promoted = sum(item["promoted"] for item in found["trainings"])
+        hours = ", ".join("-" if h is None else f"{h:.0f}" for h in found["recovered_after_h"])
+        lines.append(
+            f"  {name:<8} {len(found['trainings']):>3} ({promoted})   {error['5min']} / {error['1h']} / "
+            f"{error['8h']} / {error['mean']}   {changed['mean']}   {hours or 'no change known'}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
