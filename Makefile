@@ -4,10 +4,10 @@ BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test run faults docs demo clean
+.PHONY: help install check test run faults bench-peers docs demo clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 .venv/.made:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=...")'
@@ -45,6 +45,10 @@ run: .venv/.requirements  ## both daemons on this machine's own metrics, live un
 
 faults: .venv/.requirements-dev  ## every fault many times (about half an hour); the table of docs/reliability.md
 	$(BIN)/python -m benchmarks.faults
+
+bench-peers: .venv/.requirements  ## drift checks beside Evidently, NannyML, Alibi Detect, river (1 GB in .venv-peers/)
+	$(BIN)/python -m benchmarks.peer_environments
+	$(BIN)/python -m benchmarks.drift_speed
 
 clean:  ## remove what tests and demo leave behind (not .venv)
 	rm -rf demo_run bench_run .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis

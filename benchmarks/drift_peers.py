@@ -1,5 +1,6 @@
 """One drift check of other libraries, as their documents show it; imported only where installed."""
 
+import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
@@ -46,9 +47,31 @@ def _nannyml(reference: Rows, window: Rows) -> Callable[[], Any]:
     return lambda: detector.calculate(new)
 
 
+def _river(reference: Rows, window: Rows) -> Callable[[], Any]:
+    """Feed one ADWIN per column the window, value by value: it keeps no reference."""
+    from river import drift
+
+    streams = window.T.tolist()
+
+    def check() -> int:
+        detectors = [drift.ADWIN() for _ in streams]
+        for detector, values in zip(detectors, streams, strict=True):
+            for value in values:
+                detector.update(value)
+        return sum(detector.n_detections for detector in detectors)
+
+    return check
+
+
+def version_of(name: str) -> str:
+    """Return the version of an installed library."""
+    return importlib.metadata.version(name.replace("_", "-"))
+
+
 PEER_CHECKS: dict[str, Callable[[Rows, Rows], Callable[[], Any]]] = {
     "scipy": _scipy,
     "evidently": _evidently,
     "alibi_detect": _alibi_detect,
     "nannyml": _nannyml,
+    "river": _river,
 }

@@ -5,12 +5,11 @@
 Literal: the Kolmogorov-Smirnov statistic of 14 columns against a reference kept sorted, with
 1,000 and 100,000 new rows against 100,000. Season-matched: one new bin of a whole fleet and the
 verdict. Ratios are the figures to read on shared cores: each is the best of several runs, in
-process CPU time. Libraries that are not installed are n/a; `make bench-peers` gives each its own
-environment and runs this file in it with --peer NAME.
+process CPU time. `make bench-peers` gives each library an environment of its own and then runs
+this file, which runs itself there with --peer NAME; one that is not installed is n/a.
 """
 
 import argparse
-import importlib.util
 import json
 import resource
 import subprocess
@@ -26,7 +25,7 @@ import numpy as np
 COLUMNS = 14
 REFERENCE_ROWS = 100_000
 SIZES = (1_000, 100_000)
-PEERS = ("scipy", "evidently", "alibi_detect", "nannyml")
+PEERS = ("scipy", "evidently", "alibi_detect", "nannyml", "river")
 SEED = 7
 REPEATS = 7
 LIMITS_MS = {1_000: 5.0, 100_000: 60.0}
@@ -134,13 +133,19 @@ def memory_mb() -> float:
     return float(done.stdout)
 
 
-def peer_ms(name: str, rows: int) -> float | None:
-    """Return the time of another library's check of the same columns; None if not installed."""
-    if importlib.util.find_spec(name) is None:
-        return None
-    from benchmarks.drift_peers import PEER_CHECKS
+def peer_figures(name: str) -> dict[str, Any]:
+    """Return the times of a library's check of the same columns, by rows, and the process's peak.
 
-    return best_ms(PEER_CHECKS[name](columns(REFERENCE_ROWS, SEED).T, columns(rows, SEED + 1).T), 3)
+    Run in its environment. The peak is after the smaller check; a small check is run three times.
+    """
+    from benchmarks.drift_peers import PEER_CHECKS, version_of
+
+    reference, times, peak = columns(REFERENCE_ROWS, SEED).T, {}, 0.0
+    for rows in SIZES:
+        check = PEER_CHECKS[name](reference, columns(rows, SEED + 1).T)
+        times[str(rows)] = best_ms(check, 3 if rows == SIZES[0] else 1)
+        peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"version": version_of(name), "check_ms": times, "peak_mb": peak}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -150,22 +155,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--peer", choices=PEERS, help="measure only this library, print JSON")
     options = parser.parse_args(argv)
     if options.peer:
-        print(json.dumps({str(rows): peer_ms(options.peer, rows) for rows in SIZES}))
+        print(json.dumps(peer_figures(options.peer)))
         return 0
+    from benchmarks.peer_environments import measured
     from benchmarks.results_file import write_results
 
     ours = {str(rows): {"exact_ms": literal_ms(rows), "sketch_ms": sketched_ms(rows)} for rows in SIZES}
     fleet, memory = fleet_figures(options.servers), memory_mb()
-    peers = {name: {str(rows): peer_ms(name, rows) for rows in SIZES} for name in PEERS}
+    peers = {name: measured(name) for name in PEERS}
     for rows in SIZES:
         own = ours[str(rows)]
         target = f"target {LIMITS_MS[rows]:.0f}"
         both = f"exact {own['exact_ms']:.1f} ms, sketch {own['sketch_ms']:.1f} ms"
         print(f"{rows:>7} rows x {COLUMNS}: {both} ({target})")
         for name, found in peers.items():
-            other = found[str(rows)]
-            said = "n/a" if other is None else f"{other:.0f} ms, {other / own['sketch_ms']:.0f} x"
-            print(f"          {name:<14} {said}")
+            print(f"          {name:<14} {_beside(found, rows, own['sketch_ms'])}")
     size = f"{fleet['servers']:.0f} x {len(FLEET_METRICS)}"
     print(f"fleet of {size}: {fleet['check_ms']:.0f} ms a bin and verdict")
     print(f"learning: {fleet['fit_ms_per_series']:.1f} ms a series; peak of a check {memory:.0f} MB")
@@ -180,6 +184,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"figures in {write_results('drift_speed', figures)}")
     is_fast = all(ours[str(rows)]["sketch_ms"] <= LIMITS_MS[rows] for rows in SIZES)
     return 0 if is_fast and fleet["check_ms"] <= FLEET_LIMIT_MS and memory <= MEMORY_LIMIT_MB else 1
+
+
+def _beside(found: dict[str, Any], rows: int, own_ms: float) -> str:
+    if "why" in found:
+        return f"n/a: {found['why']}"
+    other = found["check_ms"][str(rows)]
+    return f"{other:.0f} ms, {other / own_ms:.0f} x; peak {found['peak_mb']:.0f} MB ({found['version']})"
 
 
 if __name__ == "__main__":
