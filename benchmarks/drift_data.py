@@ -53,7 +53,8 @@ def halves(names: list[str]) -> tuple[list[str], list[str]]:
 
 def bin_grid(frame: pd.DataFrame, metrics: list[str], names: list[str]) -> tuple[Floats32, int]:
     """Return (server, metric, bin) means from the first UTC midnight on, and its time in ms."""
-    times = frame["timestamp"].astype("datetime64[ms, UTC]").astype("int64").to_numpy()
+    moments = pd.to_datetime(frame["timestamp"], utc=True)  # without a zone it is UTC
+    times = moments.astype("datetime64[ms, UTC]").astype("int64").to_numpy()
     start_ms = int(-(-times.min() // DAY_MS) * DAY_MS)
     frame, times = frame[times >= start_ms], times[times >= start_ms]
     bins = (times - start_ms) // BIN_MS
@@ -82,7 +83,8 @@ def load_fleet(data: Path, stable: Path | None, regimes: Path | None, half: str)
     if half != "all":
         names = halves(names)[0 if half == "develop" else 1]
         frame = frame[frame["server_name"].isin(names)]
-    metrics = [name for name in frame.columns if name not in NO_METRICS]
+    numbers = frame.select_dtypes("number").columns
+    metrics = [name for name in numbers if name not in NO_METRICS and frame[name].notna().any()]
     grid, start_ms = bin_grid(frame, metrics, names)
     pairs = _rows(pd.read_csv(stable), names, metrics) if stable else []
     if stable and not pairs:

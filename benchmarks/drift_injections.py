@@ -9,7 +9,7 @@ from benchmarks.drift_data import BIN_MS, DAY
 
 Values = NDArray[np.float64]
 
-KINDS = ("level", "level_mid", "std2", "var2", "phase", "ramp", "shuffle", "sawtooth")
+KINDS = ("level", "level_mid", "std2", "var2", "phase", "rhythm", "ramp", "shuffle", "sawtooth")
 PER_BLOCK = 2
 LOOK_BINS = DAY  # a hit is an alarm within a day ...
 RAMP_LOOK_BINS = 4 * DAY  # ... of a ramp within four
@@ -50,6 +50,20 @@ def rhythm_share(reference: Values) -> float:
     return float(1 - rest.var() / variance) if variance > 0 else 0.0
 
 
+def ranks(reference: Values) -> Values:
+    """Return each value's place among the values, 0 to 1, equal values at their mean place.
+
+    A job that runs once a day is most of a quiet disk's variance and one bin of its ranks.
+    """
+    out = np.full(len(reference), np.nan)
+    seen = np.isfinite(reference)
+    known, place, count = np.unique(reference[seen], return_inverse=True, return_counts=True)
+    if len(known):
+        ends = np.cumsum(count)
+        out[seen] = ((ends - (count - 1) / 2) / ends[-1])[place]
+    return out
+
+
 def autocorrelation(values: Values) -> float:
     """Return the correlation of neighbouring bins."""
     both = np.isfinite(values[:-1]) & np.isfinite(values[1:])
@@ -67,6 +81,9 @@ def is_eligible(kind: str, reference: Values) -> bool:
         return bool(high > low)
     if kind == "phase":
         return rhythm_share(reference) >= RHYTHM_SHARE
+    if kind == "rhythm":
+        both = (rhythm_share(reference), rhythm_share(ranks(reference)))
+        return min(both) >= RHYTHM_SHARE
     if kind in ("shuffle", "sawtooth"):
         return bool(spread > 0) and autocorrelation(reference) >= AUTOCORRELATION
     return bool(spread > 0)
@@ -98,7 +115,7 @@ def injected(
         changed[part] = own + 0.2 * (high - low)
     elif kind in ("std2", "var2"):
         changed[part] = mean + (2 if kind == "std2" else 2**0.5) * (own - mean)
-    elif kind == "phase":
+    elif kind in ("phase", "rhythm"):
         changed[part] = values[start - PHASE_BINS : start - PHASE_BINS + len(own)]
     elif kind == "ramp":
         changed[part] = own + 0.2 * spread * np.minimum(np.arange(len(own)) / RAMP_BINS, 1)

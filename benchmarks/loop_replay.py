@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     fleets = _fleets(options)
     settings = _settings(fleets[NATURAL].grid.metrics)
     initial = options.folder / "initial" / "checkpoints"
-    if not initial.exists():
+    if not (initial / "last.ckpt").exists():
         _train_initial(fleets[NATURAL], initial, settings["initial"])
     for scene in options.scene:
         for policy in sorted(options.policy, key=lambda name: name != NEVER):

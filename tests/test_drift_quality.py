@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.drift_data import DAY, bin_grid, halves, load_fleet
-from benchmarks.drift_injections import KINDS, injected, is_eligible, rhythm_share, seeded
+from benchmarks.drift_injections import KINDS, injected, is_eligible, ranks, rhythm_share, seeded
 from benchmarks.drift_loops import REST_BINS, trainings
 from benchmarks.drift_quality import main
 from benchmarks.drift_rules import Sketch, Stretch, evidently, ks_test, nannyml, window_gaps
@@ -164,3 +164,17 @@ def test_it_runs_on_any_servers_and_writes_every_figure(
     )
     assert len(list((tmp_path / "results").glob("*.json"))) == 1
     assert load_fleet(*recorded, "all").server_names == ("a", "b", "c")
+
+
+def test_one_job_a_day_is_a_phase_but_no_rhythm() -> None:
+    nightly = np.random.default_rng(4).random(21 * DAY)
+    nightly[np.arange(21) * DAY + 24] += 100
+
+    assert is_eligible("phase", nightly) and not is_eligible("rhythm", nightly)
+    assert is_eligible("phase", rhythm(21)) and is_eligible("rhythm", rhythm(21))
+
+
+def test_ranks_run_from_0_to_1_and_equal_values_share_theirs() -> None:
+    assert ranks(np.array([5.0, np.nan, 1.0, 5.0, 2.0])).tolist() == pytest.approx(
+        [0.875, np.nan, 0.25, 0.875, 0.5], nan_ok=True
+    )
