@@ -32,8 +32,8 @@ def last_values(values: Floats32) -> Floats32:
     return found
 
 
-def forecast_stretch(model: Forecaster, fleet: ReplayFleet, start: int, end: int) -> Floats32:
-    """Forecast from every origin bin in [start, end).
+def forecast_stretch(model: Forecaster, fleet: ReplayFleet, start: int, end: int, every: int = 1) -> Floats32:
+    """Forecast from every origin bin, or every few, in [start, end).
 
     Returns:
         (server, metric, bin, horizon, quantile) at HORIZONS, NaN where the model has none.
@@ -43,7 +43,9 @@ def forecast_stretch(model: Forecaster, fleet: ReplayFleet, start: int, end: int
     series = grid.values.reshape(-1, grid.n_bins)
     percents = np.array([is_percent(name) for name in grid.metrics])
     slots = np.array([model.description.slot(name) for name in grid.metrics], np.int64)
-    rows, origins = (part.ravel() for part in np.meshgrid(np.arange(len(series)), np.arange(start, end)))
+    rows, origins = (
+        part.ravel() for part in np.meshgrid(np.arange(len(series)), np.arange(start, end, every))
+    )
     out = np.full((len(series), end - start, len(HORIZONS), len(QUANTILES)), np.nan, np.float32)
     look_back = np.arange(1 - shape.history_bins, 1)
     for first in range(0, len(rows), _WINDOWS_AT_ONCE):

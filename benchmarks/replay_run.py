@@ -29,6 +29,7 @@ from benchmarks.replay_policies import (
     Policy,
 )
 from benchmarks.replay_record import ReplayRecord, forecast_stretch
+from benchmarks.replay_scores import SCORED_EVERY
 from benchmarks.training_rounds import write_export
 from data_buffer import DataBuffer
 from fleetcast.clock import from_ms, iso_z, to_ms
@@ -83,12 +84,17 @@ class ReplayRun:
             return Engine(self._record, self._registry, settings, self._folder)
         return Oracle(self._fleet) if name == ORACLE else Never()
 
+    @property
+    def every(self) -> int:
+        """Return from which origin bins forecasts are made: who watches drift needs all of them."""
+        return 1 if isinstance(self._policy, Engine) else SCORED_EVERY
+
     def run(self, by_initial: Floats32 | None) -> Floats32:
         """Replay to the end.
 
         Args:
-            by_initial: what `run` returned for the policy that never trains, if it was run:
-                the same forecasts need not be made twice.
+            by_initial: what `run` returned for the policy that never trains, where it was run and
+                its forecasts are all that is needed here: they are not made twice.
         Returns:
             (server, metric, origin bin from the replay's first, horizon, quantile)
         """
@@ -98,7 +104,7 @@ class ReplayRun:
             if by_initial is not None and self._model.version == first:
                 made = by_initial[:, :, start - self._fleet.begin : end - self._fleet.begin]
             else:
-                made = forecast_stretch(self._model, self._fleet, start, end)
+                made = forecast_stretch(self._model, self._fleet, start, end, self.every)
             self._record.note(start, made, self._model.version)
             context = self._policy.wants(end)
             if context is not None:
@@ -111,6 +117,7 @@ class ReplayRun:
         share = looked.in_alarm / max(looked.checks, 1) if looked else None
         return {
             "trainings": [asdict(item) for item in self.trainings],
+            "forecast_every": self.every,
             "checks_in_alarm_pct": None if share is None else round(100 * share, 2),
         }
 
