@@ -4,9 +4,10 @@
 
 28 days x 10 servers are replayed after 28 days of history and the training they give rise to:
 forecasts from every bin where drift is watched and from every third elsewhere, a look every hour,
-trainings as each policy wants them, on the data so far. The policies: never, a cron job weekly or daily, the specification's literal rule,
-ours (calibrated, the default), and an oracle told what changed and when. Two scenes: the data as
-recorded, and with new dynamics on six series at a moment of each of the first three weeks.
+trainings as each policy wants them, on the data so far. The policies: never, a cron job weekly or
+daily, the specification's literal rule, ours (calibrated, the default), and an oracle told what
+changed and when. Two scenes: the data as recorded, and with new dynamics on six series at a
+moment of each of the first three weeks.
 
 Everything is chosen before running: seeds and times in `replay_fleet.py`, the figures'
 definitions in `replay_scores.py`, the trainings' size here. One run of a policy is kept in the
