@@ -111,7 +111,7 @@ def _scenes(grid: TrainingGrid, options: argparse.Namespace) -> list[Scene]:
     later = round(options.after_hours * 12)
     found = []
     for seed in range(options.seeds):
-        injected = inject(grid, known, options.per_kind, options.seed + seed)
+        injected = inject(grid, known, options.per_kind, options.seed + seed, own_periods=options.own_periods)
         name = f"injected, seed {options.seed + seed}"
         found.append(Scene(name, injected.grid, injected.changed, injected.kinds, known + later))
     if options.changes:
@@ -264,6 +264,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--test-days", type=float, default=5, metavar="B", help="days after a training")
     parser.add_argument("--after-hours", type=float, default=72, help="from a change to the training")
     parser.add_argument("--per-kind", type=int, default=4, help="series injected per kind of dynamics")
+    parser.add_argument("--own-periods", action="store_true", help="no two injected series share a period")
     parser.add_argument("--rounds", type=int, default=2, help="moments of recorded changes")
     parser.add_argument("--origins", type=int, default=60, help="forecasts made per server in the test days")
     parser.add_argument("--seeds", type=int, default=1, metavar="K", help="injections; 0: none")

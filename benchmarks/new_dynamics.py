@@ -1,7 +1,7 @@
 """New dynamics put into recorded series: what a model of the old ones cannot know. Seeded.
 
-Three kinds, each with a period and a size of its own per series, so that a model has to learn
-the kind and read the rest off the window:
+Three kinds, as one release on several servers would bring them. Servers of a kind share the
+period and have a phase and a size of their own (or each its own period, with `own_periods`):
 
     sawtooth  cpu_pct climbs for 1 to 3 hours by 25-50 points, drops, climbs again
     leak      mem_pct grows for 5 to 12 hours by 30-60 points until the process is restarted
@@ -23,6 +23,8 @@ from fleetcast.schema import Floats, Floats32
 
 BINS_PER_HOUR = 12
 CPU_WORDS, MEMORY_WORDS = ("cpu",), ("mem",)
+_PERIOD_HOURS = {"sawtooth": (1.0, 3.0), "leak": (5.0, 12.0), "bursts": (0.5, 1.5)}
+_POINTS = {"sawtooth": (25.0, 50.0), "leak": (30.0, 60.0)}
 _NORMALISED = "_norm01"  # a share of one instead of points of a hundred
 
 
@@ -35,7 +37,9 @@ class Injected:
     kinds: tuple[str, ...]  # of `changed`, in order
 
 
-def inject(grid: TrainingGrid, since_bin: int, per_kind: int, seed: int) -> Injected:
+def inject(
+    grid: TrainingGrid, since_bin: int, per_kind: int, seed: int, *, own_periods: bool = False
+) -> Injected:
     """Return the fleet with `per_kind` series of each kind changed from `since_bin` on.
 
     Raises:
@@ -48,12 +52,27 @@ def inject(grid: TrainingGrid, since_bin: int, per_kind: int, seed: int) -> Inje
         able = np.flatnonzero(np.isfinite(grid.values[:, metric, since_bin:]).mean(axis=1) > 0.5)
         if len(able) < per_kind:
             raise ValueError(f"{kind}: {len(able)} servers record {grid.metrics[metric]}, need {per_kind}")
+        rhythm = _Rhythm.drawn(kind, random)
         for server in random.choice(able, per_kind, replace=False).tolist():
+            rhythm = _Rhythm.drawn(kind, random) if own_periods else rhythm
             series = values[server, metric]
-            series[since_bin:] = _with(kind, series, since_bin, grid.metrics[metric], random)
+            series[since_bin:] = _with(kind, series, since_bin, grid.metrics[metric], rhythm, random)
             changed.append(ChangedSeries(server, metric, since_bin))
             kinds.append(kind)
     return Injected(replace(grid, values=values), tuple(changed), tuple(kinds))
+
+
+@dataclass(frozen=True)
+class _Rhythm:
+    """How often something happens, and for how long (bursts)."""
+
+    period_bins: float
+    length_bins: int
+
+    @classmethod
+    def drawn(cls, kind: str, random: np.random.Generator) -> "_Rhythm":
+        low, high = _PERIOD_HOURS[kind]
+        return cls(random.uniform(low, high) * BINS_PER_HOUR, int(random.integers(2, 5)))
 
 
 def _places(metrics: Sequence[str]) -> list[tuple[str, int]]:
@@ -65,39 +84,42 @@ def _places(metrics: Sequence[str]) -> list[tuple[str, int]]:
     return [(kind, indices[0]) for kind, indices in found if indices]
 
 
-def _with(kind: str, series: Floats32, since_bin: int, metric: str, random: np.random.Generator) -> Floats32:
+def _with(
+    kind: str,
+    series: Floats32,
+    since_bin: int,
+    metric: str,
+    rhythm: _Rhythm,
+    random: np.random.Generator,
+) -> Floats32:
     """Return the bins from `since_bin` on with the new dynamics added."""
     own = series[since_bin:].astype(np.float64)
     unit = 0.01 if metric.endswith(_NORMALISED) else 1.0
     top = 100.0 * unit if is_percent(metric) or metric.endswith(_NORMALISED) else np.inf
     if kind == "bursts":
-        added = _bursts(len(own), random) * _usual(series[:since_bin], unit)
+        added = _bursts(len(own), rhythm, random) * _usual(series[:since_bin], unit)
     else:
-        hours, points = ((1.0, 3.0), (25.0, 50.0)) if kind == "sawtooth" else ((5.0, 12.0), (30.0, 60.0))
-        added = _climbs(len(own), hours, random) * random.uniform(*points) * unit
+        added = _climbs(len(own), rhythm, random) * random.uniform(*_POINTS[kind]) * unit
     return np.asarray(np.clip(own + added, 0.0, top), np.float32)
 
 
-def _climbs(n_bins: int, hours: tuple[float, float], random: np.random.Generator) -> Floats:
+def _climbs(n_bins: int, rhythm: _Rhythm, random: np.random.Generator) -> Floats:
     """Return a wave that climbs from 0 to 1 and drops, each climb about 5 % longer or shorter than usual."""
-    usual = random.uniform(*hours) * BINS_PER_HOUR
     wave: list[float] = []
     while len(wave) < 2 * n_bins + 2:
-        length = max(3, round(usual * random.normal(1.0, 0.1)))
+        length = max(3, round(rhythm.period_bins * random.normal(1.0, 0.05)))
         wave.extend((np.arange(length) / length).tolist())
     start = int(random.integers(n_bins))
     return np.array(wave[start : start + n_bins])
 
 
-def _bursts(n_bins: int, random: np.random.Generator) -> Floats:
+def _bursts(n_bins: int, rhythm: _Rhythm, random: np.random.Generator) -> Floats:
     """Return 0, and the size of a burst while there is one."""
-    every, length = random.uniform(6, 18), int(random.integers(2, 5))
-    size = random.uniform(20, 60)
-    added = np.zeros(n_bins)
-    place = float(random.uniform(0, every))
+    size, added = random.uniform(20, 60), np.zeros(n_bins)
+    place = float(random.uniform(0, rhythm.period_bins))
     while place < n_bins:
-        added[int(place) : int(place) + length] = size * random.uniform(0.8, 1.2)
-        place += max(length + 1, every)
+        added[int(place) : int(place) + rhythm.length_bins] = size * random.uniform(0.8, 1.2)
+        place += max(rhythm.length_bins + 1, rhythm.period_bins)
     return added
 
 
