@@ -206,8 +206,8 @@ def _variants(options: argparse.Namespace) -> list[tuple[str, dict[str, str], li
     """Return what is trained: name, settings, flags."""
     trainer = TrainerSettings()
     epochs = ["--epochs", str(trainer.epochs)]
-    # a training from scratch takes the steps and the batch of an incremental one, and its own rate
-    budget = {"steps_per_epoch": str(trainer.steps_per_epoch), "batch_size": str(trainer.batch_size)}
+    # a training from scratch takes the steps and batches of an incremental one, and its own rate
+    budget = {"batch_size": str(trainer.incremental_batch_size)}
     known: list[tuple[str, dict[str, str], list[str]]] = [
         ("after", {}, ["--incremental", *epochs]),
         ("without context", {}, ["--incremental", *epochs]),

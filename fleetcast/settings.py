@@ -19,6 +19,7 @@ from fleetcast.errors import SettingsError
 from fleetcast.remote_write_settings import RemoteWriteSettings
 from fleetcast.setting import SettingInfo, checked, setting
 from fleetcast.setting_sources import from_environment, from_file
+from fleetcast.trainer_settings import TrainerSettings
 
 
 @dataclass(frozen=True)
@@ -108,45 +109,6 @@ class ForecastSettings:
     )
     feedback: str = setting("on", "correct the model's forecasts by settled ones", choices=("on", "off"))
     torch_threads: int = setting(1, "threads of a sweep (2 on busy cores were slower)", low=1, high=64)
-
-
-@dataclass(frozen=True)
-class TrainerSettings:
-    """How a model is trained."""
-
-    epochs: int = setting(5, "epochs of an incremental training", low=1, high=1000)
-    base_epochs: int = setting(16, "epochs of a training from scratch", low=1, high=1000)
-    patience_epochs: int = setting(
-        4, "epochs without a better one after which a training from scratch stops; 0: never", low=0
-    )
-    steps_per_epoch: int = setting(100, "batches sampled per epoch", low=1)
-    batch_size: int = setting(128, "windows per batch", low=1)
-    hidden_size: int = setting(32, "width of the network", low=4, high=512)
-    learning_rate: float = setting(5e-3, "peak of the cosine schedule", low=1e-6, high=1.0)
-    incremental_learning_rate: float = setting(
-        2e-3, "the same for an incremental training", low=1e-6, high=1.0
-    )
-    changed_share: float = setting(
-        0.25, "share of a batch drawn from drifting series after their change", low=0.0, high=0.9
-    )
-    recent_share: float = setting(
-        0.5,
-        "share of a batch drawn from the newest days, where no change is known",
-        low=0.0,
-        high=1.0,
-    )
-    recent_days: float = setting(3.0, "what counts as the newest days", unit="days", low=0.1)
-    holdout_share: float = setting(
-        0.1, "newest share of the data kept out of training, for the gate", low=0.02, high=0.5
-    )
-    holdout_max_s: float = setting(
-        86_400.0, "longest tail kept out of training, for the gate", unit="s", low=3600.0
-    )
-    keep_versions: int = setting(
-        20, "newest versions kept; what serves, the one before and the baseline's are kept besides", low=1
-    )
-    threads: int = setting(1, "torch threads of a training (2 on busy cores were slower)", low=1, high=64)
-    seed: int = setting(7, "seed of weights and sampling", low=0)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ ROWS = {
     "setting_sources": 1,
     "drift_settings": 1,
     "remote_write_settings": 1,
+    "trainer_settings": 1,
     "settings": 1,
     "schema": 1,
     "loop": 1,

@@ -67,6 +67,18 @@ def test_a_changed_metric_is_replayed_as_often_as_its_change() -> None:
     assert set((series[240:] % 2).tolist()) == {0, 1}
 
 
+def test_replay_is_told_from_what_is_to_be_learnt() -> None:
+    # Given a change of series 5, which replay may meet, too
+    mix = WindowMix((ChangedSeries(2, 1, 2000),), 0.25)
+    windows = sampler(grid(), mix=mix)
+    series, origin = origins(windows, 4000)
+    is_replay = windows._is_replay(series, origin)
+    assert not is_replay[:1000].any()
+    after_change = (series == 5) & (origin >= 2000)
+    assert after_change[1000:].any()
+    np.testing.assert_array_equal(is_replay[1000:], ~after_change[1000:])
+
+
 def test_the_recent_share_comes_from_the_newest_days() -> None:
     series, origin = origins(sampler(grid(), mix=WindowMix(recent_share=0.5, recent_bins=288)))
     assert (origin[:200] >= N_BIN - 288 - 288).all()

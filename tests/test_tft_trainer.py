@@ -31,6 +31,7 @@ base_epochs = 2
 epochs = 1
 steps_per_epoch = 30
 batch_size = 32
+incremental_batch_size = 32
 learning_rate = 0.01
 """
 

@@ -1,5 +1,6 @@
 """Claims about the loss, the schedule and what a fit leaves behind."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from fleetcast.model.gridshape import GridShape
-from fleetcast.model.network import NetworkConfig
+from fleetcast.model.network import NetworkConfig, StaticNetwork, as_batch
 from fleetcast.model.sampler import TrainingBatch, WindowMix, WindowSampler
 from fleetcast.model.traingrid import TrainingGrid
 from fleetcast.model.training import Fit, fit, pinball, rate_share
@@ -133,3 +134,25 @@ def test_a_fit_learns_repeats_itself_and_leaves_no_file(
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in first.values())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_replayed_windows_hold_to_the_answers_of_the_starting_weights() -> None:
+    # Given a start, and targets on replayed windows that say something else
+    config = NetworkConfig.for_grid(SHAPE, 8)
+    plan = Fit(1, 12, 0.02, 2, 1, 3)
+    start = fit(config, SHAPE, None, lambda: sampler().batch(16, [1]), plan)
+    batch = sampler().batch(16, [1])
+    told = dataclasses.replace(batch, targets=batch.targets + np.float32(3.0))
+    assert told.is_replay.all()
+
+    def moved(keep_weight: float, *, is_replay: bool = True) -> float:
+        seen = dataclasses.replace(told, is_replay=np.full(16, is_replay))
+        after = fit(config, SHAPE, start, lambda: seen, dataclasses.replace(plan, keep_weight=keep_weight))
+        windows = as_batch(batch.arrays, batch.metric_slots)
+        answers = [StaticNetwork(weights, config)(windows) for weights in (start, after)]
+        return float((answers[1] - answers[0]).abs().mean())
+
+    # Then they move the answers; less so where replay holds them; a change is free to move them
+    assert moved(0.0) > 0.5
+    assert moved(100.0) < 0.1 * moved(0.0)
+    assert moved(100.0, is_replay=False) == moved(0.0)

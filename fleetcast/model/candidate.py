@@ -23,13 +23,14 @@ from fleetcast.model.network import METRIC_SLOTS, NetworkConfig
 from fleetcast.model.registry import Registry
 from fleetcast.model.sampler import ChangedSeries, WindowMix, WindowSampler
 from fleetcast.model.series_weights import series_weights
+from fleetcast.model.trained_baseline import trained_baseline
 from fleetcast.model.traingrid import TrainingGrid
 from fleetcast.model.training import Fit, fit
 from fleetcast.model.training_epochs import Resumable
 from fleetcast.model.training_state import StateFile
 from fleetcast.model.versions import Version
-from fleetcast.model.windows import RECENT_BINS, count_trainable, enough_to_train
-from fleetcast.schema import Floats32, Longs
+from fleetcast.model.windows import count_trainable, enough_to_train
+from fleetcast.schema import Longs
 from fleetcast.serving.fallback import NaiveForecaster
 from fleetcast.settings import Settings
 
@@ -148,6 +149,7 @@ class CandidateMaker:
             threads=trainer.threads,
             seed=trainer.seed,
             shows_progress_bar=shows_progress_bar,
+            keep_weight=trainer.keep_weight if is_incremental else 0.0,
             patience_epochs=0 if is_incremental else trainer.patience_epochs,
         )
 
@@ -176,7 +178,8 @@ class CandidateMaker:
     def _fitted(
         self, description: ModelDescription, start: Served | None, plan: Fit, state: StateFile | None
     ) -> dict[str, Any]:
-        batch_size = self._settings.trainer.batch_size
+        trainer = self._settings.trainer
+        batch_size = trainer.incremental_batch_size if start else trainer.batch_size
         slots = [description.slot(metric) for metric in self._grid.metrics]
         held_from = self._held_from
         validation = None
@@ -239,7 +242,9 @@ class CandidateMaker:
         )
         errors = {name: self._error_table(side, hold_out.horizons) for name, side in sides.items()}
         in_service = sides["candidate"] if verdict.promoted else opponent
-        baseline = self._baseline(model.version, in_service, hold_out)
+        baseline = trained_baseline(
+            self._grid, self._changed, settings.drift.baseline_days, model.version, in_service, hold_out
+        )
         return verdict, errors, baseline
 
     def _error_table(self, side: Losses, horizons: tuple[int, ...]) -> dict[str, dict[str, float | None]]:
@@ -252,22 +257,6 @@ class CandidateMaker:
             for row, metric in enumerate(self._grid.metrics)
         }
 
-    def _baseline(self, version_id: str, in_service: Losses, hold_out: HoldOut) -> Baseline:
-        """Sketch the newest days, a changed series since its change, with the errors to expect now."""
-        grid = self._grid
-        n_bins = min(grid.n_bins, round(self._settings.drift.baseline_days * 86_400_000 / grid.bin_ms))
-        first = grid.n_bins - n_bins
-        values = _since_changes(grid.values[:, :, first:], first, self._changed)
-        start_ms = grid.start_ms + first * grid.bin_ms
-        sketch = Baseline.from_grid(
-            values, start_ms, grid.bin_ms, grid.server_names, grid.metrics, version_id
-        )
-        by_metric, by_series = mean_errors(in_service)
-        series_errors = np.full(grid.values.shape[:2], np.nan, np.float32)
-        series_errors[hold_out.servers] = by_series
-        horizons: Longs = np.array(hold_out.horizons, np.int64)
-        return replace(sketch, error_horizons=horizons, error_mae=by_metric, series_error_mae=series_errors)
-
 
 def _with_new_metrics(model: Forecaster, description: ModelDescription) -> dict[str, Any]:
     """Return a model's weights, a metric it did not know starting as the unknown one."""
@@ -276,13 +265,3 @@ def _with_new_metrics(model: Forecaster, description: ModelDescription) -> dict[
     for metric in description.metrics[len(model.metrics) :]:
         embedding[description.slot(metric)] = embedding[0]
     return {**weights, _EMBEDDING: embedding}
-
-
-def _since_changes(values: Floats32, first_bin: int, changed: tuple[ChangedSeries, ...]) -> Floats32:
-    """Return a copy without what changed series were before; an hour of values stays at least."""
-    kept = values.copy()
-    for item in changed:
-        before = max(0, item.since_bin - first_bin)
-        if np.isfinite(kept[item.server, item.metric, before:]).sum() >= RECENT_BINS:
-            kept[item.server, item.metric, :before] = np.nan
-    return kept

@@ -62,6 +62,7 @@ class TrainingBatch:
     arrays: ModelArrays
     metric_slots: Longs  # (window,)
     targets: Floats32  # (window, horizon) normalised, NaN = unknown or held out
+    is_replay: NDArray[np.bool_]  # (window,) drawn neither for a change nor for being recent
 
 
 class WindowSampler:
@@ -91,6 +92,8 @@ class WindowSampler:
             if item.since_bin < held_from[item.server, item.metric] - 1
         ]
         self._changed = np.array(changed, np.int64).reshape(-1, 2)
+        self._since = np.full(len(self._series), grid.n_bins)  # (series,) the bin of its change
+        self._since[self._changed[:, 0]] = self._changed[:, 1]
         weights = np.ones(len(self._series)) if mix.recent_weights is None else mix.recent_weights
         self._recent = np.cumsum(weights)  # (series,) ascending
 
@@ -119,20 +122,27 @@ class WindowSampler:
         arrays = encode(history, end_ms, self._is_percent[metrics], self._shape)
         known = np.asarray(slots, np.int64)[metrics]
         is_unknown = self._random.random(size) < UNKNOWN_SHARE
-        return TrainingBatch(arrays, np.where(is_unknown, 0, known), arrays.scale.targets(future))
+        slots_seen, targets = np.where(is_unknown, 0, known), arrays.scale.targets(future)
+        return TrainingBatch(arrays, slots_seen, targets, self._is_replay(series, origins))
 
     def _windows(self, size: int) -> tuple[Longs, Longs]:
         """Draw series and origins, the changed ones first."""
+        draws = (self._draw_changed, self._draw_alike, self._draw_recent, self._draw_any)
+        drawn = [self._drawn(count, draw) for count, draw in zip(self._counts(size), draws, strict=True)]
+        return np.concatenate([item[0] for item in drawn]), np.concatenate([item[1] for item in drawn])
+
+    def _counts(self, size: int) -> tuple[int, int, int, int]:
+        """Return how many windows of a batch are changed, alike, recent, any."""
         n_changed = round(size * self._mix.changed_share) if len(self._changed) else 0
         n_alike = min(n_changed, size - n_changed)
         n_recent = round((size - n_changed - n_alike) * self._mix.recent_share)
-        drawn = [
-            self._drawn(n_changed, self._draw_changed),
-            self._drawn(n_alike, self._draw_alike),
-            self._drawn(n_recent, self._draw_recent),
-            self._drawn(size - n_changed - n_alike - n_recent, self._draw_any),
-        ]
-        return np.concatenate([item[0] for item in drawn]), np.concatenate([item[1] for item in drawn])
+        return n_changed, n_alike, n_recent, size - n_changed - n_alike - n_recent
+
+    def _is_replay(self, series: Longs, origins: Longs) -> NDArray[np.bool_]:
+        """Return which windows of a batch only keep alive what was known before."""
+        n_changed, n_alike, n_recent, n_any = self._counts(len(series))
+        drawn_as = np.repeat([False, True, False, True], [n_changed, n_alike, n_recent, n_any])
+        return np.asarray(drawn_as & (origins < self._since[series]))
 
     def _drawn(self, size: int, draw: _Draw) -> tuple[Longs, Longs]:
         """Return `size` usable windows of one kind; where that kind has none, of any."""

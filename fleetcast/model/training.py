@@ -41,6 +41,7 @@ class Fit:
     threads: int
     seed: int
     shows_progress_bar: bool = False
+    keep_weight: float = 0.0  # of the distance from the starting weights' answers, on replayed windows
     patience_epochs: int = 0  # epochs without a lower validation loss after which to stop; 0: never
 
 
@@ -72,7 +73,8 @@ def fit(
         network = build(config)
         if weights is not None:
             network.load_state_dict(dict(weights))
-        fitting = _Fitting(network, config, grid, plan)
+        parent = StaticNetwork(weights, config) if weights is not None and plan.keep_weight > 0 else None
+        fitting = _Fitting(network, config, grid, plan, parent)
         epochs = Epochs(
             fitting,
             plan.epochs,
@@ -113,16 +115,24 @@ class _Steps:
 
 def _tensors(drawn: TrainingBatch) -> Tensors:
     batch = as_batch(drawn.arrays, drawn.metric_slots)
-    return batch.past, batch.ahead, batch.static, batch.metric, torch.from_numpy(drawn.targets)
+    rest = torch.from_numpy(drawn.targets), torch.from_numpy(drawn.is_replay)
+    return batch.past, batch.ahead, batch.static, batch.metric, *rest
 
 
 class _Fitting(lightning.LightningModule):
     """Pinball loss over every bin of the horizon, AdamW, warm-up and cosine."""
 
-    def __init__(self, network: nn.Module, config: NetworkConfig, grid: GridShape, plan: Fit) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        config: NetworkConfig,
+        grid: GridShape,
+        plan: Fit,
+        parent: StaticNetwork | None,
+    ) -> None:
         super().__init__()
         self.network = network
-        self._config, self._plan = config, plan
+        self._config, self._plan, self._parent = config, plan, parent
         self._interpolation = torch.from_numpy(grid.interpolation())  # (knot, horizon)
         self._bin_weights = torch.from_numpy(grid.bin_weights())
         self._quantiles = torch.tensor(QUANTILES)
@@ -138,11 +148,22 @@ class _Fitting(lightning.LightningModule):
 
     def loss(self, batch: Tensors) -> Tensor:
         """Return the loss of one batch."""
-        past, ahead, static, metric, targets = batch
+        past, ahead, static, metric, targets, is_replay = batch
         weights = dict(self.network.named_parameters(remove_duplicate=False))
         answer = StaticNetwork(weights, self._config)(Batch(past, ahead, static, metric))
         bins = torch.einsum("nkq,kh->nhq", answer, self._interpolation)
-        return pinball(bins, targets, self._bin_weights, self._quantiles)
+        loss = pinball(bins, targets, self._bin_weights, self._quantiles)
+        if self._parent is None or not bool(is_replay.any()):
+            return loss
+        replay = Batch(past[is_replay], ahead[is_replay], static[is_replay], metric[is_replay])
+        return loss + self._plan.keep_weight * self._moved(replay, answer[is_replay])
+
+    def _moved(self, replay: Batch, answer: Tensor) -> Tensor:
+        """Return how far the answers to replayed windows are from those of the starting weights."""
+        assert self._parent is not None
+        with torch.no_grad():
+            before = self._parent(replay)
+        return nn.functional.smooth_l1_loss(answer, before)
 
     def training_step(self, batch: Tensors, _index: int) -> Tensor | None:
         loss = self.loss(batch)

@@ -18,7 +18,8 @@ from fleetcast.model.training_state import BestEpoch, StateFile, TrainingState
 
 logger = logging.getLogger(__name__)
 
-Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # past, ahead, static, metric, targets
+# past, ahead, static, metric, targets, whether a window is replayed
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class RandomState(Protocol):
