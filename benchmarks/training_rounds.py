@@ -86,6 +86,7 @@ def train(
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TFT_", "FLEETCAST_"))}
     given = {f"FLEETCAST_TRAINER_{name.upper()}": value for name, value in settings.items()}
     given["FLEETCAST_BINS_FORECAST_METRICS"] = ",".join(metrics)
+    given["FLEETCAST_PATHS_MODELS_DIR"] = str(folder / "models")  # no shipped base beside the one measured
     command = [sys.executable, str(ROOT / "tft_trainer.py"), "--data", str(data), *flags]
     process = subprocess.Popen(
         command, cwd=folder, env=inherited | given, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
