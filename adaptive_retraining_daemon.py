@@ -26,6 +26,7 @@ from fleetcast.loop import Stop, run_every
 from fleetcast.model.registry import Registry
 from fleetcast.retraining.attempts import Attempts
 from fleetcast.retraining.decision_engine import RetrainingDecisionEngine
+from fleetcast.retraining.drift_log import DriftLog
 from fleetcast.retraining.hostload import HostProbe
 from fleetcast.retraining.inquiry import Inquiry
 from fleetcast.retraining.quiet import FleetMean, quiet_verdict
@@ -34,7 +35,7 @@ from fleetcast.retraining.readiness import Readiness
 from fleetcast.retraining.retraining_check import ADVISED, BESIDE, NOTHING, STARTED, TRAINING, RetrainingCheck
 from fleetcast.retraining.retraining_options import parser, settings_of, with_arguments
 from fleetcast.retraining.state import FAILED, STATE_FILE, Attempt
-from fleetcast.retraining.training_order import export_end, training_context, training_steps
+from fleetcast.retraining.training_order import training_context, training_steps
 from fleetcast.retraining.trainings import DECISIONS_FILE, Trainings
 from fleetcast.schema import QuietVerdict
 from fleetcast.sdnotify import SystemdNotifier
@@ -84,8 +85,7 @@ class AdaptiveRetrainingDaemon:
         self._monitor = DriftMonitor(drift.window_size, settings=drift, clock=self._clock)
         horizon_bins = self._settings.forecast.horizon_bins
         self._readiness = Readiness(self._store, bins, horizon_bins, training.training_days, limits)
-        self._inquiry = Inquiry(training.daemon_url, training.request_timeout_s)
-        self._host = HostProbe()
+        self._inquiry, self._host = Inquiry(training.daemon_url, training.request_timeout_s), HostProbe()
         self._attempts = Attempts(
             self._registry, timeout_s=training.training_timeout_s, nice=training.training_nice
         )
@@ -93,6 +93,7 @@ class AdaptiveRetrainingDaemon:
         self._trainings = Trainings(
             self.engine, self._attempts, Path(STATE_FILE), self._settings.clock.mode, self._clock
         )
+        self._drift_log = DriftLog()
         self._quiet_week = QuietWeek(limits, Path(DECISIONS_FILE))
         self._lock = OwnerLock(Path(LOCK_FILE), "the retraining of this folder")
         self._is_owner = False
@@ -204,12 +205,19 @@ class AdaptiveRetrainingDaemon:
         self._monitor.set_baseline(evidence.baseline)
         self._monitor.observe(evidence.window, evidence.model_version, evidence.seasonal)
         reading = self._monitor.reading()
+        self._drift_log.note(reading)
         has_model = self._registry.current_id() is not None  # a rejected first candidate is none either
         missing = "" if has_model else self._readiness.why_not()
         initial_due = not has_model and not missing
         is_quiet = self.check_quiet_period() or (initial_due and self.quiet.is_host_quiet)
-        scores, waiting = reading.current_metrics(), reading.status_reason
-        decision = self.engine.decide(scores, is_quiet, initial_due=initial_due, collecting=waiting)
+        hours = self._settings.decision.follow_up_hours if reading.calibrated else 0.0
+        decision = self.engine.decide(
+            reading.current_metrics(),
+            is_quiet,
+            initial_due=initial_due,
+            collecting=reading.status_reason,
+            follow_up=self._trainings.follow_up(hours),
+        )
         self._quiet_week.note(now, self.quiet, reason=decision.reason)
         return evidence, RetrainingCheck(now, reading, self.quiet, decision, missing, NOTHING)
 
@@ -231,7 +239,7 @@ class AdaptiveRetrainingDaemon:
 
     def _start(self, check: RetrainingCheck, evidence: DriftEvidence) -> Attempt | None:
         steps = training_steps(self._settings, Path(__file__).resolve(), self._config)
-        context = training_context(check.decision.rule, check.at, evidence, self._source, check.reading)
+        context = training_context(check, evidence, self._source)
         return self._trainings.start(check.decision, self._registry.current_id(), steps, context)
 
     def _make_engine(self) -> RetrainingDecisionEngine:
@@ -245,17 +253,6 @@ class AdaptiveRetrainingDaemon:
         engine.override(self._settings.decision)
         engine.use_clock(self._clock)
         return engine
-
-
-def _export(settings: Settings, path: Path) -> ExitCode:
-    from data_buffer import DataBuffer
-
-    buffer = DataBuffer(settings.paths.data_buffer_dir, settings=settings.buffer, expire=False)
-    until = export_end(settings.clock.mode, buffer.newest_record_time())
-    days, bin_s = settings.retraining.training_days, settings.bins.bin_s
-    n_rows = buffer.export_training_data(path, days, bin_s, until=until)
-    print(f"{n_rows} rows of the last {days} days written to {path}")
-    return ExitCode.OK
 
 
 def _once(daemon: AdaptiveRetrainingDaemon, settings: Settings) -> ExitCode:
@@ -280,7 +277,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = settings_of(options)
         if options.export:
-            return int(_export(settings, options.export))
+            from fleetcast.retraining.training_export import export_for_training
+
+            print(export_for_training(settings, options.export))
+            return int(ExitCode.OK)
         try:
             daemon = AdaptiveRetrainingDaemon(settings=settings, config=options.config)
         except BadData as error:

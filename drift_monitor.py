@@ -1,6 +1,6 @@
 """DriftMonitor: the four drift metrics over a window, against a baseline.
 
-    python drift_monitor.py [--config FILE]     prints the report of the present state
+    python drift_monitor.py [--config FILE] [--plot PNG]     prints the report of the present state
 
 Owns: thresholds, weights, the combined rule and the verdict. Does not know: the formulas
 (`fleetcast.drift.drift_scores`), what is done about drift (`adaptive_retraining_daemon`).
@@ -15,6 +15,7 @@ from typing import Any
 from fleetcast.clock import Clock, SystemClock
 from fleetcast.drift.calibrated_reading import CalibratedReading, calibrated_reading
 from fleetcast.drift.columns import extended, float_columns, n_rows
+from fleetcast.drift.drift_figure import drift_figure
 from fleetcast.drift.drift_report import COLLECTING, READY, BaselineFacts, DriftReading, WindowFacts
 from fleetcast.drift.drift_scores import (
     Columns,
@@ -32,7 +33,7 @@ from fleetcast.drift.drift_window import PairWindow
 from fleetcast.drift.seasonal_source import SeasonalEvidence
 from fleetcast.drift_settings import CALIBRATED, DriftSettings
 from fleetcast.errors import BadData, FleetcastError
-from fleetcast.files import write_json
+from fleetcast.files import write_atomic, write_json
 from fleetcast.model.baseline import Baseline
 from fleetcast.model.registry import Registry
 from fleetcast.settings import load_settings
@@ -264,6 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the report of the present state, read from the buffer and the model's baseline."""
     parser = argparse.ArgumentParser(description="Print the drift report of the present state.")
     parser.add_argument("--config", type=Path, help="settings file (default: ./fleetcast.toml, if present)")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the scores and the worst series, too")
     options = parser.parse_args(argv)
     try:
         settings = load_settings(options.config)
@@ -273,10 +275,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         store = DataBuffer(settings.paths.data_buffer_dir, settings.buffer.retention_days)
         models_dir = Path(settings.paths.models_dir or Path(__file__).resolve().parent / "models")
         registry = Registry(Path(settings.paths.checkpoint_dir), models_dir)
-        evidence = DriftSource(store, registry, settings.drift, settings.bins.bin_s * 1000).evidence()
+        source = DriftSource(store, registry, settings.drift, settings.bins.bin_s * 1000)
+        evidence = source.evidence()
         monitor = DriftMonitor(settings.drift.window_size, evidence.baseline, settings=settings.drift)
         monitor.observe(evidence.window, evidence.model_version, evidence.seasonal)
         print(monitor.generate_report())
+        if options.plot:
+            write_atomic(options.plot, drift_figure(monitor.reading(), source.one_ahead))
     except FleetcastError as error:
         print(f"drift_monitor: {error}", file=sys.stderr)
         return int(error.exit_code)

@@ -136,7 +136,7 @@ class Attempt:
             shows_progress_bar=sys.stderr.isatty(),
             state_path=self._registry.folder / BASE_STATE_FILE,
         )
-        self._keep(version_id, candidate, start, grid, self._reference(grid, changed))
+        self._keep(version_id, candidate, start, grid, self._reference(grid, context.all_changes(grid)))
         return version_id, candidate, start
 
     def _epochs(self, start: "Served | None") -> int:

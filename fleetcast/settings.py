@@ -129,6 +129,13 @@ class DecisionSettings:
     quiet_deadline_hours: float = setting(
         24.0, "longest wait for a quiet fleet, where its own week decides", unit="h", low=0
     )
+    follow_up_hours: float = setting(
+        24.0,
+        "a training for drift that saw less than half of this is followed by one that sees all; 0: never",
+        unit="h",
+        low=0,
+        high=120,
+    )
     host_load_per_core: float = setting(
         0.8, "1-minute load of others per core at which the host is busy", low=0
     )

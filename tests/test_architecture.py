@@ -24,6 +24,7 @@ ROWS = {
     **dict.fromkeys(DAEMONS, 6),
     "tft_trainer": 5,
     "service": 5,  # the inference daemon's wiring
+    "training_export": 5,  # a step of the daemon in a process of its own
     "data_buffer": 4,
     "drift_monitor": 4,
     "forecaster": 3,

@@ -17,9 +17,11 @@ from fleetcast.clock import FakeClock
 from fleetcast.drift.drift_report import DriftReading
 from fleetcast.drift.learned_reference import training_reference
 from fleetcast.drift.reference import Reference
+from fleetcast.drift.season import DAY_MS
 from fleetcast.drift_settings import DriftSettings
 from fleetcast.model.sampler import ChangedSeries
 from fleetcast.model.traingrid import TrainingGrid
+from fleetcast.retraining.training_order import known_changes
 from fleetcast.schema import SettledForecasts
 
 END = FIRST_TEST_BIN + 2 * DAY
@@ -156,6 +158,8 @@ def test_after_a_rejected_training_the_same_drift_is_not_judged_again(tmp_path: 
     ]
     trained_on = TrainingGrid(SERVERS, METRICS, grid[:, :, :END], START_MS, BIN_MS)
     reference = training_reference(trained_on, changed, store.read_predictions, DriftSettings())
+    assert {item["changed_ms"] - START_MS for item in known_changes(reference)} <= {15 * DAY_MS, 16 * DAY_MS}
+    assert len(known_changes(reference)) == 6
     registry_with(tmp_path, reference, NEXT, end_bin=END)  # its baseline holds, VERSION serves on
     store.add(missed_on_changed(grid, END, END + DAY))  # the model that stays is as wrong as before
     second = monitor_of(tmp_path, store).reading()

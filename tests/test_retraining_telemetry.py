@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from test_calibrated_monitor import changed_grid, reading_of
 
 from fleetcast.clock import FakeClock
 from fleetcast.drift.drift_report import COLLECTING, READY, DriftReading, WindowFacts
@@ -68,6 +69,20 @@ def test_scores_stand_beside_their_thresholds(path: Path) -> None:
     assert found["safeguard_passed", "min_hours_between_training"] == 1
     assert found["window_pairs", ""] == 840
     assert found["last_check_timestamp_seconds", ""] == NOW.timestamp()
+
+
+def test_with_the_calibrated_basis_the_literal_scores_and_the_false_alarms_stand_beside(
+    path: Path, tmp_path: Path
+) -> None:
+    reading = reading_of(tmp_path, changed_grid())
+
+    RetrainingTelemetry(path, FakeClock(NOW)).write(replace(CHECK, reading=reading), RetrainingState())
+
+    found = _samples(path)
+    assert found["drift_score", "dss"] == reading.metrics["dss"]
+    assert found["drift_literal_score", "dss"] == reading.literal["dss"] != reading.metrics["dss"]
+    assert (found["drift_series_in_alarm", ""], found["drift_series_compared", ""]) == (6, 10)
+    assert (found["drift_false_alarms_per_month", "target"], found["data_quality_events", ""]) == (1, 0)
 
 
 def test_what_is_not_known_is_left_out_rather_than_zero(path: Path) -> None:

@@ -119,3 +119,21 @@ def test_an_entry_that_means_nothing_here_is_left_out_alone(tmp_path: Path, entr
     good = {"server": "web-01", "metric": "cpu_pct", "since": "1970-01-01T02:00:00Z"}
     data = written(tmp_path, {"drifting": [entry, good, good]})
     assert TrainingContext.find(data, None).changed_series(grid()) == (ChangedSeries(0, 0, 12),)
+
+
+def test_changes_known_before_are_no_news_but_are_all_changes(tmp_path: Path) -> None:
+    grid = made_grid_of_two()
+    context = TrainingContext(
+        "a1",
+        ({"server": "a", "metric": "cpu_pct", "changed_ms": grid.start_ms + 20 * grid.bin_ms},),
+        (
+            {"server": "a", "metric": "cpu_pct", "changed_ms": grid.start_ms + 5 * grid.bin_ms},
+            {"server": "b", "metric": "cpu_pct", "changed_ms": grid.start_ms + 7 * grid.bin_ms},
+        ),
+    )
+    assert context.changed_series(grid) == (ChangedSeries(0, 0, 20),)
+    assert context.all_changes(grid) == (ChangedSeries(0, 0, 20), ChangedSeries(1, 0, 7))
+
+
+def made_grid_of_two() -> TrainingGrid:
+    return TrainingGrid(("a", "b"), ("cpu_pct",), np.zeros((2, 1, 50), np.float32), 0, 300_000)

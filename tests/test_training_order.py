@@ -13,7 +13,10 @@ from drift_monitor import DriftMonitor
 from fleetcast.drift.drift_source import DriftEvidence, DriftSource
 from fleetcast.drift_settings import DriftSettings
 from fleetcast.model.registry import Registry
+from fleetcast.retraining.retraining_check import NOTHING, RetrainingCheck
+from fleetcast.retraining.safeguards import Decision
 from fleetcast.retraining.training_order import export_end, trainer_command, training_context, training_steps
+from fleetcast.schema import QuietVerdict
 from fleetcast.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +65,9 @@ def context(store: RowStore, *, with_baseline: bool = True) -> dict[str, object]
     evidence = DriftEvidence(window_of(store), "v1", baseline() if with_baseline else None)
     monitor = DriftMonitor(settings=DriftSettings(basis="literal"))
     monitor.observe(evidence.window, "v1")
-    return training_context("drift", NOW, evidence, source, monitor.reading())
+    quiet, decision = QuietVerdict(True, ""), Decision(True, "drift", "", ())
+    check = RetrainingCheck(NOW, monitor.reading(), quiet, decision, "", NOTHING)
+    return training_context(check, evidence, source)
 
 
 def test_the_drifting_series_are_named_with_the_time_they_changed() -> None:

@@ -68,8 +68,8 @@ class DriftSource:
         self._registry = registry
         self._settings = settings
         self._window = DriftWindow(self.read, settings, bin_ms)
-        renewal = ReferenceRenewal(self._one_ahead, settings, bin_ms, folder / REFERENCE_FOLDER)
-        self._seasonal = SeasonalSource(self._one_ahead, renewal, settings, bin_ms)
+        renewal = ReferenceRenewal(self.one_ahead, settings, bin_ms, folder / REFERENCE_FOLDER)
+        self._seasonal = SeasonalSource(self.one_ahead, renewal, settings, bin_ms)
         self._loaded: tuple[Version, Baseline, int] | None = None  # version, baseline, data end
 
     def evidence(self, served: str | None = None, *, may_renew: bool = False) -> DriftEvidence:
@@ -115,5 +115,6 @@ class DriftSource:
         """Return the settled forecasts of these target times, half open."""
         return self._store.read_predictions(start_ms, end_ms)
 
-    def _one_ahead(self, start_ms: int, end_ms: int) -> SettledForecasts:
+    def one_ahead(self, start_ms: int, end_ms: int) -> SettledForecasts:
+        """Return those that were made one bin ahead."""
         return self._store.read_predictions(start_ms, end_ms, 1)

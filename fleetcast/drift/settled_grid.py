@@ -22,7 +22,7 @@ class SettledGrid:
     """Actuals and errors on one time axis, in the order of the names asked for."""
 
     values: Floats32  # (server, metric, bin) native units, NaN = not settled
-    errors: Floats32  # |p50 - actual| of a model; NaN = none, or the fallback's
+    errors: Floats32  # |its own p50 - actual| of a model; NaN = none, or the fallback's
     start_ms: int
 
 
@@ -56,7 +56,7 @@ def settled_grid(
         np.bool_,
         len(versions),
     )
-    missed = np.abs(rows.p50[kept] - rows.actual[kept])
+    missed = np.abs(rows.model_p50[kept] - rows.actual[kept])
     errors[place] = np.where(is_model, missed, np.nan)
     return SettledGrid(values, errors, start_ms)
 

@@ -1,7 +1,8 @@
 """What a training is told about why it runs: `training_context.json`, beside its data.
 
     {"attempt_id": str, "drifting": [{"server": str, "metric": str,
-                                      "changed_ms": int or "since": ISO 8601}, ...]}
+                                      "changed_ms": int or "since": ISO 8601}, ...],
+     "known_changes": [the same, ...]}   what changed before, and is no news to the model
 
 `changed_ms` (ms since 1970, when the series changed) goes before `since` (when it was noticed);
 an entry with neither is taken to have changed a day before the data end.
@@ -11,7 +12,7 @@ warning. Does not know: who writes it, how windows are drawn.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class TrainingContext:
 
     attempt_id: str | None = None
     drifting: tuple[Mapping[str, Any], ...] = ()
+    known: tuple[Mapping[str, Any], ...] = ()
 
     @classmethod
     def find(cls, data: Path, attempt_id: str | None) -> "TrainingContext":
@@ -61,30 +63,39 @@ class TrainingContext:
         if attempt_id is not None and own_id is not None and own_id != attempt_id:
             logger.warning("training context left out file=%s is of attempt=%s", path, own_id)
             return cls(attempt_id)
-        drifting = content.get("drifting")
-        entries = drifting if isinstance(drifting, list) else []
-        known = tuple(item for item in entries if isinstance(item, dict))
-        return cls(attempt_id or (own_id if isinstance(own_id, str) else None), known)
+        drifting, known = (_entries(content.get(name)) for name in ("drifting", "known_changes"))
+        return cls(attempt_id or (own_id if isinstance(own_id, str) else None), drifting, known)
 
     def changed_series(self, grid: TrainingGrid) -> tuple[ChangedSeries, ...]:
         """Return the drifting series of a grid, each once, with the bin of its (first) change."""
         oldest: dict[tuple[int, int], ChangedSeries] = {}
-        for item in self._changed(grid):
+        for item in _changed(self.drifting, grid):
             known = oldest.get((item.server, item.metric))
             if known is None or item.since_bin < known.since_bin:
                 oldest[item.server, item.metric] = item
         return tuple(oldest.values())
 
-    def _changed(self, grid: TrainingGrid) -> Iterator[ChangedSeries]:
-        servers = {name: index for index, name in enumerate(grid.server_names)}
-        metrics = {name: index for index, name in enumerate(grid.metrics)}
-        for item in self.drifting:
-            server, metric = servers.get(str(item.get("server"))), metrics.get(str(item.get("metric")))
-            since_bin = _since_bin(item, grid)
-            if server is None or metric is None or since_bin is None:
-                logger.warning("drifting series left out: not in the data entry=%.200s", item)
-                continue
-            yield ChangedSeries(server, metric, since_bin)
+    def all_changes(self, grid: TrainingGrid) -> tuple[ChangedSeries, ...]:
+        """Return every change known of a grid's series, each series with its newest."""
+        newest = {(item.server, item.metric): item for item in _changed(self.known, grid)}
+        newest |= {(item.server, item.metric): item for item in self.changed_series(grid)}
+        return tuple(newest.values())
+
+
+def _entries(content: object) -> tuple[Mapping[str, Any], ...]:
+    return tuple(item for item in content if isinstance(item, dict)) if isinstance(content, list) else ()
+
+
+def _changed(entries: Iterable[Mapping[str, Any]], grid: TrainingGrid) -> Iterator[ChangedSeries]:
+    servers = {name: index for index, name in enumerate(grid.server_names)}
+    metrics = {name: index for index, name in enumerate(grid.metrics)}
+    for item in entries:
+        server, metric = servers.get(str(item.get("server"))), metrics.get(str(item.get("metric")))
+        since_bin = _since_bin(item, grid)
+        if server is None or metric is None or since_bin is None:
+            logger.warning("changed series left out: not in the data entry=%.200s", item)
+            continue
+        yield ChangedSeries(server, metric, since_bin)
 
 
 def _since_bin(item: Mapping[str, Any], grid: TrainingGrid) -> int | None:

@@ -77,11 +77,13 @@ class RetrainingDecisionEngine:
         *,
         initial_due: bool,
         collecting: str = "",
+        follow_up: str = "",
     ) -> Decision:
         """Return the decision with the rule behind it.
 
         Args:
             collecting: why drift cannot be judged yet, or "".
+            follow_up: why the last training is to be followed by another, or "".
         """
         self.settle()
         now, wall_now = self._clock.now(), self._wall_clock.now()
@@ -95,6 +97,7 @@ class RetrainingDecisionEngine:
             is_quiet_period=is_quiet_period,
             initial_due=initial_due,
             collecting=collecting,
+            follow_up=follow_up,
         )
 
     def settle(self) -> None:

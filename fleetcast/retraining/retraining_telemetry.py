@@ -103,7 +103,23 @@ def _of_drift(reading: DriftReading) -> Iterator[Metric]:
     yield _labelled(
         "prediction_error_ratio", "PER of the version in service, by bins ahead", "horizon_bins", by_horizon
     )
+    yield from _of_calibration(reading)
     yield from _gauge("window_pairs", "(server, bin) pairs in the drift window", reading.window.pairs)
+
+
+def _of_calibration(reading: DriftReading) -> Iterator[Metric]:
+    found = reading.calibrated
+    if found is None or found.verdict is None or found.reference is None:
+        return
+    yield _labelled("drift_literal_score", "the literal metrics, reported only", "score", reading.literal)
+    yield from _gauge("drift_series_in_alarm", "series over their calibrated limit", len(found.drifting))
+    yield from _gauge("drift_series_compared", "series that are judged", found.verdict.n_compared)
+    yield from _gauge(
+        "data_quality_events", "outages, restarts and frozen sensors", len(found.verdict.events)
+    )
+    fleet = found.reference.fleet
+    rates = {"target": fleet.false_alarms_per_month, "shown": fleet.shown_per_month}
+    yield _labelled("drift_false_alarms_per_month", "meant, and on days left out", "kind", rates)
 
 
 def _of_state(state: RetrainingState, ended: Mapping[str, int]) -> Iterator[Metric]:

@@ -14,7 +14,8 @@ from fleetcast.errors import BadData
 from fleetcast.retraining.training_log import WEEK_S, Backoff, TrainingLog
 from fleetcast.schema import SafeguardCheck
 
-INITIAL, DRIFT, OVERDUE, NONE = "initial", "drift", "max_days_without_training", "none"
+INITIAL, DRIFT, FOLLOW_UP = "initial", "drift", "follow_up"
+OVERDUE, NONE = "max_days_without_training", "none"
 _SHOWN = ("per", "dss", "fds", "anomaly_rate", "combined_score")
 
 
@@ -97,16 +98,18 @@ def decide(
     is_quiet_period: bool,
     initial_due: bool,
     collecting: str = "",
+    follow_up: str = "",
 ) -> Decision:
     """Decide; the reason of a refusal is the first step that failed.
 
     Args:
         collecting: why drift cannot be judged yet, or "".
+        follow_up: why the last training is to be followed by another, or "".
     Raises:
         BadData: `drift_metrics` is not what `DriftMonitor.calculate_drift_metrics` returns.
     """
     asked_by = {check.name: check for check in safeguards}
-    rule, reason = _demand(drift_metrics, asked_by[OVERDUE], initial_due=initial_due)
+    rule, reason = _demand(drift_metrics, asked_by[OVERDUE], follow_up, initial_due=initial_due)
     blocking = next((c for c in safeguards if not c.passed and c.name != OVERDUE), None)
     if rule == NONE:
         return Decision(False, rule, f"collecting: {collecting}" if collecting else reason, safeguards)
@@ -118,7 +121,7 @@ def decide(
 
 
 def _demand(
-    drift_metrics: Mapping[str, Any], overdue: SafeguardCheck, *, initial_due: bool
+    drift_metrics: Mapping[str, Any], overdue: SafeguardCheck, follow_up: str, *, initial_due: bool
 ) -> tuple[str, str]:
     needs = drift_metrics.get("needs_retraining") if isinstance(drift_metrics, Mapping) else None
     if not isinstance(needs, bool):
@@ -131,6 +134,8 @@ def _demand(
         return INITIAL, "initial training: no model was trained on this fleet yet"
     if needs:
         return DRIFT, f"drift: {shown}" if shown else "drift"
+    if follow_up:
+        return FOLLOW_UP, follow_up
     if not overdue.passed:
         return OVERDUE, f"{overdue.value:.1f} days without training, limit {overdue.limit:g}"
     return NONE, f"no drift: {shown}" if shown else "no drift"

@@ -10,13 +10,20 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fleetcast.clock import from_ms, iso_z, to_ms
 from fleetcast.drift.calibrated_reading import CalibratedReading, drifting_json
-from fleetcast.drift.drift_report import DriftReading, series_json
+from fleetcast.drift.drift_report import series_json
 from fleetcast.drift.drift_series import change_times, series_drift
 from fleetcast.drift.drift_source import DriftEvidence, DriftSource
+from fleetcast.drift.learned_reference import change_times as change_times_of
+from fleetcast.drift.reference import Reference
 from fleetcast.model.baseline import Baseline
 from fleetcast.retraining.attempts import Step
+from fleetcast.retraining.follow_up import drifting_before
+from fleetcast.retraining.retraining_check import RetrainingCheck
+from fleetcast.retraining.safeguards import FOLLOW_UP
 from fleetcast.settings import PathSettings, Settings
 
 EXPORT_FILE = "training_data_incremental.parquet"
@@ -57,17 +64,35 @@ def trainer_command(settings: Settings, program_dir: Path, config: Path | None) 
     return command
 
 
-def training_context(
-    rule: str, now: datetime, evidence: DriftEvidence, source: DriftSource, reading: DriftReading
-) -> dict[str, Any]:
-    """Return what `training_context.json` says beside the attempt's id: what drifts, since when."""
+def training_context(check: RetrainingCheck, evidence: DriftEvidence, source: DriftSource) -> dict[str, Any]:
+    """Return what `training_context.json` says beside the attempt's id: what drifts, since when.
+
+    A follow-up names what the training before it was told, too.
+    """
+    drifting = [*_drifting(evidence, source, check.reading.calibrated)]
+    if check.decision.rule == FOLLOW_UP:
+        drifting += drifting_before(Path(CONTEXT_FILE))
     return {
-        "rule": rule,
-        "made_at": iso_z(now),
+        "rule": check.decision.rule,
+        "made_at": iso_z(check.at),
         "model_version": evidence.model_version,
-        "basis": reading.basis,
-        "drifting": _drifting(evidence, source, reading.calibrated),
+        "basis": check.reading.basis,
+        "drifting": drifting,
+        "known_changes": known_changes(evidence.seasonal.drift.reference) if evidence.seasonal.drift else [],
     }
+
+
+def known_changes(reference: Reference) -> list[dict[str, Any]]:
+    """Return the changes that the reference in force knows of: the next one shall know them, too."""
+    changes = change_times_of(reference)
+    return [
+        {
+            "server": reference.server_names[row],
+            "metric": reference.metrics[column],
+            "changed_ms": int(changes[row, column]),
+        }
+        for row, column in np.argwhere(np.isfinite(changes)).tolist()
+    ]
 
 
 def _drifting(

@@ -17,6 +17,7 @@ from fleetcast.files import append_line, write_json
 from fleetcast.model.versions import new_version_id
 from fleetcast.retraining import state as states
 from fleetcast.retraining.attempts import Attempts, Step
+from fleetcast.retraining.follow_up import follow_up
 from fleetcast.retraining.retraining_check import RetrainingCheck
 from fleetcast.retraining.retraining_telemetry import TEXTFILE, RetrainingTelemetry
 from fleetcast.retraining.safeguards import Decision, safeguards_json
@@ -69,6 +70,11 @@ class Trainings:
     def running(self) -> Attempt | None:
         """Return the training whose end was not noted yet."""
         return self._state.running
+
+    def follow_up(self, hours: float) -> str:
+        """Return why the last training is to be followed by another, or ""."""
+        context = self._path.with_name(CONTEXT_FILE)
+        return follow_up(self._state.attempts, context, self._clock.now(), hours)
 
     def take_over(self) -> None:
         """Become the owner: read the state, adopt a training that still runs."""

@@ -1,0 +1,59 @@
+"""A second training after a hurried one: drift is found within hours, and hours are little to learn from.
+
+Owns: when the training that drift asked for saw too little of what changed, and from when on
+there is enough for another. Does not know: safeguards and quiet periods, which hold as for any.
+
+Its series are not judged meanwhile (they have no reference yet), so nothing else would ask.
+docs/decisions/follow-up-training.md has the figures.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fleetcast.clock import from_ms, parse_plain_utc, to_ms
+from fleetcast.errors import CorruptFile
+from fleetcast.files import read_json
+from fleetcast.retraining.safeguards import DRIFT
+from fleetcast.retraining.state import VERDICTS, Attempt
+
+_HOUR_MS = 3_600_000
+_ENOUGH_SHARE = 0.5  # of the hours asked for: a first training that saw this much needs no second
+_LATEST_DAYS = 7.0
+
+
+def follow_up(attempts: Sequence[Attempt], context: Path, now: datetime, hours: float) -> str:
+    """Return why a training is due, or "".
+
+    Args:
+        attempts: newest first.
+        context: `training_context.json` of the last attempt.
+        hours: of the changed series' new behaviour that are worth a training; 0 = never a second.
+    """
+    last = next((attempt for attempt in attempts if attempt.outcome in VERDICTS), None)
+    if hours <= 0 or last is None or last is not attempts[0] or last.rule != DRIFT:
+        return ""
+    drifting = drifting_before(context, last.id)
+    changed = [item["changed_ms"] for item in drifting if isinstance(item.get("changed_ms"), int)]
+    if not changed:
+        return ""
+    newest_ms, now_ms = max(changed), to_ms(now)
+    seen_h = (to_ms(parse_plain_utc(last.started_at)) - newest_ms) / _HOUR_MS
+    known_h = (now_ms - newest_ms) / _HOUR_MS
+    if seen_h >= _ENOUGH_SHARE * hours or not hours <= known_h <= _LATEST_DAYS * 24:
+        return ""
+    since = f"{from_ms(newest_ms):%Y-%m-%d %H:%M}"
+    return f"follow-up: {known_h:.0f} h known of the change of {since}, trained on {seen_h:.0f}"
+
+
+def drifting_before(context: Path, attempt_id: str | None = None) -> tuple[Mapping[str, Any], ...]:
+    """Return what a context file named as drifting; nothing where it is of another attempt."""
+    try:
+        content = read_json(context)
+    except (FileNotFoundError, CorruptFile):
+        return ()
+    entries = content.get("drifting")
+    if attempt_id not in (None, content.get("attempt_id")) or not isinstance(entries, list):
+        return ()
+    return tuple(item for item in entries if isinstance(item, dict))

@@ -1,0 +1,45 @@
+"""The log names each series in alarm and each broken sensor once."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rhythm_fleet import SERVERS, made_grid
+from test_calibrated_monitor import END, changed_grid, reading_of
+
+from drift_monitor import DriftMonitor
+from fleetcast.retraining.drift_log import DriftLog
+
+
+@pytest.fixture(autouse=True)
+def everything(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+
+def test_an_alarm_is_told_when_it_begins_and_when_it_ends(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log, drifting = DriftLog(), reading_of(tmp_path, changed_grid())
+    log.note(drifting)
+    assert caplog.text.count("series in alarm: ") == 6
+    assert "app-1 cpu_pct" in caplog.text
+    log.note(drifting)
+    assert caplog.text.count("series in alarm: ") == 6, "told once"
+    log.note(reading_of(tmp_path, made_grid()))
+    assert "series in alarm=0 begun=0 ended=6 of compared=10" in caplog.text
+
+
+def test_broken_data_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    grid = made_grid()
+    grid[1, :, END - 30 :] = np.nan
+    log, reading = DriftLog(), reading_of(tmp_path, grid)
+    log.note(reading)
+    log.note(reading)
+    (record,) = (item for item in caplog.records if item.levelno == logging.WARNING)
+    assert record.message == f"data quality, not drift: kind=outage server={SERVERS[1]} metric=all"
+
+
+def test_the_literal_basis_says_nothing_here(caplog: pytest.LogCaptureFixture) -> None:
+    DriftLog().note(DriftMonitor().reading())
+    assert caplog.text == ""

@@ -1,0 +1,82 @@
+"""A training that saw only hours of a change is followed by one that saw a day."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fleetcast.clock import plain_utc, to_ms
+from fleetcast.retraining.follow_up import drifting_before, follow_up
+from fleetcast.retraining.state import Attempt
+
+CHANGE = datetime(2026, 3, 2, 9, tzinfo=UTC)
+
+
+def attempt(after_h: float = 4.0, **changes: Any) -> Attempt:
+    fields = {"rule": "drift", "outcome": "promoted", **changes}
+    started = plain_utc(CHANGE + timedelta(hours=after_h))
+    return Attempt("a1", reason="", started_at=started, **fields)
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Path:
+    path = tmp_path / "training_context.json"
+    earlier = CHANGE - timedelta(hours=2)
+    drifting = [
+        {"server": "a", "metric": "cpu_pct", "changed_ms": to_ms(earlier)},
+        {"server": "b", "metric": "cpu_pct", "changed_ms": to_ms(CHANGE)},
+    ]
+    path.write_text(json.dumps({"attempt_id": "a1", "drifting": drifting}))
+    return path
+
+
+def at(after_h: float) -> datetime:
+    return CHANGE + timedelta(hours=after_h)
+
+
+def test_it_is_due_once_a_day_of_the_newest_change_is_known(context: Path) -> None:
+    assert follow_up([attempt()], context, at(23.9), 24) == ""
+    assert follow_up([attempt()], context, at(24), 24) == (
+        "follow-up: 24 h known of the change of 2026-03-02 09:00, trained on 4"
+    )
+    assert follow_up([attempt(outcome="rejected")], context, at(30), 24)
+    assert follow_up([attempt()], context, at(7 * 24 + 1), 24) == "", "too late to be worth one of its own"
+
+
+def test_a_training_that_saw_half_a_day_is_not_followed(context: Path) -> None:
+    assert follow_up([attempt(11.9)], context, at(24), 24)
+    assert follow_up([attempt(12)], context, at(24), 24) == ""
+
+
+@pytest.mark.parametrize(
+    "attempts",
+    [
+        [],
+        [attempt(rule="initial")],
+        [attempt(rule="follow_up")],
+        [attempt(outcome="failed")],
+        [attempt(25, outcome="running"), attempt()],
+        [attempt(30, rule="follow_up"), attempt()],
+    ],
+    ids=["none", "initial", "itself", "failed", "running", "done"],
+)
+def test_only_the_newest_attempt_with_a_verdict_on_drift_is_followed(
+    context: Path, attempts: list[Attempt]
+) -> None:
+    assert follow_up(attempts, context, at(31), 24) == ""
+
+
+def test_the_setting_turns_it_off_and_a_lost_context_too(context: Path) -> None:
+    assert follow_up([attempt()], context, at(30), 0) == ""
+    context.write_text("{")
+    assert follow_up([attempt()], context, at(30), 24) == ""
+    context.write_text(json.dumps({"attempt_id": "another", "drifting": [{"changed_ms": 1}]}))
+    assert follow_up([attempt()], context, at(30), 24) == ""
+    context.unlink()
+    assert follow_up([attempt()], context, at(30), 24) == ""
+
+
+def test_what_the_training_before_was_told_is_known(context: Path) -> None:
+    assert [item["server"] for item in drifting_before(context)] == ["a", "b"]
