@@ -1,0 +1,96 @@
+"""The retraining daemon with the default basis, on a real buffer: from settled rows to the decision."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rhythm_fleet import BIN_MS, DAY, START_MS, fitted, made_grid, usual_reference
+from seasonal_store import FIRST_TEST_BIN, SERVERS, VERSION, Grid, registry_with, rows_of
+from small_fleet import quiet_answers, settings
+from test_calibrated_monitor import END, changed_grid
+from told_daemon import Told
+
+from adaptive_retraining_daemon import AdaptiveRetrainingDaemon
+from data_buffer import DataBuffer
+from drift_monitor import main
+from fleetcast.clock import from_ms, iso_z
+from fleetcast.drift.reference import Reference
+from fleetcast.files import read_json
+from fleetcast.retraining.retraining_check import RetrainingCheck
+
+ROOT = Path(__file__).parents[1]
+
+
+def lay_out(folder: Path, grid: Grid, reference: Reference) -> None:
+    """Leave behind what a fleet, its inference daemon and a trainer would have."""
+    registry = registry_with(folder, reference)
+    registry.promote(VERSION)
+    with_owner = DataBuffer(folder / "data_buffer", expire=False)
+    newest = {"timestamp": iso_z(from_ms(START_MS + END * BIN_MS)), "server_name": SERVERS[0], "cpu_pct": 1.0}
+    with_owner.append([newest])
+    with_owner.append_predictions(rows_of(grid, FIRST_TEST_BIN - 3 * DAY, END))
+    with_owner.close()
+
+
+def checked(told: Told, **parts: dict[str, Any]) -> RetrainingCheck:
+    drift = {"basis": "calibrated", "window_size": 1000, "min_pairs": 300}
+    own = settings(drift=drift, **{"retraining": {"mode": "advise"}, **parts})
+    daemon = AdaptiveRetrainingDaemon(daemon_url=told.url, settings=own)
+    with daemon.ownership():
+        check = daemon.run_check_cycle()
+        daemon.wait_for_training(time.monotonic() + 60)
+    return check
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return tmp_path
+
+
+def test_a_changed_fleet_asks_for_a_training_that_is_told_who_changed_when(folder: Path) -> None:
+    lay_out(folder, changed_grid(), usual_reference())
+    shutil.copy(ROOT / "tests" / "data" / "stand_in_trainer.py", folder / "tft_trainer.py")
+    (folder / "stand_in.txt").write_text("not enough")
+    with Told() as told:
+        told.answers = quiet_answers(VERSION)
+        advised = checked(told)
+        assert (advised.decision.rule, advised.action) == ("drift", "advised")
+        found = read_json(Path("drift_metrics.json"))
+        assert (found["basis"], found["recommendation"]) == ("calibrated", "RETRAIN NOW")
+        assert checked(told).reading.current_metrics() == advised.reading.current_metrics(), "a restart"
+        assert checked(told, retraining={"mode": "auto"}).action == "started"
+    context = read_json(Path("training_context.json"))
+    assert context["basis"] == "calibrated"
+    assert {item["server"] for item in context["drifting"]} == set(SERVERS[:3])
+    since = {item["changed_ms"] for item in context["drifting"]}
+    assert max(since) - min(since) <= 3 * BIN_MS
+
+
+def test_a_calm_fleet_is_left_alone_and_the_figure_can_be_drawn(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lay_out(folder, made_grid(), usual_reference())
+    with Told() as told:
+        told.answers = quiet_answers(VERSION)
+        check = checked(told)
+    assert (check.reading.status, check.decision.rule) == ("ready", "none")
+    assert check.decision.reason.startswith("no drift: per")
+    assert Path("drift_reference", f"{VERSION}.npz").exists(), "14 days are young: learned again"
+    assert main(["--plot", "out.png"]) == 0
+    assert "Literal, reported only" in capsys.readouterr().out
+    assert Path("out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_while_it_collects_nobody_says_the_model_is_well(folder: Path) -> None:
+    lay_out(folder, changed_grid(), fitted(made_grid()[:, :, : 3 * DAY]))
+    with Told() as told:
+        told.answers = quiet_answers(VERSION)
+        check = checked(told, decision={"host_load_per_core": 1000.0})
+    assert check.decision.reason.startswith("collecting: "), check.decision.reason
+    line = json.loads(Path("decisions.jsonl").read_text())
+    assert (line["drift_status"], line["should_retrain"]) == ("collecting", False)
