@@ -87,6 +87,17 @@ def test_mature_servers_are_measured_by_what_their_model_was_trained_on(tmp_path
     assert renewal(tmp_path, whole_store()).renewed(version, mature, SERVERS, METRICS, later, ()) is None
 
 
+def test_more_days_are_never_given_up_for_fewer(tmp_path: Path) -> None:
+    """A first training on imported records knows days of which no forecast was settled."""
+    version = registry_with(tmp_path, young(10)).baseline_in_force()
+    assert version is not None
+    known = young(10)
+    few = RowStore(rows_of(made_grid(), FIRST_TEST_BIN - 9 * DAY, FIRST_TEST_BIN + 12))
+    assert renewal(tmp_path, few).renewed(version, known, SERVERS, METRICS, NOW_MS, ()) is None
+    enough = RowStore(rows_of(made_grid(), FIRST_TEST_BIN - 10 * DAY, FIRST_TEST_BIN + 12))
+    assert renewal(tmp_path, enough).renewed(version, known, SERVERS, METRICS, NOW_MS, ()) is not None
+
+
 def test_nothing_is_learned_while_the_fleet_drifts_nor_by_who_may_not_write(tmp_path: Path) -> None:
     grid = made_grid()
     grid[:, :, FIRST_TEST_BIN + DAY // 2 :] += 40
@@ -95,7 +106,7 @@ def test_nothing_is_learned_while_the_fleet_drifts_nor_by_who_may_not_write(tmp_
     assert seen.seasonal.drift is not None
     assert seen.seasonal.drift.check().needs_retraining
     assert not (tmp_path / "drift_reference").exists()
-    calm = store_of(made_grid(), FIRST_TEST_BIN + DAY + 20)
+    calm = store_of(made_grid(), FIRST_TEST_BIN + DAY + 20, 0)
     source_of(tmp_path, calm).evidence(VERSION)
     assert not (tmp_path / "drift_reference").exists()
     source_of(tmp_path, calm).evidence(VERSION, may_renew=True)

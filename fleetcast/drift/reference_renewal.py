@@ -17,13 +17,14 @@ import numpy as np
 
 from fleetcast.drift.learned_reference import change_times, learned_reference
 from fleetcast.drift.reference import Reference
-from fleetcast.drift.reference_merge import immature_servers, merged
+from fleetcast.drift.reference_fit import DAY_COVERAGE
+from fleetcast.drift.reference_merge import MATURE_DAYS, immature_servers, merged
 from fleetcast.drift.season import DAY_MS, DayClock
 from fleetcast.drift.settled_grid import ReadForecasts, read_grid
 from fleetcast.drift_settings import DriftSettings
 from fleetcast.errors import CorruptFile
 from fleetcast.model.versions import REFERENCE_FILE, Version
-from fleetcast.schema import Floats
+from fleetcast.schema import Floats, Floats32, Longs
 
 logger = logging.getLogger(__name__)
 
@@ -81,13 +82,20 @@ class ReferenceRenewal:
         young = [name for name in self._young(known, sorted(live)) if name not in in_alarm]
         if not young or not metrics:
             return None
-        newer = self._learned(known, tuple(young), tuple(sorted(metrics)), end_ms)
+        newer = self._learned(known, tuple(young), known.metrics if known else tuple(sorted(metrics)), end_ms)
+        if newer is None:
+            return None
         is_whole = known is None or set(known.server_names) <= set(newer.server_names)
         reference = newer if is_whole or known is None else merged(known, newer)
         self._save(version.id, reference)
         logger.info(
             "drift reference renewed version=%s servers=%d of=%d compared_series=%d",
-            *(version.id, len(young), len(reference.server_names), int(reference.is_compared.sum())),
+            *(
+                version.id,
+                len(newer.server_names),
+                len(reference.server_names),
+                int(reference.is_compared.sum()),
+            ),
         )
         return reference
 
@@ -95,28 +103,32 @@ class ReferenceRenewal:
         """Return whom to learn again, those known for the shortest first."""
         if known is None:
             return live[:SERVERS_A_DAY]
-        days = known.n_days.reshape(len(known.server_names), -1).max(axis=1)
-        days_of = dict(zip(known.server_names, days.tolist(), strict=True))
+        days_of = _known_days(known)
         young = immature_servers(known, tuple(live))
         return sorted(young, key=lambda name: days_of.get(name, 0))[:SERVERS_A_DAY]
 
     def _learned(
         self, known: Reference | None, names: tuple[str, ...], metrics: tuple[str, ...], end_ms: int
-    ) -> Reference:
+    ) -> Reference | None:
+        """Learn the servers of which more days are settled than their reference knows, if any."""
         span_ms = (end_ms - self._settings.reference_days * DAY_MS, end_ms)
-        metrics = known.metrics if known else metrics
         grid = read_grid(self._read, names, metrics, span_ms, self._bin_ms)
-        seen = np.flatnonzero(np.isfinite(grid.values).any(axis=(0, 1)))
-        first = int(seen[0]) if len(seen) else grid.values.shape[2] - 1
+        days_of = _known_days(known) if known else {}
+        least = np.array([min(days_of.get(name, 1), MATURE_DAYS) for name in names])
+        rows = np.flatnonzero(_settled_days(grid.values, DAY_MS // self._bin_ms) >= least)
+        if not len(rows):
+            return None
+        chosen = tuple(names[row] for row in rows)
+        first = int(np.flatnonzero(np.isfinite(grid.values[rows]).any(axis=(0, 1)))[0])
         return learned_reference(
-            grid.values[:, :, first:],
-            names,
+            grid.values[rows, :, first:],
+            chosen,
             metrics,
             span_ms[0] + first * self._bin_ms,
             self._bin_ms,
             self._settings,
-            errors=grid.errors[:, :, first:],
-            changed_ms=self._changes(known, names, len(metrics)),
+            errors=grid.errors[rows, :, first:],
+            changed_ms=self._changes(known, chosen, len(metrics)),
         )
 
     def _changes(self, known: Reference | None, names: tuple[str, ...], n_metrics: int) -> Floats:
@@ -144,3 +156,15 @@ class ReferenceRenewal:
         for old in self._folder.glob("*.npz"):
             if old != path:
                 old.unlink(missing_ok=True)
+
+
+def _known_days(reference: Reference) -> dict[str, int]:
+    """Return the days behind the best known series of each server."""
+    days = reference.n_days.reshape(len(reference.server_names), -1).max(axis=1)
+    return dict(zip(reference.server_names, days.tolist(), strict=True))
+
+
+def _settled_days(values: Floats32, per_day: int) -> Longs:
+    """Return (server,): whole days with enough bins, of (server, metric, bin) that ends at midnight."""
+    by_day = np.isfinite(values).reshape(*values.shape[:2], -1, per_day).mean(axis=3)
+    return np.asarray((by_day >= DAY_COVERAGE).sum(axis=2).max(axis=1), np.int64)
