@@ -32,10 +32,11 @@ def why_not_here() -> str:
 
 
 class NestedSystemd:
-    """Boots at `with`, with the shipped units installed as docs/operations.md says."""
+    """Boots at `with`, with the shipped units installed, or with what an installation begins from."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, is_installed: bool = True) -> None:
         self._folder = folder
+        self._is_installed = is_installed
         self.units = folder / "units"
         self._shell: subprocess.Popen[bytes] | None = None
         self._pid = 0
@@ -45,34 +46,47 @@ class NestedSystemd:
         for name in TARGETS:
             text = f"[Unit]\nDescription={name}\nDefaultDependencies=no\n"
             (self.units / f"{name}.target").write_text(text)
-        for unit in (ROOT / "deploy" / "systemd").glob("*.service"):
-            shutil.copy(unit, self.units)
+        if self._is_installed:
+            for unit in (ROOT / "deploy" / "systemd").glob("*.service"):
+                shutil.copy(unit, self.units)
         with (self._folder / "systemd.log").open("wb") as log:
             script = Path(__file__).with_name("nested_systemd.sh")
             self._shell = subprocess.Popen([script, self._folder], stdout=log, stderr=log)
         self.wait_for("process 1", lambda: (self._folder / "pid").exists(), 20)
         self._pid = int((self._folder / "pid").read_text())
         self.wait_for("systemd", lambda: self.run("systemctl", "is-active", "nested.target")[0] == 0, 20)
-        self._install()
+        self._prepare()
+        if self._is_installed:
+            self._install()
         return self
 
-    def _install(self) -> None:
-        """Do what docs/operations.md says, with this tree in the place of the checked-out one.
+    def _prepare(self) -> None:
+        """Show this tree inside, and make the virtual environment that nothing inside could download.
 
         The interpreter is Debian's: the one of a developer may lie in a home folder, which
         ProtectHome= hides. It borrows this environment's packages.
         """
         version = next((ROOT / ".venv" / "lib").glob("python3.*")).name
         packages = f"lib/{version}/site-packages"
-        steps = (
-            f"useradd --system --home-dir {STATE} --shell /usr/sbin/nologin tft",
-            f"mkdir -p {INSTALLED} {TREE} /etc/fleetcast",
+        stamps = " ".join(f"{INSTALLED}/.venv/{name}" for name in (".made", ".requirements"))
+        self._do(
+            f"mkdir -p {INSTALLED} {TREE}",
             f"mount --bind {ROOT} {TREE}",
-            f"cp -r {TREE}/*.py {TREE}/fleetcast {INSTALLED}",
             f"{DEBIAN_PYTHON} -m venv --without-pip {INSTALLED}/.venv",
             f"echo {TREE}/.venv/{packages} > {INSTALLED}/.venv/{packages}/borrowed.pth",
+            f"touch --date=tomorrow {stamps}",  # what `make install` leaves when it is done
+        )
+
+    def _install(self) -> None:
+        """Do what docs/operations.md says, short of starting anything."""
+        self._do(
+            f"useradd --system --home-dir {STATE} --shell /usr/sbin/nologin tft",
+            "mkdir -p /etc/fleetcast",
+            f"cp -r {TREE}/*.py {TREE}/fleetcast {INSTALLED}",
             "systemctl daemon-reload",
         )
+
+    def _do(self, *steps: str) -> None:
         for step in steps:
             code, output = self.run("sh", "-c", step)
             assert code == 0, f"{step}: {output}"

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Boot a real systemd as process 1 of namespaces of its own, with a copy-on-write view of this
 # machine's folders, so that units can be installed and started without touching the machine.
-#   nested_systemd.sh FOLDER     FOLDER/units is the whole unit path; FOLDER/pid names process 1
+#   nested_systemd.sh FOLDER     FOLDER/units comes first in the unit path; FOLDER/pid names process 1
 # Needs root. Killing process 1 ends everything inside; this shell then removes its cgroups.
 set -eu
 folder=$1
@@ -47,7 +47,7 @@ unshare --mount --uts --ipc --net --pid --cgroup --fork --kill-child --mount-pro
   mount -o remount,bind,ro /proc/sys
   ip link set lo up
   hostname nested
-  export container=nested SYSTEMD_UNIT_PATH=$0/units
+  export container=nested SYSTEMD_UNIT_PATH=$0/units:/etc/systemd/system
   exec /lib/systemd/systemd --system --unit=nested.target --log-target=console --show-status=no
 ' "$folder" </dev/null &
 unshare_pid=$!

@@ -17,6 +17,18 @@ import os
 os.nice(10)
 print("nice is", os.nice(0))
 """
+SEALING_AT_WORK = """
+import os, subprocess, sys
+sys.path.insert(0, "/opt/MonitoringPrediction")
+from data_buffer import DataBuffer
+buffer = DataBuffer("sealed", expire=False)
+buffer.append([{"timestamp": "2026-01-05T00:00:00Z", "server_name": "a", "cpu_pct": 1.0}])
+buffer.close()
+command = ["metrics", "2026-01-05", "sealed/day.parquet", str(os.getpid())]
+subprocess.run([sys.executable, "-m", "fleetcast.storage.sealing", "sealed", *command], check=True,
+               env={**os.environ, "PYTHONPATH": "/opt/MonitoringPrediction"})
+print("sealed", os.path.getsize("sealed/day.parquet") > 0)
+"""
 TORCH_AT_WORK = """
 import torch
 net = torch.nn.LSTM(8, 32, batch_first=True)
@@ -135,3 +147,7 @@ def test_torch_works_under_everything_a_unit_denies_and_so_does_a_lower_priority
 
     assert "nice is 10" in said
     assert "torch works" in said
+
+
+def test_the_child_that_seals_a_day_works_under_everything_its_unit_denies(machine: NestedSystemd) -> None:
+    assert "sealed True" in _run_under(machine, INFERENCE, SEALING_AT_WORK)
