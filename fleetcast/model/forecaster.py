@@ -24,8 +24,9 @@ from fleetcast.errors import BadCheckpoint, BadData, CorruptFile
 from fleetcast.files import read_regular, write_atomic
 from fleetcast.model.encoding import AHEAD_REALS, PAST_REALS, STATIC_REALS, ModelArrays, decode, encode
 from fleetcast.model.gridshape import GridShape
-from fleetcast.model.network import METRIC_SLOTS, NetworkConfig, StaticNetwork, as_batch
+from fleetcast.model.network import METRIC_SLOTS, NetworkConfig, as_batch
 from fleetcast.model.scaling import is_percent
+from fleetcast.model.sweepnetwork import SweepNetwork
 from fleetcast.schema import QUANTILES, Floats32, HistoryWindow, Longs
 
 FORMAT = 1
@@ -71,7 +72,7 @@ class Forecaster:
         self.weights = {name: tensor.detach() for name, tensor in weights.items()}
         self._min_history_bins = max(1, round(min_history_s * 1000 / description.grid.bin_ms))
         with torch.inference_mode():
-            self._network = StaticNetwork(self.weights, description.network)
+            self._network = SweepNetwork(self.weights, description.network)
 
     @property
     def version(self) -> str:

@@ -1,7 +1,7 @@
 """The rolling array of bin means behind the history: one row per server, one column per bin.
 
 Owns: memory and column arithmetic. A window is a view, not a copy: the array has spare columns
-on its right and is moved to the left once these are used up, about once a day.
+on its right and is moved to the left once these are used up, a few times a day.
 Does not know: records, clocks, or when a bin is closed. Not thread safe.
 """
 
@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from fleetcast.schema import Codes, Floats, Floats32, Longs
 
-_SPARE_BINS = 288  # one move a day at 5 minutes
+_SPARE_BINS = 96  # three moves a day at 5 minutes; more would cost more memory than time
 _FIRST_ROWS = 32
+_BLOCK_ROWS = 256  # moved at once: a copy of everything would double the memory
 
 
 class BinGrid:
@@ -90,14 +91,15 @@ class BinGrid:
 
     def _move_left(self, keep: int) -> None:
         """Bring the newest `keep` columns to the left edge; all others become empty."""
-        kept = self._values[:, :, self._end - keep : self._end].copy()
-        self._values[:, :, :keep] = kept
-        self._values[:, :, keep:] = np.nan
+        for first in range(0, len(self._values), _BLOCK_ROWS):
+            block = self._values[first : first + _BLOCK_ROWS]
+            block[:, :, :keep] = block[:, :, self._end - keep : self._end].copy()
+            block[:, :, keep:] = np.nan
 
     def _reserve(self, n_rows: int) -> None:
         have, n_metrics, width = self._values.shape
         if n_rows <= have:
             return
-        grown = np.full((max(n_rows, have * 3 // 2), n_metrics, width), np.nan, dtype=np.float32)
+        grown = np.full((max(n_rows, have + have // 8), n_metrics, width), np.nan, dtype=np.float32)
         grown[:have] = self._values
         self._values = grown

@@ -1,0 +1,70 @@
+"""Claims about the forward pass of a sweep: the library's answer, whatever the width and the count."""
+
+import numpy as np
+import pytest
+import torch
+from test_network import N_KNOTS, N_PAST, config, library_input, one_thread, shaken
+
+from fleetcast.model.encoding import encode
+from fleetcast.model.gridshape import GridShape
+from fleetcast.model.network import Batch, NetworkConfig, StaticNetwork, as_batch
+from fleetcast.model.scaling import INPUT_LIMIT
+from fleetcast.model.sweepnetwork import SweepNetwork
+
+__all__ = ["one_thread"]  # a fixture
+
+
+def windows(shape: NetworkConfig, count: int) -> Batch:
+    """Scalars within their bounds, the outermost among them."""
+
+    def scalars(steps: int, reals: tuple[str, ...]) -> torch.Tensor:
+        values = (torch.randn(count, steps, len(reals)) * 3).clamp(-INPUT_LIMIT, INPUT_LIMIT)
+        values[0], values[-1, 0] = INPUT_LIMIT, -INPUT_LIMIT
+        for index, real in enumerate(reals):
+            if real in ("hour_sin", "hour_cos", "seen"):
+                values[..., index] = values[..., index].clamp(-1, 1)
+            elif real == "log_horizon":
+                values[..., index] = values[..., index].clamp(-1, 3.6)
+        return values
+
+    return Batch(
+        past=scalars(N_PAST, shape.past_reals),
+        ahead=scalars(N_KNOTS, shape.ahead_reals),
+        static=torch.randn(count, len(shape.static_reals)),
+        metric=torch.randint(0, 32, (count,)),
+    )
+
+
+@pytest.mark.parametrize("hidden_size", [4, 5, 8, 16, 32, 48])
+def test_a_sweep_answers_as_the_library_does(hidden_size: int) -> None:
+    shape = config(hidden_size)
+    network, batch = shaken(shape), windows(shape, 5)
+    with torch.inference_mode():
+        expected = network(library_input(shape, batch))["prediction"]
+        found = SweepNetwork(network.state_dict(), shape)(batch)
+    assert float((expected - found).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("count", [1, 127, 128, 129, 300])
+def test_the_answer_does_not_depend_on_how_many_windows_are_asked_together(count: int) -> None:
+    shape = config(8)
+    weights, batch = shaken(shape).state_dict(), windows(shape, count)
+    with torch.inference_mode():
+        together = SweepNetwork(weights, shape)(batch)
+        alone = StaticNetwork(weights, shape)(batch)
+    assert float((together - alone).abs().max()) <= 1e-5
+
+
+def test_encoded_histories_with_gaps_are_within_the_tabulated_bounds() -> None:
+    grid = GridShape(300_000, 96)
+    shape = NetworkConfig.for_grid(grid, 16)
+    values = np.random.default_rng(1).normal(50, 20, (40, 2304)).cumsum(1).astype(np.float32) % 100
+    values[::3, 500:900] = np.nan
+    values[5], values[6, -1] = 0.0, 1e9
+    percents = np.arange(40) % 2 == 0
+    arrays = encode(values, np.full(40, 1_768_471_200_000), percents, grid)
+    batch = as_batch(arrays, np.arange(40) % 5)
+    weights = shaken(shape).state_dict()
+    with torch.inference_mode():
+        difference = SweepNetwork(weights, shape)(batch) - StaticNetwork(weights, shape)(batch)
+    assert float(difference.abs().max()) <= 1e-5
