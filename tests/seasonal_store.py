@@ -57,7 +57,7 @@ def rows_of(
     )
 
 
-def store_of(grid: Grid, last_bin: int, first_bin: int = FIRST_TEST_BIN - 3 * DAY) -> RowStore:
+def store_of(grid: Grid, last_bin: int, first_bin: int = FIRST_TEST_BIN) -> RowStore:
     """Return a store that knows a grid up to a bin."""
     return RowStore(rows_of(grid, first_bin, last_bin))
 

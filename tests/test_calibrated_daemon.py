@@ -31,7 +31,7 @@ def lay_out(folder: Path, grid: Grid, reference: Reference) -> None:
     with_owner = DataBuffer(folder / "data_buffer", expire=False)
     newest = {"timestamp": iso_z(from_ms(START_MS + END * BIN_MS)), "server_name": SERVERS[0], "cpu_pct": 1.0}
     with_owner.append([newest])
-    with_owner.append_predictions(rows_of(grid, FIRST_TEST_BIN - 3 * DAY, END))
+    with_owner.append_predictions(rows_of(grid, FIRST_TEST_BIN, END))
     with_owner.close()
 
 

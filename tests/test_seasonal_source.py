@@ -37,7 +37,7 @@ def test_an_unchanged_fleet_is_judged_and_silent(tmp_path: Path) -> None:
     assert len(evidence.seasonal.ratios) == 72
 
 
-@pytest.mark.parametrize("steps", [(1,) * 7, (40, 3, 90)])
+@pytest.mark.parametrize("steps", [(1, 1), (40, 3)])
 def test_a_restart_between_any_two_looks_changes_nothing(tmp_path: Path, steps: tuple[int, ...]) -> None:
     grid, bin_now = raised(FIRST_TEST_BIN + DAY), FIRST_TEST_BIN + DAY + 30
     store = store_of(grid, bin_now)
