@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     train = _part(grid, slice(options.servers), options.skip_days * DAY_BINS, split)
     stop = min(split + options.test_days * DAY_BINS, grid.n_bins)
     walk = Walk(split, stop, options.every, options.scored_every)
-    asked = vars(options) | {"data": Path(options.data).name}
+    files = {name: Path(path).name for name in ("data", "model", "save") if (path := vars(options)[name])}
+    asked = vars(options) | files
     report: dict[str, Any] = {"options": asked, "metrics": list(grid.metrics), "seeds": []}
     for seed in range(options.seeds):
         trainer = TrainerSettings(seed=TrainerSettings.seed + seed)
@@ -67,18 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, table in tables.items():
             _print(f"{name} servers, seed {trainer.seed}", table)
         print(f"training, CPU seconds: {cost}")
-    path = write_results(_results_name(options), report)
+    path = write_results(f"{options.name}_{Path(options.data).stem}", report)
     print(f"written: {path}")
     return 0
 
 
 def _groups(n_server: int) -> dict[str, slice]:
     return {"seen": slice(n_server), "unseen": slice(n_server, None)}
-
-
-def _results_name(options: argparse.Namespace) -> str:
-    kind = "base_model" if options.model else "forecast"
-    return f"{kind}_accuracy_{Path(options.data).stem}"
 
 
 def _part(grid: TrainingGrid, servers: slice, start: int, stop: int) -> TrainingGrid:
@@ -153,11 +149,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=1, metavar="K")
     parser.add_argument("--epochs", type=int, default=TrainerSettings.base_epochs)
     parser.add_argument("--model", metavar="FILE", help="a checkpoint to test instead of training one")
+    parser.add_argument("--name", default="forecast_accuracy", help="of the results, before the data's")
     parser.add_argument("--save", metavar="FILE", help="keep the trained checkpoint")
     parser.add_argument("--every", type=int, default=4, help="bins between two origins of a server")
     parser.add_argument("--scored-every", type=int, default=5, help="of those, every how many-th is scored")
     parser.add_argument("--without-peers", action="store_true", help="ours and the naive forecasts only")
-    parser.add_argument("--lightgbm-windows", type=int, default=30_000)
+    parser.add_argument("--lightgbm-windows", type=int, default=15_000)
     parser.add_argument("--stock-steps", type=int, default=0, help="steps of the stock recipe; 0: n/a")
     parser.add_argument("--stock-metrics", help="what it is trained for, comma separated; default: all")
     return parser
