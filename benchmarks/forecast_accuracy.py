@@ -32,6 +32,8 @@ from fleetcast.model.network import NetworkConfig
 from fleetcast.model.sampler import WindowMix, WindowSampler
 from fleetcast.model.traingrid import TrainingGrid
 from fleetcast.model.training import Fit, fit
+from fleetcast.model.training_epochs import Resumable
+from fleetcast.model.training_state import StateFile
 from fleetcast.settings import TrainerSettings
 
 BIN_MS, DAY_BINS, HORIZON = 300_000, 288, 96
@@ -51,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     train = _part(grid, slice(options.servers), options.skip_days * DAY_BINS, split)
     stop = min(split + options.test_days * DAY_BINS, grid.n_bins)
     walk = Walk(split, stop, options.every, options.scored_every)
-    files = {name: Path(path).name for name in ("data", "model", "save") if (path := vars(options)[name])}
+    files = {
+        name: Path(path).name for name in ("data", "model", "save", "state") if (path := vars(options)[name])
+    }
     asked = vars(options) | files
     report: dict[str, Any] = {"options": asked, "metrics": list(grid.metrics), "seeds": []}
     for seed in range(options.seeds):
@@ -98,7 +102,16 @@ def _ours(
         *(trainer.threads, trainer.seed, sys.stderr.isatty()),
     )
     began = process_time()
-    weights = fit(network, shape, None, lambda: sampler.batch(trainer.batch_size, slots), plan)
+    weights = fit(
+        network,
+        shape,
+        None,
+        lambda: sampler.batch(trainer.batch_size, slots),
+        plan,
+        state=Resumable(StateFile(Path(options.state), repr((options.data, plan))), sampler)
+        if options.state
+        else None,
+    )
     cost[OURS] = round(process_time() - began, 1)
     model = Forecaster(description, weights)
     if options.save:
@@ -151,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="FILE", help="a checkpoint to test instead of training one")
     parser.add_argument("--name", default="forecast_accuracy", help="of the results, before the data's")
     parser.add_argument("--save", metavar="FILE", help="keep the trained checkpoint")
+    parser.add_argument("--state", metavar="FILE", help="note each epoch here; a stopped training goes on")
     parser.add_argument("--every", type=int, default=4, help="bins between two origins of a server")
     parser.add_argument("--scored-every", type=int, default=5, help="of those, every how many-th is scored")
     parser.add_argument("--without-peers", action="store_true", help="ours and the naive forecasts only")
