@@ -168,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--every", type=int, default=4, help="bins between two origins of a server")
     parser.add_argument("--scored-every", type=int, default=5, help="of those, every how many-th is scored")
     parser.add_argument("--without-peers", action="store_true", help="ours and the naive forecasts only")
-    parser.add_argument("--lightgbm-windows", type=int, default=15_000)
+    parser.add_argument("--lightgbm-windows", type=int, default=10_000)
     parser.add_argument("--stock-steps", type=int, default=0, help="steps of the stock recipe; 0: n/a")
     parser.add_argument("--stock-metrics", help="what it is trained for, comma separated; default: all")
     return parser

@@ -17,10 +17,10 @@ from fleetcast.model.windows import RECENT_BINS
 from fleetcast.schema import QUANTILES, Floats32, HistoryWindow, Longs
 
 HORIZON, DAY, WEEK, HISTORY = 96, 288, 2016, 2304
-KNOTS = np.array([1, 2, 3, 6, 12, 24, 48, 72, 96])
+KNOTS = np.array([*range(1, 13), 18, 24, 36, 48, 60, 72, 84, 96])  # every bin to 1 h
 _LAGS = (1, 2, 3, 4, 5, 11, 23, 35, 71, 143, 287)  # bins before the last value; that one is 0
 _MEANS, _SPREADS = (3, 6, 12, 36, 72, 144, 288), (12, 72)  # bins
-_TREES, _LEAVES, _RATE, _LEAST_IN_LEAF = 250, 63, 0.06, 100
+_TREES, _LEAVES, _RATE, _LEAST_IN_LEAF = 150, 63, 0.1, 100
 _DAY_MS = 86_400_000
 
 
