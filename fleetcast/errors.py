@@ -91,6 +91,10 @@ class BadCheckpoint(CorruptFile):
     """Raised when a model version cannot be served: missing, damaged, foreign or unsafe."""
 
 
+class OtherBins(BadCheckpoint):
+    """Raised when an intact model was made for bins or horizons other than those that serve."""
+
+
 class WindowTooShort(FleetcastError):
     """Raised when a series has fewer bins than a forecast needs."""
 

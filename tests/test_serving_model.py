@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fleetcast.clock import FakeClock, iso_z
-from fleetcast.errors import BadCheckpoint
+from fleetcast.errors import BadCheckpoint, OtherBins
 from fleetcast.model.registry import Registry
 from fleetcast.schema import Floats32, HistoryWindow
 from fleetcast.serving.serving_model import ServingModel
@@ -34,6 +34,8 @@ class Constant:
 def load(path: Path) -> Constant:
     """Read a number; anything else is no model."""
     content = path.read_bytes()
+    if content == b"other bins":
+        raise OtherBins(path, "made for 96 bins of 300 s")
     try:
         return Constant(float(content))
     except ValueError as error:
@@ -97,6 +99,27 @@ def test_the_version_pointed_to_serves(world: World) -> None:
         "loading": False,
         "problems": [],
     }
+
+
+def test_a_shipped_base_made_for_other_bins_is_passed_over_and_is_no_failure(
+    world: World, tmp_path: Path
+) -> None:
+    base = Registry(tmp_path / "models")
+    manifest = {"created_at": iso_z(CLOCK.now()), "parent": None, "promoted": True}
+    base.add("20260101T000000Z-base", {"model.ckpt": b"other bins"}, manifest)
+    base.promote("20260101T000000Z-base")
+
+    report = world.started().report()
+
+    assert (report["version"], report["problems"]) == (None, [])
+    assert (world.loads, world.model.n_failures) == ([], 0)
+
+
+def test_a_version_of_our_own_made_for_other_bins_is_a_failure(world: World) -> None:
+    world.add("20260115T100000Z-0001", b"other bins")
+
+    assert "made for 96 bins" in world.started().report()["problems"][0]
+    assert world.loads == [False]
 
 
 def test_a_new_version_is_noticed_and_swapped_in(world: World) -> None:

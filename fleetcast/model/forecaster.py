@@ -20,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from fleetcast.errors import BadCheckpoint, BadData, CorruptFile
+from fleetcast.errors import BadCheckpoint, BadData, CorruptFile, OtherBins
 from fleetcast.files import read_regular, write_atomic
 from fleetcast.model.encoding import AHEAD_REALS, PAST_REALS, STATIC_REALS, ModelArrays, decode, encode
 from fleetcast.model.gridshape import GridShape
@@ -103,7 +103,7 @@ class Forecaster:
         Args:
             bin_ms, horizon_bins: what the server forecasts; a model made for another is refused.
         Raises:
-            BadCheckpoint: missing, damaged, foreign, unsafe, not finite, or for other bins.
+            BadCheckpoint: missing, damaged, foreign, unsafe, not finite; OtherBins: for other bins.
         """
         try:
             content = read_regular(model_ckpt)
@@ -114,7 +114,7 @@ class Forecaster:
         loaded = cls.from_bytes(content, model_ckpt, min_history_s=min_history_s)
         grid = loaded.description.grid
         if (bin_ms or grid.bin_ms, horizon_bins or grid.horizon_bins) != (grid.bin_ms, grid.horizon_bins):
-            raise BadCheckpoint(
+            raise OtherBins(
                 model_ckpt,
                 f"made for {grid.horizon_bins} bins of {grid.bin_ms // 1000} s",
                 hint=f"train one for {horizon_bins} bins of {(bin_ms or grid.bin_ms) // 1000} s",

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fleetcast.clock import iso_z, monotonic
-from fleetcast.errors import BadCheckpoint, FleetcastError
+from fleetcast.errors import BadCheckpoint, FleetcastError, OtherBins
 from fleetcast.model.registry import Registry
 from fleetcast.model.versions import Version
 from fleetcast.schema import Floats32, HistoryWindow
@@ -138,6 +138,12 @@ class ServingModel:
         try:
             predictor = self._load(version.model_path)
             self._warm_up(predictor, version.model_path)
+        except OtherBins as error:
+            if version.is_base:  # shipped for the default bins; nothing is wrong with either
+                logger.info("the shipped base model is not used: %s", error)
+            else:
+                self._note(error)
+            return None
         except (FleetcastError, OSError, RuntimeError, ValueError, ImportError, MemoryError) as error:
             self._note(error)
             return None
