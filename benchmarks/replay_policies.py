@@ -4,7 +4,7 @@ Owns: the policies of the loop replay. The two that look at drift are the produc
 `DriftMonitor`, `RetrainingDecisionEngine`, the quiet limits. Does not know: how training is done.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,13 +14,17 @@ from adaptive_retraining_daemon import RetrainingDecisionEngine
 from benchmarks.replay_fleet import BIN_MS, DAY, ReplayFleet
 from benchmarks.replay_record import ReplayRecord
 from drift_monitor import DriftMonitor
-from fleetcast.clock import DataClock, from_ms, iso_z
+from fleetcast.clock import DataClock, from_ms, iso_z, plain_utc
 from fleetcast.drift.drift_source import DriftSource
 from fleetcast.model.registry import Registry
+from fleetcast.model.versions import new_version_id
+from fleetcast.retraining.follow_up import follow_up
 from fleetcast.retraining.hostload import HostLoad
 from fleetcast.retraining.quiet import CPU, MEM, FleetLoad, FleetMean, quiet_verdict
 from fleetcast.retraining.quiet_week import QuietWeek
-from fleetcast.retraining.training_order import training_context
+from fleetcast.retraining.retraining_check import NOTHING, RetrainingCheck
+from fleetcast.retraining.state import PROMOTED, REJECTED, Attempt
+from fleetcast.retraining.training_order import CONTEXT_FILE, training_context
 from fleetcast.schema import Floats32, QuietVerdict
 from fleetcast.settings import Settings
 
@@ -110,6 +114,8 @@ class Engine:
         self._engine = RetrainingDecisionEngine(clock=self._clock, wall_clock=self._clock)
         self._engine.record_training()  # the initial one
         self._week = QuietWeek(self._limits, folder / "decisions.jsonl")
+        self._context = folder / CONTEXT_FILE
+        self._attempts: list[Attempt] = []  # newest first
         self.in_alarm = self.checks = 0
 
     def wants(self, end: int) -> Context | None:
@@ -118,21 +124,28 @@ class Engine:
         self._monitor.set_baseline(evidence.baseline)
         self._monitor.observe(evidence.window, evidence.model_version, evidence.seasonal)
         reading, quiet = self._monitor.reading(), self._week.judged(self._quiet(end), now)
+        hours = self._limits.follow_up_hours if reading.calibrated else 0.0
         decision = self._engine.decide(
             reading.current_metrics(),
             quiet.is_quiet,
             initial_due=False,
             collecting=reading.status_reason,
+            follow_up=follow_up(self._attempts, self._context, now, hours),
         )
         self._week.note(now, quiet, reason=decision.reason)
         self.checks += 1
         self.in_alarm += reading.needs_retraining
         if not decision.should_retrain:
             return None
-        return training_context(decision.rule, now, evidence, self._source, reading)
+        check = RetrainingCheck(now, reading, quiet, decision, "", NOTHING)
+        context = training_context(check, evidence, self._source, self._context)
+        attempt = Attempt(new_version_id(now), decision.rule, decision.reason, plain_utc(now))
+        self._attempts = [attempt, *self._attempts]
+        return {"attempt_id": attempt.id, **context}
 
     def trained(self, promoted: bool) -> None:
         self._engine.record_training(promoted)
+        self._attempts[0] = replace(self._attempts[0], outcome=PROMOTED if promoted else REJECTED)
 
     def _quiet(self, end: int) -> QuietVerdict:
         """Apply the specification's limits to the newest bin; the host counts as idle."""

@@ -64,14 +64,22 @@ def trainer_command(settings: Settings, program_dir: Path, config: Path | None) 
     return command
 
 
-def training_context(check: RetrainingCheck, evidence: DriftEvidence, source: DriftSource) -> dict[str, Any]:
+def training_context(
+    check: RetrainingCheck,
+    evidence: DriftEvidence,
+    source: DriftSource,
+    before: Path = Path(CONTEXT_FILE),
+) -> dict[str, Any]:
     """Return what `training_context.json` says beside the attempt's id: what drifts, since when.
 
     A follow-up names what the training before it was told, too.
+
+    Args:
+        before: the context of the training before.
     """
     drifting = [*_drifting(evidence, source, check.reading.calibrated)]
     if check.decision.rule == FOLLOW_UP:
-        drifting += drifting_before(Path(CONTEXT_FILE))
+        drifting += drifting_before(before)
     return {
         "rule": check.decision.rule,
         "made_at": iso_z(check.at),
