@@ -19,12 +19,13 @@ FOLDER = ROOT / ".venv-peers"
 INSTALL_LIMIT_S, CHECK_LIMIT_S = 600, 300
 # import name -> what pip is asked for; pandas 3 breaks Evidently, NannyML lacks a requirement
 REQUIREMENTS = {
-    "scipy": ("scipy",),
+    "scipy": ("scipy", "pandas"),
     "evidently": ("evidently==0.7.23", "pandas<3"),
     "alibi_detect": ("alibi-detect",),
     "nannyml": ("nannyml==0.13.1", "statsmodels"),
-    "river": ("river",),
+    "river": ("river", "pandas"),
 }
+JUDGED = ("scipy", "evidently", "nannyml", "river")  # whose rules drift_quality.py writes out in numpy
 _REASON = "why-not.txt"
 
 
@@ -63,11 +64,21 @@ def install(name: str) -> str:
 
 
 def measured(name: str) -> dict[str, Any]:
-    """Run `drift_speed --peer NAME` in its environment; {"why": ...} where that is not possible."""
+    """Return what a library's check costs, and how often its rule answers like our stand-in for it.
+
+    Runs `drift_speed --peer NAME` and `peer_rules NAME` in its environment; {"why": ...} where that
+    is not possible.
+    """
     why = why_missing(name)
     if why:
         return {"why": why}
-    command = [python_of(name), "-m", "benchmarks.drift_speed", "--peer", name]
+    figures = _answer(name, "benchmarks.drift_speed", "--peer", name)
+    return figures | ({"rule": _answer(name, "benchmarks.peer_rules", name)} if name in JUDGED else {})
+
+
+def _answer(name: str, module: str, *flags: str) -> dict[str, Any]:
+    """Run a module in a library's environment and return the JSON of its last line."""
+    command = [python_of(name), "-W", "ignore", "-m", module, *flags]
     try:
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=CHECK_LIMIT_S
