@@ -1,6 +1,6 @@
 """Does an incremental training learn a change, and leave the rest as it was?
 
-    python -m benchmarks.incremental --data F [--changes F.csv] [--servers 40] [--base FOLDER]
+    python -m benchmarks.incremental --data F [--changes F.csv] [--servers 40] [--work FOLDER]
 
 A base is trained on the first days. Then, each time with the real program and its defaults:
 
@@ -16,22 +16,22 @@ overlap. `--variant "changed_share=0.5"` measures other settings of the trainer.
 """
 
 import argparse
-import csv
+import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.new_dynamics import inject
+from benchmarks.change_scenes import BIN_MS, DAY, Scene, scenes
 from benchmarks.results_file import write_results
 from benchmarks.training_rounds import (
     HORIZONS,
+    MEASURED_FILE,
     TestDays,
     Training,
     copy_service,
@@ -41,30 +41,16 @@ from benchmarks.training_rounds import (
     write_context,
     write_export,
 )
-from fleetcast.clock import from_ms, iso_z
 from fleetcast.model.forecaster import Forecaster
 from fleetcast.model.registry import Registry
-from fleetcast.model.sampler import ChangedSeries
 from fleetcast.model.traingrid import TrainingGrid
 from fleetcast.schema import Floats
 from fleetcast.settings import TrainerSettings
 
-BIN_MS, DAY, DAY_MS = 300_000, 288, 86_400_000
 PREFERRED = (
     *("cpu_pct", "mem_pct", "disk_write_mb_s", "net_in_mb_s"),  # Bitbrains
     *("cpu_r_norm01", "mem_u_norm01", "disk_wb_norm01", "eth1_fi_norm01"),  # SMD
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Scene:
-    """A fleet, what changed in it, and when a training runs."""
-
-    name: str
-    grid: TrainingGrid
-    changed: tuple[ChangedSeries, ...]
-    kinds: tuple[str, ...]  # of `changed`
-    now_bin: int
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,91 +62,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         grid, server_names=grid.server_names[: options.servers], values=grid.values[: options.servers]
     )
     report: dict[str, Any] = {"options": vars(options) | {"data": Path(options.data).name}, "scenes": []}
-    report["options"]["changes"] = options.changes and Path(options.changes).name
+    report["options"] |= {"changes": options.changes and Path(options.changes).name, "work": None}
     with tempfile.TemporaryDirectory() as scratch:
-        base, cost = _base(Path(options.base or Path(scratch) / "base"), grid, options)
+        work = Path(options.work or scratch).resolve()
+        base, cost = _base(work / "base", grid, options)
         report["base"] = {"version": base.version, "cpu_s": cost}
-        for number, scene in enumerate(_scenes(grid, options)):
-            folder = Path(scratch) / str(number)
-            measured = _measured(scene, base, folder, options)
-            report["scenes"].append(measured)
-            _print(measured)
-            shutil.rmtree(folder)
+        for scene in scenes(grid, options):
+            report["scenes"].append(_measured(scene, base, work, options))
     path = write_results(f"incremental_{options.name or Path(options.data).stem}", report)
     print(f"written: {path}")
     return 0
 
 
-def _base(folder: Path, grid: TrainingGrid, options: argparse.Namespace) -> tuple[Forecaster, float | None]:
-    """Return the base model, trained now unless the folder has one; and its CPU seconds."""
-    served, cost = Registry(folder / "checkpoints").current(), None
-    if served is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        first = options.skip_days * DAY
-        write_export(folder / "data.parquet", part(grid, first, first + options.train_days * DAY))
-        made = train(folder, folder / "data.parquet", grid.metrics, [], {})
-        if not made.verdict["promoted"]:
-            raise RuntimeError(f"the base does not beat the fallback: {made.verdict['why']}")
-        cost, served = made.cpu_s, Registry(folder / "checkpoints").version(made.version)
-    options.base = folder
-    return Forecaster.load(served.model_path), cost
+def _base(folder: Path, grid: TrainingGrid, options: argparse.Namespace) -> tuple[Forecaster, float]:
+    """Return the base model and its CPU seconds."""
+    first = options.skip_days * DAY
+    _prepare(folder, part(grid, first, first + options.train_days * DAY))
+    made = train(folder, folder / "data.parquet", grid.metrics, [], {})
+    if not made.verdict["promoted"]:
+        raise RuntimeError(f"the base does not beat the fallback: {made.verdict['why']}")
+    version = Registry(folder / "checkpoints").version(made.version)
+    return Forecaster.load(version.model_path), made.cpu_s
 
 
-def _scenes(grid: TrainingGrid, options: argparse.Namespace) -> list[Scene]:
-    known = (options.skip_days + options.train_days) * DAY
-    later = round(options.after_hours * 12)
-    found = []
-    for seed in range(options.seeds):
-        injected = inject(grid, known, options.per_kind, options.seed + seed, own_periods=options.own_periods)
-        name = f"injected, seed {options.seed + seed}"
-        found.append(Scene(name, injected.grid, injected.changed, injected.kinds, known + later))
-    if options.changes:
-        changes = _listed(Path(options.changes), grid)
-        last = grid.n_bins - DAY  # a day at least is left to test on
-        for now_bin, group in _moments(changes, known, last, later, options.rounds):
-            name = f"recorded, {iso_z(from_ms(grid.start_ms + now_bin * BIN_MS))}"
-            found.append(Scene(name, grid, group, ("recorded",) * len(group), now_bin))
-    return found
+def _prepare(folder: Path, data: TrainingGrid) -> None:
+    """Make a folder to train in, unless it holds a finished training."""
+    if (folder / MEASURED_FILE).exists():
+        return
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    write_export(folder / "data.parquet", data)
 
 
-def _listed(path: Path, grid: TrainingGrid) -> list[ChangedSeries]:
-    """Return the listed changes of this fleet's series, oldest first."""
-    servers = {name: index for index, name in enumerate(grid.server_names)}
-    metrics = {name: index for index, name in enumerate(grid.metrics)}
-    with path.open() as stream:
-        rows = [
-            row
-            for row in csv.DictReader(stream)
-            if row["server_name"] in servers and row["metric"] in metrics
-        ]
-    changes = []
-    for row in rows:
-        moment = datetime.fromisoformat(row.get("change_time_refined_utc") or row["change_time_utc"])
-        since = grid.bin_of(int(moment.timestamp() * 1000))
-        changes.append(ChangedSeries(servers[row["server_name"]], metrics[row["metric"]], since))
-    return sorted(changes, key=lambda item: item.since_bin)
-
-
-def _moments(
-    changes: Sequence[ChangedSeries], first: int, last: int, later: int, rounds: int
-) -> list[tuple[int, tuple[ChangedSeries, ...]]]:
-    """Return the moments that have most changes behind them: at least half of `later`, at most 3 days."""
-    left, found = [item for item in changes if item.since_bin >= first], []
-    while left and len(found) < rounds:
-        moments = {item.since_bin + later for item in left if item.since_bin + later < last}
-        groups = {
-            now: tuple(item for item in left if later // 2 <= now - item.since_bin <= max(later, 3 * DAY))
-            for now in sorted(moments)
-        }
-        if not groups:
-            break
-        now = max(groups, key=lambda moment: len(groups[moment]))
-        found.append((now, groups[now]))
-        left = [item for item in left if item not in groups[now]]
-    return sorted(found, key=lambda item: item[0])
-
-
-def _measured(scene: Scene, base: Forecaster, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def _measured(scene: Scene, base: Forecaster, work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Train every variant of one scene and return the errors of each."""
     first = max(0, scene.now_bin - 30 * DAY)
     data = part(scene.grid, first, scene.now_bin)
@@ -168,17 +103,20 @@ def _measured(scene: Scene, base: Forecaster, folder: Path, options: argparse.Na
     days = TestDays.after(scene.grid, scene.now_bin, options.test_days, options.origins)
     tables = {"last value": days.errors(None), "before": days.errors(base)}
     runs: dict[str, Training] = {}
+    print(f"\n{scene.name}: {len(scene.changed)} changed series; MAE relative to last value")
+    print(f"{'':34s}{'changed 1h':>11s}{'8h mean':>9s}{'others 1h':>11s}{'8h mean':>9s}{'CPU s':>8s}  gate")
+    _print("before", _groups(tables["before"], tables, scene), None)
     for name, settings, flags in _variants(options):
-        place = folder / str(len(runs))
-        place.mkdir(parents=True)
-        write_export(place / "data.parquet", data)
+        place = work / _as_path(scene.name) / _as_path(name)
+        _prepare(place, data)
         if name != "without context":
             write_context(place / "training_context.json", data, changed)
-        if "--incremental" in flags:
-            copy_service(Path(options.base) / "checkpoints", place)
+        if "--incremental" in flags and not (place / "checkpoints").exists():
+            copy_service(work / "base" / "checkpoints", place)
         runs[name] = train(place, place / "data.parquet", data.metrics, flags, settings)
         version = Registry(place / "checkpoints").version(runs[name].version)
         tables[name] = days.errors(Forecaster.load(version.model_path))
+        _print(name, _groups(tables[name], tables, scene), runs[name])
     return {
         "scene": scene.name,
         "changed": [
@@ -200,6 +138,10 @@ def _measured(scene: Scene, base: Forecaster, folder: Path, options: argparse.Na
             for name, run in runs.items()
         },
     }
+
+
+def _as_path(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.=]+", "_", name)
 
 
 def _variants(options: argparse.Namespace) -> list[tuple[str, dict[str, str], list[str]]]:
@@ -240,17 +182,14 @@ def _groups(table: dict[str, Floats], tables: dict[str, dict[str, Floats]], scen
     }
 
 
-def _print(measured: dict[str, Any]) -> None:
-    print(f"\n{measured['scene']}: {len(measured['changed'])} changed series; MAE relative to last value")
-    print(f"{'':34s}{'changed 1h':>11s}{'8h mean':>9s}{'others 1h':>11s}{'8h mean':>9s}{'CPU s':>8s}  gate")
-    for name, groups in measured["relative_to_last_value"].items():
-        cells = [groups[group][horizon] for group in ("changed", "others") for horizon in ("1h", "mean_8h")]
-        row = "".join(
-            f"{'n/a' if cell is None else format(cell, '.3f'):>{width}s}"
-            for cell, width in zip(cells, (11, 9, 11, 9), strict=True)
-        )
-        run = measured["trainings"].get(name, {})
-        print(f"{name:34.34s}{row}{run.get('cpu_s', ''):>8}  {run.get('why', '')}", flush=True)
+def _print(name: str, groups: dict[str, Any], run: Training | None) -> None:
+    cells = [groups[group][horizon] for group in ("changed", "others") for horizon in ("1h", "mean_8h")]
+    row = "".join(
+        f"{'n/a' if cell is None else format(cell, '.3f'):>{width}s}"
+        for cell, width in zip(cells, (11, 9, 11, 9), strict=True)
+    )
+    cost, why = (run.cpu_s, run.verdict.get("why")) if run else ("", "")
+    print(f"{name:34.34s}{row}{cost:>8}  {why}", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -269,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--origins", type=int, default=60, help="forecasts made per server in the test days")
     parser.add_argument("--seeds", type=int, default=1, metavar="K", help="injections; 0: none")
     parser.add_argument("--seed", type=int, default=1, help="the first injection's seed")
-    parser.add_argument("--base", metavar="FOLDER", help="keeps the base; used again where there is one")
+    parser.add_argument("--work", metavar="FOLDER", help="keeps every training; a second run goes on there")
     parser.add_argument("--only", help="of: after, without context, from scratch")
     parser.add_argument("--variant", action="append", default=[], metavar="NAME=VALUE,...")
     parser.add_argument("--name", help="of the results file")

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ from fleetcast.schema import Floats, Floats32, HistoryWindow
 ROOT = Path(__file__).resolve().parents[1]
 HORIZON, HISTORY_BINS = 96, 2304
 HORIZONS: Mapping[str, tuple[int, int]] = {"5min": (1, 1), "1h": (12, 12), "8h": (96, 96), "mean_8h": (1, 96)}
-_LIMIT_S = 1800.0
+MEASURED_FILE = "measured.json"
 
 
 class Predictor(Protocol):
@@ -78,28 +78,33 @@ def train(
 ) -> Training:
     """Run the trainer in `folder`; its versions are in `folder/checkpoints` afterwards.
 
+    A training that `folder` already holds is not run again: an interrupted benchmark goes on.
+
     Args:
         settings: of the trainer part, by name, where they are not the defaults.
     Raises:
         RuntimeError: it ended with another exit code than 0; says what it wrote.
     """
+    measured = folder / MEASURED_FILE
+    if measured.exists():
+        return Training(**json.loads(measured.read_text()))
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TFT_", "FLEETCAST_"))}
     given = {f"FLEETCAST_TRAINER_{name.upper()}": value for name, value in settings.items()}
     given["FLEETCAST_BINS_FORECAST_METRICS"] = ",".join(metrics)
     given["FLEETCAST_PATHS_MODELS_DIR"] = str(folder / "models")  # no shipped base beside the one measured
     command = [sys.executable, str(ROOT / "tft_trainer.py"), "--data", str(data), *flags]
-    process = subprocess.Popen(
-        command, cwd=folder, env=inherited | given, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-    )
-    assert process.stderr is not None
-    said = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
+    with (folder / "trainer.log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=folder, env=inherited | given, stderr=log, stdout=log)
+        _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} exited {process.returncode}:\n{said.decode()[-2000:]}")
+        said = (folder / "trainer.log").read_text()[-2000:]
+        raise RuntimeError(f"{' '.join(command)} exited {process.returncode}:\n{said}")
     newest = max((folder / "checkpoints" / "attempts").glob("*.json"), key=lambda path: path.stat().st_mtime)
     verdict = json.loads(newest.read_text())
-    return Training(round(usage.ru_utime + usage.ru_stime, 1), verdict, verdict["version"])
+    made = Training(round(usage.ru_utime + usage.ru_stime, 1), verdict, verdict["version"])
+    measured.write_text(json.dumps(asdict(made)))
+    return made
 
 
 def copy_service(checkpoints: Path, folder: Path) -> None:

@@ -19,11 +19,11 @@ class TrainerSettings:
     hidden_size: int = setting(32, "width of the network", low=4, high=512)
     learning_rate: float = setting(5e-3, "peak of the cosine schedule", low=1e-6, high=1.0)
     incremental_learning_rate: float = setting(
-        2e-3, "the same for an incremental training", low=1e-6, high=1.0
+        4e-3, "the same for an incremental training", low=1e-6, high=1.0
     )
     incremental_batch_size: int = setting(64, "windows per batch of an incremental training", low=1)
     changed_share: float = setting(
-        0.25, "share of a batch drawn from drifting series after their change", low=0.0, high=0.9
+        0.35, "share of a batch drawn from drifting series after their change", low=0.0, high=0.9
     )
     keep_weight: float = setting(
         1.0, "weight in the loss of moving away from the old answers to replayed windows", low=0.0
