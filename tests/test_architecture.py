@@ -53,7 +53,7 @@ OWNERS = {
     "psutil": {"hostload", "local_agent"},
     "fastapi": {"server"},
     "starlette": {"server", "bodies", "feed"},
-    "uvicorn": {"listener"},
+    "uvicorn": {"connections", "listener"},
     "msgspec": {"bodies", "board", "json_records", "rejected"},
     "prometheus_client": {  # the service makes the registry
         "retraining_telemetry",
