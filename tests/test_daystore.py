@@ -18,9 +18,10 @@ from fleetcast.settings import BufferSettings
 from fleetcast.storage import daybuild, daystore, dayupkeep, frames, sealing, wal
 from fleetcast.storage.batches import batch_of_table, table_of_batch
 from fleetcast.storage.dayfiles import list_days, part_names
-from fleetcast.storage.dayreader import DayReader, encode_frame, log_folder
+from fleetcast.storage.dayreader import DayReader, log_folder
 from fleetcast.storage.daystore import DayStore
 from fleetcast.storage.dayupkeep import UpkeepPace
+from fleetcast.storage.payloads import encode_table
 from fleetcast.storage.tables import METRICS
 
 ALWAYS_MS = 2**45
@@ -141,7 +142,7 @@ def test_damage_in_the_middle_costs_one_frame_and_is_kept(tmp_path: Path) -> Non
     data[len(data) // 2] ^= 1
     segment.write_bytes(bytes(data))
     newer = frames.segment_path(segment.parent, 2)
-    payload = encode_frame(table_of_batch(batch([("d", NOON_MS, {"x": 1.0})])))
+    payload = encode_table(table_of_batch(batch([("d", NOON_MS, {"x": 1.0})])))
     newer.write_bytes(frames.frame(payload) + payload)
     expected = {("a", NOON_MS), ("c", NOON_MS + 2), ("d", NOON_MS)}
     assert content(tmp_path).keys() == expected
@@ -155,7 +156,7 @@ def test_a_frame_that_is_no_table_costs_only_itself(tmp_path: Path) -> None:
     owner = store(tmp_path)
     append(owner, ("a", NOON_MS, {"x": 1.0}))
     owner._log.append(b"checksummed, but no Arrow stream")  # type: ignore[union-attr]
-    owner._log.append(encode_frame(pa.table({"other": [1]})))  # type: ignore[union-attr]
+    owner._log.append(encode_table(pa.table({"other": [1]})))  # type: ignore[union-attr]
     append(owner, ("b", NOON_MS, {"x": 2.0}))
     assert len(content(tmp_path)) == 2
     owner.flush()
@@ -179,7 +180,7 @@ def test_foreign_and_empty_files_in_the_log_are_left_alone(tmp_path: Path) -> No
 
 def test_a_log_of_a_newer_version_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as newer:
-        newer.setattr(frames, "MAGIC", frames.MAGIC[:3] + b"\x02")
+        newer.setattr(frames, "MAGIC", frames.MAGIC[:3] + b"\x03")
         append(store(tmp_path), ("a", NOON_MS, {"x": 1.0}))
     with pytest.raises(UnknownFormat, match="newer version"):
         store(tmp_path)

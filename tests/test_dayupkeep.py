@@ -85,7 +85,9 @@ def wall(monkeypatch: pytest.MonkeyPatch) -> Wall:
 def make(tmp_path: Path, wall: Wall) -> Callable[..., Place]:
     def build(**settings: int) -> Place:
         writer = DayWriter(tmp_path, METRICS, Quarantine(tmp_path / "quarantine"))
-        upkeep = DayUpkeep(tmp_path, writer, METRICS, BufferSettings(**settings), UpkeepPace(), no_step)
+        upkeep = DayUpkeep(
+            tmp_path, writer, METRICS, BufferSettings(**settings), UpkeepPace(), lambda: None, no_step
+        )
         upkeep.load()
         return Place(tmp_path, writer, upkeep, wall)
 

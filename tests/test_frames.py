@@ -106,6 +106,14 @@ def test_a_later_format_is_recognised_not_guessed_at() -> None:
     assert parse_frames(flipped).is_newer_format is False, "a damaged byte is no version"
 
 
+def test_frames_of_the_first_format_version_are_read_beside_new_ones() -> None:
+    start = MAGIC[:3] + b"\x01" + struct.pack("<I", 3)
+    old = start + struct.pack("<I", crc32c.crc32c(start + b"one")) + b"one"
+    assert parse_frames(old + framed([b"two"]) + old).payloads == (b"one", b"two", b"one")
+    assert parse_frames(old + old[:-1]).torn_bytes == len(old) - 1
+    assert parse_frames(b"junk" + old).payloads == (b"one",)
+
+
 def test_segments_are_listed_by_number_and_foreign_names_are_not(tmp_path: Path) -> None:
     for name in ("000000000010.wal", "000000000009.wal", "9.wal", "notes.txt", "000000000001.wal.bak"):
         (tmp_path / name).write_bytes(b"")

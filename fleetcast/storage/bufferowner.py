@@ -13,11 +13,12 @@ from pathlib import Path
 from fleetcast.files import OwnerLock
 from fleetcast.schema import RecordBatch, SettledForecasts
 from fleetcast.settings import BufferSettings
-from fleetcast.storage.batches import table_of_batch, table_of_settled
+from fleetcast.storage.batches import table_of_settled
 from fleetcast.storage.daybuild import Step, no_step
 from fleetcast.storage.dayreader import DayReader
 from fleetcast.storage.daystore import DayStore
 from fleetcast.storage.dayupkeep import UpkeepPace
+from fleetcast.storage.payloads import encode_batch
 from fleetcast.storage.tables import METRICS, PREDICTIONS
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class BufferOwner:
 
     def append_batch(self, batch: RecordBatch) -> None:
         """Make records durable."""
-        self._metrics.append(table_of_batch(batch))
+        self._metrics.append_payload(encode_batch(batch), len(batch))
         newest_ms = int(batch.timestamps_ms.max())
         with self._newest_lock:
             self._newest_ms = newest_ms if self._newest_ms is None else max(self._newest_ms, newest_ms)

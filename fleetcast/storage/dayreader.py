@@ -6,7 +6,7 @@ Does not know: writing.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -18,8 +18,9 @@ import pyarrow.compute as pc
 from fleetcast.storage.arrays import chosen, codes_of, times_ms
 from fleetcast.storage.dayfiles import DAY_MS, day_of_ms, day_start_ms, list_days, open_day
 from fleetcast.storage.frames import read_segment, segments
-from fleetcast.storage.parts import READ_ERRORS, OpenPart
-from fleetcast.storage.tables import TableKind, canonical, concatenated, merged
+from fleetcast.storage.parts import OpenPart
+from fleetcast.storage.payloads import decode_payloads
+from fleetcast.storage.tables import TableKind, concatenated, merged
 
 logger = logging.getLogger(__name__)
 
@@ -32,31 +33,6 @@ class LogRows:
 
     number: int
     table: pa.Table
-
-
-def decode_frames(
-    payloads: Sequence[bytes], kind: TableKind, on_bad: Callable[[bytes, Exception], None]
-) -> pa.Table:
-    """Return the rows of log frames in their order; an undecodable one costs only itself."""
-    tables: list[pa.Table] = []
-    for payload in payloads:
-        try:
-            with pa.ipc.open_stream(payload) as reader:
-                table = reader.read_all()
-            if not tables or not table.schema.equals(tables[-1].schema):  # a fleet sends few shapes
-                table = canonical(table, kind)
-            tables.append(table)
-        except READ_ERRORS as error:
-            on_bad(payload, error)
-    return concatenated(tables, kind)
-
-
-def encode_frame(table: pa.Table) -> bytes:
-    """Return a table as the payload of a log frame (an Arrow IPC stream)."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return bytes(sink.getvalue())
 
 
 def log_folder(folder: Path, kind: TableKind) -> Path:
@@ -72,7 +48,7 @@ def read_log(folder: Path, kind: TableKind) -> list[LogRows]:
             content = read_segment(segment.path)
         except OSError:  # became parts since it was listed; the days are opened later
             continue
-        table = decode_frames(content.payloads, kind, _note_bad_frame)
+        table = decode_payloads(content.payloads, kind, _note_bad_frame)
         if len(table):
             found.append(LogRows(segment.number, table))
     return found

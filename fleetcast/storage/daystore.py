@@ -20,10 +20,11 @@ from fleetcast.files import fsync_dir, storage_error
 from fleetcast.settings import BufferSettings
 from fleetcast.storage.daybuild import Step, no_step
 from fleetcast.storage.dayfiles import split_by_day
-from fleetcast.storage.dayreader import decode_frames, encode_frame, log_folder
+from fleetcast.storage.dayreader import log_folder
 from fleetcast.storage.dayupkeep import DayUpkeep, UpkeepPace
 from fleetcast.storage.daywriter import DayWriter
 from fleetcast.storage.frames import Segment, SegmentContent, read_segment, segments
+from fleetcast.storage.payloads import decode_payloads, encode_table
 from fleetcast.storage.quarantine import Quarantine
 from fleetcast.storage.tables import TableKind, merged
 from fleetcast.storage.wal import WriteAheadLog
@@ -50,7 +51,9 @@ class DayStore:
         self._step = on_step
         self._quarantine = Quarantine(folder / "quarantine")
         self._writer = DayWriter(folder, kind, self._quarantine, on_step)
-        self._upkeep = DayUpkeep(folder, self._writer, kind, settings, pace or UpkeepPace(), on_step)
+        self._upkeep = DayUpkeep(
+            folder, self._writer, kind, settings, pace or UpkeepPace(), self._settle, on_step
+        )
         self._structure = threading.RLock()  # held while days change; never while appending
         self._pending = threading.Lock()
         self._n_pending = 0
@@ -88,17 +91,21 @@ class DayStore:
         self._apply_segments(self._log.rotate())
 
     def append(self, table: pa.Table) -> None:
-        """Make rows durable; they are seen by readers when this returns.
+        """Make rows durable; see `append_payload`."""
+        self.append_payload(encode_table(table), len(table))
+
+    def append_payload(self, payload: bytes, n_rows: int) -> None:
+        """Make encoded rows (`payloads.py`) durable; they are seen by readers when this returns.
 
         Raises:
             StorageFull, StorageBroken: none of them is kept.
         """
         assert self._log is not None, "open() comes first"
-        self._log.append(encode_frame(table))
+        self._log.append(payload)
         with self._pending:
             if self._n_pending == 0:
                 self._pending_since = monotonic()
-            self._n_pending += len(table)
+            self._n_pending += n_rows
 
     @property
     def is_flush_due(self) -> bool:
@@ -143,6 +150,19 @@ class DayStore:
             self._log.rotate()
             self._log = None
 
+    def _settle(self) -> None:
+        """Make it durable that applied segments are gone.
+
+        Until then a power cut can bring one back, which does no harm while its parts have its number.
+        So this is due before parts are joined, and where a segment only changed older parts; not at
+        every flush, where a sync of the folder is a fifth of the cost.
+        """
+        folder = log_folder(self._folder, self.kind)
+        try:
+            fsync_dir(folder)
+        except OSError as error:
+            raise storage_error(folder, error) from error
+
     def _apply_segments(self, end: int) -> int:
         """Make parts of all segments with a number below `end`, which nobody writes any more."""
         n_rows = 0
@@ -162,14 +182,16 @@ class DayStore:
         table = merged([self._rows(segment, content)], self.kind)
         self._step("segment read")
         by_day = split_by_day(table, self.kind)
+        is_numbered = True
         for day, rows in by_day.items():
-            self._writer.add(day, rows, segment.number)
+            is_numbered &= self._writer.add(day, rows, segment.number)
             self._upkeep.note_change(day)
         try:
             segment.path.unlink(missing_ok=True)
-            fsync_dir(segment.path.parent)
         except OSError as error:
             raise storage_error(segment.path, error) from error
+        if not is_numbered:
+            self._settle()
         self._step("segment removed")
         if len(table):
             logger.info(
@@ -198,4 +220,4 @@ class DayStore:
             logger.error("undecodable frame segment=%s error=%s", segment.path, error)
             self._quarantine.keep_bytes(f"{self.kind.name}-{segment.path.name}-frame", payload)
 
-        return decode_frames(content.payloads, self.kind, keep)
+        return decode_payloads(content.payloads, self.kind, keep)

@@ -5,6 +5,7 @@ Not thread safe: the caller holds the store's structure lock.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from pathlib import Path
@@ -53,13 +54,16 @@ class DayUpkeep:
         kind: TableKind,
         settings: BufferSettings,
         pace: UpkeepPace,
+        settle: Callable[[], None],
         on_step: Step,
     ) -> None:
+        """Remember what to keep; `settle` is called before parts lose the numbers of their segments."""
         self._folder = folder
         self._writer = writer
         self._kind = kind
         self._settings = settings
         self._pace = pace
+        self._settle = settle
         self._step = on_step
         self._open_days: dict[date, OpenDay] = {}
         self._sealer: SealProcess | None = None
@@ -101,6 +105,7 @@ class DayUpkeep:
                 continue
             is_old = state.n_new_parts > 1 and now - state.compacted_at >= self._pace.compact_interval_s
             if is_old or state.n_new_parts >= self._pace.compact_parts:
+                self._settle()
                 if self._writer.compact(day):
                     logger.info("buffer compacted kind=%s day=%s", self._kind.name, day)
                 state.n_new_parts = 0
@@ -118,6 +123,7 @@ class DayUpkeep:
         for day, state in sorted(self._open_days.items()):
             is_over = day_start_ms(day) + DAY_MS <= over_ms
             if is_over and wall >= max(state.changed_at + self._pace.seal_quiet_s, state.seal_after):
+                self._settle()
                 target = hidden_name(self._writer.path(day))
                 self._sealer = SealProcess(self._folder, self._kind.name, day, target)
                 self._step("seal started")

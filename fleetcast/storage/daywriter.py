@@ -109,25 +109,28 @@ class DayWriter:
         """Return the public path of a day."""
         return day_path(self._folder, self._kind, day)
 
-    def add(self, day: date, table: pa.Table, number: int) -> None:
+    def add(self, day: date, table: pa.Table, number: int) -> bool:
         """Add merged rows of log segment `number`; adding the same segment again changes nothing.
 
         Rows whose key the day already has are merged where that row is.
+
+        Returns:
+            whether the day now has a part of that number, by which a repetition is recognised.
         """
         path = self.path(day)
         names = part_names(path)
         if any(name.number == number for name in names):
-            return
+            return True
         facts = facts_of_table(table, self._kind)
         if path.is_dir() and not self._shares_keys(day, names, table, facts):
             self._add_part(day, table, number, facts)
-            return
+            return True
         snapshot = open_day(self._folder, self._kind, day)
         if any(part.number == number for part in snapshot.parts):
-            return
+            return True
         is_fresh, touched = self._sorted_out(snapshot.parts, table, facts)
         if not touched and not is_fresh.any():
-            return  # a pure repetition
+            return False  # a pure repetition
         with DayBuild(path, self._kind, snapshot, self._quarantine, self._step) as build:
             for part in snapshot.parts:
                 if part in touched:
@@ -137,6 +140,7 @@ class DayWriter:
             if is_fresh.any():
                 build.add(chosen(table, is_fresh), number)
         self._facts.pop(day, None)
+        return bool(is_fresh.any())
 
     def compact(self, day: date) -> bool:
         """Make one part of the day's small ones; return whether there was something to do."""

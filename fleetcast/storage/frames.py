@@ -16,7 +16,8 @@ from pathlib import Path
 
 import crc32c
 
-MAGIC = b"\xf5FW\x01"
+MAGIC = b"\xf5FW\x02"
+_READABLE = (b"\xf5FW\x01", MAGIC)  # version 1 had Arrow streams as payloads only
 PAYLOAD_MAX_BYTES = 256 * 2**20
 _HEADER = struct.Struct("<4sII")
 _LENGTH = struct.Struct("<I")
@@ -106,15 +107,15 @@ def parse_frames(data: bytes) -> SegmentContent:
 def _is_newer(data: bytes) -> bool:
     """Whether the first frame is whole and of a later format version (a flipped bit is no version)."""
     is_other = data[:3] == MAGIC[:3] and data[3:4] > MAGIC[3:]
-    return is_other and _payload_at(data, 0, data[:4]) is not None
+    return is_other and _payload_at(data, 0, (data[:4],)) is not None
 
 
-def _payload_at(data: bytes, offset: int, wanted_magic: bytes = MAGIC) -> bytes | None:
+def _payload_at(data: bytes, offset: int, wanted: tuple[bytes, ...] = _READABLE) -> bytes | None:
     if offset + _HEADER.size > len(data):
         return None
     magic, length, checksum = _HEADER.unpack_from(data, offset)
     start = offset + _HEADER.size
-    if magic != wanted_magic or length > PAYLOAD_MAX_BYTES or start + length > len(data):
+    if magic not in wanted or length > PAYLOAD_MAX_BYTES or start + length > len(data):
         return None
     payload = data[start : start + length]
     if crc32c.crc32c(payload, crc32c.crc32c(data[offset : offset + 8])) != checksum:
@@ -123,11 +124,11 @@ def _payload_at(data: bytes, offset: int, wanted_magic: bytes = MAGIC) -> bytes 
 
 
 def _next_valid(data: bytes, start: int) -> int | None:
-    offset = data.find(MAGIC, start)
+    offset = data.find(MAGIC[:3], start)
     while offset >= 0:
         if _payload_at(data, offset) is not None:
             return offset
-        offset = data.find(MAGIC, offset + 1)
+        offset = data.find(MAGIC[:3], offset + 1)
     return None
 
 
@@ -135,7 +136,7 @@ def _is_torn(data: bytes, offset: int) -> bool:
     """Whether the rest looks like a frame whose end was never written (zeros after a power cut)."""
     rest = data[offset:]
     if len(rest) < _HEADER.size:
-        return MAGIC.startswith(rest[: len(MAGIC)]) or not any(rest)
+        return any(magic.startswith(rest[: len(magic)]) for magic in _READABLE) or not any(rest)
     magic, length, _ = _HEADER.unpack_from(rest)
-    is_unfinished = magic == MAGIC and _HEADER.size + length > len(rest)
+    is_unfinished = magic in _READABLE and _HEADER.size + length > len(rest)
     return is_unfinished or not any(rest)
