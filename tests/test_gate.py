@@ -155,6 +155,15 @@ def test_harm_to_one_metric_is_not_paid_for_by_another(seed: int) -> None:
     assert answer.why.startswith("harms: loss on unchanged mem_pct is 1.100")
 
 
+def test_nor_where_no_change_is_known() -> None:
+    theirs = np.ones((N_ORIGIN, N_SERVER, 2))
+    ours = np.stack([theirs[..., 0] * 0.5, theirs[..., 1] * 1.1], axis=-1)
+    answer = judge(losses(ours), losses(theirs), np.zeros((N_SERVER, 2), np.bool_), METRICS, 1)
+    assert answer.why.startswith("harms: loss on unchanged mem_pct is 1.100")
+    told = judge(losses(theirs / 2), losses(theirs), np.zeros((N_SERVER, 2), np.bool_), METRICS, 1)
+    assert told.why == "better: loss on all series is 0.500 of what serves, confidence 1.00"
+
+
 @given(seeds, st.integers(1, 8))
 def test_a_tiny_tail_is_said_to_be_too_little(seed: int, n_origin: int) -> None:
     # Given origins of 8 bins, which are at most two blocks of 15 minutes and a rest

@@ -92,13 +92,11 @@ def judge(
     why = _not_better(found[deciding], where, "what serves")
     if not why and fallback is not None:
         why = _not_better(found["fallback"], "all series", "the fallback's")
-    if not why and deciding == "changed":
+    if not why:
         why = _harm(found["unchanged"], by_metric)
     if why:
         return GateVerdict(False, why, figures)
-    return GateVerdict(
-        True, f"better: {_told(found[deciding], f'{deciding} series', 'what serves')}", figures
-    )
+    return GateVerdict(True, f"better: {_told(found[deciding], where, 'what serves')}", figures)
 
 
 def compare(
