@@ -16,7 +16,7 @@ class TrainerSettings:
     )
     steps_per_epoch: int = setting(100, "batches sampled per epoch", low=1)
     batch_size: int = setting(128, "windows per batch", low=1)
-    hidden_size: int = setting(32, "width of the network", low=4, high=512)
+    hidden_size: int = setting(32, "width of a network trained from scratch", low=4, high=512)
     learning_rate: float = setting(5e-3, "peak of the cosine schedule", low=1e-6, high=1.0)
     incremental_learning_rate: float = setting(
         4e-3, "the same for an incremental training", low=1e-6, high=1.0
