@@ -11,7 +11,6 @@ this file, which runs itself there with --peer NAME; one that is not installed i
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -121,7 +120,6 @@ def memory_mb() -> float:
         "base = np.load(sys.argv[1], allow_pickle=False)\n"
         "window = np.random.default_rng(8).gamma(2.0, 3.0, (len(base), 1000))\n"
         "[sketched_ks(own, ref) for own, ref in zip(window, base, strict=True)]\n"
-        # ru_maxrss would be this process's own: a child starts with its parent's peak
         "lines = open('/proc/self/status').read().splitlines()\n"
         "print(next(int(line.split()[1]) / 1024 for line in lines if line.startswith('VmHWM')))\n"
     )
@@ -131,6 +129,12 @@ def memory_mb() -> float:
         command = [sys.executable, "-c", code, str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout)
+
+
+def peak_mb() -> float:
+    """Return this process's peak memory; ru_maxrss would be its parent's where that was larger."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def peer_figures(name: str) -> dict[str, Any]:
@@ -144,7 +148,7 @@ def peer_figures(name: str) -> dict[str, Any]:
     for rows in SIZES:
         check = PEER_CHECKS[name](reference, columns(rows, SEED + 1).T)
         times[str(rows)] = best_ms(check, 3 if rows == SIZES[0] else 1)
-        peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        peak = peak or peak_mb()
     return {"version": version_of(name), "check_ms": times, "peak_mb": peak}
 
 
@@ -173,12 +177,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = f"{fleet['servers']:.0f} x {len(FLEET_METRICS)}"
     print(f"fleet of {size}: {fleet['check_ms']:.0f} ms a bin and verdict")
     print(f"learning: {fleet['fit_ms_per_series']:.1f} ms a series; peak of a check {memory:.0f} MB")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     figures = {
         "literal": ours,
         "fleet": fleet,
         "check_peak_mb": memory,
-        "fleet_peak_mb": peak,
+        "fleet_peak_mb": peak_mb(),
         "peers": peers,
     }
     print(f"figures in {write_results('drift_speed', figures)}")
