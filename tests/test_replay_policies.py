@@ -1,11 +1,16 @@
 """Claims about the calendar and the oracle of a loop replay, and about its injected changes."""
 
+from pathlib import Path
+
 import numpy as np
 
 from benchmarks.replay_fleet import BIN_MS, DAY, SEED, ReplayFleet, injected
-from benchmarks.replay_policies import CHECK_BINS, Cron, Oracle
+from benchmarks.replay_policies import CHECK_BINS, Cron, Engine, Oracle
+from benchmarks.replay_record import ReplayRecord
+from fleetcast.model.registry import Registry
 from fleetcast.model.sampler import ChangedSeries
 from fleetcast.model.traingrid import TrainingGrid
+from fleetcast.settings import Settings
 
 METRICS = ("cpu_pct", "mem_pct", "disk_io_mb_s")
 BEGIN, DAYS = 2 * DAY, 22
@@ -48,3 +53,12 @@ def test_injected_changes_are_the_same_in_every_run_and_leave_the_bins_before_th
         for item in changed:
             before = grid().values[item.server, item.metric, item.since_bin :]
             assert (first.grid.values[item.server, item.metric, item.since_bin :] != before).any()
+
+
+def test_the_engine_without_a_reference_looks_and_asks_for_nothing(tmp_path: Path) -> None:
+    fleet = ReplayFleet("test", grid(), BEGIN, ())
+    record = ReplayRecord.begun(fleet)
+    record.note(BEGIN, np.zeros((4, 3, CHECK_BINS, 3, 3), np.float32), "v1")
+    engine = Engine(record, Registry(tmp_path / "checkpoints"), Settings(), tmp_path)
+    assert engine.wants(BEGIN + CHECK_BINS) is None
+    assert (engine.checks, engine.in_alarm) == (1, 0)
