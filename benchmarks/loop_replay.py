@@ -179,17 +179,19 @@ def _scene_figures(fleet: ReplayFleet, folder: Path) -> dict[str, Any]:
 
 
 def _table(scene: str, policies: dict[str, Any]) -> str:
+    """Return one scene as the rows of docs/performance.md."""
     lines = [
-        f"{scene}: policy   trainings (promoted)   error 5 min / 1 h / 8 h / mean"
-        "   changed series, mean   recovered after, h"
+        f"| {scene} | trainings (promoted) | error 5 min / 1 h / 8 h | mean | changed series | hours to recover |",
+        "|---|---|---|---|---|---|",
     ]
     for name, found in policies.items():
-        error, changed = found["error"]["all"], found["error"]["changed"]
+        error, changed = found["error"]["all"], found["error"]["changed"]["mean"]
         promoted = sum(item["promoted"] for item in found["trainings"])
         hours = ", ".join("-" if h is None else f"{h:.0f}" for h in found["recovered_after_h"])
+        each = " / ".join(f"{error[key]:.3f}" for key in ("5min", "1h", "8h"))
         lines.append(
-            f"  {name:<8} {len(found['trainings']):>3} ({promoted})   {error['5min']} / {error['1h']} / "
-            f"{error['8h']} / {error['mean']}   {changed['mean']}   {hours or 'no change known'}"
+            f"| {name} | {len(found['trainings'])} ({promoted}) | {each} | {error['mean']:.3f} | "
+            f"{'' if changed is None else f'{changed:.3f}'} | {hours} |"
         )
     return "\n".join(lines)
 
