@@ -183,7 +183,7 @@ def _scene_figures(fleet: ReplayFleet, folder: Path) -> dict[str, Any]:
 def _table(scene: str, policies: dict[str, Any]) -> str:
     """Return one scene as the rows of docs/performance.md."""
     lines = [
-        f"| {scene} | trainings (promoted) | error 5 min / 1 h / 8 h | mean | changed series | recovered, h |",
+        f"| {scene} | trainings (promoted) | 5 min / 1 h / 8 h | mean | changed series | recovered, h |",
         "|---|---|---|---|---|---|",
     ]
     for name, found in policies.items():
