@@ -8,6 +8,7 @@ from rhythm_fleet import BIN_MS, DAY, START_MS, fitted, made_grid
 from seasonal_store import FIRST_TEST_BIN, VERSION, registry_with, rows_of, source_of, store_of
 from settled_rows import RowStore, joined
 
+from fleetcast.drift import seasonal_source
 from fleetcast.drift.drift_source import DriftEvidence, DriftSource
 from fleetcast.drift.reference import Reference
 from fleetcast.drift_settings import DriftSettings
@@ -74,6 +75,20 @@ def test_what_is_settled_late_but_in_order_counts_after_a_gap(tmp_path: Path) ->
     )
 
 
+def test_read_in_small_pieces_it_is_the_same_and_a_long_gap_is_looked_past(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = raised(FIRST_TEST_BIN + DAY)
+    grid[:, :, FIRST_TEST_BIN + 50 : FIRST_TEST_BIN + 200] = np.nan
+    store = store_of(grid, END)
+    at_once = ratios(source_of(tmp_path, store).evidence(VERSION))
+    monkeypatch.setattr(seasonal_source, "bins_at_once", lambda n_series: 12)
+    store.reads.clear()
+    assert np.array_equal(ratios(source_of(tmp_path, store).evidence(VERSION)), at_once)
+    assert len(store.reads) > 10
+    assert at_once.max() > 1
+
+
 def test_only_errors_of_the_version_in_service_count(tmp_path: Path) -> None:
     grid = made_grid()
     reference = reference_with_errors(0.5)  # as if a model had been wrong by 0.5 for two weeks
@@ -97,7 +112,10 @@ def test_another_version_in_force_starts_the_detector_anew(tmp_path: Path) -> No
     source = source_of(tmp_path, store_of(grid, END))
     assert ratios(source.evidence(VERSION)).max() > 1
     registry_with(tmp_path, reference_with_errors(0.5), "20260118T000000Z-bbbb")
-    assert source.evidence(VERSION).seasonal.version == "20260118T000000Z-bbbb"
+    found = source.evidence(VERSION).seasonal
+    assert found.version == "20260118T000000Z-bbbb"
+    assert found.drift is not None
+    assert np.isfinite(found.drift.reference.books.errors.edges).all(), "the usual one knows no errors"
 
 
 def test_without_any_training_there_is_nothing_to_compare_with(tmp_path: Path) -> None:

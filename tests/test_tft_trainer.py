@@ -13,11 +13,13 @@ import pandas as pd
 import pytest
 
 import tft_trainer
+from fleetcast.drift.reference import Reference
 from fleetcast.files import OwnerLock
 from fleetcast.model import training_epochs
 from fleetcast.model.baseline import Baseline
 from fleetcast.model.forecaster import Forecaster
 from fleetcast.model.registry import TRAINER_LOCK, Registry
+from fleetcast.model.versions import REFERENCE_FILE
 
 ROOT = Path(__file__).parents[1]
 SMALL = """
@@ -167,6 +169,11 @@ def test_a_base_then_an_increment_then_a_rollback(
     # and its baseline is in force, with the errors to expect
     in_force = registry.baseline_in_force()
     assert in_force is not None
+    assert (
+        Reference.load(in_force.reference_path).server_names
+        == Baseline.load(in_force.baseline_path).server_names
+    )
+    in_force.verify(REFERENCE_FILE)
     baseline = Baseline.load(in_force.baseline_path)
     assert (baseline.version, baseline.metrics, len(baseline.server_names)) == (
         base.id,
