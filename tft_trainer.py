@@ -148,16 +148,23 @@ class Attempt:
             return max(int(asked or 0), trainer.base_epochs)
         return int(asked or trainer.base_epochs)
 
-    def _reference(self, grid: "TrainingGrid", changed: "Sequence[ChangedSeries]") -> bytes:
-        """Return the drift reference of this training's data; it holds whatever the verdict is."""
+    def _reference(self, grid: "TrainingGrid", changed: "Sequence[ChangedSeries]") -> dict[str, bytes]:
+        """Return the drift reference of this training's data; it holds whatever the verdict is.
+
+        A buffer that cannot be read costs the reference, which the daemon then learns day by day.
+        """
         from data_buffer import DataBuffer
         from fleetcast.drift.learned_reference import training_reference
 
         buffer = DataBuffer(self._settings.paths.data_buffer_dir, settings=self._settings.buffer)
-        reference = training_reference(
-            grid, changed, lambda start, end: buffer.read_predictions(start, end, 1), self._settings.drift
-        )
-        return reference.to_bytes()
+        try:
+            reference = training_reference(
+                grid, changed, lambda start, end: buffer.read_predictions(start, end, 1), self._settings.drift
+            )
+        except FleetcastError as error:
+            logger.warning("no drift reference made reason=%s", error)
+            return {}
+        return {REFERENCE_FILE: reference.to_bytes()}
 
     def _keep(
         self,
@@ -165,13 +172,13 @@ class Attempt:
         candidate: "Candidate",
         start: "Served | None",
         grid: "TrainingGrid",
-        reference: bytes,
+        reference: Mapping[str, bytes],
     ) -> None:
         """Write the version, then put into service what the gate let through."""
         contents = {
             MODEL_FILE: candidate.content,
             BASELINE_FILE: candidate.baseline.to_bytes(),
-            REFERENCE_FILE: reference,
+            **reference,
         }
         self._registry.add(version_id, contents, self._manifest(candidate, start, grid))
         if candidate.verdict.promoted:

@@ -58,6 +58,9 @@ def test_the_export_comes_first_and_is_done_by_a_child_too() -> None:
     ]
     assert export.env["FLEETCAST_RETRAINING_TRAINING_DAYS"] == "30"
     assert train.env == {}
+    elsewhere = replace(Settings(), paths=replace(Settings().paths, data_buffer_dir="/srv/buffer"))
+    for step in training_steps(elsewhere, ROOT / "adaptive_retraining_daemon.py", None):
+        assert step.env["FLEETCAST_PATHS_DATA_BUFFER_DIR"] == "/srv/buffer"
 
 
 def context(store: RowStore, *, with_baseline: bool = True) -> dict[str, object]:

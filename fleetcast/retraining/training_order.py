@@ -28,6 +28,7 @@ from fleetcast.settings import PathSettings, Settings
 
 EXPORT_FILE = "training_data_incremental.parquet"
 CONTEXT_FILE = "training_context.json"
+_BUFFER_DIR = "FLEETCAST_PATHS_DATA_BUFFER_DIR"
 MOST_SERIES = 500  # named to the trainer; the worst come first
 
 
@@ -39,14 +40,16 @@ def training_steps(settings: Settings, program: Path, config: Path | None) -> li
         config: the settings file named on the command line, if any.
     """
     exported = {
-        "FLEETCAST_PATHS_DATA_BUFFER_DIR": settings.paths.data_buffer_dir,
+        _BUFFER_DIR: settings.paths.data_buffer_dir,
         "FLEETCAST_RETRAINING_TRAINING_DAYS": str(settings.retraining.training_days),
         "FLEETCAST_BINS_BIN_S": str(settings.bins.bin_s),
         "FLEETCAST_CLOCK_MODE": settings.clock.mode,
     }
+    elsewhere = settings.paths.data_buffer_dir != PathSettings().data_buffer_dir
+    settled = {name: exported[name] for name in (_BUFFER_DIR,) if elsewhere}  # for the drift reference
     return [
         Step([sys.executable, str(program), "--export", EXPORT_FILE], exported),
-        Step(trainer_command(settings, program.parent, config), {}),
+        Step(trainer_command(settings, program.parent, config), settled),
     ]
 
 
