@@ -78,13 +78,17 @@ def test_changed_servers_are_drift_and_are_named_with_the_time_and_the_levels(tm
         assert text in report, report
 
 
-def test_at_the_threshold_means_at_the_calibrated_limit(tmp_path: Path) -> None:
+def test_a_higher_threshold_is_less_sensitive_on_the_same_scale(tmp_path: Path) -> None:
     store = store_of(changed_grid(), END)
-    usual, doubled = (
-        monitor_of(tmp_path, store, DriftSettings(dss_threshold=limit)).reading() for limit in (0.2, 0.4)
+    usual = monitor_of(tmp_path, store).reading()
+    ratio = usual.metrics["dss"] / 0.20
+    assert ratio > 1 and "dss" in usual.exceeded
+    above, below = (
+        monitor_of(tmp_path, store, DriftSettings(dss_threshold=0.20 * ratio * share)).reading()
+        for share in (1.01, 0.99)
     )
-    assert doubled.metrics["dss"] == pytest.approx(2 * usual.metrics["dss"])
-    assert ("dss" in usual.exceeded) == ("dss" in doubled.exceeded)
+    assert above.metrics == below.metrics == usual.metrics
+    assert "dss" not in above.exceeded and "dss" in below.exceeded
 
 
 def test_literal_basis_decides_by_the_literal_four_only(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from fleetcast.clock import from_ms, iso_z
 from fleetcast.drift.drift_scores import trend
 from fleetcast.drift.drift_verdict import READY, DriftingSeries, DriftVerdict
+from fleetcast.drift.quorum import THRESHOLDS
 from fleetcast.drift.reference import Reference
 from fleetcast.drift.seasonal_source import SeasonalEvidence
 from fleetcast.drift.window_statistics import FAMILIES
@@ -112,17 +113,20 @@ def calibrated_reading(
     weights: Mapping[str, float],
     min_days: int,
 ) -> CalibratedReading:
-    """Judge the detector's state by the limits in force.
+    """Read the detector's state on the specification's scale.
+
+    The scale stays the specification's when a threshold is edited, so that a threshold twice as
+    high asks for twice the calibrated limit.
 
     Args:
-        limits: of per, dss, fds, anomaly_rate and combined_score.
+        limits: of per, dss, fds, anomaly_rate and combined_score, as they are in force.
         weights: of the four.
     """
     drift = seasonal.drift
     if drift is None:
         none = dict.fromkeys(FAMILIES, 0.0)
         return CalibratedReading(none, 0.0, dict.fromkeys(FAMILIES, "stable"), seasonal.missing)
-    verdict = drift.check(limits, weights, limits["combined_score"])
+    verdict = drift.check(THRESHOLDS, weights, limits["combined_score"])
     reference = drift.reference
     waiting = "" if verdict.status == READY else _why_waiting(reference, min_days)
     return CalibratedReading(
@@ -150,7 +154,7 @@ def _trends(ratios: Sequence[Floats32], limits: Mapping[str, float]) -> dict[str
         return dict.fromkeys(FAMILIES, "stable")
     older, newer = (np.mean(half, axis=0) for half in (ratios[:middle], ratios[middle:]))
     return {
-        name: trend(limits[name] * float(older[row]), limits[name] * float(newer[row]), limits[name])
+        name: trend(THRESHOLDS[name] * float(older[row]), THRESHOLDS[name] * float(newer[row]), limits[name])
         for row, name in enumerate(FAMILIES)
     }
 
