@@ -2,7 +2,7 @@
 
     <checkpoints>/last.ckpt     -> versions/<id>/model.ckpt     replaced by rename, never written through
     <checkpoints>/baseline.npz  -> versions/<id>/baseline.npz   moves with a rejected candidate, too
-    <checkpoints>/versions/<id>/model.ckpt, baseline.npz, manifest.json   immutable once named
+    <checkpoints>/versions/<id>/model.ckpt, baseline.npz, reference.npz, manifest.json   immutable once named
     <checkpoints>/rollbacks.jsonl                               versions taken out of service by hand
 
 Owns: this layout and its order of writing: nothing half-written ever has a public name.
