@@ -61,7 +61,7 @@ class Corrector:
         self._feedback = Feedback(is_percents, self._horizons)
         self._rows: dict[str, int] = {}
         self._version: str | None = None
-        self._through_ms = int(np.iinfo(np.int64).min)  # newest bin learned from
+        self._through_ms = -DAY_MS  # newest bin learned from
 
     def note_version(self, version: str) -> None:
         """Trust the evidence less when another version came into service."""
@@ -72,9 +72,11 @@ class Corrector:
     def learn(self, rows: SettledForecasts) -> None:
         """Take in what one closed bin settled; a bin that is settled again after a kill is skipped."""
         rows = rows.where(np.asarray(rows.model_version == self._version, np.bool_))
-        if self._version is None or not len(rows) or int(rows.target_ms[0]) <= self._through_ms:
+        if self._version is None or not len(rows):
             return
         target_ms = int(rows.target_ms[0])
+        if self._through_ms - DAY_MS < target_ms <= self._through_ms:  # further back: the clock stepped
+            return
         for knot, horizon in enumerate(self._horizons):
             self._learn_horizon(knot, rows.where(rows.horizon == horizon), target_ms)
         self._through_ms = target_ms

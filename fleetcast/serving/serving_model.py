@@ -119,7 +119,7 @@ class ServingModel:
             if serving:
                 self.in_service = serving
                 self.n_failures = 0
-                logger.info("model in service version=%s took_s=%.1f", version.id, monotonic() - started)
+                logger.info("model in service version=%s took_s=%.3f", version.id, monotonic() - started)
                 self._on_load(True)
                 return
         kept = self.in_service.info.version if self.in_service else "the fallback forecast"
