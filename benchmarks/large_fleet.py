@@ -143,8 +143,9 @@ def _reload_beside_sweeps(daemon: InferenceDaemon, fleet: LargeFleet, folder: Pa
     numbers = itertools.count(1)
     with Repeating(fleet.sweep_once, pause_s=0.0):
         for _ in range(RELOADS):
+            replaced = daemon.status()["model"]["version"]
             promote(folder, next(numbers))
-            wait_for("the reload", partial(_serves_another, daemon, daemon.status()["model"]["version"]), 120)
+            wait_for("the reload", partial(_serves_another, daemon, replaced), 120)
     return [float(took) for took in re.findall(r"model in service .*took_s=([0-9.]+)", daemon.output)][1:]
 
 
