@@ -141,6 +141,7 @@ def sweep(
         _timed(took, "correction", partial(corrector.correct, part, quantiles, is_model))
         made.append((quantiles, is_model, medians))
     columns = [np.concatenate(column) for column in zip(*made, strict=True)]
+    made.clear()
     forecast = FleetForecast(
         NEWEST_MS, BIN_MS, arrays.server_names, METRICS, columns[0], columns[1], "v", columns[2]
     )

@@ -52,6 +52,14 @@ class _Sweep:
     model: ModelInfo | None
     forecasts: dict[str, bytes]
     sources: dict[str, bytes]
+    timestamps: bytes = b""  # the same for every server: 20 MB less at 10,000
+
+    def piece(self, name: str) -> bytes:
+        """Return a server's forecast, its time steps and its source."""
+        forecast = self.forecasts.get(name)
+        if forecast is None:
+            return _WARMING_UP
+        return forecast + self.timestamps + self.sources[name] + b'"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +152,7 @@ def _server_pieces(muster: Muster, rows: list[int], sweep: _Sweep, only_current:
         if only_current:
             forecast = b'"source":"' + sweep.sources.get(name, SOURCE_WARMING_UP.encode()) + b'"'
         else:
-            forecast = sweep.forecasts.get(name, _WARMING_UP)
+            forecast = sweep.piece(name)
         stale = b"true" if muster.is_stale[row] else b"false"
         pieces.append(
             encoder.encode(name) + b':{"current":' + encoder.encode(current) + b","
@@ -176,5 +184,5 @@ def _encoded(forecast: FleetForecast, model: ModelInfo | None) -> _Sweep:
         }
         source = (SOURCE_MODEL if is_model[row] else SOURCE_FALLBACK).encode()
         sources[name] = source
-        forecasts[name] = b'"forecast":' + encoder.encode(told) + timestamps + source + b'"'
-    return _Sweep(model, forecasts, sources)
+        forecasts[name] = b'"forecast":' + encoder.encode(told)
+    return _Sweep(model, forecasts, sources, timestamps)
