@@ -28,7 +28,7 @@ from benchmarks.feed_latency import Fleet, Repeating, probe, promote
 from benchmarks.programs import InferenceDaemon, wait_for
 from benchmarks.results_file import write_results
 
-RELOADS = 5
+RELOADS = 3
 _POST_SERVERS = 2000
 
 
@@ -63,9 +63,11 @@ def run(folder: Path, n_servers: int, n_history: int, n_bins: int) -> dict[str, 
         prober.start()
         for _ in range(n_bins):
             sweeps.append(fleet.sweep_once())
+            print(sweeps[-1], flush=True)
         prober.join()
         documents = [_timed_read(daemon) for _ in range(2)]
         peak_mb = _peak_mb(daemon)
+        print(f"peak {peak_mb:.0f} MB, idle {idle_mb:.0f} MB, documents {documents}", flush=True)
         reloads = _reload_beside_sweeps(daemon, fleet, folder)
     return {
         "servers": n_servers,
