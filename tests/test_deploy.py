@@ -276,3 +276,45 @@ def test_the_build_context_lets_in_code_and_nothing_an_operator_would_not_publis
 
     assert rules[0] == "**"
     assert all(not re.search(r"env|state|buffer|checkpoint", rule) for rule in rules)
+
+
+def _image(folder: Path) -> Path:
+    """Do what the second stage's COPY lines do, with what the build context lets in."""
+    rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    admitted = {rule[1:].split("/")[0] for rule in rules}
+    for line in re.findall(r"^COPY (?!--from|requirements)(.*)$", DOCKERFILE.read_text(), re.MULTILINE):
+        *sources, target = line.split()
+        for source in sources:
+            assert source in admitted, f"{source} is copied, but .dockerignore keeps it out"
+            for path in ROOT.glob(source):
+                place = folder / target
+                if path.is_dir():
+                    shutil.copytree(path, place, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+                else:
+                    shutil.copy2(path, place)
+    return folder
+
+
+def test_what_the_image_copies_is_all_that_the_programs_need(tmp_path: Path) -> None:
+    app = tmp_path / "app"
+    (app / "state").mkdir(parents=True)
+    _image(app)
+    preset = dict(re.findall(r"(FLEETCAST_\w+)=(\S+)", DOCKERFILE.read_text()))
+    environ = {name: value.replace("/app", str(app)) for name, value in preset.items()}
+    scripts = ("tft_inference_daemon.py", "adaptive_retraining_daemon.py", "tft_trainer.py")
+    commands = [[str(app / script), "--help"] for script in scripts]
+    base = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
+        "import tft_inference_daemon, adaptive_retraining_daemon, tft_trainer\n"
+        "from fleetcast.model.registry import Registry\n"
+        "print(Registry(Path('checkpoints'), Path(sys.argv[1], 'models')).base().id)"
+    )
+    commands.append(["-c", base, str(app)])
+
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=app / "state", capture_output=True, text=True, check=False,
+            env={"PATH": os.environ["PATH"], **environ},
+        )  # fmt: skip
+        assert done.returncode == 0, (command, done.stderr)
+    assert re.match(r"\w", done.stdout)

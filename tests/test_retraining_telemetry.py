@@ -63,6 +63,7 @@ def test_scores_stand_beside_their_thresholds(path: Path) -> None:
     for name in SCORES:
         assert found["drift_score", name] == SCORES[name]
         assert found["drift_threshold", name] == LIMITS[name]
+    assert found["drift_basis_info", "literal"] == 1
     assert found["prediction_error_ratio", "1"] == 0.08
     assert found["prediction_error_ratio", "96"] == 0.3
     assert found["needs_retraining", ""] == found["drift_ready", ""] == found["quiet_period", ""] == 1
@@ -81,6 +82,7 @@ def test_with_the_calibrated_basis_the_literal_scores_and_the_false_alarms_stand
     found = _samples(path)
     assert found["drift_score", "dss"] == reading.metrics["dss"]
     assert found["drift_literal_score", "dss"] == reading.literal["dss"] != reading.metrics["dss"]
+    assert found["drift_basis_info", "calibrated"] == 1
     assert (found["drift_series_in_alarm", ""], found["drift_series_compared", ""]) == (6, 10)
     assert (found["drift_false_alarms_per_month", "target"], found["data_quality_events", ""]) == (1, 0)
 

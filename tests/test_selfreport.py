@@ -19,6 +19,7 @@ def test_the_newest_errors_are_kept_newest_first() -> None:
     kept = errors.newest_first()
     assert len(kept) == ERRORS_KEPT
     assert kept[0] == {"time": "2026-01-15T10:00:25Z", "part": "ledger", "error": "full 24"}
+    assert errors.newest_by_part() == {"ledger": clock.now().timestamp()}
 
 
 def test_the_same_error_is_logged_once_a_minute(

@@ -79,8 +79,11 @@ def test_what_another_daemon_left_is_shown_at_the_end() -> None:
 
 
 def test_errors_are_counted_by_part_and_the_process_by_itself() -> None:
-    telemetry = Telemetry(CollectorRegistry(), lambda: Snapshot(errors_by_part={"buffer": 2}))
+    telemetry = Telemetry(
+        CollectorRegistry(), lambda: Snapshot(errors_by_part={"buffer": 2}, last_error_s={"buffer": 1.5})
+    )
     found = samples(telemetry)
+    assert found["fleetcast_last_error_timestamp_seconds", (("part", "buffer"),)] == 1.5
     assert found["fleetcast_errors_total", (("part", "buffer"),)] == 2.0
     assert found["process_resident_memory_bytes", ()] > 0
     assert not any(name.endswith("_created") for name, _ in found)

@@ -99,6 +99,7 @@ def _of_drift(reading: DriftReading) -> Iterator[Metric]:
     )
     yield _labelled("drift_score", "drift of the window against the baseline", "score", reading.metrics)
     yield _labelled("drift_threshold", "score at which a training is asked for", "score", reading.thresholds)
+    yield _labelled("drift_basis_info", "what the scores are taken on", "basis", {reading.basis: 1})
     by_horizon = {str(horizon): per for horizon, per in reading.per_by_horizon.items()}
     yield _labelled(
         "prediction_error_ratio", "PER of the version in service, by bins ahead", "horizon_bins", by_horizon

@@ -48,14 +48,17 @@ class RecentErrors:
         self._lock = threading.Lock()
         self._errors: deque[dict[str, str]] = deque(maxlen=ERRORS_KEPT)
         self._n_by_part: Counter[str] = Counter()
+        self._newest_s: dict[str, float] = {}
         self._logged_at: dict[str, float] = {}
 
     def note(self, part: str, error: Exception) -> None:
         """Keep an error, and log it unless it has just been logged."""
         message = f"{part}: {error}"
+        now = self._clock.now()
         with self._lock:
             self._n_by_part[part] += 1
-            self._errors.append({"time": iso_z(self._clock.now()), "part": part, "error": str(error)})
+            self._newest_s[part] = now.timestamp()
+            self._errors.append({"time": iso_z(now), "part": part, "error": str(error)})
             is_news = monotonic() - self._logged_at.get(message, float("-inf")) >= _REPEAT_S
             if is_news:
                 self._logged_at = {message: monotonic(), **dict(list(self._logged_at.items())[:ERRORS_KEPT])}
@@ -66,6 +69,11 @@ class RecentErrors:
         """Return how many there were since the start, those forgotten meanwhile included."""
         with self._lock:
             return dict(self._n_by_part)
+
+    def newest_by_part(self) -> dict[str, float]:
+        """Return when each part met its newest one, in seconds since 1970."""
+        with self._lock:
+            return dict(self._newest_s)
 
     def newest_first(self) -> list[dict[str, str]]:
         """Return what is kept."""
@@ -176,6 +184,7 @@ class SelfReport:
             model_version=model["version"],
             is_base_model=bool(model["base"]),
             errors_by_part=self._errors.by_part(),
+            last_error_s=self._errors.newest_by_part(),
             server_last_seen_s={
                 muster.server_names[row]: float(muster.last_seen_ms[row]) / 1000 for row in shown
             },

@@ -48,6 +48,7 @@ class Snapshot:
     is_base_model: bool = False
     server_last_seen_s: Mapping[str, float] = field(default_factory=dict)  # already limited
     errors_by_part: Mapping[str, int] = field(default_factory=dict)
+    last_error_s: Mapping[str, float] = field(default_factory=dict)  # by part, seconds since 1970
 
 
 GAUGES = {
@@ -205,6 +206,12 @@ class _SnapshotCollector(Collector):
         for part, n_errors in snapshot.errors_by_part.items():
             errors.add_metric([part], n_errors)
         yield errors
+        newest = GaugeMetricFamily(
+            "fleetcast_last_error_timestamp_seconds", "time of a part's newest error", labels=["part"]
+        )
+        for part, seconds in snapshot.last_error_s.items():
+            newest.add_metric([part], seconds)
+        yield newest
         info = GaugeMetricFamily(
             "fleetcast_model_info",
             "the model in service (empty version: fallback)",
