@@ -13,7 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetcast.clock import from_ms
-from fleetcast.ingest.recordrules import PERCENT_HIGH, PERCENT_LOW, is_server_name, parse_timestamp_ms
+from fleetcast.ingest.recordrules import (
+    PERCENT_HIGH,
+    PERCENT_LOW,
+    REQUIRED,
+    is_metric_name,
+    is_server_name,
+    parse_timestamp_ms,
+)
 from fleetcast.ingest.rounding import PERCENT_SUFFIX
 from fleetcast.schema import Codes, Floats, Longs
 
@@ -142,6 +149,28 @@ def _numbers_one_by_one(column: Column) -> tuple[Floats, Flags]:
             values[place] = value
             is_number[place] = bool(np.isfinite(values[place]))
     return values, is_number
+
+
+def plain_metrics(columns: Mapping[str, Column]) -> tuple[dict[str, Floats], Flags]:
+    """Return the metrics given as arrays of doubles, and which rows have no bad cell in them.
+
+    What `numbers` and `in_range` say column by column, of all of them at once.
+    """
+    names = [name for name, column in columns.items() if _is_plain(name, column)]
+    n_rows = len(columns["timestamp"])
+    if not names:
+        return {}, np.ones(n_rows, dtype=np.bool_)
+    cells: Floats = np.array([columns[name] for name in names])
+    is_bad = np.isinf(cells)
+    percents = np.array([name.endswith(PERCENT_SUFFIX) for name in names], dtype=np.bool_)
+    shares = cells[percents]
+    is_bad[percents] |= (shares < PERCENT_LOW) | (shares > PERCENT_HIGH)  # an absent cell is neither
+    return dict(zip(names, cells, strict=True)), np.logical_not(is_bad.any(axis=0))
+
+
+def _is_plain(name: str, column: Column) -> bool:
+    is_array = isinstance(column, np.ndarray) and column.dtype == np.float64
+    return is_array and name not in REQUIRED and is_metric_name(name)
 
 
 def in_range(name: str, values: Floats) -> Flags:

@@ -24,6 +24,7 @@ from fleetcast.ingest.record_columns import (
     in_range,
     is_text,
     numbers,
+    plain_metrics,
     server_codes,
     text_cells,
     times_ms,
@@ -37,7 +38,7 @@ from fleetcast.ingest.recordrules import (
     check_record,
     is_metric_name,
 )
-from fleetcast.ingest.rounding import rounded
+from fleetcast.ingest.rounding import rounded_rows
 from fleetcast.schema import Codes, Floats, Longs, RecordBatch, Rejection
 
 __all__ = ["METRICS_MAX", "Accepted", "CodedNames", "Column", "RecordRules", "accept", "accept_columns"]
@@ -108,9 +109,10 @@ class _Sheet:
         kept: Flags | slice = slice(None) if self._is_kept.all() else self._is_kept
         metrics = {name: values[kept] for name, values in self._metrics.items()}
         _derive_cpu(metrics)
-        rules = self._rules
-        for name, values in metrics.items():
-            metrics[name] = rounded(name, values, rules.percent_decimals, rules.significant_digits)
+        if metrics:
+            digits = self._rules.percent_decimals, self._rules.significant_digits
+            rows = rounded_rows(tuple(metrics), np.array(list(metrics.values())), *digits)
+            metrics = dict(zip(metrics, rows, strict=True))
         names, codes = _without_unused(tuple(self._names), self._codes[kept])
         batch = RecordBatch(names, codes, self._timestamps_ms[kept], metrics)
         return Accepted(batch, tuple(sorted(self._rejections, key=_index_of)), self._ignored)
@@ -136,9 +138,10 @@ class _Sheet:
         codes = server_codes(columns["server_name"], self._names)
         is_good &= codes != NO_NAME
         n_ignored = np.zeros(len(rows), dtype=np.int64)
-        metrics: dict[str, Floats] = {}
+        metrics, are_usable = plain_metrics(columns)
+        is_good &= are_usable
         for name, column in columns.items():
-            if name in REQUIRED:
+            if name in REQUIRED or name in metrics:
                 continue
             kinds = cell_kinds(column)
             if not is_metric_name(name):
@@ -148,7 +151,7 @@ class _Sheet:
             else:
                 metrics[name], is_number = numbers(column, kinds)
                 is_good &= is_number & in_range(name, metrics[name])
-        metrics = _without_aliases(metrics)
+        metrics = _without_aliases({name: metrics[name] for name in columns if name in metrics})
         metrics = {name: values for name, values in metrics.items() if not np.isnan(values).all()}
         if len(self._metrics.keys() | metrics.keys()) > METRICS_MAX:
             is_good[:] = False
@@ -211,6 +214,8 @@ def _derive_cpu(metrics: dict[str, Floats]) -> None:
         user, system, waiting = (metrics[part] for part in _CPU_PARTS)
         ways.append(user + system + waiting)
     for derived in ways:
+        if "cpu_pct" in metrics and not np.isnan(metrics["cpu_pct"]).any():
+            return
         bounded = np.clip(derived, 0.0, PERCENT_HIGH)
         own = metrics.get("cpu_pct")
         metrics["cpu_pct"] = bounded if own is None else np.where(np.isnan(own), bounded, own)
