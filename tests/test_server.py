@@ -36,12 +36,12 @@ class Daemon:
         self.reason = ""
         self.before_taking: Callable[[], object] = lambda: None
 
-    def take(self, raw: Sequence[object]) -> Receipt:
+    def take_together(self, parts: Sequence[Sequence[object]]) -> list[Receipt]:
         self.before_taking()
         if self.error:
             raise self.error
-        self.taken.append(raw)
-        return Receipt(len(raw) - len(self.rejections), self.rejections, 0)
+        self.taken += parts
+        return [Receipt(len(raw) - len(self.rejections), self.rejections, 0) for raw in parts]
 
     def document(self, servers: Sequence[str] = (), *, only_current: bool = False) -> bytes:
         if "nobody" in servers:

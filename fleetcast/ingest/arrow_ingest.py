@@ -6,9 +6,6 @@ Does not know: HTTP, storage. Nothing in a stream is trusted: sizes are bounded 
 used, and every array is validated in full before it is looked at.
 """
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.types as kinds
@@ -16,7 +13,8 @@ import pyarrow.types as kinds
 from fleetcast.errors import BadData
 from fleetcast.ingest.arrow_messages import check_messages
 from fleetcast.ingest.arrow_text import coded_texts, is_text
-from fleetcast.ingest.record_columns import NO_NAME, NO_TIME, CodedNames, Column, Flags, NotNumbers, cell
+from fleetcast.ingest.joined_rows import joined_column
+from fleetcast.ingest.record_columns import NO_NAME, NO_TIME, CodedNames, Column, Flags, NotNumbers
 from fleetcast.ingest.recordrules import REQUIRED, is_metric_name
 from fleetcast.schema import Longs
 
@@ -39,7 +37,7 @@ def read_columns(body: bytes) -> dict[str, Column]:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise BadData(f"the body is not an Arrow IPC stream: {str(error)[:200]}") from error
     names = columns[0].keys() if columns else REQUIRED
-    return {name: _joined([one[name] for one in columns]) for name in names}
+    return {name: joined_column([one[name] for one in columns]) for name in names}
 
 
 def _batches(body: bytes) -> list[pa.RecordBatch]:
@@ -120,21 +118,3 @@ def _metric(array: pa.Array) -> Column:
 
 def _is_there(array: pa.Array) -> Flags:
     return np.asarray(array.is_valid().to_numpy(zero_copy_only=False), dtype=np.bool_)
-
-
-def _joined(parts: Sequence[Any]) -> Column:
-    """Return one column of all batches; each part is of the same class, or numbers in two forms."""
-    if len(parts) < 2:
-        return parts[0] if parts else ()
-    first = parts[0]
-    if isinstance(first, CodedNames):
-        starts = np.cumsum([0, *(len(part.names) for part in parts)])
-        codes = [
-            np.where(p.codes == NO_NAME, NO_NAME, p.codes + s) for p, s in zip(parts, starts, strict=False)
-        ]
-        return CodedNames([n for part in parts for n in part.names], np.concatenate(codes).astype(np.int32))
-    if isinstance(first, NotNumbers):
-        return NotNumbers(first.kind, np.concatenate([part.is_there for part in parts]))
-    if all(isinstance(part, np.ndarray) for part in parts):
-        return np.concatenate(parts)
-    return [cell("", part, place) for part in parts for place in range(len(part))]

@@ -13,7 +13,8 @@ from typing import Protocol
 import numpy as np
 
 from fleetcast.clock import Clock
-from fleetcast.ingest.records import Accepted, RecordRules, accept
+from fleetcast.ingest.joined_rows import joined_rows
+from fleetcast.ingest.records import METRICS_MAX, Accepted, RecordRules, accept
 from fleetcast.ingest.rejected import RejectedRecords
 from fleetcast.schema import RecordBatch, Rejection
 from fleetcast.serving.history import BinHistory
@@ -69,16 +70,35 @@ class Intake:
         Raises:
             StorageFull, StorageBroken: none of them was kept.
         """
+        return self.take_together([raw])[0]
+
+    def take_together(self, parts: Sequence[Sequence[object]]) -> list[Receipt]:
+        """Do the same for several requests of one layout (`joined_rows.layout_of`) at once.
+
+        Each record meets the fate it would meet alone. The first receipt counts the ignored fields
+        of all.
+
+        Raises:
+            StorageFull, StorageBroken: nothing of any of them was kept.
+        """
+        raw = joined_rows(parts)
         accepted = accept(raw, self.rules())
+        if len(parts) > 1 and len(accepted.batch.metrics) >= METRICS_MAX:
+            return [self.take(part) for part in parts]  # that limit is for each request
         batch, rejections = self._within_limits(accepted, len(raw))
         if len(batch):
             self._buffer.append_batch(batch)
             self._roster.add(batch)
             self._history.add(batch)
             self._on_taken()
+        n_ignored = [accepted.ignored_text_fields] + [0] * (len(parts) - 1)
+        owns = _by_part(rejections, [len(part) for part in parts])
+        return [self._receipt(*of_part) for of_part in zip(parts, owns, n_ignored, strict=True)]
+
+    def _receipt(self, raw: Sequence[object], rejections: tuple[Rejection, ...], n_ignored: int) -> Receipt:
         if rejections:
             self._rejected.keep(raw, rejections, self._wall_clock.now())
-        return Receipt(len(batch), rejections, accepted.ignored_text_fields)
+        return Receipt(len(raw) - len(rejections), rejections, n_ignored)
 
     def rules(self) -> RecordRules:
         """Return the rules at this moment; recorded data may be old, but not from before 1970."""
@@ -128,3 +148,15 @@ class Intake:
             for row in np.flatnonzero(~np.isnan(batch.metrics[metric])):
                 refused.setdefault(int(row), Rejection(int(row), metric, reason))
         return refused
+
+
+def _by_part(rejections: Sequence[Rejection], sizes: Sequence[int]) -> list[tuple[Rejection, ...]]:
+    """Return the rejections of each part, numbered within it."""
+    if not rejections:
+        return [()] * len(sizes)
+    ends = np.cumsum(sizes)
+    found: list[list[Rejection]] = [[] for _ in sizes]
+    for one in rejections:
+        part = int(np.searchsorted(ends, one.index, side="right"))
+        found[part].append(replace(one, index=one.index - int(ends[part]) + sizes[part]))
+    return [tuple(some) for some in found]

@@ -11,18 +11,22 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal, Protocol
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Response
 from fastapi.security import APIKeyHeader
 
 from fleetcast import __version__
 from fleetcast.ingest.bodies import encoded
-from fleetcast.ingest.feed import ARROW, JSON, PROTOBUF, Feed, Intake, Writes
+from fleetcast.ingest.door import WRONG_KEY, FeedDoor
+from fleetcast.ingest.feed import ARROW, JSON, PROTOBUF, Feed, Writes
+from fleetcast.ingest.post_group import Intake
 from fleetcast.serving import apidocs
 from fleetcast.serving.apidocs import answers
 from fleetcast.serving.board import UnknownServer
 from fleetcast.serving.browserguard import BrowserGuard
 from fleetcast.serving.telemetry import Telemetry
 from fleetcast.settings import ServerSettings
+
+FEED_PATH = "/feed/data"
 
 
 class Board(Protocol):
@@ -67,20 +71,23 @@ def create_app(
         feed.close()
 
     app = FastAPI(title="fleetcast inference daemon", version=__version__, lifespan=lifespan)
-    if not api_key:
-        app.add_middleware(BrowserGuard, allowed_hosts=settings.allowed_hosts)
-    app.include_router(_guarded_routes(feed, board, daemon, api_key))
+    answers_by_path = {FEED_PATH: feed.answer}
+    app.include_router(_guarded_routes(board, daemon, api_key))
     if writes is not None:
-        app.include_router(_write_route(feed, writes.path, api_key))
+        answers_by_path[writes.path] = feed.answer_write
+        app.include_router(_write_route(writes.path, api_key))
+    app.add_middleware(FeedDoor, answers=answers_by_path, is_welcome=_key_test(api_key))
+    if not api_key:  # added after the door, so that requests pass it before the door
+        app.add_middleware(BrowserGuard, allowed_hosts=settings.allowed_hosts)
     app.include_router(_open_routes(daemon, telemetry))
     return app
 
 
-def _guarded_routes(feed: Feed, board: Board, daemon: Daemon, api_key: str) -> APIRouter:
+def _guarded_routes(board: Board, daemon: Daemon, api_key: str) -> APIRouter:
     router = APIRouter(dependencies=[Depends(_key_check(api_key))])
 
     @router.post(
-        "/feed/data",
+        FEED_PATH,
         responses=apidocs.FEED_ANSWERS,
         openapi_extra={
             "requestBody": {
@@ -89,9 +96,8 @@ def _guarded_routes(feed: Feed, board: Board, daemon: Daemon, api_key: str) -> A
             }
         },
     )
-    async def feed_data(request: Request) -> Response:
+    async def feed_data() -> None:  # declared for the interface description: the door answers
         """Take records in; received means accepted and durable."""
-        return await feed.answer(request)
 
     @router.get(
         "/predictions/current",
@@ -116,7 +122,7 @@ def _guarded_routes(feed: Feed, board: Board, daemon: Daemon, api_key: str) -> A
     return router
 
 
-def _write_route(feed: Feed, path: str, api_key: str) -> APIRouter:
+def _write_route(path: str, api_key: str) -> APIRouter:
     router = APIRouter(dependencies=[Depends(_key_check(api_key))])
 
     @router.post(
@@ -128,9 +134,8 @@ def _write_route(feed: Feed, path: str, api_key: str) -> APIRouter:
             "requestBody": {"required": True, "content": {PROTOBUF: {"schema": apidocs.BINARY}}},
         },
     )
-    async def remote_write(request: Request) -> Response:
+    async def remote_write() -> None:  # declared for the interface description: the door answers
         """Take Prometheus remote-write 1.0 in: snappy block, protobuf WriteRequest."""
-        return await feed.answer_write(request)
 
     return router
 
@@ -162,9 +167,16 @@ def _open_routes(daemon: Daemon, telemetry: Telemetry) -> APIRouter:
 
 def _key_check(api_key: str) -> Callable[..., Awaitable[None]]:
     header = APIKeyHeader(name="X-API-Key", auto_error=False)
+    is_welcome = _key_test(api_key)
 
     async def check(given: Annotated[str | None, Depends(header)]) -> None:
-        if api_key and not hmac.compare_digest((given or "").encode("latin-1", "replace"), api_key.encode()):
-            raise HTTPException(401, "X-API-Key is missing or wrong")
+        if not is_welcome(given):
+            raise HTTPException(401, WRONG_KEY)
 
     return check
+
+
+def _key_test(api_key: str) -> Callable[[str | None], bool]:
+    """Return whether a given key opens the guarded routes, compared in constant time."""
+    wanted = api_key.encode()
+    return lambda given: not wanted or hmac.compare_digest((given or "").encode("latin-1", "replace"), wanted)
