@@ -52,7 +52,7 @@ OWNERS = {
     "requests": {"client"},
     "psutil": {"hostload", "local_agent"},
     "fastapi": {"server"},
-    "starlette": {"server", "bodies", "feed"},
+    "starlette": {"door", "server", "bodies", "feed"},
     "uvicorn": {"connections", "listener"},
     "msgspec": {"bodies", "board", "json_records", "rejected"},
     "prometheus_client": {  # the service makes the registry

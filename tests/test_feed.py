@@ -1,8 +1,11 @@
 """Arrow and remote-write over HTTP: what each kind of sender is told, with the real intake behind it."""
 
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +236,43 @@ def test_the_interface_description_names_the_route_and_both_bodies(client: httpx
         "application/vnd.apache.arrow.stream",
     }
     assert {"204", "400", "503", "507"} <= set(paths["/api/v1/write"]["post"]["responses"])
+
+
+def test_posts_taken_together_are_answered_each_for_itself(world: World) -> None:
+    """Shapes, an Arrow stream and one that cannot be read, all waiting while the disk is slow."""
+    gate = threading.Event()
+    append = world.append_batch
+
+    def slow_append(batch: RecordBatch) -> None:
+        assert gate.wait(30)
+        append(batch)
+
+    def post(client: httpx.Client, number: int) -> httpx.Response:
+        record = {
+            "timestamp": "2026-01-15T10:00:00Z",
+            "server_name": f"web-{number}",
+            "cpu_pct": number * 1.0,
+        }
+        if number == 3:
+            return client.post("/feed/data", content=b"{")
+        if number == 4:
+            content = stream(server_name=["x", "y"], cpu_pct=[1.0, 5000.0])
+            return client.post("/feed/data", content=content, headers=ARROW)
+        return client.post("/feed/data", json={"records": [record, {"server_name": "x"}]})
+
+    with client_of(world) as client:
+        for _ in range(3):
+            assert client.post("/feed/data", json={"records": []}).status_code == 200
+        world.append_batch = slow_append  # type: ignore[method-assign]
+        with ThreadPoolExecutor(12) as pool:
+            answers = pool.map(partial(post, client), range(12))
+            gate.set()
+        got = list(answers)
+    assert [answer.status_code for answer in got] == [200, 200, 200, 422] + [200] * 8
+    for number, answer in enumerate(got):
+        if number not in (3, 4):
+            assert answer.json()["records_received"] == 1
+            assert [error["index"] for error in answer.json()["errors"]] == [1]
+    assert [error["index"] for error in got[4].json()["errors"]] == [1]
+    stored = sorted(name for batch in world.batches for name in batch.server_names)
+    assert stored == sorted(["x", *(f"web-{n}" for n in range(12) if n not in (3, 4))])

@@ -155,3 +155,29 @@ def test_a_record_without_any_metric_makes_its_server_known(world: World) -> Non
     receipt = world.intake.take([world.record(state="up")])
     assert (receipt.n_received, receipt.n_ignored_fields) == (1, 1)
     assert world.roster.muster(world.clock.now()).server_names == ("web-01",)
+
+
+def test_requests_taken_together_meet_the_fate_they_would_meet_alone(tmp_path: Path) -> None:
+    for folder in ("alone", "together"):
+        (tmp_path / folder).mkdir()
+    alone, together = (World(tmp_path / folder, max_server_names=3) for folder in ("alone", "together"))
+    parts: list[list[object]] = [
+        [alone.record("a"), {"bad": 1}, alone.record("b", note="text")],
+        [],
+        [7, alone.record("c", cpu_pct=-5.0), alone.record("c")],
+        [alone.record("d"), alone.record("a", seconds=1)],
+    ]
+    wanted = [alone.intake.take(part) for part in parts]
+    got = together.intake.take_together(parts)
+    assert [(one.n_received, one.rejections) for one in got] == [
+        (one.n_received, one.rejections) for one in wanted
+    ]
+    assert sum(one.n_ignored_fields for one in got) == 1
+    assert len(together.disk.batches) == 1
+    assert together.quarantine.read_text() == alone.quarantine.read_text()
+
+
+def test_the_limit_of_metrics_in_a_request_is_not_shared_by_those_taken_together(world: World) -> None:
+    world.intake._limits = ServerSettings(max_metric_names=10_000)
+    parts = [[world.record() | {f"m{number}_{place}": 1.0 for place in range(300)}] for number in range(3)]
+    assert [one.n_received for one in world.intake.take_together(parts)] == [1, 1, 1]

@@ -34,10 +34,10 @@ class Daemon:
         self.rejections: tuple[Rejection, ...] = ()
         self.held: Callable[[], bool] = lambda: False
         self.reason = ""
-        self.before_taking: Callable[[], object] = lambda: None
+        self.before_taking: Callable[[int], object] = lambda _n_posts: None
 
     def take_together(self, parts: Sequence[Sequence[object]]) -> list[Receipt]:
-        self.before_taking()
+        self.before_taking(len(parts))
         if self.error:
             raise self.error
         self.taken += parts
@@ -158,8 +158,8 @@ def test_held_for_too_long_is_429_with_retry_after(daemon: Daemon) -> None:
 def test_too_many_requests_at_work_are_503(daemon: Daemon) -> None:
     release, at_work = threading.Event(), threading.Semaphore(0)
 
-    def wait() -> None:
-        at_work.release()
+    def wait(n_posts: int) -> None:
+        at_work.release(n_posts)
         release.wait(30)
 
     daemon.before_taking = wait

@@ -14,7 +14,7 @@ import numpy as np
 
 from fleetcast.clock import Clock
 from fleetcast.ingest.joined_rows import joined_rows
-from fleetcast.ingest.records import METRICS_MAX, Accepted, RecordRules, accept
+from fleetcast.ingest.records import Accepted, RecordRules, accept
 from fleetcast.ingest.rejected import RejectedRecords
 from fleetcast.schema import RecordBatch, Rejection
 from fleetcast.serving.history import BinHistory
@@ -83,7 +83,7 @@ class Intake:
         """
         raw = joined_rows(parts)
         accepted = accept(raw, self.rules())
-        if len(parts) > 1 and len(accepted.batch.metrics) >= METRICS_MAX:
+        if len(parts) > 1 and accepted.is_crowded:
             return [self.take(part) for part in parts]  # that limit is for each request
         batch, rejections = self._within_limits(accepted, len(raw))
         if len(batch):
@@ -130,7 +130,10 @@ class Intake:
         if len(fresh) <= room:
             return {}
         reason = f"is a new name beyond the limit of {self._limits.max_server_names} servers"
-        return self._rows_refused(batch, set(fresh[max(room, 0) :]), reason)
+        codes, first_rows = np.unique(batch.server_codes, return_index=True)
+        row_of = {batch.server_names[code]: row for code, row in zip(codes, first_rows, strict=True)}
+        in_turn = sorted(fresh, key=row_of.__getitem__)  # who comes first gets the last places
+        return self._rows_refused(batch, set(in_turn[max(room, 0) :]), reason)
 
     def _rows_refused(self, batch: RecordBatch, names: set[str], reason: str) -> dict[int, Rejection]:
         codes = [code for code, name in enumerate(batch.server_names) if name in names]

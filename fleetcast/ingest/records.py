@@ -55,6 +55,7 @@ class Accepted:
     batch: RecordBatch
     rejections: tuple[Rejection, ...]
     ignored_text_fields: int
+    is_crowded: bool = False  # some were refused because of METRICS_MAX
 
 
 def accept(raw: Sequence[object], rules: RecordRules) -> Accepted:
@@ -103,6 +104,7 @@ class _Sheet:
         self._metrics: dict[str, Floats] = {}
         self._rejections: list[Rejection] = []
         self._ignored = 0
+        self._is_crowded = False
 
     def accepted(self) -> Accepted:
         """Return what was kept, derived metrics added, rounded."""
@@ -115,7 +117,8 @@ class _Sheet:
             metrics = dict(zip(metrics, rows, strict=True))
         names, codes = _without_unused(tuple(self._names), self._codes[kept])
         batch = RecordBatch(names, codes, self._timestamps_ms[kept], metrics)
-        return Accepted(batch, tuple(sorted(self._rejections, key=_index_of)), self._ignored)
+        rejections = tuple(sorted(self._rejections, key=_index_of))
+        return Accepted(batch, rejections, self._ignored, self._is_crowded)
 
     def take_one(self, index: int, record: object) -> None:
         """Check one record exactly."""
@@ -179,6 +182,7 @@ class _Sheet:
     def _check_room(self, values: Mapping[str, float]) -> None:
         fresh = values.keys() - self._metrics.keys()
         if fresh and len(self._metrics) + len(fresh) > METRICS_MAX:
+            self._is_crowded = True
             raise RecordFault(min(fresh), f"is one of over {METRICS_MAX} different metrics in a request")
 
     def _times(self, column: Column) -> tuple[Longs, Flags]:
