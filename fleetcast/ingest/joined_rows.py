@@ -54,4 +54,6 @@ def joined_column(parts: Sequence[Any]) -> Column:
 def _kind(column: Column) -> Hashable:
     if isinstance(column, np.ndarray):
         return column.dtype.str
-    return (type(column), column.kind) if isinstance(column, NotNumbers) else type(column)
+    if isinstance(column, NotNumbers):
+        return NotNumbers, column.kind
+    return type(column).__name__

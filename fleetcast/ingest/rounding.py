@@ -30,7 +30,8 @@ def rounded(name: str, values: Floats, percent_decimals: int, significant_digits
     >>> rounded("latency_ms", np.array([12.3456, 123456.0, 0.00123456]), 2, 4).tolist()
     [12.35, 123500.0, 0.001235]
     """
-    return rounded_rows([name], values[None], percent_decimals, significant_digits)[0]
+    row: Floats = rounded_rows([name], values[None], percent_decimals, significant_digits)[0]
+    return row
 
 
 def rounded_rows(
