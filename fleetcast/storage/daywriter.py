@@ -123,7 +123,7 @@ class DayWriter:
             return True
         facts = facts_of_table(table, self._kind)
         if path.is_dir() and not self._shares_keys(day, names, table, facts):
-            self._add_part(day, table, number, facts)
+            self._add_part(day, names, table, number, facts)
             return True
         snapshot = open_day(self._folder, self._kind, day)
         if any(part.number == number for part in snapshot.parts):
@@ -229,9 +229,11 @@ class DayWriter:
                 return True
         return False
 
-    def _add_part(self, day: date, table: pa.Table, number: int, facts: PartFacts) -> None:
+    def _add_part(
+        self, day: date, names: list[PartName], table: pa.Table, number: int, facts: PartFacts
+    ) -> None:
         path = self.path(day)
-        known = [self._facts_of(day, name).columns for name in part_names(path)]
+        known = [self._facts_of(day, name).columns for name in names]
         try:
             if not known or not facts.columns <= frozenset().union(*known):
                 self._widen_columns(day, table.schema)

@@ -11,8 +11,8 @@ import contextlib
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,9 +34,8 @@ _THREADS_ROWS = 50_000  # below, starting threads costs more than it saves
 READ_ERRORS = (pa.ArrowException, OSError, NotThisKind, KeyError, ValueError)
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class PartName:
-    """What the file name of a part says."""
+class PartName(NamedTuple):
+    """What the file name of a part says; a tuple, because each flush compares a day's names."""
 
     number: int
     n_rows: int

@@ -44,9 +44,9 @@ def encode_batch(batch: RecordBatch) -> bytes:
         return encode_table(table_of_batch(batch))
     names = text.encode()
     head = _HEAD.pack(TAG, len(batch), len(batch.metrics), len(batch.server_names), len(names))
-    values = [np.ascontiguousarray(column, "<f8").data for column in batch.metrics.values()]
+    values = np.array(list(batch.metrics.values()), dtype="<f8").data
     times = np.ascontiguousarray(batch.timestamps_ms, "<i8").data
-    return b"".join([head, names, times, *values, np.ascontiguousarray(batch.server_codes, "<i4").data])
+    return b"".join([head, names, times, values, np.ascontiguousarray(batch.server_codes, "<i4").data])
 
 
 def decode_payloads(
