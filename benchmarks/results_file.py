@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fleetcast.clock import SystemClock, plain_utc
-from fleetcast.files import write_json
+from fleetcast.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("results")
@@ -48,3 +48,9 @@ def write_results(name: str, figures: Mapping[str, Any]) -> Path:
     head = {"measured_at": plain_utc(now), "revision": revision(), "machine": machine()}
     write_json(path, head | dict(figures))
     return path
+
+
+def todays_results(name: str) -> dict[str, Any]:
+    """Return what `write_results` wrote today, empty if nothing."""
+    path = RESULTS / f"{name}_{SystemClock().now():%Y-%m-%d}.json"
+    return read_json(path) if path.exists() else {}
