@@ -1,17 +1,21 @@
-"""What the buffer costs: appends, sealed bytes, reading back; beside the naive buffer and SQLite.
+"""What an append costs, durable tick by tick; beside the naive buffer, SQLite, DuckDB and the bare disk.
 
-    python -m benchmarks.buffer [--servers 20] [--ticks 1200] [--days 3]
+    python -m benchmarks.buffer [--servers 20 2000] [--rows 24000]
+
+Reading, sealing and sizes are in `buffer_reads.py`. DuckDB is measured where it is installed.
 
 A generated fleet (14 metrics, percents of 2 decimals, seed 7) of 5-second ticks. CPU seconds hold on a
 busy host, wall times are upper bounds.
 """
 
 import argparse
+import importlib
+import importlib.util
+import os
 import resource
 import sqlite3
 import tempfile
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +27,6 @@ from data_buffer import DataBuffer
 from fleetcast.clock import from_ms, monotonic
 from fleetcast.ingest.rounding import rounded
 from fleetcast.schema import RecordBatch
-from fleetcast.storage.dayfiles import day_of_ms, day_path
-from fleetcast.storage.sealing import seal
-from fleetcast.storage.tables import METRICS
 
 START_MS = 1_767_225_600_000  # 2026-01-01
 TICK_MS = 5000
@@ -37,11 +38,6 @@ def cpu_s() -> float:
     """Return CPU seconds of this process, kernel time included."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
-
-
-def peak_mb() -> float:
-    """Return the highest resident memory so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def fleet(servers: int, ticks: int, start_ms: int = START_MS) -> Iterator[RecordBatch]:
@@ -72,7 +68,7 @@ def ours(place: Path, batches: list[RecordBatch]) -> dict[str, Any]:
             buffer.flush()
             buffer.maintain(from_ms(START_MS))
     buffer.close()
-    return timed(batches, cpu_s() - cpu, waits)
+    return timed(batches, cpu_s() - cpu, waits, place)
 
 
 def naive(place: Path, batches: list[RecordBatch]) -> dict[str, Any]:
@@ -82,14 +78,16 @@ def naive(place: Path, batches: list[RecordBatch]) -> dict[str, Any]:
     place.mkdir()
     for tick, batch in enumerate(batches):
         began = monotonic()
-        columns = {"timestamp": batch.timestamps_ms, "server": batch.server_codes} | batch.metrics
+        columns: dict[str, Any] = {"timestamp": batch.timestamps_ms, "server": batch.server_codes} | dict(
+            batch.metrics
+        )
         waiting.append(pd.DataFrame(columns))
         if tick % 9 == 8:
             old = [pd.read_parquet(path)] if path.exists() else []
             pd.concat([*old, *waiting]).to_parquet(path)
             waiting = []
         waits.append(monotonic() - began)
-    return timed(batches, cpu_s() - cpu, waits)
+    return timed(batches, cpu_s() - cpu, waits, place)
 
 
 def sqlite(place: Path, batches: list[RecordBatch]) -> dict[str, Any]:
@@ -103,12 +101,47 @@ def sqlite(place: Path, batches: list[RecordBatch]) -> dict[str, Any]:
     waits, cpu = [], cpu_s()
     for batch in batches:
         began = monotonic()
-        columns_of = [batch.timestamps_ms, batch.server_codes, *batch.metrics.values()]
+        columns_of: list[Any] = [batch.timestamps_ms, batch.server_codes, *batch.metrics.values()]
         base.executemany(insert, zip(*(column.tolist() for column in columns_of), strict=True))
         base.commit()
         waits.append(monotonic() - began)
     base.close()
-    return timed(batches, cpu_s() - cpu, waits)
+    return timed(batches, cpu_s() - cpu, waits, place)
+
+
+def duckdb(place: Path, batches: list[RecordBatch]) -> dict[str, Any] | None:
+    """Insert tick by tick into DuckDB, one transaction each; None where it is not installed."""
+    if importlib.util.find_spec("duckdb") is None:
+        return None
+    base = importlib.import_module("duckdb").connect(str(place))
+    columns = ", ".join(f"m{number} double" for number in range(N_METRICS))
+    base.execute(f"create table metrics (time bigint, server int, {columns}, primary key (server, time))")
+    names = ["time", "server", *(f"m{number}" for number in range(N_METRICS))]
+    waits, cpu = [], cpu_s()
+    for batch in batches:
+        began = monotonic()
+        cells = [batch.timestamps_ms, batch.server_codes, *batch.metrics.values()]
+        tick = pd.DataFrame(dict(zip(names, cells, strict=True)))
+        base.register("tick", tick)
+        base.execute("insert or replace into metrics select * from tick")
+        waits.append(monotonic() - began)
+    base.close()
+    return timed(batches, cpu_s() - cpu, waits, place)
+
+
+def bare(place: Path, batches: list[RecordBatch]) -> dict[str, Any]:
+    """Write the same values with nothing around them and sync: what the disk alone costs."""
+    waits, cpu = [], cpu_s()
+    with place.open("wb", buffering=0) as stream:
+        for batch in batches:
+            began = monotonic()
+            stream.write(np.array(list(batch.metrics.values())).data)
+            os.fdatasync(stream.fileno())
+            waits.append(monotonic() - began)
+    return timed(batches, cpu_s() - cpu, waits, place)
+
+
+WAYS = {"bare": bare, "fleetcast": ours, "sqlite": sqlite, "duckdb": duckdb, "naive": naive}
 
 
 def joined(batches: list[RecordBatch]) -> RecordBatch:
@@ -121,59 +154,31 @@ def joined(batches: list[RecordBatch]) -> RecordBatch:
     )
 
 
-def timed(batches: list[RecordBatch], cpu: float, waits: list[float]) -> dict[str, Any]:
-    """Return the figures of one way to append."""
+def timed(batches: list[RecordBatch], cpu: float, waits: list[float], place: Path) -> dict[str, Any]:
+    """Return the figures of one way to append, which left its files at `place`."""
     n_rows = sum(map(len, batches))
     p50, p99 = (np.percentile(waits, [50, 99]) * 1000).tolist()
-    return {"rows": n_rows, "cpu_s_per_1m_rows": cpu / n_rows * 1e6, "ack_p50_ms": p50, "ack_p99_ms": p99}
-
-
-def sealed_days(place: Path, servers: int, days: int) -> dict[str, Any]:
-    """Fill whole days, seal them here, and read them back in every way."""
-    buffer = DataBuffer(place, expire=False)
-    ticks = fleet(servers, TICKS_PER_DAY * days)
-    while some := list(islice(ticks, 720)):  # an hour at once: appending is measured elsewhere
-        buffer.append_batch(joined(some))
-        buffer.flush()
-    owner, n_rows = buffer.open(), servers * TICKS_PER_DAY * days
-    cpu, size = cpu_s(), 0
-    for number in range(days):
-        day = day_of_ms(START_MS + number * 86_400_000)
-        sealed = seal(place, "metrics", day, place / ".sealed")
-        owner._metrics._writer.put_sealed(day, sealed.path)
-        size += day_path(place, METRICS, day).stat().st_size
-    figures: dict[str, Any] = {"rows": n_rows, "seal_cpu_s_per_1m_rows": (cpu_s() - cpu) / n_rows * 1e6}
-    figures |= {"bytes_per_row": size / n_rows, "bytes_per_sample": size / n_rows / N_METRICS}
-    buffer.close()
-    began = monotonic()
-    buffer.get_stats()
-    figures["stats_ms"] = (monotonic() - began) * 1000
-    before, cpu = peak_mb(), cpu_s()
-    end = from_ms(START_MS + days * 86_400_000)
-    buffer.export_training_data(place.parent / "bins.parquet", days, 300, until=end)
-    figures["export_5min_rows_per_cpu_s"] = n_rows / (cpu_s() - cpu)
-    cpu = cpu_s()
-    buffer.export_training_data(place.parent / "raw.parquet", days, until=end)
-    figures["export_raw_rows_per_cpu_s"] = n_rows / (cpu_s() - cpu)
-    return figures | {"export_peak_above_before_mb": peak_mb() - before, "peak_mb": peak_mb()}
+    files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    figures = {"rows": n_rows, "cpu_s_per_1m_rows": cpu / n_rows * 1e6, "bytes_per_row": size / n_rows}
+    return figures | {"ack_p50_ms": p50, "ack_p99_ms": p99}
 
 
 def main() -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--servers", type=int, default=20)
-    parser.add_argument("--ticks", type=int, default=1200, help="ticks appended in each way")
-    parser.add_argument("--days", type=int, default=3, help="whole days sealed and read back")
+    parser.add_argument("--servers", type=int, nargs="+", default=[20, 2000])
+    parser.add_argument("--rows", type=int, default=24_000, help="rows appended in each way")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     options = parser.parse_args()
     figures: dict[str, Any] = {"options": vars(options)}
-    with tempfile.TemporaryDirectory() as place:
-        batches = list(fleet(options.servers, options.ticks))
-        for name, way in (("fleetcast", ours), ("sqlite", sqlite), ("naive", naive)):
-            figures[name] = way(Path(place) / name, batches)
-            print(name, {key: round(value, 2) for key, value in figures[name].items()})
-        if options.days:
-            figures["sealed"] = sealed_days(Path(place) / "sealed", options.servers, options.days)
-            print("sealed", {key: round(value, 2) for key, value in figures["sealed"].items()})
+    for servers in options.servers:
+        batches = list(fleet(servers, max(options.rows // servers, 36)))
+        for name in options.ways:
+            with tempfile.TemporaryDirectory() as place:
+                found = WAYS[name](Path(place) / name, batches)
+            figures[f"{name}_{servers}_servers"] = found
+            print(servers, name, found and {key: round(value, 2) for key, value in found.items()}, flush=True)
     print(write_results("buffer", figures))
     return 0
 

@@ -164,6 +164,25 @@ def test_a_frame_that_is_no_table_costs_only_itself(tmp_path: Path) -> None:
     assert len(list((tmp_path / "quarantine").iterdir())) == 2
 
 
+def test_removed_segments_are_durable_before_their_numbers_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut that brings a segment back must find its part, or newer values would be undone."""
+    order: list[str] = []
+    monkeypatch.setattr(daystore, "fsync_dir", lambda folder: order.append(folder.parent.name))
+    owner = store(tmp_path, order.append, compact_parts=2)
+    for place in range(2):
+        append(owner, ("a", NOON_MS + place, {"x": 1.0}))
+        owner.flush()
+    assert "log" not in order
+    owner.maintain(datetime(2026, 1, 15, 12, tzinfo=UTC), expires=False)
+    assert order.index("log") < order.index("day built", order.index("segment removed"))
+    order.clear()
+    append(owner, ("a", NOON_MS, {"x": 2.0}))  # changes an old part: nothing bears the segment's number
+    owner.flush()
+    assert order[-2:] == ["log", "segment removed"]
+
+
 def test_foreign_and_empty_files_in_the_log_are_left_alone(tmp_path: Path) -> None:
     append(store(tmp_path), ("a", NOON_MS, {"x": 1.0}))
     folder = log_folder(tmp_path, METRICS)
