@@ -27,6 +27,7 @@ def context(tmp_path: Path) -> Path:
     drifting = [
         {"server": "a", "metric": "cpu_pct", "changed_ms": to_ms(earlier)},
         {"server": "b", "metric": "cpu_pct", "changed_ms": to_ms(CHANGE)},
+        {"server": "b", "metric": "mem_pct", "changed_ms": to_ms(CHANGE + timedelta(hours=3))},
     ]
     path.write_text(json.dumps({"attempt_id": "a1", "drifting": drifting}))
     return path
@@ -36,7 +37,7 @@ def at(after_h: float) -> datetime:
     return CHANGE + timedelta(hours=after_h)
 
 
-def test_it_is_due_once_a_day_of_the_newest_change_is_known(context: Path) -> None:
+def test_it_is_due_once_a_day_of_the_middle_change_is_known(context: Path) -> None:
     assert follow_up([attempt()], context, at(23.9), 24) == ""
     assert follow_up([attempt()], context, at(24), 24) == (
         "follow-up: 24 h known of the change of 2026-03-02 09:00, trained on 4"
@@ -79,4 +80,4 @@ def test_the_setting_turns_it_off_and_a_lost_context_too(context: Path) -> None:
 
 
 def test_what_the_training_before_was_told_is_known(context: Path) -> None:
-    assert [item["server"] for item in drifting_before(context)] == ["a", "b"]
+    assert [item["server"] for item in drifting_before(context)] == ["a", "b", "b"]

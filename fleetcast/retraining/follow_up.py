@@ -38,12 +38,13 @@ def follow_up(attempts: Sequence[Attempt], context: Path, now: datetime, hours: 
     changed = [item["changed_ms"] for item in drifting if isinstance(item.get("changed_ms"), int)]
     if not changed:
         return ""
-    newest_ms, now_ms = max(changed), to_ms(now)
-    seen_h = (to_ms(parse_plain_utc(last.started_at)) - newest_ms) / _HOUR_MS
-    known_h = (now_ms - newest_ms) / _HOUR_MS
+    # the middle one: of many slow changes the newest is always a few hours old
+    middle_ms = sorted(changed)[len(changed) // 2]
+    seen_h = (to_ms(parse_plain_utc(last.started_at)) - middle_ms) / _HOUR_MS
+    known_h = (to_ms(now) - middle_ms) / _HOUR_MS
     if seen_h >= _ENOUGH_SHARE * hours or not hours <= known_h <= _LATEST_DAYS * 24:
         return ""
-    since = f"{from_ms(newest_ms):%Y-%m-%d %H:%M}"
+    since = f"{from_ms(middle_ms):%Y-%m-%d %H:%M}"
     return f"follow-up: {known_h:.0f} h known of the change of {since}, trained on {seen_h:.0f}"
 
 
