@@ -71,7 +71,6 @@ class BinGrid:
         values = np.full((len(rows), self._values.shape[1], n_bins), np.nan, dtype=np.float32)
         if self.newest_bin_ms is None or not len(rows):
             return values
-        self._reserve(int(rows.max()) + 1)
         stop = self._end - (self.newest_bin_ms - last_bin_ms) // self.bin_ms
         first, last = max(stop - n_bins, self._end - self.keep_bins), min(stop, self._end)
         if first < last:
@@ -100,6 +99,7 @@ class BinGrid:
         have, n_metrics, width = self._values.shape
         if n_rows <= have:
             return
-        grown = np.full((max(n_rows, have + have // 8), n_metrics, width), np.nan, dtype=np.float32)
-        grown[:have] = self._values
-        self._values = grown
+        # in place: the system moves pages, and a copy of everything would double the memory; views
+        # that are still referred to are not used any more (see `view`)
+        self._values.resize((max(n_rows, have + _BLOCK_ROWS), n_metrics, width), refcheck=False)
+        self._values[have:] = np.nan

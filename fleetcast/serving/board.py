@@ -54,12 +54,12 @@ class _Sweep:
     sources: dict[str, bytes]
     timestamps: bytes = b""  # the same for every server: 20 MB less at 10,000
 
-    def piece(self, name: str) -> bytes:
-        """Return a server's forecast, its time steps and its source."""
+    def pieces(self, name: str) -> tuple[bytes, ...]:
+        """Return a server's forecast, its time steps and its source, not joined."""
         forecast = self.forecasts.get(name)
         if forecast is None:
-            return _WARMING_UP
-        return forecast + self.timestamps + self.sources[name] + b'"'
+            return (_WARMING_UP,)
+        return forecast, self.timestamps, self.sources[name], b'"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,7 @@ class PredictionBoard:
         """Encode a sweep; from the next request on it is the answer."""
         self._sweep = _encoded(forecast, model)
         self._n_sweeps += 1
+        self._joined = {}  # a large fleet's document is not kept until somebody asks again
 
     def document(self, servers: Sequence[str] = (), *, only_current: bool = False) -> bytes:
         """Return the JSON document, narrowed to `servers` where any are given.
@@ -134,12 +135,12 @@ class PredictionBoard:
             rows = list(range(len(muster.server_names)))
         pieces = _server_pieces(muster, rows, sweep, only_current)
         head = {"timestamp": iso_z(now), "model": sweep.model.as_dict() if sweep.model else None}
-        return msgspec.json.encode(head)[:-1] + b',"predictions":{' + b",".join(pieces) + b"}}"
+        return b"".join([msgspec.json.encode(head)[:-1], b',"predictions":{', *pieces, b"}}"])
 
 
 def _server_pieces(muster: Muster, rows: list[int], sweep: _Sweep, only_current: bool) -> list[bytes]:
     encoder = msgspec.json.Encoder()
-    pieces = []
+    pieces: list[bytes] = []
     values = muster.values.tolist()
     is_known = ~np.isnan(muster.values)
     for row in rows:
@@ -149,15 +150,14 @@ def _server_pieces(muster: Muster, rows: list[int], sweep: _Sweep, only_current:
             for metric, value, known in zip(muster.metrics, values[row], is_known[row], strict=True)
             if known
         }
+        forecast: tuple[bytes, ...]
         if only_current:
-            forecast = b'"source":"' + sweep.sources.get(name, SOURCE_WARMING_UP.encode()) + b'"'
+            forecast = b'"source":"', sweep.sources.get(name, SOURCE_WARMING_UP.encode()), b'"'
         else:
-            forecast = sweep.piece(name)
+            forecast = sweep.pieces(name)
         stale = b"true" if muster.is_stale[row] else b"false"
-        pieces.append(
-            encoder.encode(name) + b':{"current":' + encoder.encode(current) + b","
-            + forecast + b',"stale":' + stale + b"}"
-        )  # fmt: skip
+        start = encoder.encode(name) + b':{"current":' + encoder.encode(current) + b","
+        pieces += [b"," if pieces else b"", start, *forecast, b',"stale":', stale, b"}"]
     return pieces
 
 
