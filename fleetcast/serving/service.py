@@ -6,7 +6,6 @@ given them.
 """
 
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,7 +40,6 @@ from fleetcast.settings import Settings
 logger = logging.getLogger(__name__)
 
 MAINTAIN_S = 1.0
-SWITCH_S = 0.0005  # the interpreter's 5 ms, several times per request, made clients wait for sweeps and loads
 DRAIN_S = 10.0  # for requests at work when a stop is asked for
 
 
@@ -103,7 +101,6 @@ class InferenceService:
 
     def start(self) -> None:
         """Serve at once, load a model beside, then bring back what a restart has to."""
-        sys.setswitchinterval(SWITCH_S)
         self._listener.start(self._app, DRAIN_S)
         logger.info("listening url=%s clock=%s", self._listener.url, self._settings.clock.mode)
         self._model.start()
