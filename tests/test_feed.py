@@ -276,3 +276,11 @@ def test_posts_taken_together_are_answered_each_for_itself(world: World) -> None
     assert [error["index"] for error in got[4].json()["errors"]] == [1]
     stored = sorted(name for batch in world.batches for name in batch.server_names)
     assert stored == sorted(["x", *(f"web-{n}" for n in range(12) if n not in (3, 4))])
+
+
+def test_a_page_of_somebody_else_is_refused_before_the_door(client: httpx.Client, world: World) -> None:
+    record = {"timestamp": "2026-01-15T10:00:00Z", "server_name": "web-01", "cpu_pct": 1.0}
+    for headers, code in (({"Host": "evil.example"}, 421), ({"Origin": "http://evil.example"}, 403)):
+        answer = client.post("/feed/data", json={"records": [record]}, headers=headers)
+        assert answer.status_code == code
+    assert world.batches == []

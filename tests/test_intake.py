@@ -6,11 +6,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fleetcast.clock import FakeClock
 from fleetcast.errors import StorageFull
 from fleetcast.ingest.intake import Intake
+from fleetcast.ingest.record_columns import RowsOf
 from fleetcast.ingest.rejected import RejectedRecords
 from fleetcast.schema import RecordBatch
 from fleetcast.serving.history import BinHistory
@@ -181,3 +183,19 @@ def test_the_limit_of_metrics_in_a_request_is_not_shared_by_those_taken_together
     world.intake._limits = ServerSettings(max_metric_names=10_000)
     parts = [[world.record() | {f"m{number}_{place}": 1.0 for place in range(300)}] for number in range(3)]
     assert [one.n_received for one in world.intake.take_together(parts)] == [1, 1, 1]
+
+
+def test_a_hundred_thousand_new_names_leave_nothing_behind_but_the_refusal(tmp_path: Path) -> None:
+    world = World(tmp_path, max_server_names=100)
+    moment = world.clock.now().isoformat()
+    for start in range(0, 100_000, 20_000):
+        names = [f"name-{number}" for number in range(start, start + 20_000)]
+        columns = {"timestamp": [moment] * len(names), "server_name": names, "cpu_pct": np.ones(len(names))}
+        receipt = world.intake.take(RowsOf(columns))
+        assert receipt.n_received == (100 if start == 0 else 0)
+        assert len(receipt.rejections) == 20_000 - receipt.n_received
+        assert receipt.rejections[-1].reason == "is a new name beyond the limit of 100 servers"
+    assert world.history.n_servers == 100
+    assert len(world.roster.muster(world.clock.now()).server_names) == 100
+    assert sum(len(batch.server_names) for batch in world.disk.batches) == 100
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 100_000  # the quarantine's bound
