@@ -15,6 +15,7 @@ import pyarrow as pa
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
+from benchmarks.fuzz_frames import FrameTarget
 from fleetcast.errors import BadData
 from fleetcast.ingest.arrow_ingest import read_columns
 from fleetcast.ingest.bodies import Refusal, records_in
@@ -280,8 +281,9 @@ def _full_request_class() -> Any:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("fuzz.WriteRequest"))
 
 
-TARGETS: dict[str, type[JsonTarget] | type[ArrowTarget] | type[WriteTarget]] = {
+TARGETS: dict[str, type[Target]] = {
     "json": JsonTarget,
     "arrow": ArrowTarget,
     "remote_write": WriteTarget,
+    "frames": FrameTarget,
 }
