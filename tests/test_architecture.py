@@ -46,7 +46,16 @@ ROWS = {
 }
 DEFAULT_ROW = 2
 OWNERS = {
-    "torch": {"forecaster", "network", "networkblocks", "training", "training_epochs", "training_state"},
+    "torch": {
+        "forecaster",
+        "network",
+        "networkblocks",
+        "sweepblocks",
+        "sweepnetwork",
+        "training",
+        "training_epochs",
+        "training_state",
+    },
     "pytorch_forecasting": {"network"},
     "lightning": {"training", "training_epochs"},
     "requests": {"client"},
