@@ -29,7 +29,8 @@ def library_rates(sizes: Sequence[int], metrics: Sequence[str]) -> list[dict[str
             frame = _frame(n_servers, metrics)
             model = _model(frame)
             started = process_time()
-            answer = model.predict(frame, mode="quantiles", batch_size=128, trainer_kwargs=options)
+            # a fresh dict: predict() leaves its callback in it, and the next answer would be this one
+            answer = model.predict(frame, mode="quantiles", batch_size=128, trainer_kwargs=dict(options))
             took = process_time() - started
             assert answer.shape == (n_servers * len(metrics), AHEAD, 3)
             rows.append(
