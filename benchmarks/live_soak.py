@@ -113,7 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.attach:
         live = psutil.Process(options.attach)
-        began = {"minutes_before": round((SystemClock().now().timestamp() - live.create_time()) / 60, 1)}
+        began: dict[str, Any] = {
+            "minutes_before": round((SystemClock().now().timestamp() - live.create_time()) / 60, 1)
+        }
         figures = began | {"processes": watched(live, options.minutes)}
     else:
         figures = started_and_watched(options.minutes)
