@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.results_file import RESULTS, ROOT
 from fleetcast.files import read_json
 
+_EARLIER_SLOPE = "memory_mb_per_hour_last_half"  # the same half hour, in a soak of an hour
 DOCUMENT = ROOT / "docs" / "reliability.md"
 
 
@@ -60,7 +61,7 @@ def idle_table(processes: Mapping[str, Mapping[str, Any]]) -> str:
         "|---|---|---|---|---|",
     ]
     for name, found in processes.items():
-        slope = found.get("memory_mb_per_hour_last_half_hour")
+        slope = found.get("memory_mb_per_hour_last_half_hour", found.get(_EARLIER_SLOPE))
         lines.append(
             f"| {name} | {found['memory_mb_second_quarter']}, {found['memory_mb_last_quarter']} "
             f"| {'not kept' if slope is None else f'{slope:+} MB/h'} "
