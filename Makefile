@@ -46,7 +46,7 @@ run: .venv/.requirements  ## both daemons on this machine's own metrics, live un
 faults: .venv/.requirements-dev  ## every fault many times (about half an hour); the table of docs/reliability.md
 	$(BIN)/python -m benchmarks.faults
 
-bench-peers: .venv/.requirements  ## drift checks beside Evidently, NannyML, Alibi Detect, river (1 GB in .venv-peers/)
+bench-peers: .venv/.requirements  ## drift checks beside Evidently, NannyML, Alibi Detect, river (5 GB in .venv-peers/)
 	$(BIN)/python -m benchmarks.peer_environments
 	$(BIN)/python -m benchmarks.drift_speed
 

@@ -1,6 +1,6 @@
 """Other drift libraries, each in an environment of its own: their pins do not agree with ours.
 
-    python -m benchmarks.peer_environments [--only NAME]     makes .venv-peers/NAME (about 1 GB in all)
+    python -m benchmarks.peer_environments [--only NAME]     makes .venv-peers/NAME (about 5 GB in all)
 
 Owns: which libraries, their versions, and running a check in one of them. One that cannot be
 installed is n/a, with the reason, wherever it would be shown. Does not know: what is measured.
