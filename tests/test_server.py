@@ -190,7 +190,7 @@ def test_a_body_that_never_ends_is_408(daemon: Daemon, monkeypatch: pytest.Monke
 def test_a_sender_that_goes_away_disturbs_nobody(client: httpx.Client, daemon: Daemon) -> None:
     host, port = client.base_url.host, client.base_url.port
     with socket.create_connection((host, port or 0)) as link:
-        link.sendall(b"POST /feed/data HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        link.sendall(b"POST /feed/data HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
     assert client.post("/feed/data", json=GOOD).status_code == 200
     assert len(daemon.taken) == 1
 

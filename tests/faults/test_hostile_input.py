@@ -121,7 +121,7 @@ def _on_the_wire(daemon: InferenceDaemon, data: bytes, wait_s: float = 10.0) -> 
             return b""
 
 
-_POST = b"POST /feed/data HTTP/1.1\r\nHost: x\r\n"
+_POST = b"POST /feed/data HTTP/1.1\r\nHost: localhost\r\n"
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_a_request_that_hangs_holds_the_stop_up_for_a_bounded_time(tmp_path: Pat
 
 def _half_a_request(daemon: InferenceDaemon) -> socket.socket:
     wire = socket.create_connection(("127.0.0.1", daemon.port))
-    wire.sendall(b"POST /feed/data HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    wire.sendall(b"POST /feed/data HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
     return wire
 
 
