@@ -186,7 +186,8 @@ def _requests(form: Form, n_bodies: int) -> list[bytes]:
     requests = []
     for body in form.bodies(now_ms, n_bodies, form.n_per_post):
         head = (
-            f"POST {form.path} HTTP/1.1\r\nHost: localhost\r\n{form.headers}\r\nContent-Length: {len(body)}\r\n\r\n"
+            f"POST {form.path} HTTP/1.1\r\nHost: localhost\r\n{form.headers}\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
         )
         requests.append(head.encode() + body)
     return requests
