@@ -42,8 +42,18 @@ def test_it_is_due_once_a_day_of_the_middle_change_is_known(context: Path) -> No
     assert follow_up([attempt()], context, at(24), 24) == (
         "follow-up: 24 h known of the change of 2026-03-02 09:00, trained on 4"
     )
-    assert follow_up([attempt(outcome="rejected")], context, at(30), 24)
     assert follow_up([attempt()], context, at(7 * 24 + 1), 24) == "", "too late to be worth one of its own"
+
+
+@pytest.mark.parametrize("after_h", [4.0, 40.0])
+def test_a_rejected_one_is_followed_a_day_later_however_much_it_saw(context: Path, after_h: float) -> None:
+    rejected = [attempt(after_h, outcome="rejected")]
+
+    assert follow_up(rejected, context, at(after_h + 23.9), 24) == ""
+    assert follow_up(rejected, context, at(after_h + 24), 24) == (
+        "follow-up: 24 h since a rejected training for drift"
+    )
+    assert follow_up(rejected, context, at(after_h + 7 * 24 + 1), 24) == ""
 
 
 def test_a_training_that_saw_half_a_day_is_not_followed(context: Path) -> None:

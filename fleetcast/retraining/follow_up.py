@@ -1,7 +1,7 @@
-"""A second training after a hurried one: drift is found within hours, and hours are little to learn from.
+"""A second training after a hurried or a rejected one: drift is found within hours, and hours are little.
 
-Owns: when the training that drift asked for saw too little of what changed, and from when on
-there is enough for another. Does not know: safeguards and quiet periods, which hold as for any.
+Owns: when the training that drift asked for saw too little of what changed or came to nothing, and
+from when on there is enough for another. Does not know: safeguards and quiet periods, which hold as for any.
 
 Its series are not judged meanwhile (they have no reference yet), so nothing else would ask.
 docs/decisions/follow-up-training.md has the figures.
@@ -16,7 +16,7 @@ from fleetcast.clock import from_ms, parse_plain_utc, to_ms
 from fleetcast.errors import CorruptFile
 from fleetcast.files import read_json
 from fleetcast.retraining.safeguards import DRIFT
-from fleetcast.retraining.state import VERDICTS, Attempt
+from fleetcast.retraining.state import REJECTED, VERDICTS, Attempt
 
 _HOUR_MS = 3_600_000
 _ENOUGH_SHARE = 0.5  # of the hours asked for: a first training that saw this much needs no second
@@ -38,9 +38,14 @@ def follow_up(attempts: Sequence[Attempt], context: Path, now: datetime, hours: 
     changed = [item["changed_ms"] for item in drifting if isinstance(item.get("changed_ms"), int)]
     if not changed:
         return ""
+    started_ms = to_ms(parse_plain_utc(last.started_at))
+    if last.outcome == REJECTED:  # the changes are still to be learned, however much of them was seen
+        waited_h = (to_ms(now) - started_ms) / _HOUR_MS
+        is_due = hours <= waited_h <= _LATEST_DAYS * 24
+        return f"follow-up: {waited_h:.0f} h since a rejected training for drift" if is_due else ""
     # the middle one: of many slow changes the newest is always a few hours old
     middle_ms = sorted(changed)[len(changed) // 2]
-    seen_h = (to_ms(parse_plain_utc(last.started_at)) - middle_ms) / _HOUR_MS
+    seen_h = (started_ms - middle_ms) / _HOUR_MS
     known_h = (to_ms(now) - middle_ms) / _HOUR_MS
     if seen_h >= _ENOUGH_SHARE * hours or not hours <= known_h <= _LATEST_DAYS * 24:
         return ""
