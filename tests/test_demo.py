@@ -98,6 +98,10 @@ def attempt(rule: str, started: Any, version: str, outcome: str = "promoted") ->
     }
 
 
+def named(server: str, score: float) -> dict[str, Any]:
+    return {"server": server, "is_drifting": True, "score": score}
+
+
 @pytest.fixture
 def good() -> Outcome:
     """A run in which everything happened: v1 from day 3 on, v2 ten hours after the change."""
@@ -119,7 +123,7 @@ def good() -> Outcome:
         decisions=[
             {"at": iso_z(splice.CHANGE - timedelta(hours=age)), "drift_status": "ready"} for age in (25, 9, 1)
         ],
-        contexts={"v2": {"drifting": [{"server": name, "is_drifting": True} for name in splice.SPLICED]}},
+        contexts={"v2": {"drifting": [named(name, 3.0) for name in splice.SPLICED]}},
         ledger={"due": len(forecasts) + 2, "settled": len(forecasts), "expired": 2},
         rows=forecasts,
     )
@@ -141,13 +145,22 @@ def changed(outcome: Outcome, **values: Any) -> Outcome:
     return replace(outcome, **values)
 
 
+def test_another_server_may_be_named_after_the_changed_ones_but_not_before_one(good: Outcome) -> None:
+    claim = "drift names the changed servers before any other"
+    of_changed = good.contexts["v2"]["drifting"]
+
+    for score, expected in ((1.02, []), (3.1, [claim])):
+        context = {"drifting": [named("another", score), *of_changed]}
+        assert untrue(changed(good, contexts={"v2": context})) == expected
+
+
 def test_each_thing_that_did_not_happen_is_a_no(good: Outcome) -> None:
     early = attempt("drift", splice.CHANGE - timedelta(hours=5), "v1b", "rejected")
     first, second = good.attempts
     cases = {
         "every record was accepted": changed(good, replay=good.replay | {"accepted": "9"}),
         "nothing is trained while nothing changes": changed(good, attempts=[first, early, second]),
-        "drift names the changed servers and no other": changed(good, contexts={"v2": {"drifting": []}}),
+        "drift names the changed servers before any other": changed(good, contexts={"v2": {"drifting": []}}),
         "every forecast that was due is accounted for, none twice": changed(
             good, ledger=good.ledger | {"due": 1}
         ),
@@ -165,7 +178,7 @@ def test_each_thing_that_did_not_happen_is_a_no(good: Outcome) -> None:
 def test_without_a_second_training_four_claims_fall(good: Outcome) -> None:
     alone = changed(good, attempts=good.attempts[:1])
     assert untrue(alone) == [
-        "drift names the changed servers and no other",
+        "drift names the changed servers before any other",
         "the engine started a training because of drift",
         "the new model was loaded without a failed request",
         "forecasts of the changed servers are better afterwards",
