@@ -34,7 +34,8 @@ from fleetcast.model.versions import BASELINE_FILE, MODEL_FILE, REFERENCE_FILE, 
 from fleetcast.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from fleetcast.model.candidate import Candidate, Served
+    from fleetcast.model.candidate import Candidate
+    from fleetcast.model.judgement import Served
     from fleetcast.model.sampler import ChangedSeries
     from fleetcast.model.traingrid import TrainingGrid
 
@@ -88,7 +89,7 @@ class Attempt:
         except FleetcastError as error:
             self._write({"why": str(error)}, int(error.exit_code))
             raise
-        verdict = candidate.verdict
+        verdict = candidate.judgement.verdict
         self._write(
             {
                 "promoted": verdict.promoted,
@@ -117,7 +118,7 @@ class Attempt:
         if context.attempt_id and _checked_id(context.attempt_id):
             self._id = context.attempt_id
         changed = context.changed_series(grid)
-        maker = CandidateMaker(grid, changed, settings)
+        maker = CandidateMaker(grid, changed, settings, context.all_changes(grid))
         serving = served(self._registry, maker.shape)
         start = serving if self._options.incremental else None
         version_id = new_version_id(self._clock.now())
@@ -177,11 +178,11 @@ class Attempt:
         """Write the version, then put into service what the gate let through."""
         contents = {
             MODEL_FILE: candidate.content,
-            BASELINE_FILE: candidate.baseline.to_bytes(),
+            BASELINE_FILE: candidate.judgement.baseline.to_bytes(),
             **reference,
         }
         self._registry.add(version_id, contents, self._manifest(candidate, start, grid))
-        if candidate.verdict.promoted:
+        if candidate.judgement.verdict.promoted:
             self._registry.promote(version_id)
         self._registry.set_baseline(version_id)
         pruned = self._registry.prune(self._settings.trainer.keep_versions)
@@ -191,9 +192,11 @@ class Attempt:
     def _manifest(
         self, candidate: "Candidate", start: "Served | None", grid: "TrainingGrid"
     ) -> dict[str, Any]:
-        verdict, settings = candidate.verdict, self._settings
+        judgement, settings = candidate.judgement, self._settings
+        model, verdict = judgement.model, judgement.verdict
+        special = model.specialist.series if model.specialist else ()
         return {
-            "created_at": candidate.model.trained_at,
+            "created_at": model.trained_at,
             "attempt_id": self._id,
             "parent": start.version.id if start else None,
             "kind": "incremental" if start else "base",
@@ -202,11 +205,12 @@ class Attempt:
                 "why": verdict.why,
                 "compared_with": candidate.compared_with,
                 "figures": verdict.figures,
-                "mean_absolute_errors": candidate.errors,
+                "mean_absolute_errors": judgement.errors,
             },
             "data_range": {"start": iso_z(from_ms(grid.start_ms)), "end": iso_z(from_ms(grid.end_ms))},
             "servers": len(grid.server_names),
-            "metrics": list(candidate.model.metrics),
+            "metrics": list(model.metrics),
+            "specialist": [{"server": server, "metric": metric} for server, metric in sorted(special)],
             "training": {
                 **dataclasses.asdict(candidate.plan),
                 "took_s": round(monotonic() - self._started, 1),
@@ -215,8 +219,8 @@ class Attempt:
                 part: dataclasses.asdict(getattr(settings, part)) for part in ("bins", "forecast", "trainer")
             },
             "schema": {
-                "grid": candidate.model.description.grid.as_config(),
-                "network": candidate.model.description.network.as_config(),
+                "grid": model.description.grid.as_config(),
+                "network": model.description.network.as_config(),
             },
         }
 

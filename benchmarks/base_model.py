@@ -21,7 +21,8 @@ import numpy as np
 
 from benchmarks.results_file import ROOT, machine, revision
 from fleetcast.clock import SystemClock, from_ms, iso_z, monotonic
-from fleetcast.model.forecaster import Forecaster, ModelDescription
+from fleetcast.model.checkpoint import ModelDescription
+from fleetcast.model.forecaster import Forecaster
 from fleetcast.model.gridshape import GridShape
 from fleetcast.model.network import NetworkConfig
 from fleetcast.model.registry import Registry

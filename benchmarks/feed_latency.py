@@ -192,7 +192,8 @@ def promote(folder: Path, number: int) -> None:
     """Put a model of the real network with random weights into service."""
     import torch
 
-    from fleetcast.model.forecaster import Forecaster, ModelDescription
+    from fleetcast.model.checkpoint import ModelDescription
+    from fleetcast.model.forecaster import Forecaster
     from fleetcast.model.gridshape import GridShape
     from fleetcast.model.network import NetworkConfig, build
 

@@ -26,7 +26,8 @@ from benchmarks.forecast_rounds import OURS, OURS_FED, Forecasts, Walk, measured
 from benchmarks.forecast_scores import HORIZONS
 from benchmarks.forecast_stock import StockRecipe
 from benchmarks.results_file import write_results
-from fleetcast.model.forecaster import Forecaster, ModelDescription
+from fleetcast.model.checkpoint import ModelDescription
+from fleetcast.model.forecaster import Forecaster
 from fleetcast.model.gridshape import GridShape
 from fleetcast.model.network import NetworkConfig
 from fleetcast.model.sampler import WindowMix, WindowSampler

@@ -25,7 +25,8 @@ import numpy as np
 from benchmarks.library_predict import library_rates
 from benchmarks.results_file import write_results
 from fleetcast.clock import DataClock, from_ms
-from fleetcast.model.forecaster import Forecaster, ModelDescription, set_threads
+from fleetcast.model.checkpoint import ModelDescription
+from fleetcast.model.forecaster import Forecaster, set_threads
 from fleetcast.model.gridshape import GridShape
 from fleetcast.model.network import NetworkConfig, build
 from fleetcast.model.windows import HISTORY_BINS

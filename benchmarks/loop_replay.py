@@ -48,7 +48,7 @@ BITBRAINS_MAPS = ("cpu_pct", "mem_pct", "disk_io_mb_s=disk_read_mb_s+disk_write_
 SCENES = (NATURAL, INJECTED)
 # chosen so that a training takes about 10 CPU seconds, 20 at most; the initial one some 80
 BATCH_SIZE = 64
-STEPS_PER_EPOCH = 20
+STEPS_PER_EPOCH = 40
 INITIAL_EPOCHS = 8
 
 

@@ -5,11 +5,13 @@ What was forecast before the replay is the fallback's: the last value, version N
 fleet whose first training is yet to come. Does not know: when to train.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.replay_fleet import ReplayFleet
 from fleetcast.clock import from_ms
@@ -48,17 +50,29 @@ def forecast_stretch(model: Forecaster, fleet: ReplayFleet, start: int, end: int
     )
     out = np.full((len(series), end - start, len(HORIZONS), len(QUANTILES)), np.nan, np.float32)
     look_back = np.arange(1 - shape.history_bins, 1)
-    for first in range(0, len(rows), _WINDOWS_AT_ONCE):
-        row, origin = rows[first : first + _WINDOWS_AT_ONCE], origins[first : first + _WINDOWS_AT_ONCE]
+    is_special = model.is_special(grid.server_names, grid.metrics).ravel()[rows]
+    for row, origin, special in _passes(rows, origins, is_special):
         columns = origin[:, None] + look_back
         history = series[row[:, None], np.maximum(columns, 0)]
         history[columns < 0] = np.nan
         metric = row % n_metric
         arrays = encode(history, grid.start_ms + origin * grid.bin_ms, percents[metric], shape)
-        quantiles = decode(model.answer(arrays, slots[metric]), arrays.scale, shape)
+        answer = model.answer(arrays, slots[metric], is_special=special)
+        quantiles = decode(answer, arrays.scale, shape)
         quantiles[~arrays.scale.is_usable] = np.nan
         out[row, origin - start] = quantiles[:, [horizon - 1 for horizon in HORIZONS]]
     return out.reshape(len(grid.server_names), n_metric, end - start, len(HORIZONS), len(QUANTILES))
+
+
+def _passes(
+    rows: Longs, origins: Longs, is_special: NDArray[np.bool_]
+) -> Iterator[tuple[Longs, Longs, bool]]:
+    """Yield windows as one pass of the network takes them, and whether the specialist does."""
+    for special in (False, True):
+        chosen = np.flatnonzero(is_special == special)
+        for first in range(0, len(chosen), _WINDOWS_AT_ONCE):
+            part = chosen[first : first + _WINDOWS_AT_ONCE]
+            yield rows[part], origins[part], special
 
 
 @dataclass(eq=False)

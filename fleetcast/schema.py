@@ -15,6 +15,7 @@ QUANTILES = (0.1, 0.5, 0.9)
 Floats = NDArray[np.float64]
 Floats32 = NDArray[np.float32]
 Longs = NDArray[np.int64]
+Series = tuple[str, str]  # (server, metric)
 Codes = NDArray[np.int32]
 
 

@@ -25,6 +25,16 @@ class TrainerSettings:
     changed_share: float = setting(
         0.35, "share of a batch drawn from drifting series after their change", low=0.0, high=0.9
     )
+    specialist_max_share: float = setting(
+        0.5,
+        "share of the series up to which a change is learned by a specialist, the others' forecasts "
+        "staying as they are; 0: never",
+        low=0.0,
+        high=1.0,
+    )
+    specialist_changed_share: float = setting(
+        0.6, "changed_share in a training of the specialist", low=0.0, high=0.9
+    )
     keep_weight: float = setting(
         1.0, "weight in the loss of moving away from the old answers to replayed windows", low=0.0
     )

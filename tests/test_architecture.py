@@ -29,6 +29,8 @@ ROWS = {
     "drift_monitor": 4,
     "forecaster": 3,
     "candidate": 3,
+    "judgement": 3,
+    "scope": 3,
     "server": 3,
     "setting": 1,
     "setting_sources": 1,
@@ -47,6 +49,7 @@ ROWS = {
 DEFAULT_ROW = 2
 OWNERS = {
     "torch": {
+        "checkpoint",
         "forecaster",
         "network",
         "networkblocks",

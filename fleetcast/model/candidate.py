@@ -1,34 +1,30 @@
 """How a candidate is made: what it starts from, what it is shown, what it is judged by.
 
-Owns: the order of one training, from a grid to a candidate with its verdict and baseline.
+Owns: the order of one training, from a grid to a judged candidate.
 Does not know: flags, locks, where versions live.
 """
 
 import hashlib
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fleetcast.errors import BadCheckpoint, BadData, NotEnoughData
-from fleetcast.model.baseline import Baseline
-from fleetcast.model.forecaster import Forecaster, ModelDescription
-from fleetcast.model.gate import GateVerdict, judge
+from fleetcast.model.checkpoint import ModelDescription, Specialist, Weights
+from fleetcast.model.forecaster import Forecaster
 from fleetcast.model.gridshape import GridShape
-from fleetcast.model.holdout import HoldOut, Losses, held_from, mean_errors
+from fleetcast.model.holdout import held_from
+from fleetcast.model.judgement import FALLBACK, Judgement, Served, judged
 from fleetcast.model.network import METRIC_SLOTS, NetworkConfig
 from fleetcast.model.registry import Registry
 from fleetcast.model.sampler import ChangedSeries, WindowMix, WindowSampler
+from fleetcast.model.scope import Scope, scope_of
 from fleetcast.model.series_weights import series_weights
-from fleetcast.model.trained_baseline import trained_baseline
 from fleetcast.model.traingrid import TrainingGrid
 from fleetcast.model.training import Fit, fit
 from fleetcast.model.training_epochs import Resumable
 from fleetcast.model.training_state import StateFile
-from fleetcast.model.versions import Version
 from fleetcast.model.windows import count_trainable, enough_to_train
 from fleetcast.schema import Longs
 from fleetcast.serving.fallback import NaiveForecaster
@@ -39,26 +35,14 @@ logger = logging.getLogger(__name__)
 _VALIDATED = 768  # windows an epoch of a base training is judged by
 _WARMUP_STEPS, _INCREMENTAL_WARMUP_STEPS = 50, 20
 _EMBEDDING = "input_embeddings.embeddings.metric.weight"
-FALLBACK = "fallback"
-
-
-@dataclass(frozen=True)
-class Served:
-    """A version that can serve, loaded."""
-
-    version: Version
-    model: Forecaster
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A trained model with its verdict and the baseline of its data."""
+    """A trained model that was judged."""
 
-    model: Forecaster
+    judgement: Judgement
     content: bytes
-    baseline: Baseline
-    verdict: GateVerdict
-    errors: Mapping[str, Any]  # mean |p50 - actual| by side, metric and horizon
     compared_with: str
     plan: Fit
 
@@ -78,13 +62,22 @@ def served(registry: Registry, grid: GridShape) -> Served | None:
 class CandidateMaker:
     """Trains and judges on one grid."""
 
-    def __init__(self, grid: TrainingGrid, changed: tuple[ChangedSeries, ...], settings: Settings) -> None:
+    def __init__(
+        self,
+        grid: TrainingGrid,
+        changed: tuple[ChangedSeries, ...],
+        settings: Settings,
+        known: tuple[ChangedSeries, ...] = (),
+    ) -> None:
         """Prepare; nothing is trained yet.
 
+        Args:
+            changed: what the training is told has changed.
+            known: changes of which earlier trainings were told.
         Raises:
             NotEnoughData: the grid cannot carry a training.
         """
-        self._grid, self._changed, self._settings = grid, changed, settings
+        self._grid, self._changed, self._known, self._settings = grid, changed, known, settings
         trainer = settings.trainer
         self.shape = GridShape(grid.bin_ms, settings.forecast.horizon_bins)
         n_window = count_trainable(grid.values, self.shape.horizon_bins)
@@ -120,14 +113,36 @@ class CandidateMaker:
             BadCheckpoint: the trained model does not load back, or is not finite.
         """
         description = self._description(version_id, trained_at, start)
-        plan = self._plan(start is not None, epochs, shows_progress_bar=shows_progress_bar)
+        begun = start.model if start else None
+        scope = scope_of(
+            self._grid, self._changed, self._known, begun, self._settings.trainer.specialist_max_share
+        )
+        plan = self._plan(scope, epochs, is_incremental=begun is not None, shows_bar=shows_progress_bar)
         state = StateFile(state_path, self._identity(description, plan)) if state_path and not start else None
-        weights = self._fitted(description, start, plan, state)
-        content = Forecaster(description, weights).to_bytes()
+        trained = self._trained(description, begun, scope, plan, state)
+        content = trained.to_bytes()
         model = Forecaster.from_bytes(content, Path(f"{version_id} (not written yet)"))
-        verdict, errors, baseline = self._judged(model, serving)
-        compared_with = serving.version.id if serving else FALLBACK
-        return Candidate(model, content, baseline, verdict, errors, compared_with, plan)
+        found = judged(model, serving, self._grid, self._held_from, self._changed, self._settings)
+        return Candidate(found, found.model.to_bytes(), serving.version.id if serving else FALLBACK, plan)
+
+    def _trained(
+        self,
+        description: ModelDescription,
+        start: Forecaster | None,
+        scope: Scope,
+        plan: Fit,
+        state: StateFile | None,
+    ) -> Forecaster:
+        """Return the model with the weights of its scope trained."""
+        fleet = _with_new_metrics(start.weights, start.metrics, description) if start else None
+        own = start.specialist if start and scope.series else None
+        special = _with_new_metrics(own.weights, start.metrics, description) if start and own else fleet
+        if fleet is None or not scope.is_special:
+            fleet = self._fitted(description, start, scope, fleet, plan, state)
+        else:
+            special = self._fitted(description, start, scope, special, plan, None)
+        specialist = Specialist(special, scope.series) if special and scope.series else None
+        return Forecaster(description, fleet, specialist)
 
     def _description(self, version_id: str, trained_at: str, start: Served | None) -> ModelDescription:
         old = start.model.description if start else None
@@ -139,7 +154,7 @@ class CandidateMaker:
         network = old.network if old else NetworkConfig.for_grid(self.shape, width)
         return ModelDescription(version_id, trained_at, metrics, self.shape, network)
 
-    def _plan(self, is_incremental: bool, epochs: int, *, shows_progress_bar: bool) -> Fit:
+    def _plan(self, scope: Scope, epochs: int, *, is_incremental: bool, shows_bar: bool) -> Fit:
         trainer = self._settings.trainer
         return Fit(
             epochs=epochs,
@@ -148,8 +163,8 @@ class CandidateMaker:
             warmup_steps=_INCREMENTAL_WARMUP_STEPS if is_incremental else _WARMUP_STEPS,
             threads=trainer.threads,
             seed=trainer.seed,
-            shows_progress_bar=shows_progress_bar,
-            keep_weight=trainer.keep_weight if is_incremental else 0.0,
+            shows_progress_bar=shows_bar,
+            keep_weight=trainer.keep_weight if is_incremental and not scope.is_special else 0.0,
             patience_epochs=0 if is_incremental else trainer.patience_epochs,
         )
 
@@ -161,22 +176,29 @@ class CandidateMaker:
         told.update(repr((*parts, replace(plan, shows_progress_bar=False), self._settings.trainer)).encode())
         return told.hexdigest()
 
-    def _mix(self, start: Served | None) -> WindowMix:
+    def _mix(self, start: Forecaster | None, scope: Scope) -> WindowMix:
         """Return what a batch is drawn from: a change that is known, else the recent and badly forecast."""
         trainer = self._settings.trainer
         if start is None:
             return WindowMix()
-        if self._changed:
-            return WindowMix(self._changed, trainer.changed_share)
+        if scope.shown:
+            share = trainer.specialist_changed_share if scope.is_special else trainer.changed_share
+            return WindowMix(scope.shown, share)
         recent = round(trainer.recent_days * 86_400_000 / self._grid.bin_ms)
         fallback = NaiveForecaster(self.shape.horizon_bins)
         weights = series_weights(
-            start.model, fallback, self._grid, self.shape, self._held_from, recent, trainer.seed
+            start, fallback, self._grid, self.shape, self._held_from, recent, trainer.seed
         )
         return WindowMix(recent_share=trainer.recent_share, recent_bins=recent, recent_weights=weights)
 
     def _fitted(
-        self, description: ModelDescription, start: Served | None, plan: Fit, state: StateFile | None
+        self,
+        description: ModelDescription,
+        start: Forecaster | None,
+        scope: Scope,
+        weights: Weights | None,
+        plan: Fit,
+        state: StateFile | None,
     ) -> dict[str, Any]:
         trainer = self._settings.trainer
         batch_size = trainer.incremental_batch_size if start else trainer.batch_size
@@ -186,8 +208,7 @@ class CandidateMaker:
         if plan.patience_epochs:
             validation = self._sampler(held_from, self._newest(self._n_validation)).batch(_VALIDATED, slots)
             held_from = held_from - self._n_validation
-        sampler = self._sampler(held_from, self._mix(start))
-        weights = _with_new_metrics(start.model, description) if start else None
+        sampler = self._sampler(held_from, self._mix(start, scope))
         fitted = fit(
             description.network,
             self.shape,
@@ -212,56 +233,12 @@ class CandidateMaker:
     def _sampler(self, held_from: Longs, mix: WindowMix) -> WindowSampler:
         return WindowSampler(self._grid, self.shape, held_from, mix, self._settings.trainer.seed)
 
-    def _judged(
-        self, model: Forecaster, serving: Served | None
-    ) -> tuple[GateVerdict, dict[str, Any], Baseline]:
-        settings = self._settings
-        fallback = NaiveForecaster(self.shape.horizon_bins)
-        hold_out = HoldOut(
-            self._grid,
-            self.shape,
-            self._held_from,
-            self._changed,
-            fallback,
-            settings.forecast.settle_horizons,
-            settings.trainer.seed,
-        )
-        sides: dict[str, Losses] = {"candidate": hold_out.losses(model), FALLBACK: hold_out.losses(fallback)}
-        if serving:
-            sides["serving"] = hold_out.losses(serving.model)
-        opponent = sides["serving"] if serving else sides[FALLBACK]
-        # a fleet's first model has to beat both the shipped base and the fallback
-        is_first = serving is None or serving.version.is_base
-        verdict = judge(
-            sides["candidate"],
-            opponent,
-            hold_out.is_changed,
-            self._grid.metrics,
-            settings.trainer.seed,
-            sides[FALLBACK] if is_first and serving else None,
-        )
-        errors = {name: self._error_table(side, hold_out.horizons) for name, side in sides.items()}
-        in_service = sides["candidate"] if verdict.promoted else opponent
-        baseline = trained_baseline(
-            self._grid, self._changed, settings.drift.baseline_days, model.version, in_service, hold_out
-        )
-        return verdict, errors, baseline
 
-    def _error_table(self, side: Losses, horizons: tuple[int, ...]) -> dict[str, dict[str, float | None]]:
-        table, _ = mean_errors(side)
-        return {
-            metric: {
-                str(horizon): None if np.isnan(table[row, column]) else round(float(table[row, column]), 5)
-                for column, horizon in enumerate(horizons)
-            }
-            for row, metric in enumerate(self._grid.metrics)
-        }
-
-
-def _with_new_metrics(model: Forecaster, description: ModelDescription) -> dict[str, Any]:
+def _with_new_metrics(
+    weights: Weights, metrics: tuple[str, ...], description: ModelDescription
+) -> dict[str, Any]:
     """Return a model's weights, a metric it did not know starting as the unknown one."""
-    weights = dict(model.weights)
     embedding = weights[_EMBEDDING].clone()
-    for metric in description.metrics[len(model.metrics) :]:
+    for metric in description.metrics[len(metrics) :]:
         embedding[description.slot(metric)] = embedding[0]
     return {**weights, _EMBEDDING: embedding}

@@ -1,35 +1,27 @@
 """The model in service: load, forecast a window, save.
 
-Owns: the checkpoint's bytes, and arrays → tensors → quantiles. With `network.py` and
-`training.py` the owner of torch. Does not know: who serves, where versions live.
-
-Checkpoint (format 1, `torch.save` of plain types only, read with weights_only=True and nothing
-else): {"format": 1, "version": str, "trained_at": ISO 8601, "metrics": [str], "grid": {...},
-"network": {...}, "state_dict": {name: float32 tensor}}.
+Owns: arrays → tensors → quantiles, and which of a model's two sets of weights forecasts a series.
+With `checkpoint.py`, `network.py` and `training.py` the owner of torch. Does not know: who serves,
+where versions live.
 """
 
-import io
-import pickle
-import struct
-import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fleetcast.errors import BadCheckpoint, BadData, CorruptFile, OtherBins
 from fleetcast.files import read_regular, write_atomic
-from fleetcast.model.encoding import AHEAD_REALS, PAST_REALS, STATIC_REALS, ModelArrays, decode, encode
-from fleetcast.model.gridshape import GridShape
-from fleetcast.model.network import METRIC_SLOTS, NetworkConfig, as_batch
+from fleetcast.model.checkpoint import Checkpoint, ModelDescription, Specialist, Weights, not_ours
+from fleetcast.model.encoding import ModelArrays, decode, encode
+from fleetcast.model.network import as_batch
 from fleetcast.model.scaling import is_percent
 from fleetcast.model.sweepnetwork import SweepNetwork
 from fleetcast.schema import QUANTILES, Floats32, HistoryWindow, Longs
 
-FORMAT = 1
 MIN_HISTORY_S = 3600.0
 _CHUNK = 256  # windows per forward pass: the tensors of one stay in a core's cache
 
@@ -37,21 +29,6 @@ _CHUNK = 256  # windows per forward pass: the tensors of one stay in a core's ca
 def set_threads(count: int) -> None:
     """Set how many threads torch uses in this process."""
     torch.set_num_threads(count)
-
-
-@dataclass(frozen=True)
-class ModelDescription:
-    """What a model is, beside its weights."""
-
-    version: str
-    trained_at: str
-    metrics: tuple[str, ...]  # their slots are 1, 2, ...; slot 0 is any other
-    grid: GridShape
-    network: NetworkConfig
-
-    def slot(self, metric: str) -> int:
-        """Return the network's slot of a metric, 0 for one it was not trained on."""
-        return self.metrics.index(metric) + 1 if metric in self.metrics else 0
 
 
 class Forecaster:
@@ -64,15 +41,18 @@ class Forecaster:
     def __init__(
         self,
         description: ModelDescription,
-        weights: Mapping[str, torch.Tensor],
+        weights: Weights,
+        specialist: Specialist | None = None,
         *,
         min_history_s: float = MIN_HISTORY_S,
     ) -> None:
         self.description = description
         self.weights = {name: tensor.detach() for name, tensor in weights.items()}
+        self.specialist = specialist
         self._min_history_bins = max(1, round(min_history_s * 1000 / description.grid.bin_ms))
         with torch.inference_mode():
             self._network = SweepNetwork(self.weights, description.network)
+            self._special = SweepNetwork(specialist.weights, description.network) if specialist else None
 
     @property
     def version(self) -> str:
@@ -130,31 +110,17 @@ class Forecaster:
         Raises:
             BadCheckpoint: damaged, foreign, unsafe or not finite.
         """
+        found = Checkpoint.from_bytes(content, path)
         try:
-            description, weights = _parsed(_unpickled(content, path))
-            loaded = cls(description, weights, min_history_s=min_history_s)
+            loaded = cls(found.description, found.weights, found.specialist, min_history_s=min_history_s)
             loaded._try_once()
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
-            raise BadCheckpoint(path, f"not a model of ours: {type(error).__name__} {error}") from error
+            raise not_ours(path, error) from error
         return loaded
 
     def to_bytes(self) -> bytes:
         """Return the content of a checkpoint."""
-        stream = io.BytesIO()
-        item = self.description
-        torch.save(
-            {
-                "format": FORMAT,
-                "version": item.version,
-                "trained_at": item.trained_at,
-                "metrics": list(item.metrics),
-                "grid": item.grid.as_config(),
-                "network": item.network.as_config(),
-                "state_dict": self.weights,
-            },
-            stream,
-        )
-        return stream.getvalue()
+        return Checkpoint(self.description, self.weights, self.specialist).to_bytes()
 
     def save(self, path: Path) -> None:
         """Write a checkpoint in one durable step."""
@@ -177,79 +143,66 @@ class Forecaster:
             raise BadData(f"the model forecasts bins of {grid.bin_ms} ms, the window has {window.bin_ms} ms")
         n_server, n_metric, _ = window.values.shape
         quantiles = np.full((n_server, n_metric, grid.horizon_bins, len(QUANTILES)), np.nan, np.float32)
-        per_pass = max(1, _CHUNK // max(1, n_metric))
-        known = [index for index, metric in enumerate(window.metrics) if metric in self.metrics]
-        slots = np.array([self.description.slot(window.metrics[index]) for index in known], np.int64)
-        percents = np.array([is_percent(window.metrics[index]) for index in known], np.bool_)
-        for start in range(0, n_server if known else 0, per_pass):
-            chunk = window.values[start : start + per_pass, known]  # (server, metric, bin)
-            n_chunk = len(chunk)
-            quantiles[start : start + n_chunk, known] = self._forecast(
-                chunk.reshape(n_chunk * len(known), -1),
-                np.full(n_chunk * len(known), window.end_bin_ms, np.int64),
-                np.tile(slots, n_chunk),
-                np.tile(percents, n_chunk),
-            ).reshape(n_chunk, len(known), grid.horizon_bins, len(QUANTILES))
+        slots = np.array([self.description.slot(metric) for metric in window.metrics], np.int64)
+        percents = np.array([is_percent(metric) for metric in window.metrics], np.bool_)
+        for servers, columns, is_special in self._passes(window.server_names, window.metrics):
+            quantiles[servers, columns] = self._forecast(
+                window.values[servers, columns],
+                np.full(len(servers), window.end_bin_ms, np.int64),
+                slots[columns],
+                percents[columns],
+                is_special=is_special,
+            )
         return quantiles
 
+    def is_special(self, servers: Sequence[str], metrics: Sequence[str]) -> NDArray[np.bool_]:
+        """Return which series (server, metric) the specialist forecasts."""
+        chosen = np.zeros((len(servers), len(metrics)), np.bool_)
+        if self.specialist:
+            rows = {name: index for index, name in enumerate(servers)}
+            columns = {name: index for index, name in enumerate(metrics)}
+            for server, metric in self.specialist.series:
+                if server in rows and metric in columns:
+                    chosen[rows[server], columns[metric]] = True
+        return chosen
+
+    def _passes(self, servers: Sequence[str], metrics: Sequence[str]) -> Iterator[tuple[Longs, Longs, bool]]:
+        """Yield the known series pass by pass: their rows, their columns, whether they are special."""
+        is_special = self.is_special(servers, metrics)
+        is_known = np.array([metric in self.metrics for metric in metrics], np.bool_)
+        for chosen, special in ((~is_special & is_known, False), (is_special & is_known, True)):
+            rows, columns = np.nonzero(chosen)
+            for start in range(0, len(rows), _CHUNK):
+                part = slice(start, start + _CHUNK)
+                yield rows[part], columns[part], special
+
     def _forecast(
-        self, history: Floats32, end_bin_ms: Longs, slots: Longs, percents: "np.ndarray[Any, Any]"
+        self,
+        history: Floats32,
+        end_bin_ms: Longs,
+        slots: Longs,
+        percents: NDArray[np.bool_],
+        *,
+        is_special: bool,
     ) -> Floats32:
         """Forecast windows (window, bin) → (window, horizon, quantile)."""
         grid = self.description.grid
         arrays = encode(history, end_bin_ms, percents, grid, self._min_history_bins)
-        quantiles = decode(self.answer(arrays, slots), arrays.scale, grid)
+        quantiles = decode(self.answer(arrays, slots, is_special=is_special), arrays.scale, grid)
         quantiles[~arrays.scale.is_usable] = np.nan
         return quantiles
 
-    def answer(self, arrays: ModelArrays, slots: Longs) -> Floats32:
+    def answer(self, arrays: ModelArrays, slots: Longs, *, is_special: bool = False) -> Floats32:
         """Return the network's answer (window, knot, quantile) in the windows' own units."""
+        network = self._special if is_special and self._special else self._network
         with torch.inference_mode():
-            return np.asarray(self._network(as_batch(arrays, slots)).numpy(), np.float32)
+            return np.asarray(network(as_batch(arrays, slots)).numpy(), np.float32)
 
     def _try_once(self) -> None:
         grid = self.description.grid
         history = np.zeros((1, 1), np.float32)
         arrays = encode(history, np.zeros(1, np.int64), np.zeros(1, np.bool_), grid)
-        answer = self.answer(arrays, np.zeros(1, np.int64))
-        if answer.shape != (1, grid.n_knots, len(QUANTILES)) or not np.isfinite(answer).all():
-            raise ValueError("its answer is not finite numbers of the expected shape")
-
-
-# what torch's own unpickler raises on foreign bytes, found by feeding it damaged files
-_FOREIGN = (
-    *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, OSError, MemoryError),
-    *(RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError),
-)
-
-
-def _unpickled(content: bytes, path: Path) -> Any:
-    try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except _FOREIGN as error:
-        why = f"not a checkpoint of plain types: {type(error).__name__} {str(error)[:200]}"
-        raise BadCheckpoint(path, why) from error
-
-
-def _parsed(content: Any) -> tuple[ModelDescription, dict[str, torch.Tensor]]:
-    if content["format"] != FORMAT:
-        raise ValueError(f"format {content['format']!r}, expected {FORMAT}")
-    network, grid = NetworkConfig.from_config(content["network"]), GridShape.from_config(content["grid"])
-    if (network.past_reals, network.ahead_reals, network.static_reals) != (
-        PAST_REALS,
-        AHEAD_REALS,
-        STATIC_REALS,
-    ):
-        raise ValueError("its input variables are not the ones this program computes")
-    if (network.n_past, network.n_knots) != (grid.n_past, grid.n_knots):
-        raise ValueError("its network does not fit its grid")
-    metrics = tuple(str(metric) for metric in content["metrics"])
-    if len(metrics) >= METRIC_SLOTS:
-        raise ValueError(f"{len(metrics)} metrics, at most {METRIC_SLOTS - 1} are possible")
-    weights = {str(name): tensor.to(torch.float32) for name, tensor in content["state_dict"].items()}
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
-        raise ValueError("its weights are not finite")
-    description = ModelDescription(
-        str(content["version"]), str(content["trained_at"]), metrics, grid, network
-    )
-    return description, weights
+        for is_special in (False, True) if self._special else (False,):
+            answer = self.answer(arrays, np.zeros(1, np.int64), is_special=is_special)
+            if answer.shape != (1, grid.n_knots, len(QUANTILES)) or not np.isfinite(answer).all():
+                raise ValueError("its answer is not finite numbers of the expected shape")

@@ -12,7 +12,7 @@ The loss of a window is the pinball loss over its known bins (weighted as in tra
 of its series' usual step from one hour to the next.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,7 +24,7 @@ from fleetcast.model.sampler import ChangedSeries
 from fleetcast.model.scaling import is_percent
 from fleetcast.model.traingrid import TrainingGrid
 from fleetcast.model.windows import RECENT_BINS
-from fleetcast.schema import QUANTILES, Floats, Floats32, HistoryWindow, Longs
+from fleetcast.schema import QUANTILES, Floats, Floats32, HistoryWindow, Longs, Series
 
 CHANGED_TAIL_SHARE = 0.4  # of the bins since a change
 MIN_TAIL_BINS = 6
@@ -73,6 +73,7 @@ class HoldOut:
         horizons: Sequence[int],
         seed: int,
         max_windows: int = _MAX_WINDOWS,
+        specialised: Collection[Series] = (),
     ) -> None:
         """Choose the windows.
 
@@ -80,10 +81,14 @@ class HoldOut:
             first_held: (server, metric), as `held_from` returns it.
             horizons: whose errors are reported, in bins.
             max_windows: about as many are forecast.
+            specialised: series of which no server is left out.
         """
         self._grid, self._shape, self._fallback = grid, shape, fallback
         self.horizons = tuple(horizons)
-        self.servers = _chosen_servers(len(grid.server_names), changed, seed)
+        names = {server for server, _ in specialised}
+        first = {row for row, server in enumerate(grid.server_names) if server in names}
+        first |= {item.server for item in changed}
+        self.servers = _chosen_servers(len(grid.server_names), first, seed)
         self._first_held = first_held[self.servers]
         is_changed = np.zeros(first_held.shape, np.bool_)
         for item in changed:
@@ -106,6 +111,17 @@ class HoldOut:
         oldest, newest = first_held - 1, self._grid.n_bins - 2
         count = min(count, newest - oldest + 1)
         return np.unique(np.linspace(oldest, newest, count).round().astype(np.int64))
+
+    def places(self, series: Collection[Series]) -> NDArray[np.bool_]:
+        """Return where some series are among those judged, (server, metric)."""
+        names = [self._grid.server_names[row] for row in self.servers]
+        metrics = self._grid.metrics
+        return np.array([[(name, metric) in series for metric in metrics] for name in names], np.bool_)
+
+    def names(self, chosen: NDArray[np.bool_]) -> frozenset[Series]:
+        """Return the (server, metric) names of the chosen places."""
+        grid, rows = self._grid, np.argwhere(chosen).tolist()
+        return frozenset((grid.server_names[self.servers[row]], grid.metrics[column]) for row, column in rows)
 
     def losses(self, predictor: Predictor) -> Losses:
         """Forecast every window and compare with what followed."""
@@ -176,11 +192,11 @@ def _nan_mean(values: Floats, axes: tuple[int, ...]) -> Floats:
     return np.where(counts > 0, np.where(known, values, 0.0).sum(axis=axes) / np.maximum(counts, 1), np.nan)
 
 
-def _chosen_servers(n_server: int, changed: Sequence[ChangedSeries], seed: int) -> Longs:
-    """Return the servers judged: those that changed and others, at random, up to a bound."""
+def _chosen_servers(n_server: int, wanted: Set[int], seed: int) -> Longs:
+    """Return the servers judged: the wanted ones and others, at random, up to a bound."""
     random = np.random.default_rng(seed)
-    first = random.permutation(sorted({item.server for item in changed}))
-    rest = random.permutation([index for index in range(n_server) if index not in set(first.tolist())])
+    first = random.permutation(sorted(wanted))
+    rest = random.permutation([index for index in range(n_server) if index not in wanted])
     half = _MAX_SERVERS // 2
     n_rest = min(len(rest), max(half, _MAX_SERVERS - len(first)))
     chosen = np.concatenate([first[: _MAX_SERVERS - n_rest], rest[:n_rest]])

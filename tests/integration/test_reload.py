@@ -25,7 +25,8 @@ def untrained_model(version: str, seed: int) -> bytes:
     """Return a checkpoint of the real network with random weights."""
     import torch
 
-    from fleetcast.model.forecaster import Forecaster, ModelDescription
+    from fleetcast.model.checkpoint import ModelDescription
+    from fleetcast.model.forecaster import Forecaster
     from fleetcast.model.gridshape import GridShape
     from fleetcast.model.network import NetworkConfig, build
 

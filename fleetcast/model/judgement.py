@@ -1,0 +1,107 @@
+"""A candidate beside what serves: losses on what was held out, verdict, errors, baseline.
+
+Owns: which sides are compared, and what of a candidate goes on after the verdict. Does not know:
+the rule (`gate`), what is held out (`holdout`), how a candidate was trained.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fleetcast.model.baseline import Baseline
+from fleetcast.model.forecaster import Forecaster
+from fleetcast.model.gate import GateVerdict, judge
+from fleetcast.model.holdout import HoldOut, Losses, mean_errors
+from fleetcast.model.sampler import ChangedSeries
+from fleetcast.model.scope import pruned
+from fleetcast.model.trained_baseline import trained_baseline
+from fleetcast.model.traingrid import TrainingGrid
+from fleetcast.model.versions import Version
+from fleetcast.schema import Longs
+from fleetcast.serving.fallback import NaiveForecaster
+from fleetcast.settings import Settings
+
+CANDIDATE, SERVING, FALLBACK = "candidate", "serving", "fallback"
+
+
+@dataclass(frozen=True)
+class Served:
+    """A version that can serve, loaded."""
+
+    version: Version
+    model: Forecaster
+
+
+@dataclass(frozen=True, eq=False)
+class Judgement:
+    """What became of a candidate."""
+
+    model: Forecaster  # its specialist without the series it does not forecast better
+    verdict: GateVerdict
+    errors: Mapping[str, Any]  # mean |p50 - actual| by side, metric and horizon
+    baseline: Baseline  # of its data
+
+
+def judged(
+    model: Forecaster,
+    serving: Served | None,
+    grid: TrainingGrid,
+    held_from: Longs,
+    changed: tuple[ChangedSeries, ...],
+    settings: Settings,
+) -> Judgement:
+    """Judge a candidate against what serves (None: the fallback) on the held-out tails.
+
+    Args:
+        held_from: (server, metric) the first bin that the training did not see.
+        changed: what the training was told has changed: these series decide.
+    """
+    fallback = NaiveForecaster(model.description.grid.horizon_bins)
+    specialised = model.specialist.series if model.specialist else ()
+    hold_out = HoldOut(
+        grid,
+        model.description.grid,
+        held_from,
+        changed,
+        fallback,
+        settings.forecast.settle_horizons,
+        settings.trainer.seed,
+        specialised=specialised,
+    )
+    sides = {CANDIDATE: hold_out.losses(model), FALLBACK: hold_out.losses(fallback)}
+    if serving:
+        sides[SERVING] = hold_out.losses(serving.model)
+    opponent = sides[SERVING] if serving else sides[FALLBACK]
+    # a fleet's first model has to beat both the shipped base and the fallback
+    is_first = serving is not None and serving.version.is_base
+    verdict = judge(
+        sides[CANDIDATE],
+        opponent,
+        hold_out.is_changed,
+        grid.metrics,
+        settings.trainer.seed,
+        sides[FALLBACK] if is_first else None,
+    )
+    if verdict.promoted and model.specialist:
+        fleet = hold_out.losses(Forecaster(model.description, model.weights))
+        model, sides[CANDIDATE] = pruned(model, hold_out, sides[CANDIDATE], fleet)
+    errors = {name: _error_table(side, grid.metrics, hold_out.horizons) for name, side in sides.items()}
+    in_service = sides[CANDIDATE] if verdict.promoted else opponent
+    days = settings.drift.baseline_days
+    baseline = trained_baseline(grid, changed, days, model.version, in_service, hold_out)
+    return Judgement(model, verdict, errors, baseline)
+
+
+def _error_table(
+    side: Losses, metrics: tuple[str, ...], horizons: tuple[int, ...]
+) -> dict[str, dict[str, float | None]]:
+    table, _ = mean_errors(side)
+    return {
+        metric: {
+            str(horizon): None if np.isnan(table[row, column]) else round(float(table[row, column]), 5)
+            for column, horizon in enumerate(horizons)
+        }
+        for row, metric in enumerate(metrics)
+    }
