@@ -216,7 +216,7 @@ class AdaptiveRetrainingDaemon:
             is_quiet,
             initial_due=initial_due,
             collecting=reading.status_reason,
-            follow_up=self._trainings.follow_up(hours),
+            follow_up=self._trainings.follow_up(hours, self.engine.trainings_left()),
         )
         self._quiet_week.note(now, self.quiet, reason=decision.reason)
         return evidence, RetrainingCheck(now, reading, self.quiet, decision, missing, NOTHING)

@@ -118,7 +118,7 @@ class Attempt:
         if context.attempt_id and _checked_id(context.attempt_id):
             self._id = context.attempt_id
         changed = context.changed_series(grid)
-        maker = CandidateMaker(grid, changed, settings, context.all_changes(grid))
+        maker = CandidateMaker(grid, changed, settings)
         serving = served(self._registry, maker.shape)
         start = serving if self._options.incremental else None
         version_id = new_version_id(self._clock.now())
@@ -194,7 +194,6 @@ class Attempt:
     ) -> dict[str, Any]:
         judgement, settings = candidate.judgement, self._settings
         model, verdict = judgement.model, judgement.verdict
-        special = model.specialist.series if model.specialist else ()
         return {
             "created_at": model.trained_at,
             "attempt_id": self._id,
@@ -210,7 +209,10 @@ class Attempt:
             "data_range": {"start": iso_z(from_ms(grid.start_ms)), "end": iso_z(from_ms(grid.end_ms))},
             "servers": len(grid.server_names),
             "metrics": list(model.metrics),
-            "specialist": [{"server": server, "metric": metric} for server, metric in sorted(special)],
+            "specialists": [
+                [{"server": server, "metric": metric} for server, metric in sorted(item.changed_ms)]
+                for item in model.specialists
+            ],
             "training": {
                 **dataclasses.asdict(candidate.plan),
                 "took_s": round(monotonic() - self._started, 1),

@@ -124,7 +124,7 @@ def _train_initial(fleet: ReplayFleet, checkpoints: Path, settings: str) -> None
     config = checkpoints.parent / "fleetcast.toml"
     config.write_text(settings, encoding="utf-8")
     verdict = trained(data, checkpoints, config)
-    print(f"initial training: {process_time() - began_s:.0f} CPU s, {verdict['why']}")
+    print(f"initial training: {process_time() - began_s:.0f} CPU s, {verdict.why}")
 
 
 def _run(fleet: ReplayFleet, policy: str, folder: Path, initial: Path, settings: str) -> None:

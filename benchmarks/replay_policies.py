@@ -17,6 +17,7 @@ from drift_monitor import DriftMonitor
 from fleetcast.clock import DataClock, from_ms, iso_z, plain_utc
 from fleetcast.drift.drift_source import DriftSource
 from fleetcast.model.registry import Registry
+from fleetcast.model.verdicts import Verdict
 from fleetcast.model.versions import new_version_id
 from fleetcast.retraining.follow_up import follow_up
 from fleetcast.retraining.hostload import HostLoad
@@ -32,7 +33,7 @@ NEVER, WEEKLY, DAILY, LITERAL, OURS, ORACLE = "never", "weekly", "daily", "liter
 POLICIES = (NEVER, WEEKLY, DAILY, LITERAL, OURS, ORACLE)
 CHECK_BINS = 12  # an hour of data time between two looks
 CRON_BIN = 3 * 12  # 03:00 UTC
-ORACLE_AFTER = (72, 288)  # bins after a change: a first training at 6 h, a better one at 24 h
+ORACLE_AFTER = (72, 288, 864)  # bins after a change: at 6 h, 24 h and 72 h, each with more to see
 IDLE_HOST = HostLoad(load_1m=0.0, own_cores=0.0, cores=2, available_gb=64.0)
 
 Context = dict[str, Any]  # the content of training_context.json
@@ -44,7 +45,7 @@ class Policy(Protocol):
     def wants(self, end: int) -> Context | None:
         """Say whether to train on everything before bin `end`."""
 
-    def trained(self, promoted: bool) -> None:
+    def trained(self, verdict: Verdict) -> None:
         """Hear how a training ended."""
 
 
@@ -54,7 +55,7 @@ class Never:
     def wants(self, end: int) -> Context | None:
         return None
 
-    def trained(self, promoted: bool) -> None:
+    def trained(self, verdict: Verdict) -> None:
         pass
 
 
@@ -69,7 +70,7 @@ class Cron:
         days, rest = divmod(end - self.fleet.begin - CRON_BIN, DAY)
         return {} if rest == 0 and days and days % self.every_days == 0 else None
 
-    def trained(self, promoted: bool) -> None:
+    def trained(self, verdict: Verdict) -> None:
         pass
 
 
@@ -99,7 +100,7 @@ class Oracle:
         ]
         return {"rule": "told", "drifting": drifting}
 
-    def trained(self, promoted: bool) -> None:
+    def trained(self, verdict: Verdict) -> None:
         pass
 
 
@@ -116,6 +117,7 @@ class Engine:
         self._week = QuietWeek(self._limits, folder / "decisions.jsonl")
         self._context = folder / CONTEXT_FILE
         self._attempts: list[Attempt] = []  # newest first
+        self._changed_loss: float | None = None  # of the newest
         self.in_alarm = self.checks = 0
 
     def wants(self, end: int) -> Context | None:
@@ -130,7 +132,14 @@ class Engine:
             quiet.is_quiet,
             initial_due=False,
             collecting=reading.status_reason,
-            follow_up=follow_up(self._attempts, self._context, now, hours),
+            follow_up=follow_up(
+                self._attempts,
+                self._context,
+                now,
+                hours,
+                changed_loss=self._changed_loss,
+                left=self._engine.trainings_left(),
+            ),
         )
         self._week.note(now, quiet, reason=decision.reason)
         self.checks += 1
@@ -143,9 +152,11 @@ class Engine:
         self._attempts = [attempt, *self._attempts]
         return {"attempt_id": attempt.id, **context}
 
-    def trained(self, promoted: bool) -> None:
-        self._engine.record_training(promoted)
-        self._attempts[0] = replace(self._attempts[0], outcome=PROMOTED if promoted else REJECTED)
+    def trained(self, verdict: Verdict) -> None:
+        self._engine.record_training(verdict.promoted)
+        self._changed_loss = verdict.changed_loss
+        outcome = PROMOTED if verdict.promoted else REJECTED
+        self._attempts[0] = replace(self._attempts[0], outcome=outcome)
 
     def _quiet(self, end: int) -> QuietVerdict:
         """Apply the specification's limits to the newest bin; the host counts as idle."""

@@ -11,7 +11,6 @@ from datetime import datetime
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.replay_fleet import ReplayFleet
 from fleetcast.clock import from_ms
@@ -50,29 +49,27 @@ def forecast_stretch(model: Forecaster, fleet: ReplayFleet, start: int, end: int
     )
     out = np.full((len(series), end - start, len(HORIZONS), len(QUANTILES)), np.nan, np.float32)
     look_back = np.arange(1 - shape.history_bins, 1)
-    is_special = model.is_special(grid.server_names, grid.metrics).ravel()[rows]
-    for row, origin, special in _passes(rows, origins, is_special):
+    networks = model.networks(grid.server_names, grid.metrics).ravel()[rows]
+    for row, origin, network in _passes(rows, origins, networks):
         columns = origin[:, None] + look_back
         history = series[row[:, None], np.maximum(columns, 0)]
         history[columns < 0] = np.nan
         metric = row % n_metric
         arrays = encode(history, grid.start_ms + origin * grid.bin_ms, percents[metric], shape)
-        answer = model.answer(arrays, slots[metric], is_special=special)
+        answer = model.answer(arrays, slots[metric], network)
         quantiles = decode(answer, arrays.scale, shape)
         quantiles[~arrays.scale.is_usable] = np.nan
         out[row, origin - start] = quantiles[:, [horizon - 1 for horizon in HORIZONS]]
     return out.reshape(len(grid.server_names), n_metric, end - start, len(HORIZONS), len(QUANTILES))
 
 
-def _passes(
-    rows: Longs, origins: Longs, is_special: NDArray[np.bool_]
-) -> Iterator[tuple[Longs, Longs, bool]]:
-    """Yield windows as one pass of the network takes them, and whether the specialist does."""
-    for special in (False, True):
-        chosen = np.flatnonzero(is_special == special)
+def _passes(rows: Longs, origins: Longs, networks: Longs) -> Iterator[tuple[Longs, Longs, int]]:
+    """Yield windows as one pass takes them, with the network they go through."""
+    for network in np.unique(networks).tolist():
+        chosen = np.flatnonzero(networks == network)
         for first in range(0, len(chosen), _WINDOWS_AT_ONCE):
             part = chosen[first : first + _WINDOWS_AT_ONCE]
-            yield rows[part], origins[part], special
+            yield rows[part], origins[part], network
 
 
 @dataclass(eq=False)

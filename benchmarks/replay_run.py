@@ -33,9 +33,9 @@ from benchmarks.replay_scores import SCORED_EVERY
 from benchmarks.training_rounds import write_export
 from data_buffer import DataBuffer
 from fleetcast.clock import from_ms, iso_z, to_ms
-from fleetcast.files import read_json
 from fleetcast.model.forecaster import Forecaster
 from fleetcast.model.registry import Registry
+from fleetcast.model.verdicts import Verdict, read_verdict
 from fleetcast.schema import Floats32
 from fleetcast.settings import Settings, load_settings
 
@@ -130,7 +130,7 @@ class ReplayRun:
         began_s = process_time()
         verdict = trained(data, self._folder / "checkpoints", self._config)
         cpu_s = process_time() - began_s
-        self._policy.trained(verdict["promoted"])
+        self._policy.trained(verdict)
         self._model = self._loaded()
         grid = self._fleet.grid
         self.trainings.append(
@@ -139,8 +139,8 @@ class ReplayRun:
                 at=iso_z(from_ms(grid.start_ms + end * grid.bin_ms)),
                 rule=str(context.get("rule", "calendar")),
                 told_series=len(context.get("drifting", ())),
-                promoted=bool(verdict["promoted"]),
-                why=str(verdict["why"]),
+                promoted=verdict.promoted,
+                why=verdict.why,
                 cpu_s=round(cpu_s, 1),
             )
         )
@@ -160,8 +160,8 @@ class ReplayRun:
         return Forecaster.load(current.model_path)
 
 
-def trained(data: Path, checkpoints: Path, config: Path) -> dict[str, Any]:
-    """Run the trainer as the retraining daemon does; return the attempt's file.
+def trained(data: Path, checkpoints: Path, config: Path) -> Verdict:
+    """Run the trainer as the retraining daemon does; return its verdict.
 
     Raises:
         RuntimeError: it did not reach a verdict.
@@ -179,4 +179,8 @@ def trained(data: Path, checkpoints: Path, config: Path) -> dict[str, Any]:
     if code:
         raise RuntimeError(f"tft_trainer {' '.join(flags)} exited {code}")
     attempts = checkpoints / tft_trainer.ATTEMPTS_FOLDER
-    return read_json(max(attempts.glob("*.json"), key=lambda path: path.stat().st_mtime_ns))
+    newest = max(attempts.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    verdict = read_verdict(checkpoints, newest.stem)
+    if verdict is None:
+        raise RuntimeError(f"{newest}: no verdict")
+    return verdict

@@ -131,7 +131,8 @@ class DecisionSettings:
     )
     follow_up_hours: float = setting(
         24.0,
-        "a training for drift that saw less than half of this is followed by one that sees all; 0: never",
+        "a training for drift that saw less than half of this is followed by one that sees all, and one that "
+        "learned much by one that sees three times as much; 0: never",
         unit="h",
         low=0,
         high=120,

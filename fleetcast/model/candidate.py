@@ -62,30 +62,20 @@ def served(registry: Registry, grid: GridShape) -> Served | None:
 class CandidateMaker:
     """Trains and judges on one grid."""
 
-    def __init__(
-        self,
-        grid: TrainingGrid,
-        changed: tuple[ChangedSeries, ...],
-        settings: Settings,
-        known: tuple[ChangedSeries, ...] = (),
-    ) -> None:
+    def __init__(self, grid: TrainingGrid, changed: tuple[ChangedSeries, ...], settings: Settings) -> None:
         """Prepare; nothing is trained yet.
 
         Args:
             changed: what the training is told has changed.
-            known: changes of which earlier trainings were told.
         Raises:
             NotEnoughData: the grid cannot carry a training.
         """
-        self._grid, self._changed, self._known, self._settings = grid, changed, known, settings
-        trainer = settings.trainer
+        self._grid, self._changed, self._settings = grid, changed, settings
         self.shape = GridShape(grid.bin_ms, settings.forecast.horizon_bins)
         n_window = count_trainable(grid.values, self.shape.horizon_bins)
         reason = enough_to_train(grid.span_s, n_window, settings.decision)
         if reason:
             raise NotEnoughData(reason, hint="let the fleet be recorded for longer")
-        longest = round(trainer.holdout_max_s * 1000 / grid.bin_ms)
-        self._held_from = held_from(grid, changed, trainer.holdout_share, longest)
         logger.info(
             "data read servers=%d metrics=%s span_h=%.1f windows=%d changed_series=%d",
             *(len(grid.server_names), ",".join(grid.metrics), grid.span_s / 3600, n_window, len(changed)),
@@ -114,9 +104,10 @@ class CandidateMaker:
         """
         description = self._description(version_id, trained_at, start)
         begun = start.model if start else None
-        scope = scope_of(
-            self._grid, self._changed, self._known, begun, self._settings.trainer.specialist_max_share
-        )
+        trainer = self._settings.trainer
+        scope = scope_of(self._grid, self._changed, begun, trainer.specialist_max_share)
+        longest = round(trainer.holdout_max_s * 1000 / self._grid.bin_ms)
+        self._held_from = held_from(self._grid, scope.shown, trainer.holdout_share, longest)
         plan = self._plan(scope, epochs, is_incremental=begun is not None, shows_bar=shows_progress_bar)
         state = StateFile(state_path, self._identity(description, plan)) if state_path and not start else None
         trained = self._trained(description, begun, scope, plan, state)
@@ -134,15 +125,16 @@ class CandidateMaker:
         state: StateFile | None,
     ) -> Forecaster:
         """Return the model with the weights of its scope trained."""
-        fleet = _with_new_metrics(start.weights, start.metrics, description) if start else None
-        own = start.specialist if start and scope.series else None
-        special = _with_new_metrics(own.weights, start.metrics, description) if start and own else fleet
-        if fleet is None or not scope.is_special:
-            fleet = self._fitted(description, start, scope, fleet, plan, state)
-        else:
-            special = self._fitted(description, start, scope, special, plan, None)
-        specialist = Specialist(special, scope.series) if special and scope.series else None
-        return Forecaster(description, fleet, specialist)
+        if start is None or scope.begun is None:
+            return Forecaster(description, self._fitted(description, start, scope, None, plan, state))
+        known = start.metrics
+        begun = _with_new_metrics(scope.begun, known, description)
+        fitted = self._fitted(description, start, scope, begun, plan, state)
+        kept = [replace(s, weights=_with_new_metrics(s.weights, known, description)) for s in scope.kept]
+        if scope.changed_ms is None:
+            return Forecaster(description, fitted, kept)
+        made = Specialist(fitted, scope.changed_ms)
+        return Forecaster(description, _with_new_metrics(start.weights, known, description), [*kept, made])
 
     def _description(self, version_id: str, trained_at: str, start: Served | None) -> ModelDescription:
         old = start.model.description if start else None

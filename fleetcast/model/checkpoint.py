@@ -1,4 +1,4 @@
-"""A model as a file: what it is, its weights, and the weights of its specialist.
+"""A model as a file: what it is, the fleet's weights, and those of its specialists.
 
 Owns: the checkpoint's bytes. With `network.py`, `forecaster.py` and `training.py` the owner of
 torch. Does not know: how forecasts are made, where versions live.
@@ -6,8 +6,9 @@ torch. Does not know: how forecasts are made, where versions live.
 Checkpoint (`torch.save` of plain types only, read with weights_only=True and nothing else):
 {"format": 1, "version": str, "trained_at": ISO 8601, "metrics": [str], "grid": {...},
 "network": {...}, "state_dict": {name: float32 tensor}}. Format 2 adds
-"specialist": {"series": [[server, metric], ...], "state_dict": {the same names}}; a model
-without one is written as format 1, which older programs read, too.
+"specialists": [{"series": [[server, metric, ms since 1970 when it changed], ...], "state_dict":
+{the same names}}, ...], no series twice; a model without any is written as format 1, which older
+programs read, too.
 """
 
 import io
@@ -27,7 +28,8 @@ from fleetcast.model.gridshape import GridShape
 from fleetcast.model.network import METRIC_SLOTS, NetworkConfig
 from fleetcast.schema import Series
 
-FORMAT, FORMAT_WITH_SPECIALIST = 1, 2
+FORMAT, FORMAT_WITH_SPECIALISTS = 1, 2
+MOST_SPECIALISTS = 4
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -49,10 +51,10 @@ class ModelDescription:
 
 @dataclass(frozen=True, eq=False)
 class Specialist:
-    """Weights of the same network for the series whose behaviour changed; they forecast no other."""
+    """Weights of the same network for series whose behaviour changed; they forecast no other."""
 
     weights: Weights
-    series: frozenset[Series]
+    changed_ms: Mapping[Series, int]  # its series, with when each changed (ms since 1970)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,13 +63,13 @@ class Checkpoint:
 
     description: ModelDescription
     weights: Weights
-    specialist: Specialist | None = None
+    specialists: tuple[Specialist, ...] = ()
 
     def to_bytes(self) -> bytes:
         """Return the file's content."""
-        item, specialist = self.description, self.specialist
+        item = self.description
         content: dict[str, Any] = {
-            "format": FORMAT_WITH_SPECIALIST if specialist else FORMAT,
+            "format": FORMAT_WITH_SPECIALISTS if self.specialists else FORMAT,
             "version": item.version,
             "trained_at": item.trained_at,
             "metrics": list(item.metrics),
@@ -75,9 +77,8 @@ class Checkpoint:
             "network": item.network.as_config(),
             "state_dict": dict(self.weights),
         }
-        if specialist:
-            series = [list(pair) for pair in sorted(specialist.series)]
-            content["specialist"] = {"series": series, "state_dict": dict(specialist.weights)}
+        if self.specialists:
+            content["specialists"] = [_plain(specialist) for specialist in self.specialists]
         stream = io.BytesIO()
         torch.save(content, stream)
         return stream.getvalue()
@@ -95,6 +96,11 @@ class Checkpoint:
             return _parsed(_unpickled(content, path))
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
             raise not_ours(path, error) from error
+
+
+def _plain(specialist: Specialist) -> dict[str, Any]:
+    series = [[*pair, changed_ms] for pair, changed_ms in sorted(specialist.changed_ms.items())]
+    return {"series": series, "state_dict": dict(specialist.weights)}
 
 
 def not_ours(path: Path, error: Exception) -> BadCheckpoint:
@@ -118,8 +124,8 @@ def _unpickled(content: bytes, path: Path) -> Any:
 
 
 def _parsed(content: Any) -> Checkpoint:
-    if content["format"] not in (FORMAT, FORMAT_WITH_SPECIALIST):
-        raise ValueError(f"format {content['format']!r}, expected {FORMAT} or {FORMAT_WITH_SPECIALIST}")
+    if content["format"] not in (FORMAT, FORMAT_WITH_SPECIALISTS):
+        raise ValueError(f"format {content['format']!r}, expected {FORMAT} or {FORMAT_WITH_SPECIALISTS}")
     network, grid = NetworkConfig.from_config(content["network"]), GridShape.from_config(content["grid"])
     if (network.past_reals, network.ahead_reals, network.static_reals) != (
         PAST_REALS,
@@ -135,19 +141,22 @@ def _parsed(content: Any) -> Checkpoint:
     description = ModelDescription(
         str(content["version"]), str(content["trained_at"]), metrics, grid, network
     )
-    has_specialist = content["format"] == FORMAT_WITH_SPECIALIST
-    return Checkpoint(
-        description,
-        _weights(content["state_dict"]),
-        _specialist(content["specialist"]) if has_specialist else None,
-    )
+    has_specialists = content["format"] == FORMAT_WITH_SPECIALISTS
+    specialists = tuple(_specialist(item) for item in content["specialists"]) if has_specialists else ()
+    if len(specialists) > MOST_SPECIALISTS:
+        raise ValueError(f"{len(specialists)} specialists, at most {MOST_SPECIALISTS} are possible")
+    if len({pair for item in specialists for pair in item.changed_ms}) < sum(
+        len(item.changed_ms) for item in specialists
+    ):
+        raise ValueError("two specialists have a series in common")
+    return Checkpoint(description, _weights(content["state_dict"]), specialists)
 
 
 def _specialist(content: Any) -> Specialist:
-    series = frozenset((str(server), str(metric)) for server, metric in content["series"])
-    if not series:
-        raise ValueError("its specialist has no series")
-    return Specialist(_weights(content["state_dict"]), series)
+    changed_ms = {(str(server), str(metric)): int(ms) for server, metric, ms in content["series"]}
+    if not changed_ms:
+        raise ValueError("a specialist has no series")
+    return Specialist(_weights(content["state_dict"]), changed_ms)
 
 
 def _weights(content: Any) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """The model in service: load, forecast a window, save.
 
-Owns: arrays → tensors → quantiles, and which of a model's two sets of weights forecasts a series.
+Owns: arrays → tensors → quantiles, and which of a model's weights forecast a series.
 With `checkpoint.py`, `network.py` and `training.py` the owner of torch. Does not know: who serves,
 where versions live.
 """
@@ -42,17 +42,19 @@ class Forecaster:
         self,
         description: ModelDescription,
         weights: Weights,
-        specialist: Specialist | None = None,
+        specialists: Sequence[Specialist] = (),
         *,
         min_history_s: float = MIN_HISTORY_S,
     ) -> None:
         self.description = description
         self.weights = {name: tensor.detach() for name, tensor in weights.items()}
-        self.specialist = specialist
+        self.specialists = tuple(specialists)
         self._min_history_bins = max(1, round(min_history_s * 1000 / description.grid.bin_ms))
         with torch.inference_mode():
-            self._network = SweepNetwork(self.weights, description.network)
-            self._special = SweepNetwork(specialist.weights, description.network) if specialist else None
+            self._networks = tuple(
+                SweepNetwork(own, description.network)
+                for own in (self.weights, *(item.weights for item in self.specialists))
+            )
 
     @property
     def version(self) -> str:
@@ -112,7 +114,7 @@ class Forecaster:
         """
         found = Checkpoint.from_bytes(content, path)
         try:
-            loaded = cls(found.description, found.weights, found.specialist, min_history_s=min_history_s)
+            loaded = cls(found.description, found.weights, found.specialists, min_history_s=min_history_s)
             loaded._try_once()
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
             raise not_ours(path, error) from error
@@ -120,7 +122,7 @@ class Forecaster:
 
     def to_bytes(self) -> bytes:
         """Return the content of a checkpoint."""
-        return Checkpoint(self.description, self.weights, self.specialist).to_bytes()
+        return Checkpoint(self.description, self.weights, self.specialists).to_bytes()
 
     def save(self, path: Path) -> None:
         """Write a checkpoint in one durable step."""
@@ -145,36 +147,36 @@ class Forecaster:
         quantiles = np.full((n_server, n_metric, grid.horizon_bins, len(QUANTILES)), np.nan, np.float32)
         slots = np.array([self.description.slot(metric) for metric in window.metrics], np.int64)
         percents = np.array([is_percent(metric) for metric in window.metrics], np.bool_)
-        for servers, columns, is_special in self._passes(window.server_names, window.metrics):
+        for servers, columns, network in self._passes(window.server_names, window.metrics):
             quantiles[servers, columns] = self._forecast(
                 window.values[servers, columns],
                 np.full(len(servers), window.end_bin_ms, np.int64),
                 slots[columns],
                 percents[columns],
-                is_special=is_special,
+                network,
             )
         return quantiles
 
-    def is_special(self, servers: Sequence[str], metrics: Sequence[str]) -> NDArray[np.bool_]:
-        """Return which series (server, metric) the specialist forecasts."""
-        chosen = np.zeros((len(servers), len(metrics)), np.bool_)
-        if self.specialist:
-            rows = {name: index for index, name in enumerate(servers)}
-            columns = {name: index for index, name in enumerate(metrics)}
-            for server, metric in self.specialist.series:
+    def networks(self, servers: Sequence[str], metrics: Sequence[str]) -> Longs:
+        """Return whose weights forecast each series, (server, metric): 0 the fleet's, then the specialists'."""
+        chosen = np.zeros((len(servers), len(metrics)), np.int64)
+        rows = {name: index for index, name in enumerate(servers)} if self.specialists else {}
+        columns = {name: index for index, name in enumerate(metrics)}
+        for network, specialist in enumerate(self.specialists, 1):
+            for server, metric in specialist.changed_ms:
                 if server in rows and metric in columns:
-                    chosen[rows[server], columns[metric]] = True
+                    chosen[rows[server], columns[metric]] = network
         return chosen
 
-    def _passes(self, servers: Sequence[str], metrics: Sequence[str]) -> Iterator[tuple[Longs, Longs, bool]]:
-        """Yield the known series pass by pass: their rows, their columns, whether they are special."""
-        is_special = self.is_special(servers, metrics)
+    def _passes(self, servers: Sequence[str], metrics: Sequence[str]) -> Iterator[tuple[Longs, Longs, int]]:
+        """Yield the known series pass by pass: their rows, their columns, the network that forecasts them."""
+        networks = self.networks(servers, metrics)
         is_known = np.array([metric in self.metrics for metric in metrics], np.bool_)
-        for chosen, special in ((~is_special & is_known, False), (is_special & is_known, True)):
-            rows, columns = np.nonzero(chosen)
+        for network in range(len(self._networks)):
+            rows, columns = np.nonzero((networks == network) & is_known)
             for start in range(0, len(rows), _CHUNK):
                 part = slice(start, start + _CHUNK)
-                yield rows[part], columns[part], special
+                yield rows[part], columns[part], network
 
     def _forecast(
         self,
@@ -182,27 +184,25 @@ class Forecaster:
         end_bin_ms: Longs,
         slots: Longs,
         percents: NDArray[np.bool_],
-        *,
-        is_special: bool,
+        network: int,
     ) -> Floats32:
         """Forecast windows (window, bin) → (window, horizon, quantile)."""
         grid = self.description.grid
         arrays = encode(history, end_bin_ms, percents, grid, self._min_history_bins)
-        quantiles = decode(self.answer(arrays, slots, is_special=is_special), arrays.scale, grid)
+        quantiles = decode(self.answer(arrays, slots, network), arrays.scale, grid)
         quantiles[~arrays.scale.is_usable] = np.nan
         return quantiles
 
-    def answer(self, arrays: ModelArrays, slots: Longs, *, is_special: bool = False) -> Floats32:
-        """Return the network's answer (window, knot, quantile) in the windows' own units."""
-        network = self._special if is_special and self._special else self._network
+    def answer(self, arrays: ModelArrays, slots: Longs, network: int = 0) -> Floats32:
+        """Return one network's answer (window, knot, quantile) in the windows' own units."""
         with torch.inference_mode():
-            return np.asarray(network(as_batch(arrays, slots)).numpy(), np.float32)
+            return np.asarray(self._networks[network](as_batch(arrays, slots)).numpy(), np.float32)
 
     def _try_once(self) -> None:
         grid = self.description.grid
         history = np.zeros((1, 1), np.float32)
         arrays = encode(history, np.zeros(1, np.int64), np.zeros(1, np.bool_), grid)
-        for is_special in (False, True) if self._special else (False,):
-            answer = self.answer(arrays, np.zeros(1, np.int64), is_special=is_special)
+        for network in range(len(self._networks)):
+            answer = self.answer(arrays, np.zeros(1, np.int64), network)
             if answer.shape != (1, grid.n_knots, len(QUANTILES)) or not np.isfinite(answer).all():
                 raise ValueError("its answer is not finite numbers of the expected shape")

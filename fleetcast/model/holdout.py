@@ -12,7 +12,7 @@ The loss of a window is the pinball loss over its known bins (weighted as in tra
 of its series' usual step from one hour to the next.
 """
 
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,7 +73,7 @@ class HoldOut:
         horizons: Sequence[int],
         seed: int,
         max_windows: int = _MAX_WINDOWS,
-        specialised: Collection[Series] = (),
+        specialised: Set[Series] = frozenset(),
     ) -> None:
         """Choose the windows.
 
@@ -112,7 +112,7 @@ class HoldOut:
         count = min(count, newest - oldest + 1)
         return np.unique(np.linspace(oldest, newest, count).round().astype(np.int64))
 
-    def places(self, series: Collection[Series]) -> NDArray[np.bool_]:
+    def places(self, series: Set[Series]) -> NDArray[np.bool_]:
         """Return where some series are among those judged, (server, metric)."""
         names = [self._grid.server_names[row] for row in self.servers]
         metrics = self._grid.metrics

@@ -38,7 +38,7 @@ class Served:
 class Judgement:
     """What became of a candidate."""
 
-    model: Forecaster  # its specialist without the series it does not forecast better
+    model: Forecaster  # its specialists without the series they do not forecast better
     verdict: GateVerdict
     errors: Mapping[str, Any]  # mean |p50 - actual| by side, metric and horizon
     baseline: Baseline  # of its data
@@ -59,7 +59,7 @@ def judged(
         changed: what the training was told has changed: these series decide.
     """
     fallback = NaiveForecaster(model.description.grid.horizon_bins)
-    specialised = model.specialist.series if model.specialist else ()
+    specialised = {pair for item in model.specialists for pair in item.changed_ms}
     hold_out = HoldOut(
         grid,
         model.description.grid,
@@ -84,7 +84,7 @@ def judged(
         settings.trainer.seed,
         sides[FALLBACK] if is_first else None,
     )
-    if verdict.promoted and model.specialist:
+    if verdict.promoted and model.specialists:
         fleet = hold_out.losses(Forecaster(model.description, model.weights))
         model, sides[CANDIDATE] = pruned(model, hold_out, sides[CANDIDATE], fleet)
     errors = {name: _error_table(side, grid.metrics, hold_out.horizons) for name, side in sides.items()}

@@ -1,20 +1,22 @@
 """Which of a model's weights a training moves, and which series they forecast afterwards.
 
-Owns: when a change is learned by a specialist and when by the fleet's model, and which series a
-specialist keeps. Does not know: how weights are trained, the gate's rule, files.
+Owns: when a change is learned by a specialist and when by the fleet's model, from which weights,
+and which series a specialist keeps. Does not know: how weights are trained, the gate's rule, files.
 
-A training that is told what changed moves the weights of a specialist alone: a copy of the fleet's
-weights at first, later its own. The fleet's weights, and with them the forecasts of every series
-that did not change, stay as they are, bit for bit. Told of more than a share of the fleet, or of
-nothing, a training moves the fleet's weights. docs/decisions/specialist.md has the figures.
+A training that is told what changed makes a specialist: weights for the series that changed,
+a copy of those that served most of them, and trained on. All other weights, and with them the
+forecasts of every other series, stay as they are. Told of more than a share of the fleet, or of
+nothing, or with as many specialists as a model may hold, a training moves the fleet's weights.
+docs/decisions/specialist.md has the figures.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fleetcast.model.checkpoint import MOST_SPECIALISTS, Specialist, Weights
 from fleetcast.model.forecaster import Forecaster
 from fleetcast.model.holdout import HoldOut, Losses
 from fleetcast.model.sampler import ChangedSeries
@@ -24,75 +26,108 @@ from fleetcast.schema import Series
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scope:
-    """What one training is about."""
+    """What one training moves."""
 
-    is_special: bool  # it moves the specialist's weights, not the fleet's
     shown: tuple[ChangedSeries, ...]  # whose new behaviour a batch shows
-    series: frozenset[Series]  # the specialist's
+    begun: Weights | None  # what it starts from; None = fresh
+    kept: tuple[Specialist, ...] = ()  # the others, with the series they still forecast
+    changed_ms: dict[Series, int] | None = None  # of the specialist that is made; None = the fleet's training
+
+    @property
+    def is_special(self) -> bool:
+        """Whether a specialist is trained, and not the fleet's weights."""
+        return self.changed_ms is not None
 
 
 def scope_of(
-    grid: TrainingGrid,
-    changed: Sequence[ChangedSeries],
-    known: Sequence[ChangedSeries],
-    start: Forecaster | None,
-    largest_share: float,
+    grid: TrainingGrid, changed: Sequence[ChangedSeries], start: Forecaster | None, largest_share: float
 ) -> Scope:
     """Decide what a training moves.
 
     Args:
         changed: what it is told has changed; nothing = a training of the whole fleet.
-        known: earlier changes, too, of the series a specialist forecasts already.
         start: what it continues.
         largest_share: of the series, beyond which a change is the fleet's.
     """
-    held = _held(grid, start)
-    told = frozenset((grid.server_names[item.server], grid.metrics[item.metric]) for item in changed)
-    n_series = len(grid.server_names) * len(grid.metrics)
-    if start is None or not told or len(held | told) > largest_share * n_series:
-        return Scope(False, tuple(changed), held)
-    return Scope(True, (*changed, *_earlier(grid, held - told, known)), held | told)
+    if start is None:
+        return Scope(tuple(changed), None)
+    told = {
+        (grid.server_names[item.server], grid.metrics[item.metric]): grid.start_ms
+        + item.since_bin * grid.bin_ms
+        for item in changed
+    }
+    held = _recorded(grid, start.specialists)
+    others = _without(held, told)
+    n_special = len(told.keys() | {pair for item in held for pair in item.changed_ms})
+    is_small = n_special <= largest_share * len(grid.server_names) * len(grid.metrics)
+    if told and is_small and len(others) < MOST_SPECIALISTS:
+        return Scope(tuple(changed), _most_used(start, held, told), others, told)
+    earlier = (_places(grid, item) for item in others)
+    return Scope((*changed, *(place for places in earlier for place in places)), start.weights, held)
 
 
-def _held(grid: TrainingGrid, start: Forecaster | None) -> frozenset[Series]:
-    """Return the specialist's series that are still recorded."""
-    if start is None or start.specialist is None:
-        return frozenset()
-    servers, metrics = set(grid.server_names), set(grid.metrics)
-    return frozenset(pair for pair in start.specialist.series if pair[0] in servers and pair[1] in metrics)
+def _told(grid: TrainingGrid, changed: Sequence[ChangedSeries]) -> dict[Series, int]:
+    names, metrics = grid.server_names, grid.metrics
+    begin_ms, bin_ms = grid.start_ms, grid.bin_ms
+    return {
+        (names[item.server], metrics[item.metric]): begin_ms + item.since_bin * bin_ms for item in changed
+    }
 
 
-def _earlier(
-    grid: TrainingGrid, series: frozenset[Series], known: Sequence[ChangedSeries]
-) -> list[ChangedSeries]:
-    """Return the specialist's other series since they changed; all along where nobody knows when."""
-    since = {(item.server, item.metric): item.since_bin for item in known}
-    places = [
-        (grid.server_names.index(server), grid.metrics.index(metric)) for server, metric in sorted(series)
+def _recorded(grid: TrainingGrid, specialists: Sequence[Specialist]) -> tuple[Specialist, ...]:
+    """Return the specialists for the series that are still recorded."""
+    known = {(server, metric) for server in grid.server_names for metric in grid.metrics}
+    gone = {pair for item in specialists for pair in item.changed_ms if pair not in known}
+    return _without(specialists, gone)
+
+
+def _without(specialists: Sequence[Specialist], series: Container[Series]) -> tuple[Specialist, ...]:
+    """Return the specialists without some series; one without any is none."""
+    left = (
+        replace(item, changed_ms={pair: ms for pair, ms in item.changed_ms.items() if pair not in series})
+        for item in specialists
+    )
+    return tuple(item for item in left if item.changed_ms)
+
+
+def _most_used(start: Forecaster, specialists: Sequence[Specialist], told: dict[Series, int]) -> Weights:
+    """Return the weights that forecast most of the series told of."""
+    counts = [sum(pair in item.changed_ms for pair in told) for item in specialists]
+    by_fleet = len(told) - sum(counts)
+    if not counts or by_fleet >= max(counts):
+        return start.weights
+    return specialists[int(np.argmax(counts))].weights
+
+
+def _places(grid: TrainingGrid, specialist: Specialist) -> list[ChangedSeries]:
+    return [
+        ChangedSeries(
+            grid.server_names.index(server), grid.metrics.index(metric), max(0, grid.bin_of(changed_ms))
+        )
+        for (server, metric), changed_ms in sorted(specialist.changed_ms.items())
     ]
-    return [ChangedSeries(*place, since.get(place, 0)) for place in places]
 
 
 def pruned(model: Forecaster, hold_out: HoldOut, own: Losses, fleet: Losses) -> tuple[Forecaster, Losses]:
-    """Return a model whose specialist keeps only the series it forecasts better, and what it costs.
+    """Return a model whose specialists keep only the series they forecast better, and what it costs.
 
     Args:
         own: what the model's forecasts cost; fleet: what they would by the fleet's weights alone.
             Series of which the held-out tail holds no window stay as they are.
     """
-    if model.specialist is None:
-        return model, own
     known = np.isfinite(fleet.pinball) & np.isfinite(own.pinball)
     gain = np.where(known, fleet.pinball - own.pinball, 0.0).sum(axis=0)  # (server, metric)
-    is_lost = hold_out.places(model.specialist.series) & (gain <= 0) & known.any(axis=0)
-    kept = model.specialist.series - hold_out.names(is_lost)
-    logger.info("specialist keeps series=%d of=%d", len(kept), len(model.specialist.series))
-    specialist = replace(model.specialist, series=kept) if kept else None
+    special = {pair for item in model.specialists for pair in item.changed_ms}
+    is_lost = hold_out.places(special) & (gain <= 0) & known.any(axis=0)
+    specialists = _without(model.specialists, set(hold_out.names(is_lost)))
+    logger.info(
+        "specialists keep series=%d of=%d", sum(len(item.changed_ms) for item in specialists), len(special)
+    )
     losses = replace(
         own,
         pinball=np.where(is_lost, fleet.pinball, own.pinball),
         errors=np.where(is_lost[..., None], fleet.errors, own.errors),
     )
-    return Forecaster(model.description, model.weights, specialist), losses
+    return Forecaster(model.description, model.weights, specialists), losses

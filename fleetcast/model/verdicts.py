@@ -29,6 +29,7 @@ class Verdict:
     version: str
     why: str
     at: datetime
+    changed_loss: float | None = None  # on the series that changed, as a share of what served before
 
 
 def read_verdict(checkpoint_dir: Path, attempt_id: str) -> Verdict | None:
@@ -39,7 +40,8 @@ def read_verdict(checkpoint_dir: Path, attempt_id: str) -> Verdict | None:
         promoted, version, why = raw.get("promoted"), raw.get("version"), raw.get("why")
         if not isinstance(promoted, bool) or not isinstance(version, str):
             return None
-        return Verdict(attempt_id, promoted, version, str(why or ""), _made_at(path))
+        changed_loss = _changed_loss(raw.get("figures"))
+        return Verdict(attempt_id, promoted, version, str(why or ""), _made_at(path), changed_loss)
     except FileNotFoundError:
         return None
     except (CorruptFile, OSError) as error:
@@ -54,6 +56,12 @@ def verdicts_besides(checkpoint_dir: Path, known: Container[str]) -> Iterator[Ve
             verdict = read_verdict(checkpoint_dir, path.stem)
             if verdict is not None:
                 yield verdict
+
+
+def _changed_loss(figures: object) -> float | None:
+    changed = figures.get("changed") if isinstance(figures, dict) else None
+    ratio = changed.get("ratio") if isinstance(changed, dict) else None
+    return float(ratio) if isinstance(ratio, int | float) else None
 
 
 def _made_at(path: Path) -> datetime:

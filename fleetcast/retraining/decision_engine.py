@@ -13,7 +13,7 @@ from typing import Any
 from fleetcast import clock as clocks
 from fleetcast.clock import Clock, SystemClock, Uptime
 from fleetcast.retraining.safeguards import Decision, SafeguardLimits, check_safeguards, decide
-from fleetcast.retraining.training_log import Backoff, TrainingLog, TrainingStamp
+from fleetcast.retraining.training_log import WEEK_S, Backoff, TrainingLog, TrainingStamp
 from fleetcast.settings import DecisionSettings
 
 logger = logging.getLogger(__name__)
@@ -99,6 +99,11 @@ class RetrainingDecisionEngine:
             collecting=collecting,
             follow_up=follow_up,
         )
+
+    def trainings_left(self) -> int:
+        """Return how many trainings the last 7 days leave."""
+        in_week = sum(age_s < WEEK_S for age_s in self.log.ages_s(self._clock.now(), self._uptime()))
+        return max(0, self.max_trainings_per_week - in_week)
 
     def settle(self) -> None:
         """Take note of what the clocks say now: no entry of the future, every age known to this boot."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from fleetcast.clock import BIN_EPOCH, Clock, plain_utc
 from fleetcast.errors import FleetcastError
 from fleetcast.files import append_line, write_json
+from fleetcast.model.verdicts import read_verdict
 from fleetcast.model.versions import new_version_id
 from fleetcast.retraining import state as states
 from fleetcast.retraining.attempts import Attempts, Step
@@ -71,10 +72,12 @@ class Trainings:
         """Return the training whose end was not noted yet."""
         return self._state.running
 
-    def follow_up(self, hours: float) -> str:
-        """Return why the last training is to be followed by another, or ""."""
-        context = self._path.with_name(CONTEXT_FILE)
-        return follow_up(self._state.attempts, context, self._clock.now(), hours)
+    def follow_up(self, hours: float, left: int) -> str:
+        """Return why the last training is to be followed by another, or ""; see `follow_up`."""
+        attempts, context = self._state.attempts, self._path.with_name(CONTEXT_FILE)
+        verdict = read_verdict(self._attempts.folder, attempts[0].id) if attempts else None
+        loss = verdict.changed_loss if verdict else None
+        return follow_up(attempts, context, self._clock.now(), hours, changed_loss=loss, left=left)
 
     def take_over(self) -> None:
         """Become the owner: read the state, adopt a training that still runs."""
