@@ -61,10 +61,8 @@ def test_the_specialist_forecasts_its_series_and_no_other() -> None:
 
 def test_each_specialist_has_its_own_weights() -> None:
     model, asked = plain(), window()
-    pair = [
-        Specialist(moved(model, by), {("web-1", metric): 0})
-        for by, metric in ((0.5, "cpu_pct"), (1.0, "mem_pct"))
-    ]
+    sizes = {"cpu_pct": 0.5, "mem_pct": 1.0}
+    pair = [Specialist(moved(model, by), {("web-1", metric): 0}) for metric, by in sizes.items()]
     found = Forecaster(model.description, model.weights, pair).predict(asked)
     for column, by in enumerate(sizes.values()):
         alone = Forecaster(model.description, moved(model, by)).predict(asked)

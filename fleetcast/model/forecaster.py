@@ -158,7 +158,7 @@ class Forecaster:
         return quantiles
 
     def networks(self, servers: Sequence[str], metrics: Sequence[str]) -> Longs:
-        """Return whose weights forecast each series, (server, metric): 0 the fleet's, then the specialists'."""
+        """Return whose weights forecast each series, (server, metric): 0 the fleet's, else a specialist's."""
         chosen = np.zeros((len(servers), len(metrics)), np.int64)
         rows = {name: index for index, name in enumerate(servers)} if self.specialists else {}
         columns = {name: index for index, name in enumerate(metrics)}
