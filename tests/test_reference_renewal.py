@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rhythm_fleet import BIN_MS, DAY, METRICS, SERVERS, START_MS, fitted, made_grid
 from seasonal_store import FIRST_TEST_BIN, VERSION, registry_with, rows_of, source_of, store_of
-from settled_rows import RowStore
+from settled_rows import RowStore, joined
 
 from fleetcast.drift.reference import Reference
 from fleetcast.drift.reference_renewal import ReferenceRenewal
@@ -85,6 +85,29 @@ def test_mature_servers_are_measured_by_what_their_model_was_trained_on(tmp_path
     assert version is not None
     later = NOW_MS + 3 * DAY * BIN_MS
     assert renewal(tmp_path, whole_store()).renewed(version, mature, SERVERS, METRICS, later, ()) is None
+
+
+@pytest.mark.parametrize(("days", "is_learned"), [(4, False), (5, True)])
+def test_errors_that_a_first_training_could_not_know_are_learned_once_there_are_days_of_them(
+    tmp_path: Path, days: int, is_learned: bool
+) -> None:
+    # Given servers of full age, forecast by the fallback and for some days by a model
+    grid, last = made_grid(23), 22 * DAY
+    mature = fitted(grid[:, :, : last - DAY])
+    version = registry_with(tmp_path, mature).baseline_in_force()
+    assert version is not None
+    first = last - days * DAY
+    store = RowStore(joined(rows_of(grid, 0, first, version=None), rows_of(grid, first, last + 12)))
+    now_ms = START_MS + last * BIN_MS + 3_600_000
+    # When a day ends
+    found = renewal(tmp_path, store).renewed(version, mature, SERVERS, METRICS, now_ms, ())
+    # Then they are learned again, with their errors, as soon as there are five days of them
+    assert (found is not None) == is_learned
+    if found is not None:
+        assert np.isfinite(found.books.errors.edges).all()
+        tomorrow = now_ms + DAY * BIN_MS
+        again = renewal(tmp_path, store).renewed(version, found, SERVERS, METRICS, tomorrow, ())
+        assert again is None, "and not every day"
 
 
 def test_more_days_are_never_given_up_for_fewer(tmp_path: Path) -> None:

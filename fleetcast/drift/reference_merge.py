@@ -1,7 +1,7 @@
 """Bringing single servers of a reference up to date without learning the whole fleet again.
 
-Owns: which servers have grown too old or young to be judged as they are, and putting newly
-learned servers in their place. Does not know: when to do so, files.
+Owns: which servers are too young to be judged as they are, or lack forecast errors to be judged by,
+and putting newly learned servers in their place. Does not know: when to do so, files.
 """
 
 from dataclasses import replace
@@ -26,6 +26,13 @@ def immature_servers(reference: Reference, live: tuple[str, ...]) -> tuple[str, 
     young = ((days > 0) & (days < MATURE_DAYS)).any(axis=1) | (days == 0).all(axis=1)
     known = dict(zip(reference.server_names, young.tolist(), strict=True))
     return tuple(name for name in live if known.get(name, True))
+
+
+def servers_without_errors(reference: Reference) -> tuple[str, ...]:
+    """Return the servers of which a judged series' usual forecast errors are unknown."""
+    unknown = reference.is_compared & np.isnan(reference.books.errors.edges[:, 0])
+    rows = np.flatnonzero(unknown.reshape(len(reference.server_names), -1).any(axis=1))
+    return tuple(reference.server_names[row] for row in rows)
 
 
 def merged(old: Reference, newer: Reference) -> Reference:

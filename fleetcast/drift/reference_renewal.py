@@ -3,8 +3,10 @@
     drift_reference/<version>.npz    servers learned again since that version's training
 
 Owns: which file holds, and learning young and new servers again, once a day, from what was
-settled in the meantime. A server in alarm is not learned again, nobody is while the fleet drifts:
-what is being judged must not become the measure. Does not know: verdicts, trainings.
+settled in the meantime; likewise those whose forecast errors the training could not know (a first
+model has made none), once there are days enough of them. A server in alarm is not learned again,
+nobody is while the fleet drifts: what is being judged must not become the measure. Does not know:
+verdicts, trainings.
 
 Its folder has one writer, the daemon that owns the working directory.
 """
@@ -18,7 +20,7 @@ import numpy as np
 from fleetcast.drift.learned_reference import change_times, learned_reference
 from fleetcast.drift.reference import Reference
 from fleetcast.drift.reference_fit import DAY_COVERAGE
-from fleetcast.drift.reference_merge import MATURE_DAYS, immature_servers, merged
+from fleetcast.drift.reference_merge import MATURE_DAYS, immature_servers, merged, servers_without_errors
 from fleetcast.drift.season import DAY_MS, DayClock
 from fleetcast.drift.settled_grid import ReadForecasts, read_grid
 from fleetcast.drift_settings import DriftSettings
@@ -105,6 +107,8 @@ class ReferenceRenewal:
             return live[:SERVERS_A_DAY]
         days_of = _known_days(known)
         young = immature_servers(known, tuple(live))
+        unjudged = set(servers_without_errors(known)).intersection(live) - set(young)
+        young = (*young, *sorted(unjudged))
         return sorted(young, key=lambda name: days_of.get(name, 0))[:SERVERS_A_DAY]
 
     def _learned(
@@ -113,9 +117,15 @@ class ReferenceRenewal:
         """Learn the servers of which more days are settled than their reference knows, if any."""
         span_ms = (end_ms - self._settings.reference_days * DAY_MS, end_ms)
         grid = read_grid(self._read, names, metrics, span_ms, self._bin_ms)
-        days_of = _known_days(known) if known else {}
+        days_of, per_day = _known_days(known) if known else {}, DAY_MS // self._bin_ms
         least = np.array([min(days_of.get(name, 1), MATURE_DAYS) for name in names])
-        rows = np.flatnonzero(_settled_days(grid.values, DAY_MS // self._bin_ms) >= least)
+        is_worth_it = _settled_days(grid.values, per_day) >= least
+        if known:  # nothing is new about a server of full age but its errors, once there are enough
+            is_old = np.isin(names, immature_servers(known, names), invert=True)
+            is_worth_it &= ~is_old | (
+                _settled_days(grid.errors, per_day) >= self._settings.min_reference_days
+            )
+        rows = np.flatnonzero(is_worth_it)
         if not len(rows):
             return None
         chosen = tuple(names[row] for row in rows)
