@@ -9,7 +9,8 @@ deleted → attempt. Each step is one rename, so a kill leaves the old state or 
 from scratch notes each epoch: killed and started again with the same data and settings, it goes on.
 Does not know: when to train.
 
-Without a model to continue, --incremental trains a base (`trainer.base_epochs`). Exit codes:
+Without a model of this fleet, --incremental trains its first (`trainer.base_epochs`): what the shipped
+base knows is continued, or fresh weights are. Exit codes:
 0 ran to a verdict, promoted or not; 1 failed; 2 bad settings or usage; 4 a trainer is at work;
 5 not enough data. The verdict is in checkpoints/attempts/<id>.json and in the manifest.
 """
@@ -141,13 +142,13 @@ class Attempt:
         return version_id, candidate, start
 
     def _epochs(self, start: "Served | None") -> int:
-        """Return how long to train: --epochs adds to a model; from scratch it takes a base's."""
-        trainer, asked = self._settings.trainer, self._options.epochs
-        if start:
-            return int(asked or trainer.epochs)
+        """Return how long to train: --epochs adds to a model of this fleet; its first takes a base's."""
+        trainer, asked = self._settings.trainer, int(self._options.epochs or 0)
+        if start and not start.version.is_base:
+            return asked or trainer.epochs
         if self._options.incremental:
-            return max(int(asked or 0), trainer.base_epochs)
-        return int(asked or trainer.base_epochs)
+            return max(asked, trainer.base_epochs)
+        return asked or trainer.base_epochs
 
     def _reference(self, grid: "TrainingGrid", changed: "Sequence[ChangedSeries]") -> dict[str, bytes]:
         """Return the drift reference of this training's data; it holds whatever the verdict is.
@@ -209,10 +210,7 @@ class Attempt:
             "data_range": {"start": iso_z(from_ms(grid.start_ms)), "end": iso_z(from_ms(grid.end_ms))},
             "servers": len(grid.server_names),
             "metrics": list(model.metrics),
-            "specialists": [
-                [{"server": server, "metric": metric} for server, metric in sorted(item.changed_ms)]
-                for item in model.specialists
-            ],
+            "specialists": [sorted(map(list, item.changed_ms)) for item in model.specialists],
             "training": {
                 **dataclasses.asdict(candidate.plan),
                 "took_s": round(monotonic() - self._started, 1),

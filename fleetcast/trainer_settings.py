@@ -10,7 +10,9 @@ class TrainerSettings:
     """How a model is trained."""
 
     epochs: int = setting(5, "epochs of an incremental training", low=1, high=1000)
-    base_epochs: int = setting(16, "epochs of a training from scratch", low=1, high=1000)
+    base_epochs: int = setting(
+        16, "epochs of a fleet's first training, and of one from scratch", low=1, high=1000
+    )
     patience_epochs: int = setting(
         4, "epochs without a better one after which a training from scratch stops; 0: never", low=0
     )
@@ -33,7 +35,10 @@ class TrainerSettings:
         high=1.0,
     )
     specialist_changed_share: float = setting(
-        0.6, "changed_share in a training of the specialist", low=0.0, high=0.9
+        0.8, "changed_share in a training of a specialist", low=0.0, high=0.9
+    )
+    specialist_learning_rate: float = setting(
+        8e-3, "the same for a specialist, which can spoil nothing but its own series", low=1e-6, high=1.0
     )
     keep_weight: float = setting(
         1.0, "weight in the loss of moving away from the old answers to replayed windows", low=0.0

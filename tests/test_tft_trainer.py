@@ -269,3 +269,38 @@ def test_a_killed_trainer_leaves_what_was_and_goes_on_where_it_stood(
     assert len(told) in (5, 6)  # that line, and four or five of the six epochs
     assert not (workplace / "checkpoints" / tft_trainer.BASE_STATE_FILE).exists()
     assert len(registry.version_ids()) == 1
+
+
+@pytest.mark.slow
+def test_a_change_moves_only_what_changed_and_the_shipped_base_is_trained_like_one(workplace: Path) -> None:
+    # Given a base that is shipped, and the first training of a fleet
+    fleet(90, seed=3).to_parquet("data.parquet")
+    assert tft_trainer.main(["--data", "data.parquet", "--checkpoint-dir", "no_models"]) == 0
+    base_id = Registry(workplace / "no_models").current_id()
+    registry = Registry(workplace / "checkpoints", workplace / "no_models")
+    fleet().to_parquet("data.parquet")
+    assert tft_trainer.main(["--data", "data.parquet", "--incremental", "--epochs", "1"]) == 0
+    first = registry.version(registry.version_ids()[-1])
+    assert (first.parent, first.manifest["kind"]) == (base_id, "incremental")
+    assert first.manifest["training"]["epochs"] == 2, "as long as a base"
+    registry.promote(first.id)
+
+    # When one series changes for good and a training is told of it
+    later = fleet(110)
+    is_changed = (later.server_name == "web-1") & (later.timestamp >= pd.Timestamp("2026-01-08T14:00:00Z"))
+    later.loc[is_changed, "cpu_pct"] = 50 + 40 * np.sign(np.sin(np.arange(is_changed.sum())))
+    later.to_parquet("data.parquet")
+    told = {"server": "web-1", "metric": "cpu_pct", "since": "2026-01-08T14:00:00Z"}
+    (workplace / "training_context.json").write_text(json.dumps({"drifting": [told]}))
+    assert tft_trainer.main(["--data", "data.parquet", "--incremental", "--epochs", "2"]) == 0
+
+    # Then the fleet's weights are what they were, and the series has weights of its own
+    newest = registry.version(registry.version_ids()[-1])
+    before, after = Forecaster.load(first.model_path), Forecaster.load(newest.model_path)
+    for name, weights in before.weights.items():
+        assert bool((after.weights[name] == weights).all()), name
+    (own,) = after.specialists
+    assert list(own.changed_ms) == [("web-1", "cpu_pct")]
+    assert newest.manifest["specialists"] == [[["web-1", "cpu_pct"]]]
+    assert newest.manifest["verdict"]["figures"]["unchanged"]["ratio"] == pytest.approx(1.0, abs=1e-4)
+    assert newest.is_promoted, newest.manifest["verdict"]["why"]

@@ -148,10 +148,11 @@ class CandidateMaker:
 
     def _plan(self, scope: Scope, epochs: int, *, is_incremental: bool, shows_bar: bool) -> Fit:
         trainer = self._settings.trainer
+        rate = trainer.incremental_learning_rate if is_incremental else trainer.learning_rate
         return Fit(
             epochs=epochs,
             steps_per_epoch=trainer.steps_per_epoch,
-            learning_rate=trainer.incremental_learning_rate if is_incremental else trainer.learning_rate,
+            learning_rate=trainer.specialist_learning_rate if scope.is_special else rate,
             warmup_steps=_INCREMENTAL_WARMUP_STEPS if is_incremental else _WARMUP_STEPS,
             threads=trainer.threads,
             seed=trainer.seed,

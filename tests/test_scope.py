@@ -1,0 +1,109 @@
+"""What a training moves: a specialist for what changed, or the fleet's weights."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from oracle_fleet import SHAPE, grid
+
+from fleetcast.model.checkpoint import MOST_SPECIALISTS, Specialist
+from fleetcast.model.forecaster import Forecaster
+from fleetcast.model.holdout import HoldOut, held_from
+from fleetcast.model.sampler import ChangedSeries
+from fleetcast.model.scope import pruned, scope_of
+from fleetcast.serving.fallback import NaiveForecaster
+
+FLEET = grid()  # six servers, cpu_pct and mem_pct
+CHANGED = (ChangedSeries(1, 0, 3900), ChangedSeries(2, 1, 3950))
+SINCE_MS = 3900 * 300_000
+
+
+def model(*specialists: Specialist) -> Forecaster:
+    plain = Forecaster.load(Path(__file__).parent / "data" / "model_format_1.ckpt")
+    return Forecaster(plain.description, plain.weights, specialists)
+
+
+def specialist(*series: tuple[str, str], by: float = 0.5) -> Specialist:
+    weights = model().weights
+    bias = weights["output_layer.bias"] + by
+    return Specialist({**weights, "output_layer.bias": bias}, dict.fromkeys(series, SINCE_MS))
+
+
+def test_a_change_is_learned_by_a_specialist_from_the_weights_of_the_fleet() -> None:
+    start = model()
+    found = scope_of(FLEET, CHANGED, start, 0.5)
+    assert found.is_special
+    assert found.shown == CHANGED
+    assert found.changed_ms == {("web-1", "cpu_pct"): SINCE_MS, ("web-2", "mem_pct"): 3950 * 300_000}
+    assert found.begun is start.weights
+    assert found.kept == ()
+
+
+def test_the_same_change_again_goes_on_from_its_specialist() -> None:
+    known = specialist(("web-1", "cpu_pct"), ("web-2", "mem_pct"))
+    found = scope_of(FLEET, CHANGED, model(known), 0.5)
+    assert found.begun is known.weights
+    assert found.kept == (), "its series are all told again"
+
+
+def test_another_change_gets_one_of_its_own_and_leaves_the_first_as_it_is() -> None:
+    known = specialist(("web-4", "cpu_pct"), ("web-1", "cpu_pct"))
+    start = model(known)
+    found = scope_of(FLEET, CHANGED, start, 0.5)
+    assert found.begun is start.weights or found.begun is known.weights
+    assert [item.changed_ms for item in found.kept] == [{("web-4", "cpu_pct"): SINCE_MS}]
+    assert found.kept[0].weights is known.weights
+
+
+@pytest.mark.parametrize("told", [(), CHANGED])
+def test_without_a_model_there_is_nothing_to_specialise(told: tuple[ChangedSeries, ...]) -> None:
+    found = scope_of(FLEET, told, None, 0.5)
+    assert (found.is_special, found.begun, found.shown) == (False, None, told)
+
+
+def test_told_of_nothing_or_of_much_the_fleet_is_trained() -> None:
+    start = model(specialist(("web-4", "cpu_pct"), ("gone", "cpu_pct")))
+    calendar = scope_of(FLEET, (), start, 0.5)
+    assert not calendar.is_special
+    assert calendar.begun is start.weights
+    assert calendar.shown == (ChangedSeries(4, 0, 3900),), "what a specialist knows is shown to the fleet"
+    assert [set(item.changed_ms) for item in calendar.kept] == [{("web-4", "cpu_pct")}], (
+        "the gone is left out"
+    )
+    many = tuple(ChangedSeries(row, column, 3900) for row in range(3) for column in range(2))
+    assert scope_of(FLEET, many, model(), 0.5).is_special
+    assert not scope_of(FLEET, many, start, 0.5).is_special, "with the specialist's it is more than half"
+    assert not scope_of(FLEET, CHANGED, model(), 0.0).is_special, "0 turns it off"
+
+
+def test_with_as_many_specialists_as_there_may_be_the_fleet_learns() -> None:
+    full = [specialist((f"web-{row}", "mem_pct")) for row in (0, 3, 4, 5)]
+    assert len(full) == MOST_SPECIALISTS
+    found = scope_of(FLEET, CHANGED, model(*full), 1.0)
+    assert not found.is_special
+    assert len(found.shown) == len(CHANGED) + MOST_SPECIALISTS
+    again = (ChangedSeries(0, 1, 3900),)
+    assert scope_of(FLEET, again, model(*full), 1.0).is_special, "one that goes on is not one more"
+
+
+def test_a_specialist_keeps_what_it_forecasts_better() -> None:
+    # Given a specialist that is worse on one of its series and better on the other, by made losses
+    torch.set_num_threads(1)
+    both = model(specialist(("web-1", "cpu_pct"), ("web-2", "mem_pct")))
+    hold_out = HoldOut(
+        FLEET, SHAPE, held_from(FLEET, CHANGED, 0.1, 288), CHANGED, NaiveForecaster(96), (1, 12, 96), 1
+    )
+    fleet = hold_out.losses(NaiveForecaster(96))
+    pinball = fleet.pinball.copy()
+    pinball[:, 1, 0] *= 0.9
+    pinball[:, 2, 1] *= 1.1
+    own = replace(fleet, pinball=pinball)
+    # When it is pruned
+    found, losses = pruned(both, hold_out, own, fleet)
+    # Then it keeps the one and the fleet's weights take over the other
+    assert [set(item.changed_ms) for item in found.specialists] == [{("web-1", "cpu_pct")}]
+    np.testing.assert_array_equal(losses.pinball[:, 1, 0], own.pinball[:, 1, 0])
+    np.testing.assert_array_equal(losses.pinball[:, 2, 1], fleet.pinball[:, 2, 1])
+    assert pruned(both, hold_out, fleet, fleet)[0].specialists == (), "no gain, no specialist"
