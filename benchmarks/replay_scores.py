@@ -4,9 +4,10 @@ Owns: the definitions of the figures of `loop_replay.py`. numpy only. Does not k
 
 *Error* at a horizon: per series the mean |p50 - actual| over every third origin of the replay,
 divided by that of the last value on the same forecasts; over series the geometric mean.
-*Recovered* after a change: the first bin from which the changed series' errors at 1 h, over the
-next 24 h, are as near to the oracle's as to those of the policy that never trains. Both are
-taken on the second to seventh day after the change, where the oracle has long trained.
+*Recovered* after a change: the first bin from which on the changed series' errors at 1 h are as near
+to the oracle's as to those of the policy that never trains, in every 24 h that follow up to a week
+after the change; hours in which the oracle gains nothing say nothing. The three are compared on the
+same hours, so that easy ones are no recovery.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,8 @@ from fleetcast.schema import Floats, Floats32
 NAMES = {1: "5min", 12: "1h", 96: "8h"}
 SCORED_EVERY = 3  # origin bins: a quarter of an hour
 LOOK_AHEAD = DAY  # bins over which "recovered" is judged
-SETTLED_FROM, SETTLED_UNTIL = 2 * DAY, 7 * DAY
+WATCHED = 7 * DAY  # bins after a change in which a policy may recover
+LOOK_EVERY = 6
 
 
 def error_pair(fleet: ReplayFleet, p50: Floats32, horizon: int) -> tuple[Floats, Floats]:
@@ -76,7 +78,7 @@ def errors(fleet: ReplayFleet, p50: Floats32) -> dict[str, Any]:
 def recovery_hours(
     fleet: ReplayFleet, by_policy: Mapping[str, Floats32], never: str, oracle: str
 ) -> dict[str, list[float | None]]:
-    """Return hours from each set of changes to recovered errors; None = not within the replay.
+    """Return hours from each set of changes to recovered errors; None = not within a week.
 
     Args:
         by_policy: p50 (server, metric, origin, horizon).
@@ -85,12 +87,24 @@ def recovery_hours(
     found: dict[str, list[float | None]] = {name: [] for name in by_policy}
     for changed in fleet.changes:
         begin = changed[0].since_bin - fleet.begin
-        span = slice(begin + SETTLED_FROM, begin + SETTLED_UNTIL)
-        levels = [_ratio(*at_1h[name], changed, span) for name in (never, oracle)]
-        level = sum(levels) / 2
-        for name, pair in at_1h.items():
-            found[name].append(_first_below(pair, changed, begin, level) if levels[1] < levels[0] else None)
+        end = min(begin + WATCHED, fleet.grid.n_bins - fleet.begin - LOOK_AHEAD)
+        spans = [slice(start, start + LOOK_AHEAD) for start in range(begin, end, LOOK_EVERY)]
+        ratios = {
+            name: np.array([_ratio(*pair, changed, span) for span in spans]) for name, pair in at_1h.items()
+        }
+        for name in by_policy:
+            place = _recovered(ratios[name], ratios[never], ratios[oracle])
+            found[name].append(None if place is None else place * LOOK_EVERY * 24 / DAY)
     return found
+
+
+def _recovered(own: Floats, never: Floats, oracle: Floats) -> int | None:
+    """Return the place from which on a policy is as near to the oracle as to never; None for nowhere."""
+    says = oracle < never
+    is_near = ~says | (own <= (never + oracle) / 2)
+    far = np.flatnonzero(~is_near)
+    first = int(far[-1]) + 1 if len(far) else 0
+    return first if says[first:].any() else None
 
 
 def _ratio(ours: Floats, naive: Floats, changed: Sequence[ChangedSeries], span: slice) -> float:
@@ -98,13 +112,3 @@ def _ratio(ours: Floats, naive: Floats, changed: Sequence[ChangedSeries], span: 
     rows = ([item.server for item in changed], [item.metric for item in changed])
     sums, others = np.nansum(ours[rows][:, span], axis=1), np.nansum(naive[rows][:, span], axis=1)
     return float(np.mean(sums[others > 0] / others[others > 0])) if (others > 0).any() else float("nan")
-
-
-def _first_below(
-    pair: tuple[Floats, Floats], changed: Sequence[ChangedSeries], begin: int, level: float
-) -> float | None:
-    n_origins = pair[0].shape[-1]
-    for start in range(begin, n_origins - LOOK_AHEAD, 6):
-        if _ratio(*pair, changed, slice(start, start + LOOK_AHEAD)) <= level:
-            return (start - begin) * 24 / DAY
-    return None

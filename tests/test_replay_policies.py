@@ -33,10 +33,10 @@ def test_the_cron_jobs_train_at_three_in_the_morning() -> None:
     assert asked(Cron(fleet, 7), fleet.grid.n_bins) == [day * DAY + 36 for day in (7, 14, 21)]
 
 
-def test_the_oracle_trains_six_hours_and_a_day_after_each_change_and_names_it() -> None:
+def test_the_oracle_trains_six_hours_a_day_and_three_after_each_change_and_names_it() -> None:
     changed = ChangedSeries(1, 2, BEGIN + DAY)
     fleet = ReplayFleet("test", grid(), BEGIN, ((changed,),))
-    assert asked(Oracle(fleet), fleet.grid.n_bins) == [DAY + 72, 2 * DAY]
+    assert asked(Oracle(fleet), fleet.grid.n_bins) == [DAY + 72, 2 * DAY, 4 * DAY]
     context = Oracle(fleet).wants(BEGIN + 3 * DAY)
     assert context is not None
     assert context["drifting"] == [{"server": "b", "metric": "disk_io_mb_s", "since": "1970-01-04T00:00:00Z"}]

@@ -66,3 +66,13 @@ def test_where_the_oracle_gains_nothing_no_recovery_is_claimed() -> None:
         "never": [None],
         "oracle": [None],
     }
+
+
+def test_errors_that_rise_again_within_the_week_are_no_recovery_yet() -> None:
+    scene = fleet()
+    good, bad = p50_with(0.4, scene, from_bin=CHANGED), p50_with(1.0, scene)
+    relapse = good.copy()
+    again = slice(CHANGED - BEGIN + 3 * DAY, CHANGED - BEGIN + 4 * DAY)
+    relapse[:, :, again] = bad[:, :, again]
+    found = recovery_hours(scene, {"never": bad, "oracle": good, "own": relapse}, "never", "oracle")
+    assert found["own"][0] is not None and 72 <= found["own"][0] <= 96
