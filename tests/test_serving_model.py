@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,8 +53,10 @@ class World:
             self.registry, load, bin_ms=300_000, horizon_bins=4, on_load=self.loads.append
         )
 
-    def add(self, version_id: str, content: bytes, *, promote: bool = True, promoted: bool = True) -> None:
-        manifest = {"created_at": iso_z(CLOCK.now()), "parent": None, "promoted": promoted}
+    def add(
+        self, version_id: str, content: bytes, *, promote: bool = True, promoted: bool = True, **more: Any
+    ) -> None:
+        manifest = {"created_at": iso_z(CLOCK.now()), "parent": None, "promoted": promoted, **more}
         self.registry.add(version_id, {"model.ckpt": content, "baseline.npz": b""}, manifest)
         if promote:
             self.registry.promote(version_id)
@@ -84,7 +87,8 @@ def world(tmp_path: Path) -> World:
 def test_without_any_version_the_fallback_serves(world: World) -> None:
     report = world.started().report()
     assert report == {
-        "version": None, "trained_at": None, "base": None, "metrics": [], "loading": False, "problems": [],
+        "version": None, "trained_at": None, "base": None, "metrics": [], "specialised_series": 0,
+        "loading": False, "problems": [],
     }  # fmt: skip
     assert world.loads == []
 
@@ -96,9 +100,16 @@ def test_the_version_pointed_to_serves(world: World) -> None:
         "trained_at": "2026-01-15T10:00:00Z",
         "base": False,
         "metrics": ["cpu_pct"],
+        "specialised_series": 0,
         "loading": False,
         "problems": [],
     }
+
+
+def test_how_many_series_have_weights_of_their_own_is_told(world: World) -> None:
+    manifest = {"specialists": [[["web-1", "cpu_pct"], ["web-2", "cpu_pct"]], [["web-3", "mem_pct"]]]}
+    world.add("20260115T100000Z-0001", b"1", **manifest)
+    assert world.started().report()["specialised_series"] == 3
 
 
 def test_a_shipped_base_made_for_other_bins_is_passed_over_and_is_no_failure(

@@ -81,6 +81,12 @@ class Version:
         end = data_range.get("end") if isinstance(data_range, dict) else None
         return to_ms(parse_plain_utc(end)) if isinstance(end, str) else None
 
+    @property
+    def n_specialised(self) -> int:
+        """Return how many series have weights of their own, by the manifest."""
+        listed = self.manifest.get("specialists")
+        return sum(len(series) for series in listed) if isinstance(listed, list) else 0
+
     def verify(self, name: str = MODEL_FILE) -> None:
         """Compare one file's bytes with the sha256 in the manifest.
 

@@ -60,7 +60,7 @@ def follow_up(
     middle_ms = sorted(changed)[len(changed) // 2]
     seen_h = (started_ms - middle_ms) / _HOUR_MS
     known_h = (to_ms(now) - middle_ms) / _HOUR_MS
-    is_first = seen_h < _ENOUGH_SHARE * hours
+    is_first = last.rule == DRIFT and seen_h < _ENOUGH_SHARE * hours
     is_worth_it = is_first or (left > _RESERVED and changed_loss is not None and changed_loss <= _WORTH)
     if not is_worth_it or not max(hours, _GROWTH * seen_h) <= known_h <= _LATEST_DAYS * 24:
         return ""

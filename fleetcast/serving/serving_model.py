@@ -42,6 +42,7 @@ class InService:
 
     predictor: Predictor
     info: ModelInfo
+    n_specialised: int = 0  # series that a specialist forecasts
 
 
 class ServingModel:
@@ -96,6 +97,7 @@ class ServingModel:
         return {
             **(serving.info.as_dict() if serving else {"version": None, "trained_at": None, "base": None}),
             "metrics": list(serving.predictor.metrics) if serving else [],
+            "specialised_series": serving.n_specialised if serving else 0,
             "loading": self.is_loading,
             "problems": list(self._problems),
         }
@@ -147,7 +149,8 @@ class ServingModel:
         except (FleetcastError, OSError, RuntimeError, ValueError, ImportError, MemoryError) as error:
             self._note(error)
             return None
-        return InService(predictor, ModelInfo(version.id, iso_z(version.created_at), version.is_base))
+        info = ModelInfo(version.id, iso_z(version.created_at), version.is_base)
+        return InService(predictor, info, version.n_specialised)
 
     def _note(self, error: Exception) -> None:
         self.n_failures += 1
