@@ -35,7 +35,7 @@ class TrainerSettings:
         high=1.0,
     )
     specialist_changed_share: float = setting(
-        0.8, "changed_share in a training of a specialist", low=0.0, high=0.9
+        0.6, "changed_share in a training of a specialist", low=0.0, high=0.9
     )
     specialist_learning_rate: float = setting(
         8e-3, "the same for a specialist, which can spoil nothing but its own series", low=1e-6, high=1.0
