@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = _scene_figures(fleets[scene], options.folder)
         print(_table(scene, found["policies"]))
         figures[scene] = found
-    print(write_results(f"loop_replay_{options.data.stem}", figures).relative_to(ROOT))
+    name = f"loop_replay_{options.data.stem}" + (f"_from_{options.skip}" if options.skip else "")
+    print(write_results(name, figures).relative_to(ROOT))
     return 0
 
 
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--regimes", type=Path, help="known changes of the data, told to the oracle")
     parser.add_argument("--map", nargs="+", default=list(BITBRAINS_MAPS))
     parser.add_argument("--servers", type=int, default=SERVERS, help="how many, in the order of their names")
+    parser.add_argument("--skip", type=int, default=0, help="servers to leave out before those")
     parser.add_argument("--history-days", type=int, default=HISTORY_DAYS)
     parser.add_argument("--days", type=int, default=REPLAY_DAYS)
     parser.add_argument("--scene", nargs="+", choices=SCENES, default=list(SCENES))
@@ -87,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 def _asked(options: argparse.Namespace, fleet: ReplayFleet) -> dict[str, Any]:
     return {
         "data": options.data.name,
-        "servers": len(fleet.grid.server_names),
+        "servers": list(fleet.grid.server_names),
         "metrics": list(fleet.grid.metrics),
         "history_days": options.history_days,
         "days": options.days,
@@ -97,7 +99,8 @@ def _asked(options: argparse.Namespace, fleet: ReplayFleet) -> dict[str, Any]:
 
 def _fleets(options: argparse.Namespace) -> dict[str, ReplayFleet]:
     days = options.history_days + options.days
-    grid = recorded_grid(options.data, options.map, options.servers, days)
+    chosen = slice(options.skip, options.skip + options.servers)
+    grid = recorded_grid(options.data, options.map, chosen, days)
     begin = options.history_days * DAY
     return {NATURAL: natural(grid, begin, options.regimes), INJECTED: injected(grid, begin)}
 

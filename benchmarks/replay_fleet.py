@@ -44,11 +44,11 @@ class ReplayFleet:
         return replace(self.grid, values=values, start_ms=self.grid.start_ms + start * BIN_MS)
 
 
-def recorded_grid(data: Path, maps: Sequence[str], servers: int, days: int) -> TrainingGrid:
-    """Read the first servers by name as 5-minute bins, from the first UTC midnight on."""
+def recorded_grid(data: Path, maps: Sequence[str], servers: slice, days: int) -> TrainingGrid:
+    """Read some servers, in the order of their names, as 5-minute bins from the first UTC midnight on."""
     formulas = [parse_formula(text) for text in maps]
     names = sorted(set(pq.read_table(data, columns=["server_name"])["server_name"].unique().to_pylist()))
-    cut = Cut(servers=frozenset(names[:servers]), days=float(days + 1))
+    cut = Cut(servers=frozenset(names[servers]), days=float(days + 1))
     recording = load_recording(data, formulas, cut).compacted()
     start_ms = -(-to_ms(recording.first) // DAY_MS) * DAY_MS
     metrics = tuple(recording.metrics)
