@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from adaptive_retraining_daemon import RetrainingDecisionEngine
-from fleetcast.clock import BIN_EPOCH, FakeClock
+from fleetcast.clock import BIN_EPOCH, FakeClock, to_ms
 from fleetcast.errors import CorruptFile, FleetcastError, SettingsError, StorageFull, UnknownFormat
 from fleetcast.files import OwnerLock, write_json
 from fleetcast.model.registry import ATTEMPT_LOCK, Registry
@@ -72,14 +72,19 @@ def daemon(clock: FakeClock) -> Daemon:
     return own
 
 
-def verdict(attempt_id: str, promoted: bool) -> str:
+def verdict(attempt_id: str, promoted: bool, **more: Any) -> str:
     """Leave what the trainer leaves; a promoted version is there and intact."""
     version = f"v-{attempt_id}"
     if promoted:
         contents = {"model.ckpt": b"m", "baseline.npz": b"b"}
         Registry(CHECKPOINTS).add(version, contents, {"created_at": "2026-01-15T10:10:00Z", "promoted": True})
     (CHECKPOINTS / "attempts").mkdir(parents=True, exist_ok=True)
-    content = {"promoted": promoted, "version": version, "why": "better" if promoted else "not better"}
+    content = {
+        "promoted": promoted,
+        "version": version,
+        "why": "better" if promoted else "not better",
+        **more,
+    }
     write_json(CHECKPOINTS / "attempts" / f"{attempt_id}.json", content)
     return version
 
@@ -92,6 +97,31 @@ def test_an_attempt_is_written_down_before_anything_starts(daemon: Daemon) -> No
     assert seen == [replace(started, pid=None)]
     assert json.loads(Path("training_context.json").read_text()) == {"attempt_id": started.id, "drifting": []}
     assert load_state(STATE).running == started
+
+
+@pytest.mark.parametrize(
+    ("figures", "is_followed"), [(0.8, True), (0.95, False), (None, False), ("x", False)]
+)
+def test_what_the_gate_found_decides_whether_a_training_is_followed(
+    daemon: Daemon, figures: Any, is_followed: bool
+) -> None:
+    # Given a training for drift that saw a day of a change
+    changed_ms = to_ms(daemon.clock.now() - timedelta(hours=24))
+    told = {"drifting": [{"server": "web-1", "metric": "cpu_pct", "changed_ms": changed_ms}]}
+    started = daemon.trainings.start(DRIFT, None, [Step(["true"], {})], told)
+    assert started is not None
+    verdict(started.id, True, figures={"changed": {"ratio": figures}})
+    daemon.attempts.lives = False
+    daemon.trainings.note()
+    # When two more days are known of it
+    daemon.clock.advance(hours=48)
+    left = daemon.engine.trainings_left()
+    # Then another training is due if that one learned much, also after a restart
+    assert left == 2
+    assert bool(daemon.trainings.follow_up(24, left)) == is_followed
+    again = Daemon(daemon.clock)
+    again.trainings.take_over()
+    assert bool(again.trainings.follow_up(24, left)) == is_followed
 
 
 @pytest.mark.parametrize(("promoted", "history"), [(True, 1), (False, 0)])
