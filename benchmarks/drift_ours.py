@@ -13,8 +13,8 @@ from benchmarks.drift_rules import STEP
 from fleetcast.drift.data_quality import SensorWatch
 from fleetcast.drift.quorum import QuorumRule, family_ratios, held_over
 from fleetcast.drift.reference import Reference
-from fleetcast.drift.residuals import innovations, traits
-from fleetcast.drift.window_statistics import BinCodes, daily_wave, no_codes, statistics, sums_over
+from fleetcast.drift.residuals import innovations, moves, traits
+from fleetcast.drift.window_statistics import BinCodes, no_codes, statistics, sums_over
 from fleetcast.schema import Floats32
 
 SHORT = DAY // 8
@@ -65,9 +65,11 @@ def series_ratios(reference: Reference, rows: NDArray[np.int64], values: Floats3
     bins = clock.local_bins(start_ms, values.shape[1])
     books = reference.books.rows(rows)
     own = traits(reference.shape.rows(rows), clock, bins, np.asarray(values, np.float32))
-    moves = innovations(own.scores, np.full(len(rows), np.nan, np.float32), reference.pull[rows])
+    unknown = np.full((len(rows), 2), np.nan, np.float32)
+    novel = innovations(own.scores, unknown[:, 0], reference.pull[rows])
     codes = books.values.codes(own.scores)
-    kept = BinCodes(codes, books.innovations.codes(moves), no_codes(codes), own, daily_wave(clock, bins))
+    coded = (codes, books.innovations.codes(novel), no_codes(codes))
+    kept = BinCodes(*coded, own, moves(own.scores, unknown), bins % clock.bins_per_day)
     found = statistics(sums_over(kept, STEP, SHORT, DAY), books, SHORT, DAY)
     return family_ratios(found, reference.limits[rows])
 
@@ -84,5 +86,5 @@ def proxy_errors(reference: Reference, row: int, values: Floats32, start_ms: int
     bins = clock.local_bins(start_ms, len(values))
     shape = reference.shape.rows(rows)
     own = traits(shape, clock, bins, np.asarray(values, np.float32)[None])
-    moves = innovations(own.scores, np.full(1, np.nan, np.float32), reference.pull[rows])
-    return np.asarray(moves[0] * shape.spreads[0][clock.slots(bins)], np.float64)
+    novel = innovations(own.scores, np.full(1, np.nan, np.float32), reference.pull[rows])
+    return np.asarray(novel[0] * shape.spreads[0][clock.slots(bins)], np.float64)

@@ -26,7 +26,7 @@ class DriftSettings:
         0.25, "share of the series that must be in alarm at once (calibrated)", low=0, high=1
     )
     sustained_quorum: float = setting(
-        0.10, "share that is enough when in alarm most of 18 h (calibrated)", low=0, high=1
+        0.10, "share that is enough when in alarm most of a day (calibrated)", low=0, high=1
     )
     timezone: str = setting("UTC", "where the fleet's day begins, for example Europe/Berlin (calibrated)")
     min_reference_days: int = setting(

@@ -7,17 +7,21 @@ from rhythm_fleet import BIN_MS, DAY, START_MS, usual_reference
 from fleetcast.drift.drift_explanation import change_bin, newest_levels, worst_statistic
 from fleetcast.drift.residuals import N_CODES, Traits
 from fleetcast.drift.running_sums import RunningSums
+from fleetcast.drift.shifted_day import LAGS_H
 from fleetcast.drift.window_statistics import FAMILIES, INDEX, N_STATISTICS, BinCodes
 
 
 def sums_of(codes: np.ndarray) -> RunningSums:
     """Running sums of one series that saw these codes."""
-    sums = RunningSums(1, 4, 48)
+    sums = RunningSums(np.zeros((1, 288), np.int16), 4, 48)
     rest = np.zeros((1, 1), np.int16)
-    traits = Traits(np.zeros((1, 1), np.float32), rest, rest, rest, np.zeros((1, 1), np.bool_))
+    no = np.zeros((1, 1), np.bool_)
+    for_lags = np.zeros((len(LAGS_H), 1, 1), np.int16)
+    traits = Traits(np.zeros((1, 1), np.float32), rest, rest, rest, no, rest, for_lags)
+    moved = np.zeros((2, 1, 1), np.int16)
     for code in codes:
         own = np.array([[code]], np.uint8)
-        sums.add(BinCodes(own, own, own, traits, np.zeros((2, 1), np.int64)))
+        sums.add(BinCodes(own, own, own, traits, moved, np.zeros(1, np.int64)))
     return sums
 
 

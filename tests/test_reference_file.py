@@ -48,7 +48,7 @@ def test_nothing_in_it_needs_pickle(path: Path) -> None:
 
 
 def test_an_unknown_format_is_refused_with_the_one_we_read(path: Path) -> None:
-    with pytest.raises(UnknownFormat, match="expected 1"):
+    with pytest.raises(UnknownFormat, match="expected 2"):
         Reference.load(rewritten(path, format=np.int64(9)))
 
 

@@ -36,6 +36,7 @@ def flat_shape(level: float = 10.0) -> Shape:
         np.full(2, 100.0, np.float32),
         np.zeros(2, np.float32),
         np.full(2, 20.0, np.float32),
+        np.zeros((2, 288), np.int16),
     )
 
 

@@ -24,9 +24,9 @@ from rhythm_fleet import (
 from fleetcast.drift.drift_verdict import DriftVerdict
 from fleetcast.drift.quorum import QuorumRule, family_ratios
 from fleetcast.drift.reference import Reference
-from fleetcast.drift.residuals import innovations, traits
+from fleetcast.drift.residuals import innovations, moves, traits
 from fleetcast.drift.seasonal_drift import SeasonalDrift
-from fleetcast.drift.window_statistics import BinCodes, daily_wave, no_codes, statistics, sums_over
+from fleetcast.drift.window_statistics import BinCodes, no_codes, statistics, sums_over
 from fleetcast.errors import BadData
 
 CHANGE = (REFERENCE_DAYS + 1) * DAY  # bin of the change in tests that make one
@@ -175,9 +175,11 @@ def test_bin_by_bin_equals_a_whole_stretch_at_once() -> None:
     part = grid[:, :, first:].reshape(-1, grid.shape[2] - first)
     bins = clock.local_bins(START_MS + first * BIN_MS, part.shape[1])
     own = traits(reference.shape, clock, bins, part)
-    moves = innovations(own.scores, np.full(len(part), np.nan, np.float32), reference.pull)
+    unknown = np.full((len(part), 2), np.nan, np.float32)
+    novel = innovations(own.scores, unknown[:, 0], reference.pull)
     codes = books.values.codes(own.scores)
-    kept = BinCodes(codes, books.innovations.codes(moves), no_codes(codes), own, daily_wave(clock, bins))
+    coded = (codes, books.innovations.codes(novel), no_codes(codes))
+    kept = BinCodes(*coded, own, moves(own.scores, unknown), bins % DAY)
     at_once = statistics(sums_over(kept, 1, DAY // 8, DAY), books, DAY // 8, DAY)
 
     # Then the newest statistics are the same numbers

@@ -6,6 +6,7 @@ from rhythm_fleet import DAY, usual_reference
 
 from fleetcast.drift.quorum import THRESHOLDS
 from fleetcast.drift.residuals import ABSENT, N_CODES, CodeBook, Traits, code_book
+from fleetcast.drift.shifted_day import LAGS_H
 from fleetcast.drift.window_statistics import (
     CAPS,
     FLOORS,
@@ -25,9 +26,12 @@ def coded(values: np.ndarray, book: CodeBook) -> BinCodes:
     """Codes of values with every other trait at rest."""
     codes = book.codes(values.astype(np.float32))
     rest = np.zeros(values.shape, np.int16)
-    seen = Traits(values.astype(np.float32), rest, rest, rest, np.zeros(values.shape, np.bool_))
+    for_lags = np.zeros((len(LAGS_H), *values.shape), np.int16)
+    no = np.zeros(values.shape, np.bool_)
+    seen = Traits(values.astype(np.float32), rest, rest, rest, no, rest, for_lags)
     absent = np.full(codes.shape, ABSENT, np.uint8)
-    return BinCodes(codes, absent, absent, seen, np.zeros((2, values.shape[1]), np.int64))
+    moved = np.zeros((2, *values.shape), np.int16)
+    return BinCodes(codes, absent, absent, seen, moved, np.arange(values.shape[1]) % DAY)
 
 
 def test_every_statistic_belongs_to_one_of_the_four_metrics() -> None:
@@ -58,7 +62,8 @@ def test_the_shape_is_the_kolmogorov_smirnov_distance_of_scipy() -> None:
         books.log_size,
         books.rhythm_power,
         books.rhythm_noise,
-        books.turn,
+        books.log_moves,
+        books.distances,
     )
 
     found = statistics(sums_over(coded(window, book), 1, SHORT, DAY), own, SHORT, DAY)[:, 0, 0]

@@ -14,10 +14,11 @@ from fleetcast.drift.reference import Reference
 from fleetcast.drift.reference_fit import MIN_DAYS
 from fleetcast.drift.residuals import ABSENT
 from fleetcast.drift.running_sums import RunningSums
-from fleetcast.drift.window_statistics import FAMILY_OF, INDEX, IS_SHORT
+from fleetcast.drift.window_statistics import FAMILY_OF, INDEX, IS_SHORT, NEEDS_SUPPORT
 from fleetcast.schema import Floats, Floats32
 
-_BY_SIZE = (INDEX["wider_24h"], INDEX["calmer_24h"])
+_BY_SIZE = tuple(INDEX[name] for name in ("wider_24h", "calmer_24h"))
+_BY_MOVES = tuple(INDEX[name] for name in ("innovation_3h", "restless_24h", "rougher_24h", "smoother_24h"))
 
 
 def worst_statistic(statistics: Floats32, limits: Floats32, held: Floats32) -> int:
@@ -28,7 +29,7 @@ def worst_statistic(statistics: Floats32, limits: Floats32, held: Floats32) -> i
         held: (family,) its held ratios.
     """
     ratios = np.nan_to_num(statistics / limits, nan=0.0)
-    supported = np.where(IS_SHORT, ratios, np.minimum(ratios, ratios[IS_SHORT].max() / SUPPORT))
+    supported = np.where(NEEDS_SUPPORT, np.minimum(ratios, ratios[IS_SHORT].max() / SUPPORT), ratios)
     return int(np.where(held.argmax() == FAMILY_OF, supported, -1.0).argmax())
 
 
@@ -41,7 +42,7 @@ def change_bin(sums: RunningSums, series: int, statistic: int) -> int:
     ring: NDArray[Any] = sums.values
     if statistic in _BY_SIZE:
         ring = sums.size
-    elif statistic == INDEX["innovation_3h"]:
+    elif statistic in _BY_MOVES:
         ring = sums.innovations
     elif statistic == INDEX["error_3h"]:
         ring = sums.errors

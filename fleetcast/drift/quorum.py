@@ -12,7 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetcast.drift.window_statistics import ANOMALY, DSS, FAMILIES, FAMILY_OF, FDS, IS_SHORT, PER
+from fleetcast.drift.window_statistics import (
+    ANOMALY,
+    DSS,
+    FAMILIES,
+    FAMILY_OF,
+    FDS,
+    IS_SHORT,
+    NEEDS_SUPPORT,
+    PER,
+)
 from fleetcast.errors import BadData
 from fleetcast.schema import Floats32
 
@@ -33,9 +42,9 @@ class QuorumRule:
 
     quorum: float = 0.25  # share of the compared series in alarm at once
     sustained_quorum: float = 0.10  # the same, of series in alarm most of the last hours
-    sustained_h: float = 18.0
+    sustained_h: float = 24.0
     sustained_share: float = 0.75  # "most"
-    hold_h: float = 0.5  # a series is in alarm after this long over a limit
+    hold_h: float = 0.75  # a series is in alarm after this long over a limit
 
     def __post_init__(self) -> None:
         for name in ("quorum", "sustained_quorum", "sustained_share"):
@@ -64,7 +73,7 @@ def family_ratios(statistics: Floats32, limits: Floats32) -> Floats32:
     with np.errstate(invalid="ignore"):
         ratios = np.maximum(np.nan_to_num(statistics / bounds, nan=0.0, posinf=0.0, neginf=0.0), 0)
     support = ratios[IS_SHORT].max(axis=0) / SUPPORT
-    ratios[~IS_SHORT] = np.minimum(ratios[~IS_SHORT], support)
+    ratios[NEEDS_SUPPORT] = np.minimum(ratios[NEEDS_SUPPORT], support)
     return np.stack([ratios[family == FAMILY_OF].max(axis=0) for family in range(len(FAMILIES))])
 
 

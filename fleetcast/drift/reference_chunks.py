@@ -66,7 +66,8 @@ def joined_books(parts: list[Books]) -> Books:
         np.concatenate([part.log_size for part in parts]),
         np.concatenate([part.rhythm_power for part in parts]),
         np.concatenate([part.rhythm_noise for part in parts]),
-        np.concatenate([part.turn for part in parts]),
+        np.concatenate([part.log_moves for part in parts]),
+        np.concatenate([part.distances for part in parts]),
     )
 
 

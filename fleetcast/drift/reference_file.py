@@ -1,6 +1,6 @@
 """The file of a reference: arrays under dotted names, checked when read, never pickled.
 
-Owns: `reference.npz`, format 1: one array per field of `Reference`, fields of fields under dotted
+Owns: `reference.npz`, format 2: one array per field of `Reference`, fields of fields under dotted
 names (`shape.profiles`, `books.values.edges`, ...), names as fixed-width unicode, scalars as 0-d
 arrays. Does not know: what the arrays mean beyond their shapes.
 """
@@ -16,11 +16,12 @@ import numpy as np
 
 from fleetcast.drift.residuals import N_CODES, N_EDGES
 from fleetcast.drift.season import WEEKDAYS, DayClock
+from fleetcast.drift.shifted_day import LAGS_H
 from fleetcast.drift.window_statistics import N_STATISTICS
 from fleetcast.errors import BadData, CorruptFile, UnknownFormat
 from fleetcast.files import read_regular
 
-FORMAT = 1
+FORMAT = 2
 Kind = TypeVar("Kind")
 
 
@@ -92,7 +93,9 @@ def _check_rows(path: Path, loaded: Any) -> None:
         ("limits", loaded.limits, (n_series, N_STATISTICS)),
         ("shared_growth", loaded.shared_growth, (N_STATISTICS,)),
         ("books.tails", books.tails, (n_series, 2)),
-        ("books.turn", books.turn, (n_series, 2)),
+        ("books.log_moves", books.log_moves, (n_series, 2)),
+        ("books.distances", books.distances, (n_series, len(LAGS_H))),
+        ("shape.template", loaded.shape.template, (n_series, clock.bins_per_day)),
     ]
     for name in ("values", "innovations", "errors"):
         expected.append((f"books.{name}.edges", getattr(books, name).edges, (n_series, N_EDGES)))

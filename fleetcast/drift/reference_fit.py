@@ -17,20 +17,23 @@ from fleetcast.drift.residuals import (
     code_book,
     code_counts,
     innovations,
+    moves,
     traits,
 )
 from fleetcast.drift.season import (
     DayClock,
+    bin_medians,
     day_grid,
     slot_medians,
     slot_spreads,
     upper_quantile,
     weekday_medians,
 )
+from fleetcast.drift.shifted_day import PLACE_STEPS, distances, places
 from fleetcast.drift.window_statistics import (
     BinCodes,
     Books,
-    daily_wave,
+    log_moves,
     statistics,
     sums_over,
     tail_codes,
@@ -151,8 +154,11 @@ def shape_of(
     ranges, lows, highs = value_ranges(days.reshape(n_series, -1))
     ranges = np.fmax(ranges, range_floors).astype(np.float32)
     spreads = np.fmax(slot_spreads(days - usual, clock), SPREAD_OF_RANGE * ranges[:, None])
+    centres = profiles.mean(axis=1)
+    each = bin_medians(days)
+    template = places(np.where(np.isfinite(each), each, profiles[:, slots]), centres, ranges)
     return Shape(
-        profiles, rows, by_weekday, spreads.astype(np.float32), profiles.mean(axis=1), ranges, lows, highs
+        profiles, rows, by_weekday, spreads.astype(np.float32), centres, ranges, lows, highs, template
     )
 
 
@@ -225,6 +231,8 @@ def _chosen(where: Bools, one: Traits, other: Traits) -> Traits:
         np.where(where, one.size, other.size),
         np.where(where, one.rhythm, other.rhythm),
         np.where(where, one.is_outside, other.is_outside),
+        np.where(where, one.place, other.place),
+        np.where(where, one.evidence, other.evidence),
     )
 
 
@@ -233,8 +241,11 @@ def _books(
 ) -> tuple[Books, Floats32, BinCodes]:
     """Make the books from days that were left out, and code those days."""
     pull = autoregression(seen.scores)
-    moves = innovations(seen.scores, np.full(len(pull), np.nan, np.float32), pull)
-    values, moved, missed = code_book(seen.scores), code_book(moves), code_book(scaled_errors)
+    unknown = np.full((len(pull), 2), np.nan, np.float32)
+    novel = innovations(seen.scores, unknown[:, 0], pull)
+    values, moved, missed = code_book(seen.scores), code_book(novel), code_book(scaled_errors)
+    steps = moves(seen.scores, unknown)
+    known = steps >= 0
     present = np.isfinite(seen.scores)
     size = np.where(present, seen.size, 0).sum(axis=1) / np.maximum(present.sum(axis=1), 1) / 1000
     about = (shape.profiles - shape.centres[:, None]) / shape.ranges[:, None]
@@ -247,16 +258,9 @@ def _books(
         np.log(np.maximum(size, 1e-3)).astype(np.float32),
         (about**2).mean(axis=1).astype(np.float32),
         (noise**2).astype(np.float32),
-        _turn(about),
+        log_moves(np.where(known, steps, 0).sum(axis=2).T / np.maximum(known.sum(axis=2), 1).T),
+        distances(shape.template) + (noise * PLACE_STEPS + 1)[:, None].astype(np.float32),
     )
-    own = (values.codes(seen.scores), moved.codes(moves), missed.codes(scaled_errors))
-    codes = BinCodes(*own, seen, daily_wave(clock, bins))
+    own = (values.codes(seen.scores), moved.codes(novel), missed.codes(scaled_errors))
+    codes = BinCodes(*own, seen, steps, bins % clock.bins_per_day)
     return books, pull, codes
-
-
-def _turn(about: Floats32) -> Floats32:
-    """Return (series, 2): cosine and sine of the daily wave of profiles (series, slot)."""
-    n_slots = about.shape[1]
-    angle = 2 * np.pi * (np.arange(n_slots) + 0.5) / n_slots
-    waves = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    return np.asarray(2 / n_slots * about @ waves, np.float32)

@@ -7,12 +7,13 @@ stands still) has a code of its own. Everything here keeps its value when a metr
 unit. numpy only. Does not know: windows, limits, alarms.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fleetcast.drift.season import DayClock
+from fleetcast.drift.shifted_day import evidence, places
 from fleetcast.schema import Floats32, Longs
 
 N_EDGES = 24
@@ -40,6 +41,7 @@ class Shape:
     ranges: Floats32  # (series,) > 0: between the reference's .5 % and 99.5 %, floored
     lows: Floats32  # (series,) smallest and largest value of the reference
     highs: Floats32
+    template: Shorts  # (series, bin of day) the usual value of each bin alone, as `places`
 
     def expected(self, clock: DayClock, local_bins: Longs) -> Floats32:
         """Return (series, bin): the usual value of each series at each bin."""
@@ -57,10 +59,9 @@ class Shape:
         kept = weekly[weekly >= 0]
         renumbered = np.full(len(chosen), -1, np.int64)
         renumbered[weekly >= 0] = np.arange(len(kept))
-        others = (self.profiles, self.spreads, self.centres, self.ranges, self.lows, self.highs)
-        profiles, spreads, centres, ranges, lows, highs = (array[chosen] for array in others)
-        days = self.weekday_profiles[kept]
-        return Shape(profiles, renumbered, days, spreads, centres, ranges, lows, highs)
+        own = {item.name: getattr(self, item.name) for item in fields(self)}
+        out = {name: array[chosen] for name, array in own.items() if name != "weekday_profiles"}
+        return Shape(**{**out, "weekly_rows": renumbered, "weekday_profiles": self.weekday_profiles[kept]})
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +73,8 @@ class Traits:
     size: Shorts  # |score| in 1 / SPREAD_STEPS, capped
     rhythm: Shorts  # the usual value about its centre, in the unit of level
     is_outside: NDArray[np.bool_]  # beyond everything the reference holds
+    place: Shorts  # the value itself, as `shifted_day.places`
+    evidence: Shorts  # (lag, series, bin), as `shifted_day.evidence`
 
 
 def traits(shape: Shape, clock: DayClock, local_bins: Longs, values: Floats32) -> Traits:
@@ -87,12 +90,15 @@ def traits(shape: Shape, clock: DayClock, local_bins: Longs, values: Floats32) -
         margin = OUTSIDE_MARGIN * shape.ranges
         outside = (values > (shape.highs + margin)[:, None]) | (values < (shape.lows - margin)[:, None])
     size = np.minimum(np.abs(scores), SCORE_CAP)
+    place = places(values, shape.centres, shape.ranges)
     return Traits(
         scores=scores.astype(np.float32),
         level=_steps(level, LEVEL_STEPS, present),
         size=_steps(size, SPREAD_STEPS, present),
         rhythm=_steps(rhythm, LEVEL_STEPS, present),
         is_outside=outside & present,
+        place=place,
+        evidence=evidence(shape.template, place, local_bins % clock.bins_per_day),
     )
 
 
@@ -110,6 +116,25 @@ def innovations(scores: Floats32, before: Floats32, pull: Floats32) -> Floats32:
     """
     earlier = np.concatenate([before[:, None], scores[:, :-1]], axis=1)
     return np.asarray(np.abs(scores - pull[:, None] * earlier), np.float32)
+
+
+def moves(scores: Floats32, before: Floats32) -> Shorts:
+    """Return (distance, series, bin): |score - the score one, then two bins earlier|; -1 = unknown.
+
+    In 1 / SPREAD_STEPS, capped.
+
+    Args:
+        scores: (series, bin).
+        before: (series, 2) scores of the two bins ahead of the first.
+    """
+    earlier = np.concatenate([before, scores], axis=1)
+    n_bins = scores.shape[1]
+    out = np.empty((2, *scores.shape), np.int16)
+    for distance in (1, 2):
+        size = np.abs(scores - earlier[:, 2 - distance : 2 - distance + n_bins])
+        steps = np.rint(np.minimum(size, SCORE_CAP) * SPREAD_STEPS)
+        out[distance - 1] = np.where(np.isfinite(size), steps, -1)
+    return out
 
 
 def autoregression(scores: Floats32) -> Floats32:

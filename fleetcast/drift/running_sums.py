@@ -8,14 +8,17 @@ bin by bin equals one summed at once. Does not know: what the sums say.
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetcast.drift.residuals import ABSENT, N_CODES
+from fleetcast.drift.residuals import ABSENT, N_CODES, Shorts
+from fleetcast.drift.shifted_day import ABSENT_PLACE, LAGS_H, evidence
 from fleetcast.drift.window_statistics import BinCodes, WindowSums
 
 
 class RunningSums:
     """Sums over the newest `short` and `long` bins of every series."""
 
-    def __init__(self, n_series: int, short: int, long: int) -> None:
+    def __init__(self, template: Shorts, short: int, long: int) -> None:
+        self._template = template  # (series, bin of day)
+        n_series = len(template)
         self.short, self.long, self.n_bins = short, long, 0
         self._rows = np.arange(n_series)
         self.values = np.full((long, n_series), ABSENT, np.uint8)  # rings: newest at (n_bins - 1) % long
@@ -25,16 +28,22 @@ class RunningSums:
         self.size = np.zeros((long, n_series), np.int16)
         self.rhythm = np.zeros((long, n_series), np.int16)
         self.outside = np.zeros((long, n_series), np.bool_)
-        self.wave = np.zeros((long, 2), np.int64)
+        self.place = np.full((long, n_series), ABSENT_PLACE, np.int16)
+        self.moved = np.full((long, 2, n_series), -1, np.int16)
+        self.day_bins = np.zeros(long, np.int64)
         # one column more than codes: absent values are counted there and never read
         self._counts = np.zeros((4, n_series, N_CODES + 1), np.int16)
-        self._sums = np.zeros((8, n_series), np.int64)
+        self._sums = np.zeros((6, n_series), np.int64)
+        self._moved = np.zeros((2, 2, n_series), np.int64)  # sums and counts of each distance
+        self._evidence = np.zeros((len(LAGS_H), n_series), np.int64)
 
     def add(self, codes: BinCodes) -> None:
         """Take in one bin, (series, 1), and let the oldest go."""
         place = self.n_bins % self.long
         if self.n_bins >= self.long:
             self._count(place, place_short=None, sign=-1)
+            old = evidence(self._template, self.place[place][:, None], self.day_bins[[place]])
+            self._evidence -= old[:, :, 0]
         if self.n_bins >= self.short:
             self._count(None, place_short=(self.n_bins - self.short) % self.long, sign=-1)
         self.values[place] = codes.values[:, 0]
@@ -43,8 +52,10 @@ class RunningSums:
         traits = codes.traits
         self.level[place], self.size[place] = traits.level[:, 0], traits.size[:, 0]
         self.rhythm[place], self.outside[place] = traits.rhythm[:, 0], traits.is_outside[:, 0]
-        self.wave[place] = codes.wave[:, 0]
+        self.place[place], self.moved[place] = traits.place[:, 0], codes.moved[:, :, 0]
+        self.day_bins[place] = codes.day_bins[0]
         self._count(place, place_short=place, sign=1)
+        self._evidence += traits.evidence[:, :, 0]
         self.n_bins += 1
 
     def _count(self, place: int | None, *, place_short: int | None, sign: int) -> None:
@@ -55,10 +66,12 @@ class RunningSums:
         if place is not None:
             self._tally(3, self.values[place], sign)
             level, rhythm = self.level[place].astype(np.int64), self.rhythm[place].astype(np.int64)
-            cosine, sine = self.wave[place]
             parts = (level, self.size[place], rhythm, rhythm * rhythm, rhythm * level)
-            for row, part in enumerate((*parts, level * cosine, level * sine), 1):
+            for row, part in enumerate(parts, 1):
                 self._sums[row] += sign * part
+            moved = self.moved[place]
+            self._moved[0] += sign * np.maximum(moved, 0)
+            self._moved[1] += sign * (moved >= 0)
 
     def _tally(self, table: int, codes: NDArray[np.uint8], sign: int) -> None:
         self._counts[table, self._rows, np.minimum(codes, N_CODES)] += np.int16(sign)
@@ -67,6 +80,7 @@ class RunningSums:
         """Return the sums of the windows that end now, (series, 1)."""
         counts = self._counts[:, :, None, :N_CODES].astype(np.int32)
         outside, *others = (row[:, None] for row in self._sums)
+        others += [self._moved[0][..., None], self._moved[1][..., None], self._evidence[..., None]]
         return WindowSums(counts[0], counts[3], counts[1], counts[2], outside.astype(np.int32), *others)
 
     def newest(self, ring: NDArray[np.generic], bins: int) -> NDArray[np.generic]:

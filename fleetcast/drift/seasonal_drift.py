@@ -32,7 +32,7 @@ from fleetcast.drift.quorum import (
     scaled_scores,
 )
 from fleetcast.drift.reference import Reference
-from fleetcast.drift.residuals import innovations, traits
+from fleetcast.drift.residuals import innovations, moves, traits
 from fleetcast.drift.running_sums import RunningSums
 from fleetcast.drift.window_statistics import (
     FAMILIES,
@@ -40,7 +40,6 @@ from fleetcast.drift.window_statistics import (
     SHORT_H,
     STATISTICS,
     BinCodes,
-    daily_wave,
     statistics,
 )
 from fleetcast.errors import BadData
@@ -66,8 +65,8 @@ class SeasonalDrift:
         reference, n_series = self.reference, self.reference.n_series
         shape = (len(reference.server_names), len(reference.metrics))
         self._watch = SensorWatch(*shape, reference.still_limits, self._clock.bins_per_day)
-        self._sums = RunningSums(n_series, self._short, self._long)
-        self._last_scores = np.full(n_series, np.nan, np.float32)
+        self._sums = RunningSums(reference.shape.template, self._short, self._long)
+        self._last_scores = np.full((n_series, 2), np.nan, np.float32)  # oldest first
         self._recent = np.full((self._short, n_series), np.nan, np.float32)  # ring of native values
         self._ratios = np.zeros((self._hold, len(FAMILIES), n_series), np.float32)  # ring
         self._alarms = np.zeros((self._sustained, n_series), np.bool_)  # ring
@@ -124,12 +123,13 @@ class SeasonalDrift:
         admitted = self._watch.admit(values)
         bins = self._clock.local_bins(bin_ms, 1)
         own = traits(reference.shape, self._clock, bins, admitted[:, None])
-        moves = innovations(own.scores, self._last_scores, reference.pull)
-        self._last_scores = own.scores[:, 0]
+        novel = innovations(own.scores, self._last_scores[:, 1], reference.pull)
+        moved = moves(own.scores, self._last_scores)
+        self._last_scores = np.concatenate([self._last_scores[:, 1:], own.scores], axis=1)
         books = reference.books
         missed = self._error_scores(errors, admitted, bins)
-        codes = (books.values.codes(own.scores), books.innovations.codes(moves), books.errors.codes(missed))
-        self._sums.add(BinCodes(*codes, own, daily_wave(self._clock, bins)))
+        codes = (books.values.codes(own.scores), books.innovations.codes(novel), books.errors.codes(missed))
+        self._sums.add(BinCodes(*codes, own, moved, bins % self._clock.bins_per_day))
         self._recent[self._n_bins % self._short] = admitted
         self._end_ms = bin_ms + reference.bin_ms
         self._judge()

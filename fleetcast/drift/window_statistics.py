@@ -1,4 +1,4 @@
-"""Fourteen statistics of the newest 3 and 24 hours of a series against its reference.
+"""Seventeen statistics of the newest 3 and 24 hours of a series against its reference.
 
 Owns: which statistics there are, to which of the four metrics each belongs, and their formulas
 over window sums. The sums may come from a running window (`SeasonalDrift`) or from a whole
@@ -20,16 +20,16 @@ from fleetcast.drift.residuals import (
     SPREAD_STEPS,
     Bytes,
     CodeBook,
+    Shorts,
     Traits,
     code_counts,
 )
-from fleetcast.drift.season import DayClock
 from fleetcast.schema import Floats32, Longs
 
 SHORT_H = 3
 LONG_H = 24
 MIN_COVERAGE = 0.6  # of a window's bins, else its statistics are NaN
-WAVE_STEPS = 1024
+MOVE_NOISE = 0.2  # spreads; moves smaller than this say nothing about smoothness
 SHARE_CAP = 0.97  # a share of 1 would be endlessly surprising
 
 PER, DSS, FDS, ANOMALY = "per", "dss", "fds", "anomaly_rate"
@@ -46,20 +46,23 @@ class Statistic:
     is_share: bool  # bounded by 1, measured as -log(1 - share)
     floor: float  # the smallest difference that matters, in the statistic's own unit
     says: str
+    stands_alone: bool = False  # counts although the newest hours by themselves look usual
 
 
 STATISTICS = (
     Statistic("innovation_3h", PER, True, True, 0.5, "is more or less predictable from bin to bin"),
     Statistic("error_3h", PER, True, True, 0.5, "is forecast worse than usual"),
+    Statistic("restless_24h", PER, False, False, 0.3, "moves more from bin to bin", True),
+    Statistic("rougher_24h", PER, False, False, 0.15, "is less smooth from bin to bin", True),
+    Statistic("smoother_24h", PER, False, False, 0.15, "is smoother from bin to bin", True),
     Statistic("shape_3h", DSS, True, True, 0.9, "has left its usual values"),
     Statistic("shape_24h", DSS, False, True, 0.4, "is distributed differently over a day"),
     Statistic("below_24h", DSS, False, True, 0.3, "is too often at the low end"),
     Statistic("above_24h", DSS, False, True, 0.3, "is too often at the high end"),
     Statistic("higher_24h", FDS, False, False, 0.1, "has risen"),
     Statistic("lower_24h", FDS, False, False, 0.1, "has fallen"),
-    Statistic("rhythm_up_24h", FDS, False, False, 0.25, "swings more over the day"),
     Statistic("rhythm_down_24h", FDS, False, False, 0.25, "has lost its daily rhythm"),
-    Statistic("rhythm_turned_24h", FDS, False, False, 0.25, "has its daily rhythm at another time"),
+    Statistic("shifted_24h", FDS, False, True, 0.25, "has its daily rhythm at another time", True),
     Statistic("outside_3h", ANOMALY, True, True, 0.4, "is where it never was"),
     Statistic("wider_24h", ANOMALY, False, False, 0.5, "scatters more"),
     Statistic("calmer_24h", ANOMALY, False, False, 0.5, "scatters less"),
@@ -67,6 +70,7 @@ STATISTICS = (
 N_STATISTICS = len(STATISTICS)
 INDEX = {statistic.name: index for index, statistic in enumerate(STATISTICS)}
 IS_SHORT = np.array([statistic.is_short for statistic in STATISTICS])
+NEEDS_SUPPORT = np.array([not (item.is_short or item.stands_alone) for item in STATISTICS])
 IS_SHARE = np.array([statistic.is_share for statistic in STATISTICS])
 FAMILY_OF = np.array([FAMILIES.index(statistic.family) for statistic in STATISTICS])
 
@@ -96,7 +100,8 @@ class Books:
     log_size: Floats32  # (series,) log of the mean capped |score|
     rhythm_power: Floats32  # (series,) variance of the profile, in ranges squared
     rhythm_noise: Floats32  # (series,) what keeps a flat profile from dividing by nothing
-    turn: Floats32  # (series, 2) cosine and sine of the profile's daily wave, in ranges
+    log_moves: Floats32  # (series, 2) log of the mean move over one and two bins
+    distances: Floats32  # (series, lag) of the template from itself moved, and what keeps it from 0
 
     def rows(self, chosen: NDArray[np.int64]) -> "Books":
         """Return the books of some of the series, in that order."""
@@ -108,7 +113,8 @@ class Books:
             self.log_size[chosen],
             self.rhythm_power[chosen],
             self.rhythm_noise[chosen],
-            self.turn[chosen],
+            self.log_moves[chosen],
+            self.distances[chosen],
         )
 
 
@@ -126,8 +132,9 @@ class WindowSums:
     rhythm: NDArray[np.int64]
     rhythm_square: NDArray[np.int64]
     rhythm_level: NDArray[np.int64]
-    cosine: NDArray[np.int64]  # level x cosine of the time of day
-    sine: NDArray[np.int64]
+    moved: NDArray[np.int64]  # (distance, series, time)
+    n_moved: NDArray[np.int64]
+    evidence: NDArray[np.int64]  # (lag, series, time)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +145,8 @@ class BinCodes:
     innovations: Bytes
     errors: Bytes
     traits: Traits
-    wave: NDArray[np.int64]  # (2, bin) cosine and sine of the time of day, in WAVE_STEPS
+    moved: Shorts  # (distance, series, bin), as `residuals.moves`
+    day_bins: Longs  # (bin,) bin of the day
 
 
 def sums_over(codes: BinCodes, step: int, short: int, long: int) -> WindowSums:
@@ -177,8 +185,9 @@ def sums_over(codes: BinCodes, step: int, short: int, long: int) -> WindowSums:
         rhythm=sums(traits.rhythm, long),
         rhythm_square=sums(rhythm * rhythm, long),
         rhythm_level=sums(rhythm * level, long),
-        cosine=sums(level * codes.wave[0], long),
-        sine=sums(level * codes.wave[1], long),
+        moved=np.stack([sums(np.maximum(part, 0), long) for part in codes.moved]),
+        n_moved=np.stack([sums(part >= 0, long) for part in codes.moved]),
+        evidence=np.stack([sums(part, long) for part in traits.evidence]),
     )
 
 
@@ -203,6 +212,8 @@ def statistics(sums: WindowSums, books: Books, short: int, long: int) -> Floats3
     n_errors = _enough(sums.short_errors.sum(axis=-1), short)
     out[INDEX["error_3h"]] = (-_gaps(sums.short_errors, n_errors, books.errors)).max(axis=-1)
     out[INDEX["outside_3h"]] = sums.outside / n_short
+    found = sums.evidence / (n_long * books.distances.T[..., None])
+    out[INDEX["shifted_24h"]] = found.max(axis=0)
     out[IS_SHARE] = surprise(out[IS_SHARE])
     _moments(out, sums, books, n_long)
     return out
@@ -214,15 +225,23 @@ def _moments(out: Floats32, sums: WindowSums, books: Books, n: Floats32) -> None
     size = np.maximum(sums.size / (n * SPREAD_STEPS), 1e-3)
     wider = np.log(size) - books.log_size[:, None]
     out[INDEX["wider_24h"]], out[INDEX["calmer_24h"]] = wider, -wider
+    n_moved = np.where(sums.n_moved >= MIN_COVERAGE**2 * n, sums.n_moved, np.nan)
+    one, two = log_moves(sums.moved / n_moved)
+    usual_one, usual_two = books.log_moves.T[..., None]
+    out[INDEX["restless_24h"]] = one - usual_one
+    out[INDEX["smoother_24h"]] = usual_one - usual_two - (one - two)
+    # without memory one bin moves a value as far as two do; rougher than that is not counted
+    out[INDEX["rougher_24h"]] = np.minimum(one - two, 0) - np.minimum(usual_one - usual_two, 0)
     rhythm = sums.rhythm / (n * LEVEL_STEPS)
     power = sums.rhythm_square / (n * LEVEL_STEPS**2) - rhythm**2
     together = sums.rhythm_level / (n * LEVEL_STEPS**2) - rhythm * level
     swing = together / (np.maximum(power, books.rhythm_power[:, None]) + books.rhythm_noise[:, None])
-    out[INDEX["rhythm_up_24h"]], out[INDEX["rhythm_down_24h"]] = swing, -swing
-    cosine, sine = (2 * part / (n * LEVEL_STEPS * WAVE_STEPS) for part in (sums.cosine, sums.sine))
-    across = books.turn[:, :1] * sine - books.turn[:, 1:] * cosine
-    wave = (books.turn**2).sum(axis=1)[:, None]
-    out[INDEX["rhythm_turned_24h"]] = np.abs(across) / (wave + books.rhythm_noise[:, None])
+    out[INDEX["rhythm_down_24h"]] = -swing
+
+
+def log_moves(mean: NDArray[Any]) -> Floats32:
+    """Return the log of mean moves, in 1 / SPREAD_STEPS, with a floor that fades in."""
+    return np.asarray(np.log(mean / SPREAD_STEPS + MOVE_NOISE), np.float32)
 
 
 def _enough(counts: NDArray[np.int64], length: int) -> Floats32:
@@ -233,12 +252,6 @@ def _gaps(counts: NDArray[np.int32], n: Floats32, book: CodeBook) -> Floats32:
     """Return the window's distribution minus the reference's, at each code."""
     shares = np.cumsum(counts, axis=-1, dtype=np.int32) / n[..., None]
     return np.asarray(shares - book.shares[:, None, :], np.float32)
-
-
-def daily_wave(clock: DayClock, local_bins: Longs) -> NDArray[np.int64]:
-    """Return (2, bin): cosine and sine of the time of day in WAVE_STEPS."""
-    angle = 2 * np.pi * (local_bins % clock.bins_per_day) / clock.bins_per_day
-    return np.asarray(np.rint(np.stack([np.cos(angle), np.sin(angle)]) * WAVE_STEPS), np.int64)
 
 
 def tail_codes(book: CodeBook) -> NDArray[np.int64]:
