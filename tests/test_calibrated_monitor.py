@@ -108,7 +108,7 @@ def test_a_young_reference_collects_and_says_how_much_is_missing(tmp_path: Path)
 
 
 def test_the_trend_rises_while_the_fleet_moves_away(tmp_path: Path) -> None:
-    reading = monitor_of(tmp_path, store_of(changed_grid(), CHANGE + 30)).reading()
+    reading = monitor_of(tmp_path, store_of(changed_grid(), CHANGE + 36)).reading()
     assert reading.trends["fds"] == reading.trends["anomaly_rate"] == "increasing", reading.as_text()
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from fleetcast.drift.limits import (
     GROWTH_CAP,
+    MARGINS,
     PRIOR_GROWTH,
     growth,
     own_quantiles,
@@ -27,10 +28,11 @@ def test_every_statistic_has_a_prior() -> None:
 def test_limits_lie_between_floor_and_cap_and_stay_unknown_where_nothing_is_known() -> None:
     own = np.stack([np.zeros(N_STATISTICS), np.full(N_STATISTICS, 1e6), np.full(N_STATISTICS, np.nan)])
 
-    found = series_limits(own.astype(np.float32), np.ones(N_STATISTICS, np.float32))
+    found = series_limits(own.astype(np.float32), np.ones(N_STATISTICS, np.float32), np.full(3, 21))
 
     assert (found[0] == FLOORS).all()
-    assert (found[1] == np.minimum(CAPS, 1e6)).all()
+    margins = np.array([MARGINS.get(item.name, 1) for item in STATISTICS], np.float32)
+    assert (found[1] == np.minimum(CAPS, np.float32(1e6) * margins)).all()
     assert np.isnan(found[2]).all()
 
 

@@ -14,8 +14,9 @@ from rhythm_fleet import (
     usual_reference,
 )
 
+from fleetcast.drift.limits import MATURE_DAYS
 from fleetcast.drift.reference import Reference
-from fleetcast.drift.reference_merge import MATURE_DAYS, immature_servers, merged
+from fleetcast.drift.reference_merge import immature_servers, merged
 from fleetcast.drift.seasonal_drift import SeasonalDrift
 from fleetcast.errors import BadData
 

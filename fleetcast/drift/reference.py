@@ -109,8 +109,8 @@ class Reference:
         chunks = fit_all(flat, flat_errors, local_bins, _range_floors(flat, len(metrics)), clock)
         shared = shared_growth(np.concatenate([growth(part.left_out, part.folds) for part in chunks]))
         own = np.concatenate([own_quantiles(part.left_out) for part in chunks])
-        limits = series_limits(own, shared)
         n_days = np.concatenate([part.n_days for part in chunks])
+        limits = series_limits(own, shared, n_days)
         limits[n_days < min_days] = np.nan
         fleet = calibrate(
             *sampled(chunks, len(metrics)), limits, len(metrics), rule or QuorumRule(), false_alarms_per_month

@@ -8,12 +8,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from fleetcast.drift.limits import MATURE_DAYS
 from fleetcast.drift.reference import Reference
 from fleetcast.drift.reference_chunks import joined_books, joined_shapes
 from fleetcast.drift.season import DAY_MS
 from fleetcast.errors import BadData
-
-MATURE_DAYS = 21  # fewer days behind a series make false alarms likelier; see drift-quality.md
 
 
 def immature_servers(reference: Reference, live: tuple[str, ...]) -> tuple[str, ...]:

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from fleetcast.drift.learned_reference import change_times, learned_reference
+from fleetcast.drift.limits import MATURE_DAYS
 from fleetcast.drift.reference import Reference
 from fleetcast.drift.reference_fit import DAY_COVERAGE
-from fleetcast.drift.reference_merge import MATURE_DAYS, immature_servers, merged, servers_without_errors
+from fleetcast.drift.reference_merge import immature_servers, merged, servers_without_errors
 from fleetcast.drift.season import DAY_MS, DayClock
 from fleetcast.drift.settled_grid import ReadForecasts, read_grid
 from fleetcast.drift_settings import DriftSettings
