@@ -52,6 +52,12 @@ def test_an_unknown_format_is_refused_with_the_one_we_read(path: Path) -> None:
         Reference.load(rewritten(path, format=np.int64(9)))
 
 
+def test_a_file_of_the_first_format_is_refused_so_that_it_is_learned_again() -> None:
+    """Format 1 knows no usual day bin by bin, so nothing newer can be made of it."""
+    with pytest.raises(UnknownFormat, match=r"reference format 1.*expected 2"):
+        Reference.load(Path(__file__).parent / "data" / "reference_format_1.npz")
+
+
 @pytest.mark.parametrize("content", [b"", b"PK", b"not a zip at all", pickle.dumps({"format": 1})])
 def test_junk_is_corrupt(tmp_path: Path, content: bytes) -> None:
     junk = tmp_path / "reference.npz"

@@ -164,3 +164,26 @@ def test_a_reference_of_another_time_zone_is_learned_anew(tmp_path: Path) -> Non
     assert found is not None
     assert found.timezone == "Asia/Tokyo"
     assert (found.end_ms + 9 * 3_600_000) % (DAY * BIN_MS) == 0, "up to midnight in Tokyo"
+
+
+def test_a_reference_of_an_older_format_is_passed_over_and_learned_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Given a version whose own and renewed references were both written before format 2
+    version = registry_with(tmp_path, young(10)).baseline_in_force()
+    assert version is not None
+    old = (Path(__file__).parent / "data" / "reference_format_1.npz").read_bytes()
+    folder = tmp_path / "drift_reference"
+    folder.mkdir()
+    for path in (folder / f"{VERSION}.npz", version.reference_path):
+        path.write_bytes(old)
+
+    # When a daemon looks for them, then at what was settled
+    own = renewal(tmp_path, whole_store())
+    assert own.saved(version) is None
+    assert caplog.text.count("reference format 1") == 2
+    evidence = source_of(tmp_path, whole_store()).evidence(VERSION, may_renew=True)
+
+    # Then the fleet is learned anew, and the file is of today's format
+    assert evidence.seasonal.drift is not None
+    assert Reference.load(folder / f"{VERSION}.npz").n_days.min() == 14

@@ -127,6 +127,24 @@ def test_what_means_hide_is_found(kind: str, families: set[str]) -> None:
     assert drift.check().needs_retraining
 
 
+def test_a_job_of_five_minutes_that_moves_is_found_and_one_that_is_left_out_is_not() -> None:
+    # Given a quiet disk but for one job a day, at 02:30; from the change on at 08:30, or never
+    grid = np.abs(np.random.default_rng(5).normal(0, 0.05, made_grid().shape)).astype(np.float32)
+    grid[:, :, 30::DAY] = 20
+    moved, missing = grid.copy(), grid.copy()
+    for other in (moved, missing):
+        other[:, :, CHANGE + 30 :: DAY] = 0.05
+    moved[:, :, CHANGE + 30 + DAY // 4 :: DAY] = 20
+    reference = fitted(grid[:, :, : REFERENCE_DAYS * DAY])
+
+    def in_alarm(other: np.ndarray) -> set[str]:
+        seen = following(other[:, :, : CHANGE + DAY], reference=reference).check().drifting
+        return {item.statistic for item in seen}
+
+    assert in_alarm(moved) == {"shifted_24h"}
+    assert in_alarm(grid) == in_alarm(missing) == set()
+
+
 def test_a_server_that_goes_silent_is_an_event_and_no_drift() -> None:
     grid = made_grid()[:, :, : CHANGE + DAY]
     grid[1, :, CHANGE:] = np.nan

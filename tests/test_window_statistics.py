@@ -1,11 +1,13 @@
 """The statistics over windows: known answers, and their kinship with Kolmogorov-Smirnov."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from rhythm_fleet import DAY, usual_reference
 
 from fleetcast.drift.quorum import THRESHOLDS
-from fleetcast.drift.residuals import ABSENT, N_CODES, CodeBook, Traits, code_book
+from fleetcast.drift.residuals import ABSENT, N_CODES, CodeBook, Traits, code_book, moves
 from fleetcast.drift.shifted_day import LAGS_H
 from fleetcast.drift.window_statistics import (
     CAPS,
@@ -104,3 +106,50 @@ def test_a_tail_is_never_the_last_code() -> None:
     tails = tail_codes(book)
 
     assert (tails <= N_CODES - 2).all() and (tails >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("noise", "rougher_24h"), ("slow", "smoother_24h"), ("louder", "restless_24h")]
+)
+def test_new_dynamics_show_in_moves_over_one_and_two_bins(kind: str, name: str) -> None:
+    # Given a reference of a wandering value; then a day of white noise, of a slow wave, of twice the moves
+    reference = usual_reference()
+    books = reference.books.rows(np.array([0]))
+    generator = np.random.default_rng(4)
+    wander = np.zeros(DAY)
+    for place in range(1, DAY):
+        wander[place] = 0.7 * wander[place - 1] + generator.normal(0, 0.8)
+    day = {
+        "noise": generator.normal(0, 1, DAY),
+        "slow": 1.5 * np.sin(np.arange(DAY) / 6),
+        "louder": 2.2 * wander,
+    }
+    scores = day[kind].astype(np.float32)[None]
+    unknown = np.full((1, 2), np.nan, np.float32)
+    codes = coded(scores, books.values)
+    kept = replace(codes, moved=moves(scores, unknown))
+
+    found = statistics(sums_over(kept, 1, SHORT, DAY), books, SHORT, DAY)[:, 0, 0]
+
+    changed = {other: found[INDEX[other]] for other in ("rougher_24h", "smoother_24h", "restless_24h")}
+    assert changed[name] > FLOORS[INDEX[name]], changed
+
+
+def test_a_series_without_memory_cannot_get_rougher() -> None:
+    # Given moves over one bin as large as over two, in the reference and, alternating, even larger
+    books = usual_reference().books.rows(np.array([0]))
+    white = replace(books, log_moves=np.zeros((1, 2), np.float32))
+    scores = np.tile(np.array([2.0, -2.0], np.float32), DAY // 2)[None]
+    kept = replace(coded(scores, books.values), moved=moves(scores, np.full((1, 2), np.nan, np.float32)))
+
+    found = statistics(sums_over(kept, 1, SHORT, DAY), white, SHORT, DAY)[:, 0, 0]
+
+    assert found[INDEX["rougher_24h"]] == 0
+
+
+def test_moves_are_unknown_where_either_end_is() -> None:
+    scores = np.array([[1.0, np.nan, 3.0, 4.0]], np.float32)
+
+    found = moves(scores, np.array([[np.nan, 0.5]], np.float32))
+
+    assert found[:, 0].tolist() == [[500, -1, -1, 1000], [-1, -1, 2000, -1]]
