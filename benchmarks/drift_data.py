@@ -76,9 +76,10 @@ def load_fleet(data: Path, stable: Path | None, regimes: Path | None, half: str)
     """Read one data set; `half` is develop, report or all.
 
     Raises:
-        BadData: no server of the stable list is in the data.
+        BadData: no series of the stable list is in the data, or a column is missing.
     """
     frame = pd.read_parquet(data)
+    _need(data, frame, ("timestamp", "server_name"))
     names = sorted(frame["server_name"].unique())
     if half != "all":
         names = halves(names)[0 if half == "develop" else 1]
@@ -86,10 +87,11 @@ def load_fleet(data: Path, stable: Path | None, regimes: Path | None, half: str)
     numbers = frame.select_dtypes("number").columns
     metrics = [name for name in numbers if name not in NO_METRICS and frame[name].notna().any()]
     grid, start_ms = bin_grid(frame, metrics, names)
-    pairs = _rows(pd.read_csv(stable), names, metrics) if stable else []
+    pairs = _rows(_listed(stable, ()), names, metrics) if stable else []
     if stable and not pairs:
-        raise BadData(f"{stable}: none of its series is in {data}")
-    changes = _changes(pd.read_csv(regimes), names, metrics, start_ms) if regimes else ()
+        hint = f"servers are {', '.join(names[:5])}, ...; metrics are {', '.join(metrics[:5])}, ..."
+        raise BadData(f"{stable}: none of its series is in {data} ({half} servers)", hint=hint)
+    changes = _changes(_listed(regimes, ("change_time_utc",)), names, metrics, start_ms) if regimes else ()
     return RecordedFleet(
         data.stem, tuple(names), tuple(metrics), grid, start_ms, tuple(sorted(pairs)), tuple(changes)
     )
@@ -107,6 +109,21 @@ def sub_fleet(fleet: RecordedFleet, rows: list[int]) -> RecordedFleet:
         tuple((place[server], metric) for server, metric in fleet.stable if server in place),
         tuple(Change(place[c.server], c.metric, c.bin) for c in fleet.changes if c.server in place),
     )
+
+
+def _listed(path: Path, others: tuple[str, ...]) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path)
+    except pd.errors.EmptyDataError as error:
+        raise BadData(f"{path}: an empty file, not even a header") from error
+    _need(path, table, ("server_name", "metric", *others))
+    return table
+
+
+def _need(path: Path, table: pd.DataFrame, columns: tuple[str, ...]) -> None:
+    missing = [name for name in columns if name not in table]
+    if missing:
+        raise BadData(f"{path}: no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
 
 
 def _rows(table: pd.DataFrame, names: list[str], metrics: list[str]) -> list[tuple[int, int]]:

@@ -100,9 +100,10 @@ def fleet_trials(
 ) -> None:
     """Draw sub-fleets and blocks, and put them before every rule."""
     generator = np.random.default_rng(zlib.crc32(fleet.name.encode()))
-    groups = [members(fleet, block) for block in blocks]
+    judged = [(block, members(fleet, block)) for block in blocks]
+    blocks, groups = [block for block, group in judged if group], [group for _, group in judged if group]
     known = [_known_bits(fleet, block, group, rules) for block, group in zip(blocks, groups, strict=True)]
-    for draw in range(DRAWS):
+    for draw in range(DRAWS if blocks else 0):
         place = int(generator.integers(len(blocks)))
         block, group = blocks[place], groups[place]
         servers = sorted({member.server for member in group})
@@ -111,7 +112,7 @@ def fleet_trials(
         picked = [index for index, member in enumerate(group) if member.server in chosen]
         own = [group[index] for index in picked]
         for rule in rules:
-            alarms = _verdicts(rule, fleet, block, own, known[place].get(rule), picked)
+            alarms = _verdicts(rule, block, own, known[place].get(rule), picked)
             _count(tallies[rule], alarms[1:])
         if draw < CHANGE_DRAWS:
             _change(fleet, block, own, rules, tallies, generator)
@@ -131,10 +132,12 @@ def _known_bits(
     out: dict[str, NDArray[Any]] = {}
     if "ours" in rules:
         out["ours"] = _our_ratios(block, group, [member.lead for member in group], block.begin - LEAD)
+    stretches = [_stretch(fleet, block, member, member.lead, block.begin - LEAD) for member in group]
     for rule, function in (("KS p < .05", ks_test), ("Evidently", evidently), ("NannyML", nannyml)):
         if rule in rules:
-            stretches = [_stretch(fleet, block, member, member.lead, block.begin - LEAD) for member in group]
             out[rule] = np.array([function(stretch) for stretch in stretches])
+    for rule in ("literal 1,000", "literal 24 h"):
+        out[rule] = np.array(stretches, np.object_)
     return out
 
 
@@ -150,12 +153,9 @@ def _our_ratios(block: Block, group: list[Member], values: list[Values], begin: 
     return held(series_ratios(block.reference, rows, np.asarray(values, np.float32), start_ms))
 
 
-def _verdicts(
-    rule: str, fleet: RecordedFleet, block: Block, own: list[Member], known: Any, picked: list[int]
-) -> Bools:
+def _verdicts(rule: str, block: Block, own: list[Member], known: Any, picked: list[int]) -> Bools:
     if rule.startswith("literal"):
-        stretches = [_stretch(fleet, block, member, member.lead, block.begin - LEAD) for member in own]
-        return pooled_literal(stretches, own, DAY if rule == "literal 24 h" else None)
+        return pooled_literal(list(known[picked]), own, DAY if rule == "literal 24 h" else None)
     if rule == "ours":
         return our_verdict(block, own, known[:, picked])
     return peer_verdict(rule, known[picked])

@@ -8,12 +8,13 @@ every figure. Recorded fleets carry no forecasts: errors come from a one-step au
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.drift_data import RecordedFleet, load_fleet
+from benchmarks.drift_data import DAY, RecordedFleet, load_fleet
 from benchmarks.drift_fleets import FLEET_KINDS, FLEET_RULES, FleetTally, fleet_trials
 from benchmarks.drift_injections import KINDS
 from benchmarks.drift_loops import LOOP_RULES, fleet_loop, series_loops
@@ -21,6 +22,7 @@ from benchmarks.drift_ours import fitted_block
 from benchmarks.drift_rules import RULES
 from benchmarks.drift_trials import Tally, block_starts, change_trials, series_trials
 from benchmarks.results_file import write_results
+from fleetcast.errors import BadData
 
 TEST_DAYS = 28
 PARTS = ("series", "changes", "fleets", "loops")
@@ -51,6 +53,10 @@ def measure(fleet: RecordedFleet, options: argparse.Namespace) -> dict[str, Any]
     """Return every figure of one data set."""
     rules, parts = tuple(options.rules), options.parts
     starts = list(block_starts(fleet, options.days, options.every_days))
+    if not starts:
+        raise BadData(
+            f"{fleet.name}: {fleet.n_bins / DAY:.1f} days are too few for --days {options.days} and 3 more"
+        )
     out: dict[str, Any] = {"servers": len(fleet.server_names), "stable_series": len(fleet.stable)}
     tallies = {rule: Tally() for rule in rules}
     blocks = [fitted_block(fleet, first, options.days, TEST_DAYS) for first in starts]
@@ -59,6 +65,8 @@ def measure(fleet: RecordedFleet, options: argparse.Namespace) -> dict[str, Any]
     if "series" in parts:
         for block in blocks:
             series_trials(fleet, block, rules, tallies)
+        if not any(tally.series_days for tally in tallies.values()):
+            raise BadData(f"{fleet.name}: no stable series has values enough in any reference to be judged")
         out["series"] = {rule: _series_figures(tally) for rule, tally in tallies.items()}
     if "changes" in parts and fleet.changes:
         change_trials(fleet, rules, options.days, tallies)
@@ -67,7 +75,7 @@ def measure(fleet: RecordedFleet, options: argparse.Namespace) -> dict[str, Any]
         own = tuple(rule for rule in FLEET_RULES if rule in rules)
         fleet_tallies = {rule: FleetTally() for rule in own}
         fleet_trials(fleet, blocks, own, fleet_tallies)
-        out["fleets"] = {rule: tally.figures() for rule, tally in fleet_tallies.items()}
+        out["fleets"] = {rule: tally.figures() for rule, tally in fleet_tallies.items() if tally.days}
     if "loops" in parts:
         looped = tuple(rule for rule in LOOP_RULES if rule in rules)
         per_series = series_loops(fleet, looped, options.days)
@@ -139,8 +147,17 @@ def _hit(item: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, write."""
+    """Measure, print, write; 2 where the files do not fit each other."""
     options = parsed(argv)
+    try:
+        return measured(options)
+    except (BadData, OSError) as error:
+        print(f"drift_quality: {error}", file=sys.stderr)
+        return 2
+
+
+def measured(options: argparse.Namespace) -> int:
+    """Measure every data set, print, write."""
     sets: dict[str, Any] = {}
     began = time.process_time()
     for place, data in enumerate(options.data):

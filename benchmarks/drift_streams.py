@@ -1,5 +1,7 @@
 """Two streaming change detectors, small: ADWIN (Bifet and Gavalda 2007) and Page-Hinkley (1954)."""
 
+import copy
+import functools
 import math
 
 import numpy as np
@@ -96,18 +98,28 @@ class PageHinkley:
         return True
 
 
+@functools.lru_cache(maxsize=4)  # the trials of one series follow each other
+def _warmed(
+    kind: type[Adwin] | type[PageHinkley], reference: bytes
+) -> tuple[Adwin | PageHinkley, float, float]:
+    """Return a detector that has seen the end of a reference, and the reference's mean and scale."""
+    values = np.frombuffer(reference, np.float64)
+    known = values[np.isfinite(values)]
+    mean, scale = float(known.mean()), float(known.std()) or 1.0
+    detector = kind()
+    for value in ((values[-WARM_DAYS * DAY :] - mean) / scale).tolist():
+        if value == value:
+            detector.update(value)
+    return detector, mean, scale
+
+
 def streamed(kind: type[Adwin] | type[PageHinkley], stretch: Stretch) -> Bools:
     """Run a detector over the end of the reference and the stretch; values are standardised."""
-    detector = kind()
-    warm = stretch.reference[-WARM_DAYS * DAY :]
-    known = stretch.reference[np.isfinite(stretch.reference)]
-    scale = float(known.std()) or 1.0
+    detector, mean, scale = copy.deepcopy(_warmed(kind, stretch.reference.tobytes()))
     last = -HOLD_BINS - 1
     alarms = np.zeros(len(stretch.values), np.bool_)
-    both = np.concatenate([warm, stretch.values])
-    for place, value in enumerate(((both - known.mean()) / scale).tolist(), -len(warm)):
-        if value == value and detector.update(value) and place >= 0:
+    for place, value in enumerate(((stretch.values - mean) / scale).tolist()):
+        if value == value and detector.update(value):
             last = place
-        if place >= 0:
-            alarms[place] = place - last < HOLD_BINS
+        alarms[place] = place - last < HOLD_BINS
     return np.asarray(alarms[DAY - 1 :: STEP])

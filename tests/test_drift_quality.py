@@ -11,7 +11,7 @@ from benchmarks.drift_injections import KINDS, injected, is_eligible, ranks, rhy
 from benchmarks.drift_loops import REST_BINS, trainings
 from benchmarks.drift_quality import main
 from benchmarks.drift_rules import Sketch, Stretch, evidently, ks_test, nannyml, window_gaps
-from benchmarks.drift_streams import Adwin, PageHinkley
+from benchmarks.drift_streams import Adwin, PageHinkley, streamed
 from benchmarks.drift_trials import Tally
 
 DAYS = 26
@@ -164,6 +164,61 @@ def test_it_runs_on_any_servers_and_writes_every_figure(
     )
     assert len(list((tmp_path / "results").glob("*.json"))) == 1
     assert load_fleet(*recorded, "all").server_names == ("a", "b", "c")
+
+
+def said_of(capsys: pytest.CaptureFixture[str], recorded: tuple[Path, Path, Path], *more: str) -> str:
+    """Return what the benchmark says when it refuses files."""
+    data, stable, regimes = (str(path) for path in recorded)
+    assert main(["--data", data, "--stable", stable, "--regimes", regimes, "--rules", "ours", *more]) == 2
+    return capsys.readouterr().err
+
+
+def test_a_stable_list_of_other_servers_is_refused_and_ours_are_named(
+    recorded: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded[1].write_text("server_name,metric\nnobody,cpu_pct\n")
+
+    said = said_of(capsys, recorded)
+
+    assert "none of its series" in said and "servers are a, b, c" in said and "metrics are cpu_pct" in said
+
+
+def test_files_without_a_header_or_a_column_are_refused_by_name(
+    recorded: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded[2].write_text("")
+    assert "regimes.csv: an empty file" in said_of(capsys, recorded)
+    recorded[2].write_text("server_name,metric\n")
+    assert "regimes.csv: no column change_time_utc" in said_of(capsys, recorded)
+    recorded[0].unlink()
+    assert "fleet.parquet" in said_of(capsys, recorded)
+
+
+def test_a_record_too_short_for_the_reference_says_how_long_it_is(
+    recorded: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "26.0 days are too few for --days 24" in said_of(capsys, recorded, "--days", "24")
+
+
+def test_unknown_servers_beside_known_ones_and_no_changes_are_no_hindrance(
+    recorded: tuple[Path, Path, Path],
+) -> None:
+    data, stable, regimes = recorded
+    stable.write_text("server_name,metric\na,cpu_pct\nnobody,cpu_pct\n")
+    regimes.write_text("server_name,metric,change_time_utc\n")
+
+    fleet = load_fleet(data, stable, regimes, "all")
+
+    assert (fleet.stable, fleet.changes) == (((0, 0),), ())
+
+
+def test_a_stream_begins_with_the_same_past_each_time() -> None:
+    quiet, other = stretch(), stretch(20.0)
+
+    first = [streamed(kind, part) for kind in (Adwin, PageHinkley) for part in (quiet, other)]
+    again = [streamed(kind, part) for kind in (Adwin, PageHinkley) for part in (quiet, other)]
+
+    assert all(np.array_equal(one, two) for one, two in zip(first, again, strict=True))
 
 
 def test_one_job_a_day_is_a_phase_but_no_rhythm() -> None:
