@@ -52,9 +52,9 @@ class Statistic:
 STATISTICS = (
     Statistic("innovation_3h", PER, True, True, 0.5, "is more or less predictable from bin to bin"),
     Statistic("error_3h", PER, True, True, 0.5, "is forecast worse than usual"),
-    Statistic("restless_24h", PER, False, False, 0.3, "moves more from bin to bin", True),
-    Statistic("rougher_24h", PER, False, False, 0.15, "is less smooth from bin to bin", True),
-    Statistic("smoother_24h", PER, False, False, 0.15, "is smoother from bin to bin", True),
+    Statistic("restless_24h", PER, False, False, 0.3, "moves more from bin to bin"),
+    Statistic("rougher_24h", PER, False, False, 0.15, "is less smooth from bin to bin"),
+    Statistic("smoother_24h", PER, False, False, 0.15, "is smoother from bin to bin"),
     Statistic("shape_3h", DSS, True, True, 0.9, "has left its usual values"),
     Statistic("shape_24h", DSS, False, True, 0.4, "is distributed differently over a day"),
     Statistic("below_24h", DSS, False, True, 0.3, "is too often at the low end"),
