@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.drift_data import BIN_MS, DAY, RecordedFleet, interval
-from benchmarks.drift_ours import Block, held, proxy_errors, series_ratios
+from benchmarks.drift_ours import AT_START, LEAD, Block, held, proxy_errors, series_ratios
 from benchmarks.drift_rules import (
     LITERAL_DAYS,
     STEP,
@@ -20,7 +20,7 @@ from benchmarks.drift_rules import (
     window_gaps_of,
     window_sums,
 )
-from benchmarks.drift_trials import HOURS_PER_CHECK, LEAD
+from benchmarks.drift_trials import HOURS_PER_CHECK
 from fleetcast.drift.quorum import (
     COMBINED_THRESHOLD,
     THRESHOLDS,
@@ -113,7 +113,7 @@ def fleet_trials(
         own = [group[index] for index in picked]
         for rule in rules:
             alarms = _verdicts(rule, block, own, known[place].get(rule), picked)
-            _count(tallies[rule], alarms[1:])
+            _count(tallies[rule], alarms[AT_START:])
         if draw < CHANGE_DRAWS:
             _change(fleet, block, own, rules, tallies, generator)
 
@@ -246,7 +246,7 @@ def _change(
         begin = block.begin - LEAD + start - LEAD - DAY // 2
         for rule in rules:
             alarms = _changed_verdicts(rule, fleet, block, own, parts, begin)
-            before = DAY // 2 // STEP + 1  # the check at the start of the change
+            before = DAY // 2 // STEP + AT_START  # the check at the start of the change
             after = alarms[before + 1 :]
             if not alarms[before]:
                 delay = (int(after.argmax()) + 1) * HOURS_PER_CHECK if after.any() else np.nan

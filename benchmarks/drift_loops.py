@@ -7,9 +7,8 @@ from numpy.typing import NDArray
 
 from benchmarks.drift_data import BIN_MS, DAY, RecordedFleet
 from benchmarks.drift_fleets import Member, members, our_verdict, pooled_literal
-from benchmarks.drift_ours import Block, fitted_block, held, proxy_errors, series_ratios
+from benchmarks.drift_ours import AT_START, LEAD, Block, fitted_block, held, proxy_errors, series_ratios
 from benchmarks.drift_rules import LITERAL_BINS, STEP, Stretch, literal
-from benchmarks.drift_trials import LEAD
 
 Bools = NDArray[np.bool_]
 
@@ -56,7 +55,7 @@ def fleet_loop(fleet: RecordedFleet, rule: str, days: int) -> float:
 
 
 def _first(alarms: Bools, begin: int, earliest: int) -> int | None:
-    ends = begin + (np.arange(len(alarms)) - 1) * STEP  # the second check ends where the test begins
+    ends = begin + (np.arange(len(alarms)) - AT_START) * STEP  # that check ends where the test begins
     found = np.flatnonzero(alarms & (ends >= earliest))
     return int(ends[found[0]]) if len(found) else None
 

@@ -19,6 +19,10 @@ from fleetcast.schema import Floats32
 
 SHORT = DAY // 8
 CHECKS_PER_DAY = DAY // STEP
+# The check at which a change is put in must be judged as any other, so that a series that was in alarm
+# before can be left out: a hold of several checks needs as many before it.
+AT_START = max(1, QuorumRule().hold_bins(CHECKS_PER_DAY) - 1)
+LEAD = DAY + AT_START * STEP  # history before the check at a start
 WATCH_BINS = 2 * DAY  # standstills are followed from this far before a test
 
 
@@ -30,7 +34,7 @@ class Block:
     first: int  # bin the reference starts at
     begin: int  # first test bin
     end: int
-    admitted: Floats32  # (server, metric, bin) from `begin - DAY - STEP` to `end`
+    admitted: Floats32  # (server, metric, bin) from `begin - LEAD` to `end`
 
     def row(self, server: int, metric: int) -> int:
         """Return the series' row."""
@@ -46,7 +50,7 @@ def fitted_block(fleet: RecordedFleet, first: int, days: int, test_days: int) ->
         fleet.grid[:, :, first:begin], fleet.server_names, fleet.metrics, start_ms, BIN_MS
     )
     watch = SensorWatch(len(fleet.server_names), len(fleet.metrics), reference.still_limits, DAY)
-    lead = begin - DAY - STEP
+    lead = begin - LEAD
     admitted = np.empty((*fleet.grid.shape[:2], end - lead), np.float32)
     for place in range(max(first, lead - WATCH_BINS), end):
         clean = watch.admit(fleet.grid[:, :, place].ravel())

@@ -19,7 +19,7 @@ from benchmarks.drift_injections import (
     room_bins,
     seeded,
 )
-from benchmarks.drift_ours import Block, fitted_block, held, proxy_errors, series_ratios
+from benchmarks.drift_ours import AT_START, LEAD, Block, fitted_block, held, proxy_errors, series_ratios
 from benchmarks.drift_rules import (
     LITERAL_BINS,
     STEP,
@@ -32,7 +32,6 @@ from benchmarks.drift_rules import (
 from benchmarks.drift_streams import Adwin, PageHinkley, streamed
 
 Bools = NDArray[np.bool_]
-LEAD = DAY + STEP  # history before the first check after a start
 BOOTSTRAPS = 1000
 HOURS_PER_CHECK = STEP * 24 / DAY
 MIN_CHANGE_DAYS = 5
@@ -108,7 +107,7 @@ def series_trials(
         names = (fleet.server_names[server], fleet.metrics[metric])
         lead = np.asarray(block.admitted[server, metric], np.float64)
         for rule, alarms in _asked(block, row, names[1], reference, lead, block.begin - LEAD, rules):
-            _count_unchanged(tallies[rule], "|".join(names), alarms[1:])
+            _count_unchanged(tallies[rule], "|".join(names), alarms[AT_START:])
         for kind in KINDS:
             if is_eligible(kind, reference):
                 _inject(fleet, block, (row, *names), kind, reference, lead, rules, tallies)
@@ -141,10 +140,10 @@ def _inject(
         begin = block.begin - LEAD + start - LEAD
         for rule, alarms in _asked(block, row, metric, reference, part, begin, rules):
             tally = tallies[rule]
-            if alarms[1]:
+            if alarms[AT_START]:
                 tally.already[kind] += 1
                 continue
-            after = alarms[2:]
+            after = alarms[AT_START + 1 :]
             delay = (int(after.argmax()) + 1) * HOURS_PER_CHECK if after.any() else np.nan
             tally.delays[kind].append(delay)
 
@@ -204,6 +203,6 @@ def _ask_change(
     lead = np.asarray(block.admitted[change.server, change.metric], np.float64)
     row, metric = block.row(change.server, change.metric), fleet.metrics[change.metric]
     for rule, alarms in _asked(block, row, metric, reference, lead, block.begin - LEAD, rules):
-        checks = alarms[1:]  # from the reference's end, a day before the change
+        checks = alarms[AT_START:]  # from the reference's end, a day before the change
         day, four = 2 * DAY // STEP, 4 * DAY // STEP
         tallies[rule].changes.append((bool(checks[: day + 1].any()), bool(checks[: four + 1].any())))

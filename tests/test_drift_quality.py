@@ -6,13 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.drift_data import DAY, bin_grid, halves, load_fleet
+from benchmarks.drift_data import DAY, RecordedFleet, bin_grid, halves, load_fleet
 from benchmarks.drift_injections import KINDS, injected, is_eligible, ranks, rhythm_share, seeded
 from benchmarks.drift_loops import REST_BINS, trainings
+from benchmarks.drift_ours import fitted_block
 from benchmarks.drift_quality import main
 from benchmarks.drift_rules import Sketch, Stretch, evidently, ks_test, nannyml, window_gaps
 from benchmarks.drift_streams import Adwin, PageHinkley, streamed
-from benchmarks.drift_trials import Tally
+from benchmarks.drift_trials import Tally, series_trials
 
 DAYS = 26
 START = pd.Timestamp("2026-01-01T00:00:00Z")
@@ -164,6 +165,19 @@ def test_it_runs_on_any_servers_and_writes_every_figure(
     )
     assert len(list((tmp_path / "results").glob("*.json"))) == 1
     assert load_fleet(*recorded, "all").server_names == ("a", "b", "c")
+
+
+def test_a_series_in_alarm_when_the_change_comes_is_left_out() -> None:
+    # Given a series that stands higher from the reference's end on
+    grid = rhythm(DAYS).astype(np.float32)[None, None]
+    grid[:, :, 21 * DAY :] += 30
+    fleet = RecordedFleet("made", ("a",), ("cpu_pct",), grid, 0, ((0, 0),), ())
+    tally = Tally()
+
+    series_trials(fleet, fitted_block(fleet, 0, 21, 28), ("ours",), {"ours": tally})
+
+    assert tally.already["level"] == tally.already["std2"] == 2
+    assert tally.hits("level") == tally.hits("std2") == {"n": 0}
 
 
 def said_of(capsys: pytest.CaptureFixture[str], recorded: tuple[Path, Path, Path], *more: str) -> str:
