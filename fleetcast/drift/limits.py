@@ -27,6 +27,7 @@ EULER = 0.5772156649
 PRIOR_GROWTH = {
     "innovation_3h": 1.8,
     "error_3h": 1.8,
+    "error_24h": 1.5,
     "restless_24h": 2.5,
     "rougher_24h": 1.1,
     "smoother_24h": 1.3,
@@ -44,7 +45,7 @@ PRIOR_GROWTH = {
 }
 # Wider than an unseen block asks for, where a statistic alone made most alarms on unchanged series: a
 # third of them goes, detection hardly changes. Measured there, too.
-MARGINS = {"shape_3h": 1.2, "restless_24h": 1.2}
+MARGINS = {"error_24h": 1.2, "shape_3h": 1.2, "restless_24h": 1.2}
 # Nothing but its limit holds back a statistic that stands alone, and one week says little of the next.
 MATURE_DAYS = 21  # fewer days behind a series make false alarms likelier; see drift-quality.md
 _STANDS_ALONE = np.array([item.stands_alone for item in STATISTICS])

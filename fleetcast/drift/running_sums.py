@@ -32,7 +32,7 @@ class RunningSums:
         self.moved = np.full((long, 2, n_series), -1, np.int16)
         self.day_bins = np.zeros(long, np.int64)
         # one column more than codes: absent values are counted there and never read
-        self._counts = np.zeros((4, n_series, N_CODES + 1), np.int16)
+        self._counts = np.zeros((5, n_series, N_CODES + 1), np.int16)
         self._sums = np.zeros((6, n_series), np.int64)
         self._moved = np.zeros((2, 2, n_series), np.int64)  # sums and counts of each distance
         self._evidence = np.zeros((len(LAGS_H), n_series), np.int64)
@@ -65,6 +65,7 @@ class RunningSums:
             self._sums[0] += sign * self.outside[place_short]
         if place is not None:
             self._tally(3, self.values[place], sign)
+            self._tally(4, self.errors[place], sign)
             level, rhythm = self.level[place].astype(np.int64), self.rhythm[place].astype(np.int64)
             parts = (level, self.size[place], rhythm, rhythm * rhythm, rhythm * level)
             for row, part in enumerate(parts, 1):
@@ -81,7 +82,16 @@ class RunningSums:
         counts = self._counts[:, :, None, :N_CODES].astype(np.int32)
         outside, *others = (row[:, None] for row in self._sums)
         others += [self._moved[0][..., None], self._moved[1][..., None], self._evidence[..., None]]
-        return WindowSums(counts[0], counts[3], counts[1], counts[2], outside.astype(np.int32), *others)
+        short_values, short_innovations, short_errors, long_values, long_errors = counts
+        return WindowSums(
+            short_values,
+            long_values,
+            short_innovations,
+            short_errors,
+            long_errors,
+            outside.astype(np.int32),
+            *others,
+        )
 
     def newest(self, ring: NDArray[np.generic], bins: int) -> NDArray[np.generic]:
         """Return (bin, series): the newest `bins` of a ring, oldest first."""

@@ -1,4 +1,4 @@
-"""Seventeen statistics of the newest 3 and 24 hours of a series against its reference.
+"""Statistics of the newest 3 and 24 hours of a series against its reference.
 
 Owns: which statistics there are, to which of the four metrics each belongs, and their formulas
 over window sums. The sums may come from a running window (`SeasonalDrift`) or from a whole
@@ -52,6 +52,7 @@ class Statistic:
 STATISTICS = (
     Statistic("innovation_3h", PER, True, True, 0.5, "is more or less predictable from bin to bin"),
     Statistic("error_3h", PER, True, True, 0.5, "is forecast worse than usual"),
+    Statistic("error_24h", PER, False, True, 0.3, "is forecast worse than usual for a day", True),
     Statistic("restless_24h", PER, False, False, 0.3, "moves more from bin to bin"),
     Statistic("rougher_24h", PER, False, False, 0.15, "is less smooth from bin to bin"),
     Statistic("smoother_24h", PER, False, False, 0.15, "is smoother from bin to bin"),
@@ -126,6 +127,7 @@ class WindowSums:
     long_values: NDArray[np.int32]
     short_innovations: NDArray[np.int32]
     short_errors: NDArray[np.int32]
+    long_errors: NDArray[np.int32]
     outside: NDArray[np.int32]  # short window
     level: NDArray[np.int64]  # long window, as all that follow
     size: NDArray[np.int64]
@@ -179,6 +181,7 @@ def sums_over(codes: BinCodes, step: int, short: int, long: int) -> WindowSums:
         long_values=counts(codes.values, long),
         short_innovations=counts(codes.innovations, short),
         short_errors=counts(codes.errors, short),
+        long_errors=counts(codes.errors, long),
         outside=sums(traits.is_outside, short).astype(np.int32),
         level=sums(traits.level, long),
         size=sums(traits.size, long),
@@ -209,8 +212,12 @@ def statistics(sums: WindowSums, books: Books, short: int, long: int) -> Floats3
     n_moves = _enough(sums.short_innovations.sum(axis=-1), short)
     gap = _gaps(sums.short_innovations, n_moves, books.innovations)
     out[INDEX["innovation_3h"]] = np.abs(gap).max(axis=-1)
-    n_errors = _enough(sums.short_errors.sum(axis=-1), short)
-    out[INDEX["error_3h"]] = (-_gaps(sums.short_errors, n_errors, books.errors)).max(axis=-1)
+    for name, errors, length in (
+        ("error_3h", sums.short_errors, short),
+        ("error_24h", sums.long_errors, long),
+    ):
+        n_errors = _enough(errors.sum(axis=-1), length)
+        out[INDEX[name]] = (-_gaps(errors, n_errors, books.errors)).max(axis=-1)
     out[INDEX["outside_3h"]] = sums.outside / n_short
     found = sums.evidence / (n_long * books.distances.T[..., None])
     out[INDEX["shifted_24h"]] = found.max(axis=0)
