@@ -249,6 +249,21 @@ def test_the_unit_does_not_matter(factor: float) -> None:
     assert scaled.scores == pytest.approx(plain.scores, rel=0.05)
 
 
+def test_neither_unit_nor_order_matters_to_a_moved_day() -> None:
+    # Given the rhythm of every series six hours late, in two units and two orders
+    grid = made_grid()[:, :, : CHANGE + DAY]
+    grid[:, :, CHANGE:] = grid[:, :, CHANGE - DAY // 4 : -DAY // 4].copy()
+    other = np.ascontiguousarray(grid[::-1]) * np.float32(1024)
+    names = (SERVERS[::-1], METRICS)
+    reference = Reference.fit(other[:, :, : REFERENCE_DAYS * DAY], *names, START_MS, BIN_MS)
+
+    one = following(grid, reference=fitted(grid[:, :, : REFERENCE_DAYS * DAY])).check()
+    two = following(other, reference=reference).check()
+
+    assert essence(one) == essence(two) and one.needs_retraining
+    assert two.scores == pytest.approx(one.scores)
+
+
 @FEW_RUNS
 @given(seed=st.integers(0, 2**16), share=st.sampled_from([0.02, 0.1, 0.2]), changed=st.booleans())
 def test_lost_bins_do_not_change_the_verdict(seed: int, share: float, changed: bool) -> None:
