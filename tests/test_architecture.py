@@ -30,6 +30,7 @@ ROWS = {
     "forecaster": 3,
     "candidate": 3,
     "judgement": 3,
+    "routing": 3,
     "scope": 3,
     "server": 3,
     "setting": 1,

@@ -1,19 +1,14 @@
 """What a training moves: a specialist for what changed, or the fleet's weights."""
 
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from oracle_fleet import SHAPE, grid
+from oracle_fleet import grid
 
 from fleetcast.model.checkpoint import MOST_SPECIALISTS, Specialist
 from fleetcast.model.forecaster import Forecaster
-from fleetcast.model.holdout import HoldOut, held_from
 from fleetcast.model.sampler import ChangedSeries
-from fleetcast.model.scope import pruned, scope_of
-from fleetcast.serving.fallback import NaiveForecaster
+from fleetcast.model.scope import scope_of
 
 FLEET = grid()  # six servers, cpu_pct and mem_pct
 CHANGED = (ChangedSeries(1, 0, 3900), ChangedSeries(2, 1, 3950))
@@ -86,24 +81,3 @@ def test_with_as_many_specialists_as_there_may_be_the_fleet_learns() -> None:
     assert len(found.shown) == len(CHANGED) + MOST_SPECIALISTS
     again = (ChangedSeries(0, 1, 3900),)
     assert scope_of(FLEET, again, model(*full), 1.0).is_special, "one that goes on is not one more"
-
-
-def test_a_specialist_keeps_what_it_forecasts_better() -> None:
-    # Given a specialist that is worse on one of its series and better on the other, by made losses
-    torch.set_num_threads(1)
-    both = model(specialist(("web-1", "cpu_pct"), ("web-2", "mem_pct")))
-    hold_out = HoldOut(
-        FLEET, SHAPE, held_from(FLEET, CHANGED, 0.1, 288), CHANGED, NaiveForecaster(96), (1, 12, 96), 1
-    )
-    fleet = hold_out.losses(NaiveForecaster(96))
-    pinball = fleet.pinball.copy()
-    pinball[:, 1, 0] *= 0.9
-    pinball[:, 2, 1] *= 1.1
-    own = replace(fleet, pinball=pinball)
-    # When it is pruned
-    found, losses = pruned(both, hold_out, own, fleet)
-    # Then it keeps the one and the fleet's weights take over the other
-    assert [set(item.changed_ms) for item in found.specialists] == [{("web-1", "cpu_pct")}]
-    np.testing.assert_array_equal(losses.pinball[:, 1, 0], own.pinball[:, 1, 0])
-    np.testing.assert_array_equal(losses.pinball[:, 2, 1], fleet.pinball[:, 2, 1])
-    assert pruned(both, hold_out, fleet, fleet)[0].specialists == (), "no gain, no specialist"

@@ -113,7 +113,15 @@ class CandidateMaker:
         trained = self._trained(description, begun, scope, plan, state)
         content = trained.to_bytes()
         model = Forecaster.from_bytes(content, Path(f"{version_id} (not written yet)"))
-        found = judged(model, serving, self._grid, self._held_from, self._changed, self._settings)
+        found = judged(
+            model,
+            serving,
+            self._grid,
+            self._held_from,
+            self._changed,
+            self._settings,
+            is_special=scope.is_special,
+        )
         return Candidate(found, found.model.to_bytes(), serving.version.id if serving else FALLBACK, plan)
 
     def _trained(

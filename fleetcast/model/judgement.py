@@ -14,8 +14,8 @@ from fleetcast.model.baseline import Baseline
 from fleetcast.model.forecaster import Forecaster
 from fleetcast.model.gate import GateVerdict, judge
 from fleetcast.model.holdout import HoldOut, Losses, mean_errors
+from fleetcast.model.routing import routed
 from fleetcast.model.sampler import ChangedSeries
-from fleetcast.model.scope import pruned
 from fleetcast.model.trained_baseline import trained_baseline
 from fleetcast.model.traingrid import TrainingGrid
 from fleetcast.model.versions import Version
@@ -38,7 +38,7 @@ class Served:
 class Judgement:
     """What became of a candidate."""
 
-    model: Forecaster  # its specialists without the series they do not forecast better
+    model: Forecaster  # each series forecast by the better weights
     verdict: GateVerdict
     errors: Mapping[str, Any]  # mean |p50 - actual| by side, metric and horizon
     baseline: Baseline  # of its data
@@ -51,10 +51,13 @@ def judged(
     held_from: Longs,
     changed: tuple[ChangedSeries, ...],
     settings: Settings,
+    *,
+    is_special: bool,
 ) -> Judgement:
     """Judge a candidate against what serves (None: the fallback) on the held-out tails.
 
     Args:
+        is_special: whether its last specialist was just made, and nothing else.
         held_from: (server, metric) the first bin that the training did not see.
         changed: what the training was told has changed: these series decide.
     """
@@ -73,6 +76,11 @@ def judged(
     sides = {CANDIDATE: hold_out.losses(model), FALLBACK: hold_out.losses(fallback)}
     if serving:
         sides[SERVING] = hold_out.losses(serving.model)
+    if model.specialists:
+        is_plain = is_special and serving is not None and not serving.model.specialists
+        fleet = sides[SERVING] if is_plain else hold_out.losses(Forecaster(model.description, model.weights))
+        chosen = routed(model, hold_out, sides[CANDIDATE], fleet, settings.trainer.seed, is_new=is_special)
+        model, sides[CANDIDATE] = chosen.model, chosen.losses
     opponent = sides[SERVING] if serving else sides[FALLBACK]
     # a fleet's first model has to beat both the shipped base and the fallback
     is_first = serving is not None and serving.version.is_base
@@ -84,9 +92,6 @@ def judged(
         settings.trainer.seed,
         sides[FALLBACK] if is_first else None,
     )
-    if verdict.promoted and model.specialists:
-        fleet = hold_out.losses(Forecaster(model.description, model.weights))
-        model, sides[CANDIDATE] = pruned(model, hold_out, sides[CANDIDATE], fleet)
     errors = {name: _error_table(side, grid.metrics, hold_out.horizons) for name, side in sides.items()}
     in_service = sides[CANDIDATE] if verdict.promoted else opponent
     days = settings.drift.baseline_days

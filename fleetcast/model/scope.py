@@ -1,7 +1,7 @@
 """Which of a model's weights a training moves, and which series they forecast afterwards.
 
-Owns: when a change is learned by a specialist and when by the fleet's model, from which weights,
-and which series a specialist keeps. Does not know: how weights are trained, the gate's rule, files.
+Owns: when a change is learned by a specialist and when by the fleet's model, and from which weights.
+Does not know: how weights are trained, which series a specialist forecasts in the end (`routing`).
 
 A training that is told what changed makes a specialist: weights for the series that changed,
 a copy of those that served most of them, and trained on. All other weights, and with them the
@@ -10,7 +10,6 @@ nothing, or with as many specialists as a model may hold, a training moves the f
 docs/decisions/specialist.md has the figures.
 """
 
-import logging
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,12 +17,9 @@ import numpy as np
 
 from fleetcast.model.checkpoint import MOST_SPECIALISTS, Specialist, Weights
 from fleetcast.model.forecaster import Forecaster
-from fleetcast.model.holdout import HoldOut, Losses
 from fleetcast.model.sampler import ChangedSeries
 from fleetcast.model.traingrid import TrainingGrid
 from fleetcast.schema import Series
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +55,7 @@ def scope_of(
         for item in changed
     }
     held = _recorded(grid, start.specialists)
-    others = _without(held, told)
+    others = without(held, told)
     n_special = len(told.keys() | {pair for item in held for pair in item.changed_ms})
     is_small = n_special <= largest_share * len(grid.server_names) * len(grid.metrics)
     if told and is_small and len(others) < MOST_SPECIALISTS:
@@ -80,11 +76,11 @@ def _recorded(grid: TrainingGrid, specialists: Sequence[Specialist]) -> tuple[Sp
     """Return the specialists for the series that are still recorded."""
     known = {(server, metric) for server in grid.server_names for metric in grid.metrics}
     gone = {pair for item in specialists for pair in item.changed_ms if pair not in known}
-    return _without(specialists, gone)
+    return without(specialists, gone)
 
 
-def _without(specialists: Sequence[Specialist], series: Container[Series]) -> tuple[Specialist, ...]:
-    """Return the specialists without some series; one without any is none."""
+def without(specialists: Sequence[Specialist], series: Container[Series]) -> tuple[Specialist, ...]:
+    """Return specialists without some series; one without any is none."""
     left = (
         replace(item, changed_ms={pair: ms for pair, ms in item.changed_ms.items() if pair not in series})
         for item in specialists
@@ -108,26 +104,3 @@ def _places(grid: TrainingGrid, specialist: Specialist) -> list[ChangedSeries]:
         )
         for (server, metric), changed_ms in sorted(specialist.changed_ms.items())
     ]
-
-
-def pruned(model: Forecaster, hold_out: HoldOut, own: Losses, fleet: Losses) -> tuple[Forecaster, Losses]:
-    """Return a model whose specialists keep only the series they forecast better, and what it costs.
-
-    Args:
-        own: what the model's forecasts cost; fleet: what they would by the fleet's weights alone.
-            Series of which the held-out tail holds no window stay as they are.
-    """
-    known = np.isfinite(fleet.pinball) & np.isfinite(own.pinball)
-    gain = np.where(known, fleet.pinball - own.pinball, 0.0).sum(axis=0)  # (server, metric)
-    special = {pair for item in model.specialists for pair in item.changed_ms}
-    is_lost = hold_out.places(special) & (gain <= 0) & known.any(axis=0)
-    specialists = _without(model.specialists, set(hold_out.names(is_lost)))
-    logger.info(
-        "specialists keep series=%d of=%d", sum(len(item.changed_ms) for item in specialists), len(special)
-    )
-    losses = replace(
-        own,
-        pinball=np.where(is_lost, fleet.pinball, own.pinball),
-        errors=np.where(is_lost[..., None], fleet.errors, own.errors),
-    )
-    return Forecaster(model.description, model.weights, specialists), losses

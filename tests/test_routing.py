@@ -1,0 +1,102 @@
+"""Which series a specialist forecasts in the end: those it surely forecasts better."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from oracle_fleet import SHAPE, grid
+from test_scope import CHANGED, model, specialist
+
+from fleetcast.model.forecaster import Forecaster
+from fleetcast.model.holdout import HoldOut, Losses, held_from
+from fleetcast.model.routing import Routed, routed
+from fleetcast.serving.fallback import NaiveForecaster
+
+FLEET = grid()
+TOLD = (("web-1", "cpu_pct"), ("web-2", "mem_pct"))
+
+
+@pytest.fixture(scope="module")
+def hold_out() -> HoldOut:
+    torch.set_num_threads(1)
+    first = held_from(FLEET, CHANGED, 0.1, 288)
+    return HoldOut(FLEET, SHAPE, first, CHANGED, NaiveForecaster(96), (1, 12, 96), 1)
+
+
+@pytest.fixture(scope="module")
+def fleet(hold_out: HoldOut) -> Losses:
+    return hold_out.losses(NaiveForecaster(96))
+
+
+def costing(fleet: Losses, shares: dict[tuple[int, int], float], noise: float = 0.0) -> Losses:
+    """Return losses that are shares of the fleet's, by (server, metric), window by window."""
+    pinball = fleet.pinball.copy()
+    random = np.random.default_rng(1)
+    for (row, column), share in shares.items():
+        pinball[:, row, column] *= share + noise * random.normal(0, 1, len(pinball))
+    return replace(fleet, pinball=pinball)
+
+
+def series_of(found: Routed) -> list[set[tuple[str, str]]]:
+    return [set(item.changed_ms) for item in found.model.specialists]
+
+
+def route(
+    hold_out: HoldOut, fleet: Losses, shares: dict[tuple[int, int], float], *, noise: float = 0.0
+) -> Routed:
+    """Route a specialist that was told of TOLD and costs these shares of the fleet's weights."""
+    own = costing(fleet, shares, noise)
+
+    class Played(HoldOut):
+        def losses(self, predictor: object) -> Losses:
+            return own
+
+    hold_out.__class__ = Played
+    try:
+        return routed(model(specialist(*TOLD)), hold_out, own, fleet, 1, is_new=True)
+    finally:
+        hold_out.__class__ = HoldOut
+
+
+def test_a_told_series_goes_to_the_specialist_where_it_is_better_and_back_where_not(
+    hold_out: HoldOut, fleet: Losses
+) -> None:
+    found = route(hold_out, fleet, {(1, 0): 0.9, (2, 1): 1.1})
+    assert series_of(found) == [{TOLD[0]}]
+    np.testing.assert_allclose(found.losses.pinball[:, 1, 0], 0.9 * fleet.pinball[:, 1, 0])
+    np.testing.assert_array_equal(found.losses.pinball[:, 2, 1], fleet.pinball[:, 2, 1])
+
+
+def test_a_gain_that_time_does_not_bear_out_is_none(hold_out: HoldOut, fleet: Losses) -> None:
+    assert series_of(route(hold_out, fleet, {(1, 0): 0.99, (2, 1): 0.8}, noise=0.5)) == [{TOLD[1]}]
+
+
+def test_no_gain_no_specialist(hold_out: HoldOut, fleet: Losses) -> None:
+    found = route(hold_out, fleet, {})
+    assert series_of(found) == []
+    np.testing.assert_array_equal(found.losses.pinball, fleet.pinball)
+
+
+def test_a_series_that_nobody_named_joins_where_it_is_far_better(hold_out: HoldOut, fleet: Losses) -> None:
+    found = route(hold_out, fleet, {(1, 0): 0.8, (2, 1): 0.8, (4, 0): 0.7, (5, 1): 0.95, (3, 1): 1.3})
+    assert series_of(found) == [{*TOLD, ("web-4", "cpu_pct")}]
+    (made,) = found.model.specialists
+    assert made.changed_ms["web-4", "cpu_pct"] in {made.changed_ms[pair] for pair in TOLD}
+    np.testing.assert_allclose(found.losses.pinball[:, 4, 0], 0.7 * fleet.pinball[:, 4, 0])
+    np.testing.assert_array_equal(found.losses.pinball[:, 3, 1], fleet.pinball[:, 3, 1])
+
+
+def test_an_older_specialist_loses_what_the_fleet_forecasts_better(hold_out: HoldOut, fleet: Losses) -> None:
+    both = model(specialist(("web-0", "cpu_pct"), ("web-3", "cpu_pct")), specialist(("web-5", "mem_pct")))
+    own = costing(fleet, {(0, 0): 0.9, (3, 0): 1.2, (5, 1): 0.99})
+    found = routed(both, hold_out, own, fleet, 1, is_new=False)
+    assert series_of(found) == [{("web-0", "cpu_pct")}, {("web-5", "mem_pct")}]
+    np.testing.assert_array_equal(found.losses.pinball[:, 3, 0], fleet.pinball[:, 3, 0])
+
+
+def test_a_model_without_specialists_is_what_it_was(hold_out: HoldOut, fleet: Losses) -> None:
+    plain: Forecaster = model()
+    found = routed(plain, hold_out, fleet, fleet, 1, is_new=False)
+    assert found.model is plain
+    assert found.losses is fleet
