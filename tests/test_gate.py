@@ -217,3 +217,14 @@ def test_a_first_model_has_to_beat_the_fallback_beside_the_base() -> None:
     assert not answer.promoted
     assert answer.why.startswith("not better: loss on all series is 1.111 of the fallback's")
     assert answer.figures["fallback"]["ratio"] == 1.1111
+
+
+def test_one_series_that_gains_among_changed_ones_that_stay_as_they_are_serves() -> None:
+    """Resamples of servers would leave it out in a third of all cases."""
+    theirs = np.ones((N_ORIGIN, N_SERVER, 2)) + np.random.default_rng(1).random((N_ORIGIN, N_SERVER, 2))
+    ours = theirs.copy()
+    ours[:, 0, 0] *= 0.7
+    is_changed = np.zeros((N_SERVER, 2), np.bool_)
+    is_changed[:3, 0] = True
+    assert judge(losses(ours), losses(theirs), is_changed, METRICS, 1).promoted
+    assert not judge(losses(theirs), losses(theirs), is_changed, METRICS, 1).promoted, "nothing gained"

@@ -8,7 +8,8 @@ lower than that of what serves, and stays lower in 9 of 10 resamples; the first 
 has to beat the fallback in the same way, whatever serves. On the series that did not change
 the loss is at most 2 % higher in all and, metric by metric, not surely more than 5 % higher.
 Where a change decides, series that the candidate forecasts by the very weights of what serves
-(a specialist's training leaves them alone) are not counted: they would hide harm to others.
+(a specialist's training leaves them alone) are not counted: they would hide harm to others, and
+one series that gains among three that stay is a gain, whichever servers are drawn.
 
 A resample draws blocks of time (up to 2 h of origins) and servers, each with replacement, and takes every
 drawn server in every drawn block: one bad hour of the whole fleet and one odd server both count
@@ -75,9 +76,9 @@ def judge(
         fallback: has to be beaten, too; None = only what serves has to be.
     """
     unchanged = ~is_changed
-    touched = unchanged & ~_is_untouched(candidate, serving)
-    if is_changed.any() and touched.any():
-        unchanged = touched
+    if is_changed.any():
+        touched = ~_is_untouched(candidate, serving)
+        is_changed, unchanged = (_if_any(group & touched, group) for group in (is_changed, unchanged))
     deciding, where = ("changed", "changed series") if is_changed.any() else ("unchanged", "all series")
     found = {
         "changed": compare(candidate, serving, is_changed, seed),
@@ -122,6 +123,10 @@ def compare(
     return Comparison(
         n_window, len(ours), round(ratio, 4), round(float(lower.mean()), 3), round(float(beyond.mean()), 3)
     )
+
+
+def _if_any(chosen: NDArray[np.bool_], otherwise: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    return chosen if chosen.any() else otherwise
 
 
 def _is_untouched(candidate: Losses, serving: Losses) -> NDArray[np.bool_]:
