@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _VALIDATED = 768  # windows an epoch of a base training is judged by
 _WARMUP_STEPS, _INCREMENTAL_WARMUP_STEPS = 50, 20
+_MOST_SHOWN = 10  # times a specialist sees a window of the change: more is learned by heart
 _EMBEDDING = "input_embeddings.embeddings.metric.weight"
 
 
@@ -177,14 +178,23 @@ class CandidateMaker:
         told.update(repr((*parts, replace(plan, shows_progress_bar=False), self._settings.trainer)).encode())
         return told.hexdigest()
 
-    def _mix(self, start: Forecaster | None, scope: Scope) -> WindowMix:
-        """Return what a batch is drawn from: a change that is known, else the recent and badly forecast."""
+    def _mix(self, start: Forecaster | None, scope: Scope, n_window: int) -> WindowMix:
+        """Return what a batch is drawn from: a change that is known, else the recent and badly forecast.
+
+        Args:
+            n_window: that the training draws in all.
+        """
         trainer = self._settings.trainer
         if start is None:
             return WindowMix()
         if scope.shown:
-            share = trainer.specialist_changed_share if scope.is_special else trainer.changed_share
-            return WindowMix(scope.shown, share)
+            if not scope.is_special:
+                return WindowMix(scope.shown, trainer.changed_share)
+            held_from = self._held_from
+            known = sum(max(0, int(held_from[s.server, s.metric]) - s.since_bin) for s in scope.shown)
+            return WindowMix(
+                scope.shown, min(trainer.specialist_changed_share, _MOST_SHOWN * known / n_window)
+            )
         recent = round(trainer.recent_days * 86_400_000 / self._grid.bin_ms)
         fallback = NaiveForecaster(self.shape.horizon_bins)
         weights = series_weights(
@@ -209,7 +219,8 @@ class CandidateMaker:
         if plan.patience_epochs:
             validation = self._sampler(held_from, self._newest(self._n_validation)).batch(_VALIDATED, slots)
             held_from = held_from - self._n_validation
-        sampler = self._sampler(held_from, self._mix(start, scope))
+        n_window = plan.epochs * plan.steps_per_epoch * batch_size
+        sampler = self._sampler(held_from, self._mix(start, scope, n_window))
         fitted = fit(
             description.network,
             self.shape,
