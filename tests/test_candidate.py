@@ -1,0 +1,31 @@
+"""What a candidate is shown of a change: most of a batch, but nothing by heart."""
+
+import pytest
+from oracle_fleet import grid
+from test_scope import model
+
+from fleetcast.model.candidate import CandidateMaker
+from fleetcast.model.holdout import held_from
+from fleetcast.model.sampler import ChangedSeries
+from fleetcast.model.scope import scope_of
+from fleetcast.settings import Settings
+
+
+@pytest.mark.parametrize(
+    ("known_bins", "n_window", "share"),
+    [
+        (1000, 1000, 0.6),  # the setting's
+        (100, 32_000, 10 * 60 / 32_000),  # 60 of 100 bins are not held out: ten times each
+    ],
+)
+def test_no_window_of_a_change_is_shown_more_than_ten_times(
+    known_bins: int, n_window: int, share: float
+) -> None:
+    fleet, start = grid(), model()
+    changed = (ChangedSeries(1, 0, fleet.n_bins - known_bins),)
+    maker = CandidateMaker(fleet, changed, Settings())
+    scope = scope_of(fleet, changed, start, 0.5)
+    maker._held_from = held_from(fleet, scope.shown, 0.1, 288)
+    mix = maker._mix(start, scope, n_window)
+    assert mix.changed == changed
+    assert mix.changed_share == pytest.approx(share)
