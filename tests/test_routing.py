@@ -8,6 +8,7 @@ import torch
 from oracle_fleet import SHAPE, grid
 from test_scope import CHANGED, model, specialist
 
+from fleetcast.model.checkpoint import Specialist
 from fleetcast.model.forecaster import Forecaster
 from fleetcast.model.holdout import HoldOut, Losses, held_from
 from fleetcast.model.routing import Routed, routed
@@ -15,6 +16,7 @@ from fleetcast.serving.fallback import NaiveForecaster
 
 FLEET = grid()
 TOLD = (("web-1", "cpu_pct"), ("web-2", "mem_pct"))
+OLDER = {(3, 0): ("web-3", "cpu_pct")}
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +45,16 @@ def series_of(found: Routed) -> list[set[tuple[str, str]]]:
 
 
 def route(
-    hold_out: HoldOut, fleet: Losses, shares: dict[tuple[int, int], float], *, noise: float = 0.0
+    hold_out: HoldOut,
+    fleet: Losses,
+    shares: dict[tuple[int, int], float],
+    *,
+    noise: float = 0.0,
+    older: tuple[Specialist, ...] = (),
 ) -> Routed:
     """Route a specialist that was told of TOLD and costs these shares of the fleet's weights."""
-    everywhere = costing(fleet, shares, noise)
-    told = {(1, 0), (2, 1)}
+    everywhere = costing(fleet, {**shares, **dict.fromkeys(OLDER, 1.5)}, noise)
+    told = {(1, 0), (2, 1), *OLDER}
     own = costing(fleet, {place: share for place, share in shares.items() if place in told}, noise)
 
     class Played(HoldOut):
@@ -56,7 +63,7 @@ def route(
 
     hold_out.__class__ = Played
     try:
-        return routed(model(specialist(*TOLD)), hold_out, own, fleet, 1, is_new=True)
+        return routed(model(*older, specialist(*TOLD)), hold_out, own, fleet, 1, is_new=True)
     finally:
         hold_out.__class__ = HoldOut
 
@@ -78,6 +85,16 @@ def test_no_gain_no_specialist(hold_out: HoldOut, fleet: Losses) -> None:
     found = route(hold_out, fleet, {})
     assert series_of(found) == []
     np.testing.assert_array_equal(found.losses.pinball, fleet.pinball)
+
+
+def test_a_new_specialist_that_gains_nothing_leaves_an_older_one_as_it_is(
+    hold_out: HoldOut, fleet: Losses
+) -> None:
+    before = specialist(*OLDER.values())
+    found = route(hold_out, fleet, {(3, 0): 0.7, (1, 0): 1.2}, older=(before,))
+    assert series_of(found) == [set(OLDER.values())]
+    np.testing.assert_allclose(found.losses.pinball[:, 3, 0], 0.7 * fleet.pinball[:, 3, 0])
+    np.testing.assert_array_equal(found.losses.pinball[:, 1, 0], fleet.pinball[:, 1, 0])
 
 
 def test_a_series_that_nobody_named_joins_where_it_is_far_better(hold_out: HoldOut, fleet: Losses) -> None:

@@ -53,7 +53,7 @@ def routed(
     older = model.specialists[:-1] if is_new else model.specialists
     lost = _outdone(hold_out, own, fleet, {pair for item in older for pair in item.changed_ms})
     if not is_new:
-        return _with(model, hold_out, own, fleet, lost, None)
+        return Routed(_without(model, lost), _taken(own, fleet, hold_out.places(lost)))
     made = model.specialists[-1]
     lost |= _unsure(hold_out, own, fleet, made.changed_ms.keys(), seed)
     alone = hold_out.losses(Forecaster(model.description, made.weights))
@@ -66,7 +66,8 @@ def routed(
     since_ms = sorted(made.changed_ms.values())[len(made.changed_ms) // 2]
     wider = replace(made, changed_ms={**made.changed_ms, **dict.fromkeys(gained, since_ms)})
     model = Forecaster(model.description, model.weights, (*older, wider))
-    return _with(model, hold_out, own, fleet, lost, alone)
+    losses = _taken(_taken(own, fleet, hold_out.places(lost)), alone, hold_out.places(gained))
+    return Routed(_without(model, lost), losses)
 
 
 def _outdone(hold_out: HoldOut, own: Losses, fleet: Losses, series: Set[Series]) -> set[Series]:
@@ -110,19 +111,14 @@ def _each(hold_out: HoldOut, places: Bools) -> Iterator[tuple[Series, Bools]]:
         yield name, place
 
 
-def _with(
-    model: Forecaster, hold_out: HoldOut, own: Losses, fleet: Losses, lost: set[Series], alone: Losses | None
-) -> Routed:
-    """Return the model without the lost series; `alone` costs what the new specialist does everywhere."""
-    specialists = without(model.specialists, lost)
-    newest = specialists[-1].changed_ms.keys() if specialists and alone else set()
-    is_lost, is_new = hold_out.places(lost), hold_out.places(newest)
-    losses = own
-    for where, side in ((is_new, alone), (is_lost, fleet)):
-        if side is not None:
-            losses = replace(
-                losses,
-                pinball=np.where(where, side.pinball, losses.pinball),
-                errors=np.where(where[..., None], side.errors, losses.errors),
-            )
-    return Routed(Forecaster(model.description, model.weights, specialists), losses)
+def _without(model: Forecaster, lost: set[Series]) -> Forecaster:
+    return Forecaster(model.description, model.weights, without(model.specialists, lost))
+
+
+def _taken(losses: Losses, side: Losses, places: Bools) -> Losses:
+    """Return losses with another side's in some places (server, metric)."""
+    return replace(
+        losses,
+        pinball=np.where(places, side.pinball, losses.pinball),
+        errors=np.where(places[..., None], side.errors, losses.errors),
+    )
