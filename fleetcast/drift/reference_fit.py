@@ -52,7 +52,6 @@ RANGE_TAIL = 0.995
 RANGE_SHARE = 0.1  # of the full range: what spikes add to the range between the tails
 SPREAD_OF_RANGE = 0.002  # smaller residuals than this are not worth a spread
 NOISE_OF_SPREAD = 0.3
-SCORE_LIMIT = 1000.0
 
 Bools = NDArray[np.bool_]
 
