@@ -18,22 +18,22 @@ from pathlib import Path
 
 from drift_monitor import METRICS_FILE, DriftMonitor
 from fleetcast.clock import Clock, DataClock, SystemClock, monotonic
-from fleetcast.drift.drift_source import DriftEvidence, DriftSource
+from fleetcast.drift.evidence import DriftEvidence, DriftSource
 from fleetcast.errors import AlreadyRunning, BadData, ExitCode, FleetcastError, SettingsError
 from fleetcast.files import OwnerLock, read_pid, write_json
+from fleetcast.forecast.registry import Registry
 from fleetcast.logs import configure_logging
 from fleetcast.loop import Stop, run_every
-from fleetcast.model.registry import Registry
 from fleetcast.retraining.attempts import Attempts
-from fleetcast.retraining.decision_engine import RetrainingDecisionEngine
+from fleetcast.retraining.decision import RetrainingDecisionEngine
 from fleetcast.retraining.drift_log import DriftLog
 from fleetcast.retraining.hostload import HostProbe
 from fleetcast.retraining.inquiry import Inquiry
+from fleetcast.retraining.options import parser, settings_of, with_arguments
 from fleetcast.retraining.quiet import FleetMean, quiet_verdict
 from fleetcast.retraining.quiet_week import QuietWeek
 from fleetcast.retraining.readiness import Readiness
-from fleetcast.retraining.retraining_check import ADVISED, BESIDE, NOTHING, STARTED, TRAINING, RetrainingCheck
-from fleetcast.retraining.retraining_options import parser, settings_of, with_arguments
+from fleetcast.retraining.report import ADVISED, BESIDE, NOTHING, STARTED, TRAINING, RetrainingCheck
 from fleetcast.retraining.state import FAILED, STATE_FILE, Attempt
 from fleetcast.retraining.training_order import training_context, training_steps
 from fleetcast.retraining.trainings import DECISIONS_FILE, Trainings
@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = settings_of(options)
         if options.export:
-            from fleetcast.retraining.training_export import export_for_training
+            from fleetcast.retraining.order import export_for_training
 
             print(export_for_training(settings, options.export))
             return int(ExitCode.OK)

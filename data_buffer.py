@@ -26,7 +26,7 @@ from fleetcast.settings import BufferSettings, load_settings
 if TYPE_CHECKING:
     import pandas as pd
 
-    from fleetcast.storage.bufferowner import BufferOwner
+    from fleetcast.storage.store import BufferOwner
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class DataBuffer:
             expire: False keeps every day and accepts records of any age (the data clock).
         """
         # pyarrow is imported here, so that --help of every program that has a buffer answers at once
-        from fleetcast.storage.bufferreader import BufferReader
+        from fleetcast.storage.reader import BufferReader
 
         self._folder = Path(buffer_dir)
         self._settings = settings or BufferSettings(retention_days=retention_days)
@@ -134,7 +134,7 @@ class DataBuffer:
 
     def open(self) -> "BufferOwner":
         """Take ownership now instead of at the first append; recovers what a crash left."""
-        from fleetcast.storage.bufferowner import BufferOwner
+        from fleetcast.storage.store import BufferOwner
 
         with self._opening:
             if self._owner is None:

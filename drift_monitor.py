@@ -3,7 +3,7 @@
     python drift_monitor.py [--config FILE] [--plot PNG]     prints the report of the present state
 
 Owns: thresholds, weights, the combined rule and the verdict. Does not know: the formulas
-(`fleetcast.drift.drift_scores`), what is done about drift (`adaptive_retraining_daemon`).
+(`fleetcast.drift.literal.scores`), what is done about drift (`adaptive_retraining_daemon`).
 """
 
 import argparse
@@ -14,10 +14,11 @@ from typing import Any
 
 from fleetcast.clock import Clock, SystemClock
 from fleetcast.drift.calibrated_reading import CalibratedReading, calibrated_reading
-from fleetcast.drift.columns import extended, float_columns, n_rows
-from fleetcast.drift.drift_figure import drift_figure
-from fleetcast.drift.drift_report import COLLECTING, READY, BaselineFacts, DriftReading, WindowFacts
-from fleetcast.drift.drift_scores import (
+from fleetcast.drift.evidence import DriftSource
+from fleetcast.drift.figure import drift_figure
+from fleetcast.drift.literal.baseline import Baseline
+from fleetcast.drift.literal.columns import extended, float_columns, n_rows
+from fleetcast.drift.literal.scores import (
     Columns,
     MetricReference,
     MetricScores,
@@ -27,15 +28,14 @@ from fleetcast.drift.drift_scores import (
     score_window,
     trend,
 )
-from fleetcast.drift.drift_series import SeriesDrift, series_drift
-from fleetcast.drift.drift_source import DriftSource
-from fleetcast.drift.drift_window import PairWindow
-from fleetcast.drift.seasonal_source import SeasonalEvidence
+from fleetcast.drift.literal.series import SeriesDrift, series_drift
+from fleetcast.drift.literal.window import PairWindow
+from fleetcast.drift.report import COLLECTING, READY, BaselineFacts, DriftReading, WindowFacts
+from fleetcast.drift.seasonal.follower import SeasonalEvidence
 from fleetcast.drift_settings import CALIBRATED, DriftSettings
 from fleetcast.errors import BadData, FleetcastError
 from fleetcast.files import write_atomic, write_json
-from fleetcast.model.baseline import Baseline
-from fleetcast.model.registry import Registry
+from fleetcast.forecast.registry import Registry
 from fleetcast.settings import load_settings
 
 METRICS_FILE = "drift_metrics.json"

@@ -4,7 +4,7 @@
         [--checkpoint-dir D] [--clock system|data] [--config FILE]
 
 Owns: flags, signals, exit codes, and where the buffer and the model's code come from. HTTP runs
-in a thread of its own; the main thread closes bins and forecasts (`fleetcast/serving/service.py`).
+in a thread of its own; the main thread closes bins and forecasts (`fleetcast/inference.py`).
 Does not know: drift, decisions, training: that is the retraining daemon's work.
 """
 
@@ -32,7 +32,7 @@ from fleetcast.sdnotify import SystemdNotifier
 from fleetcast.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from fleetcast.serving.serving_model import Predictor
+    from fleetcast.serving.model_loader import Predictor
 
 logger = logging.getLogger(Path(__file__).stem)  # not "__main__": people read this
 
@@ -75,8 +75,8 @@ def run(settings: Settings, api_key: str, stop: Stop) -> int:
     import pandas  # noqa: F401
 
     from data_buffer import DataBuffer
-    from fleetcast.serving.listener import HttpListener
-    from fleetcast.serving.service import InferenceService
+    from fleetcast.api.listener import HttpListener
+    from fleetcast.inference import InferenceService
 
     notifier = SystemdNotifier()
     stop.install()
@@ -117,7 +117,7 @@ def _exit_past_loader(code: ExitCode) -> None:
 
 
 def _load_model(path: Path, settings: Settings) -> "Predictor":
-    from fleetcast.model.forecaster import (  # torch: seconds, so not before it is needed
+    from fleetcast.forecast.predictor import (  # torch: seconds, so not before it is needed
         Forecaster,
         set_threads,
     )

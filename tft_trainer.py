@@ -29,16 +29,16 @@ from fleetcast import files
 from fleetcast.clock import SystemClock, from_ms, iso_z, monotonic
 from fleetcast.errors import ExitCode, FleetcastError, SettingsError
 from fleetcast.files import OwnerLock
+from fleetcast.forecast.registry import TRAINER_LOCK, Registry
+from fleetcast.forecast.versions import BASELINE_FILE, MODEL_FILE, REFERENCE_FILE, new_version_id
 from fleetcast.logs import configure_logging
-from fleetcast.model.registry import TRAINER_LOCK, Registry
-from fleetcast.model.versions import BASELINE_FILE, MODEL_FILE, REFERENCE_FILE, new_version_id
 from fleetcast.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from fleetcast.model.candidate import Candidate
-    from fleetcast.model.judgement import Served
-    from fleetcast.model.sampler import ChangedSeries
-    from fleetcast.model.traingrid import TrainingGrid
+    from fleetcast.training.challenger import Candidate
+    from fleetcast.training.grid import TrainingGrid
+    from fleetcast.training.sampler import ChangedSeries
+    from fleetcast.training.verdict import Served
 
 logger = logging.getLogger("tft_trainer")
 
@@ -109,9 +109,9 @@ class Attempt:
 
     def _train(self) -> "tuple[str, Candidate, Served | None]":
         # torch, lightning, pyarrow: seconds that --help and a refused lock do not pay
-        from fleetcast.model.candidate import CandidateMaker, served
-        from fleetcast.model.traingrid import TrainingGrid
-        from fleetcast.model.training_context import TrainingContext
+        from fleetcast.training.challenger import CandidateMaker, served
+        from fleetcast.training.context import TrainingContext
+        from fleetcast.training.grid import TrainingGrid
 
         settings, data = self._settings, Path(self._options.data)
         grid = TrainingGrid.read(data, settings.bins.forecast_metrics, settings.bins.bin_s * 1000)
@@ -156,7 +156,7 @@ class Attempt:
         A buffer that cannot be read costs the reference, which the daemon then learns day by day.
         """
         from data_buffer import DataBuffer
-        from fleetcast.drift.learned_reference import training_reference
+        from fleetcast.drift.seasonal.learned_reference import training_reference
 
         buffer = DataBuffer(self._settings.paths.data_buffer_dir, settings=self._settings.buffer)
         try:

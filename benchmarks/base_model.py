@@ -21,17 +21,17 @@ import numpy as np
 
 from benchmarks.results_file import ROOT, machine, revision
 from fleetcast.clock import SystemClock, from_ms, iso_z, monotonic
-from fleetcast.model.checkpoint import ModelDescription
-from fleetcast.model.forecaster import Forecaster
-from fleetcast.model.gridshape import GridShape
-from fleetcast.model.network import NetworkConfig
-from fleetcast.model.registry import Registry
-from fleetcast.model.sampler import WindowMix, WindowSampler
-from fleetcast.model.scaling import is_percent
-from fleetcast.model.traingrid import TrainingGrid
-from fleetcast.model.training import Fit, fit
-from fleetcast.model.versions import MODEL_FILE, VERSIONS_FOLDER, new_version_id
+from fleetcast.forecast.checkpoint import ModelDescription
+from fleetcast.forecast.gridshape import GridShape
+from fleetcast.forecast.network import NetworkConfig
+from fleetcast.forecast.predictor import Forecaster
+from fleetcast.forecast.registry import Registry
+from fleetcast.forecast.scaling import is_percent
+from fleetcast.forecast.versions import MODEL_FILE, VERSIONS_FOLDER, new_version_id
 from fleetcast.settings import TrainerSettings
+from fleetcast.training.fit import Fit, fit
+from fleetcast.training.grid import TrainingGrid
+from fleetcast.training.sampler import WindowMix, WindowSampler
 
 BIN_MS, HORIZON, WARMUP_STEPS = 300_000, 96, 50
 # metric of a fleet: the columns that behave like it, taken in turn

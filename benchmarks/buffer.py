@@ -25,7 +25,7 @@ import pandas as pd
 from benchmarks.results_file import write_results
 from data_buffer import DataBuffer
 from fleetcast.clock import from_ms, monotonic
-from fleetcast.ingest.rounding import rounded
+from fleetcast.ingest.rules import rounded
 from fleetcast.schema import RecordBatch
 
 START_MS = 1_767_225_600_000  # 2026-01-01

@@ -25,13 +25,13 @@ from benchmarks.buffer import N_METRICS, START_MS, TICKS_PER_DAY, cpu_s, fleet, 
 from benchmarks.results_file import write_results
 from data_buffer import DataBuffer
 from fleetcast.clock import from_ms, monotonic
-from fleetcast.ingest.rounding import rounded
+from fleetcast.ingest.rules import rounded
 from fleetcast.schema import RecordBatch
 from fleetcast.storage.arrays import floats
 from fleetcast.storage.batches import batch_of_table, table_of_batch
 from fleetcast.storage.dayfiles import DAY_MS, day_of_ms, day_path, split_by_day
+from fleetcast.storage.days import write_part
 from fleetcast.storage.export import binned
-from fleetcast.storage.parts import write_part
 from fleetcast.storage.sealing import seal
 from fleetcast.storage.tables import METRICS, canonical, merged
 

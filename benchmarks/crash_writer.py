@@ -21,8 +21,8 @@ import numpy as np
 from fleetcast.clock import from_ms
 from fleetcast.schema import RecordBatch
 from fleetcast.settings import BufferSettings
-from fleetcast.storage.bufferowner import BufferOwner
-from fleetcast.storage.dayupkeep import UpkeepPace
+from fleetcast.storage.store import BufferOwner
+from fleetcast.storage.upkeep import UpkeepPace
 
 START_MS = 1_768_435_200_000  # 2026-01-15
 STEP_MS = 1_800_000  # 48 batches are a day

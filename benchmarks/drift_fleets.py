@@ -21,7 +21,7 @@ from benchmarks.drift_rules import (
     window_sums,
 )
 from benchmarks.drift_trials import HOURS_PER_CHECK
-from fleetcast.drift.quorum import (
+from fleetcast.drift.seasonal.quorum import (
     COMBINED_THRESHOLD,
     THRESHOLDS,
     WEIGHTS,

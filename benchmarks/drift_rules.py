@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.drift_data import DAY
-from fleetcast.drift.quorum import COMBINED_THRESHOLD, THRESHOLDS, WEIGHTS
+from fleetcast.drift.seasonal.quorum import COMBINED_THRESHOLD, THRESHOLDS, WEIGHTS
 
 Values = NDArray[np.float64]
 Bools = NDArray[np.bool_]

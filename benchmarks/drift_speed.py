@@ -53,7 +53,7 @@ def columns(rows: int, seed: int) -> np.ndarray[Any, Any]:
 
 def literal_ms(rows: int) -> float:
     """Return the time of the literal statistic of every column."""
-    from fleetcast.drift.drift_scores import ks_statistic
+    from fleetcast.drift.literal.scores import ks_statistic
 
     reference, window = np.sort(columns(REFERENCE_ROWS, SEED), axis=1), columns(rows, SEED + 1)
     return best_ms(lambda: [ks_statistic(own, base) for own, base in zip(window, reference, strict=True)])
@@ -61,7 +61,7 @@ def literal_ms(rows: int) -> float:
 
 def sketched_ms(rows: int) -> float:
     """Return the same against 1,001 quantiles of the reference, as a saved baseline keeps them."""
-    from fleetcast.drift.sketched_ks import sketched_ks
+    from fleetcast.drift.literal.sketched_ks import sketched_ks
 
     quantiles = np.quantile(columns(REFERENCE_ROWS, SEED), np.linspace(0, 1, 1001), axis=1).T
     window = columns(rows, SEED + 1)
@@ -70,9 +70,9 @@ def sketched_ms(rows: int) -> float:
 
 def fleet_figures(n_servers: int) -> dict[str, float]:
     """Return the times of one bin and one verdict of a fleet, and of learning a reference."""
-    from fleetcast.drift.reference import Reference
-    from fleetcast.drift.reference_chunks import joined_books, joined_shapes
-    from fleetcast.drift.seasonal_drift import SeasonalDrift
+    from fleetcast.drift.seasonal.detector import SeasonalDrift
+    from fleetcast.drift.seasonal.reference import Reference
+    from fleetcast.drift.seasonal.reference_chunks import joined_books, joined_shapes
 
     generator = np.random.default_rng(SEED)
     clock = np.sin(2 * np.pi * np.arange(15 * DAY) / DAY)
@@ -122,7 +122,7 @@ def memory_mb() -> float:
     """
     code = (
         "import sys, numpy as np\n"
-        "from fleetcast.drift.sketched_ks import sketched_ks\n"
+        "from fleetcast.drift.literal.sketched_ks import sketched_ks\n"
         "base = np.load(sys.argv[1], allow_pickle=False)\n"
         "window = np.random.default_rng(8).gamma(2.0, 3.0, (len(base), 1000))\n"
         "[sketched_ks(own, ref) for own, ref in zip(window, base, strict=True)]\n"

@@ -18,8 +18,8 @@ from benchmarks.fault_feed import Fleet, Tally, timed_recovery
 from benchmarks.fault_trainings import PREPARED_STEPS, SMALL, prepare
 from benchmarks.programs import InferenceDaemon, Program, wait_for
 from fleetcast.files import link_atomic, read_json
+from fleetcast.forecast.registry import LAST_LINK, Registry
 from fleetcast.loop import Stop
-from fleetcast.model.registry import LAST_LINK, Registry
 from fleetcast.sources.client import RecordSender
 
 TRAINING_LIMIT_S = 180.0

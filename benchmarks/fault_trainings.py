@@ -22,7 +22,7 @@ from data_buffer import DataBuffer
 from fleetcast.clock import monotonic, sleep
 from fleetcast.errors import BadCheckpoint
 from fleetcast.files import is_locked, read_json, read_json_lines
-from fleetcast.model.registry import ATTEMPT_LOCK, TRAINER_LOCK, Registry
+from fleetcast.forecast.registry import ATTEMPT_LOCK, TRAINER_LOCK, Registry
 
 PREPARED_HOURS = 52
 PREPARED_STEPS = PREPARED_HOURS * 60

@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks.programs import InferenceDaemon, wait_for
 from benchmarks.results_file import write_results
 from fleetcast.clock import iso_z
-from fleetcast.model.registry import Registry
+from fleetcast.forecast.registry import Registry
 
 PAUSE_S = 0.02
 HISTORY_BINS = 300
@@ -192,10 +192,10 @@ def promote(folder: Path, number: int) -> None:
     """Put a model of the real network with random weights into service."""
     import torch
 
-    from fleetcast.model.checkpoint import ModelDescription
-    from fleetcast.model.forecaster import Forecaster
-    from fleetcast.model.gridshape import GridShape
-    from fleetcast.model.network import NetworkConfig, build
+    from fleetcast.forecast.checkpoint import ModelDescription
+    from fleetcast.forecast.gridshape import GridShape
+    from fleetcast.forecast.network import NetworkConfig, build
+    from fleetcast.forecast.predictor import Forecaster
 
     torch.manual_seed(number)
     version = f"20260115T{100000 + number:06d}Z-0000"

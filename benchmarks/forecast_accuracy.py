@@ -3,7 +3,7 @@
     python -m benchmarks.forecast_accuracy --data F --servers 40 --train-days 32 --test-days 20 --seeds 1
 
 Trains on the first days of some servers, tests on the days after, and on other servers that no
-training saw. The training is the product's own (`fleetcast.model.training`) with the default settings,
+training saw. The training is the product's own (`fleetcast.training.fit`) with the default settings,
 all epochs of it; nothing is tuned here. `--model FILE` tests a checkpoint as it is, without a training.
 "better" is, per server, metric and horizon, the better of last value and same time yesterday on
 the training days: the baseline to beat. "ours_feedback" is ours after the corrections that
@@ -26,16 +26,16 @@ from benchmarks.forecast_rounds import OURS, OURS_FED, Forecasts, Walk, measured
 from benchmarks.forecast_scores import HORIZONS
 from benchmarks.forecast_stock import StockRecipe
 from benchmarks.results_file import write_results
-from fleetcast.model.checkpoint import ModelDescription
-from fleetcast.model.forecaster import Forecaster
-from fleetcast.model.gridshape import GridShape
-from fleetcast.model.network import NetworkConfig
-from fleetcast.model.sampler import WindowMix, WindowSampler
-from fleetcast.model.traingrid import TrainingGrid
-from fleetcast.model.training import Fit, fit
-from fleetcast.model.training_epochs import Resumable
-from fleetcast.model.training_state import StateFile
+from fleetcast.forecast.checkpoint import ModelDescription
+from fleetcast.forecast.gridshape import GridShape
+from fleetcast.forecast.network import NetworkConfig
+from fleetcast.forecast.predictor import Forecaster
 from fleetcast.settings import TrainerSettings
+from fleetcast.training.fit import Fit, fit
+from fleetcast.training.grid import TrainingGrid
+from fleetcast.training.sampler import WindowMix, WindowSampler
+from fleetcast.training.training_epochs import Resumable
+from fleetcast.training.training_state import StateFile
 
 BIN_MS, DAY_BINS, HORIZON = 300_000, 288, 96
 WARMUP_STEPS = 50

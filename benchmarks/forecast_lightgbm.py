@@ -1,7 +1,7 @@
 """LightGBM as a peer: one global model per quantile over lag features.
 
 Owns: its features and its training. It is given what helped our own model: windows are measured
-from their last value in spreads of their last day (`fleetcast.model.scaling`), and the exact
+from their last value in spreads of their last day (`fleetcast.forecast.scaling`), and the exact
 values a day and a week before each target. All servers, metrics and horizons share one model;
 horizons between the knots are interpolated. Not installed: `available()` is False, its column n/a.
 """
@@ -11,10 +11,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetcast.model.scaling import Scale, is_log_scaled, is_percent, masked_mean, masked_std, plausible, to_z
-from fleetcast.model.traingrid import TrainingGrid
-from fleetcast.model.windows import RECENT_BINS
+from fleetcast.bins import RECENT_BINS
+from fleetcast.forecast.scaling import (
+    Scale,
+    is_log_scaled,
+    is_percent,
+    masked_mean,
+    masked_std,
+    plausible,
+    to_z,
+)
 from fleetcast.schema import QUANTILES, Floats32, HistoryWindow, Longs
+from fleetcast.training.grid import TrainingGrid
 
 HORIZON, DAY, WEEK, HISTORY = 96, 288, 2016, 2304
 KNOTS = np.array([*range(1, 13), 18, 24, 36, 48, 60, 72, 84, 96])  # every bin to 1 h

@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.forecast_scores import Sums, scores
-from fleetcast.model.feedback import Feedback
-from fleetcast.model.scaling import is_percent
-from fleetcast.model.traingrid import TrainingGrid
-from fleetcast.model.windows import DAY_BINS, HISTORY_BINS, RECENT_BINS
+from fleetcast.bins import DAY_BINS, HISTORY_BINS, RECENT_BINS
+from fleetcast.forecast.feedback import Feedback
+from fleetcast.forecast.naive import NaiveForecaster
+from fleetcast.forecast.scaling import is_percent
 from fleetcast.schema import Floats32, HistoryWindow
-from fleetcast.serving.fallback import NaiveForecaster
+from fleetcast.training.grid import TrainingGrid
 
 HORIZON, SETTLED = 96, (1, 12, 96)
 OURS, OURS_FED = "ours", "ours_feedback"

@@ -24,12 +24,12 @@ import numpy as np
 
 from benchmarks.library_predict import library_rates
 from benchmarks.results_file import write_results
+from fleetcast.bins import HISTORY_BINS
 from fleetcast.clock import DataClock, from_ms
-from fleetcast.model.checkpoint import ModelDescription
-from fleetcast.model.forecaster import Forecaster, set_threads
-from fleetcast.model.gridshape import GridShape
-from fleetcast.model.network import NetworkConfig, build
-from fleetcast.model.windows import HISTORY_BINS
+from fleetcast.forecast.checkpoint import ModelDescription
+from fleetcast.forecast.gridshape import GridShape
+from fleetcast.forecast.network import NetworkConfig, build
+from fleetcast.forecast.predictor import Forecaster, set_threads
 from fleetcast.schema import FleetForecast, Floats32, HistoryWindow
 from fleetcast.serving.board import PredictionBoard
 from fleetcast.serving.corrector import Corrector

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fleetcast.model.traingrid import TrainingGrid
 from fleetcast.schema import QUANTILES, Floats32, HistoryWindow
+from fleetcast.training.grid import TrainingGrid
 
 PAST, AHEAD = 288, 96
 _BATCH, _HIDDEN, _RATE, _CLIP = 64, 32, 3e-3, 0.1

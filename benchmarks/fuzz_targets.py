@@ -16,16 +16,16 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from benchmarks.fuzz_frames import FrameTarget
+from fleetcast.api.bodies import Refusal, records_in
 from fleetcast.errors import BadData
-from fleetcast.ingest.arrow_ingest import read_columns
-from fleetcast.ingest.bodies import Refusal, records_in
-from fleetcast.ingest.intake import Receipt
+from fleetcast.ingest.arrow import read_columns
 from fleetcast.ingest.json_records import JsonRecords
 from fleetcast.ingest.record_columns import RowsOf
 from fleetcast.ingest.records import Accepted, RecordRules, accept
-from fleetcast.ingest.remote_write import WriteDecoder
-from fleetcast.ingest.write_intake import WriteIntake
+from fleetcast.prometheus.wire import WriteDecoder
 from fleetcast.remote_write_settings import RemoteWriteSettings
+from fleetcast.serving.intake import Receipt
+from fleetcast.serving.writes import WriteIntake
 
 NOW = 1_768_471_200_000
 RULES = RecordRules(newest_ms=NOW + 300_000, oldest_ms=0)

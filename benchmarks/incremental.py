@@ -41,11 +41,11 @@ from benchmarks.training_rounds import (
     write_context,
     write_export,
 )
-from fleetcast.model.forecaster import Forecaster
-from fleetcast.model.registry import Registry
-from fleetcast.model.traingrid import TrainingGrid
+from fleetcast.forecast.predictor import Forecaster
+from fleetcast.forecast.registry import Registry
 from fleetcast.schema import Floats
 from fleetcast.settings import TrainerSettings
+from fleetcast.training.grid import TrainingGrid
 
 PREFERRED = (
     *("cpu_pct", "mem_pct", "disk_write_mb_s", "net_in_mb_s"),  # Bitbrains

@@ -26,15 +26,15 @@ from benchmarks import ingest_bodies
 from benchmarks.programs import InferenceDaemon
 from benchmarks.results_file import write_results
 from data_buffer import DataBuffer
+from fleetcast.api.bodies import records_in
 from fleetcast.clock import SystemClock, to_ms
-from fleetcast.ingest.arrow_ingest import read_columns
-from fleetcast.ingest.bodies import records_in
-from fleetcast.ingest.intake import Receipt
+from fleetcast.ingest.arrow import read_columns
 from fleetcast.ingest.json_records import JsonRecords
 from fleetcast.ingest.record_columns import RowsOf
 from fleetcast.ingest.records import RecordRules, accept
-from fleetcast.ingest.write_intake import WriteIntake
 from fleetcast.remote_write_settings import RemoteWriteSettings
+from fleetcast.serving.intake import Receipt
+from fleetcast.serving.writes import WriteIntake
 from fleetcast.settings import BufferSettings
 
 N_BODIES = 60

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fleetcast.model.sampler import ChangedSeries
-from fleetcast.model.scaling import is_percent
-from fleetcast.model.traingrid import TrainingGrid
+from fleetcast.forecast.scaling import is_percent
 from fleetcast.schema import Floats, Floats32
+from fleetcast.training.grid import TrainingGrid
+from fleetcast.training.sampler import ChangedSeries
 
 BINS_PER_HOUR = 12
 CPU_WORDS, MEMORY_WORDS = ("cpu",), ("mem",)

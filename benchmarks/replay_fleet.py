@@ -13,12 +13,12 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from benchmarks.new_dynamics import inject
+from fleetcast.bins import bin_means
 from fleetcast.clock import to_ms
-from fleetcast.model.sampler import ChangedSeries
-from fleetcast.model.traingrid import TrainingGrid
-from fleetcast.model.windows import bin_means
 from fleetcast.sources.mapping import parse_formula
 from fleetcast.sources.recording import Cut, load_recording
+from fleetcast.training.grid import TrainingGrid
+from fleetcast.training.sampler import ChangedSeries
 
 BIN_MS, DAY, DAY_MS = 300_000, 288, 86_400_000
 HISTORY_DAYS, REPLAY_DAYS, SERVERS = 28, 28, 10

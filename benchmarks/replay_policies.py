@@ -15,15 +15,15 @@ from benchmarks.replay_fleet import BIN_MS, DAY, ReplayFleet
 from benchmarks.replay_record import ReplayRecord
 from drift_monitor import DriftMonitor
 from fleetcast.clock import DataClock, from_ms, iso_z, plain_utc
-from fleetcast.drift.drift_source import DriftSource
-from fleetcast.model.registry import Registry
-from fleetcast.model.verdicts import Verdict
-from fleetcast.model.versions import new_version_id
+from fleetcast.drift.evidence import DriftSource
+from fleetcast.forecast.registry import Registry
+from fleetcast.forecast.verdicts import Verdict
+from fleetcast.forecast.versions import new_version_id
 from fleetcast.retraining.follow_up import follow_up
 from fleetcast.retraining.hostload import HostLoad
 from fleetcast.retraining.quiet import CPU, MEM, FleetLoad, FleetMean, quiet_verdict
 from fleetcast.retraining.quiet_week import QuietWeek
-from fleetcast.retraining.retraining_check import NOTHING, RetrainingCheck
+from fleetcast.retraining.report import NOTHING, RetrainingCheck
 from fleetcast.retraining.state import PROMOTED, REJECTED, Attempt
 from fleetcast.retraining.training_order import CONTEXT_FILE, training_context
 from fleetcast.schema import Floats32, QuietVerdict

@@ -13,11 +13,11 @@ from typing import Self
 import numpy as np
 
 from benchmarks.replay_fleet import ReplayFleet
+from fleetcast.bins import RECENT_BINS
 from fleetcast.clock import from_ms
-from fleetcast.model.encoding import decode, encode
-from fleetcast.model.forecaster import Forecaster
-from fleetcast.model.scaling import is_percent
-from fleetcast.model.windows import RECENT_BINS
+from fleetcast.forecast.encoding import decode, encode
+from fleetcast.forecast.predictor import Forecaster
+from fleetcast.forecast.scaling import is_percent
 from fleetcast.schema import QUANTILES, Floats32, Longs, SettledForecasts
 
 HORIZONS = (1, 12, 96)

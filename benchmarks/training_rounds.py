@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from fleetcast.clock import from_ms, iso_z
-from fleetcast.model.registry import Registry
-from fleetcast.model.sampler import ChangedSeries
-from fleetcast.model.traingrid import TrainingGrid
+from fleetcast.forecast.registry import Registry
 from fleetcast.schema import Floats, Floats32, HistoryWindow
+from fleetcast.training.grid import TrainingGrid
+from fleetcast.training.sampler import ChangedSeries
 
 ROOT = Path(__file__).resolve().parents[1]
 HORIZON, HISTORY_BINS = 96, 2304

@@ -113,7 +113,7 @@ class LiveLoop:
         self._add("retraining", "adaptive_retraining_daemon.py", "--daemon-url", self._url)
         agent = [
             "-m",
-            "fleetcast.sources.local_agent",
+            "fleetcast.sources.agent",
             "--url",
             self._url,
             "--server-name",

@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from fleetcast.model.gate import GateVerdict, judge
-from fleetcast.model.gridshape import GridShape
-from fleetcast.model.holdout import HoldOut, held_from
-from fleetcast.model.sampler import ChangedSeries
-from fleetcast.model.traingrid import TrainingGrid
+from fleetcast.forecast.gridshape import GridShape
+from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.schema import HistoryWindow
-from fleetcast.serving.fallback import NaiveForecaster
+from fleetcast.training.gate import GateVerdict, judge
+from fleetcast.training.grid import TrainingGrid
+from fleetcast.training.holdout import HoldOut, held_from
+from fleetcast.training.sampler import ChangedSeries
 
 SHAPE = GridShape(300_000, 96)
 N_BIN = 4000

@@ -5,8 +5,8 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetcast.drift.reference import Reference
-from fleetcast.drift.seasonal_drift import SeasonalDrift
+from fleetcast.drift.seasonal.detector import SeasonalDrift
+from fleetcast.drift.seasonal.reference import Reference
 
 BIN_MS = 300_000
 DAY = 288

@@ -17,11 +17,11 @@ from rhythm_fleet import (
 from settled_rows import RowStore
 
 from fleetcast.clock import from_ms, iso_z
-from fleetcast.drift.drift_source import DriftSource
-from fleetcast.drift.reference import Reference
+from fleetcast.drift.evidence import DriftSource
+from fleetcast.drift.literal.baseline import Baseline
+from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.drift_settings import DriftSettings
-from fleetcast.model.baseline import Baseline
-from fleetcast.model.registry import Registry
+from fleetcast.forecast.registry import Registry
 from fleetcast.schema import SettledForecasts
 
 VERSION = "20260115T000000Z-aaaa"

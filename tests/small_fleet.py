@@ -9,8 +9,8 @@ from settled_rows import BIN_MS, START_MS, Value, settled
 
 from data_buffer import DataBuffer
 from fleetcast.clock import FakeClock, from_ms, iso_z
-from fleetcast.model.baseline import Baseline
-from fleetcast.model.registry import Registry
+from fleetcast.drift.literal.baseline import Baseline
+from fleetcast.forecast.registry import Registry
 from fleetcast.settings import Settings
 
 SERVERS = ("web-01", "web-02", "web-03")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetcast.errors import BadData
-from fleetcast.ingest.arrow_ingest import COLUMNS_MAX, ROWS_MAX, read_columns
+from fleetcast.ingest.arrow import COLUMNS_MAX, ROWS_MAX, read_columns
 from fleetcast.ingest.record_columns import RowsOf
 from fleetcast.ingest.records import Accepted, RecordRules, accept, accept_columns
 

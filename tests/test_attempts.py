@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fleetcast.files import OwnerLock, is_locked, read_json, write_json
-from fleetcast.model.registry import ATTEMPT_LOCK, Registry
+from fleetcast.forecast.registry import ATTEMPT_LOCK, Registry
 from fleetcast.retraining.attempts import Attempts, Step
 from fleetcast.retraining.state import Attempt
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from benchmarks.base_model import PERCENTS, RATES, SIZES, SOURCES, resized
-from fleetcast.model.forecaster import Forecaster
-from fleetcast.model.registry import Registry
-from fleetcast.model.traingrid import TrainingGrid
+from fleetcast.forecast.predictor import Forecaster
+from fleetcast.forecast.registry import Registry
 from fleetcast.schema import HistoryWindow
 from fleetcast.settings import BinSettings, ForecastSettings
+from fleetcast.training.grid import TrainingGrid
 
 ROOT = Path(__file__).parents[1]
 BIN_MS = 300_000

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.errors import BadData, CorruptFile, UnknownFormat
-from fleetcast.model.baseline import Baseline
 
 BIN_MS = 300_000
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fleetcast.ingest.bodies import Refusal, encoded, records_in
+from fleetcast.api.bodies import Refusal, encoded, records_in
 
 
 def test_the_documented_shape_is_read() -> None:

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetcast.files import OwnerLock, is_locked
-from fleetcast.retraining import bounded_run
-from fleetcast.retraining.bounded_run import LINE_BYTES, OutputLines, RunJob, run_job
+from fleetcast.retraining import supervisor
+from fleetcast.retraining.supervisor import LINE_BYTES, OutputLines, RunJob, run_job
 
 ROOT = Path(__file__).parents[1]
 
@@ -125,7 +125,7 @@ def test_the_result_is_written_last_and_the_child_has_low_priority(tmp_path: Pat
     code = "import os, pathlib; print(os.nice(0), pathlib.Path('run.json').exists())"
     started = os.nice(0)
     done = subprocess.run(
-        [sys.executable, "-m", bounded_run.__name__, job(tmp_path, code).to_argument()], cwd=ROOT, timeout=60
+        [sys.executable, "-m", supervisor.__name__, job(tmp_path, code).to_argument()], cwd=ROOT, timeout=60
     )
     assert done.returncode == 0
     assert json.loads((tmp_path / "run.json").read_text())["tail"] == [f"{started + 5} False"]
@@ -138,7 +138,7 @@ def test_a_supervisor_killed_takes_its_child_along_and_frees_the_lock(tmp_path: 
         [
             sys.executable,
             "-m",
-            bounded_run.__name__,
+            supervisor.__name__,
             job(tmp_path, code, lock_fd=lock.fileno()).to_argument(),
         ],
         cwd=ROOT,

@@ -7,8 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
-from fleetcast.serving.browserguard import BrowserGuard
-from fleetcast.serving.listener import HttpListener
+from fleetcast.api.browserguard import BrowserGuard
+from fleetcast.api.listener import HttpListener
 
 
 async def _says_hello(_scope: Any, _receive: Any, send: Any) -> None:

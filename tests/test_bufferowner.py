@@ -16,11 +16,11 @@ from fleetcast.errors import AlreadyRunning, StorageBroken
 from fleetcast.files import is_locked
 from fleetcast.settings import BufferSettings
 from fleetcast.storage import sealing
-from fleetcast.storage.bufferowner import LOCK_NAME, BufferOwner
-from fleetcast.storage.bufferreader import BufferReader
 from fleetcast.storage.dayfiles import list_days
-from fleetcast.storage.dayupkeep import UpkeepPace
+from fleetcast.storage.reader import BufferReader
+from fleetcast.storage.store import LOCK_NAME, BufferOwner
 from fleetcast.storage.tables import METRICS
+from fleetcast.storage.upkeep import UpkeepPace
 
 LATER = datetime(2027, 1, 1, tzinfo=UTC)
 

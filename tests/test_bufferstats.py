@@ -8,8 +8,8 @@ from fleetcast.settings import BufferSettings
 from fleetcast.storage import dayreader
 from fleetcast.storage.batches import table_of_batch
 from fleetcast.storage.bufferstats import buffer_stats
+from fleetcast.storage.days import OpenPart
 from fleetcast.storage.daystore import DayStore
-from fleetcast.storage.parts import OpenPart
 from fleetcast.storage.tables import METRICS
 
 

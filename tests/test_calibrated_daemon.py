@@ -17,9 +17,9 @@ from adaptive_retraining_daemon import AdaptiveRetrainingDaemon
 from data_buffer import DataBuffer
 from drift_monitor import main
 from fleetcast.clock import from_ms, iso_z
-from fleetcast.drift.reference import Reference
+from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.files import read_json
-from fleetcast.retraining.retraining_check import RetrainingCheck
+from fleetcast.retraining.report import RetrainingCheck
 
 ROOT = Path(__file__).parents[1]
 

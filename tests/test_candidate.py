@@ -4,11 +4,11 @@ import pytest
 from oracle_fleet import grid
 from test_scope import model
 
-from fleetcast.model.candidate import CandidateMaker
-from fleetcast.model.holdout import held_from
-from fleetcast.model.sampler import ChangedSeries
-from fleetcast.model.scope import scope_of
 from fleetcast.settings import Settings
+from fleetcast.training.challenger import CandidateMaker
+from fleetcast.training.holdout import held_from
+from fleetcast.training.sampler import ChangedSeries
+from fleetcast.training.scope import scope_of
 
 
 @pytest.mark.parametrize(

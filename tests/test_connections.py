@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 from fastapi import FastAPI, Response
 
+from fleetcast.api.connections import MAX_HEAD_BYTES, BoundedConnection
+from fleetcast.api.listener import HttpListener
 from fleetcast.clock import monotonic
-from fleetcast.serving.connections import MAX_HEAD_BYTES, BoundedConnection
-from fleetcast.serving.listener import HttpListener
 
 LARGE = b"x" * 30_000_000  # more than the buffers of both sockets take
 GET = b"GET /small HTTP/1.1\r\nHost: x\r\n"

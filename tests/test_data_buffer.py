@@ -171,7 +171,7 @@ def test_a_flush_that_fails_does_not_fail_the_append(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("fleetcast.storage.parts.fsync_file", full)
+        patched.setattr("fleetcast.storage.days.fsync_file", full)
         assert buffer.append([record(load=1)]).accepted == 1
     assert "stay in the log" in caplog.text
     assert len(content(buffer)) == 1
@@ -396,7 +396,7 @@ def test_a_refused_append_keeps_nothing_and_says_what_is_full(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("fleetcast.storage.wal.os.writev", full)
+        patched.setattr("fleetcast.storage.log.os.writev", full)
         with pytest.raises(StorageFull, match=r"No space left on device \(free disk space\)"):
             buffer.append([record("b", load=1)])
     assert content(buffer).keys() == {("a", NOW_MS)}

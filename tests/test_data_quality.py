@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fleetcast.drift.data_quality import (
+from fleetcast.drift.seasonal.sensors import (
     FROZEN,
     NEVER_STILL,
     OUTAGE,

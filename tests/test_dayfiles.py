@@ -22,7 +22,7 @@ from fleetcast.storage.dayfiles import (
     part_names,
     split_by_day,
 )
-from fleetcast.storage.parts import PartName, write_part
+from fleetcast.storage.days import PartName, write_part
 from fleetcast.storage.tables import METRICS, PREDICTIONS
 
 DAY = date(2026, 1, 15)

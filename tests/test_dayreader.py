@@ -8,12 +8,12 @@ import pytest
 from buffer_rows import DAY_MS, NOON_MS, Key, Values, batch, day_folder, one_segment, rows_of, table
 
 from fleetcast.settings import BufferSettings
-from fleetcast.storage import dayreader, parts
+from fleetcast.storage import dayreader, days
 from fleetcast.storage.arrays import codes_of
 from fleetcast.storage.batches import batch_of_table, table_of_batch
 from fleetcast.storage.dayreader import DayReader, LogRows, merge_sources
+from fleetcast.storage.days import OpenPart, PartName, write_part
 from fleetcast.storage.daystore import DayStore
-from fleetcast.storage.parts import OpenPart, PartName, write_part
 from fleetcast.storage.tables import METRICS
 
 DAY = date(2026, 1, 15)
@@ -90,7 +90,7 @@ def test_edges_are_those_of_all_rows(store: DayStore, reader: DayReader) -> None
 def test_a_large_day_comes_in_pieces_of_whole_servers(
     store: DayStore, reader: DayReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "_PART_GROUP_ROWS", 7)
+    monkeypatch.setattr(days, "_PART_GROUP_ROWS", 7)
     for tick in range(5):
         append(store, *((f"s{n:02d}", NOON_MS + tick, {"x": float(n)}) for n in range(12)))
         if tick < 4:
@@ -103,7 +103,7 @@ def test_a_large_day_comes_in_pieces_of_whole_servers(
 
 
 def test_one_part_alone_is_cut_between_servers_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "_PART_GROUP_ROWS", 7)
+    monkeypatch.setattr(days, "_PART_GROUP_ROWS", 7)
     rows = table(*((f"s{n}", NOON_MS + tick, {"x": 1.0}) for n in range(3) for tick in range(10)))
     path = tmp_path / PartName(1, len(rows)).text
     write_part(path, iter([rows]), METRICS, rows.schema, 1)

@@ -15,14 +15,14 @@ from fleetcast import files
 from fleetcast.clock import monotonic
 from fleetcast.errors import StorageBroken, StorageFull, UnknownFormat
 from fleetcast.settings import BufferSettings
-from fleetcast.storage import daybuild, daystore, dayupkeep, frames, sealing, wal
+from fleetcast.storage import daybuild, daystore, frames, log, sealing, upkeep
 from fleetcast.storage.batches import batch_of_table, table_of_batch
 from fleetcast.storage.dayfiles import list_days, part_names
 from fleetcast.storage.dayreader import DayReader, log_folder
 from fleetcast.storage.daystore import DayStore
-from fleetcast.storage.dayupkeep import UpkeepPace
 from fleetcast.storage.payloads import encode_table
 from fleetcast.storage.tables import METRICS
+from fleetcast.storage.upkeep import UpkeepPace
 
 ALWAYS_MS = 2**45
 LATER = datetime(2027, 1, 1, tzinfo=UTC)
@@ -216,7 +216,7 @@ def test_a_full_disk_refuses_the_append_and_later_takes_it(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(wal.os, "writev", full)
+        patched.setattr(log.os, "writev", full)
         with pytest.raises(StorageFull):
             append(owner, ("b", NOON_MS, {"x": 2.0}))
     assert content(tmp_path) == {("a", NOON_MS): {"x": 1.0}}
@@ -239,7 +239,7 @@ def test_a_full_disk_at_the_flush_keeps_the_log_and_is_tried_again(
         real(path)
 
     with monkeypatch.context() as patched:
-        patched.setattr("fleetcast.storage.parts.fsync_file", full_at_the_second_day)
+        patched.setattr("fleetcast.storage.days.fsync_file", full_at_the_second_day)
         with pytest.raises(StorageFull):
             owner.flush()
     assert len(content(tmp_path)) == 2
@@ -258,7 +258,7 @@ def test_a_failing_maintenance_waits_before_it_tries_again(
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patched:
-        patched.setattr("fleetcast.storage.parts.fsync_file", broken)
+        patched.setattr("fleetcast.storage.days.fsync_file", broken)
         with pytest.raises(StorageBroken):
             owner.maintain(LATER, expires=False)
         owner.maintain(LATER, expires=False)
@@ -320,7 +320,7 @@ class SealHere:
 
 @pytest.fixture
 def seals_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dayupkeep, "SealProcess", SealHere)
+    monkeypatch.setattr(upkeep, "SealProcess", SealHere)
 
 
 @pytest.mark.usefixtures("seals_here")

@@ -9,13 +9,13 @@ import pytest
 from buffer_rows import DAY_MS, NOON_MS, day_folder, table
 
 from fleetcast.settings import BufferSettings
-from fleetcast.storage import dayupkeep, sealing
+from fleetcast.storage import sealing, upkeep
 from fleetcast.storage.daybuild import no_step
 from fleetcast.storage.dayfiles import folder_bytes, list_days, part_names
-from fleetcast.storage.dayupkeep import DayUpkeep, UpkeepPace
-from fleetcast.storage.daywriter import DayWriter
 from fleetcast.storage.quarantine import Quarantine
 from fleetcast.storage.tables import METRICS
+from fleetcast.storage.upkeep import DayUpkeep, UpkeepPace
+from fleetcast.storage.writer import DayWriter
 
 DAY = date(2026, 1, 15)
 DAY_END = datetime(2026, 1, 16, tzinfo=UTC)
@@ -60,7 +60,7 @@ class InstantSeal:
 
     def __init__(self, folder: Path, kind_name: str, day: date, target: Path) -> None:
         self.day = day
-        self.started_at = dayupkeep.monotonic()
+        self.started_at = upkeep.monotonic()
         self._call: Callable[[], sealing.Sealed] = lambda: sealing.seal(folder, kind_name, day, target)
         InstantSeal.started.append(self)
 
@@ -74,8 +74,8 @@ class InstantSeal:
 @pytest.fixture
 def wall(monkeypatch: pytest.MonkeyPatch) -> Wall:
     clock = Wall()
-    monkeypatch.setattr(dayupkeep, "monotonic", clock)
-    monkeypatch.setattr(dayupkeep, "SealProcess", InstantSeal)
+    monkeypatch.setattr(upkeep, "monotonic", clock)
+    monkeypatch.setattr(upkeep, "SealProcess", InstantSeal)
     monkeypatch.setattr(InstantSeal, "started", [])
     monkeypatch.setattr(InstantSeal, "fails", False)
     return clock
@@ -227,7 +227,7 @@ def test_a_limit_on_bytes_deletes_the_oldest_days_but_never_the_newest(
         place.add(day=day)
     sizes = {DAY: 900_000, DAY + timedelta(days=1): 900_000, DAY + timedelta(days=2): 1_000_000}
     by_path = {place.writer.path(day): size for day, size in sizes.items()}
-    monkeypatch.setattr(dayupkeep, "folder_bytes", lambda path: by_path[path])
+    monkeypatch.setattr(upkeep, "folder_bytes", lambda path: by_path[path])
     place.run(DAY_END + timedelta(days=2), expires=True)
     assert list_days(place.folder, METRICS) == [DAY + timedelta(days=1), DAY + timedelta(days=2)]
     by_path[place.writer.path(DAY + timedelta(days=2))] = 9_000_000

@@ -14,10 +14,10 @@ from fleetcast.storage import daybuild
 from fleetcast.storage.batches import batch_of_table
 from fleetcast.storage.dayfiles import open_day, part_names
 from fleetcast.storage.dayreader import merge_sources
-from fleetcast.storage.daywriter import DayWriter
-from fleetcast.storage.parts import COLUMNS_FILE, PartName, write_part
+from fleetcast.storage.days import COLUMNS_FILE, PartName, write_part
 from fleetcast.storage.quarantine import Quarantine
 from fleetcast.storage.tables import METRICS
+from fleetcast.storage.writer import DayWriter
 
 DAY = date(2026, 1, 15)
 

@@ -190,8 +190,7 @@ def test_torch_fails_without_writable_executable_memory_so_no_unit_with_torch_de
 
 def test_the_agent_reads_its_metrics_under_the_memory_rule_its_unit_claims() -> None:
     done = _run_confined(
-        "from fleetcast.sources.local_agent import HostMeter; import json\n"
-        "print(json.dumps(HostMeter().read()))"
+        "from fleetcast.sources.agent import HostMeter; import json\nprint(json.dumps(HostMeter().read()))"
     )
 
     assert "cpu_pct" in json.loads(done.stdout)
@@ -306,7 +305,7 @@ def test_what_the_image_copies_is_all_that_the_programs_need(tmp_path: Path) -> 
     base = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
         "import tft_inference_daemon, adaptive_retraining_daemon, tft_trainer\n"
-        "from fleetcast.model.registry import Registry\n"
+        "from fleetcast.forecast.registry import Registry\n"
         "print(Registry(Path('checkpoints'), Path(sys.argv[1], 'models')).base().id)"
     )
     commands.append(["-c", base, str(app)])

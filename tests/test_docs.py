@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fleetcast.errors import ExitCode
-from fleetcast.retraining.retraining_telemetry import PREFIX
+from fleetcast.retraining.telemetry import PREFIX
 from fleetcast.serving.telemetry import GAUGES
 from fleetcast.settings_doc import page
 

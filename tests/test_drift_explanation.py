@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from rhythm_fleet import BIN_MS, DAY, START_MS, usual_reference
 
-from fleetcast.drift.drift_explanation import change_bin, newest_levels, worst_statistic
-from fleetcast.drift.residuals import N_CODES, Traits
-from fleetcast.drift.running_sums import RunningSums
-from fleetcast.drift.shifted_day import LAGS_H
-from fleetcast.drift.window_statistics import FAMILIES, INDEX, N_STATISTICS, BinCodes
+from fleetcast.drift.seasonal.drift_explanation import change_bin, newest_levels, worst_statistic
+from fleetcast.drift.seasonal.residuals import N_CODES, Traits
+from fleetcast.drift.seasonal.running_sums import RunningSums
+from fleetcast.drift.seasonal.shifted_day import LAGS_H
+from fleetcast.drift.seasonal.statistics import FAMILIES, INDEX, N_STATISTICS, BinCodes
 
 
 def sums_of(codes: np.ndarray) -> RunningSums:

@@ -11,7 +11,7 @@ from test_png_canvas import decoded
 
 import drift_monitor
 from drift_monitor import DriftMonitor
-from fleetcast.drift.drift_figure import drift_figure
+from fleetcast.drift.figure import drift_figure
 from fleetcast.drift.png_canvas import RED
 from fleetcast.drift_settings import DriftSettings
 from fleetcast.errors import NotEnoughData

@@ -12,10 +12,10 @@ from settled_rows import BIN_MS, START_MS, RowStore, settled
 import drift_monitor
 from drift_monitor import DriftMonitor
 from fleetcast.clock import FakeClock
-from fleetcast.drift.drift_window import DriftWindow, PairWindow
+from fleetcast.drift.literal.baseline import Baseline
+from fleetcast.drift.literal.window import DriftWindow, PairWindow
 from fleetcast.drift_settings import DriftSettings
 from fleetcast.errors import BadData
-from fleetcast.model.baseline import Baseline
 
 RNG = np.random.default_rng(5)
 KEYS = {"per", "dss", "fds", "anomaly_rate", "combined_score", "needs_retraining"}

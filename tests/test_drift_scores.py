@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 
-from fleetcast.drift import drift_scores as ds
+from fleetcast.drift.literal import scores as ds
+from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.drift_settings import DriftSettings
-from fleetcast.model.baseline import Baseline
 
 SETTINGS = DriftSettings()
 RNG = np.random.default_rng(3)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fleetcast.drift.drift_verdict import DriftingSeries, DriftVerdict
+from fleetcast.drift.seasonal.drift_verdict import DriftingSeries, DriftVerdict
 
 
 def series(server: str, ratio: float) -> DriftingSeries:

@@ -5,8 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleetcast.model.encoding import AHEAD_REALS, PAST_REALS, STATIC_REALS, ModelArrays, decode, encode
-from fleetcast.model.gridshape import GridShape
+from fleetcast.forecast.encoding import (
+    AHEAD_REALS,
+    PAST_REALS,
+    STATIC_REALS,
+    ModelArrays,
+    decode,
+    encode,
+)
+from fleetcast.forecast.gridshape import GridShape
 
 SHAPE = GridShape(300_000, 96)
 MIDNIGHT = 1_700_006_400_000 // 86_400_000 * 86_400_000

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetcast.errors import SettingsError
-from fleetcast.ingest.exporter_grammar import RuleFault, parse_rule, parse_rules
-from fleetcast.ingest.exporter_rules import Term
+from fleetcast.prometheus.exporter_grammar import RuleFault, parse_rule, parse_rules
+from fleetcast.prometheus.rules import Term
 from fleetcast.remote_write_settings import NODE_EXPORTER_RULES, RemoteWriteSettings
 
 

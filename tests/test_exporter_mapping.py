@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetcast.errors import SettingsError
-from fleetcast.ingest.counters import Samples
-from fleetcast.ingest.exporter_mapping import Derived, ExporterMapping
-from fleetcast.ingest.exporter_series import IGNORED, REFUSED
 from fleetcast.ingest.records import RecordRules, accept_columns
+from fleetcast.prometheus.counters import Samples
+from fleetcast.prometheus.exporter_mapping import Derived, ExporterMapping
+from fleetcast.prometheus.series import IGNORED, REFUSED
 from fleetcast.remote_write_settings import RemoteWriteSettings
 
 NOW = 1_768_471_200_000

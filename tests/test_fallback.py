@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.schema import HistoryWindow
-from fleetcast.serving.fallback import NaiveForecaster
 
 BIN_MS = 300_000
 DAY = 288

@@ -15,19 +15,19 @@ import pytest
 from prometheus_client import CollectorRegistry
 from remote_write_bodies import body, labels, packed
 
+from fleetcast.api.listener import HttpListener
+from fleetcast.api.server import create_app
 from fleetcast.clock import FakeClock, to_ms
 from fleetcast.errors import StorageBroken, StorageFull
-from fleetcast.ingest.intake import Intake
-from fleetcast.ingest.rejected import RejectedRecords
-from fleetcast.ingest.write_intake import WriteIntake
 from fleetcast.remote_write_settings import RemoteWriteSettings
 from fleetcast.schema import RecordBatch
 from fleetcast.serving.board import PredictionBoard
 from fleetcast.serving.history import BinHistory
-from fleetcast.serving.listener import HttpListener
+from fleetcast.serving.intake import Intake
+from fleetcast.serving.rejected import RejectedRecords
 from fleetcast.serving.roster import Roster
-from fleetcast.serving.server import create_app
 from fleetcast.serving.telemetry import Telemetry
+from fleetcast.serving.writes import WriteIntake
 from fleetcast.settings import BinSettings, BufferSettings, ForecastSettings, ServerSettings
 
 CLOCK = FakeClock()

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleetcast.model.feedback import Feedback
+from fleetcast.forecast.feedback import Feedback
 from fleetcast.schema import Floats32
 
 HORIZONS = (1, 12, 96)

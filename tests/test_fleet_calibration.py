@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from fleetcast.drift.fleet_calibration import calibrate
-from fleetcast.drift.quorum import QuorumRule
-from fleetcast.drift.window_statistics import INDEX, N_STATISTICS
+from fleetcast.drift.seasonal.fleet_calibration import calibrate
+from fleetcast.drift.seasonal.quorum import QuorumRule
+from fleetcast.drift.seasonal.statistics import INDEX, N_STATISTICS
 
 LIMITS = np.ones((8, N_STATISTICS), np.float32)
 SERIES = np.arange(8)

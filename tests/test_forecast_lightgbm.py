@@ -5,8 +5,8 @@ import pytest
 
 from benchmarks import forecast_lightgbm
 from benchmarks.forecast_lightgbm import HORIZON, LightGbm, available
-from fleetcast.model.traingrid import TrainingGrid
 from fleetcast.schema import HistoryWindow
+from fleetcast.training.grid import TrainingGrid
 
 DAY = 288
 needs_it = pytest.mark.skipif(not available(), reason="lightgbm is a peer, not a requirement of the daemons")

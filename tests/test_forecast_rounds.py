@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from benchmarks.forecast_rounds import HORIZON, Walk, measured
-from fleetcast.model.traingrid import TrainingGrid
 from fleetcast.schema import Floats32, HistoryWindow
+from fleetcast.training.grid import TrainingGrid
 
 DAY = 288
 SPLIT = 3 * DAY

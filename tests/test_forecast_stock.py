@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from benchmarks.forecast_stock import AHEAD, PAST, StockRecipe
-from fleetcast.model.traingrid import TrainingGrid
 from fleetcast.schema import HistoryWindow
+from fleetcast.training.grid import TrainingGrid
 
 
 @pytest.mark.slow

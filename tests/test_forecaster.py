@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetcast.errors import BadCheckpoint, BadData
-from fleetcast.model.encoding import decode
-from fleetcast.model.forecaster import Forecaster
-from fleetcast.model.gridshape import GridShape
-from fleetcast.model.sampler import WindowMix, WindowSampler
-from fleetcast.model.traingrid import TrainingGrid
+from fleetcast.forecast.encoding import decode
+from fleetcast.forecast.gridshape import GridShape
+from fleetcast.forecast.predictor import Forecaster
 from fleetcast.schema import HistoryWindow
+from fleetcast.training.grid import TrainingGrid
+from fleetcast.training.sampler import WindowMix, WindowSampler
 
 OLD_CHECKPOINT = (
     Path(__file__).parent / "data" / "model_format_1.ckpt"

@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle_fleet import N_BIN, Oracle, grid, verdict
 
-from fleetcast.model.gate import CONFIDENCE, MIN_BLOCKS, GateVerdict, judge
-from fleetcast.model.holdout import Losses
-from fleetcast.model.sampler import ChangedSeries
+from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.schema import HistoryWindow
-from fleetcast.serving.fallback import NaiveForecaster
+from fleetcast.training.gate import CONFIDENCE, MIN_BLOCKS, GateVerdict, judge
+from fleetcast.training.holdout import Losses
+from fleetcast.training.sampler import ChangedSeries
 
 METRICS = ("cpu_pct", "mem_pct")
 N_SERVER, N_ORIGIN = 6, 12

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fleetcast.bins import bin_means
 from fleetcast.clock import to_ms
-from fleetcast.model.windows import bin_means
 from fleetcast.schema import RecordBatch
 from fleetcast.serving.history import BinHistory
 from fleetcast.settings import BinSettings, ForecastSettings

@@ -3,11 +3,11 @@
 import numpy as np
 from oracle_fleet import N_BIN, SHAPE, Oracle, grid, verdict
 
-from fleetcast.model.holdout import HoldOut, held_from, mean_errors
-from fleetcast.model.sampler import ChangedSeries
-from fleetcast.model.traingrid import TrainingGrid
+from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.schema import HistoryWindow
-from fleetcast.serving.fallback import NaiveForecaster
+from fleetcast.training.grid import TrainingGrid
+from fleetcast.training.holdout import HoldOut, held_from, mean_errors
+from fleetcast.training.sampler import ChangedSeries
 
 
 def test_the_tail_is_a_share_of_the_data_and_at_most_a_day() -> None:

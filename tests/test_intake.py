@@ -11,11 +11,11 @@ import pytest
 
 from fleetcast.clock import FakeClock
 from fleetcast.errors import StorageFull
-from fleetcast.ingest.intake import Intake
 from fleetcast.ingest.record_columns import RowsOf
-from fleetcast.ingest.rejected import RejectedRecords
 from fleetcast.schema import RecordBatch
 from fleetcast.serving.history import BinHistory
+from fleetcast.serving.intake import Intake
+from fleetcast.serving.rejected import RejectedRecords
 from fleetcast.serving.roster import Roster
 from fleetcast.settings import BinSettings, BufferSettings, ForecastSettings, ServerSettings
 

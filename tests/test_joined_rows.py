@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fleetcast.ingest.joined_rows import joined_rows, layout_of
+from fleetcast.ingest.columns import joined_rows, layout_of
 from fleetcast.ingest.record_columns import NO_NAME, CodedNames, NotNumbers, RowsOf
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetcast.ingest.bodies import Refusal, records_in
+from fleetcast.api.bodies import Refusal, records_in
 from fleetcast.ingest.json_records import SHAPES_MAX, JsonRecords
 from fleetcast.ingest.record_columns import RowsOf
 from fleetcast.ingest.records import Accepted, RecordRules, accept

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from fleetcast.ingest.lanes import GROUP_MAX_BYTES, Lanes, Post
+from fleetcast.api.lanes import GROUP_MAX_BYTES, Lanes, Post
 
 
 class Work:

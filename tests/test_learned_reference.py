@@ -8,11 +8,15 @@ from rhythm_fleet import BIN_MS, DAY, METRICS, SERVERS, START_MS, made_grid
 from seasonal_store import FIRST_TEST_BIN, rows_of
 from settled_rows import RowStore
 
-from fleetcast.drift import learned_reference as module
-from fleetcast.drift.learned_reference import change_times, learned_reference, training_reference
-from fleetcast.drift.season import DAY_MS
+from fleetcast.drift.seasonal import learned_reference as module
+from fleetcast.drift.seasonal.learned_reference import (
+    change_times,
+    learned_reference,
+    training_reference,
+)
+from fleetcast.drift.seasonal.season import DAY_MS
 from fleetcast.drift_settings import DriftSettings
-from fleetcast.model.traingrid import TrainingGrid
+from fleetcast.training.grid import TrainingGrid
 
 GRID = made_grid()[:, :, :FIRST_TEST_BIN]
 NAMES = (SERVERS, METRICS, START_MS, BIN_MS)

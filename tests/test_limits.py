@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from fleetcast.drift.limits import (
+from fleetcast.drift.seasonal.limits import (
     GROWTH_CAP,
     MARGINS,
     PRIOR_GROWTH,
@@ -15,7 +15,7 @@ from fleetcast.drift.limits import (
     series_limits,
     shared_growth,
 )
-from fleetcast.drift.window_statistics import CAPS, FLOORS, N_STATISTICS, STATISTICS
+from fleetcast.drift.seasonal.statistics import CAPS, FLOORS, N_STATISTICS, STATISTICS
 
 PRIOR = np.array([PRIOR_GROWTH[item.name] for item in STATISTICS], np.float32)
 

@@ -8,8 +8,8 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from fleetcast.api.listener import HttpListener
 from fleetcast.errors import CannotStart
-from fleetcast.serving.listener import HttpListener
 
 
 def test_a_taken_port_is_named_with_what_to_do() -> None:

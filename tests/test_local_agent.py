@@ -14,9 +14,9 @@ import pytest
 from scripted_daemon import ScriptedDaemon
 
 from fleetcast.errors import DaemonAway
+from fleetcast.sources.agent import CounterRate, HostMeter
 from fleetcast.sources.backlog import BATCH_RECORDS, LONGEST_WAIT_S, Backlog, Delivery
 from fleetcast.sources.client import FeedAnswer, RequestRefused
-from fleetcast.sources.local_agent import CounterRate, HostMeter
 
 ROOT = Path(__file__).resolve().parents[1]
 ALWAYS_THERE = {"cpu_pct", "mem_pct", "load_average", "disk_usage_pct"}
@@ -185,7 +185,7 @@ def agent_port() -> Iterator[int]:
     port = _free_port()
     process = subprocess.Popen(
         [
-            sys.executable, "-m", "fleetcast.sources.local_agent", "--url", f"http://127.0.0.1:{port}",
+            sys.executable, "-m", "fleetcast.sources.agent", "--url", f"http://127.0.0.1:{port}",
             "--interval", "0.2", "--server-name", "this-host",
         ],
         cwd=ROOT,
@@ -234,7 +234,7 @@ def test_readings_taken_while_the_daemon_was_away_arrive_when_it_is_back(agent_p
 )
 def test_a_flag_that_makes_no_sense_ends_it_with_what_would_be_right(flags: list[str], message: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "fleetcast.sources.local_agent", *flags],
+        [sys.executable, "-m", "fleetcast.sources.agent", *flags],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
 

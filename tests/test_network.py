@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fleetcast.model.network import Batch, NetworkConfig, StaticNetwork, build, real_names
+from fleetcast.forecast.network import Batch, NetworkConfig, StaticNetwork, build, real_names
 
 N_PAST, N_KNOTS = 68, 26
 

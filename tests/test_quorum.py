@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fleetcast.drift.quorum import (
+from fleetcast.drift.seasonal.quorum import (
     COMBINED_THRESHOLD,
     THRESHOLDS,
     WEIGHTS,
@@ -16,7 +16,7 @@ from fleetcast.drift.quorum import (
     share_of,
     worst_ratio,
 )
-from fleetcast.drift.window_statistics import FAMILIES, INDEX, N_STATISTICS
+from fleetcast.drift.seasonal.statistics import FAMILIES, INDEX, N_STATISTICS
 from fleetcast.errors import BadData
 
 RULE = QuorumRule()

@@ -49,8 +49,8 @@ def test_a_metric_nobody_forecasts_is_no_training_data(tmp_path: Path) -> None:
 
 
 def test_the_trainer_agrees_on_the_same_data(tmp_path: Path) -> None:
-    from fleetcast.model.traingrid import TrainingGrid
-    from fleetcast.model.windows import count_trainable, enough_to_train
+    from fleetcast.bins import count_trainable, enough_to_train
+    from fleetcast.training.grid import TrainingGrid
 
     buffer = filled(tmp_path, 48)
     buffer.export_training_data(tmp_path / "export.parquet", 60, 300)

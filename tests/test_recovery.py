@@ -7,10 +7,10 @@ import numpy as np
 
 from data_buffer import DataBuffer
 from fleetcast.clock import FakeClock, to_ms
+from fleetcast.recovery import restore
 from fleetcast.schema import FleetForecast, RecordBatch
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.ledger import Ledger
-from fleetcast.serving.recovery import restore
 from fleetcast.serving.roster import Roster
 from fleetcast.settings import BinSettings, BufferSettings, ForecastSettings
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rhythm_fleet import usual_reference
 
-from fleetcast.drift.reference import Reference
+from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.errors import CorruptFile, UnknownFormat
 
 

@@ -14,10 +14,10 @@ from rhythm_fleet import (
     usual_reference,
 )
 
-from fleetcast.drift.limits import MATURE_DAYS
-from fleetcast.drift.reference import Reference
-from fleetcast.drift.reference_merge import immature_servers, merged
-from fleetcast.drift.seasonal_drift import SeasonalDrift
+from fleetcast.drift.seasonal.detector import SeasonalDrift
+from fleetcast.drift.seasonal.limits import MATURE_DAYS
+from fleetcast.drift.seasonal.reference import Reference
+from fleetcast.drift.seasonal.reference_merge import immature_servers, merged
 from fleetcast.errors import BadData
 
 

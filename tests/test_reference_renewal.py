@@ -9,8 +9,8 @@ from rhythm_fleet import BIN_MS, DAY, METRICS, SERVERS, START_MS, fitted, made_g
 from seasonal_store import FIRST_TEST_BIN, VERSION, registry_with, rows_of, source_of, store_of
 from settled_rows import RowStore, joined
 
-from fleetcast.drift.reference import Reference
-from fleetcast.drift.reference_renewal import ReferenceRenewal
+from fleetcast.drift.seasonal.reference import Reference
+from fleetcast.drift.seasonal.renewal import ReferenceRenewal
 from fleetcast.drift_settings import DriftSettings
 
 NOW_MS = START_MS + FIRST_TEST_BIN * BIN_MS + 3_600_000

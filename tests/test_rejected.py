@@ -9,8 +9,8 @@ import pytest
 
 from fleetcast import files
 from fleetcast.errors import StorageFull
-from fleetcast.ingest.rejected import RejectedRecords
 from fleetcast.schema import Rejection
+from fleetcast.serving.rejected import RejectedRecords
 
 NOW = datetime(2026, 1, 15, 10, 0, tzinfo=UTC)
 

@@ -19,8 +19,8 @@ from remote_write_bodies import (
 )
 
 from fleetcast.errors import BadData
-from fleetcast.ingest.exporter_series import IGNORED, REFUSED
-from fleetcast.ingest.remote_write import BodyTooLarge, WriteDecoder, WriteRequest
+from fleetcast.prometheus.series import IGNORED, REFUSED
+from fleetcast.prometheus.wire import BodyTooLarge, WriteDecoder, WriteRequest
 
 NOW = 1_768_471_205_000
 UP = labels("up")

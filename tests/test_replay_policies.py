@@ -7,10 +7,10 @@ import numpy as np
 from benchmarks.replay_fleet import BIN_MS, DAY, SEED, ReplayFleet, injected
 from benchmarks.replay_policies import CHECK_BINS, Cron, Engine, Oracle
 from benchmarks.replay_record import ReplayRecord
-from fleetcast.model.registry import Registry
-from fleetcast.model.sampler import ChangedSeries
-from fleetcast.model.traingrid import TrainingGrid
+from fleetcast.forecast.registry import Registry
 from fleetcast.settings import Settings
+from fleetcast.training.grid import TrainingGrid
+from fleetcast.training.sampler import ChangedSeries
 
 METRICS = ("cpu_pct", "mem_pct", "disk_io_mb_s")
 BEGIN, DAYS = 2 * DAY, 22

@@ -6,9 +6,9 @@ import numpy as np
 
 from benchmarks.replay_fleet import BIN_MS, ReplayFleet
 from benchmarks.replay_record import HORIZONS, ReplayRecord, forecast_stretch, last_values
-from fleetcast.model.forecaster import Forecaster
-from fleetcast.model.traingrid import TrainingGrid
+from fleetcast.forecast.predictor import Forecaster
 from fleetcast.schema import HistoryWindow
+from fleetcast.training.grid import TrainingGrid
 
 MODEL = Path(__file__).parent / "data" / "model_format_1.ckpt"
 METRICS = ("cpu_pct", "mem_pct", "disk_write_pct")

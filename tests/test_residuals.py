@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fleetcast.drift.residuals import (
+from fleetcast.drift.seasonal.residuals import (
     ABSENT,
     LEVEL_CAP,
     LEVEL_STEPS,
@@ -16,7 +16,7 @@ from fleetcast.drift.residuals import (
     innovations,
     traits,
 )
-from fleetcast.drift.season import DayClock
+from fleetcast.drift.seasonal.season import DayClock
 
 CLOCK = DayClock(300_000)
 BINS = np.arange(288)

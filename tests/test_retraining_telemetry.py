@@ -11,11 +11,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_calibrated_monitor import changed_grid, reading_of
 
 from fleetcast.clock import FakeClock
-from fleetcast.drift.drift_report import COLLECTING, READY, DriftReading, WindowFacts
-from fleetcast.retraining.retraining_check import NOTHING, RetrainingCheck
-from fleetcast.retraining.retraining_telemetry import MAX_BYTES, PREFIX, RetrainingTelemetry, read_textfile
+from fleetcast.drift.report import COLLECTING, READY, DriftReading, WindowFacts
+from fleetcast.retraining.report import NOTHING, RetrainingCheck
 from fleetcast.retraining.safeguards import Decision
 from fleetcast.retraining.state import FAILED, PROMOTED, Attempt, RetrainingState
+from fleetcast.retraining.telemetry import MAX_BYTES, PREFIX, RetrainingTelemetry, read_textfile
 from fleetcast.retraining.training_log import TrainingLog, TrainingStamp
 from fleetcast.schema import QuietVerdict, SafeguardCheck
 

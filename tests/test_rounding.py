@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetcast.ingest.rounding import rounded, to_significant
+from fleetcast.ingest.rules import rounded, to_significant
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 

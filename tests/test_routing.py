@@ -8,11 +8,11 @@ import torch
 from oracle_fleet import SHAPE, grid
 from test_scope import CHANGED, model, specialist
 
-from fleetcast.model.checkpoint import Specialist
-from fleetcast.model.forecaster import Forecaster
-from fleetcast.model.holdout import HoldOut, Losses, held_from
-from fleetcast.model.routing import Routed, routed
-from fleetcast.serving.fallback import NaiveForecaster
+from fleetcast.forecast.checkpoint import Specialist
+from fleetcast.forecast.naive import NaiveForecaster
+from fleetcast.forecast.predictor import Forecaster
+from fleetcast.training.holdout import HoldOut, Losses, held_from
+from fleetcast.training.specialists import Routed, routed
 
 FLEET = grid()
 TOLD = (("web-1", "cpu_pct"), ("web-2", "mem_pct"))

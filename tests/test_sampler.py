@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from fleetcast.errors import NotEnoughData
-from fleetcast.model.gridshape import GridShape
-from fleetcast.model.sampler import ChangedSeries, WindowMix, WindowSampler
-from fleetcast.model.traingrid import TrainingGrid
+from fleetcast.forecast.gridshape import GridShape
+from fleetcast.training.grid import TrainingGrid
+from fleetcast.training.sampler import ChangedSeries, WindowMix, WindowSampler
 
 SHAPE = GridShape(300_000, 96)
 N_BIN = 3000

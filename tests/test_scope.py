@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from oracle_fleet import grid
 
-from fleetcast.model.checkpoint import MOST_SPECIALISTS, Specialist
-from fleetcast.model.forecaster import Forecaster
-from fleetcast.model.sampler import ChangedSeries
-from fleetcast.model.scope import scope_of
+from fleetcast.forecast.checkpoint import MOST_SPECIALISTS, Specialist
+from fleetcast.forecast.predictor import Forecaster
+from fleetcast.training.sampler import ChangedSeries
+from fleetcast.training.scope import scope_of
 
 FLEET = grid()  # six servers, cpu_pct and mem_pct
 CHANGED = (ChangedSeries(1, 0, 3900), ChangedSeries(2, 1, 3950))

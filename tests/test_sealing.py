@@ -12,11 +12,11 @@ import pytest
 from buffer_rows import NOON_MS, day_folder, rows_of_frame, table
 
 from fleetcast.storage import sealing
-from fleetcast.storage.daywriter import DayWriter
-from fleetcast.storage.parts import OpenPart, PartName, write_part
+from fleetcast.storage.days import OpenPart, PartName, write_part
 from fleetcast.storage.quarantine import Quarantine
 from fleetcast.storage.sealing import Sealed, SealProcess, seal
 from fleetcast.storage.tables import METRICS
+from fleetcast.storage.writer import DayWriter
 
 DAY = date(2026, 1, 15)
 ROOT = Path(__file__).parents[1]

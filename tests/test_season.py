@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fleetcast.drift.season import (
+from fleetcast.drift.seasonal.season import (
     DAY_MS,
     DayClock,
     day_grid,

@@ -21,12 +21,12 @@ from rhythm_fleet import (
     usual_reference,
 )
 
-from fleetcast.drift.drift_verdict import DriftVerdict
-from fleetcast.drift.quorum import QuorumRule, family_ratios
-from fleetcast.drift.reference import Reference
-from fleetcast.drift.residuals import innovations, moves, traits
-from fleetcast.drift.seasonal_drift import SeasonalDrift
-from fleetcast.drift.window_statistics import BinCodes, no_codes, statistics, sums_over
+from fleetcast.drift.seasonal.detector import SeasonalDrift
+from fleetcast.drift.seasonal.drift_verdict import DriftVerdict
+from fleetcast.drift.seasonal.quorum import QuorumRule, family_ratios
+from fleetcast.drift.seasonal.reference import Reference
+from fleetcast.drift.seasonal.residuals import innovations, moves, traits
+from fleetcast.drift.seasonal.statistics import BinCodes, no_codes, statistics, sums_over
 from fleetcast.errors import BadData
 
 CHANGE = (REFERENCE_DAYS + 1) * DAY  # bin of the change in tests that make one

@@ -8,11 +8,11 @@ from rhythm_fleet import BIN_MS, DAY, START_MS, fitted, made_grid
 from seasonal_store import FIRST_TEST_BIN, VERSION, registry_with, rows_of, source_of, store_of
 from settled_rows import RowStore, joined
 
-from fleetcast.drift import seasonal_source
-from fleetcast.drift.drift_source import DriftEvidence, DriftSource
-from fleetcast.drift.reference import Reference
+from fleetcast.drift.evidence import DriftEvidence, DriftSource
+from fleetcast.drift.seasonal import follower
+from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.drift_settings import DriftSettings
-from fleetcast.model.registry import Registry
+from fleetcast.forecast.registry import Registry
 
 END = FIRST_TEST_BIN + 2 * DAY
 
@@ -82,7 +82,7 @@ def test_read_in_small_pieces_it_is_the_same_and_a_long_gap_is_looked_past(
     grid[:, :, FIRST_TEST_BIN + 50 : FIRST_TEST_BIN + 200] = np.nan
     store = store_of(grid, END)
     at_once = ratios(source_of(tmp_path, store).evidence(VERSION))
-    monkeypatch.setattr(seasonal_source, "bins_at_once", lambda n_series: 12)
+    monkeypatch.setattr(follower, "bins_at_once", lambda n_series: 12)
     store.reads.clear()
     assert np.array_equal(ratios(source_of(tmp_path, store).evidence(VERSION)), at_once)
     assert len(store.reads) > 10

@@ -6,8 +6,8 @@ import pytest
 
 from fleetcast.clock import FakeClock
 from fleetcast.errors import StorageFull
-from fleetcast.serving import selfreport
-from fleetcast.serving.selfreport import ERRORS_KEPT, RecentErrors
+from fleetcast.serving import status
+from fleetcast.serving.status import ERRORS_KEPT, RecentErrors
 
 
 def test_the_newest_errors_are_kept_newest_first() -> None:
@@ -26,7 +26,7 @@ def test_the_same_error_is_logged_once_a_minute(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     wall = iter([0.0, 0.0, 30.0, 61.0, 61.0])
-    monkeypatch.setattr(selfreport, "monotonic", lambda: next(wall))
+    monkeypatch.setattr(status, "monotonic", lambda: next(wall))
     errors = RecentErrors(FakeClock())
     with caplog.at_level(logging.ERROR):
         for _ in range(3):

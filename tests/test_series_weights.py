@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from oracle_fleet import N_BIN, SHAPE, Oracle, grid
 
-from fleetcast.model.holdout import held_from
-from fleetcast.model.series_weights import series_weights
+from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.schema import HistoryWindow
-from fleetcast.serving.fallback import NaiveForecaster
+from fleetcast.training.holdout import held_from
+from fleetcast.training.series_weights import series_weights
 
 NAIVE = NaiveForecaster(96)
 

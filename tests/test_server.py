@@ -12,13 +12,13 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
+from fleetcast.api import bodies
+from fleetcast.api.listener import HttpListener
+from fleetcast.api.server import create_app
 from fleetcast.errors import StorageBroken, StorageFull
-from fleetcast.ingest import bodies
-from fleetcast.ingest.intake import Receipt
 from fleetcast.schema import Rejection
 from fleetcast.serving.board import UnknownServer
-from fleetcast.serving.listener import HttpListener
-from fleetcast.serving.server import create_app
+from fleetcast.serving.intake import Receipt
 from fleetcast.serving.telemetry import Telemetry
 from fleetcast.settings import ServerSettings
 

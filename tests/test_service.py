@@ -12,14 +12,14 @@ import pandas as pd
 import pytest
 
 from data_buffer import DataBuffer
+from fleetcast.api.apidocs import FEED_ANSWER, PREDICTIONS
+from fleetcast.api.listener import HttpListener
 from fleetcast.clock import FakeClock, SystemClock, iso_z
 from fleetcast.errors import CannotStart, SettingsError
+from fleetcast.forecast.registry import Registry
+from fleetcast.inference import InferenceService
 from fleetcast.loop import Stop
-from fleetcast.model.registry import Registry
 from fleetcast.schema import Floats32, HistoryWindow
-from fleetcast.serving.apidocs import FEED_ANSWER, PREDICTIONS
-from fleetcast.serving.listener import HttpListener
-from fleetcast.serving.service import InferenceService
 from fleetcast.settings import ClockSettings, PathSettings, ServerSettings, Settings
 
 START = pd.Timestamp("2020-01-01T00:00:00Z")

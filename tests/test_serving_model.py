@@ -9,9 +9,9 @@ import pytest
 
 from fleetcast.clock import FakeClock, iso_z
 from fleetcast.errors import BadCheckpoint, OtherBins
-from fleetcast.model.registry import Registry
+from fleetcast.forecast.registry import Registry
 from fleetcast.schema import Floats32, HistoryWindow
-from fleetcast.serving.serving_model import ServingModel
+from fleetcast.serving.model_loader import ServingModel
 
 CLOCK = FakeClock()
 

@@ -5,7 +5,7 @@ from rhythm_fleet import BIN_MS, METRICS, SERVERS, START_MS, made_grid
 from seasonal_store import rows_of
 from settled_rows import RowStore, joined
 
-from fleetcast.drift.settled_grid import bins_at_once, read_grid, settled_grid
+from fleetcast.drift.seasonal.settled import bins_at_once, read_grid, settled_grid
 
 SPAN = (START_MS, START_MS + 40 * BIN_MS)
 

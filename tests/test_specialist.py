@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fleetcast.errors import BadCheckpoint
-from fleetcast.model.checkpoint import Checkpoint, Specialist
-from fleetcast.model.forecaster import Forecaster
+from fleetcast.forecast.checkpoint import Checkpoint, Specialist
+from fleetcast.forecast.predictor import Forecaster
 from fleetcast.schema import HistoryWindow
 
 DATA = Path(__file__).parent / "data"

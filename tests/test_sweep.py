@@ -17,8 +17,8 @@ from fleetcast.serving.board import ModelInfo, PredictionBoard
 from fleetcast.serving.corrector import Corrector
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.ledger import Ledger
+from fleetcast.serving.model_loader import InService
 from fleetcast.serving.roster import Roster
-from fleetcast.serving.serving_model import InService
 from fleetcast.serving.sweep import Sweeper
 from fleetcast.serving.telemetry import Telemetry
 from fleetcast.settings import BinSettings, ForecastSettings

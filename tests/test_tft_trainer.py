@@ -13,13 +13,13 @@ import pandas as pd
 import pytest
 
 import tft_trainer
-from fleetcast.drift.reference import Reference
+from fleetcast.drift.literal.baseline import Baseline
+from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.files import OwnerLock
-from fleetcast.model import training_epochs
-from fleetcast.model.baseline import Baseline
-from fleetcast.model.forecaster import Forecaster
-from fleetcast.model.registry import TRAINER_LOCK, Registry
-from fleetcast.model.versions import REFERENCE_FILE
+from fleetcast.forecast.predictor import Forecaster
+from fleetcast.forecast.registry import TRAINER_LOCK, Registry
+from fleetcast.forecast.versions import REFERENCE_FILE
+from fleetcast.training import training_epochs
 
 ROOT = Path(__file__).parents[1]
 SMALL = """

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from oracle_fleet import N_BIN, SHAPE, Oracle, grid
 
-from fleetcast.model.baseline import Baseline
-from fleetcast.model.holdout import HoldOut, held_from
-from fleetcast.model.sampler import ChangedSeries
-from fleetcast.model.trained_baseline import trained_baseline
-from fleetcast.serving.fallback import NaiveForecaster
+from fleetcast.drift.literal.baseline import Baseline
+from fleetcast.forecast.naive import NaiveForecaster
+from fleetcast.training.holdout import HoldOut, held_from
+from fleetcast.training.sampler import ChangedSeries
+from fleetcast.training.trained_baseline import trained_baseline
 
 WEEK_BINS = 7 * 288
 

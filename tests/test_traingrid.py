@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fleetcast.bins import bin_means
 from fleetcast.errors import BadData
-from fleetcast.model.traingrid import TrainingGrid
-from fleetcast.model.windows import bin_means
+from fleetcast.training.grid import TrainingGrid
 
 BIN_MS = 300_000
 START = pd.Timestamp("2026-01-15T00:00:00Z")

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from fleetcast.model.gridshape import GridShape
-from fleetcast.model.network import NetworkConfig, StaticNetwork, as_batch
-from fleetcast.model.sampler import TrainingBatch, WindowMix, WindowSampler
-from fleetcast.model.traingrid import TrainingGrid
-from fleetcast.model.training import Fit, fit, pinball, rate_share
-from fleetcast.model.training_epochs import Resumable
-from fleetcast.model.training_state import StateFile
+from fleetcast.forecast.gridshape import GridShape
+from fleetcast.forecast.network import NetworkConfig, StaticNetwork, as_batch
 from fleetcast.schema import QUANTILES
+from fleetcast.training.fit import Fit, fit, pinball, rate_share
+from fleetcast.training.grid import TrainingGrid
+from fleetcast.training.sampler import TrainingBatch, WindowMix, WindowSampler
+from fleetcast.training.training_epochs import Resumable
+from fleetcast.training.training_state import StateFile
 
 LEVELS = torch.tensor(QUANTILES)
 

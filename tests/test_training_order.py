@@ -10,10 +10,10 @@ from settled_rows import BIN_MS, RowStore
 from test_drift_series import CHANGE, START_MS, baseline, changed, daily, store_of, window_of
 
 from drift_monitor import DriftMonitor
-from fleetcast.drift.drift_source import DriftEvidence, DriftSource
+from fleetcast.drift.evidence import DriftEvidence, DriftSource
 from fleetcast.drift_settings import DriftSettings
-from fleetcast.model.registry import Registry
-from fleetcast.retraining.retraining_check import NOTHING, RetrainingCheck
+from fleetcast.forecast.registry import Registry
+from fleetcast.retraining.report import NOTHING, RetrainingCheck
 from fleetcast.retraining.safeguards import Decision
 from fleetcast.retraining.training_order import export_end, trainer_command, training_context, training_steps
 from fleetcast.schema import QuietVerdict

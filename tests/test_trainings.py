@@ -15,7 +15,7 @@ from adaptive_retraining_daemon import RetrainingDecisionEngine
 from fleetcast.clock import BIN_EPOCH, FakeClock, to_ms
 from fleetcast.errors import CorruptFile, FleetcastError, SettingsError, StorageFull, UnknownFormat
 from fleetcast.files import OwnerLock, write_json
-from fleetcast.model.registry import ATTEMPT_LOCK, Registry
+from fleetcast.forecast.registry import ATTEMPT_LOCK, Registry
 from fleetcast.retraining.attempts import Attempts, Step
 from fleetcast.retraining.safeguards import Decision
 from fleetcast.retraining.state import Attempt, RetrainingState, load_state, save_state

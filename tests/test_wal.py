@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from fleetcast.errors import StorageBroken, StorageFull
-from fleetcast.storage import wal
+from fleetcast.storage import log as log_module
 from fleetcast.storage.frames import read_segment, segments
-from fleetcast.storage.wal import WriteAheadLog
+from fleetcast.storage.log import WriteAheadLog
 
 
 def payloads(folder: Path) -> list[bytes]:
@@ -48,7 +48,7 @@ def test_an_append_is_in_the_file_when_it_returns(tmp_path: Path) -> None:
 def test_every_append_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     real = os.fdatasync
-    monkeypatch.setattr(wal.os, "fdatasync", lambda fd: (real(fd), synced.append(fd)))
+    monkeypatch.setattr(log_module.os, "fdatasync", lambda fd: (real(fd), synced.append(fd)))
     log = WriteAheadLog(tmp_path, 1)
     for _ in range(3):
         log.append(b"x")
@@ -65,7 +65,7 @@ def test_appends_that_wait_share_one_sync(tmp_path: Path, monkeypatch: pytest.Mo
         first_is_in.set()
         release.wait(10)
 
-    monkeypatch.setattr(wal.os, "fdatasync", slow)
+    monkeypatch.setattr(log_module.os, "fdatasync", slow)
     log = WriteAheadLog(tmp_path, 1)
     threads = [threading.Thread(target=log.append, args=(b"%d" % number,)) for number in range(11)]
     threads[0].start()
@@ -91,7 +91,7 @@ def test_rotation_closes_all_numbers_below_the_one_it_returns(tmp_path: Path) ->
 
 
 def test_a_full_segment_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wal, "SEGMENT_MAX_BYTES", 100)
+    monkeypatch.setattr(log_module, "SEGMENT_MAX_BYTES", 100)
     log = WriteAheadLog(tmp_path, 1)
     for _ in range(4):
         log.append(bytes(60))
@@ -105,7 +105,7 @@ def test_a_full_disk_refuses_and_keeps_nothing(
     log = WriteAheadLog(tmp_path, 1)
     log.append(b"before")
     with monkeypatch.context() as patched:
-        patched.setattr(wal.os, "writev", failing(code))
+        patched.setattr(log_module.os, "writev", failing(code))
         with pytest.raises(StorageFull):
             log.append(b"refused")
     log.append(b"after")
@@ -119,8 +119,8 @@ def test_a_short_write_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyP
     log = WriteAheadLog(tmp_path, 1)
     log.append(b"before")
     with monkeypatch.context() as patched:
-        patched.setattr(wal.os, "writev", lambda fd, buffers: real(fd, b"".join(buffers)[:5]))
-        patched.setattr(wal.os, "write", failing(errno.ENOSPC))
+        patched.setattr(log_module.os, "writev", lambda fd, buffers: real(fd, b"".join(buffers)[:5]))
+        patched.setattr(log_module.os, "write", failing(errno.ENOSPC))
         with pytest.raises(StorageFull):
             log.append(b"refused")
     assert (payloads(tmp_path), torn(tmp_path)) == ([b"before"], 0)
@@ -130,15 +130,15 @@ def test_a_short_write_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_short_write_that_goes_on_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.write
-    monkeypatch.setattr(wal.os, "writev", lambda fd, buffers: real(fd, b"".join(buffers)[:5]))
-    monkeypatch.setattr(wal.os, "write", lambda fd, rest: real(fd, bytes(rest[:7])))
+    monkeypatch.setattr(log_module.os, "writev", lambda fd, buffers: real(fd, b"".join(buffers)[:5]))
+    monkeypatch.setattr(log_module.os, "write", lambda fd, rest: real(fd, bytes(rest[:7])))
     WriteAheadLog(tmp_path, 1).append(b"a payload of some length")
     assert payloads(tmp_path) == [b"a payload of some length"]
 
 
 def test_a_disk_that_takes_no_byte_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wal.os, "writev", lambda fd, buffers: 0)
-    monkeypatch.setattr(wal.os, "write", lambda fd, rest: 0)
+    monkeypatch.setattr(log_module.os, "writev", lambda fd, buffers: 0)
+    monkeypatch.setattr(log_module.os, "write", lambda fd, rest: 0)
     with pytest.raises(StorageFull):
         WriteAheadLog(tmp_path, 1).append(b"refused")
 
@@ -149,7 +149,7 @@ def test_after_a_failed_sync_the_descriptor_is_never_used_again(
     log = WriteAheadLog(tmp_path, 1)
     log.append(b"before")
     with monkeypatch.context() as patched:
-        patched.setattr(wal.os, "fdatasync", failing(errno.EIO))
+        patched.setattr(log_module.os, "fdatasync", failing(errno.EIO))
         with pytest.raises(StorageBroken):
             log.append(b"refused")
     log.append(b"after")
@@ -164,9 +164,9 @@ def test_where_even_the_cut_fails_the_segment_is_left_behind(
     log = WriteAheadLog(tmp_path, 1)
     log.append(b"before")
     with monkeypatch.context() as patched:
-        patched.setattr(wal.os, "writev", lambda fd, buffers: real(fd, b"".join(buffers)[:9]))
-        patched.setattr(wal.os, "write", failing(errno.EIO))
-        patched.setattr(wal.os, "ftruncate", failing(errno.EIO))
+        patched.setattr(log_module.os, "writev", lambda fd, buffers: real(fd, b"".join(buffers)[:9]))
+        patched.setattr(log_module.os, "write", failing(errno.EIO))
+        patched.setattr(log_module.os, "ftruncate", failing(errno.EIO))
         with pytest.raises(StorageBroken):
             log.append(b"refused")
     log.append(b"after")
@@ -185,7 +185,7 @@ def test_a_segment_that_cannot_be_opened_refuses_the_append_only(tmp_path: Path)
 
 
 def test_a_refusal_reaches_every_append_of_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wal.os, "fdatasync", failing(errno.EIO, times=100))
+    monkeypatch.setattr(log_module.os, "fdatasync", failing(errno.EIO, times=100))
     log = WriteAheadLog(tmp_path, 1)
     refused: list[bytes] = []
 
@@ -205,7 +205,7 @@ def test_a_refusal_reaches_every_append_of_its_group(tmp_path: Path, monkeypatch
 
 
 def test_an_impossible_payload_is_our_own_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wal, "PAYLOAD_MAX_BYTES", 10)
+    monkeypatch.setattr(log_module, "PAYLOAD_MAX_BYTES", 10)
     with pytest.raises(ValueError, match="<= 10 bytes, got 11"):
         WriteAheadLog(tmp_path, 1).append(bytes(11))
 
@@ -214,7 +214,7 @@ _FILL = """
 import resource, sys
 from pathlib import Path
 from fleetcast.errors import StorageFull
-from fleetcast.storage.wal import WriteAheadLog
+from fleetcast.storage.log import WriteAheadLog
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
 log = WriteAheadLog(Path(sys.argv[1]), 1)
 for number in range(100):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from rhythm_fleet import DAY, usual_reference
 
-from fleetcast.drift.quorum import THRESHOLDS
-from fleetcast.drift.residuals import ABSENT, N_CODES, CodeBook, Traits, code_book, moves
-from fleetcast.drift.shifted_day import LAGS_H
-from fleetcast.drift.window_statistics import (
+from fleetcast.drift.seasonal.quorum import THRESHOLDS
+from fleetcast.drift.seasonal.residuals import ABSENT, N_CODES, CodeBook, Traits, code_book, moves
+from fleetcast.drift.seasonal.shifted_day import LAGS_H
+from fleetcast.drift.seasonal.statistics import (
     CAPS,
     FLOORS,
     INDEX,

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from fleetcast.model.windows import bin_means, count_trainable, enough_to_train
+from fleetcast.bins import bin_means, count_trainable, enough_to_train
 from fleetcast.settings import DecisionSettings
 
 BIN_MS = 300_000

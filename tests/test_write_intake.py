@@ -6,12 +6,12 @@ import pytest
 from remote_write_bodies import body, labels
 
 from fleetcast.errors import BadData, SettingsError, StorageFull
-from fleetcast.ingest.intake import Receipt
 from fleetcast.ingest.record_columns import RowsOf
 from fleetcast.ingest.records import RecordRules
-from fleetcast.ingest.write_intake import WriteIntake
 from fleetcast.remote_write_settings import RemoteWriteSettings
 from fleetcast.schema import Rejection
+from fleetcast.serving.intake import Receipt
+from fleetcast.serving.writes import WriteIntake
 
 NOW = 1_768_471_200_000
 RULES = RecordRules(newest_ms=NOW + 300_000, oldest_ms=NOW - 86_400_000)
@@ -72,7 +72,7 @@ def test_records_a_full_disk_refused_come_with_the_repetition_of_the_request(dis
 
 
 def test_a_disk_full_for_long_does_not_make_memory_grow(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fleetcast.ingest.write_intake._UNSTORED_MAX_ROWS", 5)
+    monkeypatch.setattr("fleetcast.serving.writes._UNSTORED_MAX_ROWS", 5)
     writes = writes_of(disk)
     disk.is_full = True
     for n in range(9):

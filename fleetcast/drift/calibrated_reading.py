@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from fleetcast.clock import from_ms, iso_z
-from fleetcast.drift.drift_scores import trend
-from fleetcast.drift.drift_verdict import READY, DriftingSeries, DriftVerdict
-from fleetcast.drift.quorum import THRESHOLDS
-from fleetcast.drift.reference import Reference
-from fleetcast.drift.seasonal_source import SeasonalEvidence
-from fleetcast.drift.window_statistics import FAMILIES
+from fleetcast.drift.literal.scores import trend
+from fleetcast.drift.seasonal.drift_verdict import READY, DriftingSeries, DriftVerdict
+from fleetcast.drift.seasonal.follower import SeasonalEvidence
+from fleetcast.drift.seasonal.quorum import THRESHOLDS
+from fleetcast.drift.seasonal.reference import Reference
+from fleetcast.drift.seasonal.statistics import FAMILIES
 from fleetcast.schema import Floats32
 
 MOST_NAMED = 10  # series in the report

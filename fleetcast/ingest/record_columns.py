@@ -21,7 +21,7 @@ from fleetcast.ingest.recordrules import (
     is_server_name,
     parse_timestamp_ms,
 )
-from fleetcast.ingest.rounding import PERCENT_SUFFIX
+from fleetcast.ingest.rules import PERCENT_SUFFIX
 from fleetcast.schema import Codes, Floats, Longs
 
 NO_TIME = int(np.iinfo(np.int64).min)  # what a missing time is, in pandas' int64 too

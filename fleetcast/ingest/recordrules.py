@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Self
 
 from fleetcast.clock import to_ms
-from fleetcast.ingest.rounding import PERCENT_SUFFIX
+from fleetcast.ingest.rules import PERCENT_SUFFIX
 from fleetcast.settings import BufferSettings
 
 REQUIRED = ("timestamp", "server_name")

@@ -38,7 +38,7 @@ from fleetcast.ingest.recordrules import (
     check_record,
     is_metric_name,
 )
-from fleetcast.ingest.rounding import rounded_rows
+from fleetcast.ingest.rules import rounded_rows
 from fleetcast.schema import Codes, Floats, Longs, RecordBatch, Rejection
 
 __all__ = ["METRICS_MAX", "Accepted", "CodedNames", "Column", "RecordRules", "accept", "accept_columns"]

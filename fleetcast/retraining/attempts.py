@@ -19,9 +19,9 @@ from typing import Any
 
 from fleetcast import files
 from fleetcast.errors import AlreadyRunning, BadCheckpoint, CannotStart, CorruptFile, ExitCode
-from fleetcast.model.registry import ATTEMPT_LOCK, TRAINER_LOCK, Registry
-from fleetcast.model.verdicts import Verdict, read_verdict
-from fleetcast.retraining import bounded_run
+from fleetcast.forecast.registry import ATTEMPT_LOCK, TRAINER_LOCK, Registry
+from fleetcast.forecast.verdicts import Verdict, read_verdict
+from fleetcast.retraining import supervisor
 from fleetcast.retraining.state import (
     BUSY,
     FAILED,
@@ -96,7 +96,7 @@ class Attempts:
         _drop_old(runs)
         cwd = str(Path.cwd())
         own = {ATTEMPT_ID_VARIABLE: attempt.id}
-        job = bounded_run.RunJob(
+        job = supervisor.RunJob(
             steps=tuple({"argv": [*step.argv], "cwd": cwd, "env": {**step.env, **own}} for step in steps),
             timeout_s=self._timeout_s,
             nice=self._nice,
@@ -107,7 +107,7 @@ class Attempts:
         )
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", bounded_run.__name__, job.to_argument()],
+                [sys.executable, "-m", supervisor.__name__, job.to_argument()],
                 cwd=_PROGRAM_DIR,  # where -m finds the package
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

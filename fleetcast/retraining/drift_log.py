@@ -5,7 +5,7 @@ Owns: which of them were told already. A restart tells them again. Does not know
 
 import logging
 
-from fleetcast.drift.drift_report import DriftReading
+from fleetcast.drift.report import DriftReading
 
 logger = logging.getLogger(__name__)
 

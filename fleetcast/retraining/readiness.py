@@ -10,8 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
+from fleetcast.bins import bin_means, count_trainable, enough_to_train
 from fleetcast.clock import to_ms
-from fleetcast.model.windows import bin_means, count_trainable, enough_to_train
 from fleetcast.schema import RecordBatch
 from fleetcast.settings import BinSettings, DecisionSettings
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from fleetcast import files
 from fleetcast.clock import plain_utc
 from fleetcast.errors import CorruptFile, SettingsError, UnknownFormat
-from fleetcast.model.verdicts import verdicts_besides
+from fleetcast.forecast.verdicts import verdicts_besides
 from fleetcast.retraining.state import RetrainingState, load_state
 from fleetcast.retraining.training_log import TrainingLog, TrainingStamp
 

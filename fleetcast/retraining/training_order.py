@@ -14,15 +14,15 @@ import numpy as np
 
 from fleetcast.clock import from_ms, iso_z, to_ms
 from fleetcast.drift.calibrated_reading import CalibratedReading, drifting_json
-from fleetcast.drift.drift_report import series_json
-from fleetcast.drift.drift_series import change_times, series_drift
-from fleetcast.drift.drift_source import DriftEvidence, DriftSource
-from fleetcast.drift.learned_reference import change_times as change_times_of
-from fleetcast.drift.reference import Reference
-from fleetcast.model.baseline import Baseline
+from fleetcast.drift.evidence import DriftEvidence, DriftSource
+from fleetcast.drift.literal.baseline import Baseline
+from fleetcast.drift.literal.series import change_times, series_drift
+from fleetcast.drift.report import series_json
+from fleetcast.drift.seasonal.learned_reference import change_times as change_times_of
+from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.retraining.attempts import Step
 from fleetcast.retraining.follow_up import drifting_before
-from fleetcast.retraining.retraining_check import RetrainingCheck
+from fleetcast.retraining.report import RetrainingCheck
 from fleetcast.retraining.safeguards import FOLLOW_UP
 from fleetcast.settings import PathSettings, Settings
 

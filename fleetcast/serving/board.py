@@ -16,7 +16,7 @@ import numpy as np
 
 from fleetcast.clock import Clock, from_ms, iso_z, monotonic
 from fleetcast.errors import FleetcastError
-from fleetcast.ingest.rounding import to_significant
+from fleetcast.ingest.rules import to_significant
 from fleetcast.schema import SOURCE_FALLBACK, SOURCE_MODEL, SOURCE_WARMING_UP, FleetForecast
 from fleetcast.serving.roster import Muster, Roster
 

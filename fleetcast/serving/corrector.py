@@ -15,13 +15,13 @@ from typing import Protocol
 
 import numpy as np
 
+from fleetcast.bins import RECENT_BINS
 from fleetcast.clock import monotonic
 from fleetcast.errors import CorruptFile
-from fleetcast.model.feedback import Feedback
-from fleetcast.model.scaling import is_percent
-from fleetcast.model.windows import RECENT_BINS
+from fleetcast.forecast.feedback import Feedback
+from fleetcast.forecast.naive import DAY_MS, last_known, same_time_yesterday
+from fleetcast.forecast.scaling import is_percent
 from fleetcast.schema import Floats, Floats32, HistoryWindow, Longs, SettledForecasts
-from fleetcast.serving.fallback import DAY_MS, last_known, same_time_yesterday
 from fleetcast.serving.feedbackfile import KeptFeedback, read_feedback, write_feedback
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ import numpy as np
 
 from fleetcast import files
 from fleetcast.errors import CorruptFile
-from fleetcast.model.feedback import Feedback
+from fleetcast.forecast.feedback import Feedback
 from fleetcast.serving.originfile import bytes_of, lines
 
 FORMAT = 1

@@ -15,8 +15,8 @@ from datetime import datetime
 
 import numpy as np
 
+from fleetcast.bins import HISTORY_BINS, RECENT_BINS, bin_means
 from fleetcast.clock import to_ms
-from fleetcast.model.windows import HISTORY_BINS, RECENT_BINS, bin_means
 from fleetcast.schema import ClosedBin, Codes, Floats, Floats32, HistoryWindow, Longs, RecordBatch
 from fleetcast.serving.bingrid import BinGrid
 from fleetcast.settings import BinSettings, ForecastSettings

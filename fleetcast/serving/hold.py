@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fleetcast.clock import Clock, monotonic
 from fleetcast.files import is_locked
-from fleetcast.model.registry import ATTEMPT_LOCK, TRAINER_LOCK
+from fleetcast.forecast.registry import ATTEMPT_LOCK, TRAINER_LOCK
 from fleetcast.serving.history import BinHistory
 
 _PROBE_S = 0.1  # asking takes the lock for an instant: not more often than needed

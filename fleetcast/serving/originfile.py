@@ -21,7 +21,7 @@ from fleetcast import files
 from fleetcast.errors import CorruptFile, UnknownFormat
 from fleetcast.schema import ClosedBin, Codes, FleetForecast, Floats32, SettledForecasts
 
-FORMAT = 2
+ORIGIN_FORMAT = 2
 _KNOWN_FORMATS = (1, 2)  # format 1: no feedback, the model's median is the one given
 
 
@@ -73,7 +73,7 @@ def write_origin(path: Path, kept: OpenForecasts) -> None:
     stream = io.BytesIO()
     np.savez(
         stream,
-        format=np.int64(FORMAT),
+        format=np.int64(ORIGIN_FORMAT),
         origin_ms=np.int64(kept.origin_ms),
         bin_ms=np.int64(kept.bin_ms),
         horizons=kept.horizons,
@@ -96,7 +96,7 @@ def read_origin(path: Path) -> OpenForecasts:
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
             if int(arrays["format"]) not in _KNOWN_FORMATS:
-                raise UnknownFormat(path, f"format {int(arrays['format'])}", hint=f"expected {FORMAT}")
+                raise UnknownFormat(path, f"format {int(arrays['format'])}", hint=f"expected {ORIGIN_FORMAT}")
             quantiles = arrays["quantiles"]
             kept = OpenForecasts(
                 int(arrays["origin_ms"]),

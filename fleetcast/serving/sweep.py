@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 
 from fleetcast.clock import Clock, monotonic, to_ms
 from fleetcast.errors import FleetcastError, StorageBroken, StorageFull
+from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.schema import ClosedBin, FleetForecast, Floats32, HistoryWindow, RecordBatch, SettledForecasts
 from fleetcast.serving.board import PredictionBoard
 from fleetcast.serving.corrector import Corrector
-from fleetcast.serving.fallback import NaiveForecaster
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.ledger import Ledger
-from fleetcast.serving.serving_model import InService, ServingModel
+from fleetcast.serving.model_loader import InService, ServingModel
 from fleetcast.serving.telemetry import Telemetry
 from fleetcast.settings import ForecastSettings
 

@@ -19,7 +19,7 @@ from fleetcast.files import exchange, fsync_dir, fsync_file, publish, storage_er
 from fleetcast.storage.arrays import chosen
 from fleetcast.storage.dayfiles import DaySnapshot, is_own_file
 from fleetcast.storage.dayreader import LogRows, merge_sources
-from fleetcast.storage.parts import COLUMNS_FILE, OpenPart, PartName, write_part
+from fleetcast.storage.days import COLUMNS_FILE, OpenPart, PartName, write_part
 from fleetcast.storage.quarantine import Quarantine
 from fleetcast.storage.tables import TableKind, has_key, merged, union_schema
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from fleetcast.clock import BIN_EPOCH
 from fleetcast.storage.arrays import chosen, times_ms
-from fleetcast.storage.parts import COLUMNS_FILE, READ_ERRORS, OpenPart, PartName
+from fleetcast.storage.days import COLUMNS_FILE, READ_ERRORS, OpenPart, PartName
 from fleetcast.storage.tables import TableKind
 
 logger = logging.getLogger(__name__)

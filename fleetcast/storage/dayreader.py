@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 
 from fleetcast.storage.arrays import chosen, codes_of, times_ms
 from fleetcast.storage.dayfiles import DAY_MS, day_of_ms, day_start_ms, list_days, open_day
+from fleetcast.storage.days import OpenPart
 from fleetcast.storage.frames import read_segment, segments
-from fleetcast.storage.parts import OpenPart
 from fleetcast.storage.payloads import decode_payloads
 from fleetcast.storage.tables import TableKind, concatenated, merged
 

@@ -21,13 +21,13 @@ from fleetcast.settings import BufferSettings
 from fleetcast.storage.daybuild import Step, no_step
 from fleetcast.storage.dayfiles import split_by_day
 from fleetcast.storage.dayreader import log_folder
-from fleetcast.storage.dayupkeep import DayUpkeep, UpkeepPace
-from fleetcast.storage.daywriter import DayWriter
 from fleetcast.storage.frames import Segment, SegmentContent, read_segment, segments
+from fleetcast.storage.log import WriteAheadLog
 from fleetcast.storage.payloads import decode_payloads, encode_table
 from fleetcast.storage.quarantine import Quarantine
 from fleetcast.storage.tables import TableKind, merged
-from fleetcast.storage.wal import WriteAheadLog
+from fleetcast.storage.upkeep import DayUpkeep, UpkeepPace
+from fleetcast.storage.writer import DayWriter
 
 logger = logging.getLogger(__name__)
 

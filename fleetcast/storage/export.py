@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fleetcast.bins import bin_means
 from fleetcast.errors import BadData
 from fleetcast.files import fsync_file, publish, storage_error, temp_beside
-from fleetcast.model.windows import bin_means
 from fleetcast.schema import RecordBatch
 from fleetcast.storage.arrays import NUMBER
 from fleetcast.storage.batches import batch_of_table, table_of_batch

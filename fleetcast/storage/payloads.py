@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from fleetcast.schema import Codes, Floats, Longs, RecordBatch
 from fleetcast.storage.batches import table_of_batch
-from fleetcast.storage.parts import READ_ERRORS
+from fleetcast.storage.days import READ_ERRORS
 from fleetcast.storage.tables import METRICS, TableKind, canonical, concatenated
 
 TAG = b"FCR\x01"

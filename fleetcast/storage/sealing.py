@@ -19,7 +19,7 @@ from fleetcast.clock import monotonic
 from fleetcast.errors import FleetcastError
 from fleetcast.storage.dayfiles import open_day
 from fleetcast.storage.dayreader import merge_sources
-from fleetcast.storage.parts import OpenPart, PartName, write_part
+from fleetcast.storage.days import OpenPart, PartName, write_part
 from fleetcast.storage.tables import METRICS, PREDICTIONS, union_schema
 
 logger = logging.getLogger(__name__)

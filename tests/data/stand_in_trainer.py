@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from fleetcast.clock import SystemClock, from_ms, iso_z, sleep
+from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.errors import AlreadyRunning
 from fleetcast.files import OwnerLock, write_json
-from fleetcast.model.baseline import Baseline
-from fleetcast.model.registry import TRAINER_LOCK, Registry
-from fleetcast.model.traingrid import TrainingGrid
-from fleetcast.model.versions import BASELINE_FILE, MODEL_FILE, new_version_id
+from fleetcast.forecast.registry import TRAINER_LOCK, Registry
+from fleetcast.forecast.versions import BASELINE_FILE, MODEL_FILE, new_version_id
 from fleetcast.settings import BinSettings
+from fleetcast.training.grid import TrainingGrid
 
 GIGABYTE = 2**30
 

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.programs import InferenceDaemon, wait_for
 from fleetcast.clock import iso_z
-from fleetcast.model.registry import Registry
+from fleetcast.forecast.registry import Registry
 from fleetcast.sources.client import DaemonClient
 
 pytestmark = pytest.mark.slow
@@ -25,10 +25,10 @@ def untrained_model(version: str, seed: int) -> bytes:
     """Return a checkpoint of the real network with random weights."""
     import torch
 
-    from fleetcast.model.checkpoint import ModelDescription
-    from fleetcast.model.forecaster import Forecaster
-    from fleetcast.model.gridshape import GridShape
-    from fleetcast.model.network import NetworkConfig, build
+    from fleetcast.forecast.checkpoint import ModelDescription
+    from fleetcast.forecast.gridshape import GridShape
+    from fleetcast.forecast.network import NetworkConfig, build
+    from fleetcast.forecast.predictor import Forecaster
 
     torch.manual_seed(seed)
     grid = GridShape(bin_ms=300_000, horizon_bins=96)

@@ -1,0 +1,1 @@
+"""HTTP: the door for records, the answers, the server and its thread."""

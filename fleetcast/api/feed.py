@@ -1,0 +1,149 @@
+"""The routes that take records in: bounded waiting, worker threads, one answer per request.
+
+Owns: content types, what a failure means to each kind of sender, how much work may wait. Reads
+raw bodies itself (`bodies`) and hands them to threads (`lanes`; remote-write to a pool of its own), so
+that the event loop only ever waits. Does not know: what records are.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Protocol
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from fleetcast.api.bodies import BodyReader, Refusal, encoded
+from fleetcast.api.lanes import Lanes
+from fleetcast.api.post_group import Intake, PostGroups, storage_refusal
+from fleetcast.clock import monotonic
+from fleetcast.errors import BadData, StorageBroken, StorageFull
+from fleetcast.prometheus.wire import BodyTooLarge
+from fleetcast.serving.intake import Receipt
+from fleetcast.serving.telemetry import Telemetry
+from fleetcast.serving.writes import WriteReceipt
+from fleetcast.settings import ServerSettings
+
+JSON = "application/json"
+ARROW = "application/vnd.apache.arrow.stream"
+PROTOBUF = "application/x-protobuf"
+_WORKERS = 32  # threads that wait for the disk together: one fdatasync then serves all of them
+_HOLD_STEP_S = 0.002
+_REMOTE_WRITE_2 = "io.prometheus.write.v2"
+
+
+class Writes(Protocol):
+    """Takes remote-write requests; raises as Intake does, and BadData for what is none."""
+
+    path: str
+
+    def take(self, body: bytes) -> WriteReceipt: ...
+
+
+class Feed:
+    """Answers POSTs; everything but the work itself runs on one event loop."""
+
+    def __init__(
+        self,
+        intake: Intake,
+        writes: Writes | None,
+        is_held: Callable[[], bool],
+        telemetry: Telemetry,
+        settings: ServerSettings,
+    ) -> None:
+        self._writes = writes
+        self._is_held = is_held
+        self._telemetry = telemetry
+        self._settings = settings
+        self._lanes = Lanes(PostGroups(intake, self._count).work)
+        self._bodies = BodyReader(settings.max_body_bytes)
+        self._n_pending = 0  # touched by the event loop only
+        n_workers = min(_WORKERS, settings.max_pending_posts)
+        self._workers = ThreadPoolExecutor(n_workers, thread_name_prefix="ingest")
+
+    def close(self) -> None:
+        """Wait for the requests at work; called once no new one can arrive."""
+        self._lanes.close()
+        self._workers.shutdown(wait=True)
+
+    async def answer(self, request: Request) -> Response:
+        """Answer one POST of records and count it."""
+        started = monotonic()
+        is_arrow = _content_type(request) == ARROW
+        try:
+            async with self._bodies.read(request) as body, self._turn():
+                answer = await self._lanes.take(body, is_arrow=is_arrow)
+            response = Response(answer, media_type=JSON)
+        except Refusal as refusal:
+            detail = encoded({"detail": str(refusal)})
+            response = Response(detail, refusal.code, _retry_after(refusal), media_type=JSON)
+        self._telemetry.feed_answered(response.status_code, monotonic() - started)
+        return response
+
+    async def answer_write(self, request: Request) -> Response:
+        """Answer one remote-write request and count it.
+
+        Senders drop what is answered with a 4xx, 429 included, and repeat what is answered with
+        a 5xx: whatever can pass is a 503 here.
+        """
+        started = monotonic()
+        try:
+            if _content_type(request) != PROTOBUF or _REMOTE_WRITE_2 in request.headers["content-type"]:
+                raise Refusal(415, f"remote-write 1.0 is taken: Content-Type {PROTOBUF}, a WriteRequest")
+            async with self._bodies.read(request, encoding="snappy") as body, self._turn():
+                loop = asyncio.get_running_loop()
+                problems = await loop.run_in_executor(self._workers, self._take_write, body)
+            response = PlainTextResponse(problems + "\n", 400) if problems else Response(status_code=204)
+        except Refusal as refusal:
+            code = 503 if refusal.code in (408, 429) else refusal.code
+            response = PlainTextResponse(f"{refusal}\n", code, _retry_after(refusal))
+        self._telemetry.write_answered(response.status_code, monotonic() - started)
+        return response
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Let the block run once it may; it is counted as work until it ends."""
+        if self._n_pending >= self._settings.max_pending_posts:
+            raise Refusal(503, "too many requests at work", retry_after_s=1)
+        self._n_pending += 1
+        try:
+            await self._wait_for_the_sweep()
+            yield
+        finally:
+            self._n_pending -= 1
+
+    async def _wait_for_the_sweep(self) -> None:
+        deadline = monotonic() + self._settings.hold_s
+        while self._is_held():
+            if monotonic() >= deadline:
+                raise Refusal(429, "a sweep or a training goes first (data clock)", retry_after_s=1)
+            await asyncio.sleep(_HOLD_STEP_S)
+
+    def _count(self, receipt: Receipt) -> None:
+        reasons = (rejection.reason for rejection in receipt.rejections)
+        self._telemetry.records_taken(receipt.n_received, reasons, receipt.n_ignored_fields)
+
+    def _take_write(self, body: bytes) -> str:
+        """Decode, derive records and store them; return what was wrong with some of the samples."""
+        if self._writes is None:
+            raise Refusal(404, "remote-write is not taken here")
+        try:
+            receipt = self._writes.take(body)
+        except (StorageFull, StorageBroken) as error:
+            raise storage_refusal(error) from error
+        except BodyTooLarge as error:
+            raise Refusal(413, str(error)) from error
+        except BadData as error:
+            raise Refusal(400, str(error)) from error
+        self._telemetry.samples_taken(receipt.samples)
+        self._telemetry.records_taken(receipt.n_records, receipt.reasons, 0)
+        return "; ".join(receipt.problems)
+
+
+def _content_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def _retry_after(refusal: Refusal) -> dict[str, str] | None:
+    return {"Retry-After": str(refusal.retry_after_s)} if refusal.retry_after_s else None

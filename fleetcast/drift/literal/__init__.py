@@ -1,0 +1,1 @@
+"""The four metrics as the specification defines them, against one baseline."""

@@ -1,0 +1,211 @@
+"""The literal four drift metrics: how far a window is from a reference, as plain numbers.
+
+Owns: the formulas of PER, DSS, FDS, anomaly rate and trend. numpy only, no state, no files.
+Does not know: where a window comes from, which thresholds hold, what is done about drift.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fleetcast.drift.literal.baseline import Baseline
+from fleetcast.drift_settings import DriftSettings
+from fleetcast.schema import Floats
+
+SIGMAS = 3.0  # FDS is full, and a value is an anomaly, at this many standard deviations
+# A metric that stood still has no spread to measure by; its smallest step shall not be "drift".
+STD_FLOOR_POINTS = 0.5  # percents: what tools round to
+STD_FLOOR_SHARE = 0.01  # others: share of the baseline's 95th percentile
+TINY = 1e-9
+
+Columns = Mapping[str, Floats]  # metric -> (row,), NaN = absent
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MetricReference:
+    """What the values of one metric looked like when the model was trained."""
+
+    sorted_values: Floats  # a sample or evenly spaced quantiles, ascending; never empty where n > 0
+    n: int
+    mean: float
+    std: float
+    p95: float
+
+
+@dataclass(frozen=True, slots=True)
+class MetricScores:
+    """The four metrics of one window, and which of its columns they rest on."""
+
+    per: float = 0.0
+    dss: float = 0.0
+    fds: float = 0.0
+    anomaly_rate: float = 0.0
+    compared: tuple[str, ...] = ()
+    not_compared: Mapping[str, str] = field(default_factory=dict)  # metric -> why
+
+    def by_name(self) -> dict[str, float]:
+        """Return the four as the outer interfaces name them."""
+        return {"per": self.per, "dss": self.dss, "fds": self.fds, "anomaly_rate": self.anomaly_rate}
+
+
+def reference_of(values: Floats) -> MetricReference:
+    """Keep a sample of values exactly.
+
+    >>> reference_of(np.array([3.0, 1.0, np.nan, 2.0])).sorted_values.tolist()
+    [1.0, 2.0, 3.0]
+    """
+    present = np.sort(values[np.isfinite(values)].astype(np.float64))
+    if not len(present):
+        return MetricReference(present, 0, 0.0, 0.0, 0.0)
+    p95 = float(np.quantile(present, 0.95))
+    return MetricReference(present, len(present), float(present.mean()), float(present.std()), p95)
+
+
+def references_from(baseline: Baseline) -> dict[str, MetricReference]:
+    """Return the pooled sketches of a saved baseline, by metric."""
+    return {
+        name: MetricReference(
+            baseline.quantiles[index],
+            int(baseline.counts[index]),
+            float(baseline.means[index]),
+            float(baseline.stds[index]),
+            float(baseline.p95[index]),
+        )
+        for index, name in enumerate(baseline.metrics)
+    }
+
+
+def is_percent(metric: str) -> bool:
+    """Whether a metric is in points of percent, by its name."""
+    return metric.endswith("_pct")
+
+
+def error_floor(metric: str, p95: float, settings: DriftSettings) -> float:
+    """Return PER's smallest divisor: an error of 0.04 points on an idle CPU is no 40 % error."""
+    if is_percent(metric):
+        return settings.per_floor_points
+    return max(settings.per_floor_share * abs(p95), TINY)
+
+
+def std_floor(metric: str, p95: float) -> float:
+    """Return the smallest standard deviation a metric is measured by."""
+    return STD_FLOOR_POINTS if is_percent(metric) else max(STD_FLOOR_SHARE * abs(p95), TINY)
+
+
+def relative_errors(p50: Floats, actual: Floats, floor: float) -> Floats:
+    """Return |p50 - actual| / max(|actual|, floor); NaN where either is absent.
+
+    >>> relative_errors(np.array([55.0, 1.0]), np.array([50.0, 0.0]), 20.0).tolist()
+    [0.1, 0.05]
+    """
+    return np.asarray(np.abs(p50 - actual) / np.maximum(np.abs(actual), floor))
+
+
+def ks_statistic(window: Floats, sorted_reference: Floats) -> float:
+    """Return the two-sample Kolmogorov-Smirnov statistic, as scipy's `ks_2samp(...).statistic`.
+
+    The reference comes sorted, so a check costs the window's length times log of the
+    reference's: between two window values the window's distribution is flat and the
+    reference's rises, so the largest gap stands at a window value, on it or just before it.
+
+    >>> ks_statistic(np.array([3.0, 4.0]), np.array([1.0, 2.0, 3.0, 4.0]))
+    0.5
+    """
+    if not len(window) or not len(sorted_reference):
+        return 0.0
+    ordered = np.sort(window)
+    on_it = np.searchsorted(sorted_reference, ordered, side="right") / len(sorted_reference)
+    before_it = np.searchsorted(sorted_reference, ordered, side="left") / len(sorted_reference)
+    own_on_it = np.searchsorted(ordered, ordered, side="right") / len(ordered)
+    own_before_it = np.searchsorted(ordered, ordered, side="left") / len(ordered)
+    return float(max(np.abs(own_on_it - on_it).max(), np.abs(own_before_it - before_it).max()))
+
+
+def mean_shift(values: Floats, reference: MetricReference, floor: float) -> float:
+    """Return the distance of the means in standard deviations of the reference, 1.0 at three or more."""
+    distance = abs(float(values.mean()) - reference.mean) / max(reference.std, floor)
+    return min(distance / SIGMAS, 1.0)
+
+
+def count_anomalies(values: Floats, reference: MetricReference, floor: float) -> int:
+    """Count the values more than three standard deviations from the reference's mean."""
+    return int((np.abs(values - reference.mean) > SIGMAS * max(reference.std, floor)).sum())
+
+
+def score_window(
+    predictions: Columns,
+    actuals: Columns,
+    features: Columns,
+    references: Mapping[str, MetricReference],
+    settings: DriftSettings,
+) -> MetricScores:
+    """Return the four metrics of a window.
+
+    Without any reference PER alone is measured, by whatever values there are. With one, only
+    metrics with `min_values` values in both the window and the reference count.
+    """
+    not_compared = {
+        name: why for name in features if (why := _why_not(name, features[name], references, settings))
+    }
+    compared = tuple(name for name in features if name not in not_compared)
+    shifts, drifts, anomalies, n_values = [], [], 0, 0
+    for name in compared:
+        present = features[name][np.isfinite(features[name])]
+        reference, floor = references[name], std_floor(name, references[name].p95)
+        shifts.append(ks_statistic(present, reference.sorted_values))
+        drifts.append(mean_shift(present, reference, floor))
+        anomalies += count_anomalies(present, reference, floor)
+        n_values += len(present)
+    return MetricScores(
+        per=error_rate(predictions, actuals, references, settings),
+        dss=float(np.mean(shifts)) if shifts else 0.0,
+        fds=float(np.mean(drifts)) if drifts else 0.0,
+        anomaly_rate=anomalies / n_values if n_values else 0.0,
+        compared=compared,
+        not_compared=not_compared,
+    )
+
+
+def _why_not(
+    name: str, values: Floats, references: Mapping[str, MetricReference], settings: DriftSettings
+) -> str:
+    n_window = int(np.isfinite(values).sum())
+    if name not in references:
+        return "not in the baseline" if references else "no baseline"
+    if n_window < settings.min_values:
+        return f"{n_window} values in the window, {settings.min_values} needed"
+    if references[name].n < settings.min_values:
+        return f"{references[name].n} values in the baseline, {settings.min_values} needed"
+    return ""
+
+
+def error_rate(
+    predictions: Columns,
+    actuals: Columns,
+    references: Mapping[str, MetricReference],
+    settings: DriftSettings,
+) -> float:
+    """Return PER: the mean relative error over every value of every metric that counts."""
+    pooled = []
+    for name in predictions:
+        if name not in actuals or (references and name not in references):
+            continue
+        reference = references.get(name) or reference_of(np.abs(actuals[name]))
+        errors = relative_errors(predictions[name], actuals[name], error_floor(name, reference.p95, settings))
+        errors = errors[np.isfinite(errors)]
+        needed = settings.min_values if references else 1
+        if len(errors) >= needed and (not references or reference.n >= needed):
+            pooled.append(errors)
+    return float(np.concatenate(pooled).mean()) if pooled else 0.0
+
+
+def trend(older: float, newer: float, threshold: float) -> str:
+    """Name the way a score goes: a tenth of its threshold is noise.
+
+    >>> trend(0.08, 0.085, 0.10), trend(0.08, 0.12, 0.10), trend(0.2, 0.1, 0.15)
+    ('stable', 'increasing', 'decreasing')
+    """
+    if abs(newer - older) <= 0.1 * threshold:
+        return "stable"
+    return "increasing" if newer > older else "decreasing"

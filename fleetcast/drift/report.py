@@ -1,0 +1,228 @@
+"""What a drift check found, as one value, as text for people and as `drift_metrics.json`.
+
+Owns: the layout of the report and of the file (format: docs/formats.md).
+Does not know: how the figures were computed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Self
+
+from fleetcast.clock import from_ms, iso_z
+from fleetcast.drift.calibrated_reading import MOST_NAMED, CalibratedReading, drifting_json
+from fleetcast.drift.literal.baseline import Baseline
+from fleetcast.drift.literal.series import SeriesDrift
+from fleetcast.drift.literal.window import PairWindow
+from fleetcast.drift_settings import CALIBRATED, LITERAL
+
+COLLECTING = "collecting"
+READY = "ready"
+OK = "OK"
+RETRAIN = "RETRAIN NOW"
+_NAMES = {
+    "per": "Prediction error rate (PER)",
+    "dss": "Distribution shift score (DSS)",
+    "fds": "Feature drift score (FDS)",
+    "anomaly_rate": "Anomaly rate",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class WindowFacts:
+    """Which data a check looked at; times are None where pairs carry none."""
+
+    window_size: int  # the setting
+    size: int  # pairs a full window holds for this fleet
+    pairs: int
+    servers: int = 0
+    start_ms: int | None = None
+    end_ms: int | None = None
+    span_s: float = 0.0
+
+    @classmethod
+    def of(cls, pairs: PairWindow | None, n_rows: int, window_size: int) -> Self:
+        """Describe a window; None stands for `n_rows` rows without times."""
+        if pairs is None or not len(pairs):
+            return cls(window_size, pairs.size if pairs is not None else window_size, n_rows)
+        return cls(
+            window_size=window_size,
+            size=pairs.size,
+            pairs=len(pairs),
+            servers=pairs.n_servers,
+            start_ms=int(pairs.target_ms[0]),
+            end_ms=int(pairs.target_ms[-1]) + pairs.bin_ms,
+            span_s=pairs.span_ms / 1000,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plain form for JSON."""
+        return {
+            "window_size": self.window_size,
+            "size": self.size,
+            "pairs": self.pairs,
+            "servers": self.servers,
+            "start": _time(self.start_ms),
+            "end": _time(self.end_ms),
+            "span_s": self.span_s,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class BaselineFacts:
+    """Which reference a check used; all None for one that a caller gave as plain numbers."""
+
+    version: str | None = None
+    start_ms: int | None = None
+    end_ms: int | None = None
+    servers: int = 0
+
+    @classmethod
+    def of(cls, saved: Baseline | None) -> Self:
+        """Describe a saved baseline."""
+        if saved is None:
+            return cls()
+        return cls(saved.version, saved.start_ms, saved.end_ms, len(saved.server_names))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plain form for JSON."""
+        return {
+            "version": self.version,
+            "start": _time(self.start_ms),
+            "end": _time(self.end_ms),
+            "servers": self.servers,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class DriftReading:
+    """One check of the drift window."""
+
+    metrics: Mapping[str, float]  # per, dss, fds, anomaly_rate, combined_score
+    needs_retraining: bool
+    exceeded: tuple[str, ...]  # scores over their threshold
+    thresholds: Mapping[str, float]  # by the same names as metrics
+    weights: Mapping[str, float]
+    trends: Mapping[str, str]
+    status: str
+    status_reason: str
+    window: WindowFacts
+    baseline: BaselineFacts | None
+    model_version: str | None
+    not_compared: Mapping[str, str]
+    per_by_horizon: Mapping[int, float] = field(default_factory=dict)
+    top: tuple[SeriesDrift, ...] = ()
+    literal: Mapping[str, float] = field(default_factory=dict)  # the same names as metrics
+    calibrated: CalibratedReading | None = None  # None: the literal metrics decide
+
+    @property
+    def basis(self) -> str:
+        """Return which scores decide."""
+        return LITERAL if self.calibrated is None else CALIBRATED
+
+    def current_metrics(self) -> dict[str, Any]:
+        """Return the six keys of `calculate_drift_metrics`."""
+        return {**self.metrics, "needs_retraining": self.needs_retraining}
+
+    def as_json(self, made_at: datetime) -> dict[str, Any]:
+        """Return the content of `drift_metrics.json`."""
+        return {
+            "current_metrics": self.current_metrics(),
+            "trends": dict(self.trends),
+            "recommendation": RETRAIN if self.needs_retraining else OK,
+            "status": self.status,
+            "status_reason": self.status_reason,
+            "basis": self.basis,
+            "literal_metrics": dict(self.literal or self.metrics),
+            "calibrated": self.calibrated.as_json() if self.calibrated else None,
+            "thresholds": dict(self.thresholds),
+            "weights": dict(self.weights),
+            "per_by_horizon": {str(horizon): value for horizon, value in self.per_by_horizon.items()},
+            "top_drifting": self._top_json(),
+            "not_compared": dict(self.not_compared),
+            "window": self.window.as_dict(),
+            "baseline": self.baseline.as_dict() if self.baseline else None,
+            "model_version": self.model_version,
+            "made_at": iso_z(made_at),
+        }
+
+    def _top_json(self) -> list[dict[str, Any]]:
+        if self.calibrated is None:
+            return [series_json(item) for item in self.top]
+        return [drifting_json(item) for item in self.calibrated.drifting[:MOST_NAMED]]
+
+    def as_text(self) -> str:
+        """Return the report for people."""
+        lines = ["DRIFT REPORT", *self._context_lines(), ""]
+        for name, title in _NAMES.items():
+            mark = "over" if name in self.exceeded else "ok"
+            trend = self.trends.get(name, "stable")
+            lines.append(
+                f"  {title:<31} {self.metrics[name]:7.1%}  limit {self.thresholds[name]:5.1%}"
+                f"  {mark:<4}  {trend}"
+            )
+        combined, limit = self.metrics["combined_score"], self.thresholds["combined_score"]
+        mark = "over" if "combined_score" in self.exceeded else "ok"
+        lines.append(f"  {'Combined score':<31} {combined:7.4f}  limit {limit:5.2f}  {mark}")
+        lines += [*self._basis_lines(), *self._series_lines(), ""]
+        lines.append(f"Recommendation: {RETRAIN if self.needs_retraining else OK}")
+        return "\n".join(lines)
+
+    def _context_lines(self) -> list[str]:
+        window = self.window
+        lines = [f"Status: {self.status}" + (f" ({self.status_reason})" if self.status_reason else "")]
+        lines.append(
+            f"Window: {window.pairs} of {window.size} pairs" + _range(window.start_ms, window.end_ms)
+        )
+        if self.baseline:
+            name = self.baseline.version or "given by the caller"
+            lines.append(f"Baseline: {name}" + _range(self.baseline.start_ms, self.baseline.end_ms))
+        if self.model_version:
+            lines.append(f"Model: {self.model_version}")
+        return lines
+
+    def _basis_lines(self) -> list[str]:
+        if self.calibrated is None:
+            return []
+        literal = ", ".join(f"{name} {self.literal[name]:.3f}" for name in _NAMES)
+        scale = "  Scores are calibrated: at the limit = as unusual as unchanged data get."
+        return ["", scale, f"  Literal, reported only: {literal}", *self.calibrated.lines()]
+
+    def _series_lines(self) -> list[str]:
+        lines = []
+        if self.per_by_horizon:
+            shown = ", ".join(f"{horizon}: {per:.1%}" for horizon, per in self.per_by_horizon.items())
+            lines.append(f"  PER by horizon in bins: {shown}")
+        for item in self.top if self.calibrated is None else ():
+            ratio = "" if item.error_ratio is None else f", error x{item.error_ratio:.1f}"
+            mark = "drifts" if item.is_drifting else "within its limits"
+            lines.append(
+                f"  {item.server} {item.metric}: {mark}, score {item.score:.2f}"
+                f" (shift {item.shift:.1f} std{ratio})"
+            )
+        lines += [f"  not compared: {metric}: {why}" for metric, why in self.not_compared.items()]
+        return ["", *lines] if lines else []
+
+
+def series_json(item: SeriesDrift) -> dict[str, Any]:
+    """Return one series as `drift_metrics.json` and `training_context.json` name it."""
+    return {
+        "server": item.server,
+        "metric": item.metric,
+        "score": item.score,
+        "is_drifting": item.is_drifting,
+        "shift_std": item.shift,
+        "error_ratio": item.error_ratio,
+        "ks": item.ks,
+        "values": item.n_values,
+    }
+
+
+def _time(milliseconds: int | None) -> str | None:
+    return None if milliseconds is None else iso_z(from_ms(milliseconds))
+
+
+def _range(start_ms: int | None, end_ms: int | None) -> str:
+    if start_ms is None or end_ms is None:
+        return ""
+    return f", {_time(start_ms)} to {_time(end_ms)}"

@@ -1,0 +1,1 @@
+"""The detector that decides: each series against its own time of day."""

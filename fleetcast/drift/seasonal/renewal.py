@@ -1,0 +1,181 @@
+"""The reference in force: what a training left, brought up to date while servers are young.
+
+    drift_reference/<version>.npz    servers learned again since that version's training
+
+Owns: which file holds, and learning young and new servers again, once a day, from what was
+settled in the meantime; likewise those whose forecast errors the training could not know (a first
+model has made none), once there are days enough of them. A server in alarm is not learned again,
+nobody is while the fleet drifts: what is being judged must not become the measure. Does not know:
+verdicts, trainings.
+
+Its folder has one writer, the daemon that owns the working directory.
+"""
+
+import logging
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+
+from fleetcast.drift.seasonal.learned_reference import change_times, learned_reference
+from fleetcast.drift.seasonal.learning import DAY_COVERAGE
+from fleetcast.drift.seasonal.limits import MATURE_DAYS
+from fleetcast.drift.seasonal.reference import Reference
+from fleetcast.drift.seasonal.reference_merge import immature_servers, merged, servers_without_errors
+from fleetcast.drift.seasonal.season import DAY_MS, DayClock
+from fleetcast.drift.seasonal.settled import ReadForecasts, read_grid
+from fleetcast.drift_settings import DriftSettings
+from fleetcast.errors import CorruptFile
+from fleetcast.forecast.versions import REFERENCE_FILE, Version
+from fleetcast.schema import Floats, Floats32, Longs
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "drift_reference"
+SERVERS_A_DAY = 500  # learned again at once: some 15 ms for each series
+
+
+class ReferenceRenewal:
+    """Finds and renews the reference of the version in force. Not thread safe."""
+
+    def __init__(self, read: ReadForecasts, settings: DriftSettings, bin_ms: int, folder: Path) -> None:
+        self._read = read
+        self._settings = settings
+        self._bin_ms = bin_ms
+        self._folder = folder
+        self._tried_ms = 0  # end of the data last looked at
+
+    def saved(self, version: Version) -> Reference | None:
+        """Return the newest reference of a version, or None where it has none that can be used."""
+        for path in (self._path(version.id), version.reference_path):
+            try:
+                reference = Reference.load(path)
+                if path == version.reference_path:
+                    version.verify(REFERENCE_FILE)
+            except FileNotFoundError:
+                continue
+            except CorruptFile as error:
+                logger.warning("reference passed over reason=%s", error)
+                continue
+            if (reference.bin_ms, reference.timezone) == (self._bin_ms, self._settings.timezone):
+                return reference
+            logger.warning("reference passed over file=%s reason=other bins or time zone", path)
+        return None
+
+    def renewed(
+        self,
+        version: Version,
+        known: Reference | None,
+        live: Collection[str],
+        metrics: Collection[str],
+        newest_ms: int,
+        in_alarm: Collection[str],
+    ) -> Reference | None:
+        """Learn again, and save, what is young; None where there is nothing to do today.
+
+        Args:
+            live, metrics: the servers and metrics with newly settled bins.
+            newest_ms: end of what is settled; learned is up to its last midnight.
+            in_alarm: servers that are left as they are.
+        """
+        end_ms = self._midnight(newest_ms)
+        if end_ms <= max(self._tried_ms, known.end_ms if known else 0):
+            return None
+        self._tried_ms = end_ms
+        young = [name for name in self._young(known, sorted(live)) if name not in in_alarm]
+        if not young or not metrics:
+            return None
+        newer = self._learned(known, tuple(young), known.metrics if known else tuple(sorted(metrics)), end_ms)
+        if newer is None:
+            return None
+        is_whole = known is None or set(known.server_names) <= set(newer.server_names)
+        reference = newer if is_whole or known is None else merged(known, newer)
+        self._save(version.id, reference)
+        logger.info(
+            "drift reference renewed version=%s servers=%d of=%d compared_series=%d",
+            *(
+                version.id,
+                len(newer.server_names),
+                len(reference.server_names),
+                int(reference.is_compared.sum()),
+            ),
+        )
+        return reference
+
+    def _young(self, known: Reference | None, live: list[str]) -> list[str]:
+        """Return whom to learn again, those known for the shortest first."""
+        if known is None:
+            return live[:SERVERS_A_DAY]
+        days_of = _known_days(known)
+        young = immature_servers(known, tuple(live))
+        unjudged = set(servers_without_errors(known)).intersection(live) - set(young)
+        young = (*young, *sorted(unjudged))
+        return sorted(young, key=lambda name: days_of.get(name, 0))[:SERVERS_A_DAY]
+
+    def _learned(
+        self, known: Reference | None, names: tuple[str, ...], metrics: tuple[str, ...], end_ms: int
+    ) -> Reference | None:
+        """Learn the servers of which more days are settled than their reference knows, if any."""
+        span_ms = (end_ms - self._settings.reference_days * DAY_MS, end_ms)
+        grid = read_grid(self._read, names, metrics, span_ms, self._bin_ms)
+        days_of, per_day = _known_days(known) if known else {}, DAY_MS // self._bin_ms
+        least = np.array([min(days_of.get(name, 1), MATURE_DAYS) for name in names])
+        is_worth_it = _settled_days(grid.values, per_day) >= least
+        if known:  # nothing is new about a server of full age but its errors, once there are enough
+            is_old = np.isin(names, immature_servers(known, names), invert=True)
+            is_worth_it &= ~is_old | (
+                _settled_days(grid.errors, per_day) >= self._settings.min_reference_days
+            )
+        rows = np.flatnonzero(is_worth_it)
+        if not len(rows):
+            return None
+        chosen = tuple(names[row] for row in rows)
+        first = int(np.flatnonzero(np.isfinite(grid.values[rows]).any(axis=(0, 1)))[0])
+        return learned_reference(
+            grid.values[rows, :, first:],
+            chosen,
+            metrics,
+            span_ms[0] + first * self._bin_ms,
+            self._bin_ms,
+            self._settings,
+            errors=grid.errors[rows, :, first:],
+            changed_ms=self._changes(known, chosen, len(metrics)),
+        )
+
+    def _changes(self, known: Reference | None, names: tuple[str, ...], n_metrics: int) -> Floats:
+        """Return (server, metric) the changes a reference knows of."""
+        changes = np.full((len(names), n_metrics), np.nan)
+        if known is not None:
+            times = change_times(known)
+            row_of = {name: row for row, name in enumerate(known.server_names)}
+            for row, name in enumerate(names):
+                if name in row_of:
+                    changes[row] = times[row_of[name]]
+        return changes
+
+    def _midnight(self, moment_ms: int) -> int:
+        clock = DayClock(self._bin_ms, self._settings.timezone)
+        return moment_ms - int(clock.local_bins(moment_ms, 1)[0]) % clock.bins_per_day * self._bin_ms
+
+    def _path(self, version_id: str) -> Path:
+        return self._folder / f"{version_id}.npz"
+
+    def _save(self, version_id: str, reference: Reference) -> None:
+        self._folder.mkdir(exist_ok=True)
+        path = self._path(version_id)
+        reference.save(path)
+        for old in self._folder.glob("*.npz"):
+            if old != path:
+                old.unlink(missing_ok=True)
+
+
+def _known_days(reference: Reference) -> dict[str, int]:
+    """Return the days behind the best known series of each server."""
+    days = reference.n_days.reshape(len(reference.server_names), -1).max(axis=1)
+    return dict(zip(reference.server_names, days.tolist(), strict=True))
+
+
+def _settled_days(values: Floats32, per_day: int) -> Longs:
+    """Return (server,): whole days with enough bins, of (server, metric, bin) that ends at midnight."""
+    by_day = np.isfinite(values).reshape(*values.shape[:2], -1, per_day).mean(axis=3)
+    return np.asarray((by_day >= DAY_COVERAGE).sum(axis=2).max(axis=1), np.int64)

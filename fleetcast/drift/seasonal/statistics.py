@@ -1,0 +1,275 @@
+"""Statistics of the newest 3 and 24 hours of a series against its reference.
+
+Owns: which statistics there are, to which of the four metrics each belongs, and their formulas
+over window sums. The sums may come from a running window (`SeasonalDrift`) or from a whole
+stretch at once (`sums_over`): the formulas are the same. Does not know: limits, alarms.
+
+Measured on recorded fleets (docs/decisions/drift-quality.md): short windows find sudden changes
+within hours and let go of short disturbances; long windows find the slow ones.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fleetcast.drift.seasonal.residuals import (
+    ABSENT,
+    LEVEL_STEPS,
+    SPREAD_STEPS,
+    Bytes,
+    CodeBook,
+    Shorts,
+    Traits,
+    code_counts,
+)
+from fleetcast.schema import Floats32, Longs
+
+SHORT_H = 3
+LONG_H = 24
+MIN_COVERAGE = 0.6  # of a window's bins, else its statistics are NaN
+MOVE_NOISE = 0.2  # spreads; moves smaller than this say nothing about smoothness
+SHARE_CAP = 0.97  # a share of 1 would be endlessly surprising
+
+PER, DSS, FDS, ANOMALY = "per", "dss", "fds", "anomaly_rate"
+FAMILIES = (PER, DSS, FDS, ANOMALY)
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One way to be different."""
+
+    name: str
+    family: str
+    is_short: bool
+    is_share: bool  # bounded by 1, measured as -log(1 - share)
+    floor: float  # the smallest difference that matters, in the statistic's own unit
+    says: str
+    stands_alone: bool = False  # counts although the newest hours by themselves look usual
+
+
+STATISTICS = (
+    Statistic("innovation_3h", PER, True, True, 0.5, "is more or less predictable from bin to bin"),
+    Statistic("error_3h", PER, True, True, 0.5, "is forecast worse than usual"),
+    Statistic("error_24h", PER, False, True, 0.3, "is forecast worse than usual for a day", True),
+    Statistic("restless_24h", PER, False, False, 0.3, "moves more from bin to bin"),
+    Statistic("rougher_24h", PER, False, False, 0.15, "is less smooth from bin to bin"),
+    Statistic("smoother_24h", PER, False, False, 0.15, "is smoother from bin to bin"),
+    Statistic("shape_3h", DSS, True, True, 0.9, "has left its usual values"),
+    Statistic("shape_24h", DSS, False, True, 0.4, "is distributed differently over a day"),
+    Statistic("below_24h", DSS, False, True, 0.3, "is too often at the low end"),
+    Statistic("above_24h", DSS, False, True, 0.3, "is too often at the high end"),
+    Statistic("higher_24h", FDS, False, False, 0.1, "has risen"),
+    Statistic("lower_24h", FDS, False, False, 0.1, "has fallen"),
+    Statistic("rhythm_down_24h", FDS, False, False, 0.25, "has lost its daily rhythm"),
+    Statistic("shifted_24h", FDS, False, True, 0.25, "has its daily rhythm at another time", True),
+    Statistic("outside_3h", ANOMALY, True, True, 0.4, "is where it never was"),
+    Statistic("wider_24h", ANOMALY, False, False, 0.5, "scatters more"),
+    Statistic("calmer_24h", ANOMALY, False, False, 0.5, "scatters less"),
+)
+N_STATISTICS = len(STATISTICS)
+INDEX = {statistic.name: index for index, statistic in enumerate(STATISTICS)}
+IS_SHORT = np.array([statistic.is_short for statistic in STATISTICS])
+NEEDS_SUPPORT = np.array([not (item.is_short or item.stands_alone) for item in STATISTICS])
+IS_SHARE = np.array([statistic.is_share for statistic in STATISTICS])
+FAMILY_OF = np.array([FAMILIES.index(statistic.family) for statistic in STATISTICS])
+
+
+def surprise(share: Floats32 | np.float32) -> Floats32:
+    """Return -log(1 - share): a share's distance from 0 on a scale without an upper end.
+
+    >>> round(float(surprise(np.float32(0.5))), 4)
+    0.6931
+    """
+    return np.asarray(-np.log1p(-np.minimum(share, SHARE_CAP)), np.float32)
+
+
+_OWN_FLOORS = np.array([statistic.floor for statistic in STATISTICS], np.float32)
+FLOORS = np.where(IS_SHARE, surprise(_OWN_FLOORS), _OWN_FLOORS)
+CAPS = np.where(IS_SHARE, 0.98 * float(surprise(np.float32(SHARE_CAP))), np.inf).astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Books:
+    """The constants the statistics compare with, a row per series."""
+
+    values: CodeBook  # of scores
+    innovations: CodeBook
+    errors: CodeBook  # NaN edges where no model errors are known
+    tails: NDArray[np.int64]  # (series, 2) code whose share is just over 10 % and 90 %
+    log_size: Floats32  # (series,) log of the mean capped |score|
+    rhythm_power: Floats32  # (series,) variance of the profile, in ranges squared
+    rhythm_noise: Floats32  # (series,) what keeps a flat profile from dividing by nothing
+    log_moves: Floats32  # (series, 2) log of the mean move over one and two bins
+    distances: Floats32  # (series, lag) of the template from itself moved, and what keeps it from 0
+
+    def rows(self, chosen: NDArray[np.int64]) -> "Books":
+        """Return the books of some of the series, in that order."""
+        return Books(
+            self.values.rows(chosen),
+            self.innovations.rows(chosen),
+            self.errors.rows(chosen),
+            self.tails[chosen],
+            self.log_size[chosen],
+            self.rhythm_power[chosen],
+            self.rhythm_noise[chosen],
+            self.log_moves[chosen],
+            self.distances[chosen],
+        )
+
+
+@dataclass(eq=False)
+class WindowSums:
+    """Integer sums over the windows that end at each time: (series, time) or (.., N_CODES)."""
+
+    short_values: NDArray[np.int32]  # counts of codes
+    long_values: NDArray[np.int32]
+    short_innovations: NDArray[np.int32]
+    short_errors: NDArray[np.int32]
+    long_errors: NDArray[np.int32]
+    outside: NDArray[np.int32]  # short window
+    level: NDArray[np.int64]  # long window, as all that follow
+    size: NDArray[np.int64]
+    rhythm: NDArray[np.int64]
+    rhythm_square: NDArray[np.int64]
+    rhythm_level: NDArray[np.int64]
+    moved: NDArray[np.int64]  # (distance, series, time)
+    n_moved: NDArray[np.int64]
+    evidence: NDArray[np.int64]  # (lag, series, time)
+
+
+@dataclass(frozen=True, eq=False)
+class BinCodes:
+    """What a window keeps of each bin, (series, bin)."""
+
+    values: Bytes
+    innovations: Bytes
+    errors: Bytes
+    traits: Traits
+    moved: Shorts  # (distance, series, bin), as `residuals.moves`
+    day_bins: Longs  # (bin,) bin of the day
+
+
+def sums_over(codes: BinCodes, step: int, short: int, long: int) -> WindowSums:
+    """Sum the windows that end after each `step` bins of a stretch that starts with a whole window.
+
+    `short` and `long` are in bins, multiples of `step`; the first window ends at bin `long`.
+    """
+    n_series, n_bins = codes.values.shape
+    n_blocks = n_bins // step
+
+    def blocks(array: NDArray[Any]) -> NDArray[Any]:
+        return array[:, : n_blocks * step].reshape(n_series, n_blocks, step)
+
+    def windows(per_block: NDArray[np.integer[Any]], length: int) -> NDArray[np.int64]:
+        total = np.cumsum(per_block, axis=1)
+        total = np.concatenate([np.zeros_like(total[:, :1]), total], axis=1)
+        ends = np.arange(long // step, n_blocks + 1)
+        return np.asarray(total[:, ends] - total[:, ends - length // step])
+
+    def counts(array: Bytes, length: int) -> NDArray[np.int32]:
+        return np.asarray(windows(code_counts(np.asarray(blocks(array), np.uint8)), length), np.int32)
+
+    def sums(array: NDArray[Any], length: int) -> NDArray[np.int64]:
+        return windows(blocks(array).sum(axis=2, dtype=np.int64), length)
+
+    traits = codes.traits
+    rhythm, level = traits.rhythm.astype(np.int64), traits.level.astype(np.int64)
+    return WindowSums(
+        short_values=counts(codes.values, short),
+        long_values=counts(codes.values, long),
+        short_innovations=counts(codes.innovations, short),
+        short_errors=counts(codes.errors, short),
+        long_errors=counts(codes.errors, long),
+        outside=sums(traits.is_outside, short).astype(np.int32),
+        level=sums(traits.level, long),
+        size=sums(traits.size, long),
+        rhythm=sums(traits.rhythm, long),
+        rhythm_square=sums(rhythm * rhythm, long),
+        rhythm_level=sums(rhythm * level, long),
+        moved=np.stack([sums(np.maximum(part, 0), long) for part in codes.moved]),
+        n_moved=np.stack([sums(part >= 0, long) for part in codes.moved]),
+        evidence=np.stack([sums(part, long) for part in traits.evidence]),
+    )
+
+
+def statistics(sums: WindowSums, books: Books, short: int, long: int) -> Floats32:
+    """Return (N_STATISTICS, series, time); NaN where a window is too thin to judge.
+
+    Args:
+        short, long: lengths of the windows in bins.
+    """
+    n_short = _enough(sums.short_values.sum(axis=-1), short)
+    n_long = _enough(sums.long_values.sum(axis=-1), long)
+    out = np.full((N_STATISTICS, *n_short.shape), np.nan, np.float32)
+    gap = _gaps(sums.short_values, n_short, books.values)
+    out[INDEX["shape_3h"]] = np.abs(gap).max(axis=-1)
+    gap = _gaps(sums.long_values, n_long, books.values)
+    out[INDEX["shape_24h"]] = np.abs(gap).max(axis=-1)
+    tails = np.take_along_axis(gap, books.tails[:, None, :], axis=2)
+    out[INDEX["below_24h"]], out[INDEX["above_24h"]] = tails[..., 0], -tails[..., 1]
+    n_moves = _enough(sums.short_innovations.sum(axis=-1), short)
+    gap = _gaps(sums.short_innovations, n_moves, books.innovations)
+    out[INDEX["innovation_3h"]] = np.abs(gap).max(axis=-1)
+    for name, errors, length in (
+        ("error_3h", sums.short_errors, short),
+        ("error_24h", sums.long_errors, long),
+    ):
+        n_errors = _enough(errors.sum(axis=-1), length)
+        out[INDEX[name]] = (-_gaps(errors, n_errors, books.errors)).max(axis=-1)
+    out[INDEX["outside_3h"]] = sums.outside / n_short
+    found = sums.evidence / (n_long * books.distances.T[..., None])
+    out[INDEX["shifted_24h"]] = found.max(axis=0)
+    out[IS_SHARE] = surprise(out[IS_SHARE])
+    _moments(out, sums, books, n_long)
+    return out
+
+
+def _moments(out: Floats32, sums: WindowSums, books: Books, n: Floats32) -> None:
+    level = sums.level / (n * LEVEL_STEPS)
+    out[INDEX["higher_24h"]], out[INDEX["lower_24h"]] = level, -level
+    size = np.maximum(sums.size / (n * SPREAD_STEPS), 1e-3)
+    wider = np.log(size) - books.log_size[:, None]
+    out[INDEX["wider_24h"]], out[INDEX["calmer_24h"]] = wider, -wider
+    n_moved = np.where(sums.n_moved >= MIN_COVERAGE**2 * n, sums.n_moved, np.nan)
+    one, two = log_moves(sums.moved / n_moved)
+    usual_one, usual_two = books.log_moves.T[..., None]
+    out[INDEX["restless_24h"]] = one - usual_one
+    out[INDEX["smoother_24h"]] = usual_one - usual_two - (one - two)
+    # without memory one bin moves a value as far as two do; rougher than that is not counted
+    out[INDEX["rougher_24h"]] = np.minimum(one - two, 0) - np.minimum(usual_one - usual_two, 0)
+    rhythm = sums.rhythm / (n * LEVEL_STEPS)
+    power = sums.rhythm_square / (n * LEVEL_STEPS**2) - rhythm**2
+    together = sums.rhythm_level / (n * LEVEL_STEPS**2) - rhythm * level
+    swing = together / (np.maximum(power, books.rhythm_power[:, None]) + books.rhythm_noise[:, None])
+    out[INDEX["rhythm_down_24h"]] = -swing
+
+
+def log_moves(mean: NDArray[Any]) -> Floats32:
+    """Return the log of mean moves, in 1 / SPREAD_STEPS, with a floor that fades in."""
+    return np.asarray(np.log(mean / SPREAD_STEPS + MOVE_NOISE), np.float32)
+
+
+def _enough(counts: NDArray[np.int64], length: int) -> Floats32:
+    return np.asarray(np.where(counts >= MIN_COVERAGE * length, counts, np.nan), np.float32)
+
+
+def _gaps(counts: NDArray[np.int32], n: Floats32, book: CodeBook) -> Floats32:
+    """Return the window's distribution minus the reference's, at each code."""
+    shares = np.cumsum(counts, axis=-1, dtype=np.int32) / n[..., None]
+    return np.asarray(shares - book.shares[:, None, :], np.float32)
+
+
+def tail_codes(book: CodeBook) -> NDArray[np.int64]:
+    """Return (series, 2): the codes at which a reference has passed 10 % and 90 %.
+
+    The last code always has a share of 1 and can show no difference: it is never a tail.
+    """
+    places = [(book.shares < level - 1e-6).sum(axis=1) for level in (0.1, 0.9)]
+    return np.asarray(np.minimum(np.stack(places, axis=1), book.shares.shape[1] - 2), np.int64)
+
+
+def no_codes(like: Bytes) -> Bytes:
+    """Return codes that say "absent" everywhere."""
+    return np.full(like.shape, ABSENT, np.uint8)

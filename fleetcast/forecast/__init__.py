@@ -1,0 +1,1 @@
+"""Forecasting: windows to tensors, the network, naive forecasts, feedback, the versions on disk."""

@@ -1,0 +1,206 @@
+"""The temporal fusion transformer: the library's, to be trained, and a static graph of its weights.
+
+Owns: how pytorch-forecasting's v1 class is built for our variables (`build`), and the forward
+pass that training and serving run (`StaticNetwork`): same weights, same answer within 1e-5,
+without lengths and interpretation. With `networkblocks.py`, `forecaster.py` and `training.py`
+the owner of torch; the library itself is imported by `build` alone, so a serving
+process never pays for it. Does not know: units, files, servers.
+Source: Lim et al., Temporal Fusion Transformers (arXiv:1912.09363).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fleetcast.forecast.encoding import AHEAD_REALS, PAST_REALS, STATIC_REALS, ModelArrays
+from fleetcast.forecast.gridshape import GridShape
+from fleetcast.forecast.networkblocks import (
+    GatedResidual,
+    VariableSelection,
+    gate_add_norm,
+    joined_linear,
+    linear,
+    norm,
+)
+from fleetcast.schema import QUANTILES, Longs
+
+METRIC_SLOTS = 32  # slot 0: a metric never seen in training
+_FIRST_WEIGHT, _FIRST_ANSWER = 0.3, (-0.2, 0.0, 0.2)
+_SMALL = 8  # size of a scalar's vector before it is widened; always smaller than the network's width
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """What the weights' shapes follow from; part of a checkpoint."""
+
+    n_past: int
+    n_knots: int
+    hidden_size: int
+    continuous_size: int
+    n_heads: int = 4
+    past_reals: tuple[str, ...] = PAST_REALS
+    ahead_reals: tuple[str, ...] = AHEAD_REALS
+    static_reals: tuple[str, ...] = STATIC_REALS
+
+    @classmethod
+    def for_grid(cls, grid: GridShape, hidden_size: int) -> "NetworkConfig":
+        """Return the network of one width for one grid."""
+        return cls(grid.n_past, grid.n_knots, hidden_size, min(_SMALL, hidden_size // 2))
+
+    def as_config(self) -> dict[str, Any]:
+        """Return plain values for a checkpoint."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "NetworkConfig":
+        """Return the configuration a checkpoint was made with; KeyError and TypeError on junk."""
+        numbers = ("n_past", "n_knots", "hidden_size", "n_heads", "continuous_size")
+        names = ("past_reals", "ahead_reals", "static_reals")
+        values: dict[str, Any] = {name: int(config[name]) for name in numbers}
+        values |= {name: tuple(str(item) for item in config[name]) for name in names}
+        return cls(**values)
+
+
+def build(config: NetworkConfig) -> nn.Module:
+    """Return the library's network with fresh weights, to be trained."""
+    from pytorch_forecasting.data.encoders import TorchNormalizer  # seconds: only a training pays
+    from pytorch_forecasting.metrics import QuantileLoss
+    from pytorch_forecasting.models.temporal_fusion_transformer import TemporalFusionTransformer
+
+    network: nn.Module = TemporalFusionTransformer(
+        hidden_size=config.hidden_size,
+        lstm_layers=1,
+        dropout=0.0,  # windows are drawn afresh at every step: there is little to overfit
+        output_size=len(QUANTILES),
+        loss=QuantileLoss(list(QUANTILES)),
+        attention_head_size=config.n_heads,
+        max_encoder_length=config.n_past,
+        static_categoricals=["metric"],
+        static_reals=list(config.static_reals),
+        time_varying_reals_encoder=list(config.past_reals),
+        time_varying_reals_decoder=list(config.ahead_reals),
+        x_reals=real_names(config),
+        x_categoricals=["metric"],
+        hidden_continuous_size=config.continuous_size,
+        embedding_sizes={"metric": (METRIC_SLOTS, config.continuous_size)},
+        output_transformer=TorchNormalizer("identity"),
+        logging_metrics=nn.ModuleList([]),
+    )
+    _start_at_last_value(network)
+    return network
+
+
+def _start_at_last_value(network: nn.Module) -> None:
+    """Let fresh weights answer "as now, give or take": a forecast that is hard to beat is the start."""
+    layer = network.get_submodule("output_layer")
+    assert isinstance(layer, nn.Linear)
+    with torch.no_grad():
+        layer.weight.mul_(_FIRST_WEIGHT)
+        layer.bias.copy_(torch.tensor(_FIRST_ANSWER))
+
+
+def real_names(config: NetworkConfig) -> list[str]:
+    """Return the library's order of continuous variables."""
+    return list(dict.fromkeys([*config.static_reals, *config.past_reals, *config.ahead_reals]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Model arrays as tensors."""
+
+    past: Tensor  # (window, past step, variable)
+    ahead: Tensor  # (window, knot, variable)
+    static: Tensor  # (window, variable)
+    metric: Tensor  # (window,) slot of the metric
+
+
+class StaticNetwork:
+    """The network's forward pass over given weights.
+
+    Fused once: a variable's scalar goes through a linear scaler and a linear layer (one affine
+    map), and between its two last layers there is nothing non-linear (one matrix). Gradients
+    pass through the fusion, so a training runs the same code: half the cost of the library's.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], config: NetworkConfig) -> None:
+        self._weights = weights
+        self._metric = weights["input_embeddings.embeddings.metric.weight"]
+        self._static = VariableSelection(weights, "static_variable_selection", config.static_reals, "metric")
+        self._past = VariableSelection(weights, "encoder_variable_selection", config.past_reals)
+        self._ahead = VariableSelection(weights, "decoder_variable_selection", config.ahead_reals)
+        self._contexts = {
+            name: GatedResidual(weights, f"static_context_{name}")
+            for name in ("variable_selection", "initial_hidden_lstm", "initial_cell_lstm", "enrichment")
+        }
+        self._enrichment = GatedResidual(weights, "static_enrichment")
+        self._feed_forward = GatedResidual(weights, "pos_wise_ff")
+        self._n_heads = config.n_heads
+        attention = "multihead_attn"
+        heads = range(config.n_heads)
+        self._queries = joined_linear(weights, [f"{attention}.q_layers.{head}" for head in heads])
+        self._keys = joined_linear(weights, [f"{attention}.k_layers.{head}" for head in heads])
+        knot = torch.arange(config.n_knots)
+        self._is_hidden = torch.cat(  # a knot attends to the past and to knots before it
+            [torch.zeros(config.n_knots, config.n_past, dtype=torch.bool), knot[None] >= knot[:, None]], dim=1
+        )
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Return the answer (window, knot, quantile)."""
+        static = self._static(batch.static, embedded=self._metric[batch.metric])
+        selection = self._contexts["variable_selection"](static)
+        past = self._past(batch.past, context=selection)
+        ahead = self._ahead(batch.ahead, context=selection)
+        local = self._local(past, ahead, static)
+        enriched = self._enrichment(local, context=self._contexts["enrichment"](static))
+        knots = slice(past.shape[1], None)
+        attended = self._attend(enriched[:, knots], enriched)
+        attended = gate_add_norm(self._weights, "post_attn_gate_norm", attended, enriched[:, knots])
+        output = self._feed_forward(attended)
+        output = gate_add_norm(self._weights, "pre_output_gate_norm", output, local[:, knots])
+        return linear(self._weights, "output_layer", output)
+
+    def _local(self, past: Tensor, ahead: Tensor, static: Tensor) -> Tensor:
+        """Run the two LSTMs and their skip connection; past and knots on one time axis."""
+        hidden = self._contexts["initial_hidden_lstm"](static)[None]
+        cell = self._contexts["initial_cell_lstm"](static)[None]
+        past_output, state = self._lstm("lstm_encoder", past, (hidden, cell))
+        ahead_output, _ = self._lstm("lstm_decoder", ahead, state)
+        output, skipped = torch.cat([past_output, ahead_output], dim=1), torch.cat([past, ahead], dim=1)
+        gated = functional.glu(linear(self._weights, "post_lstm_gate_encoder.fc", output))
+        return norm(self._weights, "post_lstm_add_norm_encoder.norm", gated + skipped)
+
+    def _lstm(
+        self, name: str, steps: Tensor, state: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        kinds = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+        tensors = [self._weights[f"{name}.{kind}"] for kind in kinds]
+        output, hidden, cell = torch.lstm(steps, state, tensors, True, 1, 0.0, False, False, True)
+        return output, (hidden, cell)
+
+    def _attend(self, knots: Tensor, steps: Tensor) -> Tensor:
+        """Return interpretable multi-head attention: the heads share their values."""
+        size = self._queries[1].shape[0] // self._n_heads
+
+        def by_head(vectors: Tensor) -> Tensor:  # (window, head, step, size)
+            return vectors.view(*vectors.shape[:2], self._n_heads, size).transpose(1, 2)
+
+        queries = by_head(functional.linear(knots, *self._queries))
+        keys = by_head(functional.linear(steps, *self._keys))
+        scores = torch.matmul(queries, keys.transpose(2, 3)) / size**0.5
+        attention = torch.softmax(scores.masked_fill(self._is_hidden, -1e9), dim=-1).mean(dim=1)
+        values = linear(self._weights, "multihead_attn.v_layer", steps)
+        return functional.linear(torch.matmul(attention, values), self._weights["multihead_attn.w_h.weight"])
+
+
+def as_batch(arrays: ModelArrays, slots: Longs) -> Batch:
+    """Return model arrays as tensors, without a copy."""
+    return Batch(
+        past=torch.from_numpy(arrays.past),
+        ahead=torch.from_numpy(arrays.ahead),
+        static=torch.from_numpy(arrays.static),
+        metric=torch.from_numpy(slots),
+    )

@@ -1,0 +1,208 @@
+"""The model in service: load, forecast a window, save.
+
+Owns: arrays → tensors → quantiles, and which of a model's weights forecast a series.
+With `checkpoint.py`, `network.py` and `training.py` the owner of torch. Does not know: who serves,
+where versions live.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fleetcast.errors import BadCheckpoint, BadData, CorruptFile, OtherBins
+from fleetcast.files import read_regular, write_atomic
+from fleetcast.forecast.checkpoint import Checkpoint, ModelDescription, Specialist, Weights, not_ours
+from fleetcast.forecast.encoding import ModelArrays, decode, encode
+from fleetcast.forecast.fast_network import SweepNetwork
+from fleetcast.forecast.network import as_batch
+from fleetcast.forecast.scaling import is_percent
+from fleetcast.schema import QUANTILES, Floats32, HistoryWindow, Longs
+
+MIN_HISTORY_S = 3600.0
+_CHUNK = 256  # windows per forward pass: the tensors of one stay in a core's cache
+
+
+def set_threads(count: int) -> None:
+    """Set how many threads torch uses in this process."""
+    torch.set_num_threads(count)
+
+
+class Forecaster:
+    """A trained model.
+
+    Guarantee: forecasts are finite, non-decreasing over the quantiles and within what the last
+    days make plausible; NaN where a series has too little history or an unknown metric.
+    """
+
+    def __init__(
+        self,
+        description: ModelDescription,
+        weights: Weights,
+        specialists: Sequence[Specialist] = (),
+        *,
+        min_history_s: float = MIN_HISTORY_S,
+    ) -> None:
+        self.description = description
+        self.weights = {name: tensor.detach() for name, tensor in weights.items()}
+        self.specialists = tuple(specialists)
+        self._min_history_bins = max(1, round(min_history_s * 1000 / description.grid.bin_ms))
+        with torch.inference_mode():
+            self._networks = tuple(
+                SweepNetwork(own, description.network)
+                for own in (self.weights, *(item.weights for item in self.specialists))
+            )
+
+    @property
+    def version(self) -> str:
+        """Return the id of the version in the registry."""
+        return self.description.version
+
+    @property
+    def trained_at(self) -> str:
+        """Return when it was trained, ISO 8601."""
+        return self.description.trained_at
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Return the metrics it was trained on."""
+        return self.description.metrics
+
+    @classmethod
+    def load(
+        cls,
+        model_ckpt: Path,
+        *,
+        bin_ms: int | None = None,
+        horizon_bins: int | None = None,
+        min_history_s: float = MIN_HISTORY_S,
+    ) -> Self:
+        """Read a checkpoint and try it once.
+
+        Args:
+            bin_ms, horizon_bins: what the server forecasts; a model made for another is refused.
+        Raises:
+            BadCheckpoint: missing, damaged, foreign, unsafe, not finite; OtherBins: for other bins.
+        """
+        try:
+            content = read_regular(model_ckpt)
+        except OSError as error:
+            raise BadCheckpoint(model_ckpt, f"cannot be read: {error.strerror}") from error
+        except CorruptFile as error:
+            raise BadCheckpoint(model_ckpt, "not a regular file") from error
+        loaded = cls.from_bytes(content, model_ckpt, min_history_s=min_history_s)
+        grid = loaded.description.grid
+        if (bin_ms or grid.bin_ms, horizon_bins or grid.horizon_bins) != (grid.bin_ms, grid.horizon_bins):
+            raise OtherBins(
+                model_ckpt,
+                f"made for {grid.horizon_bins} bins of {grid.bin_ms // 1000} s",
+                hint=f"train one for {horizon_bins} bins of {(bin_ms or grid.bin_ms) // 1000} s",
+            )
+        return loaded
+
+    @classmethod
+    def from_bytes(cls, content: bytes, path: Path, *, min_history_s: float = MIN_HISTORY_S) -> Self:
+        """Read the content of a checkpoint and try it once.
+
+        Args:
+            path: names it in errors.
+        Raises:
+            BadCheckpoint: damaged, foreign, unsafe or not finite.
+        """
+        found = Checkpoint.from_bytes(content, path)
+        try:
+            loaded = cls(found.description, found.weights, found.specialists, min_history_s=min_history_s)
+            loaded._try_once()
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
+            raise not_ours(path, error) from error
+        return loaded
+
+    def to_bytes(self) -> bytes:
+        """Return the content of a checkpoint."""
+        return Checkpoint(self.description, self.weights, self.specialists).to_bytes()
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint in one durable step."""
+        write_atomic(path, self.to_bytes())
+
+    def predict(self, window: HistoryWindow) -> Floats32:
+        """Forecast every series of one window.
+
+        Args:
+            window: bin means, NaN = no record; the last column is the newest closed bin.
+        Returns:
+            quantiles (server, metric, horizon, quantile) in native units, non-decreasing on the
+            last axis; NaN for a metric the model does not know and a series without an hour of
+            history in the last day or without a value in the last hour (12 bins).
+        Raises:
+            BadData: the window's bins are not the model's.
+        """
+        grid = self.description.grid
+        if window.bin_ms != grid.bin_ms:
+            raise BadData(f"the model forecasts bins of {grid.bin_ms} ms, the window has {window.bin_ms} ms")
+        n_server, n_metric, _ = window.values.shape
+        quantiles = np.full((n_server, n_metric, grid.horizon_bins, len(QUANTILES)), np.nan, np.float32)
+        slots = np.array([self.description.slot(metric) for metric in window.metrics], np.int64)
+        percents = np.array([is_percent(metric) for metric in window.metrics], np.bool_)
+        for servers, columns, network in self._passes(window.server_names, window.metrics):
+            quantiles[servers, columns] = self._forecast(
+                window.values[servers, columns],
+                np.full(len(servers), window.end_bin_ms, np.int64),
+                slots[columns],
+                percents[columns],
+                network,
+            )
+        return quantiles
+
+    def networks(self, servers: Sequence[str], metrics: Sequence[str]) -> Longs:
+        """Return whose weights forecast each series, (server, metric): 0 the fleet's, else a specialist's."""
+        chosen = np.zeros((len(servers), len(metrics)), np.int64)
+        rows = {name: index for index, name in enumerate(servers)} if self.specialists else {}
+        columns = {name: index for index, name in enumerate(metrics)}
+        for network, specialist in enumerate(self.specialists, 1):
+            for server, metric in specialist.changed_ms:
+                if server in rows and metric in columns:
+                    chosen[rows[server], columns[metric]] = network
+        return chosen
+
+    def _passes(self, servers: Sequence[str], metrics: Sequence[str]) -> Iterator[tuple[Longs, Longs, int]]:
+        """Yield the known series pass by pass: their rows, their columns, the network that forecasts them."""
+        networks = self.networks(servers, metrics)
+        is_known = np.array([metric in self.metrics for metric in metrics], np.bool_)
+        for network in range(len(self._networks)):
+            rows, columns = np.nonzero((networks == network) & is_known)
+            for start in range(0, len(rows), _CHUNK):
+                part = slice(start, start + _CHUNK)
+                yield rows[part], columns[part], network
+
+    def _forecast(
+        self,
+        history: Floats32,
+        end_bin_ms: Longs,
+        slots: Longs,
+        percents: NDArray[np.bool_],
+        network: int,
+    ) -> Floats32:
+        """Forecast windows (window, bin) → (window, horizon, quantile)."""
+        grid = self.description.grid
+        arrays = encode(history, end_bin_ms, percents, grid, self._min_history_bins)
+        quantiles = decode(self.answer(arrays, slots, network), arrays.scale, grid)
+        quantiles[~arrays.scale.is_usable] = np.nan
+        return quantiles
+
+    def answer(self, arrays: ModelArrays, slots: Longs, network: int = 0) -> Floats32:
+        """Return one network's answer (window, knot, quantile) in the windows' own units."""
+        with torch.inference_mode():
+            return np.asarray(self._networks[network](as_batch(arrays, slots)).numpy(), np.float32)
+
+    def _try_once(self) -> None:
+        grid = self.description.grid
+        history = np.zeros((1, 1), np.float32)
+        arrays = encode(history, np.zeros(1, np.int64), np.zeros(1, np.bool_), grid)
+        for network in range(len(self._networks)):
+            answer = self.answer(arrays, np.zeros(1, np.int64), network)
+            if answer.shape != (1, grid.n_knots, len(QUANTILES)) or not np.isfinite(answer).all():
+                raise ValueError("its answer is not finite numbers of the expected shape")

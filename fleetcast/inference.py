@@ -1,0 +1,237 @@
+"""The inference service: all parts of one running daemon, their start, their cycle, their stop.
+
+Owns: the wiring, and the order of start-up (serve, load a model in the background, restore) and
+of shutdown. Does not know: flags, signals, where the buffer or a model's code come from: it is
+given them.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from prometheus_client import CollectorRegistry
+
+from fleetcast import recovery
+from fleetcast.api.listener import HttpListener
+from fleetcast.api.server import create_app
+from fleetcast.clock import Clock, DataClock, SystemClock, from_ms, monotonic
+from fleetcast.errors import CannotStart, FleetcastError, StorageBroken, StorageFull
+from fleetcast.forecast.registry import Registry
+from fleetcast.ingest.recordrules import FUTURE_LIMIT
+from fleetcast.loop import Stop
+from fleetcast.recovery import StoredRecords
+from fleetcast.retraining.telemetry import TEXTFILE, read_textfile
+from fleetcast.serving.board import PredictionBoard
+from fleetcast.serving.corrector import Corrector
+from fleetcast.serving.history import BinHistory
+from fleetcast.serving.hold import DataHold, TrainingProbe
+from fleetcast.serving.intake import Durable, Intake
+from fleetcast.serving.ledger import Ledger
+from fleetcast.serving.model_loader import Predictor, ServingModel
+from fleetcast.serving.rejected import RejectedRecords
+from fleetcast.serving.roster import Roster
+from fleetcast.serving.status import RecentErrors, SelfReport, StoreStats
+from fleetcast.serving.sweep import Store, Sweeper
+from fleetcast.serving.telemetry import Telemetry
+from fleetcast.serving.writes import WriteIntake
+from fleetcast.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+MAINTAIN_S = 1.0
+DRAIN_S = 10.0  # for requests at work when a stop is asked for
+
+
+class Buffer(Durable, Store, StoredRecords, StoreStats, Protocol):
+    """The DataBuffer, as the service uses it."""
+
+    def maintain(self, now: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class InferenceService:
+    """One running daemon; `start`, `cycle` and `close` belong to the main thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        buffer: Buffer,
+        listener: HttpListener,
+        load_model: Callable[[Path], Predictor],
+        api_key: str,
+        stop: Stop,
+        *,
+        wall_clock: Clock | None = None,
+    ) -> None:
+        """Build the parts; nothing is served yet.
+
+        Raises:
+            SettingsError: the folder was kept with the other clock.
+            StorageFull, StorageBroken: the folder cannot be written.
+        """
+        self._settings = settings
+        self._buffer = buffer
+        self._listener = listener
+        self._stop = stop
+        self._wall_clock = wall_clock or SystemClock()
+        self._maintained_at = float("-inf")
+        self._is_data_clock = settings.clock.mode == "data"
+        folder = Path(settings.paths.data_buffer_dir)
+        self._history = BinHistory(settings.bins, settings.forecast)
+        self._clock: Clock = DataClock(self._newest_record_time) if self._is_data_clock else self._wall_clock
+        self._roster = Roster(settings.forecast)
+        self._errors = RecentErrors(self._wall_clock)
+        self._ledger = Ledger(
+            folder, settings.forecast.settle_horizons, self._history.bin_ms, settings.clock.mode
+        )
+        self._telemetry = Telemetry(
+            CollectorRegistry(), lambda: self._report.snapshot(), lambda: read_textfile(Path(TEXTFILE))
+        )
+        self._board = PredictionBoard(self._roster, self._clock)
+        self._model = self._serving_model(load_model)
+        self._sweeper = self._build_sweeper(every_bin=self._is_data_clock)
+        self._report = self._build_report()
+        intake = self._build_intake(RejectedRecords(folder, settings.server.quarantine_max_bytes))
+        writes = WriteIntake(settings.remote_write, intake.take, intake.rules)
+        self._app = create_app(
+            intake, self._board, self._report, self._telemetry, settings.server, api_key, writes
+        )
+
+    def start(self) -> None:
+        """Serve at once, load a model beside, then bring back what a restart has to."""
+        self._listener.start(self._app, DRAIN_S)
+        logger.info("listening url=%s clock=%s", self._listener.url, self._settings.clock.mode)
+        self._model.start()
+        self._restore()
+        self._report.not_ready = ""
+
+    def cycle(self) -> None:
+        """Do what is due: sweeps first, then the buffer's upkeep."""
+        if not self._listener.is_alive:
+            raise CannotStart("the HTTP server's thread ended; see the log")
+        if not self._is_data_clock and self._is_ahead_of_the_clock():
+            logger.warning("the system's clock stepped back: the history is read again")
+            self._history.clear()
+            self._roster.clear()
+            self._restore()
+        self._sweeper.cycle(lambda: self._stop.is_requested)
+        if monotonic() - self._maintained_at >= MAINTAIN_S:
+            self._maintained_at = monotonic()
+            try:
+                self._buffer.maintain(self._clock.now())
+            except FleetcastError as error:  # a full disk passes; what is durable stays in the log
+                self._errors.note("buffer", error)
+
+    def _restore(self) -> None:
+        newest_bin = recovery.restore(
+            self._buffer,
+            self._history,
+            self._roster,
+            self._ledger,
+            self._settings.forecast.gone_after_s,
+            lambda: self._stop.is_requested,
+            None if self._is_data_clock else self._clock.now(),
+        )
+        if newest_bin is not None and not self._stop.is_requested:
+            self._sweeper.forecast_again(newest_bin)
+
+    def _is_ahead_of_the_clock(self) -> bool:
+        """Whether bins were closed that, by the present clock, cannot have begun."""
+        taken_ms = self._history.taken_bin_ms
+        return taken_ms is not None and from_ms(taken_ms) > self._clock.now() + 2 * FUTURE_LIMIT
+
+    def close(self) -> None:
+        """Stop in order: no new request, those at work answered, then everything into its day."""
+        self._report.not_ready = "the daemon is stopping"
+        if not self._listener.stop(DRAIN_S + 2.0):
+            logger.warning("requests were still at work after %.0f s", DRAIN_S)
+        self._sweeper.keep_feedback(at_once=True)
+        try:
+            self._buffer.close()
+        except (StorageFull, StorageBroken) as error:  # durable in the log: the next start moves it
+            logger.error("the last records stay in the buffer's log: %s", error)
+
+    def wait_for_loader(self, timeout_s: float) -> bool:
+        """Wait for a model that is still being loaded; return whether none is."""
+        return self._model.wait(timeout_s)
+
+    def status_line(self) -> str:
+        """Return one line for the service manager."""
+        counts = self._sweeper.counts
+        return f"{self._history.n_servers} servers, {counts.sweeps} sweeps, model {self._model_name()}"
+
+    def _model_name(self) -> str:
+        serving = self._model.in_service
+        return serving.info.version if serving else "none (fallback)"
+
+    def _newest_record_time(self) -> Any:
+        newest_ms = self._history.newest_ms
+        return None if newest_ms is None else from_ms(newest_ms)
+
+    def _serving_model(self, load_model: Callable[[Path], Predictor]) -> ServingModel:
+        paths = self._settings.paths
+        return ServingModel(
+            Registry(Path(paths.checkpoint_dir), Path(paths.models_dir)),
+            load_model,
+            bin_ms=self._history.bin_ms,
+            horizon_bins=self._settings.forecast.horizon_bins,
+            on_load=lambda succeeded: self._telemetry.model_load(succeeded=succeeded),
+        )
+
+    def _build_sweeper(self, *, every_bin: bool) -> Sweeper:
+        return Sweeper(
+            self._history,
+            self._ledger,
+            self._buffer,
+            self._board,
+            self._model,
+            self._telemetry,
+            self._settings.forecast,
+            self._clock,
+            every_bin=every_bin,
+            corrector=self._corrector(),
+            on_error=self._errors.note,
+        )
+
+    def _corrector(self) -> Corrector | None:
+        forecast = self._settings.forecast
+        if forecast.feedback == "off":
+            return None
+        folder = Path(self._settings.paths.data_buffer_dir)
+        return Corrector(folder, self._history, forecast.settle_horizons)
+
+    def _build_report(self) -> SelfReport:
+        is_training = TrainingProbe(Path(self._settings.paths.checkpoint_dir))
+        hold = DataHold(self._history, self._clock, lambda: self._sweeper.is_at_work, is_training)
+        return SelfReport(
+            self._settings,
+            self._clock,
+            self._buffer,
+            self._history,
+            self._roster,
+            self._ledger,
+            self._model,
+            self._sweeper,
+            self._errors,
+            is_held=hold if self._is_data_clock else lambda: False,
+            is_training=is_training,
+        )
+
+    def _build_intake(self, rejected: RejectedRecords) -> Intake:
+        def wake_if_due() -> None:
+            if self._history.has_due(self._clock.now()):
+                self._stop.wake()
+
+        return Intake(
+            self._buffer,
+            self._history,
+            self._roster,
+            rejected,
+            self._wall_clock,
+            self._settings.server,
+            self._settings.buffer,
+            expires=not self._is_data_clock,
+            on_taken=wake_if_due,
+        )

@@ -1,1 +1,0 @@
-"""The forecaster: encoding, network, training, gate, versions, baseline."""

@@ -1,0 +1,1 @@
+"""Prometheus: remote-write bodies and exporters' series, as records."""

@@ -1,0 +1,76 @@
+"""One check of the retraining daemon, as text for people and as a line of `decisions.jsonl`.
+
+Owns: the layout of both. Does not know: how anything in it was measured or decided.
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+
+from fleetcast.clock import iso_z
+from fleetcast.drift.report import DriftReading
+from fleetcast.retraining.safeguards import Decision, safeguards_json
+from fleetcast.schema import QuietVerdict
+
+STARTED, NOTHING, ADVISED, BESIDE, TRAINING = "started", "nothing", "advised", "beside", "training"
+
+
+@dataclass(frozen=True, slots=True)
+class RetrainingCheck:
+    """What was measured, decided and done."""
+
+    at: datetime  # by the Clock
+    reading: DriftReading
+    quiet: QuietVerdict
+    decision: Decision
+    initial_missing: str  # what an initial training lacks; "" = it is due, or not asked any more
+    action: str
+    action_detail: str = ""
+    attempt_id: str | None = None
+
+    def did(self, action: str, detail: str, attempt_id: str | None = None) -> "RetrainingCheck":
+        """Return the check with what was done about it."""
+        return replace(self, action=action, action_detail=detail, attempt_id=attempt_id)
+
+    def as_line(self) -> str:
+        """Return the line of `decisions.jsonl`: inputs, rule, outcome."""
+        decision = self.decision
+        return json.dumps(
+            {
+                "at": iso_z(self.at),
+                "drift": self.reading.current_metrics(),
+                "drift_status": self.reading.status,
+                "model_version": self.reading.model_version,
+                "initial_missing": self.initial_missing,
+                "quiet": asdict(self.quiet),
+                "safeguards": safeguards_json(decision.safeguards),
+                "rule": decision.rule,
+                "should_retrain": decision.should_retrain,
+                "reason": decision.reason,
+                "outcome": self.action,
+                "outcome_detail": self.action_detail,
+                "attempt_id": self.attempt_id,
+            },
+            allow_nan=False,
+        )
+
+    def as_text(self) -> str:
+        """Return what `--once` prints."""
+        lines = [self.reading.as_text(), "", f"Quiet period: {'yes' if self.quiet.is_quiet else 'no'}"]
+        lines[-1] += "" if self.quiet.is_quiet else f" ({self.quiet.reason})"
+        for name, value in self.quiet.measured.items():
+            limit = self.quiet.limits.get(name)
+            shown = "not measured" if value is None else f"{value:.2f}"
+            lines.append(f"  {name:<22} {shown:>12}" + ("" if limit is None else f"  limit {limit:g}"))
+        lines += ["", "Safeguards"]
+        for check in self.decision.safeguards:
+            shown = "none yet" if check.value is None else f"{check.value:.2f}"
+            mark = "ok" if check.passed else "reached"
+            lines.append(f"  {check.name:<27} {shown:>9}  limit {check.limit:g} {check.unit}  {mark}")
+        if self.initial_missing:
+            lines.append(f"  initial training: not yet, {self.initial_missing}")
+        answer = "retrain" if self.decision.should_retrain else "do not retrain"
+        lines += ["", f"Decision: {answer} ({self.decision.reason})"]
+        if self.action_detail:
+            lines.append(self.action_detail)
+        return "\n".join(lines)

@@ -1,0 +1,158 @@
+"""The retraining daemon's numbers for Prometheus: `retraining_metrics.prom`.
+
+Owns: names and labels of these metrics, and the file, rewritten after every check. Does not
+know: how anything in it was measured or decided.
+
+A textfile, not a port of its own: there is no second port to guard, the numbers outlive the
+daemon (their age is one of them), node_exporter's textfile collector reads it as it is, and
+the inference daemon shows it at the end of its own `/metrics`
+(docs/decisions/retraining-metrics-textfile.md).
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from fleetcast.clock import Clock, SystemClock
+from fleetcast.drift.report import READY, DriftReading
+from fleetcast.errors import FleetcastError
+from fleetcast.files import write_atomic
+from fleetcast.retraining.report import RetrainingCheck
+from fleetcast.retraining.state import OUTCOMES, Attempt, RetrainingState
+
+logger = logging.getLogger(__name__)
+
+TEXTFILE = "retraining_metrics.prom"
+PREFIX = "fleetcast_retraining_"
+MAX_BYTES = 65_536  # what the daemon writes is below 10,000
+
+
+class RetrainingTelemetry:
+    """Writes the textfile; counts the attempts it has seen end, those in the state included."""
+
+    def __init__(self, path: Path, clock: Clock | None = None) -> None:
+        self._path = path
+        self._clock = clock or SystemClock()
+        self._seen: set[str] = set()
+        self._ended: Counter[str] = Counter()
+
+    def write(self, check: RetrainingCheck, state: RetrainingState) -> None:
+        """Replace the file. A disk that does not take it costs numbers, never a check."""
+        self._count(state.attempts)
+        wall_s = self._clock.now().timestamp()
+        families = [*_of_check(check, wall_s), *_of_drift(check.reading), *_of_state(state, self._ended)]
+        registry = CollectorRegistry()
+        registry.register(_Families(families))
+        try:
+            write_atomic(self._path, generate_latest(registry))
+        except FleetcastError as error:
+            logger.warning("metrics not written error=%s", error)
+
+    def _count(self, attempts: Iterable[Attempt]) -> None:
+        for attempt in attempts:
+            if not attempt.is_running and attempt.id not in self._seen:
+                self._seen.add(attempt.id)
+                self._ended[attempt.outcome] += 1
+
+
+class _Families(Collector):
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield what was given."""
+        return self._families
+
+
+def _gauge(name: str, text: str, value: float | None) -> Iterator[Metric]:
+    if value is not None:
+        yield GaugeMetricFamily(PREFIX + name, text, value=float(value))
+
+
+def _labelled(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+    family = GaugeMetricFamily(PREFIX + name, text, labels=[label])
+    for key, value in values.items():
+        family.add_metric([key], float(value))
+    return family
+
+
+def _of_check(check: RetrainingCheck, wall_s: float) -> Iterator[Metric]:
+    yield from _gauge("last_check_timestamp_seconds", "wall time of the newest check", wall_s)
+    yield from _gauge(
+        "should_retrain", "1 when the newest decision was to train", check.decision.should_retrain
+    )
+    yield from _gauge("quiet_period", "1 when it was quiet at the newest check", check.quiet.is_quiet)
+    passed = {item.name: float(item.passed) for item in check.decision.safeguards}
+    yield _labelled("safeguard_passed", "1 when a safeguard lets a training pass", "safeguard", passed)
+
+
+def _of_drift(reading: DriftReading) -> Iterator[Metric]:
+    yield from _gauge("drift_ready", "1 with a verdict, 0 while data are collected", reading.status == READY)
+    yield from _gauge(
+        "needs_retraining", "1 when the drift scores ask for a training", reading.needs_retraining
+    )
+    yield _labelled("drift_score", "drift of the window against the baseline", "score", reading.metrics)
+    yield _labelled("drift_threshold", "score at which a training is asked for", "score", reading.thresholds)
+    yield _labelled("drift_basis_info", "what the scores are taken on", "basis", {reading.basis: 1})
+    by_horizon = {str(horizon): per for horizon, per in reading.per_by_horizon.items()}
+    yield _labelled(
+        "prediction_error_ratio", "PER of the version in service, by bins ahead", "horizon_bins", by_horizon
+    )
+    yield from _of_calibration(reading)
+    yield from _gauge("window_pairs", "(server, bin) pairs in the drift window", reading.window.pairs)
+
+
+def _of_calibration(reading: DriftReading) -> Iterator[Metric]:
+    found = reading.calibrated
+    if found is None or found.verdict is None or found.reference is None:
+        return
+    yield _labelled("drift_literal_score", "the literal metrics, reported only", "score", reading.literal)
+    yield from _gauge("drift_series_in_alarm", "series over their calibrated limit", len(found.drifting))
+    yield from _gauge("drift_series_compared", "series that are judged", found.verdict.n_compared)
+    yield from _gauge(
+        "data_quality_events", "outages, restarts and frozen sensors", len(found.verdict.events)
+    )
+    fleet = found.reference.fleet
+    rates = {"target": fleet.false_alarms_per_month, "shown": fleet.shown_per_month}
+    yield _labelled("drift_false_alarms_per_month", "meant, and on days left out", "kind", rates)
+
+
+def _of_state(state: RetrainingState, ended: Mapping[str, int]) -> Iterator[Metric]:
+    last = state.log.last
+    yield from _gauge(
+        "last_training_timestamp_seconds",
+        "time of the last training that ran to a verdict, by the daemon's clock",
+        last.at.timestamp() if last else None,
+    )
+    promoted = CounterMetricFamily(PREFIX + "promotions", "trainings whose model went into service")
+    promoted.add_metric([], float(state.log.total_promoted))
+    yield promoted
+    attempts = CounterMetricFamily(
+        PREFIX + "attempts",
+        "attempts that ended, by outcome, as far as the state remembers",
+        labels=["outcome"],
+    )
+    for outcome in OUTCOMES:
+        attempts.add_metric([outcome], float(ended.get(outcome, 0)))
+    yield attempts
+    yield from _gauge("attempt_running", "1 while a training runs", state.running is not None)
+    yield from _gauge("failures_in_a_row", "failed attempts the back-off counts", state.backoff.failures)
+
+
+def read_textfile(path: Path) -> bytes:
+    """Return the lines of a textfile that are its own; b"" where there is none, or a foreign one."""
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+    except OSError:
+        return b""
+    if len(data) > MAX_BYTES or not data.isascii():
+        return b""
+    own = (PREFIX, f"# HELP {PREFIX}", f"# TYPE {PREFIX}")
+    return b"".join(line + b"\n" for line in data.splitlines() if line.decode().startswith(own))

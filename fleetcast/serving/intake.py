@@ -1,0 +1,165 @@
+"""The way of records into the daemon: checked, made durable, then known to everybody.
+
+Owns: the order of these steps, and the limits on how many servers and metrics there may be.
+Does not know: HTTP, files, forecasts. A record is reported as received only after the buffer
+has made it durable; history and roster learn of it after that, so that nothing is forecast
+from a record that a crash could take back.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from fleetcast.clock import Clock
+from fleetcast.ingest.columns import joined_rows
+from fleetcast.ingest.records import Accepted, RecordRules, accept
+from fleetcast.schema import RecordBatch, Rejection
+from fleetcast.serving.history import BinHistory
+from fleetcast.serving.rejected import RejectedRecords
+from fleetcast.serving.roster import Roster
+from fleetcast.settings import BufferSettings, ServerSettings
+
+
+class Durable(Protocol):
+    """Where accepted records are kept."""
+
+    def append_batch(self, batch: RecordBatch) -> None:
+        """Return once the records are durable."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What became of one request's records."""
+
+    n_received: int
+    rejections: tuple[Rejection, ...]
+    n_ignored_fields: int
+
+
+class Intake:
+    """Takes requests' records; `take` is safe from any thread."""
+
+    def __init__(
+        self,
+        buffer: Durable,
+        history: BinHistory,
+        roster: Roster,
+        rejected: RejectedRecords,
+        wall_clock: Clock,
+        server: ServerSettings,
+        buffer_settings: BufferSettings,
+        *,
+        expires: bool = True,
+        on_taken: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._buffer = buffer
+        self._history = history
+        self._roster = roster
+        self._rejected = rejected
+        self._wall_clock = wall_clock
+        self._limits = server
+        self._buffer_settings = buffer_settings
+        self._expires = expires
+        self._on_taken = on_taken
+
+    def take(self, raw: Sequence[object]) -> Receipt:
+        """Check records and make the good ones durable.
+
+        Raises:
+            StorageFull, StorageBroken: none of them was kept.
+        """
+        return self.take_together([raw])[0]
+
+    def take_together(self, parts: Sequence[Sequence[object]]) -> list[Receipt]:
+        """Do the same for several requests of one layout (`joined_rows.layout_of`) at once.
+
+        Each record meets the fate it would meet alone. The first receipt counts the ignored fields
+        of all.
+
+        Raises:
+            StorageFull, StorageBroken: nothing of any of them was kept.
+        """
+        raw = joined_rows(parts)
+        accepted = accept(raw, self.rules())
+        if len(parts) > 1 and accepted.is_crowded:
+            return [self.take(part) for part in parts]  # that limit is for each request
+        batch, rejections = self._within_limits(accepted, len(raw))
+        if len(batch):
+            self._buffer.append_batch(batch)
+            self._roster.add(batch)
+            self._history.add(batch)
+            self._on_taken()
+        n_ignored = [accepted.ignored_text_fields] + [0] * (len(parts) - 1)
+        owns = _by_part(rejections, [len(part) for part in parts])
+        return [self._receipt(*of_part) for of_part in zip(parts, owns, n_ignored, strict=True)]
+
+    def _receipt(self, raw: Sequence[object], rejections: tuple[Rejection, ...], n_ignored: int) -> Receipt:
+        if rejections:
+            self._rejected.keep(raw, rejections, self._wall_clock.now())
+        return Receipt(len(raw) - len(rejections), rejections, n_ignored)
+
+    def rules(self) -> RecordRules:
+        """Return the rules at this moment; recorded data may be old, but not from before 1970."""
+        rules = RecordRules.at(self._wall_clock.now(), self._buffer_settings, expires=self._expires)
+        return rules if self._expires else replace(rules, oldest_ms=0)
+
+    def _within_limits(self, accepted: Accepted, n_raw: int) -> tuple[RecordBatch, tuple[Rejection, ...]]:
+        """Refuse the records that would bring in a server or a metric too many."""
+        batch = accepted.batch
+        too_many = {
+            **self._servers_too_many(batch),
+            **self._metrics_too_many(batch),
+        }
+        if not too_many:
+            return batch, accepted.rejections
+        index_of_row = np.delete(np.arange(n_raw), [rejection.index for rejection in accepted.rejections])
+        refused = tuple(
+            Rejection(int(index_of_row[row]), rejection.field, rejection.reason)
+            for row, rejection in too_many.items()
+        )
+        is_kept = np.ones(len(batch), dtype=np.bool_)
+        is_kept[list(too_many)] = False
+        everything = sorted((*accepted.rejections, *refused), key=lambda rejection: rejection.index)
+        return batch.where(is_kept), tuple(everything)
+
+    def _servers_too_many(self, batch: RecordBatch) -> dict[int, Rejection]:
+        fresh = self._history.unknown(batch.server_names)
+        room = self._limits.max_server_names - self._history.n_servers
+        if len(fresh) <= room:
+            return {}
+        reason = f"is a new name beyond the limit of {self._limits.max_server_names} servers"
+        codes, first_rows = np.unique(batch.server_codes, return_index=True)
+        row_of = {batch.server_names[code]: row for code, row in zip(codes, first_rows, strict=True)}
+        in_turn = sorted(fresh, key=row_of.__getitem__)  # who comes first gets the last places
+        return self._rows_refused(batch, set(in_turn[max(room, 0) :]), reason)
+
+    def _rows_refused(self, batch: RecordBatch, names: set[str], reason: str) -> dict[int, Rejection]:
+        codes = [code for code, name in enumerate(batch.server_names) if name in names]
+        rows = np.flatnonzero(np.isin(batch.server_codes, codes))
+        return {int(row): Rejection(int(row), "server_name", reason) for row in rows}
+
+    def _metrics_too_many(self, batch: RecordBatch) -> dict[int, Rejection]:
+        fresh = self._roster.unknown_metrics(tuple(batch.metrics))
+        room = self._limits.max_metric_names - self._roster.n_metrics
+        if len(fresh) <= room:
+            return {}
+        reason = f"is a new metric beyond the limit of {self._limits.max_metric_names} metrics"
+        refused: dict[int, Rejection] = {}
+        for metric in fresh[max(room, 0) :]:
+            for row in np.flatnonzero(~np.isnan(batch.metrics[metric])):
+                refused.setdefault(int(row), Rejection(int(row), metric, reason))
+        return refused
+
+
+def _by_part(rejections: Sequence[Rejection], sizes: Sequence[int]) -> list[tuple[Rejection, ...]]:
+    """Return the rejections of each part, numbered within it."""
+    if not rejections:
+        return [()] * len(sizes)
+    ends = np.cumsum(sizes)
+    found: list[list[Rejection]] = [[] for _ in sizes]
+    for one in rejections:
+        part = int(np.searchsorted(ends, one.index, side="right"))
+        found[part].append(replace(one, index=one.index - int(ends[part]) + sizes[part]))
+    return [tuple(some) for some in found]

@@ -1,0 +1,174 @@
+"""Which model is in service, and how the next one gets there.
+
+Owns: the reference that sweeps use, and the thread that loads and warms a new version beside
+the old one. A bad version leaves the old in service, is shown in `/status`, and is not tried
+again until `last.ckpt` points elsewhere.
+Does not know: what a model is made of: it is given `load`, so that importing this is cheap.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from fleetcast.clock import iso_z, monotonic
+from fleetcast.errors import BadCheckpoint, FleetcastError, OtherBins
+from fleetcast.forecast.registry import Registry
+from fleetcast.forecast.versions import Version
+from fleetcast.schema import Floats32, HistoryWindow
+from fleetcast.serving.board import ModelInfo
+
+logger = logging.getLogger(__name__)
+
+_WARM_UP_BINS = 2304
+
+
+class Predictor(Protocol):
+    """A model that forecasts windows."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]: ...
+
+    def predict(self, window: HistoryWindow) -> Floats32: ...
+
+
+@dataclass(frozen=True, slots=True)
+class InService:
+    """One loaded and warmed model."""
+
+    predictor: Predictor
+    info: ModelInfo
+    n_specialised: int = 0  # series that a specialist forecasts
+
+
+class ServingModel:
+    """Swaps models without making anybody wait; `in_service` may be read from any thread."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        load: Callable[[Path], Predictor],
+        *,
+        bin_ms: int,
+        horizon_bins: int,
+        on_load: Callable[[bool], None] = lambda _succeeded: None,
+    ) -> None:
+        self._registry = registry
+        self._load = load
+        self._bin_ms = bin_ms
+        self._horizon_bins = horizon_bins
+        self._on_load = on_load
+        self._thread: threading.Thread | None = None
+        self._pointer: str | None = None  # what last.ckpt pointed to when we last looked
+        self._problems: list[str] = []
+        self.in_service: InService | None = None
+        self.n_failures = 0
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether a version is being loaded beside the one in service."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self) -> None:
+        """Begin to load what serves, in the background."""
+        self._begin(self._registry.current_id())
+
+    def notice(self) -> None:
+        """Begin a reload if `last.ckpt` points elsewhere than before; cheap, never waits."""
+        if self.is_loading:
+            return
+        pointer = self._registry.current_id()
+        if pointer != self._pointer and pointer is not None:
+            self._begin(pointer)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for a load under way; return whether none is left."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        return not self.is_loading
+
+    def report(self) -> dict[str, Any]:
+        """Return the model's part of `/status`."""
+        serving = self.in_service
+        return {
+            **(serving.info.as_dict() if serving else {"version": None, "trained_at": None, "base": None}),
+            "metrics": list(serving.predictor.metrics) if serving else [],
+            "specialised_series": serving.n_specialised if serving else 0,
+            "loading": self.is_loading,
+            "problems": list(self._problems),
+        }
+
+    def _begin(self, pointer: str | None) -> None:
+        self._pointer = pointer
+        # daemon: a process that is told to stop does not wait for an import of torch
+        self._thread = threading.Thread(target=self._run, name="model-loader", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        """Load the version pointed to, or with nothing in service the best there is."""
+        self._problems = []
+        started = monotonic()
+        if self.in_service is None:
+            versions = self._registry.candidates(self._note)
+        else:
+            versions = iter(self._pointed_to())
+        for version in versions:
+            serving = self._try(version)
+            if serving:
+                self.in_service = serving
+                self.n_failures = 0
+                logger.info("model in service version=%s took_s=%.3f", version.id, monotonic() - started)
+                self._on_load(True)
+                return
+        kept = self.in_service.info.version if self.in_service else "the fallback forecast"
+        logger.info("no model to put into service, %s goes on serving", kept)
+
+    def _pointed_to(self) -> list[Version]:
+        try:
+            version = self._registry.version(self._pointer or "")
+            version.verify()
+        except BadCheckpoint as error:
+            self._note(error)
+            return []
+        return [version]
+
+    def _try(self, version: Version) -> InService | None:
+        try:
+            predictor = self._load(version.model_path)
+            self._warm_up(predictor, version.model_path)
+        except OtherBins as error:
+            if version.is_base:  # shipped for the default bins; nothing is wrong with either
+                logger.info("the shipped base model is not used: %s", error)
+            else:
+                self._note(error)
+            return None
+        except (FleetcastError, OSError, RuntimeError, ValueError, ImportError, MemoryError) as error:
+            self._note(error)
+            return None
+        info = ModelInfo(version.id, iso_z(version.created_at), version.is_base)
+        return InService(predictor, info, version.n_specialised)
+
+    def _note(self, error: Exception) -> None:
+        self.n_failures += 1
+        self._problems.append(str(error))
+        logger.error("model version cannot serve: %s", error)
+        self._on_load(False)
+
+    def _warm_up(self, predictor: Predictor, path: Path) -> None:
+        """Forecast a plain series: allocates what a sweep needs, and shows a model that cannot."""
+        metrics = predictor.metrics
+        wave = 50 + 10 * np.sin(np.arange(_WARM_UP_BINS) * (2 * np.pi * self._bin_ms / 86_400_000))
+        values = np.tile(wave.astype(np.float32), (2, len(metrics), 1))
+        window = HistoryWindow(("warm-up-1", "warm-up-2"), metrics, values, 0, self._bin_ms)
+        quantiles = predictor.predict(window)
+        expected = (2, len(metrics), self._horizon_bins, 3)
+        if quantiles.shape != expected or not np.isfinite(quantiles).all():
+            raise BadCheckpoint(
+                path,
+                f"forecasts of shape {quantiles.shape}, expected finite {expected}",
+                hint="train with the settings that serve",
+            )

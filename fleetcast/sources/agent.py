@@ -1,0 +1,222 @@
+"""This machine's real metrics, sent to the inference daemon every few seconds.
+
+    python -m fleetcast.sources.agent --url http://127.0.0.1:8000 --interval 5
+
+Owns: psutil, and how its counters become rates. Does not know: what the daemon does with them.
+Runs alone on any host; the key comes from `TFT_API_KEY`. While the daemon is away the records
+wait in memory (a day of them by default) and are delivered afterwards; a restart of the agent
+itself loses the waiting ones.
+"""
+
+import argparse
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from fleetcast.clock import Clock, SystemClock, iso_z, monotonic
+from fleetcast.errors import ExitCode, FleetcastError
+from fleetcast.logs import configure_logging
+from fleetcast.loop import Stop, run_every
+from fleetcast.sdnotify import SystemdNotifier
+from fleetcast.settings import LoggingSettings
+from fleetcast.sources.backlog import Backlog, Delivery
+from fleetcast.sources.client import DaemonClient
+
+logger = logging.getLogger(__name__)
+
+BYTES_PER_MB = 1e6
+BACKLOG_RECORDS = 17_280  # a day at 5 s
+DELIVERY_TICK_S = 0.5
+FIRST_SPAN_S = 1.0  # a rate over a few milliseconds would be noise
+REQUEST_TIMEOUT_S = 10.0
+SHUTDOWN_S = 10.0
+# Devices whose bytes pass through another one too (or are memory) would be counted twice.
+_VIRTUAL_DISKS = ("loop", "ram", "zram", "dm-", "md", "sr", "fd", "nbd")
+_VIRTUAL_NICS = ("lo", "docker", "br-", "veth", "virbr", "ifb", "cni", "flannel", "cali", "tun", "tap")
+
+
+class CounterRate:
+    """Bytes per second out of growing counters, one per device.
+
+    A counter that fell (device reset, driver reloaded, wrapped) or that is new says nothing
+    about its rate this time and is left out; with nothing left the rate is None, not 0.
+
+    >>> rate = CounterRate()
+    >>> rate.update({"vda": 1_000}, at_s=10.0) is None
+    True
+    >>> rate.update({"vda": 6_000, "vdb": 9}, at_s=15.0)
+    1000.0
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[str, int] = {}
+        self._at_s = 0.0
+
+    def update(self, counts: Mapping[str, int], at_s: float) -> float | None:
+        """Take new counts, return the rate since the last ones."""
+        grown = [n - self._last[name] for name, n in counts.items() if n >= self._last.get(name, n + 1)]
+        elapsed_s = at_s - self._at_s
+        self._last, self._at_s = dict(counts), at_s
+        return sum(grown) / elapsed_s if grown and elapsed_s > 0 else None
+
+
+class HostMeter:
+    """Reads one host. What the host does not have (no disk in a container) is absent."""
+
+    def __init__(self, disk_path: Path = Path("/"), wall_s: Callable[[], float] = monotonic) -> None:
+        self._disk_path = disk_path
+        self._wall_s = wall_s
+        self._disk, self._net_in, self._net_out = CounterRate(), CounterRate(), CounterRate()
+        self.read()  # the first reading of a counter has no rate
+
+    def read(self) -> dict[str, float]:
+        """Return the metrics of the time since the last call."""
+        at_s = self._wall_s()
+        nics = {
+            name: nic
+            for name, nic in psutil.net_io_counters(pernic=True).items()
+            if not name.startswith(_VIRTUAL_NICS)
+        }
+        readings: dict[str, float | None] = {
+            "cpu_pct": psutil.cpu_percent(),
+            "mem_pct": psutil.virtual_memory().percent,
+            "disk_io_mb_s": _in_mb(self._disk.update(_disk_bytes(), at_s)),
+            "net_in_mb_s": _in_mb(self._net_in.update({n: nic.bytes_recv for n, nic in nics.items()}, at_s)),
+            "net_out_mb_s": _in_mb(
+                self._net_out.update({n: nic.bytes_sent for n, nic in nics.items()}, at_s)
+            ),
+            "load_average": os.getloadavg()[0],
+            "disk_usage_pct": _disk_usage_percent(self._disk_path),
+        }
+        return {name: value for name, value in readings.items() if value is not None}
+
+
+def _disk_bytes() -> dict[str, int]:
+    """Return bytes read and written per whole, physical disk."""
+    whole = {path.name for path in Path("/sys/block").glob("*")}
+    return {
+        name: disk.read_bytes + disk.write_bytes
+        for name, disk in psutil.disk_io_counters(perdisk=True).items()
+        if (not whole or name in whole) and not name.startswith(_VIRTUAL_DISKS)
+    }
+
+
+def _disk_usage_percent(path: Path) -> float | None:
+    try:
+        return psutil.disk_usage(str(path)).percent
+    except OSError:  # unmounted for the moment: absent, the other metrics still count
+        return None
+
+
+def _in_mb(bytes_per_s: float | None) -> float | None:
+    return None if bytes_per_s is None else bytes_per_s / BYTES_PER_MB
+
+
+class LocalAgent:
+    """Samples in the caller's thread and delivers in one of its own.
+
+    A daemon that hangs holds up a delivery, never a reading.
+    """
+
+    def __init__(
+        self,
+        server_name: str,
+        meter: HostMeter,
+        client: DaemonClient,
+        *,
+        backlog_records: int = BACKLOG_RECORDS,
+        clock: Clock | None = None,
+    ) -> None:
+        self._server_name = server_name
+        self._meter = meter
+        self._clock = clock or SystemClock()
+        self._backlog = Backlog(backlog_records)
+        self._delivery = Delivery(self._backlog, client.post_records)
+        self._notifier = SystemdNotifier()
+        self._ending = threading.Event()
+
+    def cycle(self) -> None:
+        """Take one reading."""
+        reading = self._meter.read()
+        record = {"timestamp": iso_z(self._clock.now()), "server_name": self._server_name, **reading}
+        self._backlog.add(record)
+        self._notifier.alive(self.summary())
+
+    def run(self, interval_s: float, stop: Stop) -> bool:
+        """Sample every `interval_s` until the stop; then give the last records a bounded chance."""
+        sender = threading.Thread(target=self._deliver, name="delivery", daemon=True)
+        sender.start()
+        self._notifier.ready()
+        stop.wait(min(FIRST_SPAN_S, interval_s))
+        is_fine = run_every(self.cycle, interval_s, stop)
+        self._notifier.stopping(stop.reason)
+        self._ending.set()
+        sender.join(SHUTDOWN_S)
+        logger.info("agent ends %s", self.summary())
+        return is_fine
+
+    def summary(self) -> str:
+        """Return one line for people."""
+        state = "away" if self._delivery.is_away else "ok"
+        return (
+            f"daemon={state} received={self._delivery.received} rejected={self._delivery.rejected} "
+            f"waiting={len(self._backlog)} displaced={self._backlog.displaced}"
+        )
+
+    def _deliver(self) -> None:
+        is_last = False
+        while not is_last:
+            is_last = self._ending.wait(DELIVERY_TICK_S)
+            try:
+                self._delivery.run_due()
+            except Exception:  # the loop boundary: readings go on, so must deliveries
+                logger.exception("delivery failed")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="local_agent", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the inference daemon (%(default)s)")
+    parser.add_argument("--interval", type=float, default=5.0, help="seconds between readings (%(default)s)")
+    parser.add_argument("--server-name", default=socket.gethostname(), help="name of this host (%(default)s)")
+    parser.add_argument(
+        "--disk-path", type=Path, default=Path("/"), help="file system of disk_usage_pct (%(default)s)"
+    )
+    parser.add_argument(
+        "--backlog",
+        type=int,
+        default=BACKLOG_RECORDS,
+        help="records kept while the daemon is away (%(default)s)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the agent until SIGTERM or SIGINT."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if not 0.1 <= options.interval <= 3600:
+        parser.error(f"--interval must be in 0.1..3600 seconds, got {options.interval:g}")
+    if options.backlog < 1:
+        parser.error(f"--backlog must be at least 1, got {options.backlog}")
+    name = options.server_name
+    if not 1 <= len(name) <= 128 or not name.isprintable():
+        parser.error(f"--server-name must be 1 to 128 printable characters, got {name!r}")
+    try:
+        client = DaemonClient(options.url, timeout_s=REQUEST_TIMEOUT_S)
+    except FleetcastError as error:
+        parser.error(str(error))
+    configure_logging(None, LoggingSettings())
+    stop = Stop()
+    stop.install()
+    agent = LocalAgent(name, HostMeter(options.disk_path), client, backlog_records=options.backlog)
+    logger.info("agent starts url=%s server_name=%s interval_s=%g", options.url, name, options.interval)
+    return ExitCode.OK if agent.run(options.interval, stop) else ExitCode.FAILED
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,175 @@
+"""What happens to days after rows arrived: compaction, sealing, expiry.
+
+Owns: when each is due. Does not know: the log, or how a day is changed (`daywriter`, `sealing`).
+Not thread safe: the caller holds the store's structure lock.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date, datetime, timedelta
+from pathlib import Path
+
+from fleetcast.clock import monotonic, to_ms
+from fleetcast.settings import BufferSettings
+from fleetcast.storage.daybuild import Step, hidden_name
+from fleetcast.storage.dayfiles import DAY_MS, day_start_ms, folder_bytes, list_days, part_names
+from fleetcast.storage.sealing import SealProcess
+from fleetcast.storage.tables import TableKind
+from fleetcast.storage.writer import DayWriter
+
+logger = logging.getLogger(__name__)
+
+SEAL_GRACE = timedelta(minutes=10)  # by the owner's clock: time for late rows
+
+
+@dataclass(frozen=True, slots=True)
+class UpkeepPace:
+    """Wall times between the steps, and how many parts a day may have."""
+
+    compact_parts: int = 60
+    compact_interval_s: float = 3600.0
+    seal_quiet_s: float = 60.0  # without a new part, before a day is sealed
+    reseal_quiet_s: float = 600.0  # before another try after a failure
+    expire_interval_s: float = 60.0
+
+
+@dataclass(slots=True)
+class OpenDay:
+    """What is remembered of a day that is a folder of parts; times are wall seconds."""
+
+    changed_at: float
+    compacted_at: float
+    n_new_parts: int = 0
+    seal_after: float = 0.0
+
+
+class DayUpkeep:
+    """Keeps the days of one kind few in files and within the retention."""
+
+    def __init__(
+        self,
+        folder: Path,
+        writer: DayWriter,
+        kind: TableKind,
+        settings: BufferSettings,
+        pace: UpkeepPace,
+        settle: Callable[[], None],
+        on_step: Step,
+    ) -> None:
+        """Remember what to keep; `settle` is called before parts lose the numbers of their segments."""
+        self._folder = folder
+        self._writer = writer
+        self._kind = kind
+        self._settings = settings
+        self._pace = pace
+        self._settle = settle
+        self._step = on_step
+        self._open_days: dict[date, OpenDay] = {}
+        self._sealer: SealProcess | None = None
+        self._expire_at = 0.0
+
+    def load(self) -> None:
+        """Note the days that are folders of parts."""
+        now = monotonic()
+        for day in list_days(self._folder, self._kind):
+            path = self._writer.path(day)
+            if path.is_dir():
+                self._open_days[day] = OpenDay(now, now, len(part_names(path)))
+
+    def note_change(self, day: date) -> None:
+        """Note that rows were added to a day."""
+        now = monotonic()
+        state = self._open_days.setdefault(day, OpenDay(now, now))
+        state.changed_at = now
+        state.n_new_parts += 1
+
+    def run(self, now: datetime, *, expires: bool) -> None:
+        """Do what is due; `now` is the owner's clock."""
+        self._compact_due()
+        self._seal_due(now)
+        if expires and monotonic() >= self._expire_at:
+            self._expire_at = monotonic() + self._pace.expire_interval_s
+            self._expire(now)
+
+    def stop(self) -> None:
+        """End a running sealing; its day stays as it is."""
+        if self._sealer is not None:
+            self._sealer.stop()
+            self._sealer = None
+
+    def _compact_due(self) -> None:
+        now = monotonic()
+        for day, state in self._open_days.items():
+            if self._sealer is not None and self._sealer.day == day:
+                continue
+            is_old = state.n_new_parts > 1 and now - state.compacted_at >= self._pace.compact_interval_s
+            if is_old or state.n_new_parts >= self._pace.compact_parts:
+                self._settle()
+                if self._writer.compact(day):
+                    logger.info("buffer compacted kind=%s day=%s", self._kind.name, day)
+                state.n_new_parts = 0
+                state.compacted_at = now
+
+    def _seal_due(self, now: datetime) -> None:
+        """Start sealing the oldest day that is over and quiet, or take over the finished one."""
+        if self._sealer is not None:
+            if not self._sealer.is_running:
+                process, self._sealer = self._sealer, None
+                self._finish_seal(process)
+            return
+        wall = monotonic()
+        over_ms = to_ms(now - SEAL_GRACE)
+        for day, state in sorted(self._open_days.items()):
+            is_over = day_start_ms(day) + DAY_MS <= over_ms
+            if is_over and wall >= max(state.changed_at + self._pace.seal_quiet_s, state.seal_after):
+                self._settle()
+                target = hidden_name(self._writer.path(day))
+                self._sealer = SealProcess(self._folder, self._kind.name, day, target)
+                self._step("seal started")
+                return
+
+    def _finish_seal(self, process: SealProcess) -> None:
+        state = self._open_days[process.day]
+        path = self._writer.path(process.day)
+        state.seal_after = monotonic() + self._pace.reseal_quiet_s
+        sealed = process.result()
+        if sealed is None:
+            return
+        if state.changed_at >= process.started_at or list(sealed.parts) != part_names(path):
+            sealed.path.unlink(missing_ok=True)  # late rows came meanwhile: it lacks them
+            return
+        self._writer.put_sealed(process.day, sealed.path, sealed.rejects)
+        del self._open_days[process.day]
+        size = folder_bytes(path)
+        name = self._kind.name
+        logger.info(
+            "buffer sealed kind=%s day=%s rows=%d size_bytes=%d", name, process.day, sealed.n_rows, size
+        )
+
+    def _expire(self, now: datetime) -> None:
+        oldest = (now - timedelta(days=self._settings.retention_days)).date()
+        days = list_days(self._folder, self._kind)
+        for day in days:
+            if day < oldest:
+                self._remove(day, "older than the retention")
+        if self._settings.retention_max_mb:
+            self._expire_by_size([day for day in days if day >= oldest])
+
+    def _expire_by_size(self, days: list[date]) -> None:
+        """Remove the oldest days until the rest fits; the newest day always stays."""
+        sizes = [folder_bytes(self._writer.path(day)) for day in days]
+        excess = sum(sizes) - self._settings.retention_max_mb * 1_000_000
+        for day, size in list(zip(days, sizes, strict=True))[:-1]:
+            if excess <= 0:
+                return
+            self._remove(day, "more bytes than retention_max_mb")
+            excess -= size
+
+    def _remove(self, day: date, why: str) -> None:
+        if self._sealer is not None and self._sealer.day == day:
+            self.stop()
+        self._writer.remove(day)
+        self._step("day removed")
+        self._open_days.pop(day, None)
+        logger.info("buffer expired kind=%s day=%s why=%s", self._kind.name, day, why)

@@ -1,0 +1,1 @@
+"""Training: windows of the history, fitting, what was held out, the gate's verdict."""

@@ -1,0 +1,212 @@
+"""Fit a network to sampled windows: steps, loss, schedule.
+
+Owns: the loss and the optimiser, when to stop early; with `forecaster.py` and `network.py` the owner
+of torch, and the only one that builds a `lightning.Trainer`. Lightning writes nothing: a training
+that is to survive a kill brings a `StateFile`. Does not know: where data come from, what a gate is.
+"""
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from fleetcast.forecast.gridshape import GridShape
+from fleetcast.forecast.network import Batch, NetworkConfig, StaticNetwork, as_batch, build
+from fleetcast.schema import QUANTILES
+from fleetcast.training.sampler import TrainingBatch
+from fleetcast.training.training_epochs import Epochs, Resumable, Tensors
+from fleetcast.training.training_state import TrainingState
+
+logger = logging.getLogger(__name__)
+
+_GRADIENT_LIMIT = 1.0
+_WEIGHT_DECAY = 1e-2
+_FINAL_RATE = 0.02  # of the peak, at the end of the cosine
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How long and how fast to train."""
+
+    epochs: int
+    steps_per_epoch: int
+    learning_rate: float
+    warmup_steps: int
+    threads: int
+    seed: int
+    shows_progress_bar: bool = False
+    keep_weight: float = 0.0  # of the distance from the starting weights' answers, on replayed windows
+    patience_epochs: int = 0  # epochs without a lower validation loss after which to stop; 0: never
+
+
+def fit(
+    config: NetworkConfig,
+    grid: GridShape,
+    weights: Mapping[str, Tensor] | None,
+    draw: Callable[[], TrainingBatch],
+    plan: Fit,
+    *,
+    validation: TrainingBatch | None = None,
+    state: Resumable | None = None,
+) -> dict[str, Tensor]:
+    """Train and return the weights: the best epoch's by the validation windows, else the last ones.
+
+    Args:
+        weights: where to start from; None = fresh.
+        draw: returns the next batch.
+        validation: windows no batch holds.
+        state: where the training stands after each epoch; it goes on from there.
+    """
+    torch.set_num_threads(plan.threads)
+    for name in ("lightning.pytorch", "lightning.fabric"):  # advertisements and hardware notes
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch.manual_seed(plan.seed)
+    with warnings.catch_warnings():
+        # the libraries warn of loaders and hyperparameters that this training has none of
+        warnings.simplefilter("ignore")
+        network = build(config)
+        if weights is not None:
+            network.load_state_dict(dict(weights))
+        parent = StaticNetwork(weights, config) if weights is not None and plan.keep_weight > 0 else None
+        fitting = _Fitting(network, config, grid, plan, parent)
+        epochs = Epochs(
+            fitting,
+            plan.epochs,
+            plan.patience_epochs,
+            _tensors(validation) if validation else None,
+            state,
+        )
+        if epochs.is_over:
+            return epochs.result()
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=plan.epochs - epochs.done,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=plan.shows_progress_bar,
+            gradient_clip_val=_GRADIENT_LIMIT,
+            callbacks=[epochs],
+        )
+        trainer.fit(fitting, train_dataloaders=_Steps(draw, plan.steps_per_epoch))
+    return epochs.result()
+
+
+class _Steps:
+    """One epoch of batches; Lightning takes any iterable with a length."""
+
+    def __init__(self, draw: Callable[[], TrainingBatch], count: int) -> None:
+        self._draw, self._count = draw, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Tensors]:
+        for _ in range(self._count):
+            yield _tensors(self._draw())
+
+
+def _tensors(drawn: TrainingBatch) -> Tensors:
+    batch = as_batch(drawn.arrays, drawn.metric_slots)
+    rest = torch.from_numpy(drawn.targets), torch.from_numpy(drawn.is_replay)
+    return batch.past, batch.ahead, batch.static, batch.metric, *rest
+
+
+class _Fitting(lightning.LightningModule):
+    """Pinball loss over every bin of the horizon, AdamW, warm-up and cosine."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        config: NetworkConfig,
+        grid: GridShape,
+        plan: Fit,
+        parent: StaticNetwork | None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self._config, self._plan, self._parent = config, plan, parent
+        self._interpolation = torch.from_numpy(grid.interpolation())  # (knot, horizon)
+        self._bin_weights = torch.from_numpy(grid.bin_weights())
+        self._quantiles = torch.tensor(QUANTILES)
+        self._steps_done = 0
+        self._optimizer_state: dict[str, Any] = {}
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def go_on(self, state: TrainingState) -> None:
+        """Continue where a training was interrupted."""
+        self.network.load_state_dict(state.weights)
+        self._steps_done = state.epoch * self._plan.steps_per_epoch
+        self._optimizer_state = state.optimizer
+
+    def loss(self, batch: Tensors) -> Tensor:
+        """Return the loss of one batch."""
+        past, ahead, static, metric, targets, is_replay = batch
+        weights = dict(self.network.named_parameters(remove_duplicate=False))
+        answer = StaticNetwork(weights, self._config)(Batch(past, ahead, static, metric))
+        bins = torch.einsum("nkq,kh->nhq", answer, self._interpolation)
+        loss = pinball(bins, targets, self._bin_weights, self._quantiles)
+        if self._parent is None or not bool(is_replay.any()):
+            return loss
+        replay = Batch(past[is_replay], ahead[is_replay], static[is_replay], metric[is_replay])
+        return loss + self._plan.keep_weight * self._moved(replay, answer[is_replay])
+
+    def _moved(self, replay: Batch, answer: Tensor) -> Tensor:
+        """Return how far the answers to replayed windows are from those of the starting weights."""
+        assert self._parent is not None
+        with torch.no_grad():
+            before = self._parent(replay)
+        return nn.functional.smooth_l1_loss(answer, before)
+
+    def training_step(self, batch: Tensors, _index: int) -> Tensor | None:
+        loss = self.loss(batch)
+        self.log("loss", loss, prog_bar=True)
+        return loss if bool(torch.isfinite(loss)) else None  # None skips the step
+
+    def configure_optimizers(self) -> Any:
+        # fused: 400 small tensors one by one take 12 ms a step, fused 3
+        optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=self._plan.learning_rate, weight_decay=_WEIGHT_DECAY, fused=True
+        )
+        if self._optimizer_state:
+            optimizer.load_state_dict(self._optimizer_state)
+        self.optimizer = optimizer
+        n_step, done = self._plan.epochs * self._plan.steps_per_epoch, self._steps_done
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: rate_share(done + step, n_step, self._plan.warmup_steps)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def pinball(answer: Tensor, targets: Tensor, bin_weights: Tensor, quantiles: Tensor) -> Tensor:
+    """Return the mean pinball loss of known targets.
+
+    Args:
+        answer: (window, horizon, quantile)
+        targets: (window, horizon) NaN = unknown.
+    """
+    is_known = torch.isfinite(targets)
+    missed = torch.where(is_known, targets, 0.0)[..., None] - answer
+    losses = torch.maximum(quantiles * missed, (quantiles - 1) * missed).mean(dim=-1)
+    weights = bin_weights * is_known
+    return (losses * weights).sum() / weights.sum().clamp(min=1.0)
+
+
+def rate_share(step: int, n_step: int, warmup_steps: int) -> float:
+    """Return the learning rate at a step as a share of its peak: warm-up, then cosine.
+
+    >>> [round(rate_share(step, 100, 10), 2) for step in (0, 9, 10, 55, 100)]
+    [0.1, 1.0, 1.0, 0.51, 0.02]
+    """
+    warmup_steps = min(warmup_steps, n_step // 2)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    done = min(1.0, (step - warmup_steps) / max(1, n_step - warmup_steps))
+    return _FINAL_RATE + (1 - _FINAL_RATE) * (1 + math.cos(math.pi * done)) / 2

@@ -1,0 +1,185 @@
+"""A training export → the grid of bins a training samples from.
+
+Owns: reading the parquet export (raw rows or bins) into (server, metric, bin), with bounded
+memory and by the same `bin_means` the server uses. Does not know: windows, models, gates.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fleetcast.bins import bin_means
+from fleetcast.errors import BadData
+from fleetcast.schema import Codes, Floats, Floats32, Longs
+
+MAX_DAYS = 100  # older rows are left out: one row of 1970 must not make a grid of 50 years
+MAX_CELLS = 2_000_000_000  # 8 GB of float32
+_DAY_MS = 86_400_000
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingGrid:
+    """Bin means of a fleet on one time axis."""
+
+    server_names: tuple[str, ...]
+    metrics: tuple[str, ...]
+    values: Floats32  # (server, metric, bin) native units, NaN = no record
+    start_ms: int
+    bin_ms: int
+
+    @property
+    def n_bins(self) -> int:
+        """Return the length of the time axis."""
+        return int(self.values.shape[2])
+
+    @property
+    def end_ms(self) -> int:
+        """Return the end of the newest bin."""
+        return self.start_ms + self.n_bins * self.bin_ms
+
+    @property
+    def span_s(self) -> float:
+        """Return the length of the time axis in seconds."""
+        return self.n_bins * self.bin_ms / 1000
+
+    def bin_of(self, moment_ms: int) -> int:
+        """Return the index of the bin that holds a time; it may lie outside the grid."""
+        return (moment_ms - self.start_ms) // self.bin_ms
+
+    @classmethod
+    def read(cls, path: Path, metrics: tuple[str, ...], bin_ms: int) -> Self:
+        """Read an export.
+
+        Args:
+            path: parquet with `timestamp`, `server_name` and metric columns, in any order.
+            metrics: the columns wanted; absent ones are left out.
+        Raises:
+            BadData: the file is not of this shape, or holds no wanted metric.
+        """
+        try:
+            with pq.ParquetFile(path) as source:
+                return cls._read(_Export(path, source, metrics), bin_ms)
+        except (pa.ArrowException, OSError) as error:
+            raise BadData(f"{path} cannot be read as parquet: {error}") from error
+
+    @classmethod
+    def _read(cls, export: "_Export", bin_ms: int) -> Self:
+        spans = [export.time_span(group) for group in range(export.n_groups)]
+        newest = max((span[1] for span in spans), default=-1)
+        oldest = max(min((span[0] for span in spans), default=0), newest - MAX_DAYS * _DAY_MS)
+        start = oldest // bin_ms * bin_ms
+        n_bins = max(0, newest // bin_ms - start // bin_ms + 1)
+        names = export.server_names()
+        shape = (len(names), len(export.metrics), n_bins)
+        if np.prod(shape, dtype=np.float64) > MAX_CELLS:
+            raise BadData(
+                f"{export.path}: {shape} (server, metric, bin) cells are too many", hint="longer bins"
+            )
+        values = np.full(shape, np.nan, np.float32)
+        codes_of = {name: code for code, name in enumerate(names)}
+        for codes, times, rows in _complete_bins(export.groups(codes_of), spans, bin_ms):
+            code, bin_start, means = bin_means(codes, times, rows, bin_ms)
+            kept = bin_start >= start
+            values[code[kept], :, (bin_start[kept] - start) // bin_ms] = means[kept]
+        return cls(names, export.metrics, values, start, bin_ms)
+
+
+_Rows = tuple[Codes, Longs, Floats]  # server codes (row,), times (row,), values (row, metric)
+
+
+def _complete_bins(groups: Iterator[_Rows], spans: list[tuple[int, int]], bin_ms: int) -> Iterator[_Rows]:
+    """Yield the rows of bins to which no later row group adds, so that memory stays bounded."""
+    pending: list[_Rows] = []
+    for number, rows in enumerate(groups):
+        pending.append(rows)
+        later = min((span[0] for span in spans[number + 1 :]), default=None)
+        joined = _joined(pending)
+        limit = None if later is None else later // bin_ms * bin_ms
+        is_complete = np.ones(len(joined[1]), np.bool_) if limit is None else joined[1] < limit
+        if is_complete.any():
+            yield _chosen(joined, is_complete)
+        pending = [] if is_complete.all() else [_chosen(joined, ~is_complete)]
+
+
+def _joined(pending: list[_Rows]) -> _Rows:
+    if len(pending) == 1:
+        return pending[0]
+    codes, times, values = zip(*pending, strict=True)
+    return np.concatenate(codes), np.concatenate(times), np.concatenate(values)
+
+
+def _chosen(rows: _Rows, mask: Any) -> _Rows:
+    return rows[0][mask], rows[1][mask], rows[2][mask]
+
+
+class _Export:
+    """The parquet file, one row group at a time."""
+
+    def __init__(self, path: Path, source: pq.ParquetFile, metrics: tuple[str, ...]) -> None:
+        schema = source.schema_arrow
+        self.path, self._source = path, source
+        missing = [name for name in ("timestamp", "server_name") if name not in schema.names]
+        if missing:
+            raise BadData(
+                f"{path} has no column {' and no '.join(missing)}; it has {', '.join(schema.names)}"
+            )
+        self.metrics = tuple(name for name in metrics if name in schema.names and _is_number(schema, name))
+        if not self.metrics:
+            raise BadData(
+                f"{path} holds none of the metrics {', '.join(metrics)}; it has {', '.join(schema.names)}",
+                hint="name the metrics to forecast in bins.forecast_metrics",
+            )
+
+    @property
+    def n_groups(self) -> int:
+        """Return how many row groups there are."""
+        return int(self._source.metadata.num_row_groups)
+
+    def time_span(self, group: int) -> tuple[int, int]:
+        """Return the oldest and the newest time of a row group."""
+        times = _milliseconds(self._source.read_row_group(group, columns=["timestamp"]).column(0))
+        known = times[times >= 0]
+        return (int(known.min()), int(known.max())) if len(known) else (2**62, -1)
+
+    def server_names(self) -> tuple[str, ...]:
+        """Return the distinct names, sorted."""
+        names: set[str] = set()
+        for group in range(self.n_groups):
+            column = self._source.read_row_group(group, columns=["server_name"]).column(0)
+            names.update(str(name) for name in column.unique().to_pylist() if name is not None)
+        return tuple(sorted(names))
+
+    def groups(self, codes_of: dict[str, int]) -> Iterator[_Rows]:
+        """Yield the rows of every row group; rows without a time or a server are dropped."""
+        for group in range(self.n_groups):
+            table = self._source.read_row_group(group, columns=["timestamp", "server_name", *self.metrics])
+            times = _milliseconds(table.column("timestamp"))
+            names = table.column("server_name").cast(pa.string()).combine_chunks().dictionary_encode()
+            if isinstance(names, pa.ChunkedArray):
+                names = names.combine_chunks()
+            lookup = np.array([codes_of[str(name)] for name in names.dictionary.to_pylist()] + [-1], np.int32)
+            codes = lookup[names.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+            columns = [table.column(metric).cast(pa.float64()).to_numpy() for metric in self.metrics]
+            kept = (codes >= 0) & (times >= 0)
+            values = np.stack(columns, axis=1)[kept] if columns else np.empty((0, 0))
+            values[~np.isfinite(values)] = np.nan
+            yield codes[kept], times[kept], values
+
+
+def _is_number(schema: pa.Schema, name: str) -> bool:
+    kind = schema.field(name).type
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
+
+
+def _milliseconds(column: pa.ChunkedArray) -> Longs:
+    """Return times in ms since 1970, -1 where there is none."""
+    if not pa.types.is_timestamp(column.type):
+        raise BadData(f"column timestamp must hold times, got {column.type}")
+    unit = pa.timestamp("ms", tz=column.type.tz)
+    numbers = column.cast(unit, safe=False).cast(pa.int64()).fill_null(-1)
+    return np.asarray(numbers.to_numpy(), np.int64)
