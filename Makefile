@@ -35,7 +35,7 @@ test: check  ## everything CI runs: check, unit, doctest, contract, integration,
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
 
 docs: .venv/.requirements  ## make docs/settings.md again from the dataclasses
-	$(BIN)/python -m fleetcast.settings_doc > docs/settings.md
+	$(BIN)/python -m fleetcast.settings > docs/settings.md
 
 demo: .venv/.requirements  ## the whole loop on bundled real data, 3-6 minutes; state stays in demo_run/
 	$(BIN)/python -m benchmarks.demo

@@ -8,9 +8,9 @@ model is trained (`tft_trainer.py`, run by path as a child). A stop leaves a run
 alone; the next start adopts it.
 """
 
+import argparse
 import logging
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -19,26 +19,22 @@ from pathlib import Path
 from drift_monitor import METRICS_FILE, DriftMonitor
 from fleetcast.clock import Clock, DataClock, SystemClock, monotonic
 from fleetcast.drift.evidence import DriftEvidence, DriftSource
-from fleetcast.errors import AlreadyRunning, BadData, ExitCode, FleetcastError, SettingsError
+from fleetcast.errors import AlreadyRunning, BadData, ExitCode, SettingsError
 from fleetcast.files import OwnerLock, read_pid, write_json
 from fleetcast.forecast.registry import Registry
-from fleetcast.logs import configure_logging
-from fleetcast.loop import Stop, run_every
+from fleetcast.loop import Stop, SystemdNotifier, configure_logging, run_every
+from fleetcast.program import models_dir, run_program
 from fleetcast.retraining.attempts import Attempts
 from fleetcast.retraining.decision import RetrainingDecisionEngine
-from fleetcast.retraining.drift_log import DriftLog
-from fleetcast.retraining.hostload import HostProbe
 from fleetcast.retraining.inquiry import Inquiry
 from fleetcast.retraining.options import parser, settings_of, with_arguments
-from fleetcast.retraining.quiet import FleetMean, quiet_verdict
-from fleetcast.retraining.quiet_week import QuietWeek
+from fleetcast.retraining.order import training_context, training_steps
+from fleetcast.retraining.quiet import FleetMean, HostProbe, QuietWeek, quiet_verdict
 from fleetcast.retraining.readiness import Readiness
-from fleetcast.retraining.report import ADVISED, BESIDE, NOTHING, STARTED, TRAINING, RetrainingCheck
+from fleetcast.retraining.report import ADVISED, BESIDE, NOTHING, STARTED, TRAINING, DriftLog, RetrainingCheck
 from fleetcast.retraining.state import FAILED, STATE_FILE, Attempt
-from fleetcast.retraining.training_order import training_context, training_steps
 from fleetcast.retraining.trainings import DECISIONS_FILE, Trainings
 from fleetcast.schema import QuietVerdict
-from fleetcast.sdnotify import SystemdNotifier
 from fleetcast.settings import Settings
 
 __all__ = ["AdaptiveRetrainingDaemon", "RetrainingDecisionEngine"]
@@ -79,8 +75,7 @@ class AdaptiveRetrainingDaemon:
         is_data = self._settings.clock.mode == "data"
         self._clock = clock or (DataClock(lambda: self._newest) if is_data else SystemClock())
         self._store = DataBuffer(paths.data_buffer_dir, settings=self._settings.buffer, expire=False)
-        models_dir = Path(paths.models_dir or Path(__file__).resolve().parent / "models")
-        self._registry = Registry(Path(paths.checkpoint_dir), models_dir)
+        self._registry = Registry(Path(paths.checkpoint_dir), models_dir(self._settings))
         self._source = DriftSource(self._store, self._registry, drift, bins.bin_s * 1000)
         self._monitor = DriftMonitor(drift.window_size, settings=drift, clock=self._clock)
         horizon_bins = self._settings.forecast.horizon_bins
@@ -274,25 +269,25 @@ def _once(daemon: AdaptiveRetrainingDaemon, settings: Settings) -> ExitCode:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the daemon, or one check, or one export; return the exit code."""
     options = parser().parse_args(argv)
-    try:
-        settings = settings_of(options)
-        if options.export:
-            from fleetcast.retraining.order import export_for_training
+    return run_program("adaptive_retraining_daemon", lambda: _run(options))
 
-            print(export_for_training(settings, options.export))
-            return int(ExitCode.OK)
-        try:
-            daemon = AdaptiveRetrainingDaemon(settings=settings, config=options.config)
-        except BadData as error:
-            raise SettingsError([f"retraining.daemon_url: {error}"]) from error
-        if options.once:
-            return int(_once(daemon, settings))
-        daemon.own(strict=True)  # before the log file has two writers
-        configure_logging(Path(LOG_FILE), settings.logging)
-        return int(daemon.run())
-    except FleetcastError as error:
-        print(f"adaptive_retraining_daemon: {error}", file=sys.stderr)
-        return int(error.exit_code)
+
+def _run(options: argparse.Namespace) -> int:
+    settings = settings_of(options)
+    if options.export:
+        from fleetcast.retraining.order import export_for_training
+
+        print(export_for_training(settings, options.export))
+        return ExitCode.OK
+    try:
+        daemon = AdaptiveRetrainingDaemon(settings=settings, config=options.config)
+    except BadData as error:
+        raise SettingsError([f"retraining.daemon_url: {error}"]) from error
+    if options.once:
+        return _once(daemon, settings)
+    daemon.own(strict=True)  # before the log file has two writers
+    configure_logging(Path(LOG_FILE), settings.logging)
+    return daemon.run()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Does not know: HTTP, how bins close, models. The files are described in `docs/fo
 
 import argparse
 import logging
-import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fleetcast.clock import Clock, SystemClock, from_ms, to_ms
-from fleetcast.errors import BadData, ExitCode, FleetcastError
+from fleetcast.errors import BadData, ExitCode, FleetcastError, StorageBroken
 from fleetcast.ingest.records import Accepted, RecordRules, accept, accept_columns
+from fleetcast.program import run_program
 from fleetcast.schema import RecordBatch, Rejection, SettledForecasts
 from fleetcast.settings import BufferSettings, load_settings
 
@@ -216,7 +216,7 @@ class DataBuffer:
         now = self._clock.now() if self._expires else SystemClock().now()
         rules = RecordRules.at(now, self._settings, expires=self._expires)
         if hasattr(records, "columns") and hasattr(records, "iloc"):
-            from fleetcast.storage.batches import columns_of_frame
+            from fleetcast.storage.tables import columns_of_frame
 
             columns = columns_of_frame(records)
             for start in range(0, len(records), _APPEND_ROWS):
@@ -237,15 +237,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-buffer-dir", help="folder of the buffer (default: ./data_buffer)")
     parser.add_argument("--config", type=Path, help="settings file (default: ./fleetcast.toml, if present)")
     options = parser.parse_args(argv)
+    return run_program("data_buffer", lambda: _print_stats(options.config, options.data_buffer_dir))
+
+
+def _print_stats(config: Path | None, folder: str | None) -> int:
+    settings = load_settings(config, {"paths.data_buffer_dir": folder})
     try:
-        settings = load_settings(options.config, {"paths.data_buffer_dir": options.data_buffer_dir})
         stats = DataBuffer(settings.paths.data_buffer_dir, settings=settings.buffer).get_stats()
-    except FleetcastError as error:
-        print(f"data_buffer: {error}", file=sys.stderr)
-        return int(error.exit_code)
     except OSError as error:  # a folder that may not be read
-        print(f"data_buffer: {error}", file=sys.stderr)
-        return int(ExitCode.FAILED)
+        raise StorageBroken(str(error)) from error
     print(f"buffer       {settings.paths.data_buffer_dir}")
     for title, counts in (("records", stats), ("predictions", stats["predictions"])):
         span = counts["date_range"]
@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{title:<12} {counts['total_records']:,} rows in {counts['file_count']} day files,"
             f" {days}, {counts['disk_usage_mb']} MB"
         )
-    return 0
+    return ExitCode.OK
 
 
 if __name__ == "__main__":

@@ -7,22 +7,22 @@ Owns: thresholds, weights, the combined rule and the verdict. Does not know: the
 """
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fleetcast.clock import Clock, SystemClock
-from fleetcast.drift.calibrated_reading import CalibratedReading, calibrated_reading
 from fleetcast.drift.evidence import DriftSource
 from fleetcast.drift.figure import drift_figure
 from fleetcast.drift.literal.baseline import Baseline
-from fleetcast.drift.literal.columns import extended, float_columns, n_rows
 from fleetcast.drift.literal.scores import (
     Columns,
     MetricReference,
     MetricScores,
     error_rate,
+    extended,
+    float_columns,
+    n_rows,
     reference_of,
     references_from,
     score_window,
@@ -30,13 +30,20 @@ from fleetcast.drift.literal.scores import (
 )
 from fleetcast.drift.literal.series import SeriesDrift, series_drift
 from fleetcast.drift.literal.window import PairWindow
-from fleetcast.drift.report import COLLECTING, READY, BaselineFacts, DriftReading, WindowFacts
+from fleetcast.drift.report import (
+    BaselineFacts,
+    CalibratedReading,
+    DriftReading,
+    WindowFacts,
+    calibrated_reading,
+)
+from fleetcast.drift.seasonal.detector import COLLECTING, READY
 from fleetcast.drift.seasonal.follower import SeasonalEvidence
-from fleetcast.drift_settings import CALIBRATED, DriftSettings
-from fleetcast.errors import BadData, FleetcastError
+from fleetcast.errors import BadData, ExitCode
 from fleetcast.files import write_atomic, write_json
 from fleetcast.forecast.registry import Registry
-from fleetcast.settings import load_settings
+from fleetcast.program import models_dir, run_program
+from fleetcast.settings import CALIBRATED, DriftSettings, load_settings
 
 METRICS_FILE = "drift_metrics.json"
 TOP_SERIES = 10
@@ -267,25 +274,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, help="settings file (default: ./fleetcast.toml, if present)")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the scores and the worst series, too")
     options = parser.parse_args(argv)
-    try:
-        settings = load_settings(options.config)
-        # --help shall not wait for pyarrow; nothing else of this file needs the buffer
-        from data_buffer import DataBuffer
+    return run_program("drift_monitor", lambda: _print_report(options.config, options.plot))
 
-        store = DataBuffer(settings.paths.data_buffer_dir, settings.buffer.retention_days)
-        models_dir = Path(settings.paths.models_dir or Path(__file__).resolve().parent / "models")
-        registry = Registry(Path(settings.paths.checkpoint_dir), models_dir)
-        source = DriftSource(store, registry, settings.drift, settings.bins.bin_s * 1000)
-        evidence = source.evidence()
-        monitor = DriftMonitor(settings.drift.window_size, evidence.baseline, settings=settings.drift)
-        monitor.observe(evidence.window, evidence.model_version, evidence.seasonal)
-        print(monitor.generate_report())
-        if options.plot:
-            write_atomic(options.plot, drift_figure(monitor.reading(), source.one_ahead))
-    except FleetcastError as error:
-        print(f"drift_monitor: {error}", file=sys.stderr)
-        return int(error.exit_code)
-    return 0
+
+def _print_report(config: Path | None, plot: Path | None) -> int:
+    from data_buffer import DataBuffer  # pyarrow: nothing else of this file needs the buffer
+
+    settings = load_settings(config)
+    store = DataBuffer(settings.paths.data_buffer_dir, settings.buffer.retention_days)
+    registry = Registry(Path(settings.paths.checkpoint_dir), models_dir(settings))
+    source = DriftSource(store, registry, settings.drift, settings.bins.bin_s * 1000)
+    evidence = source.evidence()
+    monitor = DriftMonitor(settings.drift.window_size, evidence.baseline, settings=settings.drift)
+    monitor.observe(evidence.window, evidence.model_version, evidence.seasonal)
+    print(monitor.generate_report())
+    if plot:
+        write_atomic(plot, drift_figure(monitor.reading(), source.one_ahead))
+    return ExitCode.OK
 
 
 if __name__ == "__main__":

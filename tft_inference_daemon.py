@@ -12,23 +12,20 @@ import argparse
 import ipaddress
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fleetcast.errors import (
+    CannotStart,
     ExitCode,
-    FleetcastError,
     SettingsError,
     StorageBroken,
     StorageFull,
 )
-from fleetcast.logs import configure_logging
-from fleetcast.loop import Stop, run_every
-from fleetcast.sdnotify import SystemdNotifier
+from fleetcast.loop import Stop, SystemdNotifier, configure_logging, run_every
+from fleetcast.program import run_program, with_models_dir
 from fleetcast.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -46,22 +43,13 @@ LOADER_JOIN_S = 2.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Run until told to stop; return the exit code."""
     options = _parser().parse_args(argv)
-    try:
+
+    def work() -> int:
         settings = _settings(options)
         configure_logging(LOG_FILE, settings.logging)
         return run(settings, os.environ.get(KEY_VARIABLE, ""), Stop())
-    except SettingsError as error:
-        for problem in error.problems:
-            print(f"tft_inference_daemon: {problem}", file=sys.stderr)
-        if error.hint:
-            print(f"tft_inference_daemon: {error.hint}", file=sys.stderr)
-        return int(error.exit_code)
-    except (StorageFull, StorageBroken) as error:
-        print(f"tft_inference_daemon: cannot start: {error}", file=sys.stderr)
-        return int(ExitCode.CANNOT_START)
-    except FleetcastError as error:
-        print(f"tft_inference_daemon: {error}", file=sys.stderr)
-        return int(error.exit_code)
+
+    return run_program("tft_inference_daemon", work)
 
 
 def run(settings: Settings, api_key: str, stop: Stop) -> int:
@@ -84,13 +72,16 @@ def run(settings: Settings, api_key: str, stop: Stop) -> int:
     buffer = DataBuffer(settings.paths.data_buffer_dir, settings=settings.buffer, expire=not is_data_clock)
     notifier.extend_timeout(RESTORE_TIMEOUT_S)
     with ExitStack() as undo:
-        buffer.open()  # first of all: two daemons must not even begin
-        undo.callback(buffer.close)
-        listener = HttpListener(settings.server.host, settings.server.port)
-        undo.callback(listener.stop, 0.0)
-        service = InferenceService(
-            settings, buffer, listener, lambda path: _load_model(path, settings), api_key, stop
-        )
+        try:
+            buffer.open()  # first of all: two daemons must not even begin
+            undo.callback(buffer.close)
+            listener = HttpListener(settings.server.host, settings.server.port)
+            undo.callback(listener.stop, 0.0)
+            service = InferenceService(
+                settings, buffer, listener, lambda path: _load_model(path, settings), api_key, stop
+            )
+        except (StorageFull, StorageBroken) as error:
+            raise CannotStart(f"cannot start: {error}") from error
         undo.pop_all()  # from here on `service.close` does it, in its order
     service.start()
     notifier.ready(service.status_line())
@@ -148,8 +139,7 @@ def _settings(options: argparse.Namespace) -> Settings:
             [f"server.host {host} is open to others, and {KEY_VARIABLE} is not set"],
             hint=f"set {KEY_VARIABLE}, which clients then send as X-API-Key, or listen on 127.0.0.1",
         )
-    models = settings.paths.models_dir or str(Path(__file__).resolve().parent / "models")
-    return replace(settings, paths=replace(settings.paths, models_dir=models))
+    return with_models_dir(settings)
 
 
 def _is_loopback(host: str) -> bool:

@@ -29,9 +29,16 @@ from fleetcast import files
 from fleetcast.clock import SystemClock, from_ms, iso_z, monotonic
 from fleetcast.errors import ExitCode, FleetcastError, SettingsError
 from fleetcast.files import OwnerLock
-from fleetcast.forecast.registry import TRAINER_LOCK, Registry
-from fleetcast.forecast.versions import BASELINE_FILE, MODEL_FILE, REFERENCE_FILE, new_version_id
-from fleetcast.logs import configure_logging
+from fleetcast.forecast.registry import (
+    BASELINE_FILE,
+    MODEL_FILE,
+    REFERENCE_FILE,
+    TRAINER_LOCK,
+    Registry,
+    new_version_id,
+)
+from fleetcast.loop import configure_logging
+from fleetcast.program import models_dir, run_program
 from fleetcast.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -51,22 +58,16 @@ _ATTEMPT_ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one training, or one rollback; return the exit code."""
     options = _parser().parse_args(argv)
-    try:
+
+    def work() -> int:
         settings = _settings(options)
         configure_logging(None, settings.logging)
         folder = Path(settings.paths.checkpoint_dir)
-        registry = Registry(folder, _models_dir(settings))
+        registry = Registry(folder, models_dir(settings))
         with OwnerLock(folder / TRAINER_LOCK, f"the trainer's lock {folder / TRAINER_LOCK}"):
-            if options.rollback:
-                return _roll_back(registry)
-            return Attempt(options, settings, registry).run()
-    except SettingsError as error:
-        for problem in error.problems:
-            print(f"tft_trainer: {problem}", file=sys.stderr)
-        return int(error.exit_code)
-    except FleetcastError as error:
-        print(f"tft_trainer: {error}", file=sys.stderr)
-        return int(error.exit_code)
+            return _roll_back(registry) if options.rollback else Attempt(options, settings, registry).run()
+
+    return run_program("tft_trainer", work)
 
 
 class Attempt:
@@ -156,7 +157,7 @@ class Attempt:
         A buffer that cannot be read costs the reference, which the daemon then learns day by day.
         """
         from data_buffer import DataBuffer
-        from fleetcast.drift.seasonal.learned_reference import training_reference
+        from fleetcast.training.verdict import training_reference
 
         buffer = DataBuffer(self._settings.paths.data_buffer_dir, settings=self._settings.buffer)
         try:
@@ -277,10 +278,6 @@ def _settings(options: argparse.Namespace) -> Settings:
     if problems:
         raise SettingsError(problems)
     return settings
-
-
-def _models_dir(settings: Settings) -> Path:
-    return Path(settings.paths.models_dir or Path(__file__).resolve().parent / "models")
 
 
 def _positive(text: str) -> int:

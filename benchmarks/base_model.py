@@ -21,13 +21,10 @@ import numpy as np
 
 from benchmarks.results_file import ROOT, machine, revision
 from fleetcast.clock import SystemClock, from_ms, iso_z, monotonic
-from fleetcast.forecast.checkpoint import ModelDescription
-from fleetcast.forecast.gridshape import GridShape
+from fleetcast.forecast.encoding import GridShape, is_percent
 from fleetcast.forecast.network import NetworkConfig
-from fleetcast.forecast.predictor import Forecaster
-from fleetcast.forecast.registry import Registry
-from fleetcast.forecast.scaling import is_percent
-from fleetcast.forecast.versions import MODEL_FILE, VERSIONS_FOLDER, new_version_id
+from fleetcast.forecast.predictor import Forecaster, ModelDescription
+from fleetcast.forecast.registry import MODEL_FILE, VERSIONS_FOLDER, Registry, new_version_id
 from fleetcast.settings import TrainerSettings
 from fleetcast.training.fit import Fit, fit
 from fleetcast.training.grid import TrainingGrid

@@ -27,13 +27,10 @@ from data_buffer import DataBuffer
 from fleetcast.clock import from_ms, monotonic
 from fleetcast.ingest.rules import rounded
 from fleetcast.schema import RecordBatch
-from fleetcast.storage.arrays import floats
-from fleetcast.storage.batches import batch_of_table, table_of_batch
-from fleetcast.storage.dayfiles import DAY_MS, day_of_ms, day_path, split_by_day
-from fleetcast.storage.days import write_part
-from fleetcast.storage.export import binned
-from fleetcast.storage.sealing import seal
-from fleetcast.storage.tables import METRICS, canonical, merged
+from fleetcast.storage.days import DAY_MS, day_of_ms, day_path, split_by_day, write_part
+from fleetcast.storage.reader import binned
+from fleetcast.storage.tables import METRICS, batch_of_table, canonical, floats, merged, table_of_batch
+from fleetcast.storage.upkeep import seal
 
 BIN_MS = 300_000
 FORECAST = ["m00_pct", "m01_pct", "m02_pct", "m03_pct"]

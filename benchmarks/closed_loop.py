@@ -20,8 +20,7 @@ from benchmarks.results_file import write_results
 from benchmarks.settled_errors import keys_of
 from fleetcast.clock import iso_z, monotonic, sleep, to_ms
 from fleetcast.files import read_json
-from fleetcast.sources.mapping import parse_formula
-from fleetcast.sources.recording import Cut, Recording, load_recording
+from fleetcast.sources.recording import Cut, Recording, load_recording, parse_formula
 
 FOLDER = ROOT / "bench_run" / "closed_loop"
 BITBRAINS_MAPS = ("cpu_pct", "mem_pct", "disk_io_mb_s=disk_read_mb_s+disk_write_mb_s")

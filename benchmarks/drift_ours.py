@@ -12,7 +12,7 @@ from benchmarks.drift_data import BIN_MS, DAY, RecordedFleet
 from benchmarks.drift_rules import STEP
 from fleetcast.drift.seasonal.quorum import QuorumRule, family_ratios, held_over
 from fleetcast.drift.seasonal.reference import Reference
-from fleetcast.drift.seasonal.residuals import innovations, moves, traits
+from fleetcast.drift.seasonal.season import innovations, moves, traits
 from fleetcast.drift.seasonal.sensors import SensorWatch
 from fleetcast.drift.seasonal.statistics import BinCodes, no_codes, statistics, sums_over
 from fleetcast.schema import Floats32

@@ -61,7 +61,7 @@ def literal_ms(rows: int) -> float:
 
 def sketched_ms(rows: int) -> float:
     """Return the same against 1,001 quantiles of the reference, as a saved baseline keeps them."""
-    from fleetcast.drift.literal.sketched_ks import sketched_ks
+    from fleetcast.drift.literal.scores import sketched_ks
 
     quantiles = np.quantile(columns(REFERENCE_ROWS, SEED), np.linspace(0, 1, 1001), axis=1).T
     window = columns(rows, SEED + 1)
@@ -71,8 +71,8 @@ def sketched_ms(rows: int) -> float:
 def fleet_figures(n_servers: int) -> dict[str, float]:
     """Return the times of one bin and one verdict of a fleet, and of learning a reference."""
     from fleetcast.drift.seasonal.detector import SeasonalDrift
+    from fleetcast.drift.seasonal.learning import joined_books, joined_shapes
     from fleetcast.drift.seasonal.reference import Reference
-    from fleetcast.drift.seasonal.reference_chunks import joined_books, joined_shapes
 
     generator = np.random.default_rng(SEED)
     clock = np.sin(2 * np.pi * np.arange(15 * DAY) / DAY)
@@ -122,7 +122,7 @@ def memory_mb() -> float:
     """
     code = (
         "import sys, numpy as np\n"
-        "from fleetcast.drift.literal.sketched_ks import sketched_ks\n"
+        "from fleetcast.drift.literal.scores import sketched_ks\n"
         "base = np.load(sys.argv[1], allow_pickle=False)\n"
         "window = np.random.default_rng(8).gamma(2.0, 3.0, (len(base), 1000))\n"
         "[sketched_ks(own, ref) for own, ref in zip(window, base, strict=True)]\n"

@@ -192,10 +192,9 @@ def promote(folder: Path, number: int) -> None:
     """Put a model of the real network with random weights into service."""
     import torch
 
-    from fleetcast.forecast.checkpoint import ModelDescription
-    from fleetcast.forecast.gridshape import GridShape
+    from fleetcast.forecast.encoding import GridShape
     from fleetcast.forecast.network import NetworkConfig, build
-    from fleetcast.forecast.predictor import Forecaster
+    from fleetcast.forecast.predictor import Forecaster, ModelDescription
 
     torch.manual_seed(number)
     version = f"20260115T{100000 + number:06d}Z-0000"

@@ -26,16 +26,13 @@ from benchmarks.forecast_rounds import OURS, OURS_FED, Forecasts, Walk, measured
 from benchmarks.forecast_scores import HORIZONS
 from benchmarks.forecast_stock import StockRecipe
 from benchmarks.results_file import write_results
-from fleetcast.forecast.checkpoint import ModelDescription
-from fleetcast.forecast.gridshape import GridShape
+from fleetcast.forecast.encoding import GridShape
 from fleetcast.forecast.network import NetworkConfig
-from fleetcast.forecast.predictor import Forecaster
+from fleetcast.forecast.predictor import Forecaster, ModelDescription
 from fleetcast.settings import TrainerSettings
-from fleetcast.training.fit import Fit, fit
+from fleetcast.training.fit import Fit, Resumable, StateFile, fit
 from fleetcast.training.grid import TrainingGrid
 from fleetcast.training.sampler import WindowMix, WindowSampler
-from fleetcast.training.training_epochs import Resumable
-from fleetcast.training.training_state import StateFile
 
 BIN_MS, DAY_BINS, HORIZON = 300_000, 288, 96
 WARMUP_STEPS = 50

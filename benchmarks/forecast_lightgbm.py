@@ -1,7 +1,7 @@
 """LightGBM as a peer: one global model per quantile over lag features.
 
 Owns: its features and its training. It is given what helped our own model: windows are measured
-from their last value in spreads of their last day (`fleetcast.forecast.scaling`), and the exact
+from their last value in spreads of their last day (`fleetcast.forecast.encoding`), and the exact
 values a day and a week before each target. All servers, metrics and horizons share one model;
 horizons between the knots are interpolated. Not installed: `available()` is False, its column n/a.
 """
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetcast.bins import RECENT_BINS
-from fleetcast.forecast.scaling import (
+from fleetcast.forecast.encoding import (
     Scale,
     is_log_scaled,
     is_percent,

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from benchmarks.forecast_scores import Sums, scores
 from fleetcast.bins import DAY_BINS, HISTORY_BINS, RECENT_BINS
+from fleetcast.forecast.encoding import is_percent
 from fleetcast.forecast.feedback import Feedback
 from fleetcast.forecast.naive import NaiveForecaster
-from fleetcast.forecast.scaling import is_percent
 from fleetcast.schema import Floats32, HistoryWindow
 from fleetcast.training.grid import TrainingGrid
 

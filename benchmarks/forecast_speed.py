@@ -26,10 +26,9 @@ from benchmarks.library_predict import library_rates
 from benchmarks.results_file import write_results
 from fleetcast.bins import HISTORY_BINS
 from fleetcast.clock import DataClock, from_ms
-from fleetcast.forecast.checkpoint import ModelDescription
-from fleetcast.forecast.gridshape import GridShape
+from fleetcast.forecast.encoding import GridShape
 from fleetcast.forecast.network import NetworkConfig, build
-from fleetcast.forecast.predictor import Forecaster, set_threads
+from fleetcast.forecast.predictor import Forecaster, ModelDescription, set_threads
 from fleetcast.schema import FleetForecast, Floats32, HistoryWindow
 from fleetcast.serving.board import PredictionBoard
 from fleetcast.serving.corrector import Corrector

@@ -7,8 +7,7 @@ hold it: a checksum that lets one changed bit pass would show here as a payload 
 import numpy as np
 
 from fleetcast.schema import RecordBatch
-from fleetcast.storage.frames import frame, parse_frames
-from fleetcast.storage.payloads import encode_batch
+from fleetcast.storage.log import encode_batch, frame, parse_frames
 
 NOW = 1_768_471_200_000
 

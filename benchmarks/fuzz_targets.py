@@ -19,13 +19,13 @@ from benchmarks.fuzz_frames import FrameTarget
 from fleetcast.api.bodies import Refusal, records_in
 from fleetcast.errors import BadData
 from fleetcast.ingest.arrow import read_columns
+from fleetcast.ingest.columns import RowsOf
 from fleetcast.ingest.json_records import JsonRecords
-from fleetcast.ingest.record_columns import RowsOf
 from fleetcast.ingest.records import Accepted, RecordRules, accept
 from fleetcast.prometheus.wire import WriteDecoder
-from fleetcast.remote_write_settings import RemoteWriteSettings
 from fleetcast.serving.intake import Receipt
 from fleetcast.serving.writes import WriteIntake
+from fleetcast.settings import RemoteWriteSettings
 
 NOW = 1_768_471_200_000
 RULES = RecordRules(newest_ms=NOW + 300_000, oldest_ms=0)

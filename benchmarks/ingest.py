@@ -29,13 +29,12 @@ from data_buffer import DataBuffer
 from fleetcast.api.bodies import records_in
 from fleetcast.clock import SystemClock, to_ms
 from fleetcast.ingest.arrow import read_columns
+from fleetcast.ingest.columns import RowsOf
 from fleetcast.ingest.json_records import JsonRecords
-from fleetcast.ingest.record_columns import RowsOf
 from fleetcast.ingest.records import RecordRules, accept
-from fleetcast.remote_write_settings import RemoteWriteSettings
 from fleetcast.serving.intake import Receipt
 from fleetcast.serving.writes import WriteIntake
-from fleetcast.settings import BufferSettings
+from fleetcast.settings import BufferSettings, RemoteWriteSettings
 
 N_BODIES = 60
 WARM_UP_S = 1.0

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fleetcast.forecast.scaling import is_percent
+from fleetcast.forecast.encoding import is_percent
 from fleetcast.schema import Floats, Floats32
 from fleetcast.training.grid import TrainingGrid
 from fleetcast.training.sampler import ChangedSeries

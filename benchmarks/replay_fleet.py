@@ -15,8 +15,7 @@ import pyarrow.parquet as pq
 from benchmarks.new_dynamics import inject
 from fleetcast.bins import bin_means
 from fleetcast.clock import to_ms
-from fleetcast.sources.mapping import parse_formula
-from fleetcast.sources.recording import Cut, load_recording
+from fleetcast.sources.recording import Cut, load_recording, parse_formula
 from fleetcast.training.grid import TrainingGrid
 from fleetcast.training.sampler import ChangedSeries
 

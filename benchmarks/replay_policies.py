@@ -16,16 +16,12 @@ from benchmarks.replay_record import ReplayRecord
 from drift_monitor import DriftMonitor
 from fleetcast.clock import DataClock, from_ms, iso_z, plain_utc
 from fleetcast.drift.evidence import DriftSource
-from fleetcast.forecast.registry import Registry
-from fleetcast.forecast.verdicts import Verdict
-from fleetcast.forecast.versions import new_version_id
+from fleetcast.forecast.registry import Registry, Verdict, new_version_id
 from fleetcast.retraining.follow_up import follow_up
-from fleetcast.retraining.hostload import HostLoad
-from fleetcast.retraining.quiet import CPU, MEM, FleetLoad, FleetMean, quiet_verdict
-from fleetcast.retraining.quiet_week import QuietWeek
+from fleetcast.retraining.order import CONTEXT_FILE, training_context
+from fleetcast.retraining.quiet import CPU, MEM, FleetLoad, FleetMean, HostLoad, QuietWeek, quiet_verdict
 from fleetcast.retraining.report import NOTHING, RetrainingCheck
 from fleetcast.retraining.state import PROMOTED, REJECTED, Attempt
-from fleetcast.retraining.training_order import CONTEXT_FILE, training_context
 from fleetcast.schema import Floats32, QuietVerdict
 from fleetcast.settings import Settings
 

@@ -15,9 +15,8 @@ import numpy as np
 from benchmarks.replay_fleet import ReplayFleet
 from fleetcast.bins import RECENT_BINS
 from fleetcast.clock import from_ms
-from fleetcast.forecast.encoding import decode, encode
+from fleetcast.forecast.encoding import decode, encode, is_percent
 from fleetcast.forecast.predictor import Forecaster
-from fleetcast.forecast.scaling import is_percent
 from fleetcast.schema import QUANTILES, Floats32, Longs, SettledForecasts
 
 HORIZONS = (1, 12, 96)

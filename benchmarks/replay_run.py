@@ -34,8 +34,7 @@ from benchmarks.training_rounds import write_export
 from data_buffer import DataBuffer
 from fleetcast.clock import from_ms, iso_z, to_ms
 from fleetcast.forecast.predictor import Forecaster
-from fleetcast.forecast.registry import Registry
-from fleetcast.forecast.verdicts import Verdict, read_verdict
+from fleetcast.forecast.registry import Registry, Verdict, read_verdict
 from fleetcast.schema import Floats32
 from fleetcast.settings import Settings, load_settings
 

@@ -2,17 +2,34 @@
 
 Owns: signal handling and the tick. Does not know: what a cycle does.
 Learned from: huey `consumer.py` (skipped ticks), uvicorn `server.py` (second signal).
+
+What a daemon tells systemd: READY, STOPPING, WATCHDOG and one line of status.
+
+Owns: the notify protocol (sd_notify(3)), a datagram to the socket named in `NOTIFY_SOCKET`.
+Does not know: what the daemon does. Not started by systemd, every call does nothing, so that
+callers need no condition. `alive()` belongs into the working loop and nowhere else: fed from a
+thread of its own it would vouch for a loop that hangs.
+
+How a program logs: configured once, in `main`, to a rotating file and stderr.
+
+Owns: handlers and the line format. Control characters in messages are escaped, so that no
+record sent by a client can forge a log line.
 """
 
 import logging
+import logging.handlers
 import os
 import queue
 import signal
-from collections.abc import Callable
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import FrameType
 
-from fleetcast.clock import monotonic
-from fleetcast.errors import FleetcastError
+from fleetcast.clock import monotonic, utc_struct_time
+from fleetcast.errors import CannotStart, FleetcastError
+from fleetcast.settings import LoggingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -123,3 +140,97 @@ def _wait_until(due: float, stop: Stop, alive: Callable[[], None]) -> bool:
         has_stopped = stop.wait(max(0.0, until - monotonic()))
         if has_stopped or until >= due or monotonic() < until:  # stopped, due, or woken early
             return has_stopped
+
+
+class SystemdNotifier:
+    """Sends notifications; losing one is never an error of the daemon.
+
+    >>> SystemdNotifier(environ={}).is_listening
+    False
+    """
+
+    def __init__(self, environ: Mapping[str, str] | None = None) -> None:
+        address = (os.environ if environ is None else environ).get("NOTIFY_SOCKET", "")
+        # a leading @ stands for the NUL of Linux's abstract socket names
+        self._address = f"\0{address[1:]}" if address.startswith("@") else address
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether systemd (or a container runtime in its place) asked to be told."""
+        return bool(self._address)
+
+    def ready(self, status: str = "") -> None:
+        """Say that start-up is done and the service does what it is for."""
+        self._send("READY=1", status)
+
+    def alive(self, status: str = "") -> None:
+        """Say that the working loop has come round; systemd kills a unit that stops saying so."""
+        self._send("WATCHDOG=1", status)
+
+    def stopping(self, status: str = "") -> None:
+        """Say that the service is ending in good order."""
+        self._send("STOPPING=1", status)
+
+    def extend_timeout(self, seconds: float) -> None:
+        """Ask for `seconds` more before start-up (a long log replay) counts as failed."""
+        self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1_000_000)}", "")
+
+    def _send(self, state: str, status: str) -> None:
+        if not self._address:
+            return
+        message = state + (f"\nSTATUS={status.replace(chr(10), ' ')}" if status else "")
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as link:
+                link.settimeout(1.0)  # a stuck supervisor must not stall the loop
+                link.sendto(message.encode(), self._address)
+        except OSError as error:
+            logger.warning("systemd was not told state=%s error=%s", state, error)
+
+
+_FORMAT = "%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s"
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {
+    0x2028: "\\u2028",
+    0x2029: "\\u2029",
+}
+
+
+class _OneLineFormatter(logging.Formatter):
+    """UTC times; a message is one line, a traceback follows on lines of its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.message = record.getMessage().translate(_ESCAPES)
+        record.asctime = self.formatTime(record, self.datefmt)
+        line = self.formatMessage(record)
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        return line
+
+
+def configure_logging(path: Path | None, settings: LoggingSettings) -> None:
+    """Send the log to stderr and, where `path` is given, to a rotating file.
+
+    Raises:
+        CannotStart: the log file cannot be opened.
+    """
+
+    formatter = _OneLineFormatter(_FORMAT, datefmt="%Y-%m-%dT%H:%M:%S")
+    formatter.converter = utc_struct_time
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if path is not None:
+        try:
+            handlers.append(
+                logging.handlers.RotatingFileHandler(
+                    path,
+                    maxBytes=settings.file_max_bytes,
+                    backupCount=settings.file_count - 1,
+                    encoding="utf-8",
+                )
+            )
+        except OSError as error:
+            raise CannotStart(f"cannot open the log file {path}: {error.strerror}") from error
+    root = logging.getLogger()
+    root.handlers[:] = handlers
+    for handler in handlers:
+        handler.setFormatter(formatter)
+    root.setLevel(settings.level)
+    logging.captureWarnings(capture=True)

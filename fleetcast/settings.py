@@ -3,6 +3,23 @@
 Owns: names, defaults, units, bounds and help of settings; the order of their sources (TOML, then
 the environment, then flags); reporting all problems at once. Does not know: what a part does
 with its settings. `docs/settings.md` is made from here.
+
+The settings of drift detection: which scores decide, how rarely they may be wrong, and of whom.
+
+Owns: names, defaults and bounds. They stand apart from `settings.py` only for their length.
+
+Settings of the trainer; `settings.py` puts them beside the others.
+
+The settings of Prometheus remote-write: where it is taken and how series become metrics.
+
+Owns: the default rules for node_exporter (grammar: docs/ingest.md). They stand apart from
+`settings.py` only for their length.
+
+Prints docs/settings.md from the dataclasses in settings.py.
+
+    python -m fleetcast.settings > docs/settings.md
+
+Owns: the layout of that page. Does not know: any setting by name.
 """
 
 import dataclasses
@@ -14,12 +31,165 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fleetcast.drift_settings import DriftSettings
 from fleetcast.errors import SettingsError
-from fleetcast.remote_write_settings import RemoteWriteSettings
-from fleetcast.setting import SettingInfo, checked, setting
-from fleetcast.setting_sources import from_environment, from_file
-from fleetcast.trainer_settings import TrainerSettings
+from fleetcast.setting import ENV_PREFIX, SettingInfo, checked, from_environment, from_file, setting
+
+CALIBRATED, LITERAL = "calibrated", "literal"
+
+
+@dataclass(frozen=True)
+class DriftSettings:
+    """DriftMonitor. A threshold or weight left out keeps the literal in drift_monitor.py."""
+
+    basis: str = setting(
+        CALIBRATED,
+        "which scores decide: season-matched and calibrated on the fleet's own days, or the literal four",
+        choices=(CALIBRATED, LITERAL),
+    )
+    false_alarms_per_month: float = setting(
+        1.0, "how often an unchanged fleet may ask for a training (calibrated)", low=0.01, high=30
+    )
+    quorum: float = setting(
+        0.25, "share of the series that must be in alarm at once (calibrated)", low=0, high=1
+    )
+    sustained_quorum: float = setting(
+        0.10, "share that is enough when in alarm most of a day (calibrated)", low=0, high=1
+    )
+    timezone: str = setting("UTC", "where the fleet's day begins, for example Europe/Berlin (calibrated)")
+    min_reference_days: int = setting(
+        5,
+        "days a series is known before it is judged; fewer make false alarms likelier (calibrated)",
+        unit="days",
+        low=3,
+        high=30,
+    )
+    reference_days: int = setting(
+        30, "newest days a reference is learned from (calibrated)", unit="days", low=3, high=100
+    )
+    window_size: int = setting(1000, "newest (server, bin) pairs looked at, at least", low=1)
+    window_bins_per_server: int = setting(12, "bins of every server the window holds, at least", low=1)
+    min_pairs: int = setting(300, "pairs of the version in service before a verdict", low=1)
+    min_span_s: float = setting(7200.0, "span of those pairs before a verdict", unit="s", low=0)
+    min_values: int = setting(50, "values of a metric needed in window and baseline", low=2)
+    per_floor_points: float = setting(20.0, "PER's smallest divisor for percents", low=0.01)
+    per_floor_share: float = setting(
+        0.2, "PER's smallest divisor for others, as a share of the baseline's p95", low=0.001
+    )
+    baseline_days: float = setting(7.0, "newest days of the training data in the baseline", low=0.1)
+    per_threshold: float | None = setting(None, "overrides the literal", low=0)
+    dss_threshold: float | None = setting(None, "overrides the literal", low=0)
+    fds_threshold: float | None = setting(None, "overrides the literal", low=0)
+    anomaly_threshold: float | None = setting(None, "overrides the literal", low=0)
+    combined_threshold: float | None = setting(None, "overrides the literal", low=0)
+    per_weight: float | None = setting(None, "overrides the literal", low=0)
+    dss_weight: float | None = setting(None, "overrides the literal", low=0)
+    fds_weight: float | None = setting(None, "overrides the literal", low=0)
+    anomaly_weight: float | None = setting(None, "overrides the literal", low=0)
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """How a model is trained."""
+
+    epochs: int = setting(5, "epochs of an incremental training", low=1, high=1000)
+    base_epochs: int = setting(
+        16, "epochs of a fleet's first training, and of one from scratch", low=1, high=1000
+    )
+    patience_epochs: int = setting(
+        4, "epochs without a better one after which a training from scratch stops; 0: never", low=0
+    )
+    steps_per_epoch: int = setting(100, "batches sampled per epoch", low=1)
+    batch_size: int = setting(128, "windows per batch", low=1)
+    hidden_size: int = setting(32, "width of a network trained from scratch", low=4, high=512)
+    learning_rate: float = setting(5e-3, "peak of the cosine schedule", low=1e-6, high=1.0)
+    incremental_learning_rate: float = setting(
+        4e-3, "the same for an incremental training", low=1e-6, high=1.0
+    )
+    incremental_batch_size: int = setting(64, "windows per batch of an incremental training", low=1)
+    changed_share: float = setting(
+        0.35, "share of a batch drawn from drifting series after their change", low=0.0, high=0.9
+    )
+    specialist_max_share: float = setting(
+        0.5,
+        "share of the series up to which a change is learned by a specialist, the others' forecasts "
+        "staying as they are; 0: never",
+        low=0.0,
+        high=1.0,
+    )
+    specialist_changed_share: float = setting(
+        0.6, "changed_share in a training of a specialist", low=0.0, high=0.9
+    )
+    specialist_learning_rate: float = setting(
+        8e-3, "the same for a specialist, which can spoil nothing but its own series", low=1e-6, high=1.0
+    )
+    keep_weight: float = setting(
+        1.0, "weight in the loss of moving away from the old answers to replayed windows", low=0.0
+    )
+    recent_share: float = setting(
+        0.5,
+        "share of a batch drawn from the newest days, where no change is known",
+        low=0.0,
+        high=1.0,
+    )
+    recent_days: float = setting(3.0, "what counts as the newest days", unit="days", low=0.1)
+    holdout_share: float = setting(
+        0.1, "newest share of the data kept out of training, for the gate", low=0.02, high=0.5
+    )
+    holdout_max_s: float = setting(
+        86_400.0, "longest tail kept out of training, for the gate", unit="s", low=3600.0
+    )
+    keep_versions: int = setting(
+        20, "newest versions kept; what serves, the one before and the baseline's are kept besides", low=1
+    )
+    threads: int = setting(1, "torch threads of a training (2 on busy cores were slower)", low=1, high=64)
+    seed: int = setting(7, "seed of weights and sampling", low=0)
+
+
+# Devices whose bytes pass through another device too (or are memory) would be counted twice.
+_VIRTUAL_DISKS = r"(loop|ram|zram|dm-|md|sr|fd|nbd).*"
+_VIRTUAL_NICS = r"lo|(docker|br-|veth|virbr|ifb|cni|flannel|cali|tun|tap).*"
+
+NODE_EXPORTER_RULES = (
+    'cpu_pct = clamp(100 * (1 - avg(rate(node_cpu_seconds_total{mode="idle"}))), 0, 100)',
+    "mem_pct = 100 * (1 - sum(node_memory_MemAvailable_bytes) / sum(node_memory_MemTotal_bytes))",
+    f'disk_io_mb_s = (sum(rate(node_disk_read_bytes_total{{device!~"{_VIRTUAL_DISKS}"}}))'
+    f' + sum(rate(node_disk_written_bytes_total{{device!~"{_VIRTUAL_DISKS}"}}))) / 1e6',
+    f'net_in_mb_s = sum(rate(node_network_receive_bytes_total{{device!~"{_VIRTUAL_NICS}"}})) / 1e6',
+    f'net_out_mb_s = sum(rate(node_network_transmit_bytes_total{{device!~"{_VIRTUAL_NICS}"}})) / 1e6',
+    "load_average = max(node_load1)",
+    'disk_usage_pct = 100 * (max(node_filesystem_size_bytes{mountpoint="/"})'
+    ' - max(node_filesystem_free_bytes{mountpoint="/"}))'
+    ' / (max(node_filesystem_size_bytes{mountpoint="/"}) - max(node_filesystem_free_bytes{mountpoint="/"})'
+    ' + max(node_filesystem_avail_bytes{mountpoint="/"}))',
+)
+
+
+@dataclass(frozen=True)
+class RemoteWriteSettings:
+    """Prometheus remote-write. Lists of rules come from the TOML file: the environment splits at commas."""
+
+    path: str = setting("/api/v1/write", "where remote-write is taken")
+    server_label: str = setting("instance", "label that names the server")
+    server_pattern: str = setting(
+        r"(.+?)(?::\d+)?", "regular expression for that label; its first group is the server's name"
+    )
+    ignored_labels: tuple[str, ...] = setting(
+        ("job", "prometheus", "prometheus_replica", "replica", "receive_replica"),
+        "labels that do not tell two series apart, so that two scrapers of one host count once",
+    )
+    rules: tuple[str, ...] = setting(
+        NODE_EXPORTER_RULES,
+        "our metrics out of series; yours are added to these, or replace the one for the same metric",
+    )
+    max_unpacked_bytes: int = setting(
+        16 * 2**20, "largest request, unpacked (senders make them of 0.1 to 8 MB)", low=1024
+    )
+    max_gap_s: float = setting(
+        300.0, "longest time between two samples of a counter that still makes a rate", unit="s", low=1
+    )
+    max_series: int = setting(
+        200_000, "most series kept in mind, about 1 KB each; further ones are refused", low=1
+    )
 
 
 @dataclass(frozen=True)
@@ -237,3 +407,65 @@ def _cross_checks(values: Mapping[str, Any]) -> Iterator[str]:
         zoneinfo.ZoneInfo(timezone)
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
         yield f"drift.timezone must name a time zone like Europe/Berlin, got {timezone!r}"
+
+
+HEAD = f"""# Settings
+
+Made by `python -m fleetcast.settings > docs/settings.md`; do not edit (a test compares them).
+
+Order: default, then the TOML file (`--config FILE`, else `./fleetcast.toml` if there is one), then the
+environment (`{ENV_PREFIX}<PART>_<NAME>`, for example `{ENV_PREFIX}SERVER_PORT=8001`; lists are comma
+separated), then flags. An unknown name or a value out of bounds ends a program with exit code 2 and
+every problem in one message.
+
+```toml
+# fleetcast.toml
+[server]
+port = 8001
+
+[bins]
+forecast_metrics = ["cpu_pct", "mem_pct", "net_in_mb_s"]
+```
+
+The API key is no setting: it comes from the environment variable `TFT_API_KEY` only, so that it
+stands in no file.
+"""
+
+
+def page() -> str:
+    """Return the whole page."""
+    lines = [HEAD]
+    for part, part_class in typing.get_type_hints(Settings).items():
+        intro = " ".join((part_class.__doc__ or "").split())
+        lines += [f"## [{part}]", "", intro, "", "| name | default | bounds | what |", "|---|---|---|---|"]
+        lines += [_row(info) for info in every_setting() if info.part == part]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _row(info: SettingInfo) -> str:
+    unit = f" ({info.meta['unit']})" if info.meta["unit"] else ""
+    cells = (f"`{info.name}`", _shown(info.default), "; ".join(_bounds(info)), info.meta["help"] + unit)
+    escaped = (cell.replace("|", "\\|") for cell in cells)
+    return f"| {' | '.join(escaped)} |"
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "as printed in the program"
+    if isinstance(value, tuple):
+        return ", ".join(f"`{item}`" for item in value)
+    return f"`{value}`" if value != "" else "empty"
+
+
+def _bounds(info: SettingInfo) -> Iterator[str]:
+    if info.meta["low"] is not None:
+        yield f"≥ {info.meta['low']}"
+    if info.meta["high"] is not None:
+        yield f"≤ {info.meta['high']}"
+    if info.meta["choices"]:
+        yield " or ".join(f"`{choice}`" for choice in info.meta["choices"])
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -8,8 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from fleetcast.schema import RecordBatch
-from fleetcast.storage.batches import table_of_batch
-from fleetcast.storage.tables import METRICS, merged
+from fleetcast.storage.tables import METRICS, merged, table_of_batch
 
 DAY_MS = 86_400_000
 NOON_MS = 1_768_478_400_000  # 2026-01-15 12:00 UTC

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fleetcast.forecast.gridshape import GridShape
+from fleetcast.forecast.encoding import GridShape
 from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.schema import HistoryWindow
 from fleetcast.training.gate import GateVerdict, judge

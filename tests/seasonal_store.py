@@ -20,9 +20,9 @@ from fleetcast.clock import from_ms, iso_z
 from fleetcast.drift.evidence import DriftSource
 from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.drift.seasonal.reference import Reference
-from fleetcast.drift_settings import DriftSettings
 from fleetcast.forecast.registry import Registry
 from fleetcast.schema import SettledForecasts
+from fleetcast.settings import DriftSettings
 
 VERSION = "20260115T000000Z-aaaa"
 FIRST_TEST_BIN = REFERENCE_DAYS * DAY

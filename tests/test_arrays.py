@@ -9,7 +9,7 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetcast.storage.arrays import (
+from fleetcast.storage.tables import (
     NUMBER,
     TIME,
     cells,

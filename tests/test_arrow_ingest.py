@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fleetcast.errors import BadData
 from fleetcast.ingest.arrow import COLUMNS_MAX, ROWS_MAX, read_columns
-from fleetcast.ingest.record_columns import RowsOf
+from fleetcast.ingest.columns import RowsOf
 from fleetcast.ingest.records import Accepted, RecordRules, accept, accept_columns
 
 NOW = 1_768_471_200_000  # 2026-01-15T10:00:00Z

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fleetcast.serving.bingrid import BinGrid
+from fleetcast.serving.history import BinGrid
 
 BIN = 300_000
 

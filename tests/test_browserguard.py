@@ -7,8 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
-from fleetcast.api.browserguard import BrowserGuard
 from fleetcast.api.listener import HttpListener
+from fleetcast.api.server import BrowserGuard
 
 
 async def _says_hello(_scope: Any, _receive: Any, send: Any) -> None:

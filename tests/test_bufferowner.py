@@ -15,8 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from fleetcast.errors import AlreadyRunning, StorageBroken
 from fleetcast.files import is_locked
 from fleetcast.settings import BufferSettings
-from fleetcast.storage import sealing
-from fleetcast.storage.dayfiles import list_days
+from fleetcast.storage import upkeep
+from fleetcast.storage.days import list_days
 from fleetcast.storage.reader import BufferReader
 from fleetcast.storage.store import LOCK_NAME, BufferOwner
 from fleetcast.storage.tables import METRICS
@@ -73,7 +73,7 @@ class BufferLife(RuleBasedStateMachine):
         days = [day for day in list_days(self.folder, METRICS) if writer.path(day).is_dir()]
         if days:
             day = data.draw(st.sampled_from(days))
-            sealed = sealing.seal(self.folder, "metrics", day, self.folder / ".sealed")
+            sealed = upkeep.seal(self.folder, "metrics", day, self.folder / ".sealed")
             writer.put_sealed(day, sealed.path, sealed.rejects)
 
     @rule()

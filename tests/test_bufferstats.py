@@ -5,12 +5,11 @@ from pathlib import Path
 from buffer_rows import DAY_MS, NOON_MS, Values, batch, day_folder
 
 from fleetcast.settings import BufferSettings
-from fleetcast.storage import dayreader
-from fleetcast.storage.batches import table_of_batch
-from fleetcast.storage.bufferstats import buffer_stats
+from fleetcast.storage import reader
 from fleetcast.storage.days import OpenPart
-from fleetcast.storage.daystore import DayStore
-from fleetcast.storage.tables import METRICS
+from fleetcast.storage.reader import buffer_stats
+from fleetcast.storage.store import DayStore
+from fleetcast.storage.tables import METRICS, table_of_batch
 
 
 def store(folder: Path) -> DayStore:
@@ -66,7 +65,7 @@ def test_bytes_are_those_of_day_files_and_log(tmp_path: Path) -> None:
     owner.flush()
     append(owner, ("a", NOON_MS + 1, {"x": 1.0}))
     (tmp_path / "someone_elses.bin").write_bytes(bytes(10_000_000))
-    files = [*day_folder(tmp_path).iterdir(), *dayreader.log_folder(tmp_path, METRICS).iterdir()]
+    files = [*day_folder(tmp_path).iterdir(), *reader.log_folder(tmp_path, METRICS).iterdir()]
     size = sum(path.stat().st_size for path in files)
     assert buffer_stats(tmp_path, METRICS)["disk_usage_mb"] == round(size / 1e6, 2)
 

@@ -15,14 +15,14 @@ from settled_rows import RowStore, joined
 from drift_monitor import DriftMonitor
 from fleetcast.clock import FakeClock
 from fleetcast.drift.report import DriftReading
-from fleetcast.drift.seasonal.learned_reference import training_reference
 from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.drift.seasonal.season import DAY_MS
-from fleetcast.drift_settings import DriftSettings
-from fleetcast.retraining.training_order import known_changes
+from fleetcast.retraining.order import known_changes
 from fleetcast.schema import SettledForecasts
+from fleetcast.settings import DriftSettings
 from fleetcast.training.grid import TrainingGrid
 from fleetcast.training.sampler import ChangedSeries
+from fleetcast.training.verdict import training_reference
 
 END = FIRST_TEST_BIN + 2 * DAY
 CHANGE = FIRST_TEST_BIN + DAY

@@ -8,7 +8,7 @@ from fleetcast.settings import Settings
 from fleetcast.training.challenger import CandidateMaker
 from fleetcast.training.holdout import held_from
 from fleetcast.training.sampler import ChangedSeries
-from fleetcast.training.scope import scope_of
+from fleetcast.training.specialists import scope_of
 
 
 @pytest.mark.parametrize(

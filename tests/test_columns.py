@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fleetcast.drift.literal.columns import extended, float_columns, n_rows
+from fleetcast.drift.literal.scores import extended, float_columns, n_rows
 from fleetcast.errors import BadData
 
 

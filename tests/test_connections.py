@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import pytest
 from fastapi import FastAPI, Response
 
-from fleetcast.api.connections import MAX_HEAD_BYTES, BoundedConnection
-from fleetcast.api.listener import HttpListener
+from fleetcast.api.listener import MAX_HEAD_BYTES, BoundedConnection, HttpListener
 from fleetcast.clock import monotonic
 
 LARGE = b"x" * 30_000_000  # more than the buffers of both sockets take

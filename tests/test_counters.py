@@ -3,7 +3,7 @@ import struct
 import numpy as np
 import pytest
 
-from fleetcast.prometheus.counters import CounterMemory, Samples
+from fleetcast.prometheus.series import CounterMemory, Samples
 
 STALE = struct.unpack("<d", struct.pack("<Q", 0x7FF0000000000002))[0]
 NAN = float("nan")

@@ -8,10 +8,8 @@ import pytest
 from buffer_rows import DAY_MS, NOON_MS, day_folder, table
 
 from fleetcast.files import exchange
-from fleetcast.storage.arrays import times_ms
-from fleetcast.storage.batches import batch_of_table
-from fleetcast.storage.daybuild import remove_path
-from fleetcast.storage.dayfiles import (
+from fleetcast.storage.days import (
+    PartName,
     day_of_ms,
     day_path,
     day_start_ms,
@@ -21,9 +19,10 @@ from fleetcast.storage.dayfiles import (
     open_day,
     part_names,
     split_by_day,
+    write_part,
 )
-from fleetcast.storage.days import PartName, write_part
-from fleetcast.storage.tables import METRICS, PREDICTIONS
+from fleetcast.storage.tables import METRICS, PREDICTIONS, batch_of_table, times_ms
+from fleetcast.storage.writer import remove_path
 
 DAY = date(2026, 1, 15)
 

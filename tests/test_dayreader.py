@@ -8,13 +8,12 @@ import pytest
 from buffer_rows import DAY_MS, NOON_MS, Key, Values, batch, day_folder, one_segment, rows_of, table
 
 from fleetcast.settings import BufferSettings
-from fleetcast.storage import dayreader, days
-from fleetcast.storage.arrays import codes_of
-from fleetcast.storage.batches import batch_of_table, table_of_batch
-from fleetcast.storage.dayreader import DayReader, LogRows, merge_sources
+from fleetcast.storage import days
+from fleetcast.storage import reader as reader_module
 from fleetcast.storage.days import OpenPart, PartName, write_part
-from fleetcast.storage.daystore import DayStore
-from fleetcast.storage.tables import METRICS
+from fleetcast.storage.reader import DayReader, LogRows, merge_sources
+from fleetcast.storage.store import DayStore
+from fleetcast.storage.tables import METRICS, batch_of_table, codes_of, table_of_batch
 
 DAY = date(2026, 1, 15)
 
@@ -134,15 +133,15 @@ def test_a_segment_that_becomes_parts_between_listing_and_reading_is_not_missed(
     store: DayStore, reader: DayReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     append(store, ("a", NOON_MS, {"x": 1.0}))
-    real = dayreader.segments
+    real = reader_module.segments
 
     def flushed_meanwhile(folder: Path) -> object:
         listed = real(folder)
-        monkeypatch.setattr(dayreader, "segments", real)
+        monkeypatch.setattr(reader_module, "segments", real)
         store.flush()
         return listed
 
-    monkeypatch.setattr(dayreader, "segments", flushed_meanwhile)
+    monkeypatch.setattr(reader_module, "segments", flushed_meanwhile)
     assert read(reader) == {("a", NOON_MS): {"x": 1.0}}
 
 

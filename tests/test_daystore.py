@@ -15,13 +15,14 @@ from fleetcast import files
 from fleetcast.clock import monotonic
 from fleetcast.errors import StorageBroken, StorageFull, UnknownFormat
 from fleetcast.settings import BufferSettings
-from fleetcast.storage import daybuild, daystore, frames, log, sealing, upkeep
-from fleetcast.storage.batches import batch_of_table, table_of_batch
-from fleetcast.storage.dayfiles import list_days, part_names
-from fleetcast.storage.dayreader import DayReader, log_folder
-from fleetcast.storage.daystore import DayStore
-from fleetcast.storage.payloads import encode_table
-from fleetcast.storage.tables import METRICS
+from fleetcast.storage import log, upkeep
+from fleetcast.storage import store as store_module
+from fleetcast.storage import writer as writer_module
+from fleetcast.storage.days import list_days, part_names
+from fleetcast.storage.log import encode_table
+from fleetcast.storage.reader import DayReader, log_folder
+from fleetcast.storage.store import DayStore
+from fleetcast.storage.tables import METRICS, batch_of_table, table_of_batch
 from fleetcast.storage.upkeep import UpkeepPace
 
 ALWAYS_MS = 2**45
@@ -33,7 +34,7 @@ class Crash(BaseException):
     """The process dies here: nothing that cleans up after an `Exception` may run."""
 
 
-def store(folder: Path, on_step: Callable[[str], None] = daybuild.no_step, **pace: float) -> DayStore:
+def store(folder: Path, on_step: Callable[[str], None] = writer_module.no_step, **pace: float) -> DayStore:
     opened = DayStore(folder, METRICS, BufferSettings(), UpkeepPace(**pace), on_step)  # type: ignore[arg-type]
     opened.open()
     return opened
@@ -105,7 +106,7 @@ def test_segment_numbers_are_never_used_twice(tmp_path: Path) -> None:
 
 def test_a_flush_is_due_by_rows_or_by_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(daystore, "monotonic", lambda: now[0])
+    monkeypatch.setattr(store_module, "monotonic", lambda: now[0])
     owner = DayStore(tmp_path, METRICS, BufferSettings(flush_records=3, flush_interval_s=45.0))
     owner.open()
     assert owner.is_flush_due is False
@@ -141,9 +142,9 @@ def test_damage_in_the_middle_costs_one_frame_and_is_kept(tmp_path: Path) -> Non
     data = bytearray(segment.read_bytes())
     data[len(data) // 2] ^= 1
     segment.write_bytes(bytes(data))
-    newer = frames.segment_path(segment.parent, 2)
+    newer = log.segment_path(segment.parent, 2)
     payload = encode_table(table_of_batch(batch([("d", NOON_MS, {"x": 1.0})])))
-    newer.write_bytes(frames.frame(payload) + payload)
+    newer.write_bytes(log.frame(payload) + payload)
     expected = {("a", NOON_MS), ("c", NOON_MS + 2), ("d", NOON_MS)}
     assert content(tmp_path).keys() == expected
     store(tmp_path)
@@ -169,7 +170,7 @@ def test_removed_segments_are_durable_before_their_numbers_go(
 ) -> None:
     """A power cut that brings a segment back must find its part, or newer values would be undone."""
     order: list[str] = []
-    monkeypatch.setattr(daystore, "fsync_dir", lambda folder: order.append(folder.parent.name))
+    monkeypatch.setattr(store_module, "fsync_dir", lambda folder: order.append(folder.parent.name))
     owner = store(tmp_path, order.append, compact_parts=2)
     for place in range(2):
         append(owner, ("a", NOON_MS + place, {"x": 1.0}))
@@ -199,7 +200,7 @@ def test_foreign_and_empty_files_in_the_log_are_left_alone(tmp_path: Path) -> No
 
 def test_a_log_of_a_newer_version_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as newer:
-        newer.setattr(frames, "MAGIC", frames.MAGIC[:3] + b"\x03")
+        newer.setattr(log, "MAGIC", log.MAGIC[:3] + b"\x03")
         append(store(tmp_path), ("a", NOON_MS, {"x": 1.0}))
     with pytest.raises(UnknownFormat, match="newer version"):
         store(tmp_path)
@@ -309,9 +310,9 @@ class SealHere:
     def __init__(self, folder: Path, kind_name: str, day: date, target: Path) -> None:
         self.day = day
         self.started_at = monotonic()
-        self._sealed = sealing.seal(folder, kind_name, day, target)
+        self._sealed = upkeep.seal(folder, kind_name, day, target)
 
-    def result(self) -> sealing.Sealed:
+    def result(self) -> upkeep.Sealed:
         return self._sealed
 
     def stop(self) -> None:

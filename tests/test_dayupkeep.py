@@ -9,13 +9,12 @@ import pytest
 from buffer_rows import DAY_MS, NOON_MS, day_folder, table
 
 from fleetcast.settings import BufferSettings
-from fleetcast.storage import sealing, upkeep
-from fleetcast.storage.daybuild import no_step
-from fleetcast.storage.dayfiles import folder_bytes, list_days, part_names
-from fleetcast.storage.quarantine import Quarantine
+from fleetcast.storage import upkeep
+from fleetcast.storage.days import folder_bytes, list_days, part_names
+from fleetcast.storage.log import Quarantine
 from fleetcast.storage.tables import METRICS
 from fleetcast.storage.upkeep import DayUpkeep, UpkeepPace
-from fleetcast.storage.writer import DayWriter
+from fleetcast.storage.writer import DayWriter, no_step
 
 DAY = date(2026, 1, 15)
 DAY_END = datetime(2026, 1, 16, tzinfo=UTC)
@@ -61,10 +60,10 @@ class InstantSeal:
     def __init__(self, folder: Path, kind_name: str, day: date, target: Path) -> None:
         self.day = day
         self.started_at = upkeep.monotonic()
-        self._call: Callable[[], sealing.Sealed] = lambda: sealing.seal(folder, kind_name, day, target)
+        self._call: Callable[[], upkeep.Sealed] = lambda: upkeep.seal(folder, kind_name, day, target)
         InstantSeal.started.append(self)
 
-    def result(self) -> sealing.Sealed | None:
+    def result(self) -> upkeep.Sealed | None:
         return None if InstantSeal.fails else self._call()
 
     def stop(self) -> None:

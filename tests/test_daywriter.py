@@ -10,13 +10,11 @@ from buffer_rows import NOON_MS, Key, Values, day_folder, rows_of, rows_of_frame
 
 from fleetcast import files
 from fleetcast.errors import StorageFull
-from fleetcast.storage import daybuild
-from fleetcast.storage.batches import batch_of_table
-from fleetcast.storage.dayfiles import open_day, part_names
-from fleetcast.storage.dayreader import merge_sources
-from fleetcast.storage.days import COLUMNS_FILE, PartName, write_part
-from fleetcast.storage.quarantine import Quarantine
-from fleetcast.storage.tables import METRICS
+from fleetcast.storage import writer as writer_module
+from fleetcast.storage.days import COLUMNS_FILE, PartName, open_day, part_names, write_part
+from fleetcast.storage.log import Quarantine
+from fleetcast.storage.reader import merge_sources
+from fleetcast.storage.tables import METRICS, batch_of_table
 from fleetcast.storage.writer import DayWriter
 
 DAY = date(2026, 1, 15)
@@ -43,7 +41,7 @@ def numbers(folder: Path) -> list[int]:
 def seal(folder: Path, writer: DayWriter) -> None:
     parts = open_day(folder, METRICS, DAY).parts
     (whole,) = merge_sources(parts, [], METRICS)
-    path = daybuild.hidden_name(day_folder(folder))
+    path = writer_module.hidden_name(day_folder(folder))
     write_part(path, iter([whole]), METRICS, whole.schema, parts[-1].number, is_sealed=True)
     writer.put_sealed(DAY, path)
 
@@ -168,7 +166,7 @@ def test_a_removed_day_is_gone(tmp_path: Path, writer: DayWriter) -> None:
 
 def test_recovery_removes_what_was_half_built(tmp_path: Path, writer: DayWriter) -> None:
     writer.add(DAY, table(("a", NOON_MS, {"x": 1.0})), 1)
-    built = daybuild.hidden_name(day_folder(tmp_path))
+    built = writer_module.hidden_name(day_folder(tmp_path))
     built.mkdir()
     (built / "part-000000000009-1.parquet").write_bytes(b"half")
     (day_folder(tmp_path) / f".part{files.TEMP_MARK}1234").write_bytes(b"half")
@@ -193,7 +191,7 @@ def test_where_links_are_not_possible_parts_are_copied(
     def no_links(*_paths: object) -> None:
         raise OSError(1, "Operation not permitted")
 
-    monkeypatch.setattr(daybuild.os, "link", no_links)
+    monkeypatch.setattr(writer_module.os, "link", no_links)
     writer.add(DAY, table(("a", NOON_MS, {"x": 1.0})), 1)
     writer.add(DAY, table(("b", NOON_MS, {"x": 1.0})), 2)
     writer.add(DAY, table(("a", NOON_MS, {"x": 2.0})), 3)
@@ -209,7 +207,7 @@ def test_a_full_disk_while_building_leaves_the_day_as_it_was(
         raise StorageFull("no space")
 
     with monkeypatch.context() as full:
-        full.setattr(daybuild, "write_part", no_space)
+        full.setattr(writer_module, "write_part", no_space)
         with pytest.raises(StorageFull):
             writer.add(DAY, table(("a", NOON_MS, {"x": 2.0})), 2)
     assert content(tmp_path) == {("a", NOON_MS): {"x": 1.0}}

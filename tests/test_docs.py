@@ -13,7 +13,7 @@ import pytest
 from fleetcast.errors import ExitCode
 from fleetcast.retraining.telemetry import PREFIX
 from fleetcast.serving.telemetry import GAUGES
-from fleetcast.settings_doc import page
+from fleetcast.settings import page
 
 ROOT = Path(__file__).parents[1]
 SPEC = ROOT / "docs" / "spec.md"
@@ -129,7 +129,7 @@ def exported_metrics() -> set[str]:
                 if isinstance(first, ast.Constant) and isinstance(first.value, str):
                     found.add(first.value)
     found |= {f"fleetcast_{name}" for name in GAUGES}
-    text = (ROOT / "fleetcast" / "retraining" / "retraining_telemetry.py").read_text()
+    text = (ROOT / "fleetcast" / "retraining" / "telemetry.py").read_text()
     named = re.findall(r'(?:_gauge|_labelled)\(\s*"(\w+)"|PREFIX \+ "(\w+)"', text)
     return found | {PREFIX + (one or other) for one, other in named}
 

@@ -4,11 +4,9 @@ import numpy as np
 import pytest
 from rhythm_fleet import BIN_MS, DAY, START_MS, usual_reference
 
-from fleetcast.drift.seasonal.drift_explanation import change_bin, newest_levels, worst_statistic
-from fleetcast.drift.seasonal.residuals import N_CODES, Traits
-from fleetcast.drift.seasonal.running_sums import RunningSums
-from fleetcast.drift.seasonal.shifted_day import LAGS_H
-from fleetcast.drift.seasonal.statistics import FAMILIES, INDEX, N_STATISTICS, BinCodes
+from fleetcast.drift.seasonal.detector import change_bin, newest_levels, worst_statistic
+from fleetcast.drift.seasonal.season import LAGS_H, N_CODES, Traits
+from fleetcast.drift.seasonal.statistics import FAMILIES, INDEX, N_STATISTICS, BinCodes, RunningSums
 
 
 def sums_of(codes: np.ndarray) -> RunningSums:

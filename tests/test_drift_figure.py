@@ -11,10 +11,9 @@ from test_png_canvas import decoded
 
 import drift_monitor
 from drift_monitor import DriftMonitor
-from fleetcast.drift.figure import drift_figure
-from fleetcast.drift.png_canvas import RED
-from fleetcast.drift_settings import DriftSettings
+from fleetcast.drift.figure import RED, drift_figure
 from fleetcast.errors import NotEnoughData
+from fleetcast.settings import DriftSettings
 
 
 def drawn(folder: Path, grid: Grid) -> np.ndarray:

@@ -9,7 +9,7 @@ from rhythm_fleet import SERVERS, made_grid
 from test_calibrated_monitor import END, changed_grid, reading_of
 
 from drift_monitor import DriftMonitor
-from fleetcast.retraining.drift_log import DriftLog
+from fleetcast.retraining.report import DriftLog
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ from drift_monitor import DriftMonitor
 from fleetcast.clock import FakeClock
 from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.drift.literal.window import DriftWindow, PairWindow
-from fleetcast.drift_settings import DriftSettings
 from fleetcast.errors import BadData
+from fleetcast.settings import DriftSettings
 
 RNG = np.random.default_rng(5)
 KEYS = {"per", "dss", "fds", "anomaly_rate", "combined_score", "needs_retraining"}

@@ -8,7 +8,7 @@ from scipy.stats import ks_2samp
 
 from fleetcast.drift.literal import scores as ds
 from fleetcast.drift.literal.baseline import Baseline
-from fleetcast.drift_settings import DriftSettings
+from fleetcast.settings import DriftSettings
 
 SETTINGS = DriftSettings()
 RNG = np.random.default_rng(3)

@@ -9,7 +9,7 @@ from settled_rows import BIN_MS, START_MS, RowStore, joined, settled
 from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.drift.literal.series import SeriesDrift, change_times, series_drift, split_point
 from fleetcast.drift.literal.window import DriftWindow, PairWindow
-from fleetcast.drift_settings import DriftSettings
+from fleetcast.settings import DriftSettings
 
 SERVERS = ("a", "b", "c")
 DAY_BINS = 288

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fleetcast.drift.seasonal.drift_verdict import DriftingSeries, DriftVerdict
+from fleetcast.drift.seasonal.detector import DriftingSeries, DriftVerdict
 
 
 def series(server: str, ratio: float) -> DriftingSeries:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from settled_rows import BIN_MS, START_MS, RowStore, columns_equal, joined, settled
 
 from fleetcast.drift.literal.window import DriftWindow, PairWindow
-from fleetcast.drift_settings import DriftSettings
+from fleetcast.settings import DriftSettings
 
 SMALL = DriftSettings(window_size=10, window_bins_per_server=3, min_span_s=1800)
 

@@ -9,11 +9,11 @@ from fleetcast.forecast.encoding import (
     AHEAD_REALS,
     PAST_REALS,
     STATIC_REALS,
+    GridShape,
     ModelArrays,
     decode,
     encode,
 )
-from fleetcast.forecast.gridshape import GridShape
 
 SHAPE = GridShape(300_000, 96)
 MIDNIGHT = 1_700_006_400_000 // 86_400_000 * 86_400_000

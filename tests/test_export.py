@@ -11,12 +11,10 @@ from buffer_rows import DAY_MS, NOON_MS, Values, batch, rows_of_frame
 
 from fleetcast.errors import BadData, StorageBroken, StorageFull
 from fleetcast.settings import BufferSettings
-from fleetcast.storage import export
-from fleetcast.storage.batches import table_of_batch
-from fleetcast.storage.dayreader import DayReader
-from fleetcast.storage.daystore import DayStore
-from fleetcast.storage.export import export_records
-from fleetcast.storage.tables import METRICS
+from fleetcast.storage import reader as reader_module
+from fleetcast.storage.reader import DayReader, export_records
+from fleetcast.storage.store import DayStore
+from fleetcast.storage.tables import METRICS, table_of_batch
 
 BIN_MS = 300_000
 
@@ -62,7 +60,7 @@ def test_bins_do_not_depend_on_how_a_day_is_cut(
     reader: DayReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export_records(reader, tmp_path / "whole", 0, 2**45, 300)
-    monkeypatch.setattr("fleetcast.storage.dayreader.CHUNK_ROWS", 1)
+    monkeypatch.setattr("fleetcast.storage.reader.CHUNK_ROWS", 1)
     read = DayReader.read
     monkeypatch.setattr(DayReader, "read", lambda self, *args: read(self, *args, chunk_rows=1))
     export_records(reader, tmp_path / "cut", 0, 2**45, 300)
@@ -95,7 +93,7 @@ def test_a_failed_export_leaves_the_one_before(
     def full(_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(export, "fsync_file", full)
+    monkeypatch.setattr(reader_module, "fsync_file", full)
     with pytest.raises(StorageFull):
         export_records(reader, path, 0, 2**45, None)
     assert path.read_bytes() == before

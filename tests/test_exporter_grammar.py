@@ -6,9 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetcast.errors import SettingsError
-from fleetcast.prometheus.exporter_grammar import RuleFault, parse_rule, parse_rules
-from fleetcast.prometheus.rules import Term
-from fleetcast.remote_write_settings import NODE_EXPORTER_RULES, RemoteWriteSettings
+from fleetcast.prometheus.rules import RuleFault, Term, parse_rule, parse_rules
+from fleetcast.settings import NODE_EXPORTER_RULES, RemoteWriteSettings
 
 
 def result(text: str, *values: float) -> float:

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 
 from fleetcast.errors import SettingsError
 from fleetcast.ingest.records import RecordRules, accept_columns
-from fleetcast.prometheus.counters import Samples
-from fleetcast.prometheus.exporter_mapping import Derived, ExporterMapping
-from fleetcast.prometheus.series import IGNORED, REFUSED
-from fleetcast.remote_write_settings import RemoteWriteSettings
+from fleetcast.prometheus.scrapes import Derived, ExporterMapping
+from fleetcast.prometheus.series import IGNORED, REFUSED, Samples
+from fleetcast.settings import RemoteWriteSettings
 
 NOW = 1_768_471_200_000
 RULES = RecordRules(newest_ms=NOW + 86_400_000, oldest_ms=NOW - 86_400_000, significant_digits=17)

@@ -19,16 +19,20 @@ from fleetcast.api.listener import HttpListener
 from fleetcast.api.server import create_app
 from fleetcast.clock import FakeClock, to_ms
 from fleetcast.errors import StorageBroken, StorageFull
-from fleetcast.remote_write_settings import RemoteWriteSettings
 from fleetcast.schema import RecordBatch
 from fleetcast.serving.board import PredictionBoard
 from fleetcast.serving.history import BinHistory
-from fleetcast.serving.intake import Intake
-from fleetcast.serving.rejected import RejectedRecords
+from fleetcast.serving.intake import Intake, RejectedRecords
 from fleetcast.serving.roster import Roster
 from fleetcast.serving.telemetry import Telemetry
 from fleetcast.serving.writes import WriteIntake
-from fleetcast.settings import BinSettings, BufferSettings, ForecastSettings, ServerSettings
+from fleetcast.settings import (
+    BinSettings,
+    BufferSettings,
+    ForecastSettings,
+    RemoteWriteSettings,
+    ServerSettings,
+)
 
 CLOCK = FakeClock()
 NOW = to_ms(CLOCK.now())

@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetcast.errors import BadCheckpoint, BadData
-from fleetcast.forecast.encoding import decode
-from fleetcast.forecast.gridshape import GridShape
+from fleetcast.forecast.encoding import GridShape, decode
 from fleetcast.forecast.predictor import Forecaster
 from fleetcast.schema import HistoryWindow
 from fleetcast.training.grid import TrainingGrid

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetcast.storage.frames import MAGIC, frame, parse_frames, read_segment, segment_path, segments
+from fleetcast.storage.log import MAGIC, frame, parse_frames, read_segment, segment_path, segments
 
 HEADER_BYTES = 12
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fleetcast.forecast.gridshape import GridShape
+from fleetcast.forecast.encoding import GridShape
 
 MINUTES_5 = 300_000
 

@@ -8,9 +8,9 @@ import pytest
 from fleetcast.clock import FakeClock, to_ms
 from fleetcast.files import OwnerLock
 from fleetcast.schema import RecordBatch
-from fleetcast.serving import hold
+from fleetcast.serving import sweep
 from fleetcast.serving.history import BinHistory
-from fleetcast.serving.hold import DataHold, TrainingProbe
+from fleetcast.serving.sweep import DataHold, TrainingProbe
 from fleetcast.settings import BinSettings, ForecastSettings
 
 
@@ -37,7 +37,7 @@ def test_a_training_is_seen_by_either_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     wall = iter(range(100))
-    monkeypatch.setattr(hold, "monotonic", lambda: float(next(wall)))
+    monkeypatch.setattr(sweep, "monotonic", lambda: float(next(wall)))
     is_training = TrainingProbe(tmp_path)
     assert not is_training()
     with OwnerLock(tmp_path / name, "the training"):
@@ -55,8 +55,8 @@ def test_the_locks_are_asked_about_at_most_every_tenth_of_a_second(
         asked.append(path)
         return False
 
-    monkeypatch.setattr(hold, "is_locked", is_locked)
-    monkeypatch.setattr(hold, "monotonic", lambda: 5.0)
+    monkeypatch.setattr(sweep, "is_locked", is_locked)
+    monkeypatch.setattr(sweep, "monotonic", lambda: 5.0)
     is_training = TrainingProbe(tmp_path)
     for _ in range(10):
         is_training()

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fleetcast.retraining.hostload import HostProbe, cpu_seconds_of
+from fleetcast.retraining.quiet import HostProbe, cpu_seconds_of
 
 
 class Scripted:

@@ -11,11 +11,10 @@ import pytest
 
 from fleetcast.clock import FakeClock
 from fleetcast.errors import StorageFull
-from fleetcast.ingest.record_columns import RowsOf
+from fleetcast.ingest.columns import RowsOf
 from fleetcast.schema import RecordBatch
 from fleetcast.serving.history import BinHistory
-from fleetcast.serving.intake import Intake
-from fleetcast.serving.rejected import RejectedRecords
+from fleetcast.serving.intake import Intake, RejectedRecords
 from fleetcast.serving.roster import Roster
 from fleetcast.settings import BinSettings, BufferSettings, ForecastSettings, ServerSettings
 

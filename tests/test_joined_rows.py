@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from fleetcast.ingest.columns import joined_rows, layout_of
-from fleetcast.ingest.record_columns import NO_NAME, CodedNames, NotNumbers, RowsOf
+from fleetcast.ingest.columns import NO_NAME, CodedNames, NotNumbers, RowsOf, joined_rows, layout_of
 
 
 def rows(names: list[str], values: list[float], **more: object) -> RowsOf:

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetcast.api.bodies import Refusal, records_in
+from fleetcast.ingest.columns import RowsOf
 from fleetcast.ingest.json_records import SHAPES_MAX, JsonRecords
-from fleetcast.ingest.record_columns import RowsOf
 from fleetcast.ingest.records import Accepted, RecordRules, accept
 
 RULES = RecordRules(newest_ms=1_800_000_000_000, oldest_ms=0)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from fleetcast.drift.seasonal.limits import (
+from fleetcast.drift.seasonal.learning import (
     GROWTH_CAP,
     MARGINS,
     PRIOR_GROWTH,

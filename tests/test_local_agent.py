@@ -14,8 +14,7 @@ import pytest
 from scripted_daemon import ScriptedDaemon
 
 from fleetcast.errors import DaemonAway
-from fleetcast.sources.agent import CounterRate, HostMeter
-from fleetcast.sources.backlog import BATCH_RECORDS, LONGEST_WAIT_S, Backlog, Delivery
+from fleetcast.sources.agent import BATCH_RECORDS, LONGEST_WAIT_S, Backlog, CounterRate, Delivery, HostMeter
 from fleetcast.sources.client import FeedAnswer, RequestRefused
 
 ROOT = Path(__file__).resolve().parents[1]

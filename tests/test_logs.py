@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fleetcast.errors import CannotStart
-from fleetcast.logs import configure_logging
+from fleetcast.loop import configure_logging
 from fleetcast.settings import LoggingSettings
 
 logger = logging.getLogger("fleetcast.test")

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetcast.errors import SettingsError
-from fleetcast.sources.mapping import Formula, check_distinct, parse_formula
+from fleetcast.sources.recording import Formula, check_distinct, parse_formula
 
 
 def test_sums_and_factors_are_read_in_order() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from fleetcast.errors import CorruptFile
 from fleetcast.schema import ClosedBin, FleetForecast
-from fleetcast.serving.originfile import kept_of, read_origin, settled_rows, write_origin
+from fleetcast.serving.ledger import kept_of, read_origin, settled_rows, write_origin
 
 BIN = 300_000
 

@@ -12,9 +12,8 @@ from buffer_rows import NOON_MS, rows_of, rows_of_frame, table
 
 from fleetcast.errors import StorageBroken, StorageFull
 from fleetcast.storage import days
-from fleetcast.storage.batches import batch_of_table
 from fleetcast.storage.days import READ_ERRORS, OpenPart, PartName, write_part
-from fleetcast.storage.tables import METRICS, NotThisKind
+from fleetcast.storage.tables import METRICS, NotThisKind, batch_of_table
 
 FLEET = table(
     *(

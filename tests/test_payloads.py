@@ -9,9 +9,15 @@ import pytest
 from buffer_rows import NOON_MS, Key, Values, batch, rows_of
 
 from fleetcast.schema import RecordBatch
-from fleetcast.storage.batches import batch_of_table, table_of_batch
-from fleetcast.storage.payloads import TAG, decode_payloads, encode_batch, encode_table
-from fleetcast.storage.tables import METRICS, PREDICTIONS, TableKind, is_canonical
+from fleetcast.storage.log import TAG, decode_payloads, encode_batch, encode_table
+from fleetcast.storage.tables import (
+    METRICS,
+    PREDICTIONS,
+    TableKind,
+    batch_of_table,
+    is_canonical,
+    table_of_batch,
+)
 
 ONE = batch([("web-01", NOON_MS, {"cpu_pct": 1.25, "mem_pct": 2.5}), ("db-é", NOON_MS, {"cpu_pct": 3.0})])
 TWO = batch([("db-é", NOON_MS + 1, {"load": 4.0})])

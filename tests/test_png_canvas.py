@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 
-from fleetcast.drift.png_canvas import BLACK, RED, WHITE, PngCanvas
+from fleetcast.drift.figure import BLACK, RED, WHITE, PngCanvas
 
 
 def decoded(content: bytes) -> np.ndarray:

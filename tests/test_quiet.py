@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from fleetcast.errors import DaemonAway
-from fleetcast.retraining.hostload import HostLoad
-from fleetcast.retraining.quiet import FleetLoad, FleetMean, fleet_load, quiet_verdict
+from fleetcast.retraining.quiet import FleetLoad, FleetMean, HostLoad, fleet_load, quiet_verdict
 from fleetcast.schema import QuietVerdict
 from fleetcast.settings import DecisionSettings
 

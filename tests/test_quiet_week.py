@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fleetcast.clock import iso_z
-from fleetcast.retraining.quiet_week import BUSY, LOAD, QuietWeek, load_of
+from fleetcast.retraining.quiet import BUSY, LOAD, QuietWeek, load_of
 from fleetcast.schema import QuietVerdict
 from fleetcast.settings import DecisionSettings
 

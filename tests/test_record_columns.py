@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetcast.ingest.record_columns import (
+from fleetcast.ingest.columns import (
     NO_NAME,
     CodedNames,
     cell,
@@ -16,7 +16,7 @@ from fleetcast.ingest.record_columns import (
     text_cells,
     times_ms,
 )
-from fleetcast.ingest.record_columns import cell_kinds as kinds_of
+from fleetcast.ingest.columns import cell_kinds as kinds_of
 from fleetcast.ingest.records import RecordRules, accept, accept_columns
 
 RULES = RecordRules(newest_ms=1_800_000_000_000, oldest_ms=0)

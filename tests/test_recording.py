@@ -7,8 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fleetcast.errors import BadData
-from fleetcast.sources.mapping import parse_formula
-from fleetcast.sources.recording import Cut, load_recording
+from fleetcast.sources.recording import Cut, load_recording, parse_formula
 
 NAN = float("nan")
 START = datetime(2026, 1, 15, 10, 0, tzinfo=UTC)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fleetcast.ingest.recordrules import (
+from fleetcast.ingest.rules import (
     RecordFault,
     RecordRules,
     check_record,

@@ -7,7 +7,7 @@ import numpy as np
 
 from data_buffer import DataBuffer
 from fleetcast.clock import FakeClock, to_ms
-from fleetcast.recovery import restore
+from fleetcast.inference import restore
 from fleetcast.schema import FleetForecast, RecordBatch
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.ledger import Ledger

@@ -15,9 +15,15 @@ from rhythm_fleet import (
     usual_reference,
 )
 
-from fleetcast.drift.seasonal.learning import MIN_DAYS, fit_chunk
+from fleetcast.drift.seasonal.learning import (
+    MIN_DAYS,
+    fit_all,
+    fit_chunk,
+    joined_books,
+    joined_shapes,
+    sampled,
+)
 from fleetcast.drift.seasonal.reference import Reference
-from fleetcast.drift.seasonal.reference_chunks import fit_all, joined_books, joined_shapes, sampled
 from fleetcast.drift.seasonal.season import DayClock
 from fleetcast.drift.seasonal.statistics import INDEX, N_STATISTICS
 from fleetcast.errors import BadData

@@ -15,9 +15,8 @@ from rhythm_fleet import (
 )
 
 from fleetcast.drift.seasonal.detector import SeasonalDrift
-from fleetcast.drift.seasonal.limits import MATURE_DAYS
-from fleetcast.drift.seasonal.reference import Reference
-from fleetcast.drift.seasonal.reference_merge import immature_servers, merged
+from fleetcast.drift.seasonal.learning import MATURE_DAYS
+from fleetcast.drift.seasonal.reference import Reference, immature_servers, merged
 from fleetcast.errors import BadData
 
 

@@ -11,7 +11,7 @@ from settled_rows import RowStore, joined
 
 from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.drift.seasonal.renewal import ReferenceRenewal
-from fleetcast.drift_settings import DriftSettings
+from fleetcast.settings import DriftSettings
 
 NOW_MS = START_MS + FIRST_TEST_BIN * BIN_MS + 3_600_000
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from fleetcast.errors import BadCheckpoint, FleetcastError
-from fleetcast.forecast.registry import Registry
-from fleetcast.forecast.versions import Version, new_version_id
+from fleetcast.forecast.registry import Registry, Version, new_version_id
 
 NOW = datetime(2026, 1, 15, 10, 0, 5, tzinfo=UTC)
 

@@ -10,7 +10,7 @@ import pytest
 from fleetcast import files
 from fleetcast.errors import StorageFull
 from fleetcast.schema import Rejection
-from fleetcast.serving.rejected import RejectedRecords
+from fleetcast.serving.intake import RejectedRecords
 
 NOW = datetime(2026, 1, 15, 10, 0, tzinfo=UTC)
 

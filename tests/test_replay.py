@@ -14,7 +14,7 @@ from scripted_daemon import Reply, ScriptedDaemon
 from fleetcast.clock import SystemClock
 from fleetcast.errors import ExitCode
 from fleetcast.sources import replay
-from fleetcast.sources.player import Pace
+from fleetcast.sources.replay import Pace
 
 ROOT = Path(__file__).parents[1]
 START = datetime(2026, 1, 15, 10, 0, tzinfo=UTC)

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
-from fleetcast.drift.seasonal.residuals import (
+from fleetcast.drift.seasonal.season import (
     ABSENT,
     LEVEL_CAP,
     LEVEL_STEPS,
     N_CODES,
     N_EDGES,
+    DayClock,
     Shape,
     autoregression,
     code_book,
@@ -16,7 +17,6 @@ from fleetcast.drift.seasonal.residuals import (
     innovations,
     traits,
 )
-from fleetcast.drift.seasonal.season import DayClock
 
 CLOCK = DayClock(300_000)
 BINS = np.arange(288)

@@ -11,12 +11,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_calibrated_monitor import changed_grid, reading_of
 
 from fleetcast.clock import FakeClock
-from fleetcast.drift.report import COLLECTING, READY, DriftReading, WindowFacts
+from fleetcast.drift.report import DriftReading, WindowFacts
+from fleetcast.drift.seasonal.detector import COLLECTING, READY
+from fleetcast.retraining.decision import Decision, TrainingLog, TrainingStamp
 from fleetcast.retraining.report import NOTHING, RetrainingCheck
-from fleetcast.retraining.safeguards import Decision
 from fleetcast.retraining.state import FAILED, PROMOTED, Attempt, RetrainingState
 from fleetcast.retraining.telemetry import MAX_BYTES, PREFIX, RetrainingTelemetry, read_textfile
-from fleetcast.retraining.training_log import TrainingLog, TrainingStamp
 from fleetcast.schema import QuietVerdict, SafeguardCheck
 
 NOW = datetime(2026, 1, 15, 10, 0, tzinfo=UTC)

@@ -8,9 +8,8 @@ import torch
 from oracle_fleet import SHAPE, grid
 from test_scope import CHANGED, model, specialist
 
-from fleetcast.forecast.checkpoint import Specialist
 from fleetcast.forecast.naive import NaiveForecaster
-from fleetcast.forecast.predictor import Forecaster
+from fleetcast.forecast.predictor import Forecaster, Specialist
 from fleetcast.training.holdout import HoldOut, Losses, held_from
 from fleetcast.training.specialists import Routed, routed
 

@@ -2,10 +2,8 @@
 
 import numpy as np
 
-from fleetcast.drift.seasonal.residuals import ABSENT, N_CODES, Traits
-from fleetcast.drift.seasonal.running_sums import RunningSums
-from fleetcast.drift.seasonal.shifted_day import ABSENT_PLACE, evidence
-from fleetcast.drift.seasonal.statistics import BinCodes, sums_over
+from fleetcast.drift.seasonal.season import ABSENT, ABSENT_PLACE, N_CODES, Traits, evidence
+from fleetcast.drift.seasonal.statistics import BinCodes, RunningSums, sums_over
 
 SHORT, LONG = 4, 12
 TEMPLATE = np.random.default_rng(3).integers(-2000, 2000, (3, 48)).astype(np.int16)  # 48 bins a day

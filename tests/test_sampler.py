@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fleetcast.errors import NotEnoughData
-from fleetcast.forecast.gridshape import GridShape
+from fleetcast.forecast.encoding import GridShape
 from fleetcast.training.grid import TrainingGrid
 from fleetcast.training.sampler import ChangedSeries, WindowMix, WindowSampler
 

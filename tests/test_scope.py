@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 from oracle_fleet import grid
 
-from fleetcast.forecast.checkpoint import MOST_SPECIALISTS, Specialist
-from fleetcast.forecast.predictor import Forecaster
+from fleetcast.forecast.predictor import MOST_SPECIALISTS, Forecaster, Specialist
 from fleetcast.training.sampler import ChangedSeries
-from fleetcast.training.scope import scope_of
+from fleetcast.training.specialists import scope_of
 
 FLEET = grid()  # six servers, cpu_pct and mem_pct
 CHANGED = (ChangedSeries(1, 0, 3900), ChangedSeries(2, 1, 3950))

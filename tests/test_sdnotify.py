@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fleetcast.sdnotify import SystemdNotifier
+from fleetcast.loop import SystemdNotifier
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from buffer_rows import NOON_MS, day_folder, rows_of_frame, table
 
-from fleetcast.storage import sealing
+from fleetcast.storage import upkeep
 from fleetcast.storage.days import OpenPart, PartName, write_part
-from fleetcast.storage.quarantine import Quarantine
-from fleetcast.storage.sealing import Sealed, SealProcess, seal
+from fleetcast.storage.log import Quarantine
 from fleetcast.storage.tables import METRICS
+from fleetcast.storage.upkeep import Sealed, SealProcess, seal
 from fleetcast.storage.writer import DayWriter
 
 DAY = date(2026, 1, 15)
@@ -59,7 +59,7 @@ def test_a_sealed_day_is_compressed_and_checksummed(day: Path) -> None:
 def test_large_days_are_sealed_in_row_groups_of_whole_servers(
     day: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sealing, "_GROUP_ROWS", 120)
+    monkeypatch.setattr(upkeep, "_GROUP_ROWS", 120)
     seal(day, "metrics", DAY, day / "sealed")
     metadata = pq.ParquetFile(day / "sealed").metadata
     assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [100, 100]
@@ -75,7 +75,7 @@ def test_damaged_parts_are_named_and_cost_only_their_rows(day: Path) -> None:
 def test_a_file_that_does_not_read_back_is_not_handed_over(
     day: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sealing, "write_part", lambda *args, **kwargs: 1 + write_part(*args, **kwargs))
+    monkeypatch.setattr(upkeep, "write_part", lambda *args, **kwargs: 1 + write_part(*args, **kwargs))
     with pytest.raises(OSError, match="does not read back: wrote 201 rows, read 200"):
         seal(day, "metrics", DAY, day / "sealed")
 
@@ -106,7 +106,7 @@ def test_a_child_that_is_stopped_leaves_no_file(day: Path) -> None:
 
 def test_a_child_that_takes_too_long_is_killed(day: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     process = SealProcess(day, "metrics", DAY, day / "sealed")
-    monkeypatch.setattr(sealing, "TIMEOUT_S", -1.0)
+    monkeypatch.setattr(upkeep, "TIMEOUT_S", -1.0)
     assert process.is_running in (True, False)
     assert process.result() is None
     assert not (day / "sealed").exists()
@@ -116,7 +116,7 @@ def test_a_child_without_its_owner_hands_nothing_over(day: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "fleetcast.storage.sealing",
+        "fleetcast.storage.upkeep",
         str(day),
         "metrics",
         "2026-01-15",

@@ -21,11 +21,10 @@ from rhythm_fleet import (
     usual_reference,
 )
 
-from fleetcast.drift.seasonal.detector import SeasonalDrift
-from fleetcast.drift.seasonal.drift_verdict import DriftVerdict
+from fleetcast.drift.seasonal.detector import DriftVerdict, SeasonalDrift
 from fleetcast.drift.seasonal.quorum import QuorumRule, family_ratios
 from fleetcast.drift.seasonal.reference import Reference
-from fleetcast.drift.seasonal.residuals import innovations, moves, traits
+from fleetcast.drift.seasonal.season import innovations, moves, traits
 from fleetcast.drift.seasonal.statistics import BinCodes, no_codes, statistics, sums_over
 from fleetcast.errors import BadData
 

@@ -11,8 +11,8 @@ from settled_rows import RowStore, joined
 from fleetcast.drift.evidence import DriftEvidence, DriftSource
 from fleetcast.drift.seasonal import follower
 from fleetcast.drift.seasonal.reference import Reference
-from fleetcast.drift_settings import DriftSettings
 from fleetcast.forecast.registry import Registry
+from fleetcast.settings import DriftSettings
 
 END = FIRST_TEST_BIN + 2 * DAY
 

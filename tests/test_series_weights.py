@@ -6,8 +6,8 @@ from oracle_fleet import N_BIN, SHAPE, Oracle, grid
 
 from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.schema import HistoryWindow
+from fleetcast.training.challenger import series_weights
 from fleetcast.training.holdout import held_from
-from fleetcast.training.series_weights import series_weights
 
 NAIVE = NaiveForecaster(96)
 

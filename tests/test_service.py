@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 from data_buffer import DataBuffer
-from fleetcast.api.apidocs import FEED_ANSWER, PREDICTIONS
 from fleetcast.api.listener import HttpListener
+from fleetcast.api.server import FEED_ANSWER, PREDICTIONS
 from fleetcast.clock import FakeClock, SystemClock, iso_z
 from fleetcast.errors import CannotStart, SettingsError
 from fleetcast.forecast.registry import Registry

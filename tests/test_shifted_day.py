@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fleetcast.drift.seasonal.shifted_day import (
+from fleetcast.drift.seasonal.season import (
     ABSENT_PLACE,
     LAGS_H,
     PLACE_CAP,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleetcast.drift.literal.sketched_ks import sketched_ks
+from fleetcast.drift.literal.scores import sketched_ks
 
 POINTS = 1001
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from fleetcast.errors import BadCheckpoint
-from fleetcast.forecast.checkpoint import Checkpoint, Specialist
-from fleetcast.forecast.predictor import Forecaster
+from fleetcast.forecast.predictor import Checkpoint, Forecaster, Specialist
 from fleetcast.schema import HistoryWindow
 
 DATA = Path(__file__).parent / "data"

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from fleetcast.clock import Uptime
 from fleetcast.errors import CorruptFile, UnknownFormat
+from fleetcast.retraining.decision import Backoff, TrainingLog, TrainingStamp
 from fleetcast.retraining.state import Attempt, RetrainingState, load_state, save_state
-from fleetcast.retraining.training_log import Backoff, TrainingLog, TrainingStamp
 
 NOON = datetime(2025, 10, 17, 14, 23, 15, 250_000, tzinfo=UTC)
 moments = st.integers(0, 4_000_000_000).map(lambda s: datetime.fromtimestamp(s, UTC).replace(microsecond=7))

@@ -5,11 +5,9 @@ import pytest
 import torch
 from test_network import N_KNOTS, N_PAST, config, library_input, one_thread, shaken
 
-from fleetcast.forecast.encoding import encode
+from fleetcast.forecast.encoding import INPUT_LIMIT, GridShape, encode
 from fleetcast.forecast.fast_network import SweepNetwork
-from fleetcast.forecast.gridshape import GridShape
 from fleetcast.forecast.network import Batch, NetworkConfig, StaticNetwork, as_batch
-from fleetcast.forecast.scaling import INPUT_LIMIT
 
 __all__ = ["one_thread"]  # a fixture
 

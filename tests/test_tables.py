@@ -10,18 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetcast.schema import SettledForecasts
-from fleetcast.storage.arrays import NUMBER, TEXT, TIME, times_ms
-from fleetcast.storage.batches import batch_of_table, settled_of_table, table_of_batch, table_of_settled
 from fleetcast.storage.tables import (
     METRICS,
+    NUMBER,
     PREDICTIONS,
+    TEXT,
+    TIME,
     NotThisKind,
+    batch_of_table,
     canonical,
     filled,
     has_key,
     key_ranks,
     merged,
+    settled_of_table,
     stored_schema,
+    table_of_batch,
+    table_of_settled,
+    times_ms,
     union_schema,
 )
 

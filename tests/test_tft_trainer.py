@@ -17,9 +17,8 @@ from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.files import OwnerLock
 from fleetcast.forecast.predictor import Forecaster
-from fleetcast.forecast.registry import TRAINER_LOCK, Registry
-from fleetcast.forecast.versions import REFERENCE_FILE
-from fleetcast.training import training_epochs
+from fleetcast.forecast.registry import REFERENCE_FILE, TRAINER_LOCK, Registry
+from fleetcast.training import fit
 
 ROOT = Path(__file__).parents[1]
 SMALL = """
@@ -262,7 +261,7 @@ def test_a_killed_trainer_leaves_what_was_and_goes_on_where_it_stood(
         pass
     # When it is started again
     told: list[str] = []
-    monkeypatch.setattr(training_epochs.logger, "info", lambda text, *given: told.append(text % given))
+    monkeypatch.setattr(fit.logger, "info", lambda text, *given: told.append(text % given))
     assert tft_trainer.main(["--data", "data.parquet"]) == 0
     # Then it goes on with what its state file holds, and leaves no state
     assert told[0].startswith("training goes on where it was interrupted epoch=")

@@ -8,7 +8,7 @@ from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.training.holdout import HoldOut, held_from
 from fleetcast.training.sampler import ChangedSeries
-from fleetcast.training.trained_baseline import trained_baseline
+from fleetcast.training.verdict import trained_baseline
 
 WEEK_BINS = 7 * 288
 

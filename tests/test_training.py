@@ -7,14 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from fleetcast.forecast.gridshape import GridShape
+from fleetcast.forecast.encoding import GridShape
 from fleetcast.forecast.network import NetworkConfig, StaticNetwork, as_batch
 from fleetcast.schema import QUANTILES
-from fleetcast.training.fit import Fit, fit, pinball, rate_share
+from fleetcast.training.fit import Fit, Resumable, StateFile, fit, pinball, rate_share
 from fleetcast.training.grid import TrainingGrid
 from fleetcast.training.sampler import TrainingBatch, WindowMix, WindowSampler
-from fleetcast.training.training_epochs import Resumable
-from fleetcast.training.training_state import StateFile
 
 LEVELS = torch.tensor(QUANTILES)
 

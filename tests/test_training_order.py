@@ -11,13 +11,12 @@ from test_drift_series import CHANGE, START_MS, baseline, changed, daily, store_
 
 from drift_monitor import DriftMonitor
 from fleetcast.drift.evidence import DriftEvidence, DriftSource
-from fleetcast.drift_settings import DriftSettings
 from fleetcast.forecast.registry import Registry
+from fleetcast.retraining.decision import Decision
+from fleetcast.retraining.order import export_end, trainer_command, training_context, training_steps
 from fleetcast.retraining.report import NOTHING, RetrainingCheck
-from fleetcast.retraining.safeguards import Decision
-from fleetcast.retraining.training_order import export_end, trainer_command, training_context, training_steps
 from fleetcast.schema import QuietVerdict
-from fleetcast.settings import Settings
+from fleetcast.settings import DriftSettings, Settings
 
 ROOT = Path(__file__).parents[1]
 PRINTED = ["tft_trainer.py", "--data", "training_data_incremental.parquet", "--incremental", "--epochs", "5"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fleetcast.training.training_state import BestEpoch, StateFile, TrainingState
+from fleetcast.training.fit import BestEpoch, StateFile, TrainingState
 
 
 def state(epoch: int = 2) -> TrainingState:

@@ -17,7 +17,7 @@ from fleetcast.errors import CorruptFile, FleetcastError, SettingsError, Storage
 from fleetcast.files import OwnerLock, write_json
 from fleetcast.forecast.registry import ATTEMPT_LOCK, Registry
 from fleetcast.retraining.attempts import Attempts, Step
-from fleetcast.retraining.safeguards import Decision
+from fleetcast.retraining.decision import Decision
 from fleetcast.retraining.state import Attempt, RetrainingState, load_state, save_state
 from fleetcast.retraining.trainings import Trainings
 

@@ -13,8 +13,7 @@ import pytest
 
 from fleetcast.errors import StorageBroken, StorageFull
 from fleetcast.storage import log as log_module
-from fleetcast.storage.frames import read_segment, segments
-from fleetcast.storage.log import WriteAheadLog
+from fleetcast.storage.log import WriteAheadLog, read_segment, segments
 
 
 def payloads(folder: Path) -> list[bytes]:

@@ -7,8 +7,7 @@ import pytest
 from rhythm_fleet import DAY, usual_reference
 
 from fleetcast.drift.seasonal.quorum import THRESHOLDS
-from fleetcast.drift.seasonal.residuals import ABSENT, N_CODES, CodeBook, Traits, code_book, moves
-from fleetcast.drift.seasonal.shifted_day import LAGS_H
+from fleetcast.drift.seasonal.season import ABSENT, LAGS_H, N_CODES, CodeBook, Traits, code_book, moves
 from fleetcast.drift.seasonal.statistics import (
     CAPS,
     FLOORS,

@@ -6,12 +6,12 @@ import pytest
 from remote_write_bodies import body, labels
 
 from fleetcast.errors import BadData, SettingsError, StorageFull
-from fleetcast.ingest.record_columns import RowsOf
+from fleetcast.ingest.columns import RowsOf
 from fleetcast.ingest.records import RecordRules
-from fleetcast.remote_write_settings import RemoteWriteSettings
 from fleetcast.schema import Rejection
 from fleetcast.serving.intake import Receipt
 from fleetcast.serving.writes import WriteIntake
+from fleetcast.settings import RemoteWriteSettings
 
 NOW = 1_768_471_200_000
 RULES = RecordRules(newest_ms=NOW + 300_000, oldest_ms=NOW - 86_400_000)

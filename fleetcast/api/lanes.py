@@ -6,13 +6,26 @@ Does not know: HTTP codes, records.
 A post of 20 records costs several times more alone than as one of ten in a group: one check in
 columns, one write and one fdatasync serve them all. A lane takes whatever waits when it becomes free,
 so a lone sender waits for nobody and groups grow with the load.
+
+What a lane does with a group of posts: read each, take those of one layout together, answer each.
+
+Owns: which decoder reads a body, the answer's words. Does not know: threads, sockets.
 """
 
 import asyncio
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fleetcast.api.bodies import Refusal, encoded, records_in
+from fleetcast.errors import BadData, StorageBroken, StorageFull
+from fleetcast.ingest.arrow import read_columns
+from fleetcast.ingest.columns import RowsOf, layout_of
+from fleetcast.ingest.json_records import JsonRecords
+from fleetcast.serving.intake import Receipt
 
 GROUP_MAX_BYTES = 2**20  # bodies of one group: larger ones gain nothing, and make the first one wait
 _N_LANES = 2  # one works while the other waits for the disk; more would only make the groups smaller
@@ -99,3 +112,76 @@ def _hand_back(group: Sequence[Post]) -> None:
             post.done.set_result(post.answer)
         else:
             post.done.set_exception(post.answer or RuntimeError("a post was left without an answer"))
+
+
+MAX_ERRORS_SHOWN = 20
+
+
+class Intake(Protocol):
+    """Takes records; raises StorageFull or StorageBroken when none was kept."""
+
+    def take_together(self, parts: Sequence[Sequence[object]]) -> list[Receipt]: ...
+
+
+class PostGroups:
+    """Does groups of posts; safe from any thread."""
+
+    def __init__(self, intake: Intake, on_receipt: Callable[[Receipt], None]) -> None:
+        self._intake = intake
+        self._on_receipt = on_receipt
+        self._json = JsonRecords()
+
+    def work(self, group: Sequence[Post]) -> None:
+        """Answer every post of the group; one that cannot be read costs no other."""
+        together: dict[Hashable, list[tuple[Post, Sequence[Any]]]] = defaultdict(list)
+        for post in group:
+            try:
+                raw = self._read(post)
+            except Refusal as refusal:
+                post.answer = refusal
+            else:
+                together[layout_of(raw)].append((post, raw))
+        for pairs in together.values():
+            self._take([post for post, _raw in pairs], [raw for _post, raw in pairs])
+
+    def _read(self, post: Post) -> Sequence[Any]:
+        if post.is_arrow:
+            try:
+                return RowsOf(read_columns(post.body))
+            except BadData as error:
+                raise Refusal(422, str(error)) from error
+        columns = self._json.read(post.body)
+        if columns is not None:
+            return columns
+        records = records_in(post.body)
+        self._json.learn(post.body, records)
+        return records
+
+    def _take(self, posts: Sequence[Post], parts: Sequence[Sequence[Any]]) -> None:
+        try:
+            receipts = self._intake.take_together(parts)
+        except (StorageFull, StorageBroken) as error:
+            for post in posts:
+                post.answer = storage_refusal(error)
+            return
+        for post, receipt in zip(posts, receipts, strict=True):
+            self._on_receipt(receipt)
+            post.answer = _answer(receipt)
+
+
+def storage_refusal(error: StorageFull | StorageBroken) -> Refusal:
+    """Return the answer for a disk that does not take records; such a request can be repeated."""
+    if isinstance(error, StorageFull):
+        return Refusal(507, str(error))
+    return Refusal(503, str(error), retry_after_s=5)
+
+
+def _answer(receipt: Receipt) -> bytes:
+    return encoded(
+        {
+            "status": "ok",
+            "records_received": receipt.n_received,
+            "records_rejected": len(receipt.rejections),
+            "errors": [rejection.as_dict() for rejection in receipt.rejections[:MAX_ERRORS_SHOWN]],
+        }
+    )

@@ -4,27 +4,237 @@ Owns: routes, status codes, authentication, and how much work may wait. It is gi
 serves as narrow protocols. Does not know: models, buffers, bins.
 
 The routes that take records in are in `feed`.
+
+What `/openapi.json` and `/docs` say about the daemon's answers.
+
+Owns: schemas and examples of the HTTP interface, as plain OpenAPI. Changes are additive only.
+Does not know: how answers are made; `tests/test_server.py` compares the two.
+
+Keeps web pages of others away from a daemon that asks for no key.
+
+Without a key the daemon listens on loopback, but a browser on the same host is on loopback, too.
+A page may point a name of its own at 127.0.0.1 (DNS rebinding) and read the answers, or post
+across origins without reading. The first shows in `Host`, the second in `Origin`.
+
+Owns: which of the two are refused. Does not know: routes. With a key it is not needed: a page
+does not know the key.
 """
 
 import hmac
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import ipaddress
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Final, Literal, Protocol
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Response
 from fastapi.security import APIKeyHeader
 
 from fleetcast import __version__
-from fleetcast.api import apidocs
-from fleetcast.api.apidocs import answers
 from fleetcast.api.bodies import encoded
-from fleetcast.api.browserguard import BrowserGuard
-from fleetcast.api.door import WRONG_KEY, FeedDoor
-from fleetcast.api.feed import ARROW, JSON, PROTOBUF, Feed, Writes
-from fleetcast.api.post_group import Intake
+from fleetcast.api.feed import ARROW, JSON, PROTOBUF, WRONG_KEY, Feed, FeedDoor, Writes
+from fleetcast.api.lanes import Intake
 from fleetcast.serving.board import UnknownServer
 from fleetcast.serving.telemetry import Telemetry
 from fleetcast.settings import ServerSettings
+
+Schema = dict[str, Any]
+
+_NUMBERS: Schema = {"type": "array", "items": {"type": "number"}}
+_QUANTILES: Schema = {
+    "type": "object",
+    "required": ["p10", "p50", "p90"],
+    "properties": {"p10": _NUMBERS, "p50": _NUMBERS, "p90": _NUMBERS},
+}
+_PREDICTION: Schema = {
+    "type": "object",
+    "required": ["current", "source", "stale"],
+    "properties": {
+        "current": {"type": "object", "additionalProperties": {"type": "number"}},
+        "forecast": {"type": ["object", "null"], "additionalProperties": _QUANTILES},
+        "timestamps": {"type": "array", "items": {"type": "string", "format": "date-time"}},
+        "source": {"type": "string", "enum": ["model", "fallback", "warming_up"]},
+        "stale": {"type": "boolean"},
+    },
+}
+_MODEL: Schema = {
+    "type": ["object", "null"],
+    "required": ["version", "trained_at", "base"],
+    "properties": {
+        "version": {"type": "string"},
+        "trained_at": {"type": "string", "format": "date-time"},
+        "base": {"type": "boolean"},
+    },
+}
+PREDICTIONS: Schema = {
+    "type": "object",
+    "required": ["timestamp", "model", "predictions"],
+    "properties": {
+        "timestamp": {"type": "string", "format": "date-time"},
+        "model": _MODEL,
+        "predictions": {"type": "object", "additionalProperties": _PREDICTION},
+    },
+}
+FEED_ANSWER: Schema = {
+    "type": "object",
+    "required": ["status", "records_received", "records_rejected", "errors"],
+    "properties": {
+        "status": {"type": "string", "enum": ["ok"]},
+        "records_received": {"type": "integer", "description": "accepted and durable"},
+        "records_rejected": {"type": "integer"},
+        "errors": {
+            "type": "array",
+            "maxItems": 20,
+            "items": {
+                "type": "object",
+                "required": ["index", "field", "reason"],
+                "properties": {
+                    "index": {"type": "integer"},
+                    "field": {"type": "string"},
+                    "reason": {"type": "string"},
+                },
+            },
+        },
+    },
+}
+FEED_BODY: Schema = {
+    "type": "object",
+    "required": ["records"],
+    "properties": {
+        "records": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["timestamp", "server_name"],
+                "properties": {
+                    "timestamp": {"type": "string", "description": "ISO 8601; without an offset it is UTC"},
+                    "server_name": {"type": "string", "minLength": 1, "maxLength": 128},
+                },
+                "additionalProperties": True,
+                "description": "every other field [a-z][a-z0-9_]* with a finite number is a metric",
+            },
+        }
+    },
+    "example": {
+        "records": [
+            {"timestamp": "2026-01-15T10:00:05Z", "server_name": "web-01", "cpu_pct": 12.5, "mem_pct": 40.1}
+        ]
+    },
+}
+ERROR: Schema = {
+    "type": "object",
+    "required": ["detail"],
+    "properties": {"detail": {"type": "string"}},
+}
+OBJECT: Schema = {"type": "object"}
+BINARY: Schema = {"type": "string", "format": "binary"}
+
+
+def answers(ok: Schema, **errors: str) -> dict[int | str, dict[str, Any]]:
+    """Return the `responses` of a route: 200 with its schema, errors as `e404="why"`."""
+    described: dict[int | str, dict[str, Any]] = {
+        200: {"description": "OK", "content": {"application/json": {"schema": ok}}}
+    }
+    for code, text in errors.items():
+        described[int(code.removeprefix("e"))] = {
+            "description": text,
+            "content": {"application/json": {"schema": ERROR}},
+        }
+    return described
+
+
+_KEY = "X-API-Key is missing or wrong"
+FEED_ANSWERS = answers(
+    FEED_ANSWER,
+    e401=_KEY,
+    e408="the body did not arrive in time",
+    e413="the body is too large",
+    e415="the body is compressed",
+    e422='the body is not {"records": [...]}',
+    e429="a sweep or a training goes first (data clock); Retry-After says when to try again",
+    e503="overloaded, or the disk does not take the records; Retry-After says when to try again",
+    e507="the disk is full; nothing of the request was kept",
+)
+WRITE_ANSWERS: dict[int | str, dict[str, Any]] = {
+    204: {"description": "taken"},
+    400: {"description": "not a WriteRequest, or some samples were refused: the text says which"},
+    401: {"description": _KEY},
+    413: {"description": "too large, packed or unpacked"},
+    415: {"description": "not remote-write 1.0 in a snappy block"},
+    503: {"description": "busy, or a sweep goes first (data clock); repeat it"},
+    507: {"description": "the disk is full; repeat it"},
+}
+PREDICTION_ANSWERS = answers(PREDICTIONS, e401=_KEY, e404="unknown server")
+STATUS_ANSWERS = answers(OBJECT, e401=_KEY)
+
+
+Message = MutableMapping[str, Any]  # of the ASGI specification, as are the next two
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+_JSON: Final = (b"content-type", b"application/json")
+
+
+class BrowserGuard:
+    """Middleware that answers 421 for a foreign `Host` and 403 for a foreign `Origin`."""
+
+    def __init__(self, app: App, allowed_hosts: Iterable[str]) -> None:
+        self._app = app
+        self._allowed = {name.lower() for name in allowed_hosts}
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] == "http":
+            status, why = self.refusal(dict(scope["headers"]))
+            if status:
+                await _answer(send, status, why)
+                return
+        await self._app(scope, receive, send)
+
+    def refusal(self, headers: dict[bytes, bytes]) -> tuple[int, str]:
+        """Return the status and the reason, (0, "") for a request that may pass.
+
+        >>> guard = BrowserGuard(lambda *_: None, ["forecasts.example"])
+        >>> guard.refusal({b"host": b"127.0.0.1:8000"})
+        (0, '')
+        >>> guard.refusal({b"host": b"evil.example"})[0]
+        421
+        """
+        host = headers.get(b"host", b"").decode("latin-1")
+        if not self._is_ours(host):
+            return (
+                421,
+                f"this daemon is not known as {host[:80]!r}: set server.allowed_hosts or a TFT_API_KEY",
+            )
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        if origin and origin.partition("://")[2].lower() != host.lower():
+            return 403, f"a page of {origin[:80]!r} may not ask without a TFT_API_KEY"
+        return 0, ""
+
+    def _is_ours(self, host: str) -> bool:
+        name = _without_port(host).lower()
+        if name in self._allowed or name.endswith(".localhost"):
+            return True
+        try:
+            ipaddress.ip_address(name)  # an address is no name that somebody else could point here
+        except ValueError:
+            return False
+        return True
+
+
+def _without_port(host: str) -> str:
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.rpartition(":")[0] if host.count(":") == 1 else host
+
+
+async def _answer(send: Send, status: int, why: str) -> None:
+    body = json.dumps({"detail": why}).encode()
+    headers = [_JSON, (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
 
 FEED_PATH = "/feed/data"
 
@@ -88,11 +298,11 @@ def _guarded_routes(board: Board, daemon: Daemon, api_key: str) -> APIRouter:
 
     @router.post(
         FEED_PATH,
-        responses=apidocs.FEED_ANSWERS,
+        responses=FEED_ANSWERS,
         openapi_extra={
             "requestBody": {
                 "required": True,
-                "content": {JSON: {"schema": apidocs.FEED_BODY}, ARROW: {"schema": apidocs.BINARY}},
+                "content": {JSON: {"schema": FEED_BODY}, ARROW: {"schema": BINARY}},
             }
         },
     )
@@ -101,7 +311,7 @@ def _guarded_routes(board: Board, daemon: Daemon, api_key: str) -> APIRouter:
 
     @router.get(
         "/predictions/current",
-        responses=apidocs.PREDICTION_ANSWERS,
+        responses=PREDICTION_ANSWERS,
     )
     def predictions_current(
         server: Annotated[list[str], Query(description="narrow to these servers")] = [],  # noqa: B006
@@ -114,7 +324,7 @@ def _guarded_routes(board: Board, daemon: Daemon, api_key: str) -> APIRouter:
             raise HTTPException(404, str(error)) from error
         return Response(document, media_type=JSON)
 
-    @router.get("/status", responses=apidocs.STATUS_ANSWERS)
+    @router.get("/status", responses=STATUS_ANSWERS)
     def status() -> Response:
         """Summarise buffer, model, ledger, backlog and the last errors."""
         return Response(encoded(daemon.status()), media_type=JSON)
@@ -129,9 +339,9 @@ def _write_route(path: str, api_key: str) -> APIRouter:
         path,
         status_code=204,
         response_class=Response,
-        responses=apidocs.WRITE_ANSWERS,
+        responses=WRITE_ANSWERS,
         openapi_extra={
-            "requestBody": {"required": True, "content": {PROTOBUF: {"schema": apidocs.BINARY}}},
+            "requestBody": {"required": True, "content": {PROTOBUF: {"schema": BINARY}}},
         },
     )
     async def remote_write() -> None:  # declared for the interface description: the door answers
@@ -143,12 +353,12 @@ def _write_route(path: str, api_key: str) -> APIRouter:
 def _open_routes(daemon: Daemon, telemetry: Telemetry) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/health", responses=answers(apidocs.OBJECT))
+    @router.get("/health", responses=answers(OBJECT))
     async def health() -> dict[str, str]:
         """Answer as long as the process does."""
         return {"status": "alive"}
 
-    @router.get("/ready", responses=answers(apidocs.OBJECT, e503="not yet, or not any more"))
+    @router.get("/ready", responses=answers(OBJECT, e503="not yet, or not any more"))
     def ready(response: Response) -> dict[str, str]:
         """Say whether the daemon has recovered and can write."""
         reason = daemon.why_not_ready()

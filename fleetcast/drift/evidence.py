@@ -19,11 +19,10 @@ from fleetcast.drift.literal.window import DriftWindow, PairWindow
 from fleetcast.drift.seasonal.follower import SeasonalEvidence, SeasonalSource
 from fleetcast.drift.seasonal.renewal import FOLDER as REFERENCE_FOLDER
 from fleetcast.drift.seasonal.renewal import ReferenceRenewal
-from fleetcast.drift_settings import CALIBRATED, DriftSettings
 from fleetcast.errors import CorruptFile
-from fleetcast.forecast.registry import Registry
-from fleetcast.forecast.versions import Version
+from fleetcast.forecast.registry import Registry, Version
 from fleetcast.schema import SettledForecasts
+from fleetcast.settings import CALIBRATED, DriftSettings
 
 logger = logging.getLogger(__name__)
 

@@ -4,19 +4,137 @@ Owns: which Arrow types mean what, and that no stream makes us build more than i
 rules for records are `records.accept_columns`' own: the same answers as for JSON.
 Does not know: HTTP, storage. Nothing in a stream is trusted: sizes are bounded before they are
 used, and every array is validated in full before it is looked at.
+
+Text columns of Arrow as codes into distinct texts.
+
+Owns: the text types, plain, dictionary-encoded and by view. Texts beyond any use are left out
+(absent): in a view column many rows can point at one text, so that what looks small could be
+unpacked to any size.
+
+An Arrow IPC stream looked at before it is read: what it would unpack to must be bounded.
+
+Owns: the few offsets of the flatbuffers that frame a stream (format/Message.fbs of Apache Arrow).
+A compressed buffer states its own unpacked size, so that a small body could ask for any amount of
+memory; compressed streams are refused. pyarrow verifies each flatbuffer before we look into it.
 """
+
+import struct
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.types as kinds
 
 from fleetcast.errors import BadData
-from fleetcast.ingest.arrow_messages import check_messages
-from fleetcast.ingest.arrow_text import coded_texts, is_text
-from fleetcast.ingest.columns import joined_column
-from fleetcast.ingest.record_columns import NO_NAME, NO_TIME, CodedNames, Column, Flags, NotNumbers
-from fleetcast.ingest.recordrules import REQUIRED, is_metric_name
+from fleetcast.ingest.columns import NO_NAME, NO_TIME, CodedNames, Column, Flags, NotNumbers, joined_column
+from fleetcast.ingest.rules import REQUIRED, is_metric_name
 from fleetcast.schema import Longs
+
+TEXT_MAX_BYTES = 512  # a name of 128 characters
+_VIEW_BYTES = 16  # size, then 12 bytes of text, or 4 of it, the number of a buffer and an offset
+_INLINE_MAX = 12
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds text."""
+    if kinds.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind))
+
+
+def coded_texts(array: pa.Array) -> CodedNames:
+    """Return a validated text column as codes; what is absent or far too long is absent."""
+    if kinds.is_string_view(array.type):
+        return _coded_views(array)
+    if not kinds.is_dictionary(array.type):
+        array = array.dictionary_encode()
+    codes = np.asarray(array.indices.cast(pa.int32()).fill_null(NO_NAME), dtype=np.int32)
+    values = array.dictionary
+    if kinds.is_string_view(values.type):
+        inner = _coded_views(values)
+        return CodedNames(inner.names, np.where(codes == NO_NAME, NO_NAME, inner.codes[codes]))
+    sizes = np.asarray(pc.binary_length(values).fill_null(0))
+    if len(sizes) and sizes.max() > TEXT_MAX_BYTES:
+        values = pc.if_else(pa.array(sizes <= TEXT_MAX_BYTES), values, pa.scalar(None, values.type))
+    return CodedNames(values.to_pylist(), codes)
+
+
+def _coded_views(array: pa.Array) -> CodedNames:
+    """Read each distinct view once, and only those of rows that are there."""
+    is_there = np.asarray(array.is_valid().to_numpy(zero_copy_only=False), dtype=np.bool_)
+    codes = np.full(len(array), NO_NAME, dtype=np.int32)
+    if not is_there.any():
+        return CodedNames((), codes)
+    _validity, views, *data = array.buffers()
+    place = array.offset * _VIEW_BYTES
+    entries = np.frombuffer(views, dtype=f"V{_VIEW_BYTES}", count=len(array), offset=place)
+    distinct, codes[is_there] = np.unique(entries[is_there], return_inverse=True)
+    return CodedNames([_viewed(entry.tobytes(), data) for entry in distinct], codes)
+
+
+def _viewed(entry: bytes, data: Sequence[pa.Buffer]) -> str | None:
+    size, _prefix, buffer, offset = struct.unpack("<i4sii", entry)
+    if size <= _INLINE_MAX:
+        return entry[4 : 4 + size].decode()
+    if size > TEXT_MAX_BYTES:
+        return None
+    return str(data[buffer].slice(offset, size).to_pybytes(), "utf-8")
+
+
+MESSAGES_MAX = 10_000
+_MESSAGE_HEADER = 2  # numbers of fields in their tables
+_BATCH_COMPRESSION = 3
+_DICTIONARY_BATCH = 1
+
+
+def check_messages(body: bytes) -> None:
+    """Refuse a stream that is compressed or of too many messages.
+
+    Raises:
+        BadData: so it is, or it is no Arrow IPC stream.
+    """
+    n_messages = 0
+    try:
+        for message in pa.ipc.MessageReader.open_stream(pa.py_buffer(body)):
+            n_messages += 1
+            if n_messages > MESSAGES_MAX:
+                raise BadData(f"over {MESSAGES_MAX} messages in one stream", hint="send larger batches")
+            if message.type in ("record batch", "dictionary") and _is_compressed(
+                message.metadata.to_pybytes(), is_dictionary=message.type == "dictionary"
+            ):
+                raise BadData("the Arrow stream is compressed", hint="write it with compression=None")
+    except (pa.ArrowException, OSError, struct.error) as error:
+        raise BadData(f"the body is not an Arrow IPC stream: {error}") from error
+    if n_messages == 0:
+        raise BadData("the body is not an Arrow IPC stream: it is empty")
+
+
+def _is_compressed(metadata: bytes, *, is_dictionary: bool) -> bool:
+    (root,) = struct.unpack_from("<I", metadata, 0)
+    batch = _inner_table(metadata, root, _MESSAGE_HEADER)
+    if is_dictionary:
+        batch = _inner_table(metadata, batch, _DICTIONARY_BATCH)
+    return _field(metadata, batch, _BATCH_COMPRESSION) != 0
+
+
+def _inner_table(metadata: bytes, table: int, number: int) -> int:
+    place = _field(metadata, table, number)
+    if not place:
+        raise BadData("the body is not an Arrow IPC stream: a batch without a header")
+    return int(place + struct.unpack_from("<I", metadata, place)[0])
+
+
+def _field(metadata: bytes, table: int, number: int) -> int:
+    """Return where a field of a flatbuffers table lies, 0 where it is absent."""
+    vtable = table - struct.unpack_from("<i", metadata, table)[0]
+    (vtable_bytes,) = struct.unpack_from("<H", metadata, vtable)
+    slot = 4 + 2 * number
+    if slot + 2 > vtable_bytes:
+        return 0
+    (offset,) = struct.unpack_from("<H", metadata, vtable + slot)
+    return table + offset if offset else 0
+
 
 ROWS_MAX = 2**18
 COLUMNS_MAX = 1024

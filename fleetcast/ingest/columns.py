@@ -2,15 +2,251 @@
 
 Owns: which columns can be put together so that each record is judged as it would be alone.
 Does not know: the rules for records.
+
+Columns of raw cells, read as numbers, times, names or text.
+
+Owns: which cells of a column are certainly good. Does not know: why another one is not
+(`recordrules` looks at those again, one record at a time).
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from itertools import chain
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fleetcast.ingest.record_columns import NO_NAME, CodedNames, Column, NotNumbers, RowsOf, cell
+from fleetcast.clock import from_ms
+from fleetcast.ingest.rules import (
+    PERCENT_HIGH,
+    PERCENT_LOW,
+    PERCENT_SUFFIX,
+    REQUIRED,
+    is_metric_name,
+    is_server_name,
+    parse_timestamp_ms,
+)
+from fleetcast.schema import Codes, Floats, Longs
+
+NO_TIME = int(np.iinfo(np.int64).min)  # what a missing time is, in pandas' int64 too
+NO_NAME = -1
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CodedNames:
+    """A column of text as codes into distinct values; NO_NAME = absent."""
+
+    names: Sequence[object]
+    codes: Codes
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __iter__(self) -> Iterator[object]:
+        return (None if code == NO_NAME else self.names[code] for code in self.codes.tolist())
+
+    def __getitem__(self, place: int) -> Any:
+        code = int(self.codes[place])
+        return None if code == NO_NAME else self.names[code]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NotNumbers:
+    """A column of a kind of values that no metric can have."""
+
+    kind: str
+    is_there: Flags  # False = absent, which any record may be
+
+    def __len__(self) -> int:
+        return len(self.is_there)
+
+    def __iter__(self) -> Iterator[object]:
+        return (self[place] for place in range(len(self)))
+
+    def __getitem__(self, place: int) -> Any:
+        return _Value(self.kind) if self.is_there[place] else None
+
+
+class _Value:
+    """Stands for one value of a column of NotNumbers in a message."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def __repr__(self) -> str:
+        return f"<{self._kind}>"
+
+
+Column = Sequence[Any] | NDArray[Any] | CodedNames | NotNumbers
+
+
+def cell(name: str, column: Column, place: int) -> object:
+    """Return one cell as a record holds it."""
+    value = column[place]
+    if not isinstance(column, np.ndarray) or column.dtype == np.object_:
+        return value
+    if name == "timestamp":
+        return _moment(int(value))
+    return None if np.isnan(value) else value.item()
+
+
+def _moment(time_ms: int) -> object:
+    """Return a time as a record holds it; one beyond the calendar stays a number."""
+    try:
+        return None if time_ms == NO_TIME else from_ms(time_ms)
+    except OverflowError:
+        return time_ms
+
+
+def cell_kinds(column: Column) -> frozenset[type]:
+    """Return the types of the cells; a numeric array needs no such look and has none."""
+    if isinstance(column, CodedNames):
+        return frozenset((str,))
+    if isinstance(column, NotNumbers):
+        return frozenset((_Value,))
+    if isinstance(column, np.ndarray) and column.dtype != np.object_:
+        return frozenset()
+    return frozenset(map(type, column))
+
+
+def is_text(kinds: frozenset[type]) -> bool:
+    """Whether a column of such cells holds text and nothing else."""
+    return str in kinds and kinds <= {str, type(None)}
+
+
+def text_cells(column: Column) -> Flags:
+    """Return which cells of a text column are not absent."""
+    if isinstance(column, CodedNames):
+        return np.not_equal(column.codes, NO_NAME)
+    return np.fromiter((value is not None for value in column), np.bool_, len(column))
+
+
+def numbers(column: Column, kinds: frozenset[type]) -> tuple[Floats, Flags]:
+    """Return the cells as floats (absent = NaN) and which of them are plain numbers or absent."""
+    if isinstance(column, np.ndarray) and column.dtype.kind in "fiu":
+        values = column.astype(np.float64)
+        return values, ~np.isinf(values)
+    if isinstance(column, NotNumbers):
+        return np.full(len(column), np.nan), ~column.is_there
+    if kinds <= {float, int, type(None)}:
+        try:
+            values = np.array(column, dtype=np.float64)  # None becomes NaN
+        except OverflowError:  # an integer beyond a double: the exact look will name it
+            return _numbers_one_by_one(column)
+        is_number = np.isfinite(values)
+        n_absent = len(values) - int(is_number.sum())
+        if n_absent == (column.count(None) if isinstance(column, (tuple, list)) else 0):
+            return values, np.ones(len(values), dtype=np.bool_)
+        if type(None) not in kinds:
+            return values, is_number
+    return _numbers_one_by_one(column)
+
+
+def _numbers_one_by_one(column: Column) -> tuple[Floats, Flags]:
+    values = np.full(len(column), np.nan)
+    is_number = np.zeros(len(column), dtype=np.bool_)
+    for place, value in enumerate(column):
+        if value is None:
+            is_number[place] = True
+        elif type(value) is float or (type(value) is int and abs(value) < 2**63):
+            values[place] = value
+            is_number[place] = bool(np.isfinite(values[place]))
+    return values, is_number
+
+
+def plain_metrics(columns: Mapping[str, Column]) -> tuple[dict[str, Floats], Flags]:
+    """Return the metrics given as arrays of doubles, and which rows have no bad cell in them.
+
+    What `numbers` and `in_range` say column by column, of all of them at once.
+    """
+    names = [name for name, column in columns.items() if _is_plain(name, column)]
+    n_rows = len(columns["timestamp"])
+    if not names:
+        return {}, np.ones(n_rows, dtype=np.bool_)
+    cells: Floats = np.array([columns[name] for name in names])
+    is_bad = np.isinf(cells)
+    percents = np.array([name.endswith(PERCENT_SUFFIX) for name in names], dtype=np.bool_)
+    shares = cells[percents]
+    is_bad[percents] |= (shares < PERCENT_LOW) | (shares > PERCENT_HIGH)  # an absent cell is neither
+    return dict(zip(names, cells, strict=True)), np.logical_not(is_bad.any(axis=0))
+
+
+def _is_plain(name: str, column: Column) -> bool:
+    is_array = isinstance(column, np.ndarray) and column.dtype == np.float64
+    return is_array and name not in REQUIRED and is_metric_name(name)
+
+
+def in_range(name: str, values: Floats) -> Flags:
+    """Return which values a metric of this name may have; absent ones do."""
+    if not name.endswith(PERCENT_SUFFIX):
+        return np.ones(len(values), dtype=np.bool_)
+    return np.isnan(values) | ((values >= PERCENT_LOW) & (values <= PERCENT_HIGH))
+
+
+def times_ms(column: Column) -> Longs:
+    """Return ms since 1970, NO_TIME where a cell is no time; each distinct text is read once."""
+    if isinstance(column, np.ndarray):
+        return column.astype(np.int64)
+    return _looked_up(column, (str, datetime), _time_of, NO_TIME)
+
+
+def server_codes(column: Column, known: dict[str, int]) -> Codes:
+    """Return the code of each usable name, NO_NAME for the other cells; `known` grows by new names."""
+
+    def code_of(name: object) -> int:
+        if name in known:
+            return known[name]  # only usable names are
+        return known.setdefault(str(name), len(known)) if is_server_name(name) else NO_NAME
+
+    if not isinstance(column, CodedNames):
+        return _looked_up(column, (str,), code_of, NO_NAME).astype(np.int32)
+    names = column.names
+    is_used = np.bincount(column.codes + 1, minlength=len(names) + 1)[1:] > 0
+    codes = [code_of(name) if used else NO_NAME for name, used in zip(names, is_used.tolist(), strict=True)]
+    return np.array([*codes, NO_NAME], dtype=np.int32)[column.codes]  # the last one is NO_NAME's
+
+
+def _time_of(value: Any) -> int:
+    try:
+        return parse_timestamp_ms(value)
+    except ValueError:
+        return NO_TIME
+
+
+def _looked_up(column: Column, kinds: tuple[type, ...], read: Callable[[Any], int], other: int) -> Longs:
+    """Return what `read` gives for each distinct cell; only cells of `kinds` are sure to be hashable."""
+    try:
+        distinct = dict.fromkeys(column)
+        if all(isinstance(value, kinds) for value in distinct):
+            known: Mapping[Any, int] = {value: read(value) for value in distinct}
+            return np.fromiter(map(known.__getitem__, column), np.int64, len(column))
+    except TypeError:  # a cell that is no text at all
+        pass
+    known = {value: read(value) for value in column if isinstance(value, kinds)}
+    found = (known.get(value, other) if isinstance(value, kinds) else other for value in column)
+    return np.fromiter(found, np.int64, len(column))
+
+
+class RowsOf(Sequence[dict[str, object]]):
+    """Columns seen as the records they hold, made when asked for."""
+
+    def __init__(self, columns: Mapping[str, Column]) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(self.columns["timestamp"])
+
+    @overload
+    def __getitem__(self, place: int) -> dict[str, object]: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[dict[str, object]]: ...
+    def __getitem__(self, place: int | slice) -> dict[str, object] | list[dict[str, object]]:
+        if isinstance(place, slice):
+            return [self[row] for row in range(*place.indices(len(self)))]
+        return {name: cell(name, column, place) for name, column in self.columns.items()}
 
 
 def layout_of(raw: Sequence[object]) -> Hashable:

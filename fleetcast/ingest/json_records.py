@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from fleetcast.ingest.record_columns import Column, RowsOf
-from fleetcast.ingest.recordrules import REQUIRED, is_metric_name
+from fleetcast.ingest.columns import Column, RowsOf
+from fleetcast.ingest.rules import REQUIRED, is_metric_name
 from fleetcast.schema import Floats
 
 SHAPES_MAX = 64  # decoders kept; a sender of ever new shapes makes us forget, not grow

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fleetcast.ingest.record_columns import (
+from fleetcast.ingest.columns import (
     NO_NAME,
     NO_TIME,
     CodedNames,
@@ -29,7 +29,7 @@ from fleetcast.ingest.record_columns import (
     text_cells,
     times_ms,
 )
-from fleetcast.ingest.recordrules import (
+from fleetcast.ingest.rules import (
     ALIASES,
     PERCENT_HIGH,
     REQUIRED,
@@ -37,8 +37,8 @@ from fleetcast.ingest.recordrules import (
     RecordRules,
     check_record,
     is_metric_name,
+    rounded_rows,
 )
-from fleetcast.ingest.rules import rounded_rows
 from fleetcast.schema import Codes, Floats, Longs, RecordBatch, Rejection
 
 __all__ = ["METRICS_MAX", "Accepted", "CodedNames", "Column", "RecordRules", "accept", "accept_columns"]

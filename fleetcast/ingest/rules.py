@@ -2,15 +2,28 @@
 
 Owns: how many digits of a value are kept. Memory, disk, training and serving then agree, and
 rounded values compress several times better than raw ones.
+
+The rules one record must satisfy, applied exactly and one record at a time.
+
+Owns: names, types, ranges and times of contract §2, and the words of a rejection.
+Does not know: columns or speed (`records.py` applies the same rules to many at once).
 """
 
 import math
-from collections.abc import Sequence
+import numbers
+import re
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
+from typing import Self
 
 import numpy as np
 
+from fleetcast.clock import to_ms
 from fleetcast.schema import Floats
+from fleetcast.settings import BufferSettings
 
 PERCENT_SUFFIX = "_pct"
 _EXACT_POWER = 22  # 10.0**22 is the largest power of ten a double holds exactly
@@ -102,3 +115,146 @@ def _far_from_one(values: Floats, digits: int) -> Floats:
         out[place] = printed if np.isfinite(printed) else some[place]  # the largest doubles stay as they are
     result[usable] = out
     return result
+
+
+REQUIRED = ("timestamp", "server_name")
+ALIASES = {"mem_used_pct": "mem_pct"}
+PERCENT_LOW, PERCENT_HIGH = -1.0, 1000.0  # multi-core tools report over 100
+FUTURE_LIMIT = timedelta(minutes=5)
+NAME_MAX_CHARS = 128
+METRIC_NAME_MAX_CHARS = 64
+
+_METRIC_NAME = re.compile(rf"[a-z][a-z0-9_]{{0,{METRIC_NAME_MAX_CHARS - 1}}}", re.ASCII)
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_SHORT.maxlevel = 2
+
+
+@dataclass(frozen=True, slots=True)
+class RecordRules:
+    """What depends on the moment and on settings; bounds are inclusive, None = no bound."""
+
+    newest_ms: int | None
+    oldest_ms: int | None = None
+    percent_decimals: int = BufferSettings.percent_decimals
+    significant_digits: int = BufferSettings.significant_digits
+
+    @classmethod
+    def at(cls, now: datetime, settings: BufferSettings, *, expires: bool = True) -> Self:
+        """Return the rules at `now`; where nothing expires, no record is too old."""
+        retention = timedelta(days=settings.retention_days)
+        return cls(
+            newest_ms=to_ms(now + FUTURE_LIMIT),
+            oldest_ms=to_ms(now - retention) if expires else None,
+            percent_decimals=settings.percent_decimals,
+            significant_digits=settings.significant_digits,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedRecord:
+    """One acceptable record, not yet rounded."""
+
+    timestamp_ms: int
+    server_name: str
+    values: Mapping[str, float]
+    ignored_fields: int
+
+
+class RecordFault(Exception):
+    """Raised when one record is not acceptable; carries the field and the reason."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(field, reason)
+        self.field = field
+        self.reason = reason
+
+
+def check_record(record: object, rules: RecordRules) -> CheckedRecord:
+    """Return one record checked.
+
+    Raises:
+        RecordFault: names the first field that is wrong: time, server, then the others in order.
+    """
+    if not isinstance(record, Mapping):
+        raise RecordFault("", f"a record must be an object, got {_SHORT.repr(record)}")
+    timestamp_ms = _check_time(record.get("timestamp"), rules)
+    server_name = record.get("server_name")
+    if not is_server_name(server_name):
+        limits = f"must be 1-{NAME_MAX_CHARS} printable characters"
+        raise RecordFault("server_name", f"{limits}, got {_SHORT.repr(server_name)}")
+    values: dict[str, float] = {}
+    ignored = 0
+    for name, value in record.items():
+        if name in REQUIRED:
+            continue
+        if not is_metric_name(name) or isinstance(value, str):
+            ignored += 1
+        elif value is not None:
+            values[name] = _check_number(name, value)
+    for alias, name in ALIASES.items():
+        if alias in values:
+            values.setdefault(name, values[alias])
+            del values[alias]
+    return CheckedRecord(timestamp_ms, str(server_name), values, ignored)
+
+
+def is_metric_name(name: object) -> bool:
+    """Whether a field of this name is a metric if it holds a number."""
+    return isinstance(name, str) and len(name) <= METRIC_NAME_MAX_CHARS and _is_metric_text(name)
+
+
+@lru_cache(maxsize=4096)
+def _is_metric_text(name: str) -> bool:
+    return _METRIC_NAME.fullmatch(name) is not None
+
+
+def is_server_name(name: object) -> bool:
+    """Whether this is a usable server name."""
+    return isinstance(name, str) and 1 <= len(name) <= NAME_MAX_CHARS and name.isprintable()
+
+
+def parse_timestamp_ms(value: object) -> int:
+    """Return milliseconds since 1970 of ISO 8601 text or of a datetime; naive means UTC.
+
+    >>> parse_timestamp_ms("1970-01-01T01:00:01.5+01:00")
+    1500
+
+    Raises:
+        ValueError: it is neither.
+    """
+    moment = datetime.fromisoformat(value) if isinstance(value, str) else value
+    is_forged = isinstance(value, str) and "\0" in value  # CPython lets a trailing NUL pass
+    if is_forged or not isinstance(moment, datetime):
+        raise ValueError(f"not a time: {_SHORT.repr(value)}")
+    try:
+        return to_ms(moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment)
+    except (OverflowError, TypeError) as error:  # year 1 or 9999 with an offset; pandas' NaT
+        raise ValueError(str(error)) from error
+
+
+def _check_time(value: object, rules: RecordRules) -> int:
+    try:
+        moment_ms = parse_timestamp_ms(value)
+    except ValueError:
+        reason = f"must be ISO 8601 text such as 2026-01-15T10:00:05Z, got {_SHORT.repr(value)}"
+        raise RecordFault("timestamp", reason) from None
+    if rules.newest_ms is not None and moment_ms > rules.newest_ms:
+        raise RecordFault("timestamp", f"lies more than 5 min in the future: {_SHORT.repr(value)}")
+    if rules.oldest_ms is not None and moment_ms < rules.oldest_ms:
+        raise RecordFault("timestamp", f"is older than the retention: {_SHORT.repr(value)}")
+    return moment_ms
+
+
+def _check_number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise RecordFault(name, f"must be a number, got {_SHORT.repr(value)}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise RecordFault(name, f"must be a finite number, got {_SHORT.repr(value)}")
+    if name.endswith(PERCENT_SUFFIX) and not PERCENT_LOW <= number <= PERCENT_HIGH:
+        raise RecordFault(name, f"must lie in {PERCENT_LOW:g}..{PERCENT_HIGH:g}, got {number:g}")
+    return number

@@ -19,8 +19,7 @@ from typing import Any
 
 from fleetcast import files
 from fleetcast.errors import AlreadyRunning, BadCheckpoint, CannotStart, CorruptFile, ExitCode
-from fleetcast.forecast.registry import ATTEMPT_LOCK, TRAINER_LOCK, Registry
-from fleetcast.forecast.verdicts import Verdict, read_verdict
+from fleetcast.forecast.registry import ATTEMPT_LOCK, TRAINER_LOCK, Registry, Verdict, read_verdict
 from fleetcast.retraining import supervisor
 from fleetcast.retraining.state import (
     BUSY,

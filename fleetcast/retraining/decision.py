@@ -3,18 +3,290 @@
 Owns: the record of trainings a decision rests on, and the clocks behind it. The order of the
 steps is `safeguards.decide`; the limits in force stand in `adaptive_retraining_daemon.py`,
 from where this class is imported by its users. Does not know: files, processes.
+
+When trainings ran, and how long ago that is on clocks that jump: values, no I/O.
+
+Owns: the age of a training, the back-off after failed ones. Does not know: the limits
+(`safeguards`), files (`state`).
+
+A training's age is what the Clock says, but never more than this boot of the machine has seen
+pass since (where both are known): a clock set forward must not make a training old. A clock
+set back must not block for ever: an entry in the future is treated as made now, once.
+
+The decision to retrain, as a function of values: drift, then quiet, then safeguards.
+
+Owns: the order of the steps, the safeguards' checks and the reasons. Pure.
+Does not know: clocks, files, how drift or load was measured.
 """
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime, timedelta
 from typing import Any
 
 from fleetcast import clock as clocks
 from fleetcast.clock import Clock, SystemClock, Uptime
-from fleetcast.retraining.safeguards import Decision, SafeguardLimits, check_safeguards, decide
-from fleetcast.retraining.training_log import WEEK_S, Backoff, TrainingLog, TrainingStamp
+from fleetcast.errors import BadData
+from fleetcast.schema import SafeguardCheck
 from fleetcast.settings import DecisionSettings
+
+FUTURE_TOLERANCE = timedelta(minutes=5)
+WEEK_S = 7 * 86_400.0
+KEPT_STAMPS = 1000
+FIRST_BACKOFF_S = 15 * 60.0
+LONGEST_BACKOFF_S = 6 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingStamp:
+    """One training that ran to a verdict."""
+
+    at: datetime  # by the Clock
+    promoted: bool
+    uptime: Uptime | None = None  # None: under the data clock, or recorded elsewhere
+    attempt: str | None = None  # which one it was; None: recorded by hand
+
+    def age_s(self, now: datetime, uptime: Uptime | None) -> float:
+        """Return seconds since the training; never negative."""
+        age = (now - self.at).total_seconds()
+        if uptime and self.uptime and uptime.boot == self.uptime.boot:
+            age = min(age, uptime.seconds - self.uptime.seconds)
+        return max(0.0, age)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingLog:
+    """All trainings that ran to a verdict, newest first."""
+
+    stamps: tuple[TrainingStamp, ...] = ()
+    total_promoted: int = 0
+    installed_at: datetime | None = None
+
+    @property
+    def last(self) -> TrainingStamp | None:
+        """Return the newest training, promoted or not."""
+        return self.stamps[0] if self.stamps else None
+
+    def with_training(self, stamp: TrainingStamp) -> "TrainingLog":
+        """Return the log with one more training."""
+        return replace(
+            self,
+            stamps=(stamp, *self.stamps)[:KEPT_STAMPS],
+            total_promoted=self.total_promoted + stamp.promoted,
+        )
+
+    def in_order(self) -> "TrainingLog":
+        """Return the log sorted by time, after entries were added late."""
+        return replace(self, stamps=tuple(sorted(self.stamps, key=lambda stamp: stamp.at, reverse=True)))
+
+    def without_future(self, now: datetime) -> "TrainingLog":
+        """Return the log with entries of the future moved to `now`; itself where there are none."""
+        latest = now + FUTURE_TOLERANCE
+        installed_at = now if self.installed_at and self.installed_at > latest else self.installed_at
+        stamps = tuple(replace(s, at=now) if s.at > latest else s for s in self.stamps)
+        if stamps == self.stamps and installed_at == self.installed_at:
+            return self
+        return replace(self, stamps=stamps, installed_at=installed_at)
+
+    def anchored(self, now: datetime, uptime: Uptime | None) -> "TrainingLog":
+        """Return the log with entries of other boots tied to this one's uptime, at first sight.
+
+        From then on this boot knows how much time has passed for them, too.
+        """
+        if uptime is None or all(s.uptime and s.uptime.boot == uptime.boot for s in self.stamps):
+            return self
+        return replace(
+            self,
+            stamps=tuple(
+                stamp
+                if stamp.uptime and stamp.uptime.boot == uptime.boot
+                else replace(stamp, uptime=Uptime(uptime.boot, uptime.seconds - stamp.age_s(now, uptime)))
+                for stamp in self.stamps
+            ),
+        )
+
+    def ages_s(self, now: datetime, uptime: Uptime | None) -> Iterator[float]:
+        """Yield the age of every training."""
+        return (stamp.age_s(now, uptime) for stamp in self.stamps)
+
+    def without_training_s(self, now: datetime) -> float | None:
+        """Return how long there was no training, from the installation where there never was one."""
+        since = self.last.at if self.last else self.installed_at
+        return None if since is None else max(0.0, (now - since).total_seconds())
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """How long to leave the trainer alone after it failed: wall time, doubling, bounded."""
+
+    failures: int = 0
+    since: datetime | None = None  # by the system's clock
+    length_s: float = 0.0
+
+    def after_failure(self, wall_now: datetime) -> "Backoff":
+        """Return the back-off after one more failure in a row.
+
+        >>> from datetime import UTC
+        >>> now = datetime(2026, 1, 15, tzinfo=UTC)
+        >>> Backoff().after_failure(now).after_failure(now).length_s / 60
+        30.0
+        """
+        doubled = FIRST_BACKOFF_S * 2.0 ** min(self.failures, 20)
+        return Backoff(self.failures + 1, wall_now, min(doubled, LONGEST_BACKOFF_S))
+
+    def pause(self, wall_now: datetime, length_s: float) -> "Backoff":
+        """Return a pause that is nobody's failure: the count of failures stays."""
+        return Backoff(self.failures, wall_now, length_s)
+
+    def without_future(self, wall_now: datetime) -> "Backoff":
+        """Return the back-off, begun now if it began in the future (the clock stepped back)."""
+        if self.since is None or self.since <= wall_now + FUTURE_TOLERANCE:
+            return self
+        return replace(self, since=wall_now)
+
+    def remaining_s(self, wall_now: datetime) -> float:
+        """Return how much longer to wait."""
+        if self.since is None:
+            return 0.0
+        elapsed_s = max(0.0, (wall_now - self.since).total_seconds())
+        return max(0.0, self.length_s - elapsed_s)
+
+
+INITIAL, DRIFT, FOLLOW_UP = "initial", "drift", "follow_up"
+OVERDUE, NONE = "max_days_without_training", "none"
+_SHOWN = ("per", "dss", "fds", "anomaly_rate", "combined_score")
+
+
+@dataclass(frozen=True, slots=True)
+class SafeguardLimits:
+    """The limits as the constructor of the engine takes them."""
+
+    min_hours_between_training: float
+    max_days_without_training: float
+    max_trainings_per_week: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 <= value < float("inf"):
+                raise BadData(f"{name} must be a number >= 0, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Whether to train now, by which rule, and every safeguard."""
+
+    should_retrain: bool
+    rule: str  # what asks for a training; NONE: nothing does
+    reason: str
+    safeguards: tuple[SafeguardCheck, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the three keys of `RetrainingDecisionEngine.should_retrain`."""
+        return {
+            "should_retrain": self.should_retrain,
+            "reason": self.reason,
+            "safeguards": safeguards_json(self.safeguards),
+        }
+
+
+def safeguards_json(safeguards: tuple[SafeguardCheck, ...]) -> dict[str, dict[str, Any]]:
+    """Return the safeguards by name, each with value, limit, unit and whether it passed."""
+    return {
+        check.name: {key: value for key, value in asdict(check).items() if key != "name"}
+        for check in safeguards
+    }
+
+
+def check_safeguards(
+    log: TrainingLog,
+    backoff: Backoff,
+    limits: SafeguardLimits,
+    now: datetime,
+    wall_now: datetime,
+    uptime: Uptime | None,
+) -> tuple[SafeguardCheck, ...]:
+    """Return every safeguard with its value; the last is a demand, not a hindrance."""
+    ages_s = list(log.ages_s(now, uptime))
+    since_last_h = min(ages_s) / 3600 if ages_s else None
+    in_week = sum(age < WEEK_S for age in ages_s)
+    waiting_min = backoff.remaining_s(wall_now) / 60
+    idle_s = log.without_training_s(now)
+    idle_days = None if idle_s is None else idle_s / 86_400
+    hours, per_week = limits.min_hours_between_training, limits.max_trainings_per_week
+    days = limits.max_days_without_training
+    return (
+        SafeguardCheck(
+            "min_hours_between_training",
+            since_last_h,
+            hours,
+            since_last_h is None or since_last_h >= hours,
+            "h",
+        ),
+        SafeguardCheck("max_trainings_per_week", in_week, per_week, in_week < per_week, "trainings"),
+        SafeguardCheck("failure_backoff", waiting_min, 0, waiting_min <= 0, "min left"),
+        SafeguardCheck(OVERDUE, idle_days, days, idle_days is None or idle_days < days, "days"),
+    )
+
+
+def decide(
+    drift_metrics: Mapping[str, Any],
+    safeguards: tuple[SafeguardCheck, ...],
+    *,
+    is_quiet_period: bool,
+    initial_due: bool,
+    collecting: str = "",
+    follow_up: str = "",
+) -> Decision:
+    """Decide; the reason of a refusal is the first step that failed.
+
+    Args:
+        collecting: why drift cannot be judged yet, or "".
+        follow_up: why the last training is to be followed by another, or "".
+    Raises:
+        BadData: `drift_metrics` is not what `DriftMonitor.calculate_drift_metrics` returns.
+    """
+    asked_by = {check.name: check for check in safeguards}
+    rule, reason = _demand(drift_metrics, asked_by[OVERDUE], follow_up, initial_due=initial_due)
+    blocking = next((c for c in safeguards if not c.passed and c.name != OVERDUE), None)
+    if rule == NONE:
+        return Decision(False, rule, f"collecting: {collecting}" if collecting else reason, safeguards)
+    if not is_quiet_period:
+        return Decision(False, rule, f"not a quiet period; {reason}", safeguards)
+    if blocking:
+        return Decision(False, rule, f"{_refusal(blocking)}; {reason}", safeguards)
+    return Decision(True, rule, reason, safeguards)
+
+
+def _demand(
+    drift_metrics: Mapping[str, Any], overdue: SafeguardCheck, follow_up: str, *, initial_due: bool
+) -> tuple[str, str]:
+    needs = drift_metrics.get("needs_retraining") if isinstance(drift_metrics, Mapping) else None
+    if not isinstance(needs, bool):
+        raise BadData(
+            "drift_metrics must hold needs_retraining: true or false, "
+            f"as DriftMonitor.calculate_drift_metrics() returns, got {drift_metrics!r}"
+        )
+    shown = ", ".join(f"{name} {drift_metrics[name]:.3f}" for name in _SHOWN if name in drift_metrics)
+    if initial_due:
+        return INITIAL, "initial training: no model was trained on this fleet yet"
+    if needs:
+        return DRIFT, f"drift: {shown}" if shown else "drift"
+    if follow_up:
+        return FOLLOW_UP, follow_up
+    if not overdue.passed:
+        return OVERDUE, f"{overdue.value:.1f} days without training, limit {overdue.limit:g}"
+    return NONE, f"no drift: {shown}" if shown else "no drift"
+
+
+def _refusal(check: SafeguardCheck) -> str:
+    if check.name == "min_hours_between_training":
+        return f"{check.value:.2f} h since the last training, at least {check.limit:g} h apart"
+    if check.name == "max_trainings_per_week":
+        return f"{check.value} trainings in the last 7 days, limit {check.limit}"
+    return f"the last training failed, {check.value:.0f} min to wait"
+
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +296,7 @@ class RetrainingDecisionEngine:
 
     Guarantees: no training within `min_hours_between_training` of another, no more than
     `max_trainings_per_week` in 7 days, whatever the order of calls and however the clock jumps
-    (see `fleetcast.retraining.training_log`). Keeps no file: its owner saves `log` and `backoff`.
+    (see `fleetcast.retraining.decision`). Keeps no file: its owner saves `log` and `backoff`.
 
     >>> engine = RetrainingDecisionEngine()
     >>> engine.record_training()

@@ -15,7 +15,7 @@ from typing import Any
 from fleetcast.clock import from_ms, parse_plain_utc, to_ms
 from fleetcast.errors import CorruptFile
 from fleetcast.files import read_json
-from fleetcast.retraining.safeguards import DRIFT, FOLLOW_UP
+from fleetcast.retraining.decision import DRIFT, FOLLOW_UP
 from fleetcast.retraining.state import REJECTED, VERDICTS, Attempt
 
 _HOUR_MS = 3_600_000

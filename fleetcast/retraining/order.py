@@ -1,13 +1,145 @@
 """`--export` of the retraining daemon: the step before a training, in a process of its own.
 
 Owns: which stretch of the buffer goes into the file. Does not know: what a trainer does with it.
+
+What a training is told: its commands and `training_context.json`.
+
+Owns: the command line of the trainer, the export before it, the drifting series with the time
+each changed. Does not know: when to train, processes.
 """
 
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from data_buffer import DataBuffer
-from fleetcast.retraining.training_order import export_end
-from fleetcast.settings import Settings
+from fleetcast.clock import from_ms, iso_z, to_ms
+from fleetcast.drift.evidence import DriftEvidence, DriftSource
+from fleetcast.drift.literal.baseline import Baseline
+from fleetcast.drift.literal.series import change_times, series_drift
+from fleetcast.drift.report import CalibratedReading, drifting_json, series_json
+from fleetcast.drift.seasonal.reference import Reference
+from fleetcast.drift.seasonal.renewal import change_times as change_times_of
+from fleetcast.retraining.attempts import Step
+from fleetcast.retraining.decision import FOLLOW_UP
+from fleetcast.retraining.follow_up import drifting_before
+from fleetcast.retraining.report import RetrainingCheck
+from fleetcast.settings import PathSettings, Settings
+
+EXPORT_FILE = "training_data_incremental.parquet"
+CONTEXT_FILE = "training_context.json"
+_BUFFER_DIR = "FLEETCAST_PATHS_DATA_BUFFER_DIR"
+MOST_SERIES = 500  # named to the trainer; the worst come first
+
+
+def training_steps(settings: Settings, program: Path, config: Path | None) -> list[Step]:
+    """Return the export and the training, as commands in the working directory.
+
+    Args:
+        program: the retraining daemon itself, which also exports.
+        config: the settings file named on the command line, if any.
+    """
+    exported = {
+        _BUFFER_DIR: settings.paths.data_buffer_dir,
+        "FLEETCAST_RETRAINING_TRAINING_DAYS": str(settings.retraining.training_days),
+        "FLEETCAST_BINS_BIN_S": str(settings.bins.bin_s),
+        "FLEETCAST_CLOCK_MODE": settings.clock.mode,
+    }
+    elsewhere = settings.paths.data_buffer_dir != PathSettings().data_buffer_dir
+    settled = {name: exported[name] for name in (_BUFFER_DIR,) if elsewhere}  # for the drift reference
+    return [
+        Step([sys.executable, str(program), "--export", EXPORT_FILE], exported),
+        Step(trainer_command(settings, program.parent, config), settled),
+    ]
+
+
+def trainer_command(settings: Settings, program_dir: Path, config: Path | None) -> list[str]:
+    """Return the trainer's command line; beyond the documented flags only what is not the default."""
+    script = Path(settings.retraining.training_script)
+    if not script.exists() and (program_dir / script).exists():  # installed elsewhere than it works
+        script = program_dir / script
+    epochs = str(settings.retraining.training_epochs)
+    command = [sys.executable, str(script), "--data", EXPORT_FILE, "--incremental", "--epochs", epochs]
+    if settings.paths.checkpoint_dir != PathSettings().checkpoint_dir:
+        command += ["--checkpoint-dir", settings.paths.checkpoint_dir]
+    if config is not None:
+        command += ["--config", str(config)]
+    return command
+
+
+def training_context(
+    check: RetrainingCheck,
+    evidence: DriftEvidence,
+    source: DriftSource,
+    before: Path = Path(CONTEXT_FILE),
+) -> dict[str, Any]:
+    """Return what `training_context.json` says beside the attempt's id: what drifts, since when.
+
+    A follow-up names what the training before it was told, too.
+
+    Args:
+        before: the context of the training before.
+    """
+    drifting = [*_drifting(evidence, source, check.reading.calibrated)]
+    if check.decision.rule == FOLLOW_UP:
+        drifting += drifting_before(before)
+    return {
+        "rule": check.decision.rule,
+        "made_at": iso_z(check.at),
+        "model_version": evidence.model_version,
+        "basis": check.reading.basis,
+        "drifting": drifting,
+        "known_changes": known_changes(evidence.seasonal.drift.reference) if evidence.seasonal.drift else [],
+    }
+
+
+def known_changes(reference: Reference) -> list[dict[str, Any]]:
+    """Return the changes that the reference in force knows of: the next one shall know them, too."""
+    changes = change_times_of(reference)
+    return [
+        {
+            "server": reference.server_names[row],
+            "metric": reference.metrics[column],
+            "changed_ms": int(changes[row, column]),
+        }
+        for row, column in np.argwhere(np.isfinite(changes)).tolist()
+    ]
+
+
+def _drifting(
+    evidence: DriftEvidence, source: DriftSource, calibrated: CalibratedReading | None
+) -> Sequence[Mapping[str, Any]]:
+    if calibrated is not None:
+        return [drifting_json(item) for item in calibrated.drifting[:MOST_SERIES]]
+    return _by_baseline(evidence, evidence.baseline, source) if evidence.baseline else []
+
+
+def _by_baseline(
+    evidence: DriftEvidence, baseline: Baseline, source: DriftSource
+) -> Sequence[Mapping[str, Any]]:
+    found = [item for item in series_drift(evidence.window, baseline, MOST_SERIES) if item.is_drifting]
+    if not found:
+        return []
+    newest_ms = int(evidence.window.target_ms[-1])
+    bin_ms = evidence.window.bin_ms
+    since = change_times(found, baseline, source.read, evidence.model_version, newest_ms, bin_ms)
+    window_start_ms = int(evidence.window.target_ms[0])
+    changed = [since.get((item.server, item.metric), window_start_ms) for item in found]
+    return [
+        {**series_json(item), "since": iso_z(from_ms(at_ms)), "changed_ms": at_ms}
+        for item, at_ms in zip(found, changed, strict=True)
+    ]
+
+
+def export_end(clock_mode: str, newest: datetime | None) -> datetime | None:
+    """Return where an export ends: None (now), or just after the newest record under the data clock."""
+    if clock_mode != "data" or newest is None:
+        return None
+    return from_ms(to_ms(newest) + 1)
 
 
 def export_for_training(settings: Settings, path: Path) -> str:

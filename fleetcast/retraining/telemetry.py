@@ -20,7 +20,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from fleetcast.clock import Clock, SystemClock
-from fleetcast.drift.report import READY, DriftReading
+from fleetcast.drift.report import DriftReading
+from fleetcast.drift.seasonal.detector import READY
 from fleetcast.errors import FleetcastError
 from fleetcast.files import write_atomic
 from fleetcast.retraining.report import RetrainingCheck

@@ -14,18 +14,23 @@ from typing import Any, Protocol
 from fleetcast.clock import BIN_EPOCH, Clock, plain_utc
 from fleetcast.errors import FleetcastError
 from fleetcast.files import append_line, write_json
-from fleetcast.forecast.verdicts import read_verdict
-from fleetcast.forecast.versions import new_version_id
+from fleetcast.forecast.registry import new_version_id, read_verdict
 from fleetcast.retraining import state as states
 from fleetcast.retraining.attempts import Attempts, Step
+from fleetcast.retraining.decision import Backoff, Decision, TrainingLog, safeguards_json
 from fleetcast.retraining.follow_up import follow_up
+from fleetcast.retraining.order import CONTEXT_FILE
 from fleetcast.retraining.report import RetrainingCheck
-from fleetcast.retraining.safeguards import Decision, safeguards_json
-from fleetcast.retraining.state import Attempt, RetrainingState, load_state, save_state
-from fleetcast.retraining.state_recovery import check_clock_mode, state_at_start, with_unknown
+from fleetcast.retraining.state import (
+    Attempt,
+    RetrainingState,
+    check_clock_mode,
+    load_state,
+    save_state,
+    state_at_start,
+    with_unknown,
+)
 from fleetcast.retraining.telemetry import TEXTFILE, RetrainingTelemetry
-from fleetcast.retraining.training_log import Backoff, TrainingLog
-from fleetcast.retraining.training_order import CONTEXT_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,7 @@ import numpy as np
 
 from fleetcast.clock import iso_z, monotonic
 from fleetcast.errors import BadCheckpoint, FleetcastError, OtherBins
-from fleetcast.forecast.registry import Registry
-from fleetcast.forecast.versions import Version
+from fleetcast.forecast.registry import Registry, Version
 from fleetcast.schema import Floats32, HistoryWindow
 from fleetcast.serving.board import ModelInfo
 

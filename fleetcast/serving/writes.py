@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fleetcast.errors import SettingsError, StorageBroken, StorageFull
-from fleetcast.ingest.record_columns import RowsOf
+from fleetcast.ingest.columns import RowsOf
 from fleetcast.ingest.records import RecordRules
-from fleetcast.prometheus.exporter_mapping import Derived, ExporterMapping
+from fleetcast.prometheus.scrapes import Derived, ExporterMapping
 from fleetcast.prometheus.wire import WriteDecoder, WriteRequest
-from fleetcast.remote_write_settings import RemoteWriteSettings
 from fleetcast.serving.intake import Receipt
+from fleetcast.settings import RemoteWriteSettings
 
 _UNSTORED_MAX_ROWS = 100_000
 

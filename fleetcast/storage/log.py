@@ -2,19 +2,348 @@
 
 Owns: writing segments of frames (`frames.py`), group commit, what happens when a write fails.
 Does not know: what the payloads mean, or what becomes of a closed segment.
+
+Rows as the payload of a log frame, and back.
+
+Owns: the two payload formats. Records are written as plain columns, because one tick of a small
+fleet is 20 rows and an Arrow stream of them is mostly headers; settled forecasts, and all logs of
+format version 1, are Arrow IPC streams. Does not know: frames, files.
+
+A payload of records, little-endian: tag (4 bytes), number of rows, of metrics, of servers and
+bytes of the names (unsigned 32-bit each); the names (UTF-8, metrics then servers, separated by
+newlines); timestamps (int64, ms); values (float64, metric by metric, NaN = absent); the server
+of each row (int32). An Arrow stream begins with other bytes than the tag.
+
+Segments of the log as bytes: framed, checksummed payloads, and reading them back.
+
+Owns: the frame format, the segment's file name, what a torn tail and damage are.
+Does not know: writing, or what the payloads mean.
+
+A segment `NNNNNNNNNNNN.wal` is a row of frames: magic (4 bytes, its last one is the format
+version), payload length and crc32c of magic + length + payload (little-endian unsigned 32-bit
+each), payload. The magic holds a byte that UTF-8 never has, so no name in a payload can imitate it.
+
+The folder for bytes that could not be understood: kept for a person, bounded, counted.
+
+Owns: `quarantine/` in the buffer's folder. Nothing in it is ever read by the programs.
 """
 
 import errno
 import logging
 import os
+import re
+import secrets
+import shutil
+import struct
 import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+
+import crc32c
+import numpy as np
+import pyarrow as pa
 
 from fleetcast.errors import FleetcastError, StorageBroken
 from fleetcast.files import fsync_dir, storage_error
-from fleetcast.storage.frames import PAYLOAD_MAX_BYTES, frame, segment_path
+from fleetcast.schema import Codes, Floats, Longs, RecordBatch
+from fleetcast.storage.days import READ_ERRORS
+from fleetcast.storage.tables import METRICS, TableKind, canonical, concatenated, table_of_batch
+
+TAG = b"FCR\x01"
+_HEAD = struct.Struct("<4s4I")
+_SEPARATOR = "\n"
+
+
+def encode_table(table: pa.Table) -> bytes:
+    """Return a table as an Arrow IPC stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def encode_batch(batch: RecordBatch) -> bytes:
+    """Return records as plain columns."""
+    every_name = [*batch.metrics, *batch.server_names]
+    text = _SEPARATOR.join(every_name)
+    if text.count(_SEPARATOR) != len(every_name) - 1:  # no accepted record has such a name
+        return encode_table(table_of_batch(batch))
+    names = text.encode()
+    head = _HEAD.pack(TAG, len(batch), len(batch.metrics), len(batch.server_names), len(names))
+    values = np.array(list(batch.metrics.values()), dtype="<f8").data
+    times = np.ascontiguousarray(batch.timestamps_ms, "<i8").data
+    return b"".join([head, names, times, values, np.ascontiguousarray(batch.server_codes, "<i4").data])
+
+
+def decode_payloads(
+    payloads: Sequence[bytes], kind: TableKind, on_bad: Callable[[bytes, Exception], None]
+) -> pa.Table:
+    """Return the rows of payloads in their order; an undecodable one costs only itself."""
+    tables: list[pa.Table] = []
+    alike: list[_Columns] = []  # one after the other, with the same names
+    for payload in payloads:
+        try:
+            columns = _columns(payload, kind)
+            if alike and (columns is None or columns.names != alike[0].names):
+                tables.append(_table(alike))
+                alike = []
+            if columns is None:
+                tables.append(_stream(payload, kind))
+            else:
+                alike.append(columns)
+        except READ_ERRORS as error:
+            on_bad(payload, error)
+    if alike:
+        tables.append(_table(alike))
+    return concatenated(tables, kind)
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """The rows of one payload; the arrays lie in its bytes."""
+
+    n_metrics: int
+    names: tuple[str, ...]  # metrics, then servers
+    times_ms: Longs
+    values: Floats  # (metric, row)
+    codes: Codes
+
+
+def _columns(payload: bytes, kind: TableKind) -> _Columns | None:
+    """Return the plain columns of a payload, None for an Arrow stream; ValueError where they do not fit."""
+    if payload[: len(TAG)] != TAG:
+        return None
+    if kind is not METRICS or len(payload) < _HEAD.size:
+        raise ValueError("a payload of records has no place here")
+    _, n_rows, n_metrics, n_servers, n_bytes = _HEAD.unpack_from(payload)
+    times_at = _HEAD.size + n_bytes
+    values_at = times_at + 8 * n_rows
+    codes_at = values_at + 8 * n_rows * n_metrics
+    names = _names(payload[_HEAD.size : times_at])
+    if codes_at + 4 * n_rows != len(payload) or len(names) != n_metrics + n_servers:
+        raise ValueError("a payload of records does not have the size it says")
+    codes = np.frombuffer(payload, "<i4", n_rows, codes_at)
+    if n_rows and not 0 <= codes.min() <= codes.max() < n_servers:
+        raise ValueError("a payload of records names a server it does not have")
+    values = np.frombuffer(payload, "<f8", n_rows * n_metrics, values_at).reshape(n_metrics, n_rows)
+    return _Columns(n_metrics, names, np.frombuffer(payload, "<i8", n_rows, times_at), values, codes)
+
+
+def _table(alike: Sequence[_Columns]) -> pa.Table:
+    """Return payloads of the same names as one table."""
+    names = alike[0].names
+    n_metrics = alike[0].n_metrics
+    values = np.concatenate([columns.values for columns in alike], axis=1)
+    batch = RecordBatch(
+        server_names=names[n_metrics:],
+        server_codes=np.concatenate([columns.codes for columns in alike]),
+        timestamps_ms=np.concatenate([columns.times_ms for columns in alike]),
+        metrics=dict(zip(names[:n_metrics], values, strict=True)),
+    )
+    return table_of_batch(batch)
+
+
+@lru_cache(maxsize=64)
+def _names(text: bytes) -> tuple[str, ...]:
+    """Return the names of a payload; a fleet sends few different rows of them."""
+    return tuple(text.decode().split(_SEPARATOR))
+
+
+def _stream(payload: bytes, kind: TableKind) -> pa.Table:
+    with pa.ipc.open_stream(payload) as reader:
+        return canonical(reader.read_all(), kind)
+
+
+MAGIC = b"\xf5FW\x02"
+_READABLE = (b"\xf5FW\x01", MAGIC)  # version 1 had Arrow streams as payloads only
+PAYLOAD_MAX_BYTES = 256 * 2**20
+_HEADER = struct.Struct("<4sII")
+_LENGTH = struct.Struct("<I")
+_SEGMENT_NAME = re.compile(r"(\d{12})\.wal")
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One file of the log; a higher number is newer."""
+
+    number: int
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Bytes of a segment that no frame owns, with valid frames or the file's end after them."""
+
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentContent:
+    """What could be read from a segment."""
+
+    payloads: tuple[bytes, ...]
+    damages: tuple[Damage, ...]
+    torn_bytes: int  # an unfinished last frame: never acknowledged, or still being written
+    is_newer_format: bool = False
+
+
+def frame(payload: bytes) -> bytes:
+    """Return the header that goes before `payload`."""
+    start = MAGIC + _LENGTH.pack(len(payload))
+    return start + _LENGTH.pack(crc32c.crc32c(payload, crc32c.crc32c(start)))
+
+
+def segment_path(folder: Path, number: int) -> Path:
+    """Return the file of a segment."""
+    return folder / f"{number:012d}.wal"
+
+
+def segments(folder: Path) -> list[Segment]:
+    """Return the segments of a log folder, oldest first; foreign files are not looked at."""
+    try:
+        names = [entry.name for entry in os.scandir(folder)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = [(match, name) for name in names if (match := _SEGMENT_NAME.fullmatch(name))]
+    listed = [Segment(int(match[1]), folder / name) for match, name in found]
+    return sorted(listed, key=lambda segment: segment.number)
+
+
+def read_segment(path: Path) -> SegmentContent:
+    """Return every valid frame's payload; damage in the middle costs only itself.
+
+    Raises:
+        FileNotFoundError: the segment became parts meanwhile.
+    """
+    return parse_frames(path.read_bytes())
+
+
+def parse_frames(data: bytes) -> SegmentContent:
+    """Read frames from the bytes of a segment, resynchronising at the next valid one."""
+    if _is_newer(data):
+        return SegmentContent((), (), 0, is_newer_format=True)
+    payloads: list[bytes] = []
+    damages: list[Damage] = []
+    offset = 0
+    while offset < len(data):
+        payload = _payload_at(data, offset)
+        if payload is not None:
+            payloads.append(payload)
+            offset += _HEADER.size + len(payload)
+            continue
+        found = _next_valid(data, offset + 1)
+        if found is None:
+            if _is_torn(data, offset):
+                return SegmentContent(tuple(payloads), tuple(damages), len(data) - offset)
+            found = len(data)
+        damages.append(Damage(offset, data[offset:found]))
+        offset = found
+    return SegmentContent(tuple(payloads), tuple(damages), 0)
+
+
+def _is_newer(data: bytes) -> bool:
+    """Whether the first frame is whole and of a later format version (a flipped bit is no version)."""
+    is_other = data[:3] == MAGIC[:3] and data[3:4] > MAGIC[3:]
+    return is_other and _payload_at(data, 0, (data[:4],)) is not None
+
+
+def _payload_at(data: bytes, offset: int, wanted: tuple[bytes, ...] = _READABLE) -> bytes | None:
+    if offset + _HEADER.size > len(data):
+        return None
+    magic, length, checksum = _HEADER.unpack_from(data, offset)
+    start = offset + _HEADER.size
+    if magic not in wanted or length > PAYLOAD_MAX_BYTES or start + length > len(data):
+        return None
+    payload = data[start : start + length]
+    if crc32c.crc32c(payload, crc32c.crc32c(data[offset : offset + 8])) != checksum:
+        return None
+    return payload
+
+
+def _next_valid(data: bytes, start: int) -> int | None:
+    offset = data.find(MAGIC[:3], start)
+    while offset >= 0:
+        if _payload_at(data, offset) is not None:
+            return offset
+        offset = data.find(MAGIC[:3], offset + 1)
+    return None
+
+
+def _is_torn(data: bytes, offset: int) -> bool:
+    """Whether the rest looks like a frame whose end was never written (zeros after a power cut)."""
+    rest = data[offset:]
+    if len(rest) < _HEADER.size:
+        return any(magic.startswith(rest[: len(magic)]) for magic in _READABLE) or not any(rest)
+    magic, length, _ = _HEADER.unpack_from(rest)
+    is_unfinished = magic in _READABLE and _HEADER.size + length > len(rest)
+    return is_unfinished or not any(rest)
+
 
 logger = logging.getLogger(__name__)
+
+MAX_BYTES = 64 * 2**20
+
+
+class Quarantine:
+    """Keeps damaged bytes; beyond `max_bytes` the oldest are deleted.
+
+    Keeping is best effort: a full disk must not stop the repair that it is part of.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int = MAX_BYTES) -> None:
+        self.folder = folder
+        self._max_bytes = max_bytes
+        self.n_kept = 0
+
+    def keep_bytes(self, name: str, data: bytes) -> None:
+        """Keep bytes cut out of a file."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._free_name(name).write_bytes(data[: self._max_bytes])
+        except OSError as error:
+            logger.error("cannot keep damaged bytes name=%s size_bytes=%d error=%s", name, len(data), error)
+        self._note(name, len(data))
+
+    def keep_file(self, path: Path) -> None:
+        """Keep a damaged or foreign file under a second name; the caller removes the first."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            target = self._free_name(f"{path.parent.name}.{path.name}")
+            try:
+                os.link(path, target)
+            except OSError:
+                shutil.copyfile(path, target)
+            fsync_dir(self.folder)
+            self._note(path.name, target.stat().st_size)
+        except OSError as error:
+            logger.error("cannot keep a damaged file path=%s error=%s", path, error)
+
+    def _free_name(self, name: str) -> Path:
+        return self.folder / f"{name.lstrip('.')}.{secrets.token_hex(4)}"
+
+    def _note(self, name: str, size_bytes: int) -> None:
+        self.n_kept += 1
+        logger.warning("quarantined name=%s size_bytes=%d folder=%s", name, size_bytes, self.folder)
+        self._stay_bounded()
+
+    def _stay_bounded(self) -> None:
+        """Delete the oldest until the rest fits; the newest stays in any case."""
+        try:
+            kept = sorted(
+                (entry.stat().st_ctime_ns, entry) for entry in self.folder.iterdir() if entry.is_file()
+            )
+            excess = sum(path.stat().st_size for _, path in kept) - self._max_bytes
+            for _, path in kept[:-1]:
+                if excess <= 0:
+                    break
+                excess -= path.stat().st_size
+                path.unlink()
+        except OSError as error:  # a person tidies up meanwhile, or the disk is full
+            logger.warning("cannot bound the quarantine folder=%s error=%s", self.folder, error)
+
 
 SEGMENT_MAX_BYTES = 64 * 2**20  # a full segment is closed: it is read back as a whole
 _WRITEV_MAX = 512  # buffers of one writev; the kernel's limit is 1024

@@ -2,25 +2,420 @@
 
 Owns: windows, batches, settled forecasts, edges in time, export and statistics of one folder.
 Does not know: writing, or which process owns the folder.
+
+Reading a kind of day files together with its log, without locks and without repairing.
+
+Owns: the merge of parts and log rows, in order, in bounded memory. Sees every acknowledged row
+once: the log is read before the days, and a row that moved meanwhile is in both and merged.
+Does not know: writing.
+
+What a buffer's folder holds, from names, footers and the log: no day is read to be counted.
+
+Owns: `get_stats()`. Does not know: the rows of closed days.
+
+The export for training: a stretch of records as one Parquet file, written day by day.
+
+Owns: raw and binned export in bounded memory. Does not know: what a trainer does with it.
 """
 
+import contextlib
+import logging
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from fleetcast.bins import bin_means
+from fleetcast.errors import BadData
+from fleetcast.files import fsync_file, publish, storage_error, temp_beside
 from fleetcast.schema import RecordBatch, SettledForecasts
-from fleetcast.storage.arrays import cells, chosen, in_order, times_ms
-from fleetcast.storage.batches import batch_of_table, settled_of_table
-from fleetcast.storage.bufferstats import buffer_stats
-from fleetcast.storage.dayreader import DayReader
-from fleetcast.storage.export import export_records
-from fleetcast.storage.tables import METRICS, PREDICTIONS, merged, stored_schema
+from fleetcast.storage.days import (
+    DAY_MS,
+    OpenPart,
+    day_of_ms,
+    day_path,
+    day_start_ms,
+    folder_bytes,
+    list_days,
+    open_day,
+    part_names,
+    split_by_day,
+)
+from fleetcast.storage.log import decode_payloads, read_segment, segments
+from fleetcast.storage.tables import (
+    METRICS,
+    NUMBER,
+    PREDICTIONS,
+    TableKind,
+    batch_of_table,
+    canonical,
+    cells,
+    chosen,
+    codes_of,
+    concatenated,
+    filled,
+    has_key,
+    in_order,
+    merged,
+    settled_of_table,
+    stored_schema,
+    table_of_batch,
+    times_ms,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
+
+logger = logging.getLogger(__name__)
+
+CHUNK_ROWS = 262_144
+
+
+@dataclass(frozen=True, slots=True)
+class LogRows:
+    """Rows of one log segment, in the order they were appended."""
+
+    number: int
+    table: pa.Table
+
+
+def log_folder(folder: Path, kind: TableKind) -> Path:
+    """Return the folder of a kind's log."""
+    return folder / "log" / kind.name
+
+
+def read_log(folder: Path, kind: TableKind) -> list[LogRows]:
+    """Return what the log holds that may not be in parts yet."""
+    found = []
+    for segment in segments(log_folder(folder, kind)):
+        try:
+            content = read_segment(segment.path)
+        except OSError:  # became parts since it was listed; the days are opened later
+            continue
+        table = decode_payloads(content.payloads, kind, _note_bad_frame)
+        if len(table):
+            found.append(LogRows(segment.number, table))
+    return found
+
+
+def _note_bad_frame(payload: bytes, error: Exception) -> None:
+    logger.warning("skipped a log frame size_bytes=%d error=%s", len(payload), error)
+
+
+class DayReader:
+    """Reads one kind in one folder; holds no state."""
+
+    def __init__(self, folder: Path, kind: TableKind) -> None:
+        self.folder = folder
+        self.kind = kind
+
+    def read(
+        self,
+        start_ms: int,
+        end_ms: int,
+        columns: Sequence[str] | None = None,
+        chunk_rows: int = CHUNK_ROWS,
+    ) -> Iterator[tuple[date, pa.Table]]:
+        """Yield the rows with start <= time < end, day by day.
+
+        A day comes in one or more tables that hold whole servers, sorted by key, one row per key.
+        """
+        log = read_log(self.folder, self.kind)
+        for day in self._days(log, start_ms, end_ms):
+            first_ms = max(start_ms, day_start_ms(day))
+            last_ms = min(end_ms, day_start_ms(day) + DAY_MS)
+            for table in self._read_span(day, log, first_ms, last_ms, columns, chunk_rows):
+                yield day, table
+
+    def _read_span(
+        self,
+        day: date,
+        log: Sequence[LogRows],
+        start_ms: int,
+        end_ms: int,
+        columns: Sequence[str] | None,
+        chunk_rows: int,
+    ) -> Iterator[pa.Table]:
+        """Yield the rows of a span inside one day."""
+        fresh = []
+        for rows in log:
+            table = _between(_narrow(rows.table, self.kind, columns), self.kind, start_ms, end_ms)
+            if len(table):
+                fresh.append(LogRows(rows.number, table))
+        parts = [
+            part for part in open_day(self.folder, self.kind, day).parts if part.may_hold(start_ms, end_ms)
+        ]
+        for table in merge_sources(parts, fresh, self.kind, columns, chunk_rows):
+            inside = _between(table, self.kind, start_ms, end_ms)
+            if len(inside):
+                yield inside
+
+    def metric_names(self, start_ms: int, end_ms: int) -> list[str]:
+        """Return the metrics that occur in days of this range, sorted, from footers and the log."""
+        log = read_log(self.folder, self.kind)
+        names: set[str] = set()
+        for rows in log:
+            if len(_between(rows.table, self.kind, start_ms, end_ms)):
+                names.update(rows.table.column_names)
+        for day in self._days([], start_ms, end_ms):
+            for part in open_day(self.folder, self.kind, day).parts:
+                names.update(part.schema.names)
+        return sorted(names - set(self.kind.schema.names))
+
+    def newest_ms(self) -> int | None:
+        """Return the newest time of all rows."""
+        return self._edge_ms(newest=True)
+
+    def oldest_ms(self) -> int | None:
+        """Return the oldest time of all rows."""
+        return self._edge_ms(newest=False)
+
+    def _edge_ms(self, *, newest: bool) -> int | None:
+        edge = max if newest else min
+        log = read_log(self.folder, self.kind)
+        times = [times_ms(rows.table, self.kind.time_column) for rows in log if len(rows.table)]
+        found = [int(edge(some)) for some in times]
+        days = list_days(self.folder, self.kind)
+        for day in reversed(days) if newest else days:
+            in_day = [
+                edge_of
+                for part in open_day(self.folder, self.kind, day).parts
+                for edge_of in _edges(part, self.kind)
+            ]
+            if in_day:
+                found.append(edge(in_day))
+                break
+        return edge(found) if found else None
+
+    def _days(self, log: Sequence[LogRows], start_ms: int, end_ms: int) -> list[date]:
+        days = set(list_days(self.folder, self.kind))
+        for rows in log:
+            numbers = np.unique(times_ms(rows.table, self.kind.time_column) // DAY_MS)
+            days.update(day_of_ms(int(number) * DAY_MS) for number in numbers)
+        return sorted(
+            day for day in days if day_start_ms(day) < end_ms and day_start_ms(day) + DAY_MS > start_ms
+        )
+
+
+def merge_sources(
+    parts: Sequence[OpenPart],
+    log: Sequence[LogRows],
+    kind: TableKind,
+    columns: Sequence[str] | None = None,
+    chunk_rows: int = CHUNK_ROWS,
+) -> Iterator[pa.Table]:
+    """Yield the rows of parts and log merged: sorted by key, one row per key, newer ones win.
+
+    Never more than about `chunk_rows` rows are held, unless one server alone has more.
+    """
+    if len(parts) == 1 and not log and parts[0].is_ours:
+        yield from _whole_servers(parts[0].tables(columns), kind)  # sorted and unique as it is
+        return
+    ranges = _server_ranges(parts, log, kind, chunk_rows)
+    for first, last in ranges:
+        sources = [(part.number, 0, _part_rows(part, kind, columns, first, last)) for part in parts]
+        sources += [(rows.number, 1, [_servers_between(rows.table, kind, first, last)]) for rows in log]
+        sources.sort(key=lambda source: source[:2])
+        tables = [table for _, _, some in sources for table in some]
+        table = merged(tables, kind)
+        if len(table):
+            yield table
+
+
+def _server_ranges(
+    parts: Sequence[OpenPart], log: Sequence[LogRows], kind: TableKind, chunk_rows: int
+) -> list[tuple[str | None, str | None]]:
+    """Return inclusive ranges of server names of about `chunk_rows` rows; (None, None) is all."""
+    if sum(part.n_rows for part in parts) + sum(len(rows.table) for rows in log) <= chunk_rows:
+        return [(None, None)]
+    counts: dict[str, int] = {}
+    tables = [table for part in parts for table in part.tables([])] + [rows.table for rows in log]
+    for table in tables:
+        for entry in pc.value_counts(table.column(kind.key[0])).to_pylist():
+            counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
+    ranges: list[tuple[str | None, str | None]] = []
+    first, last, n_rows = "", "", 0
+    for name in sorted(counts):
+        if n_rows and n_rows + counts[name] > chunk_rows:
+            ranges.append((first, last))
+            n_rows = 0
+        first = name if n_rows == 0 else first
+        last = name
+        n_rows += counts[name]
+    return [*ranges, (first, last)] if n_rows else ranges
+
+
+def _part_rows(
+    part: OpenPart, kind: TableKind, columns: Sequence[str] | None, first: str | None, last: str | None
+) -> list[pa.Table]:
+    if first is None or last is None:
+        return list(part.tables(columns))
+    groups = part.groups((first, last))
+    return [_servers_between(table, kind, first, last) for table in part.tables(columns, groups)]
+
+
+def _servers_between(table: pa.Table, kind: TableKind, first: str | None, last: str | None) -> pa.Table:
+    if first is None or last is None or len(table) == 0:
+        return table
+    names, codes = codes_of(table.column(kind.key[0]))
+    wanted = np.array([first <= str(name) <= last for name in names], dtype=np.bool_)
+    return chosen(table, wanted[codes])
+
+
+def _whole_servers(tables: Iterator[pa.Table], kind: TableKind) -> Iterator[pa.Table]:
+    """Yield sorted tables cut anew, so that no server is spread over two of them."""
+    held: pa.Table | None = None
+    for table in tables:
+        if len(table) == 0:
+            continue
+        if held is None:
+            held = table
+            continue
+        _, codes = codes_of(held.column(kind.key[0]))
+        others = np.flatnonzero(codes != codes[-1])
+        n_ready = int(others[-1]) + 1 if len(others) else 0
+        if n_ready:
+            yield held.slice(0, n_ready)
+        held = concatenated([held.slice(n_ready), table], kind)
+    if held is not None:
+        yield held
+
+
+def _narrow(table: pa.Table, kind: TableKind, columns: Sequence[str] | None) -> pa.Table:
+    if columns is None or not kind.has_metrics:
+        return table
+    fixed = kind.schema.names
+    return table.select([name for name in table.column_names if name in fixed or name in columns])
+
+
+def _between(table: pa.Table, kind: TableKind, start_ms: int, end_ms: int) -> pa.Table:
+    times = times_ms(table, kind.time_column)
+    inside = (times >= start_ms) & (times < end_ms)
+    return table if inside.all() else chosen(table, inside)
+
+
+def _edges(part: OpenPart, kind: TableKind) -> list[int]:
+    span = part.time_range_ms()
+    if span is not None:
+        return list(span)
+    tables = [times_ms(table, kind.time_column) for table in part.tables([]) if len(table)]
+    return [int(edge) for times in tables for edge in (times.min(), times.max())]
+
+
+MEGABYTE = 1_000_000
+
+
+def buffer_stats(folder: Path, kind: TableKind) -> dict[str, Any]:
+    """Return the counts of one kind, as `spec.md` prints them."""
+    log = read_log(folder, kind)  # before the days: a row that moves meanwhile is not missed
+    days = list_days(folder, kind)
+    by_day = _log_by_day(log, kind)
+    total = sum(_rows_of_day(folder, kind, day) for day in days)
+    total += sum(_new_rows(folder, kind, day, rows) for day, rows in by_day.items())
+    every_day = sorted({*days, *by_day})
+    size = sum(folder_bytes(day_path(folder, kind, day)) for day in days)
+    size += folder_bytes(log_folder(folder, kind))
+    return {
+        "file_count": len(days),
+        "total_records": total,
+        "date_range": {
+            "start": every_day[0].isoformat() if every_day else None,
+            "end": every_day[-1].isoformat() if every_day else None,
+        },
+        "disk_usage_mb": round(size / MEGABYTE, 2),
+    }
+
+
+def _rows_of_day(folder: Path, kind: TableKind, day: date) -> int:
+    path = day_path(folder, kind, day)
+    if path.is_dir():
+        return sum(name.n_rows for name in part_names(path))
+    return open_day(folder, kind, day).n_rows
+
+
+def _log_by_day(log: Sequence[LogRows], kind: TableKind) -> dict[date, pa.Table]:
+    """Return the log's rows, merged, by day."""
+    by_day: dict[date, pa.Table] = split_by_day(merged([rows.table for rows in log], kind), kind)
+    return by_day
+
+
+def _new_rows(folder: Path, kind: TableKind, day: date, rows: pa.Table) -> int:
+    """Return how many rows have a key that the day's parts do not have yet."""
+    is_known = np.zeros(len(rows), dtype=np.bool_)
+    times = times_ms(rows, kind.time_column)
+    for part in open_day(folder, kind, day).parts:
+        if part.may_hold(int(times.min()), int(times.max()) + 1):
+            for keys in part.tables([]):
+                is_known |= has_key(rows, keys, kind)
+    return int((~is_known).sum())
+
+
+def export_records(
+    reader: DayReader, path: Path, start_ms: int, end_ms: int, resolution_s: float | None
+) -> int:
+    """Write the records with start <= time < end to `path` and return the number of rows.
+
+    Args:
+        resolution_s: length of the bins whose means are written, at their starts; None = raw.
+    Raises:
+        BadData: the bins do not divide a day.
+        StorageFull, StorageBroken: a file that was at `path` before is untouched.
+    """
+    bin_ms = _bin_ms(resolution_s)
+    names = reader.metric_names(start_ms, end_ms)
+    schema = pa.schema([*METRICS.schema, *((name, NUMBER) for name in names)])
+    tables = (table for _, table in reader.read(start_ms, end_ms, names))
+    if bin_ms is not None:
+        tables = (binned(table, bin_ms) for table in tables)
+    return _write(path, tables, schema)
+
+
+def binned(table: pa.Table, bin_ms: int) -> pa.Table:
+    """Return the bin means of whole servers; the time of a row is its bin's start."""
+    batch = batch_of_table(table)
+    metrics = list(batch.metrics)
+    # each column in one piece: means are taken column by column
+    values = np.array([batch.metrics[name] for name in metrics]).reshape(len(metrics), len(batch)).T
+    codes, starts_ms, means = bin_means(batch.server_codes, batch.timestamps_ms, values, bin_ms)
+    columns = {name: means[:, place] for place, name in enumerate(metrics)}
+    return canonical(table_of_batch(RecordBatch(batch.server_names, codes, starts_ms, columns)), METRICS)
+
+
+def _bin_ms(resolution_s: float | None) -> int | None:
+    if resolution_s is None:
+        return None
+    bin_ms = round(resolution_s * 1000) if math.isfinite(resolution_s) else 0
+    if bin_ms <= 0 or DAY_MS % bin_ms:
+        raise BadData(f"resolution_s must divide a day (86400 s), got {resolution_s}")
+    return bin_ms
+
+
+def _write(path: Path, tables: Iterator[pa.Table], schema: pa.Schema) -> int:
+    temp = temp_beside(path)
+    written = stored_schema(schema)
+    dictionary: Sequence[str] = [name for name in schema.names if name != "timestamp"]
+    n_rows = 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with pq.ParquetWriter(temp, written, compression="zstd", use_dictionary=dictionary) as writer:
+            for table in tables:
+                writer.write_table(filled(table, schema).cast(written))
+                n_rows += len(table)
+        fsync_file(temp)
+        publish(temp, path)
+    except OSError as error:
+        raise storage_error(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):  # usually it became `path`
+            temp.unlink()
+    return n_rows
 
 
 class BufferReader:

@@ -20,8 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetcast.bins import RECENT_BINS
-from fleetcast.forecast.gridshape import GridShape
-from fleetcast.forecast.scaling import is_percent
+from fleetcast.forecast.encoding import GridShape, is_percent
 from fleetcast.schema import QUANTILES, Floats, Floats32, HistoryWindow, Longs, Series
 from fleetcast.training.grid import TrainingGrid
 from fleetcast.training.sampler import ChangedSeries

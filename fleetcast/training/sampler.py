@@ -19,9 +19,7 @@ from numpy.typing import NDArray
 
 from fleetcast.bins import DAY_BINS, RECENT_BINS
 from fleetcast.errors import NotEnoughData
-from fleetcast.forecast.encoding import ModelArrays, encode
-from fleetcast.forecast.gridshape import GridShape
-from fleetcast.forecast.scaling import is_percent
+from fleetcast.forecast.encoding import GridShape, ModelArrays, encode, is_percent
 from fleetcast.schema import Floats, Floats32, Longs
 from fleetcast.training.grid import TrainingGrid
 

@@ -2,26 +2,72 @@
 
 Owns: which sides are compared, and what of a candidate goes on after the verdict. Does not know:
 the rule (`gate`), what is held out (`holdout`), how a candidate was trained.
+
+The baseline a training leaves behind: the newest days it saw, and the errors to expect now.
+
+Owns: which days and which errors go into it. Does not know: what a baseline is used for, how
+a model was trained.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from fleetcast.bins import RECENT_BINS
 from fleetcast.drift.literal.baseline import Baseline
+from fleetcast.drift.seasonal.reference import Reference
+from fleetcast.drift.seasonal.renewal import learned_reference
+from fleetcast.drift.seasonal.settled import ReadForecasts, read_grid
 from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.forecast.predictor import Forecaster
-from fleetcast.forecast.versions import Version
-from fleetcast.schema import Longs
-from fleetcast.settings import Settings
+from fleetcast.forecast.registry import Version
+from fleetcast.schema import Floats32, Longs
+from fleetcast.settings import DriftSettings, Settings
 from fleetcast.training.gate import GateVerdict, judge
 from fleetcast.training.grid import TrainingGrid
 from fleetcast.training.holdout import HoldOut, Losses, mean_errors
 from fleetcast.training.sampler import ChangedSeries
 from fleetcast.training.specialists import routed
-from fleetcast.training.trained_baseline import trained_baseline
+
+_DAY_MS = 86_400_000
+
+
+def trained_baseline(
+    grid: TrainingGrid,
+    changed: tuple[ChangedSeries, ...],
+    days: float,
+    version_id: str,
+    in_service: Losses,
+    hold_out: HoldOut,
+) -> Baseline:
+    """Sketch the newest days, a changed series since its change, with the errors to expect.
+
+    Args:
+        in_service: what the forecasts that serve from now on cost on the windows of `hold_out`.
+    """
+    n_bins = min(grid.n_bins, round(days * _DAY_MS / grid.bin_ms))
+    first = grid.n_bins - n_bins
+    values = _since_changes(grid.values[:, :, first:], first, changed)
+    start_ms = grid.start_ms + first * grid.bin_ms
+    sketch = Baseline.from_grid(values, start_ms, grid.bin_ms, grid.server_names, grid.metrics, version_id)
+    by_metric, by_series = mean_errors(in_service)
+    series_errors = np.full(grid.values.shape[:2], np.nan, np.float32)
+    series_errors[hold_out.servers] = by_series
+    horizons: Longs = np.array(hold_out.horizons, np.int64)
+    return replace(sketch, error_horizons=horizons, error_mae=by_metric, series_error_mae=series_errors)
+
+
+def _since_changes(values: Floats32, first_bin: int, changed: tuple[ChangedSeries, ...]) -> Floats32:
+    """Return a copy without what changed series were before; an hour of values stays at least."""
+    kept = values.copy()
+    for item in changed:
+        before = max(0, item.since_bin - first_bin)
+        if np.isfinite(kept[item.server, item.metric, before:]).sum() >= RECENT_BINS:
+            kept[item.server, item.metric, :before] = np.nan
+    return kept
+
 
 CANDIDATE, SERVING, FALLBACK = "candidate", "serving", "fallback"
 
@@ -110,3 +156,31 @@ def _error_table(
         }
         for row, metric in enumerate(metrics)
     }
+
+
+def training_reference(
+    grid: TrainingGrid, changed: Sequence[ChangedSeries], read: ReadForecasts, settings: DriftSettings
+) -> Reference:
+    """Learn the reference that goes with a model: its training's data, and the errors known so far.
+
+    The errors are those of the models that were in service on those days, as settled: what users
+    got. A first model has none yet; the statistic that needs them begins when they are renewed.
+
+    Args:
+        changed: what is known to have changed; the days before do not count.
+        read: settled forecasts one bin ahead.
+    """
+    changed_ms = np.full(grid.values.shape[:2], np.nan)
+    for item in changed:
+        changed_ms[item.server, item.metric] = grid.start_ms + item.since_bin * grid.bin_ms
+    settled = read_grid(read, grid.server_names, grid.metrics, (grid.start_ms, grid.end_ms), grid.bin_ms)
+    return learned_reference(
+        grid.values,
+        grid.server_names,
+        grid.metrics,
+        grid.start_ms,
+        grid.bin_ms,
+        settings,
+        errors=settled.errors,
+        changed_ms=changed_ms,
+    )

@@ -15,8 +15,7 @@ from fleetcast.clock import SystemClock, from_ms, iso_z, sleep
 from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.errors import AlreadyRunning
 from fleetcast.files import OwnerLock, write_json
-from fleetcast.forecast.registry import TRAINER_LOCK, Registry
-from fleetcast.forecast.versions import BASELINE_FILE, MODEL_FILE, new_version_id
+from fleetcast.forecast.registry import BASELINE_FILE, MODEL_FILE, TRAINER_LOCK, Registry, new_version_id
 from fleetcast.settings import BinSettings
 from fleetcast.training.grid import TrainingGrid
 

@@ -25,10 +25,9 @@ def untrained_model(version: str, seed: int) -> bytes:
     """Return a checkpoint of the real network with random weights."""
     import torch
 
-    from fleetcast.forecast.checkpoint import ModelDescription
-    from fleetcast.forecast.gridshape import GridShape
+    from fleetcast.forecast.encoding import GridShape
     from fleetcast.forecast.network import NetworkConfig, build
-    from fleetcast.forecast.predictor import Forecaster
+    from fleetcast.forecast.predictor import Forecaster, ModelDescription
 
     torch.manual_seed(seed)
     grid = GridShape(bin_ms=300_000, horizon_bins=96)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fleetcast.drift_settings import DriftSettings
 from fleetcast.schema import Codes, Floats, Longs, SettledForecasts
+from fleetcast.settings import DriftSettings
 
 ReadForecasts = Callable[[int, int], SettledForecasts]  # start_ms, end_ms of the target, half open
 

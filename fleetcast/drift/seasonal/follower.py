@@ -14,14 +14,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fleetcast.drift.seasonal.detector import SeasonalDrift
-from fleetcast.drift.seasonal.learned_reference import quorum_rule
 from fleetcast.drift.seasonal.reference import Reference
-from fleetcast.drift.seasonal.renewal import ReferenceRenewal
+from fleetcast.drift.seasonal.renewal import ReferenceRenewal, quorum_rule
 from fleetcast.drift.seasonal.season import DAY_MS
 from fleetcast.drift.seasonal.settled import ReadForecasts, bins_at_once, settled_grid
-from fleetcast.drift_settings import DriftSettings
-from fleetcast.forecast.versions import Version
+from fleetcast.forecast.registry import Version
 from fleetcast.schema import Floats32, SettledForecasts
+from fleetcast.settings import DriftSettings
 
 TREND_H = 6  # the newer half is compared with the older
 

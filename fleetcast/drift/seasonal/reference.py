@@ -4,28 +4,145 @@ Owns: learning it from some weeks of bins, the calibration of its limits, and it
 beside the baseline of a model version. Does not know: the newest values (`SeasonalDrift`).
 
 Its file is specified in `reference_file.py`.
+
+The file of a reference: arrays under dotted names, checked when read, never pickled.
+
+Owns: `reference.npz`, format 2: one array per field of `Reference`, fields of fields under dotted
+names (`shape.profiles`, `books.values.edges`, ...), names as fixed-width unicode, scalars as 0-d
+arrays. Does not know: what the arrays mean beyond their shapes.
+
+Bringing single servers of a reference up to date without learning the whole fleet again.
+
+Owns: which servers are too young to be judged as they are, or lack forecast errors to be judged by,
+and putting newly learned servers in their place. Does not know: when to do so, files.
 """
 
-from dataclasses import dataclass
+import io
+import zipfile
+import zlib
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, TypeVar, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetcast.drift.seasonal.fleet_calibration import FleetCalibration, calibrate
-from fleetcast.drift.seasonal.learning import MIN_DAYS, value_ranges
-from fleetcast.drift.seasonal.limits import growth, own_quantiles, series_limits, shared_growth
+from fleetcast.drift.seasonal.learning import (
+    MATURE_DAYS,
+    MIN_DAYS,
+    FleetCalibration,
+    calibrate,
+    fit_all,
+    growth,
+    joined_books,
+    joined_shapes,
+    own_quantiles,
+    sampled,
+    series_limits,
+    shared_growth,
+    value_ranges,
+)
 from fleetcast.drift.seasonal.quorum import QuorumRule
-from fleetcast.drift.seasonal.reference_chunks import fit_all, joined_books, joined_shapes, sampled
-from fleetcast.drift.seasonal.reference_file import read_reference, reference_bytes
-from fleetcast.drift.seasonal.residuals import Shape
-from fleetcast.drift.seasonal.season import DayClock
+from fleetcast.drift.seasonal.season import DAY_MS, LAGS_H, N_CODES, N_EDGES, WEEKDAYS, DayClock, Shape
 from fleetcast.drift.seasonal.sensors import clean_reference, measured
-from fleetcast.drift.seasonal.statistics import Books
-from fleetcast.errors import BadData
-from fleetcast.files import write_atomic
+from fleetcast.drift.seasonal.statistics import N_STATISTICS, Books
+from fleetcast.errors import BadData, CorruptFile, UnknownFormat
+from fleetcast.files import read_regular, write_atomic
 from fleetcast.schema import Floats, Floats32, Longs
+
+FORMAT = 2
+Kind = TypeVar("Kind")
+
+
+def reference_bytes(reference: Any) -> bytes:
+    """Return the content of a reference's file."""
+    stream = io.BytesIO()
+    np.savez_compressed(stream, **{"format": np.int64(FORMAT), **_flattened(reference, "")})
+    return stream.getvalue()
+
+
+def read_reference(path: Path, kind: type[Kind]) -> Kind:
+    """Read a reference; see `Reference.load` for what it raises."""
+    content = read_regular(path)
+    try:
+        archive = np.load(io.BytesIO(content), allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise CorruptFile(path, "a bare array, not a reference archive")
+        arrays = {name: archive[name] for name in archive.files}
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
+        raise CorruptFile(path, f"not a reference: {error}") from error
+    found = arrays.get("format")
+    if found is None or found.shape or found != FORMAT:
+        raise UnknownFormat(path, f"reference format {found}", hint=f"expected {FORMAT}")
+    try:
+        loaded: Kind = _built(kind, arrays, "")
+        _check_rows(path, loaded)
+    except (KeyError, TypeError, ValueError, IndexError, BadData) as error:
+        raise CorruptFile(path, f"reference field missing or of the wrong kind: {error}") from error
+    return loaded
+
+
+def _flattened(value: Any, prefix: str) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for item in fields(value):
+        own = getattr(value, item.name)
+        if is_dataclass(own):
+            out.update(_flattened(own, f"{prefix}{item.name}."))
+        else:
+            text = isinstance(own, tuple | str)
+            out[prefix + item.name] = np.array(own, np.str_) if text else np.asarray(own)
+    return out
+
+
+def _built(kind: Any, arrays: dict[str, Any], prefix: str) -> Any:
+    hints = get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for item in fields(kind):
+        name, hint = prefix + item.name, hints[item.name]
+        if is_dataclass(hint):
+            values[item.name] = _built(hint, arrays, f"{name}.")
+        elif hint in (int, float, str):
+            values[item.name] = hint(arrays[name].item())
+        elif hint == tuple[str, ...]:
+            values[item.name] = tuple(str(text) for text in arrays[name])
+        else:
+            values[item.name] = arrays[name]
+    return kind(**values)
+
+
+def _check_rows(path: Path, loaded: Any) -> None:
+    clock = DayClock(loaded.bin_ms, loaded.timezone)  # refuses a nonsensical bin or zone
+    n_series, slots = len(loaded.server_names) * len(loaded.metrics), clock.n_slots
+    n_weekly = int((loaded.shape.weekly_rows >= 0).sum())
+    books = loaded.books
+    expected: list[tuple[str, Any, tuple[int, ...]]] = [
+        ("shape.profiles", loaded.shape.profiles, (n_series, slots)),
+        ("shape.spreads", loaded.shape.spreads, (n_series, slots)),
+        ("shape.weekday_profiles", loaded.shape.weekday_profiles, (n_weekly, WEEKDAYS, slots)),
+        ("limits", loaded.limits, (n_series, N_STATISTICS)),
+        ("shared_growth", loaded.shared_growth, (N_STATISTICS,)),
+        ("books.tails", books.tails, (n_series, 2)),
+        ("books.log_moves", books.log_moves, (n_series, 2)),
+        ("books.distances", books.distances, (n_series, len(LAGS_H))),
+        ("shape.template", loaded.shape.template, (n_series, clock.bins_per_day)),
+    ]
+    for name in ("values", "innovations", "errors"):
+        expected.append((f"books.{name}.edges", getattr(books, name).edges, (n_series, N_EDGES)))
+        expected.append((f"books.{name}.shares", getattr(books, name).shares, (n_series, N_CODES)))
+    for owner, names in (
+        (loaded.shape, ("weekly_rows", "centres", "ranges", "lows", "highs")),
+        (books, ("log_size", "rhythm_power", "rhythm_noise")),
+        (loaded, ("pull", "n_days", "start_days", "still_limits")),
+    ):
+        expected += [(name, getattr(owner, name), (n_series,)) for name in names]
+    for name, found, shape in expected:
+        if found.shape != shape or found.dtype.kind not in "if":
+            raise CorruptFile(path, f"{name} is {found.dtype} {found.shape}, expected numbers {shape}")
+    if n_weekly and int(loaded.shape.weekly_rows.max()) >= n_weekly:
+        raise CorruptFile(path, "shape.weekly_rows points past the weekday profiles")
+    if books.tails.size and not (books.tails.min() >= 0 and books.tails.max() < N_CODES):
+        raise CorruptFile(path, f"books.tails must be within 0..{N_CODES - 1}")
+
 
 RANGE_FLOOR = 0.02  # of the metric's usual range in this fleet
 
@@ -176,3 +293,54 @@ def _range_floors(flat: Floats32, n_metrics: int) -> Floats32:
     usual = np.array([np.nanmedian(column) if np.isfinite(column).any() else 0.0 for column in moving.T])
     floors = np.fmax(RANGE_FLOOR * np.tile(usual, len(by_metric)), 1e-6 * np.nan_to_num(size))
     return np.asarray(np.maximum(floors, 1e-30), np.float32)
+
+
+def immature_servers(reference: Reference, live: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the live servers that are unknown to a reference or have few days behind them.
+
+    A metric that a server never sent in those days does not count.
+    """
+    n_metrics = len(reference.metrics)
+    days = reference.n_days.reshape(-1, n_metrics)
+    young = ((days > 0) & (days < MATURE_DAYS)).any(axis=1) | (days == 0).all(axis=1)
+    known = dict(zip(reference.server_names, young.tolist(), strict=True))
+    return tuple(name for name in live if known.get(name, True))
+
+
+def servers_without_errors(reference: Reference) -> tuple[str, ...]:
+    """Return the servers of which a judged series' usual forecast errors are unknown."""
+    unknown = reference.is_compared & np.isnan(reference.books.errors.edges[:, 0])
+    rows = np.flatnonzero(unknown.reshape(len(reference.server_names), -1).any(axis=1))
+    return tuple(reference.server_names[row] for row in rows)
+
+
+def merged(old: Reference, newer: Reference) -> Reference:
+    """Return `old` with the servers of `newer` in place of its own, new ones behind.
+
+    The fleet's calibration stays that of `old`.
+
+    Raises:
+        BadData: other metrics, bins or time zone.
+    """
+    for name in ("metrics", "bin_ms", "timezone"):
+        if getattr(old, name) != getattr(newer, name):
+            raise BadData(f"{name} differ: {getattr(old, name)} and {getattr(newer, name)}")
+    n_metrics = len(old.metrics)
+    place = {server: row for row, server in enumerate(old.server_names)}
+    place |= {server: len(old.server_names) + row for row, server in enumerate(newer.server_names)}
+    rows = (np.array(list(place.values()))[:, None] * n_metrics + np.arange(n_metrics)).ravel()
+    start_ms = min(old.start_ms, newer.start_ms)
+    starts = [item.start_days + (item.start_ms - start_ms) // DAY_MS for item in (old, newer)]
+    return replace(
+        old,
+        server_names=tuple(place),
+        start_ms=start_ms,
+        end_ms=max(old.end_ms, newer.end_ms),
+        shape=joined_shapes([old.shape, newer.shape]).rows(rows),
+        books=joined_books([old.books, newer.books]).rows(rows),
+        pull=np.concatenate([old.pull, newer.pull])[rows],
+        n_days=np.concatenate([old.n_days, newer.n_days])[rows],
+        start_days=np.concatenate(starts)[rows],
+        still_limits=np.concatenate([old.still_limits, newer.still_limits])[rows],
+        limits=np.concatenate([old.limits, newer.limits])[rows],
+    )

@@ -1,0 +1,49 @@
+"""How a program of this project runs: errors to exit codes, and the files that are shipped with it.
+
+Owns: what a person reads on stderr when a program ends badly, and where `models/` and `samples/` are
+in a checkout and in an installed package. Does not know: what the programs do.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from fleetcast.errors import FleetcastError, SettingsError
+from fleetcast.settings import Settings
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def run_program(name: str, work: Callable[[], int]) -> int:
+    """Do the work of a program and return its exit code; an error of ours is a line, not a traceback.
+
+    Args:
+        name: what the lines on stderr begin with.
+        work: returns the exit code.
+    """
+    try:
+        return int(work())
+    except FleetcastError as error:
+        problems = error.problems if isinstance(error, SettingsError) else (str(error),)
+        for problem in problems:
+            print(f"{name}: {problem}", file=sys.stderr)
+        if isinstance(error, SettingsError) and error.hint:
+            print(f"{name}: {error.hint}", file=sys.stderr)
+        return int(error.exit_code)
+
+
+def shipped_folder(name: str) -> Path:
+    """Return a folder that is shipped with the program: package data, else beside the package."""
+    installed = _PACKAGE / name
+    return installed if installed.is_dir() else _PACKAGE.parent / name
+
+
+def models_dir(settings: Settings) -> Path:
+    """Return the folder of the shipped base model."""
+    return Path(settings.paths.models_dir or shipped_folder("models"))
+
+
+def with_models_dir(settings: Settings) -> Settings:
+    """Return the settings with the folder of the shipped base model in them."""
+    return replace(settings, paths=replace(settings.paths, models_dir=str(models_dir(settings))))
