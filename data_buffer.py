@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fleetcast.clock import Clock, SystemClock, from_ms, to_ms
+from fleetcast.clock import DAY_MS, Clock, SystemClock, from_ms, to_ms
 from fleetcast.errors import BadData, ExitCode, FleetcastError, StorageBroken
 from fleetcast.ingest.records import Accepted, RecordRules, accept, accept_columns
 from fleetcast.program import run_program
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DAY_MS = 86_400_000
 _APPEND_ROWS = 20_000  # records of one iterable that are checked and written together
 
 

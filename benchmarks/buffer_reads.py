@@ -24,10 +24,10 @@ import pyarrow.parquet as pq
 from benchmarks.buffer import N_METRICS, START_MS, TICKS_PER_DAY, cpu_s, fleet, joined
 from benchmarks.results_file import write_results
 from data_buffer import DataBuffer
-from fleetcast.clock import from_ms, monotonic
+from fleetcast.clock import DAY_MS, from_ms, monotonic
 from fleetcast.ingest.rules import rounded
 from fleetcast.schema import RecordBatch
-from fleetcast.storage.days import DAY_MS, day_of_ms, day_path, split_by_day, write_part
+from fleetcast.storage.days import day_of_ms, day_path, split_by_day, write_part
 from fleetcast.storage.reader import binned
 from fleetcast.storage.tables import METRICS, batch_of_table, canonical, floats, merged, table_of_batch
 from fleetcast.storage.upkeep import seal

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fleetcast.drift.seasonal.season import DAY_MS
+from fleetcast.clock import DAY_MS
 from fleetcast.errors import BadData
 from fleetcast.schema import Floats32
 

@@ -12,6 +12,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
+DAY_MS = 86_400_000
+HOUR_MS = 3_600_000
+
 BIN_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 

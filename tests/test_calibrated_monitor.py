@@ -13,10 +13,9 @@ from seasonal_store import FIRST_TEST_BIN, VERSION, registry_with, rows_of, sour
 from settled_rows import RowStore, joined
 
 from drift_monitor import DriftMonitor
-from fleetcast.clock import FakeClock
+from fleetcast.clock import DAY_MS, FakeClock
 from fleetcast.drift.report import DriftReading
 from fleetcast.drift.seasonal.reference import Reference
-from fleetcast.drift.seasonal.season import DAY_MS
 from fleetcast.retraining.order import known_changes
 from fleetcast.schema import SettledForecasts
 from fleetcast.settings import DriftSettings

@@ -8,9 +8,9 @@ from rhythm_fleet import BIN_MS, DAY, METRICS, SERVERS, START_MS, made_grid
 from seasonal_store import FIRST_TEST_BIN, rows_of
 from settled_rows import RowStore
 
+from fleetcast.clock import DAY_MS
 from fleetcast.drift.seasonal import renewal as module
 from fleetcast.drift.seasonal.renewal import change_times, learned_reference
-from fleetcast.drift.seasonal.season import DAY_MS
 from fleetcast.settings import DriftSettings
 from fleetcast.training.grid import TrainingGrid
 from fleetcast.training.verdict import training_reference

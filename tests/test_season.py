@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from fleetcast.clock import DAY_MS
 from fleetcast.drift.seasonal.season import (
-    DAY_MS,
     DayClock,
     day_grid,
     slot_medians,

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetcast.clock import from_ms
+from fleetcast.clock import DAY_MS, from_ms
 from fleetcast.drift.report import CalibratedReading, DriftReading
 from fleetcast.drift.seasonal.detector import DriftingSeries
 from fleetcast.drift.seasonal.reference import Reference
-from fleetcast.drift.seasonal.season import DAY_MS
 from fleetcast.drift.seasonal.settled import ReadForecasts, read_grid
 from fleetcast.errors import NotEnoughData
 from fleetcast.schema import Floats, Floats32

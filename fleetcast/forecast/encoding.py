@@ -27,9 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetcast.bins import DAY_BINS, HISTORY_BINS, RECENT_BINS
+from fleetcast.clock import DAY_MS
 from fleetcast.schema import Floats32, Longs
 
-DAY_MS = 86_400_000
 FINE_PAST, COARSE_PAST, COARSE_WIDTH = 24, 44, 6  # bins, steps, bins per step: 288 bins
 FINE_AHEAD, MAX_COARSE_AHEAD = 12, 28
 # the next bin, the other fine ones, the rest: the weight of a knot, shared by its bins (a measured recipe)

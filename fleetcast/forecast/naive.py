@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fleetcast.clock import DAY_MS
 from fleetcast.schema import QUANTILES, Floats32, HistoryWindow, Longs
 
-DAY_MS = 86_400_000
 ERROR_DAYS = 3  # targets looked back at: long enough for a daily rhythm, short enough to follow a change
 MAX_TARGETS = 144  # targets sampled from them; twice as many moved no quantile by more than 2 % of itself
 MIN_ERRORS = 8  # errors needed for a 10 % quantile that is not an extreme

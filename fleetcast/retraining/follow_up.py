@@ -12,13 +12,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fleetcast.clock import from_ms, parse_plain_utc, to_ms
+from fleetcast.clock import HOUR_MS, from_ms, parse_plain_utc, to_ms
 from fleetcast.errors import CorruptFile
 from fleetcast.files import read_json
 from fleetcast.retraining.decision import DRIFT, FOLLOW_UP
 from fleetcast.retraining.state import REJECTED, VERDICTS, Attempt
 
-_HOUR_MS = 3_600_000
 _GROWTH = 3.0  # another training is due once this many times as much is known of the change
 _ENOUGH_SHARE = 0.5  # of the hours asked for: what saw less learned little, whatever its verdict
 _WORTH = 0.9  # the loss on what changed, as a share of the one before, up to which more is to be learned
@@ -53,13 +52,13 @@ def follow_up(
         return ""
     started_ms = to_ms(parse_plain_utc(last.started_at))
     if last.outcome == REJECTED:  # the changes are still to be learned, however much of them was seen
-        waited_h = (to_ms(now) - started_ms) / _HOUR_MS
+        waited_h = (to_ms(now) - started_ms) / HOUR_MS
         is_due = last.rule == DRIFT and hours <= waited_h <= _LATEST_DAYS * 24
         return f"follow-up: {waited_h:.0f} h since a rejected training for drift" if is_due else ""
     # the middle one: of many slow changes the newest is always a few hours old
     middle_ms = sorted(changed)[len(changed) // 2]
-    seen_h = (started_ms - middle_ms) / _HOUR_MS
-    known_h = (to_ms(now) - middle_ms) / _HOUR_MS
+    seen_h = (started_ms - middle_ms) / HOUR_MS
+    known_h = (to_ms(now) - middle_ms) / HOUR_MS
     is_first = last.rule == DRIFT and seen_h < _ENOUGH_SHARE * hours
     is_worth_it = is_first or (left > _RESERVED and changed_loss is not None and changed_loss <= _WORTH)
     if not is_worth_it or not max(hours, _GROWTH * seen_h) <= known_h <= _LATEST_DAYS * 24:

@@ -11,11 +11,9 @@ from typing import Protocol
 import numpy as np
 
 from fleetcast.bins import bin_means, count_trainable, enough_to_train
-from fleetcast.clock import to_ms
+from fleetcast.clock import DAY_MS, to_ms
 from fleetcast.schema import RecordBatch
 from fleetcast.settings import BinSettings, DecisionSettings
-
-_DAY_MS = 86_400_000
 
 
 class RecordStore(Protocol):
@@ -71,8 +69,8 @@ class Readiness:
         A window that spans midnight is not counted: a lower bound is all that is asked for.
         """
         found = 0
-        for day in range(newest_ms // _DAY_MS, oldest_ms // _DAY_MS - 1, -1):
-            start_ms, end_ms = day * _DAY_MS, (day + 1) * _DAY_MS
+        for day in range(newest_ms // DAY_MS, oldest_ms // DAY_MS - 1, -1):
+            start_ms, end_ms = day * DAY_MS, (day + 1) * DAY_MS
             for batch in self._store.iter_batches(start_ms, end_ms, self._bins.forecast_metrics):
                 found += self._windows_of(batch, start_ms)
                 if found >= enough:
@@ -85,7 +83,7 @@ class Readiness:
         bin_ms = self._bins.bin_s * 1000
         values = np.stack(list(batch.metrics.values()), axis=1)
         codes, starts, means = bin_means(batch.server_codes, batch.timestamps_ms, values, bin_ms)
-        shape = (len(batch.server_names), values.shape[1], _DAY_MS // bin_ms)
+        shape = (len(batch.server_names), values.shape[1], DAY_MS // bin_ms)
         grid = np.full(shape, np.nan, np.float32)
         grid[codes, :, (starts - day_ms) // bin_ms] = means
         return count_trainable(grid, self._horizon_bins)

@@ -28,11 +28,11 @@ import numpy as np
 
 from fleetcast import files
 from fleetcast.bins import RECENT_BINS
-from fleetcast.clock import monotonic
+from fleetcast.clock import DAY_MS, monotonic
 from fleetcast.errors import CorruptFile
 from fleetcast.forecast.encoding import is_percent
 from fleetcast.forecast.feedback import Feedback
-from fleetcast.forecast.naive import DAY_MS, last_known, same_time_yesterday
+from fleetcast.forecast.naive import last_known, same_time_yesterday
 from fleetcast.schema import Floats, Floats32, HistoryWindow, Longs, SettledForecasts
 from fleetcast.serving.ledger import bytes_of, lines
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fleetcast.clock import iso_z, monotonic
+from fleetcast.clock import DAY_MS, iso_z, monotonic
 from fleetcast.errors import BadCheckpoint, FleetcastError, OtherBins
 from fleetcast.forecast.registry import Registry, Version
 from fleetcast.schema import Floats32, HistoryWindow
@@ -160,7 +160,7 @@ class ServingModel:
     def _warm_up(self, predictor: Predictor, path: Path) -> None:
         """Forecast a plain series: allocates what a sweep needs, and shows a model that cannot."""
         metrics = predictor.metrics
-        wave = 50 + 10 * np.sin(np.arange(_WARM_UP_BINS) * (2 * np.pi * self._bin_ms / 86_400_000))
+        wave = 50 + 10 * np.sin(np.arange(_WARM_UP_BINS) * (2 * np.pi * self._bin_ms / DAY_MS))
         values = np.tile(wave.astype(np.float32), (2, len(metrics), 1))
         window = HistoryWindow(("warm-up-1", "warm-up-2"), metrics, values, 0, self._bin_ms)
         quantiles = predictor.predict(window)

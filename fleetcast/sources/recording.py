@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fleetcast.clock import from_ms, iso_z, to_ms
+from fleetcast.clock import DAY_MS, from_ms, iso_z, to_ms
 from fleetcast.errors import BadData, SettingsError
 from fleetcast.schema import Codes, Floats, Longs
 
@@ -275,7 +275,7 @@ def _inside(
     start_ms = to_ms(cut.start) if cut.start else int(times[wanted].min(initial=times.max(initial=0)))
     wanted &= times >= start_ms
     if cut.days is not None:
-        wanted &= times < start_ms + round(cut.days * 86_400_000)
+        wanted &= times < start_ms + round(cut.days * DAY_MS)
     return wanted
 
 

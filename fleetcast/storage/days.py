@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fleetcast.clock import BIN_EPOCH
+from fleetcast.clock import BIN_EPOCH, DAY_MS
 from fleetcast.files import fsync_file, storage_error
 from fleetcast.storage.tables import (
     NotThisKind,
@@ -233,7 +233,6 @@ def _options(kind: TableKind, schema: pa.Schema, is_sealed: bool) -> dict[str, o
     }
 
 
-DAY_MS = 86_400_000
 _RETRIES = 50  # each one means that the writer swapped the day just then
 
 

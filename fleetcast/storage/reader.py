@@ -33,11 +33,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fleetcast.bins import bin_means
+from fleetcast.clock import DAY_MS
 from fleetcast.errors import BadData
 from fleetcast.files import fsync_file, publish, storage_error, temp_beside
 from fleetcast.schema import RecordBatch, SettledForecasts
 from fleetcast.storage.days import (
-    DAY_MS,
     OpenPart,
     day_of_ms,
     day_path,

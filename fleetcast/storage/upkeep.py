@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from pathlib import Path
 
-from fleetcast.clock import monotonic, to_ms
+from fleetcast.clock import DAY_MS, monotonic, to_ms
 from fleetcast.errors import FleetcastError
 from fleetcast.settings import BufferSettings
 from fleetcast.storage.days import (
-    DAY_MS,
     OpenPart,
     PartName,
     day_start_ms,

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from fleetcast.bins import count_trainable, enough_to_train
+from fleetcast.clock import DAY_MS
 from fleetcast.errors import BadCheckpoint, BadData, NotEnoughData
 from fleetcast.forecast.encoding import GridShape
 from fleetcast.forecast.naive import NaiveForecaster
@@ -240,7 +241,7 @@ class CandidateMaker:
             return WindowMix(
                 scope.shown, min(trainer.specialist_changed_share, _MOST_SHOWN * known / n_window)
             )
-        recent = round(trainer.recent_days * 86_400_000 / self._grid.bin_ms)
+        recent = round(trainer.recent_days * DAY_MS / self._grid.bin_ms)
         fallback = NaiveForecaster(self.shape.horizon_bins)
         weights = series_weights(
             start, fallback, self._grid, self.shape, self._held_from, recent, trainer.seed

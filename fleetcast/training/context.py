@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fleetcast import files
-from fleetcast.clock import parse_plain_utc, to_ms
+from fleetcast.clock import DAY_MS, parse_plain_utc, to_ms
 from fleetcast.errors import CorruptFile
 from fleetcast.training.grid import TrainingGrid
 from fleetcast.training.sampler import ChangedSeries
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 CONTEXT_FILE = "training_context.json"
 # how long ago a series changed that is named without a time: drift is noticed within a day
-_UNKNOWN_AGE_MS = 86_400_000
+_UNKNOWN_AGE_MS = DAY_MS
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fleetcast.bins import bin_means
+from fleetcast.clock import DAY_MS
 from fleetcast.errors import BadData
 from fleetcast.schema import Codes, Floats, Floats32, Longs
 
 MAX_DAYS = 100  # older rows are left out: one row of 1970 must not make a grid of 50 years
 MAX_CELLS = 2_000_000_000  # 8 GB of float32
-_DAY_MS = 86_400_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,7 +71,7 @@ class TrainingGrid:
     def _read(cls, export: "_Export", bin_ms: int) -> Self:
         spans = [export.time_span(group) for group in range(export.n_groups)]
         newest = max((span[1] for span in spans), default=-1)
-        oldest = max(min((span[0] for span in spans), default=0), newest - MAX_DAYS * _DAY_MS)
+        oldest = max(min((span[0] for span in spans), default=0), newest - MAX_DAYS * DAY_MS)
         start = oldest // bin_ms * bin_ms
         n_bins = max(0, newest // bin_ms - start // bin_ms + 1)
         names = export.server_names()

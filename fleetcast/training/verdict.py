@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from fleetcast.bins import RECENT_BINS
+from fleetcast.clock import DAY_MS
 from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.drift.seasonal.renewal import learned_reference
@@ -31,8 +32,6 @@ from fleetcast.training.holdout import HoldOut, Losses, mean_errors
 from fleetcast.training.sampler import ChangedSeries
 from fleetcast.training.specialists import routed
 
-_DAY_MS = 86_400_000
-
 
 def trained_baseline(
     grid: TrainingGrid,
@@ -47,7 +46,7 @@ def trained_baseline(
     Args:
         in_service: what the forecasts that serve from now on cost on the windows of `hold_out`.
     """
-    n_bins = min(grid.n_bins, round(days * _DAY_MS / grid.bin_ms))
+    n_bins = min(grid.n_bins, round(days * DAY_MS / grid.bin_ms))
     first = grid.n_bins - n_bins
     values = _since_changes(grid.values[:, :, first:], first, changed)
     start_ms = grid.start_ms + first * grid.bin_ms

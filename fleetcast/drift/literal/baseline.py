@@ -18,6 +18,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from fleetcast.clock import HOUR_MS
 from fleetcast.errors import BadData, CorruptFile, UnknownFormat
 from fleetcast.files import read_regular, write_atomic
 from fleetcast.schema import Floats, Floats32, Longs
@@ -26,7 +27,6 @@ FORMAT = 1
 POOLED_POINTS = 1001
 SERIES_POINTS = 65
 HOURS = 24
-_HOUR_MS = 3_600_000
 _CHUNK_SERVERS = 256
 _MIN_WEIGHT_VALUES = 12  # a series with fewer values than this weighs less in the pooled sketch
 
@@ -80,7 +80,7 @@ class Baseline:
         n_server, n_metric, n_bin = values.shape
         pooled = [_pooled(values[:, index]) for index in range(n_metric)]
         counts, means, stds, quantiles = _sketch(values, SERIES_POINTS)
-        hours = ((start_ms + np.arange(n_bin) * bin_ms) // _HOUR_MS) % HOURS
+        hours = ((start_ms + np.arange(n_bin) * bin_ms) // HOUR_MS) % HOURS
         by_hour = [_sketch(values[..., hours == hour], 0)[:3] for hour in range(HOURS)]
         return cls(
             version=version,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fleetcast.clock import HOUR_MS
 from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.drift.literal.scores import ks_statistic, std_floor
 from fleetcast.drift.literal.window import PairWindow, ReadForecasts
@@ -22,7 +23,6 @@ SHIFT_LIMIT = 3.0  # standard deviations, mean over the window
 ERROR_LIMIT = 3.0  # times the model's own held-out error
 MIN_VALUES = 6  # half an hour of 5-minute bins
 LOOK_BACK_DAYS = 7
-_HOUR_MS = 3_600_000
 _MIN_HOUR_VALUES = 12  # fewer say nothing about an hour; the whole series stands in
 _SPREAD_SHARE = 0.25  # an hour is never taken for steadier than this share of the whole series
 _MAD_TO_STD = 1.4826
@@ -83,7 +83,7 @@ def _metric_scores(
 
 def hour_matched(baseline: Baseline, column: int, rows: Longs, times_ms: Longs, values: Floats) -> Floats:
     """Return values in standard deviations from the mean of the same hour of the same series."""
-    hours = times_ms // _HOUR_MS % baseline.hour_counts.shape[-1]
+    hours = times_ms // HOUR_MS % baseline.hour_counts.shape[-1]
     has_hour = baseline.hour_counts[rows, column, hours] >= _MIN_HOUR_VALUES
     spread = baseline.series_stds[rows, column]
     mean = np.where(has_hour, baseline.hour_means[rows, column, hours], baseline.series_means[rows, column])
@@ -187,7 +187,7 @@ def _rows_of(
 ) -> list[SettledForecasts]:
     """Return the one-bin-ahead rows of the wanted series, newest chunk first."""
     end_ms, n_read, chunks = newest_ms + bin_ms, 0, []
-    oldest_ms = end_ms - LOOK_BACK_DAYS * 24 * _HOUR_MS
+    oldest_ms = end_ms - LOOK_BACK_DAYS * 24 * HOUR_MS
     chunk_ms = _FIRST_CHUNK_BINS * bin_ms
     while end_ms > oldest_ms and n_read < _MAX_ROWS_READ:
         start_ms = max(oldest_ms, end_ms - chunk_ms)

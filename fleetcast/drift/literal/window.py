@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fleetcast.clock import HOUR_MS
 from fleetcast.schema import Codes, Floats, Longs, SettledForecasts
 from fleetcast.settings import DriftSettings
 
 ReadForecasts = Callable[[int, int], SettledForecasts]  # start_ms, end_ms of the target, half open
 
-_FIRST_LOOK_MS = 6 * 3_600_000
+_FIRST_LOOK_MS = 6 * HOUR_MS
 _WIDEN = 4  # each further look back is this much longer
 
 

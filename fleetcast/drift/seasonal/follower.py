@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fleetcast.clock import DAY_MS, HOUR_MS
 from fleetcast.drift.seasonal.detector import SeasonalDrift
 from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.drift.seasonal.renewal import ReferenceRenewal, quorum_rule
-from fleetcast.drift.seasonal.season import DAY_MS
 from fleetcast.drift.seasonal.settled import ReadForecasts, bins_at_once, settled_grid
 from fleetcast.forecast.registry import Version
 from fleetcast.schema import Floats32, SettledForecasts
@@ -48,7 +48,7 @@ class SeasonalSource:
         self._reference: Reference | None = None
         self._drift: SeasonalDrift | None = None
         self._next_ms: int | None = None
-        self._ratios: deque[Floats32] = deque(maxlen=max(2, TREND_H * 3_600_000 // bin_ms))
+        self._ratios: deque[Floats32] = deque(maxlen=max(2, TREND_H * HOUR_MS // bin_ms))
         self._last_seen: dict[str, int] = {}  # server -> newest settled bin
         self._metrics: set[str] = set()
 
@@ -145,7 +145,7 @@ class SeasonalSource:
     def _note(self, rows: SettledForecasts) -> None:
         self._metrics.update(rows.metric.tolist())
         newest = int(rows.target_ms.max())
-        recent = rows.target_ms > newest - 3_600_000
+        recent = rows.target_ms > newest - HOUR_MS
         for name in set(rows.server_name[recent].tolist()):
             self._last_seen[name] = newest
 

@@ -27,6 +27,7 @@ from typing import Any, Self, TypeVar, get_type_hints
 import numpy as np
 from numpy.typing import NDArray
 
+from fleetcast.clock import DAY_MS
 from fleetcast.drift.seasonal.learning import (
     MATURE_DAYS,
     MIN_DAYS,
@@ -43,7 +44,7 @@ from fleetcast.drift.seasonal.learning import (
     value_ranges,
 )
 from fleetcast.drift.seasonal.quorum import QuorumRule
-from fleetcast.drift.seasonal.season import DAY_MS, LAGS_H, N_CODES, N_EDGES, WEEKDAYS, DayClock, Shape
+from fleetcast.drift.seasonal.season import LAGS_H, N_CODES, N_EDGES, WEEKDAYS, DayClock, Shape
 from fleetcast.drift.seasonal.sensors import clean_reference, measured
 from fleetcast.drift.seasonal.statistics import N_STATISTICS, Books
 from fleetcast.errors import BadData, CorruptFile, UnknownFormat

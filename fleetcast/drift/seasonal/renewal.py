@@ -23,10 +23,11 @@ from pathlib import Path
 
 import numpy as np
 
+from fleetcast.clock import DAY_MS
 from fleetcast.drift.seasonal.learning import DAY_COVERAGE, MATURE_DAYS
 from fleetcast.drift.seasonal.quorum import QuorumRule
 from fleetcast.drift.seasonal.reference import Reference, immature_servers, merged, servers_without_errors
-from fleetcast.drift.seasonal.season import DAY_MS, DayClock
+from fleetcast.drift.seasonal.season import DayClock
 from fleetcast.drift.seasonal.settled import ReadForecasts, read_grid
 from fleetcast.errors import CorruptFile
 from fleetcast.forecast.registry import REFERENCE_FILE, Version

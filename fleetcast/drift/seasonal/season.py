@@ -26,10 +26,10 @@ from datetime import UTC, datetime
 import numpy as np
 from numpy.typing import NDArray
 
+from fleetcast.clock import DAY_MS
 from fleetcast.errors import BadData
 from fleetcast.schema import Floats, Floats32, Longs
 
-DAY_MS = 86_400_000
 MAX_SLOTS = 96  # a quarter of an hour: sharp enough for cron jobs, enough values for a median
 NEIGHBOUR_BINS = 2  # bins taken in from each side of a slot
 SPREAD_SLOTS = 4  # spreads need more values than medians: an hour to each side
