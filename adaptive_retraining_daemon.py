@@ -64,7 +64,7 @@ class AdaptiveRetrainingDaemon:
         config: Path | None = None,
         clock: Clock | None = None,
     ) -> None:
-        from data_buffer import DataBuffer  # --help shall not wait for pyarrow
+        from fleetcast.storage.store import DataBuffer  # --help shall not wait for pyarrow
 
         given = (daemon_url, check_interval, data_buffer_dir, training_script)
         self._settings = with_arguments(settings or Settings(), *given)

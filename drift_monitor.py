@@ -278,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print_report(config: Path | None, plot: Path | None) -> int:
-    from data_buffer import DataBuffer  # pyarrow: nothing else of this file needs the buffer
+    from fleetcast.storage.store import DataBuffer  # pyarrow: nothing else of this file needs the buffer
 
     settings = load_settings(config)
     store = DataBuffer(settings.paths.data_buffer_dir, settings.buffer.retention_days)

@@ -62,9 +62,9 @@ def run(settings: Settings, api_key: str, stop: Stop) -> int:
     # at its first array, half a second into the first request
     import pandas  # noqa: F401
 
-    from data_buffer import DataBuffer
     from fleetcast.api.listener import HttpListener
     from fleetcast.inference import InferenceService
+    from fleetcast.storage.store import DataBuffer
 
     notifier = SystemdNotifier()
     stop.install()

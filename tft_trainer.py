@@ -156,7 +156,7 @@ class Attempt:
 
         A buffer that cannot be read costs the reference, which the daemon then learns day by day.
         """
-        from data_buffer import DataBuffer
+        from fleetcast.storage.store import DataBuffer
         from fleetcast.training.verdict import training_reference
 
         buffer = DataBuffer(self._settings.paths.data_buffer_dir, settings=self._settings.buffer)

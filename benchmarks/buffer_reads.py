@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from benchmarks.buffer import N_METRICS, START_MS, TICKS_PER_DAY, cpu_s, fleet, joined
 from benchmarks.results_file import write_results
 from data_buffer import DataBuffer
-from fleetcast.clock import DAY_MS, from_ms, monotonic
+from fleetcast.clock import DAY_MS, FakeClock, from_ms, monotonic
 from fleetcast.ingest.rules import rounded
 from fleetcast.schema import RecordBatch
 from fleetcast.storage.days import day_of_ms, day_path, split_by_day, write_part
@@ -54,7 +54,8 @@ def read_once(way: str, place: Path, days: int) -> dict[str, float]:
             _ = [column.astype(np.float32) for column in means.values()]
     elif way == "frame_1_day":
         days = 1
-        buffer._reader.frame(START_MS, START_MS + DAY_MS)
+        clock = FakeClock(from_ms(START_MS + DAY_MS))
+        DataBuffer(place, expire=False, clock=clock).get_training_window(1)
     else:
         resolution_s = 300 if way == "export_5min" else None
         buffer.export_training_data(

@@ -21,7 +21,7 @@ import numpy as np
 from fleetcast.clock import from_ms
 from fleetcast.schema import RecordBatch
 from fleetcast.settings import BufferSettings
-from fleetcast.storage.store import BufferOwner
+from fleetcast.storage.store import DataBuffer
 from fleetcast.storage.upkeep import UpkeepPace
 
 START_MS = 1_768_435_200_000  # 2026-01-15
@@ -63,7 +63,7 @@ def record_batch(thread: int, number: int) -> RecordBatch:
     )
 
 
-def write(owner: BufferOwner, thread: int, first: int) -> None:
+def write(owner: DataBuffer, thread: int, first: int) -> None:
     """Append without end."""
     number = first
     while True:
@@ -74,12 +74,12 @@ def write(owner: BufferOwner, thread: int, first: int) -> None:
 
 def main() -> None:
     """Write until killed."""
-    owner = BufferOwner(Path(sys.argv[1]), SETTINGS, expires=False, pace=PACE)
+    owner = DataBuffer(Path(sys.argv[1]), settings=SETTINGS, expire=False, pace=PACE).open()
     for thread, first in enumerate(sys.argv[2:]):
         threading.Thread(target=write, args=(owner, thread, int(first)), daemon=True).start()
     pause = threading.Event()
     while True:
-        owner.maintain(from_ms(owner.newest_ms or START_MS))
+        owner.maintain(owner.newest_record_time() or from_ms(START_MS))
         pause.wait(0.003)
 
 

@@ -12,13 +12,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from fleetcast.clock import from_ms
 from fleetcast.errors import AlreadyRunning, StorageBroken
 from fleetcast.files import is_locked
-from fleetcast.settings import BufferSettings
 from fleetcast.storage import upkeep
 from fleetcast.storage.days import list_days
-from fleetcast.storage.reader import BufferReader
-from fleetcast.storage.store import LOCK_NAME, BufferOwner
+from fleetcast.storage.store import LOCK_NAME, DataBuffer
 from fleetcast.storage.tables import METRICS
 from fleetcast.storage.upkeep import UpkeepPace
 
@@ -47,9 +46,9 @@ class BufferLife(RuleBasedStateMachine):
         self.expected: dict[Key, Values] = {}
         self.owner = self.open()
 
-    def open(self) -> BufferOwner:
+    def open(self) -> DataBuffer:
         pace = UpkeepPace(compact_parts=3, seal_quiet_s=1e9)
-        return BufferOwner(self.folder, BufferSettings(), expires=False, pace=pace)
+        return DataBuffer(self.folder, expire=False, pace=pace).open()
 
     @rule(some=rows)
     def append(self, some: list[tuple[str, int, Values]]) -> None:
@@ -69,7 +68,7 @@ class BufferLife(RuleBasedStateMachine):
     def seal(self, data: st.DataObject) -> None:
         """Seal a day as the child does, and put it in place as its parent does."""
         self.owner.flush()
-        writer = self.owner._metrics._writer
+        writer = self.owner._own().metrics._writer
         days = [day for day in list_days(self.folder, METRICS) if writer.path(day).is_dir()]
         if days:
             day = data.draw(st.sampled_from(days))
@@ -83,17 +82,18 @@ class BufferLife(RuleBasedStateMachine):
 
     @rule()
     def die(self) -> None:
-        self.owner._lock.release()  # as the kernel does for a killed process
+        self.owner._own().lock.release()  # as the kernel does for a killed process
         self.owner = self.open()
 
     @invariant()
     def holds_one_row_per_key_with_the_last_values(self) -> None:
-        reader = BufferReader(self.folder)
-        assert rows_of(reader.batches(0, 2**45)) == self.expected
-        stats = reader.stats()
+        reader = DataBuffer(self.folder)
+        assert rows_of(reader.iter_batches(0, 2**45)) == self.expected
+        stats = reader.get_stats()
         assert stats["total_records"] == len(self.expected)
         newest = max((time for _, time in self.expected), default=None)
-        assert self.owner.newest_ms == reader.newest_ms() == newest
+        expected = None if newest is None else from_ms(newest)
+        assert self.owner.newest_record_time() == reader.newest_record_time() == expected
 
     def teardown(self) -> None:
         self.owner.flush()
@@ -112,10 +112,10 @@ test_any_life_of_a_buffer = BufferLife.TestCase
 
 
 def test_ownership_lasts_from_construction_to_close(tmp_path: Path) -> None:
-    owner = BufferOwner(tmp_path / "b", BufferSettings(), expires=True)
+    owner = DataBuffer(tmp_path / "b", expire=True).open()
     assert is_locked(tmp_path / "b" / LOCK_NAME)
     with pytest.raises(AlreadyRunning):
-        BufferOwner(tmp_path / "b", BufferSettings(), expires=True)
+        DataBuffer(tmp_path / "b", expire=True).open()
     owner.close()
     assert not is_locked(tmp_path / "b" / LOCK_NAME)
 
@@ -123,22 +123,22 @@ def test_ownership_lasts_from_construction_to_close(tmp_path: Path) -> None:
 def test_an_owner_that_cannot_start_holds_nothing(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("a file where the folder should be")
     with pytest.raises(StorageBroken):
-        BufferOwner(tmp_path, BufferSettings(), expires=True)
+        DataBuffer(tmp_path, expire=True).open()
     assert not is_locked(tmp_path / LOCK_NAME)
 
 
 def test_a_close_that_fails_for_one_kind_still_closes_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    owner = BufferOwner(tmp_path, BufferSettings(), expires=True)
+    owner = DataBuffer(tmp_path, expire=True).open()
     closed: list[str] = []
 
     def failing() -> None:
         raise StorageBroken("cannot flush")
 
-    monkeypatch.setattr(owner._predictions, "close", failing)
-    real = owner._metrics.close
-    monkeypatch.setattr(owner._metrics, "close", lambda *_: (closed.append("metrics"), real())[0])
+    monkeypatch.setattr(owner._own().predictions, "close", failing)
+    real = owner._own().metrics.close
+    monkeypatch.setattr(owner._own().metrics, "close", lambda *_: (closed.append("metrics"), real())[0])
     with pytest.raises(StorageBroken):
         owner.close()
     assert closed == ["metrics"]
@@ -146,10 +146,10 @@ def test_a_close_that_fails_for_one_kind_still_closes_the_other(
 
 
 def test_the_newest_time_survives_a_restart(tmp_path: Path) -> None:
-    owner = BufferOwner(tmp_path, BufferSettings(), expires=False)
-    assert owner.newest_ms is None
+    owner = DataBuffer(tmp_path, expire=False).open()
+    assert owner.newest_record_time() is None
     owner.append_batch(batch([("a", NOON_MS, {}), ("a", NOON_MS - 5, {})]))
     owner.close()
-    again: Any = BufferOwner(tmp_path, BufferSettings(), expires=False)
-    assert again.newest_ms == NOON_MS
+    again: Any = DataBuffer(tmp_path, expire=False).open()
+    assert again.newest_record_time() == from_ms(NOON_MS)
     again.close()

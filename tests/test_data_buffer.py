@@ -16,11 +16,11 @@ import pytest
 from buffer_rows import Key, Values, batch, rows_of, rows_of_frame
 from settled_rows import BIN_MS, START_MS, settled
 
-import data_buffer
-from data_buffer import DataBuffer
+from data_buffer import DataBuffer, main
 from fleetcast.clock import FakeClock, from_ms, to_ms
-from fleetcast.errors import AlreadyRunning, BadData, StorageBroken, StorageFull
+from fleetcast.errors import AlreadyRunning, BadData, FleetcastError, StorageBroken, StorageFull
 from fleetcast.settings import BufferSettings
+from fleetcast.storage import store
 
 ROOT = Path(__file__).parents[1]
 NOW = datetime(2026, 1, 15, 10, 0, tzinfo=UTC)
@@ -98,7 +98,7 @@ def test_rejected_records_are_reported_with_their_place(buffer: DataBuffer) -> N
 
 
 def test_places_count_over_all_portions(buffer: DataBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_buffer, "_APPEND_ROWS", 3)
+    monkeypatch.setattr(store, "_APPEND_ROWS", 3)
     raw = [record(f"s{n}", load=n) if n != 7 else {} for n in range(10)]
     report = buffer.append(iter(raw))
     assert (report.accepted, [r.index for r in report.rejections]) == (9, [7])
@@ -381,7 +381,7 @@ def test_a_read_only_folder_can_be_read_and_says_why_it_cannot_be_written(
         return real(path, flags, *args, **kwargs)
 
     monkeypatch.setattr("fleetcast.files.os.open", read_only)
-    with pytest.raises(data_buffer.FleetcastError) as refused:
+    with pytest.raises(FleetcastError) as refused:
         buffer.append([record("b", load=1)])
     assert refused.value.exit_code == 3
     assert len(content(DataBuffer(tmp_path / "buffer"))) == 1
@@ -408,7 +408,7 @@ def test_the_program_prints_what_the_buffer_holds(
 ) -> None:
     buffer.append([record("a", load=1), record("b", load=1)])
     buffer.flush()
-    assert data_buffer.main(["--data-buffer-dir", str(tmp_path / "buffer")]) == 0
+    assert main(["--data-buffer-dir", str(tmp_path / "buffer")]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == [
         "records      2 rows in 1 day files, 2026-01-15 to 2026-01-15, 0.0 MB",
         "predictions  0 rows in 0 day files, no day yet, 0.0 MB",
@@ -418,6 +418,6 @@ def test_the_program_prints_what_the_buffer_holds(
 def test_the_program_names_a_wrong_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "fleetcast.toml"
     config.write_text("[buffer]\nretention_dais = 3\n")
-    assert data_buffer.main(["--config", str(config)]) == 2
+    assert main(["--config", str(config)]) == 2
     assert "retention_days" in capsys.readouterr().err
     assert date(2026, 1, 15) == NOW.date()

@@ -11,8 +11,8 @@ from fleetcast.settings import BufferSettings
 from fleetcast.storage import days
 from fleetcast.storage import reader as reader_module
 from fleetcast.storage.days import OpenPart, PartName, write_part
+from fleetcast.storage.daystore import DayStore
 from fleetcast.storage.reader import DayReader, LogRows, merge_sources
-from fleetcast.storage.store import DayStore
 from fleetcast.storage.tables import METRICS, batch_of_table, codes_of, table_of_batch
 
 DAY = date(2026, 1, 15)

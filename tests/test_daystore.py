@@ -15,13 +15,12 @@ from fleetcast import files
 from fleetcast.clock import monotonic
 from fleetcast.errors import StorageBroken, StorageFull, UnknownFormat
 from fleetcast.settings import BufferSettings
-from fleetcast.storage import log, upkeep
-from fleetcast.storage import store as store_module
+from fleetcast.storage import daystore, log, upkeep
 from fleetcast.storage import writer as writer_module
 from fleetcast.storage.days import list_days, part_names
+from fleetcast.storage.daystore import DayStore
 from fleetcast.storage.log import encode_table
 from fleetcast.storage.reader import DayReader, log_folder
-from fleetcast.storage.store import DayStore
 from fleetcast.storage.tables import METRICS, batch_of_table, table_of_batch
 from fleetcast.storage.upkeep import UpkeepPace
 
@@ -106,7 +105,7 @@ def test_segment_numbers_are_never_used_twice(tmp_path: Path) -> None:
 
 def test_a_flush_is_due_by_rows_or_by_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(store_module, "monotonic", lambda: now[0])
+    monkeypatch.setattr(daystore, "monotonic", lambda: now[0])
     owner = DayStore(tmp_path, METRICS, BufferSettings(flush_records=3, flush_interval_s=45.0))
     owner.open()
     assert owner.is_flush_due is False
@@ -170,7 +169,7 @@ def test_removed_segments_are_durable_before_their_numbers_go(
 ) -> None:
     """A power cut that brings a segment back must find its part, or newer values would be undone."""
     order: list[str] = []
-    monkeypatch.setattr(store_module, "fsync_dir", lambda folder: order.append(folder.parent.name))
+    monkeypatch.setattr(daystore, "fsync_dir", lambda folder: order.append(folder.parent.name))
     owner = store(tmp_path, order.append, compact_parts=2)
     for place in range(2):
         append(owner, ("a", NOON_MS + place, {"x": 1.0}))

@@ -12,8 +12,8 @@ from buffer_rows import DAY_MS, NOON_MS, Values, batch, rows_of_frame
 from fleetcast.errors import BadData, StorageBroken, StorageFull
 from fleetcast.settings import BufferSettings
 from fleetcast.storage import reader as reader_module
+from fleetcast.storage.daystore import DayStore
 from fleetcast.storage.reader import DayReader, export_records
-from fleetcast.storage.store import DayStore
 from fleetcast.storage.tables import METRICS, table_of_batch
 
 BIN_MS = 300_000

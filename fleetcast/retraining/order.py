@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from data_buffer import DataBuffer
 from fleetcast.clock import from_ms, iso_z, to_ms
 from fleetcast.drift.evidence import DriftEvidence, DriftSource
 from fleetcast.drift.literal.baseline import Baseline
@@ -144,6 +143,8 @@ def export_end(clock_mode: str, newest: datetime | None) -> datetime | None:
 
 def export_for_training(settings: Settings, path: Path) -> str:
     """Write the newest days of records, in the model's bins; return what was done."""
+    from fleetcast.storage.store import DataBuffer  # pyarrow: the daemon itself does without
+
     buffer = DataBuffer(settings.paths.data_buffer_dir, settings=settings.buffer, expire=False)
     until = export_end(settings.clock.mode, buffer.newest_record_time())
     days, bin_s = settings.retraining.training_days, settings.bins.bin_s

@@ -36,7 +36,7 @@ from fleetcast.bins import bin_means
 from fleetcast.clock import DAY_MS
 from fleetcast.errors import BadData
 from fleetcast.files import fsync_file, publish, storage_error, temp_beside
-from fleetcast.schema import RecordBatch, SettledForecasts
+from fleetcast.schema import RecordBatch
 from fleetcast.storage.days import (
     OpenPart,
     day_of_ms,
@@ -52,26 +52,22 @@ from fleetcast.storage.log import decode_payloads, read_segment, segments
 from fleetcast.storage.tables import (
     METRICS,
     NUMBER,
-    PREDICTIONS,
     TableKind,
     batch_of_table,
     canonical,
-    cells,
     chosen,
     codes_of,
     concatenated,
     filled,
     has_key,
-    in_order,
     merged,
-    settled_of_table,
     stored_schema,
     table_of_batch,
     times_ms,
 )
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -416,56 +412,3 @@ def _write(path: Path, tables: Iterator[pa.Table], schema: pa.Schema) -> int:
         with contextlib.suppress(OSError):  # usually it became `path`
             temp.unlink()
     return n_rows
-
-
-class BufferReader:
-    """Reads one folder; holds no state, so it may be shared by threads."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._metrics = DayReader(folder, METRICS)
-        self._predictions = DayReader(folder, PREDICTIONS)
-
-    def frame(self, start_ms: int, end_ms: int) -> "pd.DataFrame":
-        """Return records with start <= time < end, ordered by day, server and time."""
-        tables = [table for _, table in self._metrics.read(start_ms, end_ms)]
-        whole = pa.concat_tables(tables or [METRICS.schema.empty_table()], promote_options="default")
-        frame: pd.DataFrame = whole.cast(stored_schema(whole.schema)).to_pandas(split_blocks=True)
-        return frame
-
-    def batches(
-        self, start_ms: int, end_ms: int, metrics: Sequence[str] | None = None
-    ) -> Iterator[RecordBatch]:
-        """Yield the same records in columns, each batch with all its rows of the servers in it."""
-        for _, table in self._metrics.read(start_ms, end_ms, metrics):
-            yield batch_of_table(table)
-
-    def predictions(self, start_ms: int, end_ms: int, horizon: int | None = None) -> SettledForecasts:
-        """Return settled forecasts with start <= target < end, sorted by target."""
-        tables = []
-        for _, table in self._predictions.read(start_ms, end_ms):
-            if horizon is not None:
-                table = chosen(table, cells(table.column("horizon"), np.int32) == horizon)
-            tables.append(table)
-        whole = merged(tables, PREDICTIONS)
-        order = np.argsort(times_ms(whole, "target"), kind="stable")
-        return settled_of_table(in_order(whole, order))
-
-    def newest_ms(self) -> int | None:
-        """Return the newest time of all records."""
-        return self._metrics.newest_ms()
-
-    def oldest_ms(self) -> int | None:
-        """Return the oldest time of all records."""
-        return self._metrics.oldest_ms()
-
-    def export(self, path: Path, start_ms: int, end_ms: int, resolution_s: float | None) -> int:
-        """Write records with start <= time < end to one Parquet file and return their number."""
-        return export_records(self._metrics, path, start_ms, end_ms, resolution_s)
-
-    def stats(self) -> dict[str, Any]:
-        """Return the counts of records, and those of settled forecasts under `predictions`."""
-        return {
-            **buffer_stats(self._folder, METRICS),
-            "predictions": buffer_stats(self._folder, PREDICTIONS),
-        }

@@ -1,320 +1,316 @@
-"""The one process that writes a buffer's folder: its lock and its two stores.
+"""DataBuffer: the memory of the product, in daily Parquet files that lose nothing.
 
-Owns: `.owner.lock`, opening and closing the stores together, the newest time seen.
-Does not know: what may be accepted, or reading.
-
-DayStore: rows of one kind on their way from the log into their days.
-
-Owns: the log, when it becomes parts, and what is done with damage in it. Does not know: how a
-day is written (`daywriter`), read (`dayreader`) or kept (`dayupkeep`), or what its rows mean.
-
-Guarantees: a row is durable when `append` returns and every reader sees it once from then on,
-whatever crashes in between. One process at a time may own the folder (its `OwnerLock`).
+Owns: the buffer's interface as `spec.md` prints it (append, flush, windows, export, statistics), the
+folder's lock, opening and closing its two kinds of rows together. Does not know: HTTP, how bins close,
+models. The files are described in `docs/formats.md`.
 """
 
 import contextlib
 import logging
 import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import pyarrow as pa
 
-from fleetcast.clock import monotonic
-from fleetcast.errors import FleetcastError, UnknownFormat
-from fleetcast.files import OwnerLock, fsync_dir, storage_error
-from fleetcast.schema import RecordBatch, SettledForecasts
+from fleetcast.clock import DAY_MS, Clock, SystemClock, from_ms, to_ms
+from fleetcast.errors import BadData, FleetcastError
+from fleetcast.files import OwnerLock
+from fleetcast.ingest.records import Accepted, RecordRules, accept, accept_columns
+from fleetcast.schema import RecordBatch, Rejection, SettledForecasts
 from fleetcast.settings import BufferSettings
-from fleetcast.storage.days import split_by_day
-from fleetcast.storage.log import (
-    Quarantine,
-    Segment,
-    SegmentContent,
-    WriteAheadLog,
-    decode_payloads,
-    encode_batch,
-    encode_table,
-    read_segment,
-    segments,
+from fleetcast.storage.daystore import DayStore
+from fleetcast.storage.log import encode_batch
+from fleetcast.storage.reader import DayReader, buffer_stats, export_records
+from fleetcast.storage.tables import (
+    METRICS,
+    PREDICTIONS,
+    batch_of_table,
+    cells,
+    chosen,
+    columns_of_frame,
+    in_order,
+    merged,
+    settled_of_table,
+    stored_schema,
+    table_of_settled,
+    times_ms,
 )
-from fleetcast.storage.reader import DayReader, log_folder
-from fleetcast.storage.tables import METRICS, PREDICTIONS, TableKind, merged, table_of_settled
-from fleetcast.storage.upkeep import DayUpkeep, UpkeepPace
-from fleetcast.storage.writer import DayWriter, Step, no_step
+from fleetcast.storage.upkeep import UpkeepPace
+from fleetcast.storage.writer import Step, no_step
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 logger = logging.getLogger(__name__)
 
-RETRY_S = 5.0  # after a failure; a full disk needs no attempt per second
+LOCK_NAME = ".owner.lock"
+_APPEND_ROWS = 20_000  # records of one iterable that are checked and written together
 
 
-class DayStore:
-    """The owner of one kind's rows; `append` is thread safe, the others may be called from any thread."""
+@dataclass(frozen=True, slots=True)
+class AppendReport:
+    """What became of the records of one `append`; the accepted ones are durable."""
+
+    accepted: int
+    rejections: tuple[Rejection, ...]
+    ignored_text_fields: int
+
+
+class DataBuffer:
+    """Accumulates records in `buffer_dir`.
+
+    Guarantees: an append is durable when it returns and is never lost or doubled; records of one
+    (server_name, timestamp) are one row, the last value of each metric wins; readers of any
+    process never fail, never see half a day and see every durable record. Constructing and
+    reading takes no lock and creates nothing; the first append takes the folder's lock, and from
+    then on this process is its only writer. Thread safe.
+    """
 
     def __init__(
         self,
-        folder: Path,
-        kind: TableKind,
-        settings: BufferSettings,
+        buffer_dir: str | Path = "./data_buffer",
+        retention_days: int = BufferSettings.retention_days,
+        *,
+        settings: BufferSettings | None = None,
+        clock: Clock | None = None,
+        expire: bool = True,
         pace: UpkeepPace | None = None,
         on_step: Step = no_step,
     ) -> None:
-        self.kind = kind
-        self._folder = folder
-        self._settings = settings
-        self._step = on_step
-        self._quarantine = Quarantine(folder / "quarantine")
-        self._writer = DayWriter(folder, kind, self._quarantine, on_step)
-        self._upkeep = DayUpkeep(
-            folder, self._writer, kind, settings, pace or UpkeepPace(), self._settle, on_step
-        )
-        self._structure = threading.RLock()  # held while days change; never while appending
-        self._pending = threading.Lock()
-        self._n_pending = 0
-        self._pending_since = 0.0
-        self._log: WriteAheadLog | None = None
-        self._retry_at = 0.0
+        """Remember where the buffer is.
 
-    @property
-    def n_pending(self) -> int:
-        """Rows that are durable in the log but not yet in their day."""
-        return self._n_pending
+        Args:
+            settings: where given, its `retention_days` holds.
+            clock: decides what "today" is.
+            expire: False keeps every day and accepts records of any age (the data clock).
+            pace, on_step: how often the days are tidied, and what a test does between two steps.
+        """
+        self._folder = Path(buffer_dir)
+        self._settings = settings or BufferSettings(retention_days=retention_days)
+        self._clock = clock or SystemClock()
+        self._expires = expire
+        self._pace, self._on_step = pace, on_step
+        self._records = DayReader(self._folder, METRICS)
+        self._forecasts = DayReader(self._folder, PREDICTIONS)
+        self._opening = threading.Lock()
+        self._owned: _Owned | None = None
+
+    def append(self, records: "Iterable[Mapping[str, Any]] | pd.DataFrame") -> AppendReport:
+        """Check records and make the good ones durable; flushes by itself when that is due.
+
+        Raises:
+            BadData: `records` is no iterable of mappings and no DataFrame, or a frame without
+                `timestamp` and `server_name`.
+            AlreadyRunning: another process writes this buffer.
+            StorageFull, StorageBroken: the records of this call not yet written are not kept.
+        """
+        n_accepted = n_ignored = n_seen = 0
+        rejections: list[Rejection] = []
+        for size, accepted in self._checked(records):
+            self.append_batch(accepted.batch)
+            n_accepted += len(accepted.batch)
+            n_ignored += accepted.ignored_text_fields
+            rejections += [Rejection(r.index + n_seen, r.field, r.reason) for r in accepted.rejections]
+            n_seen += size
+            self._flush_if_due()
+        if rejections:
+            logger.warning("rejected records count=%d first=%s", len(rejections), rejections[0])
+        return AppendReport(n_accepted, tuple(rejections), n_ignored)
+
+    def append_batch(self, batch: RecordBatch) -> None:
+        """Make checked records durable; calls of several threads share one fdatasync.
+
+        Raises:
+            AlreadyRunning: another process writes this buffer.
+            StorageFull, StorageBroken: none of them is kept.
+        """
+        if len(batch):
+            owned = self._own()
+            owned.metrics.append_payload(encode_batch(batch), len(batch))
+            owned.note_time(int(batch.timestamps_ms.max()))
+
+    def append_predictions(self, rows: SettledForecasts) -> None:
+        """Make settled forecasts durable; the same (origin, horizon, server, metric) is one row."""
+        if len(rows):
+            self._own().predictions.append(table_of_settled(rows))
+
+    def flush(self) -> None:
+        """Move every accepted record into its day file."""
+        for store in self._stores:
+            store.flush()
 
     @property
     def pending_s(self) -> float:
-        """How long the oldest of these rows has waited; 0.0 where there are none."""
-        with self._pending:
-            return monotonic() - self._pending_since if self._n_pending else 0.0
+        """How long the oldest record that is not yet in its day file has waited, 0.0 if none does."""
+        return self._owned.metrics.pending_s if self._owned else 0.0
 
-    def open(self) -> None:
-        """Take over the folder: clean up after a crash, make parts of what the log still holds.
+    def maintain(self, now: datetime) -> None:
+        """Do what is due at `now`: flush, compact, seal, expire. Call it about every second."""
+        for store in self._stores:
+            store.maintain(now, expires=self._expires)
 
-        Raises:
-            UnknownFormat: the log was written by a newer version.
-            StorageFull, StorageBroken, CannotStart: the folder cannot be written.
-        """
-        folder = log_folder(self._folder, self.kind)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise storage_error(folder, error) from error
-        self._writer.recover()
-        numbers = [segment.number for segment in segments(folder)]
-        self._log = WriteAheadLog(folder, max([self._writer.newest_number(), *numbers]) + 1)
-        self._upkeep.load()
-        self._apply_segments(self._log.rotate())
-
-    def append(self, table: pa.Table) -> None:
-        """Make rows durable; see `append_payload`."""
-        self.append_payload(encode_table(table), len(table))
-
-    def append_payload(self, payload: bytes, n_rows: int) -> None:
-        """Make encoded rows (`payloads.py`) durable; they are seen by readers when this returns.
-
-        Raises:
-            StorageFull, StorageBroken: none of them is kept.
-        """
-        assert self._log is not None, "open() comes first"
-        self._log.append(payload)
-        with self._pending:
-            if self._n_pending == 0:
-                self._pending_since = monotonic()
-            self._n_pending += n_rows
-
-    @property
-    def is_flush_due(self) -> bool:
-        """Whether the log has waited long enough, or is long enough, to become parts."""
-        if self._n_pending == 0:
-            return False
-        age_s = monotonic() - self._pending_since
-        return self._n_pending >= self._settings.flush_records or age_s >= self._settings.flush_interval_s
-
-    def flush(self) -> int:
-        """Move every row of the log into its day; return how many rows moved."""
-        if self._log is None:
-            return 0
-        with self._structure:
-            with self._pending:  # before the rotation: a row counted too late costs an empty flush
-                self._n_pending = 0
-            return self._apply_segments(self._log.rotate())
-
-    def maintain(self, now: datetime, *, expires: bool) -> None:
-        """Do what is due: flush, compact, seal, expire. Cheap when nothing is."""
-        if self._log is None or monotonic() < self._retry_at:
-            return
-        try:
-            if self.is_flush_due:
-                self.flush()
-            with self._structure:
-                self._upkeep.run(now, expires=expires)
-        except (FleetcastError, OSError) as error:
-            self._retry_at = monotonic() + RETRY_S
-            if isinstance(error, OSError):
-                raise storage_error(self._folder, error) from error
-            raise
-
-    def close(self) -> None:
-        """Flush, stop a running sealing, give up the log."""
-        if self._log is None:
-            return
-        try:
-            self.flush()
-        finally:
-            self._upkeep.stop()
-            self._log.rotate()
-            self._log = None
-
-    def _settle(self) -> None:
-        """Make it durable that applied segments are gone.
-
-        Until then a power cut can bring one back, which does no harm while its parts have its number.
-        So this is due before parts are joined, and where a segment only changed older parts; not at
-        every flush, where a sync of the folder is a fifth of the cost.
-        """
-        folder = log_folder(self._folder, self.kind)
-        try:
-            fsync_dir(folder)
-        except OSError as error:
-            raise storage_error(folder, error) from error
-
-    def _apply_segments(self, end: int) -> int:
-        """Make parts of all segments with a number below `end`, which nobody writes any more."""
-        n_rows = 0
-        for segment in segments(log_folder(self._folder, self.kind)):
-            if segment.number >= end:
-                continue
-            try:
-                content = read_segment(segment.path)
-            except OSError as error:  # must not cost the other segments; the next flush tries again
-                logger.error("cannot read a log segment path=%s error=%s", segment.path, error)
-                continue
-            n_rows += self._apply(segment, content)
-        return n_rows
-
-    def _apply(self, segment: Segment, content: SegmentContent) -> int:
-        """Add one closed segment's rows to their days, then delete it."""
-        table = merged([self._rows(segment, content)], self.kind)
-        self._step("segment read")
-        by_day = split_by_day(table, self.kind)
-        is_numbered = True
-        for day, rows in by_day.items():
-            is_numbered &= self._writer.add(day, rows, segment.number)
-            self._upkeep.note_change(day)
-        try:
-            segment.path.unlink(missing_ok=True)
-        except OSError as error:
-            raise storage_error(segment.path, error) from error
-        if not is_numbered:
-            self._settle()
-        self._step("segment removed")
-        if len(table):
-            logger.info(
-                "buffer flushed kind=%s rows=%d days=%d segment=%d",
-                self.kind.name,
-                len(table),
-                len(by_day),
-                segment.number,
-            )
-        return len(table)
-
-    def _rows(self, segment: Segment, content: SegmentContent) -> pa.Table:
-        """Return the rows of a segment; what cannot be read goes to the quarantine."""
-        if content.is_newer_format:
-            raise UnknownFormat(
-                segment.path, "written by a newer version", hint="run that version, or move it away"
-            )
-        for damage in content.damages:
-            self._quarantine.keep_bytes(f"{self.kind.name}-{segment.path.name}-{damage.offset}", damage.data)
-        if content.torn_bytes:
-            logger.warning(
-                "dropped an unfinished frame segment=%s size_bytes=%d", segment.path, content.torn_bytes
-            )
-
-        def keep(payload: bytes, error: Exception) -> None:
-            logger.error("undecodable frame segment=%s error=%s", segment.path, error)
-            self._quarantine.keep_bytes(f"{self.kind.name}-{segment.path.name}-frame", payload)
-
-        return decode_payloads(content.payloads, self.kind, keep)
-
-
-LOCK_NAME = ".owner.lock"
-
-
-class BufferOwner:
-    """Holds the folder's lock from construction to `close`; thread safe."""
-
-    def __init__(
-        self,
-        folder: Path,
-        settings: BufferSettings,
-        *,
-        expires: bool,
-        pace: UpkeepPace | None = None,
-        on_step: Step = no_step,
-    ) -> None:
-        """Take the lock and recover what a crash left.
+    def open(self) -> Self:
+        """Take ownership now instead of at the first append; recovers what a crash left.
 
         Raises:
             AlreadyRunning: another process writes this buffer.
             CannotStart, StorageFull, StorageBroken: the folder cannot be written.
             UnknownFormat: the log was written by a newer version.
         """
-        self._expires = expires
-        self._lock = OwnerLock(folder / LOCK_NAME, f"the buffer {folder}").acquire()
-        try:
-            self._metrics = DayStore(folder, METRICS, settings, pace, on_step)
-            self._predictions = DayStore(folder, PREDICTIONS, settings, pace, on_step)
-            for store in self._stores:
-                store.open()
-            self._newest_ms = DayReader(folder, METRICS).newest_ms()
-        except BaseException:
-            self._lock.release()
-            raise
-        self._newest_lock = threading.Lock()
-        logger.info("buffer opened folder=%s newest_ms=%s", folder, self._newest_ms)
-
-    @property
-    def _stores(self) -> tuple[DayStore, DayStore]:
-        return self._metrics, self._predictions
-
-    @property
-    def newest_ms(self) -> int | None:
-        """Newest time of all records."""
-        return self._newest_ms
-
-    @property
-    def is_flush_due(self) -> bool:
-        """Whether the records in the log should become parts now."""
-        return self._metrics.is_flush_due
-
-    @property
-    def pending_s(self) -> float:
-        """How long the oldest record outside its day file has waited."""
-        return self._metrics.pending_s
-
-    def append_batch(self, batch: RecordBatch) -> None:
-        """Make records durable."""
-        self._metrics.append_payload(encode_batch(batch), len(batch))
-        newest_ms = int(batch.timestamps_ms.max())
-        with self._newest_lock:
-            self._newest_ms = newest_ms if self._newest_ms is None else max(self._newest_ms, newest_ms)
-
-    def append_predictions(self, rows: SettledForecasts) -> None:
-        """Make settled forecasts durable."""
-        self._predictions.append(table_of_settled(rows))
-
-    def flush(self) -> None:
-        """Move every row of the logs into its day."""
-        for store in self._stores:
-            store.flush()
-
-    def maintain(self, now: datetime) -> None:
-        """Do what is due."""
-        for store in self._stores:
-            store.maintain(now, expires=self._expires)
+        self._own()
+        return self
 
     def close(self) -> None:
-        """Flush and give the folder up."""
+        """Flush and give the ownership up."""
+        with self._opening:
+            owned, self._owned = self._owned, None
+        if owned is None:
+            return
         with contextlib.ExitStack() as steps:  # each step is taken, whatever the others raise
-            steps.callback(self._lock.release)
-            for store in self._stores:
-                steps.callback(store.close)
+            steps.callback(owned.lock.release)
+            steps.callback(owned.metrics.close)
+            steps.callback(owned.predictions.close)
+
+    @property
+    def _stores(self) -> tuple[DayStore, ...]:
+        return (self._owned.metrics, self._owned.predictions) if self._owned else ()
+
+    def _own(self) -> "_Owned":
+        with self._opening:
+            if self._owned is None:
+                self._owned = self._take_over()
+            return self._owned
+
+    def _take_over(self) -> "_Owned":
+        lock = OwnerLock(self._folder / LOCK_NAME, f"the buffer {self._folder}").acquire()
+        try:
+            metrics, predictions = (
+                DayStore(self._folder, kind, self._settings, self._pace, self._on_step)
+                for kind in (METRICS, PREDICTIONS)
+            )
+            metrics.open()
+            predictions.open()
+            owned = _Owned(lock, metrics, predictions, self._records.newest_ms())
+        except BaseException:
+            lock.release()
+            raise
+        logger.info("buffer opened folder=%s newest_ms=%s", self._folder, owned.newest_ms)
+        return owned
+
+    def get_training_window(self, days: int = 30, include_today: bool = False) -> "pd.DataFrame":
+        """Return the records of the last `days` whole UTC days, and of today if asked.
+
+        Returns:
+            timestamp, server_name and metrics, ordered by day, server and time.
+        """
+        today_ms = to_ms(self._clock.now()) // DAY_MS * DAY_MS
+        end_ms = today_ms + (DAY_MS if include_today else 0)
+        tables = [table for _, table in self._records.read(today_ms - days * DAY_MS, end_ms)]
+        whole = pa.concat_tables(tables or [METRICS.schema.empty_table()], promote_options="default")
+        frame: pd.DataFrame = whole.cast(stored_schema(whole.schema)).to_pandas(split_blocks=True)
+        return frame
+
+    def export_training_data(
+        self,
+        path: str | Path,
+        days: float = 30,
+        resolution_s: float | None = None,
+        *,
+        until: datetime | None = None,
+    ) -> int:
+        """Write the newest `days` of records to one Parquet file, day by day in little memory.
+
+        Args:
+            resolution_s: write means of bins of this length instead of raw records.
+            until: the end, not included; None = up to now.
+        Returns:
+            the number of rows written.
+        """
+        end_ms = to_ms(self._clock.now()) + 1 if until is None else to_ms(until)
+        start_ms = end_ms - round(days * DAY_MS)
+        return export_records(self._records, Path(path), start_ms, end_ms, resolution_s)
+
+    def iter_batches(
+        self, start_ms: int, end_ms: int, metrics: Sequence[str] | None = None
+    ) -> Iterator[RecordBatch]:
+        """Yield records with start <= time < end: day by day, sorted by server and time inside.
+
+        A large day comes in several batches, each with all its rows of the servers in it.
+        """
+        for _, table in self._records.read(start_ms, end_ms, metrics):
+            yield batch_of_table(table)
+
+    def read_predictions(self, start_ms: int, end_ms: int, horizon: int | None = None) -> SettledForecasts:
+        """Return settled forecasts with start <= target < end, sorted by target."""
+        tables = []
+        for _, table in self._forecasts.read(start_ms, end_ms):
+            if horizon is not None:
+                table = chosen(table, cells(table.column("horizon"), np.int32) == horizon)
+            tables.append(table)
+        whole = merged(tables, PREDICTIONS)
+        order = np.argsort(times_ms(whole, "target"), kind="stable")
+        return settled_of_table(in_order(whole, order))
+
+    def newest_record_time(self) -> datetime | None:
+        """Return the newest time of all records, None for an empty buffer."""
+        newest_ms = self._owned.newest_ms if self._owned else self._records.newest_ms()
+        return None if newest_ms is None else from_ms(newest_ms)
+
+    def oldest_record_time(self) -> datetime | None:
+        """Return the oldest time of all records, None for an empty buffer."""
+        oldest_ms = self._records.oldest_ms()
+        return None if oldest_ms is None else from_ms(oldest_ms)
+
+    def get_stats(self) -> dict[str, Any]:
+        """Return counts as `spec.md` prints them; those of settled forecasts under `predictions`."""
+        return {
+            **buffer_stats(self._folder, METRICS),
+            "predictions": buffer_stats(self._folder, PREDICTIONS),
+        }
+
+    def _flush_if_due(self) -> None:
+        """Flush; a failure is no failure of the append, whose records are durable in the log."""
+        try:
+            if self._owned is not None and self._owned.metrics.is_flush_due:
+                self.flush()
+        except FleetcastError as error:
+            logger.error("buffer cannot flush now, the records stay in the log error=%s", error)
+
+    def _checked(self, records: Any) -> Iterator[tuple[int, Accepted]]:
+        """Yield the size of each portion of `records` and what was accepted of it."""
+        now = self._clock.now() if self._expires else SystemClock().now()
+        rules = RecordRules.at(now, self._settings, expires=self._expires)
+        if hasattr(records, "columns") and hasattr(records, "iloc"):
+            columns = columns_of_frame(records)
+            for start in range(0, len(records), _APPEND_ROWS):
+                portion = {name: cells[start : start + _APPEND_ROWS] for name, cells in columns.items()}
+                yield len(portion["timestamp"]), accept_columns(portion, rules)
+            return
+        if isinstance(records, (str, bytes, Mapping)) or not isinstance(records, Iterable):
+            wanted = "records must be an iterable of mappings or a DataFrame"
+            raise BadData(f"{wanted}, got {type(records).__name__}")
+        rest = iter(records)
+        while rows := list(islice(rest, _APPEND_ROWS)):
+            yield len(rows), accept(rows, rules)
+
+
+@dataclass
+class _Owned:
+    """What the one process that writes the folder holds."""
+
+    lock: OwnerLock
+    metrics: DayStore
+    predictions: DayStore
+    newest_ms: int | None  # newest time of all records
+    _noting: threading.Lock = field(default_factory=threading.Lock)
+
+    def note_time(self, time_ms: int) -> None:
+        """Take the time of a durable record into account; any thread may call."""
+        with self._noting:
+            self.newest_ms = time_ms if self.newest_ms is None else max(self.newest_ms, time_ms)
