@@ -199,29 +199,29 @@ class AdaptiveRetrainingDaemon:
         evidence = self._source.evidence(self._inquiry.served_version, may_renew=is_owner)
         self._monitor.set_baseline(evidence.baseline)
         self._monitor.observe(evidence.window, evidence.model_version, evidence.seasonal)
-        reading = self._monitor.reading()
-        self._drift_log.note(reading)
+        report = self._monitor.report()
+        self._drift_log.note(report)
         has_model = self._registry.current_id() is not None  # a rejected first candidate is none either
         missing = "" if has_model else self._readiness.why_not()
         initial_due = not has_model and not missing
         is_quiet = self.check_quiet_period() or (initial_due and self.quiet.is_host_quiet)
-        hours = self._settings.decision.follow_up_hours if reading.calibrated else 0.0
+        hours = self._settings.decision.follow_up_hours if report.calibrated else 0.0
         decision = self.engine.decide(
-            reading.current_metrics(),
+            report.current_metrics(),
             is_quiet,
             initial_due=initial_due,
-            collecting=reading.status_reason,
+            collecting=report.status_reason,
             follow_up=self._trainings.follow_up(hours, self.engine.trainings_left()),
         )
         self._quiet_week.note(now, self.quiet, reason=decision.reason)
-        return evidence, RetrainingCheck(now, reading, self.quiet, decision, missing, NOTHING)
+        return evidence, RetrainingCheck(now, report, self.quiet, decision, missing, NOTHING)
 
     def _acted(self, check: RetrainingCheck, evidence: DriftEvidence, *, is_owner: bool) -> RetrainingCheck:
         """Do what was decided, as far as it is ours to do."""
         if not is_owner:
             other = f"another retraining daemon (pid {read_pid(Path(LOCK_FILE))}) is running"
             return check.did(BESIDE, f"{other}: only checked, nothing trained or written")
-        write_json(Path(METRICS_FILE), check.reading.as_json(check.at))
+        write_json(Path(METRICS_FILE), check.report.as_json(check.at))
         if not check.decision.should_retrain:
             return check
         if self._settings.retraining.mode == "advise":

@@ -17,14 +17,14 @@ from fleetcast.drift.figure import drift_figure
 from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.drift.literal.scores import (
     Columns,
-    MetricReference,
+    MetricBaseline,
     MetricScores,
+    baseline_of,
+    baselines_from,
     error_rate,
-    extended,
+    extend,
     float_columns,
     n_rows,
-    reference_of,
-    references_from,
     score_window,
     trend,
 )
@@ -33,7 +33,7 @@ from fleetcast.drift.literal.window import PairWindow
 from fleetcast.drift.report import (
     BaselineFacts,
     CalibratedReading,
-    DriftReading,
+    DriftReport,
     WindowFacts,
     calibrated_reading,
 )
@@ -43,6 +43,7 @@ from fleetcast.errors import BadData, ExitCode
 from fleetcast.files import write_atomic, write_json
 from fleetcast.forecast.registry import Registry
 from fleetcast.program import models_dir, run_program
+from fleetcast.setting import override
 from fleetcast.settings import CALIBRATED, DriftSettings, load_settings
 
 METRICS_FILE = "drift_metrics.json"
@@ -76,7 +77,7 @@ class DriftMonitor:
         self.window_size = window_size
         self._settings = settings or DriftSettings()
         self._clock = clock or SystemClock()
-        # as the user's own document prints them, to be edited here; settings override them
+        # as the specification prints them, to be edited here; settings override them
         # fmt: off
         self.thresholds = {
             'per_threshold': 0.10,      # 10%
@@ -91,8 +92,10 @@ class DriftMonitor:
             'anomaly_weight': 0.10  # Anomalies
         }
         # fmt: on
-        self.combined_threshold = 0.12
-        self._override_literals()
+        self.thresholds = override(self.thresholds, self._settings)
+        self.weights = override(self.weights, self._settings)
+        combined = override({"combined_threshold": 0.12}, self._settings)
+        self.combined_threshold = combined["combined_threshold"]
         self._predictions: Columns = {}
         self._actuals: Columns = {}
         self._features: Columns = {}
@@ -101,17 +104,17 @@ class DriftMonitor:
         self._model_version: str | None = None
         self._seasonal: SeasonalEvidence | None = None  # None: the literal metrics decide
         self._baseline: Baseline | None = None
-        self._references: Mapping[str, MetricReference] = {}
+        self._references: Mapping[str, MetricBaseline] = {}
         self.set_baseline(baseline)
 
     def set_baseline(self, baseline: Any) -> None:
         """Compare with `baseline` from now on: a `Baseline`, a DataFrame, a mapping of arrays, or None."""
         if isinstance(baseline, Baseline):
-            self._baseline, self._references = baseline, references_from(baseline)
+            self._baseline, self._references = baseline, baselines_from(baseline)
             return
         columns = {} if baseline is None else float_columns(baseline, "baseline")
         self._baseline = None
-        self._references = {name: reference_of(values) for name, values in columns.items()}
+        self._references = {name: baseline_of(values) for name, values in columns.items()}
 
     def update(self, predictions: Any, actuals: Any = None, features: Any = None) -> None:
         """Add rows to the window, which keeps the newest `window_size`.
@@ -132,7 +135,7 @@ class DriftMonitor:
         n_new = n_rows(*new)
         old = (self._predictions, self._actuals, self._features)
         self._predictions, self._actuals, self._features = (
-            extended(have, self._n_rows, more, n_new, self.window_size)
+            extend(have, self._n_rows, more, n_new, self.window_size)
             for have, more in zip(old, new, strict=True)
         )
         self._n_rows = min(self._n_rows + n_new, self.window_size)
@@ -152,17 +155,17 @@ class DriftMonitor:
 
     def calculate_drift_metrics(self) -> dict[str, Any]:
         """Return per, dss, fds, anomaly_rate, combined_score and needs_retraining."""
-        return self.reading().current_metrics()
+        return self.report().current_metrics()
 
     def generate_report(self) -> str:
         """Return the present state as text for people."""
-        return self.reading().as_text()
+        return self.report().as_text()
 
     def save_metrics(self, path: str | Path = METRICS_FILE) -> None:
         """Write the present state to `drift_metrics.json`, atomically."""
-        write_json(Path(path), self.reading().as_json(self._clock.now()))
+        write_json(Path(path), self.report().as_json(self._clock.now()))
 
-    def reading(self) -> DriftReading:
+    def report(self) -> DriftReport:
         """Score the window as it is now."""
         scores, limits = self._scores(slice(None)), self._limits()
         literal = {**scores.by_name(), "combined_score": self._combined(scores)}
@@ -172,7 +175,7 @@ class DriftMonitor:
             metrics = {**calibrated.scores, "combined_score": calibrated.combined}
         exceeded = tuple(name for name, limit in limits.items() if metrics[name] > limit)
         waiting = self._why_collecting(scores, calibrated)
-        return DriftReading(
+        return DriftReport(
             metrics=metrics,
             needs_retraining=bool(exceeded) and not waiting,
             exceeded=exceeded,
@@ -196,14 +199,6 @@ class DriftMonitor:
             return None
         weights = {name: _entry(self.weights, f"{short}_weight") for name, short in _SPELLED.items()}
         return calibrated_reading(self._seasonal, limits, weights, self._settings.min_reference_days)
-
-    def _override_literals(self) -> None:
-        for table in (self.thresholds, self.weights):
-            for key in table:
-                chosen = getattr(self._settings, key)
-                table[key] = table[key] if chosen is None else chosen
-        if self._settings.combined_threshold is not None:
-            self.combined_threshold = self._settings.combined_threshold
 
     def _limits(self) -> dict[str, float]:
         return {
@@ -289,7 +284,7 @@ def _print_report(config: Path | None, plot: Path | None) -> int:
     monitor.observe(evidence.window, evidence.model_version, evidence.seasonal)
     print(monitor.generate_report())
     if plot:
-        write_atomic(plot, drift_figure(monitor.reading(), source.one_ahead))
+        write_atomic(plot, drift_figure(monitor.report(), source.one_ahead))
     return ExitCode.OK
 
 

@@ -27,7 +27,7 @@ from fleetcast.drift.seasonal.quorum import (
     WEIGHTS,
     QuorumRule,
     fleet_ratios,
-    share_of,
+    running_share,
     worst_ratio,
 )
 
@@ -175,7 +175,7 @@ def our_verdict(block: Block, own: list[Member], ratios: NDArray[np.float32]) ->
     rows = [servers.index(m.server) * len(metrics) + metrics.index(m.metric) for m in own]
     full[:, rows] = ratios
     rule = QuorumRule()
-    sustained = share_of(full.max(axis=0) > 1, rule.sustained_bins(CHECKS_PER_DAY))
+    sustained = running_share(full.max(axis=0) > 1, rule.sustained_bins(CHECKS_PER_DAY))
     fleet = fleet_ratios(full, sustained, len(own), len(metrics), rule)
     return np.asarray(worst_ratio(fleet / block.reference.fleet.factor) > 1)
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from benchmarks.drift_data import BIN_MS, DAY, RecordedFleet
 from benchmarks.drift_rules import STEP
-from fleetcast.drift.seasonal.quorum import QuorumRule, family_ratios, held_over
+from fleetcast.drift.seasonal.quorum import QuorumRule, family_ratios, running_minimum
 from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.drift.seasonal.season import innovations, moves, traits
 from fleetcast.drift.seasonal.sensors import SensorWatch
@@ -80,7 +80,7 @@ def series_ratios(reference: Reference, rows: NDArray[np.int64], values: Floats3
 
 def held(ratios: Floats32) -> Floats32:
     """Return ratios as they are after a series' hold."""
-    return held_over(ratios, QuorumRule().hold_bins(CHECKS_PER_DAY))
+    return running_minimum(ratios, QuorumRule().hold_bins(CHECKS_PER_DAY))
 
 
 def proxy_errors(reference: Reference, row: int, values: Floats32, start_ms: int) -> NDArray[np.float64]:

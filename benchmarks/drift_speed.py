@@ -70,7 +70,7 @@ def sketched_ms(rows: int) -> float:
 
 def fleet_figures(n_servers: int) -> dict[str, float]:
     """Return the times of one bin and one verdict of a fleet, and of learning a reference."""
-    from fleetcast.drift.seasonal.detector import SeasonalDrift
+    from fleetcast.drift.seasonal.detector import SeasonalDetector
     from fleetcast.drift.seasonal.learning import joined_books, joined_shapes
     from fleetcast.drift.seasonal.reference import Reference
 
@@ -98,7 +98,7 @@ def fleet_figures(n_servers: int) -> dict[str, float]:
         small.shared_growth,
         small.fleet,
     )
-    drift = SeasonalDrift(reference)
+    drift = SeasonalDetector(reference)
     places = iter(range(13 * DAY, 15 * DAY))
 
     def update() -> None:

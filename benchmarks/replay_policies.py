@@ -121,13 +121,13 @@ class Engine:
         evidence = self._source.evidence(may_renew=True)
         self._monitor.set_baseline(evidence.baseline)
         self._monitor.observe(evidence.window, evidence.model_version, evidence.seasonal)
-        reading, quiet = self._monitor.reading(), self._week.judged(self._quiet(end), now)
-        hours = self._limits.follow_up_hours if reading.calibrated else 0.0
+        report, quiet = self._monitor.report(), self._week.judged(self._quiet(end), now)
+        hours = self._limits.follow_up_hours if report.calibrated else 0.0
         decision = self._engine.decide(
-            reading.current_metrics(),
+            report.current_metrics(),
             quiet.is_quiet,
             initial_due=False,
-            collecting=reading.status_reason,
+            collecting=report.status_reason,
             follow_up=follow_up(
                 self._attempts,
                 self._context,
@@ -139,10 +139,10 @@ class Engine:
         )
         self._week.note(now, quiet, reason=decision.reason)
         self.checks += 1
-        self.in_alarm += reading.needs_retraining
+        self.in_alarm += report.needs_retraining
         if not decision.should_retrain:
             return None
-        check = RetrainingCheck(now, reading, quiet, decision, "", NOTHING)
+        check = RetrainingCheck(now, report, quiet, decision, "", NOTHING)
         context = training_context(check, evidence, self._source, self._context)
         attempt = Attempt(new_version_id(now), decision.rule, decision.reason, plain_utc(now))
         self._attempts = [attempt, *self._attempts]

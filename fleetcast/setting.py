@@ -17,7 +17,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 ENV_PREFIX = "FLEETCAST_"
 
@@ -34,6 +34,20 @@ def setting(
     """Declare one field: its default, help, unit and bounds (inclusive)."""
     meta = {"help": help_text, "unit": unit, "low": low, "high": high, "choices": choices}
     return field(default=default, metadata=meta)
+
+
+Number = TypeVar("Number", int, float)
+
+
+def override(literals: Mapping[str, Number], part: object) -> dict[str, Number]:
+    """Return literals of a program, each replaced by the setting of its name where that is given.
+
+    >>> from fleetcast.settings import DriftSettings
+    >>> override({"per_threshold": 0.10, "dss_threshold": 0.20}, DriftSettings(dss_threshold=0.3))
+    {'per_threshold': 0.1, 'dss_threshold': 0.3}
+    """
+    chosen = {name: getattr(part, name) for name in literals}
+    return {name: literal if chosen[name] is None else chosen[name] for name, literal in literals.items()}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetcast.drift.seasonal.detector import SeasonalDrift
+from fleetcast.drift.seasonal.detector import SeasonalDetector
 from fleetcast.drift.seasonal.reference import Reference
 
 BIN_MS = 300_000
@@ -53,8 +53,8 @@ def usual_reference() -> Reference:
 
 def following(
     grid: Grid, first_day: int = REFERENCE_DAYS - 3, reference: Reference | None = None
-) -> SeasonalDrift:
+) -> SeasonalDetector:
     """Return a detector that has seen a grid from a day on."""
-    drift = SeasonalDrift(reference or usual_reference())
+    drift = SeasonalDetector(reference or usual_reference())
     drift.replay(grid[:, :, first_day * DAY :], START_MS + first_day * DAY * BIN_MS)
     return drift

@@ -82,7 +82,7 @@ def trained(own: AdaptiveRetrainingDaemon, order: str) -> dict[str, Any]:
 
 def test_an_unchanged_fleet_is_measured_reported_and_left_alone(fleet: SmallFleet, told: Told) -> None:
     check = daemon(told).run_check_cycle()
-    assert (check.reading.status, check.decision.rule, check.action) == ("ready", "none", "nothing")
+    assert (check.report.status, check.decision.rule, check.action) == ("ready", "none", "nothing")
     assert {path.name for path in Path().iterdir()} >= FILES
     found = metrics()
     assert found["recommendation"] == "OK"
@@ -100,7 +100,7 @@ def test_the_first_cycle_of_an_empty_folder_writes_its_files_too(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     check = AdaptiveRetrainingDaemon(daemon_url="http://127.0.0.1:9").run_check_cycle()
-    assert check.reading.status == "collecting"
+    assert check.report.status == "collecting"
     assert check.initial_missing == "no data"
     assert not check.quiet.is_quiet
     assert {path.name for path in tmp_path.iterdir()} >= FILES
@@ -132,7 +132,7 @@ def test_drift_starts_a_training_whose_new_model_restarts_the_window(fleet: Smal
     assert state()["total_trainings"] == len(state()["training_history"]) == 1
     told.answers = quiet_answers(attempt["version"])
     check = own.run_check_cycle()
-    assert (check.reading.status, check.reading.window.pairs) == ("collecting", 0)
+    assert (check.report.status, check.report.window.pairs) == ("collecting", 0)
     assert check.decision.rule == "none"
 
 
@@ -148,12 +148,12 @@ def test_a_rejected_training_counts_and_its_baseline_keeps_the_same_drift_from_b
     assert fleet.registry.current_id() == fleet.version, "the old model serves on"
     assert (state()["training_history"], state()["total_trainings"]) == ([], 0)
     assert state()["last_training_time"] is not None
-    assert own.run_check_cycle().reading.status == "collecting", "the window restarts with the baseline"
+    assert own.run_check_cycle().report.status == "collecting", "the window restarts with the baseline"
     fleet.grow(60, new_level, new_level)
     check = own.run_check_cycle()
-    assert check.reading.baseline is not None
-    assert check.reading.baseline.version == attempt["version"]
-    assert (check.reading.status, check.reading.needs_retraining) == ("ready", False)
+    assert check.report.baseline is not None
+    assert check.report.baseline.version == attempt["version"]
+    assert (check.report.status, check.report.needs_retraining) == ("ready", False)
 
 
 @pytest.mark.slow
@@ -235,9 +235,9 @@ def test_the_version_the_inference_daemon_serves_counts_not_the_newest_on_disk(
     fleet: SmallFleet, told: Told
 ) -> None:
     told.answers = quiet_answers("some-other-version")
-    assert daemon(told).run_check_cycle().reading.window.pairs == 0
+    assert daemon(told).run_check_cycle().report.window.pairs == 0
     told.answers = {**quiet_answers(None)}
-    assert daemon(told).run_check_cycle().reading.window.pairs == 120
+    assert daemon(told).run_check_cycle().report.window.pairs == 120
 
 
 def test_a_damaged_baseline_means_collecting_and_a_warning(
@@ -246,7 +246,7 @@ def test_a_damaged_baseline_means_collecting_and_a_warning(
     path = Path("checkpoints/baseline.npz").resolve()
     path.write_bytes(path.read_bytes()[:100])
     check = daemon(told).run_check_cycle()
-    assert (check.reading.status, check.reading.status_reason) == ("collecting", "no baseline")
+    assert (check.report.status, check.report.status_reason) == ("collecting", "no baseline")
     assert "no baseline can be used" in caplog.text
 
 

@@ -62,7 +62,7 @@ def test_a_changed_fleet_asks_for_a_training_that_is_told_who_changed_when(folde
         assert (advised.decision.rule, advised.action) == ("drift", "advised")
         found = read_json(Path("drift_metrics.json"))
         assert (found["basis"], found["recommendation"]) == ("calibrated", "RETRAIN NOW")
-        assert checked(told).reading.current_metrics() == advised.reading.current_metrics(), "a restart"
+        assert checked(told).report.current_metrics() == advised.report.current_metrics(), "a restart"
         assert checked(told, retraining={"mode": "auto"}).action == "started"
     context = read_json(Path("training_context.json"))
     assert context["basis"] == "calibrated"
@@ -78,7 +78,7 @@ def test_a_calm_fleet_is_left_alone_and_the_figure_can_be_drawn(
     with Told() as told:
         told.answers = quiet_answers(VERSION)
         check = checked(told)
-    assert (check.reading.status, check.decision.rule) == ("ready", "none")
+    assert (check.report.status, check.decision.rule) == ("ready", "none")
     assert check.decision.reason.startswith("no drift: per")
     assert main(["--plot", "out.png"]) == 0
     assert "Literal, reported only" in capsys.readouterr().out

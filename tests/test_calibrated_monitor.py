@@ -14,7 +14,7 @@ from settled_rows import RowStore, joined
 
 from drift_monitor import DriftMonitor
 from fleetcast.clock import DAY_MS, FakeClock
-from fleetcast.drift.report import DriftReading
+from fleetcast.drift.report import DriftReport
 from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.retraining.order import known_changes
 from fleetcast.schema import SettledForecasts
@@ -43,15 +43,15 @@ def monitor_of(folder: Path, store: RowStore, own: DriftSettings | None = None) 
     return monitor
 
 
-def reading_of(folder: Path, grid: Grid) -> DriftReading:
-    return monitor_of(folder, store_of(grid, END)).reading()
+def report_of(folder: Path, grid: Grid) -> DriftReport:
+    return monitor_of(folder, store_of(grid, END)).report()
 
 
 def test_unchanged_data_are_no_drift_whatever_the_literal_four_say(tmp_path: Path) -> None:
-    reading = monitor_of(tmp_path, store_of(made_grid(), END), AN_HOUR).reading()
-    assert (reading.basis, reading.status, reading.needs_retraining) == ("calibrated", "ready", False)
-    assert all(reading.metrics[name] < limit for name, limit in reading.thresholds.items())
-    assert reading.literal["dss"] > reading.thresholds["dss"], "an hour never looks like a week"
+    report = monitor_of(tmp_path, store_of(made_grid(), END), AN_HOUR).report()
+    assert (report.basis, report.status, report.needs_retraining) == ("calibrated", "ready", False)
+    assert all(report.metrics[name] < limit for name, limit in report.thresholds.items())
+    assert report.literal["dss"] > report.thresholds["dss"], "an hour never looks like a week"
 
 
 def test_changed_servers_are_drift_and_are_named_with_the_time_and_the_levels(tmp_path: Path) -> None:
@@ -79,11 +79,11 @@ def test_changed_servers_are_drift_and_are_named_with_the_time_and_the_levels(tm
 
 def test_a_higher_threshold_is_less_sensitive_on_the_same_scale(tmp_path: Path) -> None:
     store = store_of(changed_grid(), END)
-    usual = monitor_of(tmp_path, store).reading()
+    usual = monitor_of(tmp_path, store).report()
     ratio = usual.metrics["dss"] / 0.20
     assert ratio > 1 and "dss" in usual.exceeded
     above, below = (
-        monitor_of(tmp_path, store, DriftSettings(dss_threshold=0.20 * ratio * share)).reading()
+        monitor_of(tmp_path, store, DriftSettings(dss_threshold=0.20 * ratio * share)).report()
         for share in (1.01, 0.99)
     )
     assert above.metrics == below.metrics == usual.metrics
@@ -92,48 +92,48 @@ def test_a_higher_threshold_is_less_sensitive_on_the_same_scale(tmp_path: Path) 
 
 def test_literal_basis_decides_by_the_literal_four_only(tmp_path: Path) -> None:
     monitor = monitor_of(tmp_path, store_of(made_grid(), END), replace(AN_HOUR, basis="literal"))
-    reading = monitor.reading()
-    assert (reading.basis, reading.calibrated) == ("literal", None)
-    assert reading.metrics == reading.literal
-    assert reading.needs_retraining
+    report = monitor.report()
+    assert (report.basis, report.calibrated) == ("literal", None)
+    assert report.metrics == report.literal
+    assert report.needs_retraining
 
 
 def test_a_young_reference_collects_and_says_how_much_is_missing(tmp_path: Path) -> None:
     registry_with(tmp_path, fitted(made_grid()[:, :, : 3 * DAY]))
-    reading = monitor_of(tmp_path, store_of(changed_grid(), END)).reading()
-    assert (reading.status, reading.needs_retraining) == ("collecting", False)
-    assert reading.status_reason == "3 days known of any series, 5 needed"
-    assert reading.metrics["dss"] == 0.0
+    report = monitor_of(tmp_path, store_of(changed_grid(), END)).report()
+    assert (report.status, report.needs_retraining) == ("collecting", False)
+    assert report.status_reason == "3 days known of any series, 5 needed"
+    assert report.metrics["dss"] == 0.0
 
 
 def test_the_trend_rises_while_the_fleet_moves_away(tmp_path: Path) -> None:
-    reading = monitor_of(tmp_path, store_of(changed_grid(), CHANGE + 36)).reading()
-    assert reading.trends["fds"] == reading.trends["anomaly_rate"] == "increasing", reading.as_text()
+    report = monitor_of(tmp_path, store_of(changed_grid(), CHANGE + 36)).report()
+    assert report.trends["fds"] == report.trends["anomaly_rate"] == "increasing", report.as_text()
 
 
 def test_one_broken_server_is_named_and_starts_nothing(tmp_path: Path) -> None:
     grid = made_grid()
     grid[0, :, CHANGE:] = grid[0, :, CHANGE:] * 3 + 500
-    reading = reading_of(tmp_path, grid)
-    assert reading.calibrated is not None
-    assert {item.server_name for item in reading.calibrated.drifting} == {SERVERS[0]}
-    assert reading.needs_retraining is False, reading.as_text()
+    report = report_of(tmp_path, grid)
+    assert report.calibrated is not None
+    assert {item.server_name for item in report.calibrated.drifting} == {SERVERS[0]}
+    assert report.needs_retraining is False, report.as_text()
 
 
 def test_an_outage_and_a_frozen_sensor_are_data_quality_not_drift(tmp_path: Path) -> None:
     grid = made_grid()
     grid[1:3, :, END - 30 :] = np.nan
     grid[3, 0, END - 150 :] = grid[3, 0, END - 150]
-    reading = reading_of(tmp_path, grid)
-    assert not reading.needs_retraining
-    assert reading.calibrated is not None
-    events = reading.calibrated.as_json()["data_quality"]
+    report = report_of(tmp_path, grid)
+    assert not report.needs_retraining
+    assert report.calibrated is not None
+    events = report.calibrated.as_json()["data_quality"]
     assert [(event["kind"], event["server"]) for event in events] == [
         ("outage", SERVERS[1]),
         ("outage", SERVERS[2]),
         ("frozen", SERVERS[3]),
     ]
-    assert "data quality, not drift" in reading.as_text()
+    assert "data quality, not drift" in report.as_text()
 
 
 def missed_on_changed(grid: Grid, first_bin: int, last_bin: int) -> SettledForecasts:
@@ -149,7 +149,7 @@ def missed_on_changed(grid: Grid, first_bin: int, last_bin: int) -> SettledForec
 def test_after_a_rejected_training_the_same_drift_is_not_judged_again(tmp_path: Path) -> None:
     grid = changed_grid()
     store = RowStore(missed_on_changed(grid, FIRST_TEST_BIN, END))
-    first = monitor_of(tmp_path, store).reading()
+    first = monitor_of(tmp_path, store).report()
     assert first.needs_retraining and first.calibrated is not None
     changed = [
         ChangedSeries(
@@ -165,7 +165,7 @@ def test_after_a_rejected_training_the_same_drift_is_not_judged_again(tmp_path: 
     assert len(known_changes(reference)) == 6
     registry_with(tmp_path, reference, NEXT, end_bin=END)  # its baseline holds, VERSION serves on
     store.add(missed_on_changed(grid, END, END + DAY))  # the model that stays is as wrong as before
-    second = monitor_of(tmp_path, store).reading()
+    second = monitor_of(tmp_path, store).report()
     assert second.calibrated is not None
     assert second.calibrated.version == NEXT
     assert (second.status, second.needs_retraining) == ("ready", False)
@@ -174,16 +174,16 @@ def test_after_a_rejected_training_the_same_drift_is_not_judged_again(tmp_path: 
 def test_update_after_observe_is_literal_again(tmp_path: Path) -> None:
     monitor = monitor_of(tmp_path, store_of(made_grid(), END))
     monitor.update({"cpu_pct": 50.0}, {"cpu_pct": 50.0})
-    assert monitor.reading().basis == "literal"
+    assert monitor.report().basis == "literal"
 
 
 # properties
 
 
 def verdict_of(folder: Path, store: RowStore) -> tuple[bool, list[tuple[str, str]]]:
-    reading = monitor_of(folder, store).reading()
-    assert reading.calibrated is not None
-    return reading.needs_retraining, sorted((s.server_name, s.metric) for s in reading.calibrated.drifting)
+    report = monitor_of(folder, store).report()
+    assert report.calibrated is not None
+    return report.needs_retraining, sorted((s.server_name, s.metric) for s in report.calibrated.drifting)
 
 
 @pytest.mark.parametrize("is_changed", [False, True])

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fleetcast.drift.literal.scores import extended, float_columns, n_rows
+from fleetcast.drift.literal.scores import extend, float_columns, n_rows
 from fleetcast.errors import BadData
 
 
@@ -56,7 +56,7 @@ def test_tables_of_different_length_do_not_belong_together() -> None:
 
 
 def test_a_metric_that_one_side_lacks_is_absent_there() -> None:
-    joined = extended({"a": np.array([1.0, 2.0])}, 2, {"b": np.array([3.0])}, 1, keep=2)
+    joined = extend({"a": np.array([1.0, 2.0])}, 2, {"b": np.array([3.0])}, 1, keep=2)
     assert joined["a"][0] == 2.0
     assert np.isnan(joined["a"][1])
     assert np.isnan(joined["b"][0])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from rhythm_fleet import Grid, made_grid
 from seasonal_store import VERSION, source_of, store_of
-from test_calibrated_monitor import END, changed_grid, monitor_of, reading_of
+from test_calibrated_monitor import END, changed_grid, monitor_of, report_of
 from test_png_canvas import decoded
 
 import drift_monitor
@@ -19,7 +19,7 @@ from fleetcast.settings import DriftSettings
 def drawn(folder: Path, grid: Grid) -> np.ndarray:
     store = store_of(grid, END)
     source_of(folder, store)
-    return decoded(drift_figure(monitor_of(folder, store).reading(), store.read_predictions))
+    return decoded(drift_figure(monitor_of(folder, store).report(), store.read_predictions))
 
 
 def test_a_panel_for_each_series_in_alarm_with_a_red_line_at_its_change(tmp_path: Path) -> None:
@@ -46,12 +46,12 @@ def test_without_a_verdict_the_reason_is_told(tmp_path: Path) -> None:
     store = store_of(made_grid(), END)
     with pytest.raises(NotEnoughData, match="basis is literal"):
         literal = monitor_of(tmp_path, store, DriftSettings(basis="literal"))
-        drift_figure(literal.reading(), store.read_predictions)
+        drift_figure(literal.report(), store.read_predictions)
     empty = DriftMonitor()
     empty.observe(source_of(tmp_path, store).evidence(VERSION).window, None)
     with pytest.raises(NotEnoughData):
-        drift_figure(empty.reading(), store.read_predictions)
-    assert reading_of(tmp_path, made_grid()).status == "ready"
+        drift_figure(empty.report(), store.read_predictions)
+    assert report_of(tmp_path, made_grid()).status == "ready"
 
 
 def test_the_program_refuses_an_empty_folder_with_exit_5_and_writes_nothing(

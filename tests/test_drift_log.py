@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rhythm_fleet import SERVERS, made_grid
-from test_calibrated_monitor import END, changed_grid, reading_of
+from test_calibrated_monitor import END, changed_grid, report_of
 
 from drift_monitor import DriftMonitor
 from fleetcast.retraining.report import DriftLog
@@ -20,26 +20,26 @@ def everything(caplog: pytest.LogCaptureFixture) -> None:
 def test_an_alarm_is_told_when_it_begins_and_when_it_ends(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    log, drifting = DriftLog(), reading_of(tmp_path, changed_grid())
+    log, drifting = DriftLog(), report_of(tmp_path, changed_grid())
     log.note(drifting)
     assert caplog.text.count("series in alarm: ") == 6
     assert "app-1 cpu_pct" in caplog.text
     log.note(drifting)
     assert caplog.text.count("series in alarm: ") == 6, "told once"
-    log.note(reading_of(tmp_path, made_grid()))
+    log.note(report_of(tmp_path, made_grid()))
     assert "series in alarm=0 begun=0 ended=6 of compared=10" in caplog.text
 
 
 def test_broken_data_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     grid = made_grid()
     grid[1, :, END - 30 :] = np.nan
-    log, reading = DriftLog(), reading_of(tmp_path, grid)
-    log.note(reading)
-    log.note(reading)
+    log, report = DriftLog(), report_of(tmp_path, grid)
+    log.note(report)
+    log.note(report)
     (record,) = (item for item in caplog.records if item.levelno == logging.WARNING)
     assert record.message == f"data quality, not drift: kind=outage server={SERVERS[1]} metric=all"
 
 
 def test_the_literal_basis_says_nothing_here(caplog: pytest.LogCaptureFixture) -> None:
-    DriftLog().note(DriftMonitor().reading())
+    DriftLog().note(DriftMonitor().report())
     assert caplog.text == ""

@@ -43,7 +43,7 @@ def test_without_a_baseline_per_is_measured_but_never_decides() -> None:
     assert metrics["per"] == 2.0
     assert (metrics["dss"], metrics["fds"], metrics["anomaly_rate"]) == (0.0, 0.0, 0.0)
     assert metrics["needs_retraining"] is False
-    assert monitor.reading().status == "collecting"
+    assert monitor.report().status == "collecting"
 
 
 def test_each_metric_over_its_threshold_is_enough() -> None:
@@ -57,7 +57,7 @@ def test_each_metric_over_its_threshold_is_enough() -> None:
         monitor = DriftMonitor(baseline=reference)
         forecasts = {"cpu_pct": actual if predicted is None else np.full(400, predicted)}
         monitor.update(forecasts, {"cpu_pct": actual})
-        assert name in monitor.reading().exceeded
+        assert name in monitor.report().exceeded
         assert monitor.calculate_drift_metrics()["needs_retraining"] is True
 
 
@@ -67,7 +67,7 @@ def test_the_combined_score_alone_is_enough() -> None:
     monitor.update({"cpu_pct": actual * 1.09}, {"cpu_pct": actual})
     assert not monitor.calculate_drift_metrics()["needs_retraining"]
     monitor.combined_threshold = 0.03
-    assert monitor.reading().exceeded == ("combined_score",)
+    assert monitor.report().exceeded == ("combined_score",)
 
 
 def test_the_actuals_stand_in_for_features_that_are_not_given() -> None:
@@ -129,10 +129,10 @@ def test_trends_compare_the_halves_of_the_window() -> None:
     monitor = DriftMonitor(baseline=normal(50))
     monitor.update(normal(50, 400), normal(50, 400))
     monitor.update({"cpu_pct": normal(80, 400)["cpu_pct"] + 30}, normal(80, 400))
-    assert set(monitor.reading().trends.values()) == {"increasing"}
+    assert set(monitor.report().trends.values()) == {"increasing"}
     for _ in range(3):
         monitor.update(normal(50, 400), normal(50, 400))
-    assert set(monitor.reading().trends.values()) <= {"stable", "decreasing"}
+    assert set(monitor.report().trends.values()) <= {"stable", "decreasing"}
 
 
 # beside a buffer
@@ -173,24 +173,24 @@ def observed(n_bins: int, value: object = higher, settings: DriftSettings | None
 def test_no_verdict_before_there_is_enough_of_the_model_in_service(
     n_bins: int, settings: DriftSettings, reason: str
 ) -> None:
-    reading = observed(n_bins, settings=settings).reading()
+    report = observed(n_bins, settings=settings).report()
     if n_bins == 20:  # a window smaller than the minimum can be full: 40 pairs offered, 30 kept
-        assert reading.status_reason == "no metric has enough values in both window and baseline"
+        assert report.status_reason == "no metric has enough values in both window and baseline"
         return
-    assert reading.status_reason == reason
-    assert reading.status == ("collecting" if reason else "ready")
-    assert reading.needs_retraining is (not reason)
+    assert report.status_reason == reason
+    assert report.status == ("collecting" if reason else "ready")
+    assert report.needs_retraining is (not reason)
 
 
 def test_a_window_smaller_than_the_minimum_is_enough_once_it_is_full() -> None:
     settings = DriftSettings(window_size=60, min_span_s=0)
-    assert observed(60, settings=settings).reading().status == "ready"
+    assert observed(60, settings=settings).report().status == "ready"
 
 
 def test_without_a_model_nothing_is_judged() -> None:
     monitor = DriftMonitor(baseline=grid_baseline())
     monitor.observe(PairWindow(size=1000), None)
-    assert monitor.reading().status_reason == "no model in service yet"
+    assert monitor.report().status_reason == "no model in service yet"
 
 
 def test_the_file_names_what_the_contract_names(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_the_report_names_the_worst_series_and_the_recommendation() -> None:
 def test_update_after_observe_starts_from_that_window() -> None:
     monitor = observed(200)
     monitor.update({"cpu_pct": 50.0}, {"cpu_pct": 50.0})
-    assert monitor.reading().window.pairs == 401
+    assert monitor.report().window.pairs == 401
 
 
 # as a program

@@ -26,7 +26,7 @@ def test_ks_is_scipys_two_sample_statistic_ties_included(window: list[float], re
 @given(numbers)
 def test_identical_data_never_drift(values: list[float]) -> None:
     column = {"cpu_pct": np.array(values * 50)}
-    references = {"cpu_pct": ds.reference_of(column["cpu_pct"])}
+    references = {"cpu_pct": ds.baseline_of(column["cpu_pct"])}
     scores = ds.score_window(column, column, column, references, SETTINGS)
     assert (scores.per, scores.dss, scores.fds) == (0.0, 0.0, 0.0)
 
@@ -37,7 +37,7 @@ def test_the_scores_of_a_rate_do_not_depend_on_its_unit(factor: float) -> None:
     forecast = window * RNG.normal(1.0, 0.1, 200)
 
     def scores(scale: float) -> ds.MetricScores:
-        references = {"disk_io_mb_s": ds.reference_of(base * scale)}
+        references = {"disk_io_mb_s": ds.baseline_of(base * scale)}
         columns = {"disk_io_mb_s": window * scale}
         return ds.score_window({"disk_io_mb_s": forecast * scale}, columns, columns, references, SETTINGS)
 
@@ -62,18 +62,18 @@ def test_per_without_a_baseline_takes_the_floor_from_the_window() -> None:
 
 
 def test_fds_is_full_at_three_standard_deviations() -> None:
-    reference = ds.MetricReference(np.array([0.0, 1.0]), 100, 50.0, 10.0, 70.0)
+    reference = ds.MetricBaseline(np.array([0.0, 1.0]), 100, 50.0, 10.0, 70.0)
     shifts = [ds.mean_shift(np.array([value]), reference, 0.5) for value in (50.0, 65.0, 80.0, 500.0)]
     assert shifts == [0.0, 0.5, 1.0, 1.0]
 
 
 def test_a_metric_that_stood_still_has_a_floor_for_its_spread() -> None:
-    still = ds.reference_of(np.full(100, 7.0))
+    still = ds.baseline_of(np.full(100, 7.0))
     assert ds.count_anomalies(np.array([7.0, 8.4, 8.6]), still, ds.std_floor("cpu_pct", still.p95)) == 1
 
 
 def test_the_anomaly_rate_pools_the_values_of_all_metrics() -> None:
-    baseline = {name: ds.reference_of(RNG.normal(50, 5, 500)) for name in ("cpu_pct", "mem_pct")}
+    baseline = {name: ds.baseline_of(RNG.normal(50, 5, 500)) for name in ("cpu_pct", "mem_pct")}
     columns = {"cpu_pct": np.full(60, 50.0), "mem_pct": np.array([50.0] * 50 + [99.0] * 10)}
     assert ds.score_window({}, {}, columns, baseline, SETTINGS).anomaly_rate == 10 / 120
 
@@ -87,7 +87,7 @@ def test_the_anomaly_rate_pools_the_values_of_all_metrics() -> None:
     ],
 )
 def test_a_metric_with_few_values_is_not_compared(n_window: int, n_baseline: int, reason: str) -> None:
-    references = {"cpu_pct": ds.reference_of(np.full(n_baseline, 5.0))}
+    references = {"cpu_pct": ds.baseline_of(np.full(n_baseline, 5.0))}
     columns = {"cpu_pct": np.full(n_window, 90.0)}
     scores = ds.score_window({"cpu_pct": np.zeros(n_window)}, columns, columns, references, SETTINGS)
     assert scores.not_compared == {"cpu_pct": reason}
@@ -96,7 +96,7 @@ def test_a_metric_with_few_values_is_not_compared(n_window: int, n_baseline: int
 
 def test_a_metric_the_baseline_does_not_know_is_named() -> None:
     columns = {"net_in_mb_s": np.ones(100)}
-    references = {"cpu_pct": ds.reference_of(np.ones(100))}
+    references = {"cpu_pct": ds.baseline_of(np.ones(100))}
     scores = ds.score_window(columns, columns, columns, references, SETTINGS)
     assert scores.not_compared == {"net_in_mb_s": "not in the baseline"}
 
@@ -104,7 +104,7 @@ def test_a_metric_the_baseline_does_not_know_is_named() -> None:
 def test_absent_values_do_not_count() -> None:
     values = np.full(120, 10.0)
     values[::2] = np.nan
-    references = {"cpu_pct": ds.reference_of(np.full(60, 10.0))}
+    references = {"cpu_pct": ds.baseline_of(np.full(60, 10.0))}
     scores = ds.score_window(
         {"cpu_pct": values}, {"cpu_pct": values}, {"cpu_pct": values}, references, SETTINGS
     )
@@ -115,7 +115,7 @@ def test_absent_values_do_not_count() -> None:
 def test_a_saved_baselines_sketch_stands_for_its_values() -> None:
     values = RNG.normal(40, 8, (3, 1, 2000)).astype(np.float32)
     baseline = Baseline.from_grid(values, 0, 300_000, ("a", "b", "c"), ("cpu_pct",), "v1")
-    sketch, exact = ds.references_from(baseline)["cpu_pct"], ds.reference_of(values.reshape(-1).astype(float))
+    sketch, exact = ds.baselines_from(baseline)["cpu_pct"], ds.baseline_of(values.reshape(-1).astype(float))
     window = RNG.normal(45, 8, 400)
     assert ds.ks_statistic(window, sketch.sorted_values) == pytest.approx(
         ds.ks_statistic(window, exact.sorted_values), abs=2e-3

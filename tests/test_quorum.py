@@ -11,9 +11,9 @@ from fleetcast.drift.seasonal.quorum import (
     combined_ratio,
     family_ratios,
     fleet_ratios,
-    held_over,
-    scaled_scores,
-    share_of,
+    running_minimum,
+    running_share,
+    scale_scores,
     worst_ratio,
 )
 from fleetcast.drift.seasonal.statistics import FAMILIES, INDEX, N_STATISTICS
@@ -79,10 +79,10 @@ def test_a_fleet_of_which_nothing_is_compared_is_silent() -> None:
 
 
 def test_the_thresholds_mean_at_the_limit() -> None:
-    scores = scaled_scores(np.ones(4, np.float32), THRESHOLDS)
+    scores = scale_scores(np.ones(4, np.float32), THRESHOLDS)
 
     assert scores == pytest.approx(dict(THRESHOLDS))
-    assert scaled_scores(np.full(4, 0.5, np.float32), THRESHOLDS)["dss"] == pytest.approx(0.10)
+    assert scale_scores(np.full(4, 0.5, np.float32), THRESHOLDS)["dss"] == pytest.approx(0.10)
 
 
 def test_the_combined_score_can_ask_before_any_metric_does() -> None:
@@ -94,15 +94,15 @@ def test_the_combined_score_can_ask_before_any_metric_does() -> None:
 
 
 def test_a_series_is_held_until_it_was_over_for_long_enough() -> None:
-    assert held_over(np.array([2.0, 0.5, 3.0, 4.0], np.float32), 2).tolist() == [0, 0.5, 0.5, 3]
-    assert held_over(np.array([2.0], np.float32), 1).tolist() == [2]
+    assert running_minimum(np.array([2.0, 0.5, 3.0, 4.0], np.float32), 2).tolist() == [0, 0.5, 0.5, 3]
+    assert running_minimum(np.array([2.0], np.float32), 1).tolist() == [2]
 
 
 def test_the_share_in_alarm_counts_the_last_steps() -> None:
     alarms = np.array([True, True, False, True])
 
-    assert share_of(alarms, 2).tolist() == [0.5, 1.0, 0.5, 0.5]
-    assert share_of(alarms, 8)[-1] == 3 / 8
+    assert running_share(alarms, 2).tolist() == [0.5, 1.0, 0.5, 0.5]
+    assert running_share(alarms, 8)[-1] == 3 / 8
 
 
 @pytest.mark.parametrize(

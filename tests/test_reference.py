@@ -21,7 +21,7 @@ from fleetcast.drift.seasonal.learning import (
     fit_chunk,
     joined_books,
     joined_shapes,
-    sampled,
+    sample,
 )
 from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.drift.seasonal.season import DayClock
@@ -147,7 +147,7 @@ def test_series_learned_in_chunks_are_the_same_as_learned_at_once() -> None:
     assert np.array_equal(joined_shapes([part.shape for part in parts]).profiles, whole.shape.profiles)
     edges = joined_books([part.books for part in parts]).values.edges
     assert np.array_equal(edges, whole.books.values.edges)
-    series, left_out = sampled(parts, len(METRICS))
+    series, left_out = sample(parts, len(METRICS))
     assert series.tolist() == list(range(len(flat)))
     assert np.array_equal(left_out, whole.left_out, equal_nan=True)
     assert len(fit_all(flat, None, bins, floors, clock)) == 1

@@ -14,9 +14,9 @@ from rhythm_fleet import (
     usual_reference,
 )
 
-from fleetcast.drift.seasonal.detector import SeasonalDrift
+from fleetcast.drift.seasonal.detector import SeasonalDetector
 from fleetcast.drift.seasonal.learning import MATURE_DAYS
-from fleetcast.drift.seasonal.reference import Reference, immature_servers, merged
+from fleetcast.drift.seasonal.reference import Reference, immature_servers, merge
 from fleetcast.errors import BadData
 
 
@@ -28,7 +28,7 @@ def learned(names: tuple[str, ...], seed: int = 5, metrics: tuple[str, ...] = ME
 def test_newer_servers_take_the_place_of_their_old_selves_and_new_ones_come_behind() -> None:
     newer = learned(("db-1", "new-1"))
 
-    both = merged(usual_reference(), newer)
+    both = merge(usual_reference(), newer)
 
     assert both.server_names == (*SERVERS, "new-1")
     at = SERVERS.index("db-1") * len(METRICS)
@@ -40,8 +40,8 @@ def test_newer_servers_take_the_place_of_their_old_selves_and_new_ones_come_behi
 
 
 def test_a_merged_reference_judges_the_whole_fleet() -> None:
-    both = merged(usual_reference(), learned(("new-1",)))
-    drift = SeasonalDrift(both)
+    both = merge(usual_reference(), learned(("new-1",)))
+    drift = SeasonalDetector(both)
     grid = np.concatenate([made_grid()[:, :, : 2 * DAY], made_grid(REFERENCE_DAYS, 5, 1)[:, :, : 2 * DAY]])
 
     drift.replay(grid[:, :, :DAY], START_MS + 30 * DAY * BIN_MS)
@@ -68,4 +68,4 @@ def test_a_metric_never_sent_does_not_make_a_server_young() -> None:
 
 def test_references_of_other_metrics_do_not_merge() -> None:
     with pytest.raises(BadData, match="metrics differ"):
-        merged(usual_reference(), learned(("db-1",), metrics=METRICS[:1]))
+        merge(usual_reference(), learned(("db-1",), metrics=METRICS[:1]))

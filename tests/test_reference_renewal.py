@@ -36,24 +36,24 @@ def test_young_servers_are_learned_again_up_to_the_last_midnight(tmp_path: Path)
     known = own.saved(version)
     assert known is not None
     assert not known.is_compared.any()
-    found = own.renewed(version, known, SERVERS, METRICS, NOW_MS, ())
+    found = own.renew(version, known, SERVERS, METRICS, NOW_MS, ())
     assert found is not None
     assert found.end_ms == START_MS + FIRST_TEST_BIN * BIN_MS
     assert found.n_days.tolist() == [14] * 10
     assert np.isfinite(found.books.errors.edges).all(), "the model's own errors are known by now"
-    assert own.renewed(version, found, SERVERS, METRICS, NOW_MS + 3_600_000, ()) is None, "once a day"
+    assert own.renew(version, found, SERVERS, METRICS, NOW_MS + 3_600_000, ()) is None, "once a day"
     after_restart = renewal(tmp_path, whole_store())
     saved = after_restart.saved(version)
     assert saved is not None
     assert np.array_equal(saved.limits, found.limits, equal_nan=True)
-    assert after_restart.renewed(version, saved, SERVERS, METRICS, NOW_MS, ()) is None
+    assert after_restart.renew(version, saved, SERVERS, METRICS, NOW_MS, ()) is None
 
 
 def test_a_server_in_alarm_is_left_as_it_is(tmp_path: Path) -> None:
     version = registry_with(tmp_path, young(6)).baseline_in_force()
     assert version is not None
     own = renewal(tmp_path, whole_store())
-    found = own.renewed(version, own.saved(version), SERVERS, METRICS, NOW_MS, {SERVERS[2]})
+    found = own.renew(version, own.saved(version), SERVERS, METRICS, NOW_MS, {SERVERS[2]})
     assert found is not None
     days = dict(zip(found.server_names, found.n_days.reshape(-1, 2)[:, 0].tolist(), strict=True))
     assert days == {name: 6 if name == SERVERS[2] else 14 for name in SERVERS}
@@ -65,7 +65,7 @@ def test_a_known_change_stays_known(tmp_path: Path) -> None:
     version = registry_with(tmp_path, replace(young(10), start_days=start_days)).baseline_in_force()
     assert version is not None
     own = renewal(tmp_path, whole_store())
-    found = own.renewed(version, own.saved(version), SERVERS, METRICS, NOW_MS, ())
+    found = own.renew(version, own.saved(version), SERVERS, METRICS, NOW_MS, ())
     assert found is not None
     assert found.n_days.tolist() == [14] * 4 + [5] + [14] * 5
 
@@ -84,7 +84,7 @@ def test_mature_servers_are_measured_by_what_their_model_was_trained_on(tmp_path
     version = registry_with(tmp_path, mature).baseline_in_force()
     assert version is not None
     later = NOW_MS + 3 * DAY * BIN_MS
-    assert renewal(tmp_path, whole_store()).renewed(version, mature, SERVERS, METRICS, later, ()) is None
+    assert renewal(tmp_path, whole_store()).renew(version, mature, SERVERS, METRICS, later, ()) is None
 
 
 @pytest.mark.parametrize(("days", "is_learned"), [(4, False), (5, True)])
@@ -100,13 +100,13 @@ def test_errors_that_a_first_training_could_not_know_are_learned_once_there_are_
     store = RowStore(joined(rows_of(grid, 0, first, version=None), rows_of(grid, first, last + 12)))
     now_ms = START_MS + last * BIN_MS + 3_600_000
     # When a day ends
-    found = renewal(tmp_path, store).renewed(version, mature, SERVERS, METRICS, now_ms, ())
+    found = renewal(tmp_path, store).renew(version, mature, SERVERS, METRICS, now_ms, ())
     # Then they are learned again, with their errors, as soon as there are five days of them
     assert (found is not None) == is_learned
     if found is not None:
         assert np.isfinite(found.books.errors.edges).all()
         tomorrow = now_ms + DAY * BIN_MS
-        again = renewal(tmp_path, store).renewed(version, found, SERVERS, METRICS, tomorrow, ())
+        again = renewal(tmp_path, store).renew(version, found, SERVERS, METRICS, tomorrow, ())
         assert again is None, "and not every day"
 
 
@@ -116,9 +116,9 @@ def test_more_days_are_never_given_up_for_fewer(tmp_path: Path) -> None:
     assert version is not None
     known = young(10)
     few = RowStore(rows_of(made_grid(), FIRST_TEST_BIN - 9 * DAY, FIRST_TEST_BIN + 12))
-    assert renewal(tmp_path, few).renewed(version, known, SERVERS, METRICS, NOW_MS, ()) is None
+    assert renewal(tmp_path, few).renew(version, known, SERVERS, METRICS, NOW_MS, ()) is None
     enough = RowStore(rows_of(made_grid(), FIRST_TEST_BIN - 10 * DAY, FIRST_TEST_BIN + 12))
-    assert renewal(tmp_path, enough).renewed(version, known, SERVERS, METRICS, NOW_MS, ()) is not None
+    assert renewal(tmp_path, enough).renew(version, known, SERVERS, METRICS, NOW_MS, ()) is not None
 
 
 def test_nothing_is_learned_while_the_fleet_drifts_nor_by_who_may_not_write(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_damaged_reference_is_passed_over_with_a_warning(
     version = registry_with(tmp_path, young(10)).baseline_in_force()
     assert version is not None
     own = renewal(tmp_path, whole_store())
-    own.renewed(version, own.saved(version), SERVERS, METRICS, NOW_MS, ())
+    own.renew(version, own.saved(version), SERVERS, METRICS, NOW_MS, ())
     renewed = tmp_path / "drift_reference" / f"{VERSION}.npz"
     for path, names in ((renewed, ("renewed", "both")), (version.reference_path, ("own", "both"))):
         if damage in names:
@@ -160,7 +160,7 @@ def test_a_reference_of_another_time_zone_is_learned_anew(tmp_path: Path) -> Non
     settings = DriftSettings(timezone="Asia/Tokyo")
     own = ReferenceRenewal(whole_store().read_predictions, settings, BIN_MS, tmp_path / "drift_reference")
     assert own.saved(version) is None
-    found = own.renewed(version, None, SERVERS, METRICS, NOW_MS, ())
+    found = own.renew(version, None, SERVERS, METRICS, NOW_MS, ())
     assert found is not None
     assert found.timezone == "Asia/Tokyo"
     assert (found.end_ms + 9 * 3_600_000) % (DAY * BIN_MS) == 0, "up to midnight in Tokyo"

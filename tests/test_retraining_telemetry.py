@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from test_calibrated_monitor import changed_grid, reading_of
+from test_calibrated_monitor import changed_grid, report_of
 
 from fleetcast.clock import FakeClock
-from fleetcast.drift.report import DriftReading, WindowFacts
+from fleetcast.drift.report import DriftReport, WindowFacts
 from fleetcast.drift.seasonal.detector import COLLECTING, READY
 from fleetcast.retraining.decision import Decision, TrainingLog, TrainingStamp
 from fleetcast.retraining.report import NOTHING, RetrainingCheck
@@ -22,13 +22,13 @@ from fleetcast.schema import QuietVerdict, SafeguardCheck
 NOW = datetime(2026, 1, 15, 10, 0, tzinfo=UTC)
 SCORES = {"per": 0.08, "dss": 0.25, "fds": 0.1, "anomaly_rate": 0.01, "combined_score": 0.129}
 LIMITS = {"per": 0.1, "dss": 0.2, "fds": 0.15, "anomaly_rate": 0.05, "combined_score": 0.12}
-READING = DriftReading(
+REPORT = DriftReport(
     SCORES, True, ("dss",), LIMITS, {}, {}, READY, "", WindowFacts(1000, 1000, 840), None, "v1", {},
     per_by_horizon={1: 0.08, 96: 0.3},
 )  # fmt: skip
 CHECK = RetrainingCheck(
     NOW,
-    READING,
+    REPORT,
     QuietVerdict(is_quiet=True, reason=""),
     Decision(
         True, "drift", "dss over its limit", (SafeguardCheck("min_hours_between_training", 7.0, 6, True),)
@@ -75,22 +75,22 @@ def test_scores_stand_beside_their_thresholds(path: Path) -> None:
 def test_with_the_calibrated_basis_the_literal_scores_and_the_false_alarms_stand_beside(
     path: Path, tmp_path: Path
 ) -> None:
-    reading = reading_of(tmp_path, changed_grid())
+    report = report_of(tmp_path, changed_grid())
 
-    RetrainingTelemetry(path, FakeClock(NOW)).write(replace(CHECK, reading=reading), RetrainingState())
+    RetrainingTelemetry(path, FakeClock(NOW)).write(replace(CHECK, report=report), RetrainingState())
 
     found = _samples(path)
-    assert found["drift_score", "dss"] == reading.metrics["dss"]
-    assert found["drift_literal_score", "dss"] == reading.literal["dss"] != reading.metrics["dss"]
+    assert found["drift_score", "dss"] == report.metrics["dss"]
+    assert found["drift_literal_score", "dss"] == report.literal["dss"] != report.metrics["dss"]
     assert found["drift_basis_info", "calibrated"] == 1
     assert (found["drift_series_in_alarm", ""], found["drift_series_compared", ""]) == (6, 10)
     assert (found["drift_false_alarms_per_month", "target"], found["data_quality_events", ""]) == (1, 0)
 
 
 def test_what_is_not_known_is_left_out_rather_than_zero(path: Path) -> None:
-    reading = replace(READING, status=COLLECTING, per_by_horizon={})
+    report = replace(REPORT, status=COLLECTING, per_by_horizon={})
 
-    RetrainingTelemetry(path, FakeClock(NOW)).write(replace(CHECK, reading=reading), RetrainingState())
+    RetrainingTelemetry(path, FakeClock(NOW)).write(replace(CHECK, report=report), RetrainingState())
 
     found = _samples(path)
     assert found["drift_ready", ""] == 0

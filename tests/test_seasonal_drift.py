@@ -21,7 +21,7 @@ from rhythm_fleet import (
     usual_reference,
 )
 
-from fleetcast.drift.seasonal.detector import DriftVerdict, SeasonalDrift
+from fleetcast.drift.seasonal.detector import DriftVerdict, SeasonalDetector
 from fleetcast.drift.seasonal.quorum import QuorumRule, family_ratios
 from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.drift.seasonal.season import innovations, moves, traits
@@ -61,7 +61,7 @@ def test_an_unchanged_fleet_is_ready_and_asks_for_nothing() -> None:
 def test_identical_data_never_alarm() -> None:
     # Given very days the reference was made from, every hour of them
     grid, reference = made_grid(), usual_reference()
-    drift = SeasonalDrift(reference)
+    drift = SeasonalDetector(reference)
 
     for place in range(8 * DAY, REFERENCE_DAYS * DAY):
         drift.update(grid[:, :, place], START_MS + place * BIN_MS)
@@ -170,7 +170,7 @@ def test_sensors_that_stop_moving_are_events_and_no_drift() -> None:
 
 
 def test_nothing_is_judged_before_a_window_is_filled() -> None:
-    drift = SeasonalDrift(usual_reference())
+    drift = SeasonalDetector(usual_reference())
     assert drift.check().status == "collecting"
 
     drift.replay(made_grid()[:, :, :12], START_MS)
@@ -209,7 +209,7 @@ def test_a_restart_between_any_two_bins_changes_no_score() -> None:
     ran_through = following(grid, REFERENCE_DAYS - 4)
 
     first = grid.shape[2] - ran_through.memory_bins
-    restarted = SeasonalDrift(usual_reference())
+    restarted = SeasonalDetector(usual_reference())
     restarted.replay(grid[:, :, first:], START_MS + first * BIN_MS)
 
     before, after = ran_through.check(), restarted.check()
@@ -278,7 +278,7 @@ def test_missing_bins_between_updates_count_as_absent() -> None:
     grid[:, :, CHANGE : CHANGE + 40] = np.nan
     through = following(grid[:, :, : CHANGE + 100])
 
-    jumped = SeasonalDrift(usual_reference())
+    jumped = SeasonalDetector(usual_reference())
     first = (REFERENCE_DAYS - 2) * DAY
     for part in (range(first, CHANGE), range(CHANGE + 40, CHANGE + 100)):
         for place in part:
@@ -295,7 +295,7 @@ def test_forecast_errors_twice_as_large_are_drift_where_errors_are_known() -> No
     first = (REFERENCE_DAYS - 2) * DAY
 
     def judged(factor: float) -> DriftVerdict:
-        drift = SeasonalDrift(reference)
+        drift = SeasonalDetector(reference)
         drift.replay(grid[:, :, first:], START_MS + first * BIN_MS, factor * errors[:, :, first:])
         return drift.check()
 
@@ -305,7 +305,7 @@ def test_forecast_errors_twice_as_large_are_drift_where_errors_are_known() -> No
 
 
 def test_hostile_bins_are_refused_and_hostile_values_are_absent() -> None:
-    drift = SeasonalDrift(usual_reference())
+    drift = SeasonalDetector(usual_reference())
     values = np.full((len(SERVERS), len(METRICS)), np.inf, np.float32)
     drift.update(values, START_MS)
     assert drift.check().n_compared == 0
@@ -330,7 +330,7 @@ def test_a_saved_reference_gives_the_same_verdict(tmp_path: Path) -> None:
 
 def test_a_stricter_quorum_asks_for_more_of_the_fleet() -> None:
     grid = changed_grid(slice(0, 2))
-    strict = SeasonalDrift(usual_reference(), QuorumRule(quorum=0.5, sustained_quorum=0.5))
+    strict = SeasonalDetector(usual_reference(), QuorumRule(quorum=0.5, sustained_quorum=0.5))
     first = (REFERENCE_DAYS - 2) * DAY
     strict.replay(grid[:, :, first:], START_MS + first * BIN_MS)
 

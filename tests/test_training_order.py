@@ -68,7 +68,7 @@ def context(store: RowStore, *, with_baseline: bool = True) -> dict[str, object]
     monitor = DriftMonitor(settings=DriftSettings(basis="literal"))
     monitor.observe(evidence.window, "v1")
     quiet, decision = QuietVerdict(True, ""), Decision(True, "drift", "", ())
-    check = RetrainingCheck(NOW, monitor.reading(), quiet, decision, "", NOTHING)
+    check = RetrainingCheck(NOW, monitor.report(), quiet, decision, "", NOTHING)
     return training_context(check, evidence, source)
 
 

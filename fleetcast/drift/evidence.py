@@ -16,7 +16,7 @@ from typing import Protocol
 from fleetcast.clock import to_ms
 from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.drift.literal.window import DriftWindow, PairWindow
-from fleetcast.drift.seasonal.follower import SeasonalEvidence, SeasonalSource
+from fleetcast.drift.seasonal.follower import SeasonalEvidence, SeasonalFollower
 from fleetcast.drift.seasonal.renewal import FOLDER as REFERENCE_FOLDER
 from fleetcast.drift.seasonal.renewal import ReferenceRenewal
 from fleetcast.errors import CorruptFile
@@ -68,7 +68,7 @@ class DriftSource:
         self._settings = settings
         self._window = DriftWindow(self.read, settings, bin_ms)
         renewal = ReferenceRenewal(self.one_ahead, settings, bin_ms, folder / REFERENCE_FOLDER)
-        self._seasonal = SeasonalSource(self.one_ahead, renewal, settings, bin_ms)
+        self._seasonal = SeasonalFollower(self.one_ahead, renewal, settings, bin_ms)
         self._loaded: tuple[Version, Baseline, int] | None = None  # version, baseline, data end
 
     def evidence(self, served: str | None = None, *, may_renew: bool = False) -> DriftEvidence:

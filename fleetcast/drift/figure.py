@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetcast.clock import DAY_MS, from_ms
-from fleetcast.drift.report import CalibratedReading, DriftReading
+from fleetcast.drift.report import CalibratedReading, DriftReport
 from fleetcast.drift.seasonal.detector import DriftingSeries
 from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.drift.seasonal.settled import ReadForecasts, read_grid
@@ -112,7 +112,7 @@ class _Panel:
     changed_ms: int | None
 
 
-def drift_figure(reading: DriftReading, read: ReadForecasts) -> bytes:
+def drift_figure(report: DriftReport, read: ReadForecasts) -> bytes:
     """Return a PNG of the fleet's scores and its worst series.
 
     Args:
@@ -120,14 +120,14 @@ def drift_figure(reading: DriftReading, read: ReadForecasts) -> bytes:
     Raises:
         NotEnoughData: there is no calibrated verdict to show.
     """
-    found = reading.calibrated
+    found = report.calibrated
     if found is None:
         raise NotEnoughData("the figure shows calibrated scores, drift.basis is literal")
     if found.verdict is None or found.reference is None:
-        raise NotEnoughData(f"nothing to draw yet: {reading.status_reason or found.waiting_for}")
+        raise NotEnoughData(f"nothing to draw yet: {report.status_reason or found.waiting_for}")
     panels = [_panel(item, found.reference, found.verdict.end_ms, read) for item in _chosen(found)]
     canvas = PngCanvas(WIDTH, HEAD + PANEL * len(panels) + 10)
-    _head(canvas, reading)
+    _head(canvas, report)
     for place, panel in enumerate(panels):
         _draw(canvas, panel, HEAD + place * PANEL, found.reference.bin_ms)
     return canvas.png()
@@ -171,22 +171,22 @@ def _panel(
     )
 
 
-def _head(canvas: PngCanvas, reading: DriftReading) -> None:
-    found = reading.calibrated
+def _head(canvas: PngCanvas, report: DriftReport) -> None:
+    found = report.calibrated
     assert found is not None and found.verdict is not None, "the caller has looked"
-    verdict = "RETRAIN NOW" if reading.needs_retraining else "OK"
+    verdict = "RETRAIN NOW" if report.needs_retraining else "OK"
     end = f"{from_ms(found.verdict.end_ms):%Y-%m-%d %H:%M} UTC"
-    canvas.text(MARGIN, 10, f"Drift at {end}: {verdict} (status {reading.status})")
+    canvas.text(MARGIN, 10, f"Drift at {end}: {verdict} (status {report.status})")
     canvas.text(
         MARGIN,
         24,
         f"{len(found.drifting)} of {found.verdict.n_compared} compared series in alarm; "
-        f"model {reading.model_version}",
+        f"model {report.model_version}",
         GREY,
     )
     left, full = MARGIN + 110, 300
-    for place, (name, value) in enumerate(reading.metrics.items()):
-        top, limit = 44 + place * 17, reading.thresholds[name]
+    for place, (name, value) in enumerate(report.metrics.items()):
+        top, limit = 44 + place * 17, report.thresholds[name]
         share = min(value / limit if limit else 0.0, _FULL_BAR) / _FULL_BAR
         canvas.text(MARGIN, top + 3, name)
         canvas.rectangle(left, top, left + full, top + 13, PALE)

@@ -264,7 +264,7 @@ class BaselineFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class DriftReading:
+class DriftReport:
     """One check of the drift window."""
 
     metrics: Mapping[str, float]  # per, dss, fds, anomaly_rate, combined_score

@@ -83,14 +83,14 @@ def training_context(
     Args:
         before: the context of the training before.
     """
-    drifting = [*_drifting(evidence, source, check.reading.calibrated)]
+    drifting = [*_drifting(evidence, source, check.report.calibrated)]
     if check.decision.rule == FOLLOW_UP:
         drifting += drifting_before(before)
     return {
         "rule": check.decision.rule,
         "made_at": iso_z(check.at),
         "model_version": evidence.model_version,
-        "basis": check.reading.basis,
+        "basis": check.report.basis,
         "drifting": drifting,
         "known_changes": known_changes(evidence.seasonal.drift.reference) if evidence.seasonal.drift else [],
     }

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 
 from fleetcast.clock import iso_z
-from fleetcast.drift.report import DriftReading
+from fleetcast.drift.report import DriftReport
 from fleetcast.retraining.decision import Decision, safeguards_json
 from fleetcast.schema import QuietVerdict
 
@@ -23,17 +23,17 @@ MOST_LINES = 20  # a check
 
 
 class DriftLog:
-    """Compares each reading with the one before."""
+    """Compares each report with the one before."""
 
     def __init__(self) -> None:
         self._drifting: set[tuple[str, str]] = set()
         self._events: set[tuple[str, str, str | None]] = set()
 
-    def note(self, reading: DriftReading) -> None:
+    def note(self, report: DriftReport) -> None:
         """Log what began and what ended."""
-        if reading.calibrated is None or reading.calibrated.verdict is None:
+        if report.calibrated is None or report.calibrated.verdict is None:
             return
-        verdict = reading.calibrated.verdict
+        verdict = report.calibrated.verdict
         drifting = {(item.server_name, item.metric): item.sentence() for item in verdict.drifting}
         begun = [sentence for key, sentence in drifting.items() if key not in self._drifting]
         for sentence in begun[:MOST_LINES]:
@@ -60,7 +60,7 @@ class RetrainingCheck:
     """What was measured, decided and done."""
 
     at: datetime  # by the Clock
-    reading: DriftReading
+    report: DriftReport
     quiet: QuietVerdict
     decision: Decision
     initial_missing: str  # what an initial training lacks; "" = it is due, or not asked any more
@@ -78,9 +78,9 @@ class RetrainingCheck:
         return json.dumps(
             {
                 "at": iso_z(self.at),
-                "drift": self.reading.current_metrics(),
-                "drift_status": self.reading.status,
-                "model_version": self.reading.model_version,
+                "drift": self.report.current_metrics(),
+                "drift_status": self.report.status,
+                "model_version": self.report.model_version,
                 "initial_missing": self.initial_missing,
                 "quiet": asdict(self.quiet),
                 "safeguards": safeguards_json(decision.safeguards),
@@ -96,7 +96,7 @@ class RetrainingCheck:
 
     def as_text(self) -> str:
         """Return what `--once` prints."""
-        lines = [self.reading.as_text(), "", f"Quiet period: {'yes' if self.quiet.is_quiet else 'no'}"]
+        lines = [self.report.as_text(), "", f"Quiet period: {'yes' if self.quiet.is_quiet else 'no'}"]
         lines[-1] += "" if self.quiet.is_quiet else f" ({self.quiet.reason})"
         for name, value in self.quiet.measured.items():
             limit = self.quiet.limits.get(name)

@@ -20,7 +20,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from fleetcast.clock import Clock, SystemClock
-from fleetcast.drift.report import DriftReading
+from fleetcast.drift.report import DriftReport
 from fleetcast.drift.seasonal.detector import READY
 from fleetcast.errors import FleetcastError
 from fleetcast.files import write_atomic
@@ -47,7 +47,7 @@ class RetrainingTelemetry:
         """Replace the file. A disk that does not take it costs numbers, never a check."""
         self._count(state.attempts)
         wall_s = self._clock.now().timestamp()
-        families = [*_of_check(check, wall_s), *_of_drift(check.reading), *_of_state(state, self._ended)]
+        families = [*_of_check(check, wall_s), *_of_drift(check.report), *_of_state(state, self._ended)]
         registry = CollectorRegistry()
         registry.register(_Families(families))
         try:
@@ -93,27 +93,27 @@ def _of_check(check: RetrainingCheck, wall_s: float) -> Iterator[Metric]:
     yield _labelled("safeguard_passed", "1 when a safeguard lets a training pass", "safeguard", passed)
 
 
-def _of_drift(reading: DriftReading) -> Iterator[Metric]:
-    yield from _gauge("drift_ready", "1 with a verdict, 0 while data are collected", reading.status == READY)
+def _of_drift(report: DriftReport) -> Iterator[Metric]:
+    yield from _gauge("drift_ready", "1 with a verdict, 0 while data are collected", report.status == READY)
     yield from _gauge(
-        "needs_retraining", "1 when the drift scores ask for a training", reading.needs_retraining
+        "needs_retraining", "1 when the drift scores ask for a training", report.needs_retraining
     )
-    yield _labelled("drift_score", "drift of the window against the baseline", "score", reading.metrics)
-    yield _labelled("drift_threshold", "score at which a training is asked for", "score", reading.thresholds)
-    yield _labelled("drift_basis_info", "what the scores are taken on", "basis", {reading.basis: 1})
-    by_horizon = {str(horizon): per for horizon, per in reading.per_by_horizon.items()}
+    yield _labelled("drift_score", "drift of the window against the baseline", "score", report.metrics)
+    yield _labelled("drift_threshold", "score at which a training is asked for", "score", report.thresholds)
+    yield _labelled("drift_basis_info", "what the scores are taken on", "basis", {report.basis: 1})
+    by_horizon = {str(horizon): per for horizon, per in report.per_by_horizon.items()}
     yield _labelled(
         "prediction_error_ratio", "PER of the version in service, by bins ahead", "horizon_bins", by_horizon
     )
-    yield from _of_calibration(reading)
-    yield from _gauge("window_pairs", "(server, bin) pairs in the drift window", reading.window.pairs)
+    yield from _of_calibration(report)
+    yield from _gauge("window_pairs", "(server, bin) pairs in the drift window", report.window.pairs)
 
 
-def _of_calibration(reading: DriftReading) -> Iterator[Metric]:
-    found = reading.calibrated
+def _of_calibration(report: DriftReport) -> Iterator[Metric]:
+    found = report.calibrated
     if found is None or found.verdict is None or found.reference is None:
         return
-    yield _labelled("drift_literal_score", "the literal metrics, reported only", "score", reading.literal)
+    yield _labelled("drift_literal_score", "the literal metrics, reported only", "score", report.literal)
     yield from _gauge("drift_series_in_alarm", "series over their calibrated limit", len(found.drifting))
     yield from _gauge("drift_series_compared", "series that are judged", found.verdict.n_compared)
     yield from _gauge(

@@ -19,7 +19,7 @@ from fleetcast.bins import RECENT_BINS
 from fleetcast.clock import DAY_MS
 from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.drift.seasonal.reference import Reference
-from fleetcast.drift.seasonal.renewal import learned_reference
+from fleetcast.drift.seasonal.renewal import learn_reference
 from fleetcast.drift.seasonal.settled import ReadForecasts, read_grid
 from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.forecast.predictor import Forecaster
@@ -173,7 +173,7 @@ def training_reference(
     for item in changed:
         changed_ms[item.server, item.metric] = grid.start_ms + item.since_bin * grid.bin_ms
     settled = read_grid(read, grid.server_names, grid.metrics, (grid.start_ms, grid.end_ms), grid.bin_ms)
-    return learned_reference(
+    return learn_reference(
         grid.values,
         grid.server_names,
         grid.metrics,

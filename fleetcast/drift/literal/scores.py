@@ -83,7 +83,7 @@ def n_rows(*tables: Mapping[str, Floats]) -> int:
     return lengths.pop() if lengths else 0
 
 
-def extended(
+def extend(
     old: Mapping[str, Floats], n_old: int, new: Mapping[str, Floats], n_new: int, keep: int
 ) -> dict[str, Floats]:
     """Return the newest `keep` rows of `old` followed by `new`; a metric one lacks is absent there."""
@@ -132,7 +132,7 @@ Columns = Mapping[str, Floats]  # metric -> (row,), NaN = absent
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class MetricReference:
+class MetricBaseline:
     """What the values of one metric looked like when the model was trained."""
 
     sorted_values: Floats  # a sample or evenly spaced quantiles, ascending; never empty where n > 0
@@ -158,7 +158,7 @@ class MetricScores:
         return {"per": self.per, "dss": self.dss, "fds": self.fds, "anomaly_rate": self.anomaly_rate}
 
 
-def reference_of(values: Floats) -> MetricReference:
+def baseline_of(values: Floats) -> MetricBaseline:
     """Keep a sample of values exactly.
 
     >>> reference_of(np.array([3.0, 1.0, np.nan, 2.0])).sorted_values.tolist()
@@ -166,15 +166,15 @@ def reference_of(values: Floats) -> MetricReference:
     """
     present = np.sort(values[np.isfinite(values)].astype(np.float64))
     if not len(present):
-        return MetricReference(present, 0, 0.0, 0.0, 0.0)
+        return MetricBaseline(present, 0, 0.0, 0.0, 0.0)
     p95 = float(np.quantile(present, 0.95))
-    return MetricReference(present, len(present), float(present.mean()), float(present.std()), p95)
+    return MetricBaseline(present, len(present), float(present.mean()), float(present.std()), p95)
 
 
-def references_from(baseline: Baseline) -> dict[str, MetricReference]:
+def baselines_from(baseline: Baseline) -> dict[str, MetricBaseline]:
     """Return the pooled sketches of a saved baseline, by metric."""
     return {
-        name: MetricReference(
+        name: MetricBaseline(
             baseline.quantiles[index],
             int(baseline.counts[index]),
             float(baseline.means[index]),
@@ -231,13 +231,13 @@ def ks_statistic(window: Floats, sorted_reference: Floats) -> float:
     return float(max(np.abs(own_on_it - on_it).max(), np.abs(own_before_it - before_it).max()))
 
 
-def mean_shift(values: Floats, reference: MetricReference, floor: float) -> float:
+def mean_shift(values: Floats, reference: MetricBaseline, floor: float) -> float:
     """Return the distance of the means in standard deviations of the reference, 1.0 at three or more."""
     distance = abs(float(values.mean()) - reference.mean) / max(reference.std, floor)
     return min(distance / SIGMAS, 1.0)
 
 
-def count_anomalies(values: Floats, reference: MetricReference, floor: float) -> int:
+def count_anomalies(values: Floats, reference: MetricBaseline, floor: float) -> int:
     """Count the values more than three standard deviations from the reference's mean."""
     return int((np.abs(values - reference.mean) > SIGMAS * max(reference.std, floor)).sum())
 
@@ -246,7 +246,7 @@ def score_window(
     predictions: Columns,
     actuals: Columns,
     features: Columns,
-    references: Mapping[str, MetricReference],
+    references: Mapping[str, MetricBaseline],
     settings: DriftSettings,
 ) -> MetricScores:
     """Return the four metrics of a window.
@@ -277,7 +277,7 @@ def score_window(
 
 
 def _why_not(
-    name: str, values: Floats, references: Mapping[str, MetricReference], settings: DriftSettings
+    name: str, values: Floats, references: Mapping[str, MetricBaseline], settings: DriftSettings
 ) -> str:
     n_window = int(np.isfinite(values).sum())
     if name not in references:
@@ -292,7 +292,7 @@ def _why_not(
 def error_rate(
     predictions: Columns,
     actuals: Columns,
-    references: Mapping[str, MetricReference],
+    references: Mapping[str, MetricBaseline],
     settings: DriftSettings,
 ) -> float:
     """Return PER: the mean relative error over every value of every metric that counts."""
@@ -300,7 +300,7 @@ def error_rate(
     for name in predictions:
         if name not in actuals or (references and name not in references):
             continue
-        reference = references.get(name) or reference_of(np.abs(actuals[name]))
+        reference = references.get(name) or baseline_of(np.abs(actuals[name]))
         errors = relative_errors(predictions[name], actuals[name], error_floor(name, reference.p95, settings))
         errors = errors[np.isfinite(errors)]
         needed = settings.min_values if references else 1

@@ -58,7 +58,7 @@ def series_drift(window: PairWindow, baseline: Baseline, top: int) -> list[Serie
         if metric in window.actuals and len(rows) and row_of:
             found += _metric_scores(window, baseline, column, rows)
     found.sort(key=lambda item: (-item[0], item[1], item[2]))
-    return [_described(window, baseline, rows, item) for item in found[:top]]
+    return [_describe(window, baseline, rows, item) for item in found[:top]]
 
 
 def _metric_scores(
@@ -70,7 +70,7 @@ def _metric_scores(
     is_known = np.isfinite(values) & (rows[window.servers] >= 0)
     codes, values, n_server = window.servers[is_known], values[is_known], len(rows)
     counts = np.bincount(codes, minlength=n_server)
-    z = hour_matched(baseline, column, rows[codes], window.target_ms[is_known], values)
+    z = hour_deviations(baseline, column, rows[codes], window.target_ms[is_known], values)
     divisor = np.maximum(counts, 1)
     shifts = np.abs(np.bincount(codes, weights=z, minlength=n_server)) / divisor
     ratios = _error_ratios(window, baseline, column, rows)
@@ -81,7 +81,7 @@ def _metric_scores(
     ]
 
 
-def hour_matched(baseline: Baseline, column: int, rows: Longs, times_ms: Longs, values: Floats) -> Floats:
+def hour_deviations(baseline: Baseline, column: int, rows: Longs, times_ms: Longs, values: Floats) -> Floats:
     """Return values in standard deviations from the mean of the same hour of the same series."""
     hours = times_ms // HOUR_MS % baseline.hour_counts.shape[-1]
     has_hour = baseline.hour_counts[rows, column, hours] >= _MIN_HOUR_VALUES
@@ -108,7 +108,7 @@ def _error_ratios(window: PairWindow, baseline: Baseline, column: int, rows: Lon
     return np.asarray(np.where(counts >= MIN_VALUES, means / own, np.nan))
 
 
-def _described(
+def _describe(
     window: PairWindow,
     baseline: Baseline,
     rows: Longs,
@@ -171,7 +171,7 @@ def change_times(
     changed = {}
     for (server, metric), (times_ms, values, errors) in _by_series(rows, version).items():
         server_rows = np.full(len(values), row_of[server], np.int64)
-        unusual = hour_matched(baseline, baseline.metrics.index(metric), server_rows, times_ms, values)
+        unusual = hour_deviations(baseline, baseline.metrics.index(metric), server_rows, times_ms, values)
         value_split, value_strength = split_point(unusual)
         is_own = np.isfinite(errors)  # forecasts of the version in service only
         error_split, error_strength = split_point(errors[is_own])

@@ -38,11 +38,11 @@ from fleetcast.drift.seasonal.quorum import (
     combined_ratio,
     family_ratios,
     fleet_ratios,
-    scaled_scores,
+    scale_scores,
 )
 from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.drift.seasonal.season import ABSENT, innovations, moves, traits
-from fleetcast.drift.seasonal.sensors import NEVER_STILL, DataQualityEvent, SensorWatch, measured
+from fleetcast.drift.seasonal.sensors import NEVER_STILL, DataQualityEvent, SensorWatch, measurements
 from fleetcast.drift.seasonal.statistics import (
     FAMILIES,
     FAMILY_OF,
@@ -200,7 +200,7 @@ def why_not_compared(
 _NEVER = -1
 
 
-class SeasonalDrift:
+class SeasonalDetector:
     """Follows one fleet; not thread safe. Bins go in in time order, gaps are filled as absent."""
 
     def __init__(self, reference: Reference, rule: QuorumRule | None = None) -> None:
@@ -262,7 +262,7 @@ class SeasonalDrift:
             if bin_ms < self._end_ms:
                 raise BadData(f"bins must come in time order: {bin_ms} starts before {self._end_ms}")
             self._fill(bin_ms)
-        self._take(measured(values).ravel(), bin_ms, errors)
+        self._take(measurements(values).ravel(), bin_ms, errors)
 
     def _fill(self, until_ms: int) -> None:
         assert self._end_ms is not None, "called after a first bin"
@@ -290,7 +290,7 @@ class SeasonalDrift:
         if errors is None:
             return np.full((len(admitted), 1), np.nan, np.float32)
         spreads = self.reference.shape.spreads[:, self._clock.slots(bins)]
-        size = np.abs(measured(errors).reshape(-1, 1)) / spreads
+        size = np.abs(measurements(errors).reshape(-1, 1)) / spreads
         return np.asarray(np.where(np.isfinite(admitted)[:, None], size, np.nan), np.float32)
 
     def _judge(self) -> None:
@@ -350,7 +350,7 @@ class SeasonalDrift:
         judged = self._judged()
         n_judged = int(judged.sum())
         sustained, ratios = self._sustained_shares(), self.fleet_ratios()
-        scores = scaled_scores(ratios, thresholds)
+        scores = scale_scores(ratios, thresholds)
         combined = float(combined_ratio(ratios, thresholds, weights, 1.0))
         alarms = held.max(axis=0) > 1
         drifts = bool((ratios > 1).any()) or combined > combined_threshold

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fleetcast.clock import DAY_MS, HOUR_MS
-from fleetcast.drift.seasonal.detector import SeasonalDrift
+from fleetcast.drift.seasonal.detector import SeasonalDetector
 from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.drift.seasonal.renewal import ReferenceRenewal, quorum_rule
 from fleetcast.drift.seasonal.settled import ReadForecasts, bins_at_once, settled_grid
@@ -29,14 +29,14 @@ TREND_H = 6  # the newer half is compared with the older
 class SeasonalEvidence:
     """The detector as of the newest settled bin; None and why, where there is none."""
 
-    drift: SeasonalDrift | None = None
+    drift: SeasonalDetector | None = None
     missing: str = ""
     version: str | None = None  # whose reference it is
     ratios: tuple[Floats32, ...] = field(default=())  # (family,) of the fleet, of the last hours
     unknown_servers: tuple[str, ...] = ()  # seen lately, not in the reference
 
 
-class SeasonalSource:
+class SeasonalFollower:
     """Follows the fleet again and again, reading no more than is new. Not thread safe."""
 
     def __init__(
@@ -46,7 +46,7 @@ class SeasonalSource:
         self._settings, self._bin_ms = settings, bin_ms
         self._key: tuple[str, str] | None = None  # version of the reference, version in service
         self._reference: Reference | None = None
-        self._drift: SeasonalDrift | None = None
+        self._drift: SeasonalDetector | None = None
         self._next_ms: int | None = None
         self._ratios: deque[Floats32] = deque(maxlen=max(2, TREND_H * HOUR_MS // bin_ms))
         self._last_seen: dict[str, int] = {}  # server -> newest settled bin
@@ -78,7 +78,7 @@ class SeasonalSource:
 
     def _begin(self, reference: Reference | None) -> None:
         self._reference = reference
-        self._drift = SeasonalDrift(reference, quorum_rule(self._settings)) if reference else None
+        self._drift = SeasonalDetector(reference, quorum_rule(self._settings)) if reference else None
         self._next_ms = None
         self._ratios.clear()
 
@@ -92,9 +92,7 @@ class SeasonalSource:
                 return False
             in_alarm = set(verdict.drifting_servers())
         live = self._live()
-        renewed = self._renewal.renewed(
-            in_force, self._reference, live, self._metrics, self._next_ms, in_alarm
-        )
+        renewed = self._renewal.renew(in_force, self._reference, live, self._metrics, self._next_ms, in_alarm)
         if renewed is not None:
             self._begin(renewed)
         return renewed is not None

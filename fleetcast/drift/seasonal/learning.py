@@ -34,8 +34,8 @@ from fleetcast.drift.seasonal.quorum import (
     QuorumRule,
     family_ratios,
     fleet_ratios,
-    held_over,
-    share_of,
+    running_minimum,
+    running_share,
     worst_ratio,
 )
 from fleetcast.drift.seasonal.season import (
@@ -408,7 +408,7 @@ def fit_all(
     return parts
 
 
-def sampled(chunks: list[FittedChunk], n_metrics: int) -> tuple[NDArray[np.int64], Floats32]:
+def sample(chunks: list[FittedChunk], n_metrics: int) -> tuple[NDArray[np.int64], Floats32]:
     """Return series of whole servers, evenly spread, and (statistic, series, step) of days left out."""
     sizes = [part.left_out.shape[1] for part in chunks]
     n_servers = sum(sizes) // n_metrics
@@ -490,10 +490,10 @@ def calibrate(
     """
     per_day = min(STEPS_PER_DAY, left_out.shape[2])
     ratios = family_ratios(left_out, limits[series])
-    held = held_over(ratios, rule.hold_bins(per_day))
+    held = running_minimum(ratios, rule.hold_bins(per_day))
     alarms = held.max(axis=0) > 1
     is_compared = np.isfinite(limits[series]).any(axis=1)
-    sustained = share_of(alarms, rule.sustained_bins(per_day))
+    sustained = running_share(alarms, rule.sustained_bins(per_day))
     worst = worst_ratio(fleet_ratios(held, sustained, int(is_compared.sum()), n_metrics, rule))
     n_days = worst.size // per_day if per_day else 0
     if not n_days or not is_compared.any():

@@ -107,7 +107,7 @@ def _kth_largest(values: Floats32, k: int, n: int) -> Floats32:
     return np.asarray(np.partition(values, place, axis=1)[:, place], np.float32)
 
 
-def scaled_scores(ratios: Floats32, thresholds: Mapping[str, float]) -> dict[str, float]:
+def scale_scores(ratios: Floats32, thresholds: Mapping[str, float]) -> dict[str, float]:
     """Return the four metrics on the specification's scale: threshold x ratio."""
     return {name: float(thresholds[name] * ratios[index]) for index, name in enumerate(FAMILIES)}
 
@@ -126,7 +126,7 @@ def worst_ratio(ratios: Floats32) -> Floats32:
     return np.asarray(np.maximum(ratios.max(axis=0), combined), np.float32)
 
 
-def held_over(ratios: Floats32, steps: int) -> Floats32:
+def running_minimum(ratios: Floats32, steps: int) -> Floats32:
     """Return the smallest of the last `steps` ratios along the last axis; 0 before there are so many."""
     if steps <= 1:
         return ratios
@@ -135,7 +135,7 @@ def held_over(ratios: Floats32, steps: int) -> Floats32:
     return np.asarray(windows.min(axis=-1), np.float32)
 
 
-def share_of(alarms: NDArray[np.bool_], steps: int) -> Floats32:
+def running_share(alarms: NDArray[np.bool_], steps: int) -> Floats32:
     """Return the share of the last `steps` that were in alarm, along the last axis."""
     total = np.cumsum(alarms, axis=-1, dtype=np.int32)
     before = np.zeros_like(total)

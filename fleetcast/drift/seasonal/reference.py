@@ -38,14 +38,14 @@ from fleetcast.drift.seasonal.learning import (
     joined_books,
     joined_shapes,
     own_quantiles,
-    sampled,
+    sample,
     series_limits,
     shared_growth,
     value_ranges,
 )
 from fleetcast.drift.seasonal.quorum import QuorumRule
 from fleetcast.drift.seasonal.season import LAGS_H, N_CODES, N_EDGES, WEEKDAYS, DayClock, Shape
-from fleetcast.drift.seasonal.sensors import clean_reference, measured
+from fleetcast.drift.seasonal.sensors import clean_reference, measurements
 from fleetcast.drift.seasonal.statistics import N_STATISTICS, Books
 from fleetcast.errors import BadData, CorruptFile, UnknownFormat
 from fleetcast.files import read_regular, write_atomic
@@ -58,7 +58,7 @@ Kind = TypeVar("Kind")
 def reference_bytes(reference: Any) -> bytes:
     """Return the content of a reference's file."""
     stream = io.BytesIO()
-    np.savez_compressed(stream, **{"format": np.int64(FORMAT), **_flattened(reference, "")})
+    np.savez_compressed(stream, **{"format": np.int64(FORMAT), **_flatten(reference, "")})
     return stream.getvalue()
 
 
@@ -76,32 +76,32 @@ def read_reference(path: Path, kind: type[Kind]) -> Kind:
     if found is None or found.shape or found != FORMAT:
         raise UnknownFormat(path, f"reference format {found}", hint=f"expected {FORMAT}")
     try:
-        loaded: Kind = _built(kind, arrays, "")
+        loaded: Kind = _build(kind, arrays, "")
         _check_rows(path, loaded)
     except (KeyError, TypeError, ValueError, IndexError, BadData) as error:
         raise CorruptFile(path, f"reference field missing or of the wrong kind: {error}") from error
     return loaded
 
 
-def _flattened(value: Any, prefix: str) -> dict[str, Any]:
+def _flatten(value: Any, prefix: str) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for item in fields(value):
         own = getattr(value, item.name)
         if is_dataclass(own):
-            out.update(_flattened(own, f"{prefix}{item.name}."))
+            out.update(_flatten(own, f"{prefix}{item.name}."))
         else:
             text = isinstance(own, tuple | str)
             out[prefix + item.name] = np.array(own, np.str_) if text else np.asarray(own)
     return out
 
 
-def _built(kind: Any, arrays: dict[str, Any], prefix: str) -> Any:
+def _build(kind: Any, arrays: dict[str, Any], prefix: str) -> Any:
     hints = get_type_hints(kind)
     values: dict[str, Any] = {}
     for item in fields(kind):
         name, hint = prefix + item.name, hints[item.name]
         if is_dataclass(hint):
-            values[item.name] = _built(hint, arrays, f"{name}.")
+            values[item.name] = _build(hint, arrays, f"{name}.")
         elif hint in (int, float, str):
             values[item.name] = hint(arrays[name].item())
         elif hint == tuple[str, ...]:
@@ -215,7 +215,7 @@ class Reference:
         Raises:
             BadData: shapes that do not fit each other.
         """
-        values, missed = _checked(grid, errors, server_names, metrics)
+        values, missed = _check(grid, errors, server_names, metrics)
         clock = DayClock(bin_ms, timezone)
         if changed_ms is not None:
             starts = start_ms + np.arange(values.shape[2], dtype=np.int64) * bin_ms
@@ -231,7 +231,7 @@ class Reference:
         limits = series_limits(own, shared, n_days)
         limits[n_days < min_days] = np.nan
         fleet = calibrate(
-            *sampled(chunks, len(metrics)), limits, len(metrics), rule or QuorumRule(), false_alarms_per_month
+            *sample(chunks, len(metrics)), limits, len(metrics), rule or QuorumRule(), false_alarms_per_month
         )
         return cls(
             server_names,
@@ -271,7 +271,7 @@ class Reference:
         return read_reference(path, cls)
 
 
-def _checked(
+def _check(
     grid: Floats32 | Floats,
     errors: Floats32 | Floats | None,
     servers: tuple[str, ...],
@@ -282,7 +282,7 @@ def _checked(
         raise BadData(f"grid must be (server, metric, bin) {expected}, none of them 0, got {grid.shape}")
     if errors is not None and errors.shape != grid.shape:
         raise BadData(f"errors must have the grid's shape {grid.shape}, got {errors.shape}")
-    return measured(grid), None if errors is None else measured(errors)
+    return measurements(grid), None if errors is None else measurements(errors)
 
 
 def _range_floors(flat: Floats32, n_metrics: int) -> Floats32:
@@ -315,7 +315,7 @@ def servers_without_errors(reference: Reference) -> tuple[str, ...]:
     return tuple(reference.server_names[row] for row in rows)
 
 
-def merged(old: Reference, newer: Reference) -> Reference:
+def merge(old: Reference, newer: Reference) -> Reference:
     """Return `old` with the servers of `newer` in place of its own, new ones behind.
 
     The fleet's calibration stays that of `old`.

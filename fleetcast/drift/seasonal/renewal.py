@@ -26,7 +26,7 @@ import numpy as np
 from fleetcast.clock import DAY_MS
 from fleetcast.drift.seasonal.learning import DAY_COVERAGE, MATURE_DAYS
 from fleetcast.drift.seasonal.quorum import QuorumRule
-from fleetcast.drift.seasonal.reference import Reference, immature_servers, merged, servers_without_errors
+from fleetcast.drift.seasonal.reference import Reference, immature_servers, merge, servers_without_errors
 from fleetcast.drift.seasonal.season import DayClock
 from fleetcast.drift.seasonal.settled import ReadForecasts, read_grid
 from fleetcast.errors import CorruptFile
@@ -42,7 +42,7 @@ def quorum_rule(settings: DriftSettings) -> QuorumRule:
     return QuorumRule(quorum=settings.quorum, sustained_quorum=settings.sustained_quorum)
 
 
-def learned_reference(
+def learn_reference(
     values: Floats32,
     server_names: tuple[str, ...],
     metrics: tuple[str, ...],
@@ -86,7 +86,7 @@ def learned_reference(
             min_days=settings.min_reference_days,
         )
         part = replace(part, start_days=np.maximum(part.start_days, starts[rows].ravel()))
-        learned = part if learned is None else merged(learned, part)
+        learned = part if learned is None else merge(learned, part)
     assert learned is not None, "there is at least one part"
     return learned
 
@@ -152,7 +152,7 @@ class ReferenceRenewal:
             logger.warning("reference passed over file=%s reason=other bins or time zone", path)
         return None
 
-    def renewed(
+    def renew(
         self,
         version: Version,
         known: Reference | None,
@@ -175,11 +175,11 @@ class ReferenceRenewal:
         young = [name for name in self._young(known, sorted(live)) if name not in in_alarm]
         if not young or not metrics:
             return None
-        newer = self._learned(known, tuple(young), known.metrics if known else tuple(sorted(metrics)), end_ms)
+        newer = self._learn(known, tuple(young), known.metrics if known else tuple(sorted(metrics)), end_ms)
         if newer is None:
             return None
         is_whole = known is None or set(known.server_names) <= set(newer.server_names)
-        reference = newer if is_whole or known is None else merged(known, newer)
+        reference = newer if is_whole or known is None else merge(known, newer)
         self._save(version.id, reference)
         logger.info(
             "drift reference renewed version=%s servers=%d of=%d compared_series=%d",
@@ -202,7 +202,7 @@ class ReferenceRenewal:
         young = (*young, *sorted(unjudged))
         return sorted(young, key=lambda name: days_of.get(name, 0))[:SERVERS_A_DAY]
 
-    def _learned(
+    def _learn(
         self, known: Reference | None, names: tuple[str, ...], metrics: tuple[str, ...], end_ms: int
     ) -> Reference | None:
         """Learn the servers of which more days are settled than their reference knows, if any."""
@@ -221,7 +221,7 @@ class ReferenceRenewal:
             return None
         chosen = tuple(names[row] for row in rows)
         first = int(np.flatnonzero(np.isfinite(grid.values[rows]).any(axis=(0, 1)))[0])
-        return learned_reference(
+        return learn_reference(
             grid.values[rows, :, first:],
             chosen,
             metrics,

@@ -90,7 +90,7 @@ class DayClock:
         return (local_bins // self.bins_per_day) % WEEKDAYS
 
 
-def sorted_medians(values: Floats32) -> Floats32:
+def medians(values: Floats32) -> Floats32:
     """Return the median over the last axis, NaN left out; all NaN gives NaN. Sorts a copy.
 
     numpy's nanmedian goes through masked arrays on short axes and takes ten times as long.
@@ -127,12 +127,12 @@ def slot_medians(days: Floats32, clock: DayClock) -> Floats32:
     """Return (series, slot): the usual value at each time of day."""
     gathered = days[:, :, slot_windows(clock, NEIGHBOUR_BINS)]  # (series, day, slot, bin)
     n_series, n_days, n_slots, n_bins = gathered.shape
-    return sorted_medians(np.moveaxis(gathered, 1, 2).reshape(n_series, n_slots, n_days * n_bins))
+    return medians(np.moveaxis(gathered, 1, 2).reshape(n_series, n_slots, n_days * n_bins))
 
 
 def bin_medians(days: Floats32) -> Floats32:
     """Return (series, bin of day): the usual value of each bin alone; a job of five minutes shows."""
-    return sorted_medians(np.moveaxis(days, 1, 2))
+    return medians(np.moveaxis(days, 1, 2))
 
 
 def weekday_medians(days: Floats32, weekdays: Longs, clock: DayClock) -> Floats32:

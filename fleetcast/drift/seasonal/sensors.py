@@ -37,7 +37,7 @@ class DataQualityEvent:
     since_ms: int
 
 
-def measured(values: NDArray[Any]) -> Floats32:
+def measurements(values: NDArray[Any]) -> Floats32:
     """Return values as float32 with NaN for what cannot be a measurement."""
     with np.errstate(invalid="ignore"):
         return np.where(np.abs(values) < LARGEST, values, np.nan).astype(np.float32)
