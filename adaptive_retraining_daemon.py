@@ -35,7 +35,7 @@ from fleetcast.retraining.report import ADVISED, BESIDE, NOTHING, STARTED, TRAIN
 from fleetcast.retraining.state import FAILED, STATE_FILE, Attempt
 from fleetcast.retraining.trainings import DECISIONS_FILE, Trainings
 from fleetcast.schema import QuietVerdict
-from fleetcast.settings import Settings
+from fleetcast.settings import CALIBRATED, Settings
 
 __all__ = ["AdaptiveRetrainingDaemon", "RetrainingDecisionEngine"]
 
@@ -197,15 +197,14 @@ class AdaptiveRetrainingDaemon:
         """Measure drift and quiet, and decide."""
         self._inquiry.look(self.stop)
         evidence = self._source.evidence(self._inquiry.served_version, may_renew=is_owner)
-        self._monitor.set_baseline(evidence.baseline)
-        self._monitor.observe(evidence.window, evidence.model_version, evidence.seasonal)
+        self._monitor.observe(evidence)
         report = self._monitor.report()
         self._drift_log.note(report)
         has_model = self._registry.current_id() is not None  # a rejected first candidate is none either
         missing = "" if has_model else self._readiness.why_not()
         initial_due = not has_model and not missing
         is_quiet = self.check_quiet_period() or (initial_due and self.quiet.is_host_quiet)
-        hours = self._settings.decision.follow_up_hours if report.calibrated else 0.0
+        hours = self._settings.decision.follow_up_hours if report.basis == CALIBRATED else 0.0
         decision = self.engine.decide(
             report.current_metrics(),
             is_quiet,

@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fleetcast.clock import Clock, SystemClock
-from fleetcast.drift.evidence import DriftSource
+from fleetcast.drift.evidence import DriftEvidence, DriftSource
 from fleetcast.drift.figure import drift_figure
 from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.drift.literal.scores import (
@@ -30,21 +32,16 @@ from fleetcast.drift.literal.scores import (
 )
 from fleetcast.drift.literal.series import SeriesDrift, series_drift
 from fleetcast.drift.literal.window import PairWindow
-from fleetcast.drift.report import (
-    BaselineFacts,
-    CalibratedReading,
-    DriftReport,
-    WindowFacts,
-    calibrated_reading,
-)
-from fleetcast.drift.seasonal.detector import COLLECTING, READY
-from fleetcast.drift.seasonal.follower import SeasonalEvidence
+from fleetcast.drift.report import DriftReport
+from fleetcast.drift.seasonal.detector import COLLECTING, READY, DriftVerdict
+from fleetcast.drift.seasonal.quorum import THRESHOLDS
+from fleetcast.drift.seasonal.statistics import FAMILIES
 from fleetcast.errors import BadData, ExitCode
 from fleetcast.files import write_atomic, write_json
 from fleetcast.forecast.registry import Registry
 from fleetcast.program import models_dir, run_program
 from fleetcast.setting import override
-from fleetcast.settings import CALIBRATED, DriftSettings, load_settings
+from fleetcast.settings import CALIBRATED, LITERAL, DriftSettings, load_settings
 
 METRICS_FILE = "drift_metrics.json"
 TOP_SERIES = 10
@@ -100,21 +97,20 @@ class DriftMonitor:
         self._actuals: Columns = {}
         self._features: Columns = {}
         self._n_rows = 0
-        self._pairs: PairWindow | None = None  # None: fed by update()
-        self._model_version: str | None = None
-        self._seasonal: SeasonalEvidence | None = None  # None: the literal metrics decide
+        self._evidence: DriftEvidence | None = None  # None: fed by update()
+        self._is_seasonal = False  # whether the seasonal detector decides
         self._baseline: Baseline | None = None
-        self._references: Mapping[str, MetricBaseline] = {}
+        self._metric_baselines: Mapping[str, MetricBaseline] = {}
         self.set_baseline(baseline)
 
     def set_baseline(self, baseline: Any) -> None:
         """Compare with `baseline` from now on: a `Baseline`, a DataFrame, a mapping of arrays, or None."""
         if isinstance(baseline, Baseline):
-            self._baseline, self._references = baseline, baselines_from(baseline)
+            self._baseline, self._metric_baselines = baseline, baselines_from(baseline)
             return
         columns = {} if baseline is None else float_columns(baseline, "baseline")
         self._baseline = None
-        self._references = {name: baseline_of(values) for name, values in columns.items()}
+        self._metric_baselines = {name: baseline_of(values) for name, values in columns.items()}
 
     def update(self, predictions: Any, actuals: Any = None, features: Any = None) -> None:
         """Add rows to the window, which keeps the newest `window_size`.
@@ -139,19 +135,18 @@ class DriftMonitor:
             for have, more in zip(old, new, strict=True)
         )
         self._n_rows = min(self._n_rows + n_new, self.window_size)
-        self._pairs = self._seasonal = None
+        self._evidence, self._is_seasonal = None, False
 
-    def observe(
-        self, pairs: PairWindow, model_version: str | None, seasonal: SeasonalEvidence | None = None
-    ) -> None:
-        """Look at a window read from the buffer instead; its actuals are the features.
+    def observe(self, evidence: DriftEvidence) -> None:
+        """Look at evidence read from the buffer instead; its actuals are the features.
 
-        Args:
-            seasonal: the calibrated detector's state; with the basis `calibrated` it decides.
+        With the basis `calibrated` the seasonal detector in it decides.
         """
+        pairs = evidence.window
+        self.set_baseline(evidence.baseline)
         self._predictions, self._actuals, self._features = pairs.one_ahead, pairs.actuals, pairs.actuals
-        self._n_rows, self._pairs, self._model_version = len(pairs), pairs, model_version
-        self._seasonal = seasonal if self._settings.basis == CALIBRATED else None
+        self._n_rows, self._evidence = len(pairs), evidence
+        self._is_seasonal = evidence.is_seasonal and self._settings.basis == CALIBRATED
 
     def calculate_drift_metrics(self) -> dict[str, Any]:
         """Return per, dss, fds, anomaly_rate, combined_score and needs_retraining."""
@@ -167,38 +162,35 @@ class DriftMonitor:
 
     def report(self) -> DriftReport:
         """Score the window as it is now."""
-        scores, limits = self._scores(slice(None)), self._limits()
+        limits, scores, is_seasonal = self._limits(), self._scores(slice(None)), self._is_seasonal
         literal = {**scores.by_name(), "combined_score": self._combined(scores)}
-        calibrated = self._calibrated(limits)
-        metrics = literal
-        if calibrated is not None:
-            metrics = {**calibrated.scores, "combined_score": calibrated.combined}
+        verdict = self._verdict(limits)
+        metrics = _seasonal_metrics(verdict) if is_seasonal else literal
         exceeded = tuple(name for name, limit in limits.items() if metrics[name] > limit)
-        waiting = self._why_collecting(scores, calibrated)
+        waiting_for = self._why_no_verdict(verdict)
+        collecting = self._why_collecting(scores, waiting_for)
         return DriftReport(
             metrics=metrics,
-            needs_retraining=bool(exceeded) and not waiting,
+            needs_retraining=bool(exceeded) and not collecting,
             exceeded=exceeded,
             thresholds=limits,
             weights=dict(self.weights),
-            trends=self._trends(limits) if calibrated is None else calibrated.trends,
-            status=COLLECTING if waiting else READY,
-            status_reason=waiting,
-            window=WindowFacts.of(self._pairs, self._n_rows, self.window_size),
-            baseline=BaselineFacts.of(self._baseline) if self._references else None,
-            model_version=self._model_version,
+            trends=self._seasonal_trends(limits) if is_seasonal else self._literal_trends(limits),
+            status=COLLECTING if collecting else READY,
+            status_reason=collecting,
+            n_pairs=self._n_rows,
+            window_size=self.window_size,
+            has_baseline=bool(self._metric_baselines),
+            baseline=self._baseline,
+            evidence=self._evidence,
             not_compared=scores.not_compared,
             per_by_horizon=self._per_by_horizon(),
-            top=self._top_series() if calibrated is None else (),
+            top=() if is_seasonal else self._top_series(),
             literal=literal,
-            calibrated=calibrated,
+            basis=CALIBRATED if is_seasonal else LITERAL,
+            verdict=verdict,
+            waiting_for=waiting_for,
         )
-
-    def _calibrated(self, limits: Mapping[str, float]) -> CalibratedReading | None:
-        if self._seasonal is None:
-            return None
-        weights = {name: _entry(self.weights, f"{short}_weight") for name, short in _SPELLED.items()}
-        return calibrated_reading(self._seasonal, limits, weights, self._settings.min_reference_days)
 
     def _limits(self) -> dict[str, float]:
         return {
@@ -206,16 +198,19 @@ class DriftMonitor:
             "combined_score": self.combined_threshold,
         }
 
+    def _weights(self) -> dict[str, float]:
+        return {name: _entry(self.weights, f"{short}_weight") for name, short in _SPELLED.items()}
+
     def _combined(self, scores: MetricScores) -> float:
-        weights = (_entry(self.weights, f"{short}_weight") for short in _SPELLED.values())
-        return sum(weight * value for weight, value in zip(weights, scores.by_name().values(), strict=True))
+        values = scores.by_name()
+        return sum(weight * values[name] for name, weight in self._weights().items())
 
     def _scores(self, rows: slice) -> MetricScores:
         tables = (self._predictions, self._actuals, self._features)
         cut = [{name: column[rows] for name, column in table.items()} for table in tables]
-        return score_window(cut[0], cut[1], cut[2], self._references, self._settings)
+        return score_window(cut[0], cut[1], cut[2], self._metric_baselines, self._settings)
 
-    def _trends(self, limits: Mapping[str, float]) -> dict[str, str]:
+    def _literal_trends(self, limits: Mapping[str, float]) -> dict[str, str]:
         """Compare the older half of the window with the newer: a restart sees the same trend."""
         middle = self._n_rows // 2
         older, newer = self._scores(slice(0, middle)), self._scores(slice(middle, None))
@@ -226,41 +221,90 @@ class DriftMonitor:
             for name in before
         }
 
-    def _why_collecting(self, scores: MetricScores, calibrated: CalibratedReading | None) -> str:
-        """Return what is missing for a verdict, or ""."""
-        if self._pairs is not None and self._model_version is None:
-            return "no model in service yet"
-        if calibrated is None and not self._references:
-            return "no baseline"
-        if self._pairs is not None:
-            needed = min(self._settings.min_pairs, self._pairs.size)
-            if len(self._pairs) < needed:
-                return f"{len(self._pairs)} pairs of the model in service, {needed} needed"
-            span_s, needed_s = self._pairs.span_ms / 1000, self._settings.min_span_s
-            if span_s < needed_s:
-                return f"{span_s / 3600:.1f} h of the model in service, {needed_s / 3600:.1f} h needed"
-        if calibrated is not None:
-            return calibrated.waiting_for
-        return "" if scores.compared else "no metric has enough values in both window and baseline"
-
     def _per_by_horizon(self) -> dict[int, float]:
-        if self._pairs is None:
+        if self._evidence is None:
             return {}
         return {
-            horizon: error_rate(columns, self._actuals, self._references, self._settings)
-            for horizon, columns in self._pairs.forecasts.items()
+            horizon: error_rate(columns, self._actuals, self._metric_baselines, self._settings)
+            for horizon, columns in self._evidence.window.forecasts.items()
         }
 
     def _top_series(self) -> tuple[SeriesDrift, ...]:
-        if self._pairs is None or self._baseline is None:
+        if self._evidence is None or self._baseline is None:
             return ()
-        return tuple(series_drift(self._pairs, self._baseline, TOP_SERIES))
+        return tuple(series_drift(self._evidence.window, self._baseline, TOP_SERIES))
+
+    def _verdict(self, limits: Mapping[str, float]) -> DriftVerdict | None:
+        """Let the seasonal detector judge, where it decides and has a reference.
+
+        The scale stays the specification's when a threshold is edited, so that a threshold twice
+        as high asks for twice the calibrated limit.
+        """
+        if not self._is_seasonal or self._evidence is None or self._evidence.detector is None:
+            return None
+        return self._evidence.detector.check(THRESHOLDS, self._weights(), limits["combined_score"])
+
+    def _seasonal_trends(self, limits: Mapping[str, float]) -> dict[str, str]:
+        """Compare the older half of the last hours with the newer."""
+        ratios = self._evidence.fleet_ratios if self._evidence else ()
+        middle = len(ratios) // 2
+        if not middle:
+            return dict.fromkeys(FAMILIES, "stable")
+        older, newer = (np.mean(half, axis=0) for half in (ratios[:middle], ratios[middle:]))
+        return {
+            name: trend(
+                THRESHOLDS[name] * float(older[row]), THRESHOLDS[name] * float(newer[row]), limits[name]
+            )
+            for row, name in enumerate(FAMILIES)
+        }
+
+    def _why_no_verdict(self, verdict: DriftVerdict | None) -> str:
+        """Return what the seasonal detector lacks for a verdict, or "" (also where it is not asked)."""
+        if not self._is_seasonal or self._evidence is None:
+            return ""
+        if verdict is None:
+            return self._evidence.missing
+        if verdict.status == READY:
+            return ""
+        if verdict.reference.is_compared.any():
+            return "not enough bins of the newest hours yet"
+        days = int(verdict.reference.n_days.max(initial=0))
+        return f"{days} days known of any series, {self._settings.min_reference_days} needed"
+
+    def _why_collecting(self, scores: MetricScores, waiting_for: str) -> str:
+        """Return what is missing for a verdict by the scores that decide, or ""."""
+        evidence = self._evidence
+        if evidence is not None and evidence.model_version is None:
+            return "no model in service yet"
+        if not self._is_seasonal and not self._metric_baselines:
+            return "no baseline"
+        if evidence is not None and (too_short := self._why_too_short(evidence.window)):
+            return too_short
+        if self._is_seasonal:
+            return waiting_for
+        return "" if scores.compared else "no metric has enough values in both window and baseline"
+
+    def _why_too_short(self, window: PairWindow) -> str:
+        needed = min(self._settings.min_pairs, window.size)
+        if len(window) < needed:
+            return f"{len(window)} pairs of the model in service, {needed} needed"
+        span_s, needed_s = window.span_ms / 1000, self._settings.min_span_s
+        if span_s < needed_s:
+            return f"{span_s / 3600:.1f} h of the model in service, {needed_s / 3600:.1f} h needed"
+        return ""
 
 
 def _entry(table: Mapping[str, float], key: str) -> float:
     if key not in table:
         raise BadData(f"{key} is missing, got only {', '.join(table) or 'nothing'}")
     return float(table[key])
+
+
+def _seasonal_metrics(verdict: DriftVerdict | None) -> dict[str, float]:
+    """Return a verdict's scores, all 0 where there is none."""
+    if verdict is None:
+        return dict.fromkeys((*FAMILIES, "combined_score"), 0.0)
+    return {**verdict.scores, "combined_score": verdict.combined}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -279,9 +323,8 @@ def _print_report(config: Path | None, plot: Path | None) -> int:
     store = DataBuffer(settings.paths.data_buffer_dir, settings.buffer.retention_days)
     registry = Registry(Path(settings.paths.checkpoint_dir), models_dir(settings))
     source = DriftSource(store, registry, settings.drift, settings.bins.bin_s * 1000)
-    evidence = source.evidence()
-    monitor = DriftMonitor(settings.drift.window_size, evidence.baseline, settings=settings.drift)
-    monitor.observe(evidence.window, evidence.model_version, evidence.seasonal)
+    monitor = DriftMonitor(settings.drift.window_size, settings=settings.drift)
+    monitor.observe(source.evidence())
     print(monitor.generate_report())
     if plot:
         write_atomic(plot, drift_figure(monitor.report(), source.one_ahead))

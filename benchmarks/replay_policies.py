@@ -23,7 +23,7 @@ from fleetcast.retraining.quiet import CPU, MEM, FleetLoad, FleetMean, HostLoad,
 from fleetcast.retraining.report import NOTHING, RetrainingCheck
 from fleetcast.retraining.state import PROMOTED, REJECTED, Attempt
 from fleetcast.schema import Floats32, QuietVerdict
-from fleetcast.settings import Settings
+from fleetcast.settings import CALIBRATED, Settings
 
 NEVER, WEEKLY, DAILY, LITERAL, OURS, ORACLE = "never", "weekly", "daily", "literal", "ours", "oracle"
 POLICIES = (NEVER, WEEKLY, DAILY, LITERAL, OURS, ORACLE)
@@ -119,10 +119,9 @@ class Engine:
     def wants(self, end: int) -> Context | None:
         now = self._clock.now()
         evidence = self._source.evidence(may_renew=True)
-        self._monitor.set_baseline(evidence.baseline)
-        self._monitor.observe(evidence.window, evidence.model_version, evidence.seasonal)
+        self._monitor.observe(evidence)
         report, quiet = self._monitor.report(), self._week.judged(self._quiet(end), now)
-        hours = self._limits.follow_up_hours if report.calibrated else 0.0
+        hours = self._limits.follow_up_hours if report.basis == CALIBRATED else 0.0
         decision = self._engine.decide(
             report.current_metrics(),
             quiet.is_quiet,

@@ -132,7 +132,7 @@ def test_drift_starts_a_training_whose_new_model_restarts_the_window(fleet: Smal
     assert state()["total_trainings"] == len(state()["training_history"]) == 1
     told.answers = quiet_answers(attempt["version"])
     check = own.run_check_cycle()
-    assert (check.report.status, check.report.window.pairs) == ("collecting", 0)
+    assert (check.report.status, check.report.n_pairs) == ("collecting", 0)
     assert check.decision.rule == "none"
 
 
@@ -235,9 +235,9 @@ def test_the_version_the_inference_daemon_serves_counts_not_the_newest_on_disk(
     fleet: SmallFleet, told: Told
 ) -> None:
     told.answers = quiet_answers("some-other-version")
-    assert daemon(told).run_check_cycle().report.window.pairs == 0
+    assert daemon(told).run_check_cycle().report.n_pairs == 0
     told.answers = {**quiet_answers(None)}
-    assert daemon(told).run_check_cycle().report.window.pairs == 120
+    assert daemon(told).run_check_cycle().report.n_pairs == 120
 
 
 def test_a_damaged_baseline_means_collecting_and_a_warning(

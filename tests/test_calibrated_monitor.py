@@ -38,8 +38,8 @@ def changed_grid(by: float = 30.0) -> Grid:
 def monitor_of(folder: Path, store: RowStore, own: DriftSettings | None = None) -> DriftMonitor:
     own = own or DriftSettings()
     evidence = source_of(folder, store, settings=own).evidence(VERSION)
-    monitor = DriftMonitor(baseline=evidence.baseline, settings=own, clock=FakeClock())
-    monitor.observe(evidence.window, evidence.model_version, evidence.seasonal)
+    monitor = DriftMonitor(settings=own, clock=FakeClock())
+    monitor.observe(evidence)
     return monitor
 
 
@@ -93,7 +93,7 @@ def test_a_higher_threshold_is_less_sensitive_on_the_same_scale(tmp_path: Path) 
 def test_literal_basis_decides_by_the_literal_four_only(tmp_path: Path) -> None:
     monitor = monitor_of(tmp_path, store_of(made_grid(), END), replace(AN_HOUR, basis="literal"))
     report = monitor.report()
-    assert (report.basis, report.calibrated) == ("literal", None)
+    assert (report.basis, report.verdict) == ("literal", None)
     assert report.metrics == report.literal
     assert report.needs_retraining
 
@@ -115,8 +115,7 @@ def test_one_broken_server_is_named_and_starts_nothing(tmp_path: Path) -> None:
     grid = made_grid()
     grid[0, :, CHANGE:] = grid[0, :, CHANGE:] * 3 + 500
     report = report_of(tmp_path, grid)
-    assert report.calibrated is not None
-    assert {item.server_name for item in report.calibrated.drifting} == {SERVERS[0]}
+    assert {item.server_name for item in report.drifting} == {SERVERS[0]}
     assert report.needs_retraining is False, report.as_text()
 
 
@@ -126,8 +125,7 @@ def test_an_outage_and_a_frozen_sensor_are_data_quality_not_drift(tmp_path: Path
     grid[3, 0, END - 150 :] = grid[3, 0, END - 150]
     report = report_of(tmp_path, grid)
     assert not report.needs_retraining
-    assert report.calibrated is not None
-    events = report.calibrated.as_json()["data_quality"]
+    events = report.as_json(FakeClock().now())["calibrated"]["data_quality"]
     assert [(event["kind"], event["server"]) for event in events] == [
         ("outage", SERVERS[1]),
         ("outage", SERVERS[2]),
@@ -150,14 +148,14 @@ def test_after_a_rejected_training_the_same_drift_is_not_judged_again(tmp_path: 
     grid = changed_grid()
     store = RowStore(missed_on_changed(grid, FIRST_TEST_BIN, END))
     first = monitor_of(tmp_path, store).report()
-    assert first.needs_retraining and first.calibrated is not None
+    assert first.needs_retraining
     changed = [
         ChangedSeries(
             SERVERS.index(item.server_name),
             METRICS.index(item.metric),
             (item.changed_ms - START_MS) // BIN_MS,
         )
-        for item in first.calibrated.drifting
+        for item in first.drifting
     ]
     trained_on = TrainingGrid(SERVERS, METRICS, grid[:, :, :END], START_MS, BIN_MS)
     reference = training_reference(trained_on, changed, store.read_predictions, DriftSettings())
@@ -166,8 +164,8 @@ def test_after_a_rejected_training_the_same_drift_is_not_judged_again(tmp_path: 
     registry_with(tmp_path, reference, NEXT, end_bin=END)  # its baseline holds, VERSION serves on
     store.add(missed_on_changed(grid, END, END + DAY))  # the model that stays is as wrong as before
     second = monitor_of(tmp_path, store).report()
-    assert second.calibrated is not None
-    assert second.calibrated.version == NEXT
+    assert second.evidence is not None
+    assert second.evidence.reference_version == NEXT
     assert (second.status, second.needs_retraining) == ("ready", False)
 
 
@@ -182,8 +180,7 @@ def test_update_after_observe_is_literal_again(tmp_path: Path) -> None:
 
 def verdict_of(folder: Path, store: RowStore) -> tuple[bool, list[tuple[str, str]]]:
     report = monitor_of(folder, store).report()
-    assert report.calibrated is not None
-    return report.needs_retraining, sorted((s.server_name, s.metric) for s in report.calibrated.drifting)
+    return report.needs_retraining, sorted((s.server_name, s.metric) for s in report.drifting)
 
 
 @pytest.mark.parametrize("is_changed", [False, True])
@@ -233,6 +230,6 @@ def test_the_days_of_the_reference_themselves_never_alarm(tmp_path: Path) -> Non
     source = source_of(tmp_path, store)
     for bin_now in range(DAY, 8 * DAY, DAY // 4):
         store.add(rows_of(made_grid(), bin_now, bin_now + DAY // 4))
-        drift = source.evidence(VERSION).seasonal.drift
-        assert drift is not None
-        assert not drift.check().needs_retraining
+        detector = source.evidence(VERSION).detector
+        assert detector is not None
+        assert not detector.check().needs_retraining

@@ -11,6 +11,7 @@ from test_png_canvas import decoded
 
 import drift_monitor
 from drift_monitor import DriftMonitor
+from fleetcast.drift.evidence import DriftEvidence
 from fleetcast.drift.figure import RED, drift_figure
 from fleetcast.errors import NotEnoughData
 from fleetcast.settings import DriftSettings
@@ -48,7 +49,7 @@ def test_without_a_verdict_the_reason_is_told(tmp_path: Path) -> None:
         literal = monitor_of(tmp_path, store, DriftSettings(basis="literal"))
         drift_figure(literal.report(), store.read_predictions)
     empty = DriftMonitor()
-    empty.observe(source_of(tmp_path, store).evidence(VERSION).window, None)
+    empty.observe(DriftEvidence(source_of(tmp_path, store).evidence(VERSION).window, None))
     with pytest.raises(NotEnoughData):
         drift_figure(empty.report(), store.read_predictions)
     assert report_of(tmp_path, made_grid()).status == "ready"

@@ -12,6 +12,7 @@ from settled_rows import BIN_MS, START_MS, RowStore, settled
 import drift_monitor
 from drift_monitor import DriftMonitor
 from fleetcast.clock import FakeClock
+from fleetcast.drift.evidence import DriftEvidence
 from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.drift.literal.window import DriftWindow, PairWindow
 from fleetcast.errors import BadData
@@ -156,8 +157,9 @@ def observed(n_bins: int, value: object = higher, settings: DriftSettings | None
     settings = settings or DriftSettings()
     store = RowStore(settled(["a", "b"], range(n_bins), value, wave))  # type: ignore[arg-type]
     window = DriftWindow(store.read_predictions, settings, BIN_MS)
-    monitor = DriftMonitor(settings.window_size, grid_baseline(), settings=settings, clock=FakeClock())
-    monitor.observe(window.refresh("v1", 0, int(store.rows.target_ms.max())), "v1")
+    monitor = DriftMonitor(settings.window_size, settings=settings, clock=FakeClock())
+    pairs = window.refresh("v1", 0, int(store.rows.target_ms.max()))
+    monitor.observe(DriftEvidence(pairs, "v1", grid_baseline()))
     return monitor
 
 
@@ -188,8 +190,8 @@ def test_a_window_smaller_than_the_minimum_is_enough_once_it_is_full() -> None:
 
 
 def test_without_a_model_nothing_is_judged() -> None:
-    monitor = DriftMonitor(baseline=grid_baseline())
-    monitor.observe(PairWindow(size=1000), None)
+    monitor = DriftMonitor()
+    monitor.observe(DriftEvidence(PairWindow(size=1000), None, grid_baseline()))
     assert monitor.report().status_reason == "no model in service yet"
 
 
@@ -225,7 +227,7 @@ def test_the_report_names_the_worst_series_and_the_recommendation() -> None:
 def test_update_after_observe_starts_from_that_window() -> None:
     monitor = observed(200)
     monitor.update({"cpu_pct": 50.0}, {"cpu_pct": 50.0})
-    assert monitor.report().window.pairs == 401
+    assert monitor.report().n_pairs == 401
 
 
 # as a program

@@ -1,6 +1,7 @@
 """The words and order of a verdict."""
 
 import numpy as np
+from rhythm_fleet import usual_reference
 
 from fleetcast.drift.seasonal.detector import DriftingSeries, DriftVerdict
 
@@ -24,6 +25,7 @@ def test_servers_come_worst_first_and_once() -> None:
         events=(),
         ratios=np.zeros((4, 3), np.float32),
         is_alarm=np.ones(3, np.bool_),
+        reference=usual_reference(),
     )
 
     assert verdict.drifting_servers() == ("b", "a")

@@ -33,7 +33,7 @@ def test_young_servers_are_learned_again_up_to_the_last_midnight(tmp_path: Path)
     version = registry_with(tmp_path, young(3)).baseline_in_force()
     assert version is not None
     own = renewal(tmp_path, whole_store())
-    known = own.saved(version)
+    known = own.load(version)
     assert known is not None
     assert not known.is_compared.any()
     found = own.renew(version, known, SERVERS, METRICS, NOW_MS, ())
@@ -43,7 +43,7 @@ def test_young_servers_are_learned_again_up_to_the_last_midnight(tmp_path: Path)
     assert np.isfinite(found.books.errors.edges).all(), "the model's own errors are known by now"
     assert own.renew(version, found, SERVERS, METRICS, NOW_MS + 3_600_000, ()) is None, "once a day"
     after_restart = renewal(tmp_path, whole_store())
-    saved = after_restart.saved(version)
+    saved = after_restart.load(version)
     assert saved is not None
     assert np.array_equal(saved.limits, found.limits, equal_nan=True)
     assert after_restart.renew(version, saved, SERVERS, METRICS, NOW_MS, ()) is None
@@ -53,7 +53,7 @@ def test_a_server_in_alarm_is_left_as_it_is(tmp_path: Path) -> None:
     version = registry_with(tmp_path, young(6)).baseline_in_force()
     assert version is not None
     own = renewal(tmp_path, whole_store())
-    found = own.renew(version, own.saved(version), SERVERS, METRICS, NOW_MS, {SERVERS[2]})
+    found = own.renew(version, own.load(version), SERVERS, METRICS, NOW_MS, {SERVERS[2]})
     assert found is not None
     days = dict(zip(found.server_names, found.n_days.reshape(-1, 2)[:, 0].tolist(), strict=True))
     assert days == {name: 6 if name == SERVERS[2] else 14 for name in SERVERS}
@@ -65,7 +65,7 @@ def test_a_known_change_stays_known(tmp_path: Path) -> None:
     version = registry_with(tmp_path, replace(young(10), start_days=start_days)).baseline_in_force()
     assert version is not None
     own = renewal(tmp_path, whole_store())
-    found = own.renew(version, own.saved(version), SERVERS, METRICS, NOW_MS, ())
+    found = own.renew(version, own.load(version), SERVERS, METRICS, NOW_MS, ())
     assert found is not None
     assert found.n_days.tolist() == [14] * 4 + [5] + [14] * 5
 
@@ -73,8 +73,8 @@ def test_a_known_change_stays_known(tmp_path: Path) -> None:
 def test_a_version_without_a_reference_gets_one_day_by_day(tmp_path: Path) -> None:
     registry_with(tmp_path, None)
     source = source_of(tmp_path, RowStore(rows_of(made_grid(), 0, FIRST_TEST_BIN + 12)))
-    assert "learned day by day" in source.evidence(VERSION).seasonal.missing
-    drift = source.evidence(VERSION, may_renew=True).seasonal.drift
+    assert "learned day by day" in source.evidence(VERSION).missing
+    drift = source.evidence(VERSION, may_renew=True).detector
     assert drift is not None
     assert drift.reference.is_compared.all()
 
@@ -126,8 +126,8 @@ def test_nothing_is_learned_while_the_fleet_drifts_nor_by_who_may_not_write(tmp_
     grid[:, :, FIRST_TEST_BIN + DAY // 2 :] += 40
     store = store_of(grid, FIRST_TEST_BIN + DAY + 20)
     seen = source_of(tmp_path, store, reference=young(10)).evidence(VERSION, may_renew=True)
-    assert seen.seasonal.drift is not None
-    assert seen.seasonal.drift.check().needs_retraining
+    assert seen.detector is not None
+    assert seen.detector.check().needs_retraining
     assert not (tmp_path / "drift_reference").exists()
     calm = store_of(made_grid(), FIRST_TEST_BIN + DAY + 20, 0)
     source_of(tmp_path, calm).evidence(VERSION)
@@ -143,12 +143,12 @@ def test_a_damaged_reference_is_passed_over_with_a_warning(
     version = registry_with(tmp_path, young(10)).baseline_in_force()
     assert version is not None
     own = renewal(tmp_path, whole_store())
-    own.renew(version, own.saved(version), SERVERS, METRICS, NOW_MS, ())
+    own.renew(version, own.load(version), SERVERS, METRICS, NOW_MS, ())
     renewed = tmp_path / "drift_reference" / f"{VERSION}.npz"
     for path, names in ((renewed, ("renewed", "both")), (version.reference_path, ("own", "both"))):
         if damage in names:
             path.write_bytes(path.read_bytes()[:500])
-    found = renewal(tmp_path, whole_store()).saved(version)
+    found = renewal(tmp_path, whole_store()).load(version)
     days = None if found is None else int(found.n_days[0])
     assert days == {"renewed": 10, "own": 14, "both": None}[damage]
     assert ("passed over" in caplog.text) == (damage != "own")
@@ -159,7 +159,7 @@ def test_a_reference_of_another_time_zone_is_learned_anew(tmp_path: Path) -> Non
     assert version is not None
     settings = DriftSettings(timezone="Asia/Tokyo")
     own = ReferenceRenewal(whole_store().read_predictions, settings, BIN_MS, tmp_path / "drift_reference")
-    assert own.saved(version) is None
+    assert own.load(version) is None
     found = own.renew(version, None, SERVERS, METRICS, NOW_MS, ())
     assert found is not None
     assert found.timezone == "Asia/Tokyo"
@@ -180,10 +180,10 @@ def test_a_reference_of_an_older_format_is_passed_over_and_learned_again(
 
     # When a daemon looks for them, then at what was settled
     own = renewal(tmp_path, whole_store())
-    assert own.saved(version) is None
+    assert own.load(version) is None
     assert caplog.text.count("reference format 1") == 2
     evidence = source_of(tmp_path, whole_store()).evidence(VERSION, may_renew=True)
 
     # Then the fleet is learned anew, and the file is of today's format
-    assert evidence.seasonal.drift is not None
+    assert evidence.detector is not None
     assert Reference.load(folder / f"{VERSION}.npz").n_days.min() == 14

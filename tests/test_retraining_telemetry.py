@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_calibrated_monitor import changed_grid, report_of
 
 from fleetcast.clock import FakeClock
-from fleetcast.drift.report import DriftReport, WindowFacts
+from fleetcast.drift.report import DriftReport
 from fleetcast.drift.seasonal.detector import COLLECTING, READY
 from fleetcast.retraining.decision import Decision, TrainingLog, TrainingStamp
 from fleetcast.retraining.report import NOTHING, RetrainingCheck
@@ -23,9 +23,18 @@ NOW = datetime(2026, 1, 15, 10, 0, tzinfo=UTC)
 SCORES = {"per": 0.08, "dss": 0.25, "fds": 0.1, "anomaly_rate": 0.01, "combined_score": 0.129}
 LIMITS = {"per": 0.1, "dss": 0.2, "fds": 0.15, "anomaly_rate": 0.05, "combined_score": 0.12}
 REPORT = DriftReport(
-    SCORES, True, ("dss",), LIMITS, {}, {}, READY, "", WindowFacts(1000, 1000, 840), None, "v1", {},
+    metrics=SCORES,
+    needs_retraining=True,
+    exceeded=("dss",),
+    thresholds=LIMITS,
+    weights={},
+    trends={},
+    status=READY,
+    status_reason="",
+    n_pairs=840,
+    window_size=1000,
     per_by_horizon={1: 0.08, 96: 0.3},
-)  # fmt: skip
+)
 CHECK = RetrainingCheck(
     NOW,
     REPORT,

@@ -66,7 +66,7 @@ def context(store: RowStore, *, with_baseline: bool = True) -> dict[str, object]
     source = DriftSource(store, Registry(Path("checkpoints")), DriftSettings(), BIN_MS)
     evidence = DriftEvidence(window_of(store), "v1", baseline() if with_baseline else None)
     monitor = DriftMonitor(settings=DriftSettings(basis="literal"))
-    monitor.observe(evidence.window, "v1")
+    monitor.observe(evidence)
     quiet, decision = QuietVerdict(True, ""), Decision(True, "drift", "", ())
     check = RetrainingCheck(NOW, monitor.report(), quiet, decision, "", NOTHING)
     return training_context(check, evidence, source)

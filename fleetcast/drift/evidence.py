@@ -1,6 +1,6 @@
-"""What a drift check looks at: the window of the version in service and the baseline in force.
+"""What a drift check takes in: the window of the version in service, its baseline, the detector.
 
-Owns: which version's rows count, from when on, and against which baseline.
+Owns: which version's rows count, from when on, and against which baseline and reference.
 Does not know: thresholds and verdicts (`drift_monitor`), how either is stored.
 
 A training leaves its baseline in force whether or not its model was promoted, and the window
@@ -8,43 +8,51 @@ holds only bins after the data of that training. So no drift is judged twice.
 """
 
 import logging
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from fleetcast.clock import to_ms
 from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.drift.literal.window import DriftWindow, PairWindow
-from fleetcast.drift.seasonal.follower import SeasonalEvidence, SeasonalFollower
+from fleetcast.drift.seasonal.detector import SeasonalDetector
+from fleetcast.drift.seasonal.follower import SeasonalFollower
+from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.drift.seasonal.renewal import FOLDER as REFERENCE_FOLDER
 from fleetcast.drift.seasonal.renewal import ReferenceRenewal
 from fleetcast.errors import CorruptFile
 from fleetcast.forecast.registry import Registry, Version
-from fleetcast.schema import SettledForecasts
+from fleetcast.schema import Floats32, SettledForecasts
 from fleetcast.settings import CALIBRATED, DriftSettings
+
+if TYPE_CHECKING:  # pyarrow: a monitor that is fed by hand does without
+    from fleetcast.storage.store import DataBuffer
 
 logger = logging.getLogger(__name__)
 
 
-class ForecastStore(Protocol):
-    """What is asked of the DataBuffer."""
-
-    def read_predictions(
-        self, start_ms: int, end_ms: int, horizon: int | None = None
-    ) -> SettledForecasts: ...
-
-    def newest_record_time(self) -> datetime | None: ...
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class DriftEvidence:
-    """Everything one check needs."""
+    """Everything one check needs; with neither detector nor `missing` the literal metrics decide."""
 
     window: PairWindow
     model_version: str | None
-    baseline: Baseline | None
-    seasonal: SeasonalEvidence = field(default_factory=SeasonalEvidence)
+    baseline: Baseline | None = None
+    detector: SeasonalDetector | None = None  # as of the newest settled bin
+    missing: str = ""  # why there is no detector
+    reference_version: str | None = None  # whose reference the detector compares with
+    fleet_ratios: tuple[Floats32, ...] = ()  # (family,) of each of the last hours' bins
+    unknown_servers: tuple[str, ...] = ()  # seen lately, not in the reference
+
+    @property
+    def is_seasonal(self) -> bool:
+        """Whether the seasonal detector decides, or would if it had a reference."""
+        return self.detector is not None or bool(self.missing)
+
+    @property
+    def reference(self) -> Reference | None:
+        """Return what the detector compares with."""
+        return self.detector.reference if self.detector else None
 
 
 class DriftSource:
@@ -52,7 +60,7 @@ class DriftSource:
 
     def __init__(
         self,
-        store: ForecastStore,
+        store: "DataBuffer",
         registry: Registry,
         settings: DriftSettings,
         bin_ms: int,
@@ -68,7 +76,7 @@ class DriftSource:
         self._settings = settings
         self._window = DriftWindow(self.read, settings, bin_ms)
         renewal = ReferenceRenewal(self.one_ahead, settings, bin_ms, folder / REFERENCE_FOLDER)
-        self._seasonal = SeasonalFollower(self.one_ahead, renewal, settings, bin_ms)
+        self._follower = SeasonalFollower(self.one_ahead, renewal, settings, bin_ms)
         self._loaded: tuple[Version, Baseline, int] | None = None  # version, baseline, data end
 
     def evidence(self, served: str | None = None, *, may_renew: bool = False) -> DriftEvidence:
@@ -85,8 +93,20 @@ class DriftSource:
         window = self._window.refresh(version, floor_ms, newest_ms)
         if self._settings.basis != CALIBRATED:
             return DriftEvidence(window, version, baseline)
-        seasonal = self._seasonal.refresh(in_force, version, newest_ms, may_renew=may_renew)
-        return DriftEvidence(window, version, baseline, seasonal)
+        if in_force is None or newest_ms is None:
+            missing = "no reference of the fleet yet: no training ran to a verdict"
+            return DriftEvidence(window, version, baseline, missing=missing)
+        self._follower.follow(in_force, version, newest_ms, may_renew=may_renew)
+        return DriftEvidence(
+            window,
+            version,
+            baseline,
+            self._follower.detector,
+            missing=self._follower.missing,
+            reference_version=in_force.id,
+            fleet_ratios=tuple(self._follower.ratios),
+            unknown_servers=self._follower.unknown_servers(),
+        )
 
     def version_by_registry(self) -> str | None:
         """Return the version that should be in service, by what is on disk."""

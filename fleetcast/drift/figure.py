@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetcast.clock import DAY_MS, from_ms
-from fleetcast.drift.report import CalibratedReading, DriftReport
-from fleetcast.drift.seasonal.detector import DriftingSeries
+from fleetcast.drift.report import DriftReport
+from fleetcast.drift.seasonal.detector import DriftingSeries, DriftVerdict
 from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.drift.seasonal.settled import ReadForecasts, read_grid
 from fleetcast.errors import NotEnoughData
 from fleetcast.schema import Floats, Floats32
+from fleetcast.settings import LITERAL
 
 Colour = tuple[int, int, int]
 BLACK, GREY, PALE, RED, BLUE = (20, 20, 20), (130, 130, 130), (222, 228, 236), (200, 40, 30), (40, 90, 170)
@@ -120,26 +121,25 @@ def drift_figure(report: DriftReport, read: ReadForecasts) -> bytes:
     Raises:
         NotEnoughData: there is no calibrated verdict to show.
     """
-    found = report.calibrated
-    if found is None:
+    if report.basis == LITERAL:
         raise NotEnoughData("the figure shows calibrated scores, drift.basis is literal")
-    if found.verdict is None or found.reference is None:
-        raise NotEnoughData(f"nothing to draw yet: {report.status_reason or found.waiting_for}")
-    panels = [_panel(item, found.reference, found.verdict.end_ms, read) for item in _chosen(found)]
+    verdict = report.verdict
+    if verdict is None:
+        raise NotEnoughData(f"nothing to draw yet: {report.status_reason or report.waiting_for}")
+    panels = [_panel(item, verdict.reference, verdict.end_ms, read) for item in _chosen(verdict)]
     canvas = PngCanvas(WIDTH, HEAD + PANEL * len(panels) + 10)
-    _head(canvas, report)
+    _head(canvas, report, verdict)
     for place, panel in enumerate(panels):
-        _draw(canvas, panel, HEAD + place * PANEL, found.reference.bin_ms)
+        _draw(canvas, panel, HEAD + place * PANEL, verdict.reference.bin_ms)
     return canvas.png()
 
 
-def _chosen(found: CalibratedReading) -> list[tuple[str, str, DriftingSeries | None, float]]:
+def _chosen(found: DriftVerdict) -> list[tuple[str, str, DriftingSeries | None, float]]:
     """Return the series in alarm, worst first; where there is none, those nearest to their limits."""
     if found.drifting:
         worst = found.drifting[:MOST_PANELS]
         return [(item.server_name, item.metric, item, item.ratio) for item in worst]
-    assert found.verdict is not None and found.reference is not None, "the caller has looked"
-    ratios, metrics = found.verdict.ratios.max(axis=0), found.reference.metrics
+    ratios, metrics = found.ratios.max(axis=0), found.reference.metrics
     chosen: list[tuple[str, str, DriftingSeries | None, float]] = []
     for series in np.argsort(-ratios, kind="stable")[:3].tolist():
         row, column = divmod(series, len(metrics))
@@ -171,17 +171,14 @@ def _panel(
     )
 
 
-def _head(canvas: PngCanvas, report: DriftReport) -> None:
-    found = report.calibrated
-    assert found is not None and found.verdict is not None, "the caller has looked"
+def _head(canvas: PngCanvas, report: DriftReport, found: DriftVerdict) -> None:
     verdict = "RETRAIN NOW" if report.needs_retraining else "OK"
-    end = f"{from_ms(found.verdict.end_ms):%Y-%m-%d %H:%M} UTC"
+    end = f"{from_ms(found.end_ms):%Y-%m-%d %H:%M} UTC"
     canvas.text(MARGIN, 10, f"Drift at {end}: {verdict} (status {report.status})")
     canvas.text(
         MARGIN,
         24,
-        f"{len(found.drifting)} of {found.verdict.n_compared} compared series in alarm; "
-        f"model {report.model_version}",
+        f"{len(found.drifting)} of {found.n_compared} compared series in alarm; model {report.model_version}",
         GREY,
     )
     left, full = MARGIN + 110, 300

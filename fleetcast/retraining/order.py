@@ -20,14 +20,14 @@ from fleetcast.clock import from_ms, iso_z, to_ms
 from fleetcast.drift.evidence import DriftEvidence, DriftSource
 from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.drift.literal.series import change_times, series_drift
-from fleetcast.drift.report import CalibratedReading, drifting_json, series_json
+from fleetcast.drift.report import DriftReport, drifting_json, series_json
 from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.drift.seasonal.renewal import change_times as change_times_of
 from fleetcast.retraining.attempts import Step
 from fleetcast.retraining.decision import FOLLOW_UP
 from fleetcast.retraining.follow_up import drifting_before
 from fleetcast.retraining.report import RetrainingCheck
-from fleetcast.settings import PathSettings, Settings
+from fleetcast.settings import CALIBRATED, PathSettings, Settings
 
 EXPORT_FILE = "training_data_incremental.parquet"
 CONTEXT_FILE = "training_context.json"
@@ -83,7 +83,7 @@ def training_context(
     Args:
         before: the context of the training before.
     """
-    drifting = [*_drifting(evidence, source, check.report.calibrated)]
+    drifting = [*_drifting(evidence, source, check.report)]
     if check.decision.rule == FOLLOW_UP:
         drifting += drifting_before(before)
     return {
@@ -92,7 +92,7 @@ def training_context(
         "model_version": evidence.model_version,
         "basis": check.report.basis,
         "drifting": drifting,
-        "known_changes": known_changes(evidence.seasonal.drift.reference) if evidence.seasonal.drift else [],
+        "known_changes": known_changes(evidence.reference) if evidence.reference else [],
     }
 
 
@@ -110,10 +110,10 @@ def known_changes(reference: Reference) -> list[dict[str, Any]]:
 
 
 def _drifting(
-    evidence: DriftEvidence, source: DriftSource, calibrated: CalibratedReading | None
+    evidence: DriftEvidence, source: DriftSource, report: DriftReport
 ) -> Sequence[Mapping[str, Any]]:
-    if calibrated is not None:
-        return [drifting_json(item) for item in calibrated.drifting[:MOST_SERIES]]
+    if report.basis == CALIBRATED:
+        return [drifting_json(item) for item in report.drifting[:MOST_SERIES]]
     return _by_baseline(evidence, evidence.baseline, source) if evidence.baseline else []
 
 

@@ -31,9 +31,9 @@ class DriftLog:
 
     def note(self, report: DriftReport) -> None:
         """Log what began and what ended."""
-        if report.calibrated is None or report.calibrated.verdict is None:
+        verdict = report.verdict
+        if verdict is None:
             return
-        verdict = report.calibrated.verdict
         drifting = {(item.server_name, item.metric): item.sentence() for item in verdict.drifting}
         begun = [sentence for key, sentence in drifting.items() if key not in self._drifting]
         for sentence in begun[:MOST_LINES]:

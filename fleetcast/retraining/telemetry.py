@@ -106,20 +106,18 @@ def _of_drift(report: DriftReport) -> Iterator[Metric]:
         "prediction_error_ratio", "PER of the version in service, by bins ahead", "horizon_bins", by_horizon
     )
     yield from _of_calibration(report)
-    yield from _gauge("window_pairs", "(server, bin) pairs in the drift window", report.window.pairs)
+    yield from _gauge("window_pairs", "(server, bin) pairs in the drift window", report.n_pairs)
 
 
 def _of_calibration(report: DriftReport) -> Iterator[Metric]:
-    found = report.calibrated
-    if found is None or found.verdict is None or found.reference is None:
+    verdict = report.verdict
+    if verdict is None:
         return
     yield _labelled("drift_literal_score", "the literal metrics, reported only", "score", report.literal)
-    yield from _gauge("drift_series_in_alarm", "series over their calibrated limit", len(found.drifting))
-    yield from _gauge("drift_series_compared", "series that are judged", found.verdict.n_compared)
-    yield from _gauge(
-        "data_quality_events", "outages, restarts and frozen sensors", len(found.verdict.events)
-    )
-    fleet = found.reference.fleet
+    yield from _gauge("drift_series_in_alarm", "series over their calibrated limit", len(verdict.drifting))
+    yield from _gauge("drift_series_compared", "series that are judged", verdict.n_compared)
+    yield from _gauge("data_quality_events", "outages, restarts and frozen sensors", len(verdict.events))
+    fleet = verdict.reference.fleet
     rates = {"target": fleet.false_alarms_per_month, "shown": fleet.shown_per_month}
     yield _labelled("drift_false_alarms_per_month", "meant, and on days left out", "kind", rates)
 

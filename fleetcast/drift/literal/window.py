@@ -45,6 +45,11 @@ class PairWindow:
         return len(np.unique(self.servers))
 
     @property
+    def times_ms(self) -> tuple[int, int]:
+        """Return the start of the first pair's bin and the end of the last's; there is a pair."""
+        return int(self.target_ms[0]), int(self.target_ms[-1]) + self.bin_ms
+
+    @property
     def one_ahead(self) -> Mapping[str, Floats]:
         """Return the forecasts made one bin ahead, by metric."""
         return self.forecasts.get(1, {})

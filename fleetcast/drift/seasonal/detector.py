@@ -108,6 +108,7 @@ class DriftVerdict:
     events: tuple[DataQualityEvent, ...]
     ratios: Floats32 = field(repr=False)  # (family, series) held ratios
     is_alarm: NDArray[np.bool_] = field(repr=False)  # (series,)
+    reference: Reference = field(repr=False)  # what was compared with
 
     def drifting_servers(self) -> tuple[str, ...]:
         """Return the servers with a series in alarm, worst first."""
@@ -370,6 +371,7 @@ class SeasonalDetector:
             ),
             ratios=held,
             is_alarm=alarms,
+            reference=reference,
         )
 
     def _drifting(self, held: Floats32, alarms: NDArray[np.bool_]) -> tuple[DriftingSeries, ...]:

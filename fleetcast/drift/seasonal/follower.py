@@ -1,15 +1,14 @@
-"""The calibrated detector beside a buffer: its reference in force, fed with what is settled.
+"""The seasonal detector beside a buffer: it follows the fleet with the reference in force.
 
 Owns: which bins the detector has seen, starting it anew for another reference or version, and
-keeping the fleet's scores of the last hours for their trend. It is no state: after a restart the
-newest days are replayed and give the same scores. Does not know: thresholds, verdicts on them.
+keeping the fleet's ratios of the last hours for their trend. Nothing here is saved: after a
+restart, replaying the newest days gives the same scores. Does not know: thresholds, verdicts.
 
-A bin is taken once a later one is settled: then nobody adds to it any more.
+The detector takes a bin once a later bin is settled, for then the bin grows no more.
 """
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -25,17 +24,6 @@ from fleetcast.settings import DriftSettings
 TREND_H = 6  # the newer half is compared with the older
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class SeasonalEvidence:
-    """The detector as of the newest settled bin; None and why, where there is none."""
-
-    drift: SeasonalDetector | None = None
-    missing: str = ""
-    version: str | None = None  # whose reference it is
-    ratios: tuple[Floats32, ...] = field(default=())  # (family,) of the fleet, of the last hours
-    unknown_servers: tuple[str, ...] = ()  # seen lately, not in the reference
-
-
 class SeasonalFollower:
     """Follows the fleet again and again, reading no more than is new. Not thread safe."""
 
@@ -45,16 +33,14 @@ class SeasonalFollower:
         self._read, self._renewal = read, renewal
         self._settings, self._bin_ms = settings, bin_ms
         self._key: tuple[str, str] | None = None  # version of the reference, version in service
-        self._reference: Reference | None = None
-        self._drift: SeasonalDetector | None = None
+        self.detector: SeasonalDetector | None = None
+        self.missing = ""  # why there is no detector
+        self.ratios: deque[Floats32] = deque(maxlen=max(2, TREND_H * HOUR_MS // bin_ms))
         self._next_ms: int | None = None
-        self._ratios: deque[Floats32] = deque(maxlen=max(2, TREND_H * HOUR_MS // bin_ms))
         self._last_seen: dict[str, int] = {}  # server -> newest settled bin
         self._metrics: set[str] = set()
 
-    def refresh(
-        self, in_force: Version | None, served: str | None, newest_ms: int | None, *, may_renew: bool
-    ) -> SeasonalEvidence:
+    def follow(self, in_force: Version, served: str | None, newest_ms: int, *, may_renew: bool) -> None:
         """Take in what was settled since the last look.
 
         Args:
@@ -63,47 +49,42 @@ class SeasonalFollower:
             newest_ms: time of the newest record; nothing later is settled.
             may_renew: whether this process may write the renewed reference.
         """
-        if in_force is None or newest_ms is None:
-            return SeasonalEvidence(missing="no reference of the fleet yet: no training ran to a verdict")
         if self._key != (in_force.id, served or ""):
             self._key = (in_force.id, served or "")
-            self._begin(self._renewal.saved(in_force))
+            self._begin(self._renewal.load(in_force))
         self._feed(newest_ms, served)
         if may_renew and self._renew(in_force):
             self._feed(newest_ms, served)
-        missing = "" if self._drift else f"{in_force.id} came without a reference; it is learned day by day"
-        return SeasonalEvidence(
-            self._drift, missing, in_force.id, tuple(self._ratios), self._unknown_servers()
-        )
+        missing = f"{in_force.id} came without a reference; it is learned day by day"
+        self.missing = "" if self.detector else missing
+
+    def unknown_servers(self) -> tuple[str, ...]:
+        """Return the servers that report but are not in the reference."""
+        known = set(self.detector.reference.server_names) if self.detector else set()
+        return tuple(sorted(self._live() - known))
 
     def _begin(self, reference: Reference | None) -> None:
-        self._reference = reference
-        self._drift = SeasonalDetector(reference, quorum_rule(self._settings)) if reference else None
+        self.detector = SeasonalDetector(reference, quorum_rule(self._settings)) if reference else None
         self._next_ms = None
-        self._ratios.clear()
+        self.ratios.clear()
 
     def _renew(self, in_force: Version) -> bool:
         if self._next_ms is None:
             return False
-        in_alarm: set[str] = set()
-        if self._drift is not None:
-            verdict = self._drift.check()
+        reference, in_alarm = None, set[str]()
+        if self.detector is not None:
+            verdict = self.detector.check()
             if verdict.needs_retraining:
                 return False
-            in_alarm = set(verdict.drifting_servers())
-        live = self._live()
-        renewed = self._renewal.renew(in_force, self._reference, live, self._metrics, self._next_ms, in_alarm)
-        if renewed is not None:
-            self._begin(renewed)
-        return renewed is not None
+            reference, in_alarm = self.detector.reference, set(verdict.drifting_servers())
+        newer = self._renewal.renew(in_force, reference, self._live(), self._metrics, self._next_ms, in_alarm)
+        if newer is not None:
+            self._begin(newer)
+        return newer is not None
 
     def _live(self) -> set[str]:
         newest = max(self._last_seen.values(), default=0)
         return {name for name, seen_ms in self._last_seen.items() if seen_ms > newest - DAY_MS}
-
-    def _unknown_servers(self) -> tuple[str, ...]:
-        known = set(self._reference.server_names) if self._reference else set()
-        return tuple(sorted(self._live() - known))
 
     def _feed(self, newest_ms: int, served: str | None) -> None:
         """Read on from the last bin taken and take every bin behind which another is settled."""
@@ -120,12 +101,12 @@ class SeasonalFollower:
 
     def _first_ms(self, newest_ms: int) -> int:
         """Return where a replay starts: what the scores rest on, and a day of alarms before."""
-        memory = self._drift.memory_bins if self._drift else 0
+        memory = self.detector.memory_bins if self.detector else 0
         return (newest_ms // self._bin_ms - memory) * self._bin_ms - DAY_MS
 
     def _stretches(self, start_ms: int, end_ms: int) -> Iterator[SettledForecasts]:
         """Yield the rows from the last bin taken on, so that each stretch moves on."""
-        n_series = self._reference.n_series if self._reference else len(self._last_seen) * 4
+        n_series = self.detector.reference.n_series if self.detector else len(self._last_seen) * 4
         least = bins_at_once(n_series) * self._bin_ms
         length = least
         while start_ms < end_ms:
@@ -148,18 +129,13 @@ class SeasonalFollower:
             self._last_seen[name] = newest
 
     def _take(self, rows: SettledForecasts, first_ms: int, last_ms: int, served: str | None) -> None:
-        if self._drift is None or self._reference is None or last_ms <= first_ms:
+        if self.detector is None or last_ms <= first_ms:
             return
-        reference = self._reference
+        reference, span_ms = self.detector.reference, (first_ms, last_ms)
         grid = settled_grid(
-            rows,
-            reference.server_names,
-            reference.metrics,
-            (first_ms, last_ms),
-            self._bin_ms,
-            version=served or "",
+            rows, reference.server_names, reference.metrics, span_ms, self._bin_ms, version=served or ""
         )
         for index in range(grid.values.shape[2]):
             values, errors = grid.values[:, :, index], grid.errors[:, :, index]
-            self._drift.update(values, first_ms + index * self._bin_ms, errors)
-            self._ratios.append(np.asarray(self._drift.fleet_ratios(), np.float32))
+            self.detector.update(values, first_ms + index * self._bin_ms, errors)
+            self.ratios.append(np.asarray(self.detector.fleet_ratios(), np.float32))

@@ -135,7 +135,7 @@ class ReferenceRenewal:
         self._folder = folder
         self._tried_ms = 0  # end of the data last looked at
 
-    def saved(self, version: Version) -> Reference | None:
+    def load(self, version: Version) -> Reference | None:
         """Return the newest reference of a version, or None where it has none that can be used."""
         for path in (self._path(version.id), version.reference_path):
             try:
