@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from fleetcast.training.challenger import Candidate
     from fleetcast.training.grid import TrainingGrid
     from fleetcast.training.sampler import ChangedSeries
-    from fleetcast.training.verdict import Served
 
 logger = logging.getLogger("tft_trainer")
 
@@ -110,7 +109,7 @@ class Attempt:
 
     def _train(self) -> "tuple[str, Candidate, Served | None]":
         # torch, lightning, pyarrow: seconds that --help and a refused lock do not pay
-        from fleetcast.training.challenger import CandidateMaker, served
+        from fleetcast.training.challenger import Training, find_champion
         from fleetcast.training.context import TrainingContext
         from fleetcast.training.grid import TrainingGrid
 
@@ -120,8 +119,8 @@ class Attempt:
         if context.attempt_id and _checked_id(context.attempt_id):
             self._id = context.attempt_id
         changed = context.changed_series(grid)
-        maker = CandidateMaker(grid, changed, settings)
-        serving = served(self._registry, maker.shape)
+        maker = Training(grid, changed, settings)
+        serving = find_champion(self._registry, maker.shape)
         start = serving if self._options.incremental else None
         version_id = new_version_id(self._clock.now())
         epochs = self._epochs(start)

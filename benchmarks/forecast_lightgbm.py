@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from fleetcast.bins import RECENT_BINS
 from fleetcast.forecast.encoding import (
     Scale,
+    clip_implausible,
     is_log_scaled,
     is_percent,
     masked_mean,
     masked_std,
-    plausible,
     to_z,
 )
 from fleetcast.schema import QUANTILES, Floats32, HistoryWindow, Longs
@@ -111,11 +111,11 @@ def _features(
 ) -> tuple[Floats32, Scale]:
     """Return features (window * knot, feature); NaN = unknown, which LightGBM takes as it is."""
     percent = np.array([is_percent(name) for name in names])[metric]
-    values = plausible(history)
+    values = clip_implausible(history)
     is_log = is_log_scaled(values, percent)
     z = to_z(values, is_log)
     scale = Scale.measure(z, is_log, percent, 1)
-    z = scale.normalised(z)
+    z = scale.normalise(z)
     fixed = [
         metric,
         *(z[:, -1 - lag] for lag in _LAGS),

@@ -7,7 +7,7 @@ from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.schema import HistoryWindow
 from fleetcast.training.gate import GateVerdict, judge
 from fleetcast.training.grid import TrainingGrid
-from fleetcast.training.holdout import HoldOut, held_from
+from fleetcast.training.holdout import HoldOut, first_held_bins
 from fleetcast.training.sampler import ChangedSeries
 
 SHAPE = GridShape(300_000, 96)
@@ -43,6 +43,6 @@ def verdict(
     fleet: TrainingGrid, candidate: object, serving: object, changed: tuple[ChangedSeries, ...] = ()
 ) -> GateVerdict:
     hold_out = HoldOut(
-        fleet, SHAPE, held_from(fleet, changed, 0.1, 288), changed, NaiveForecaster(96), (1, 12, 96), 1
+        fleet, SHAPE, first_held_bins(fleet, changed, 0.1, 288), changed, NaiveForecaster(96), (1, 12, 96), 1
     )
     return judge(hold_out.losses(candidate), hold_out.losses(serving), hold_out.is_changed, fleet.metrics, 1)  # type: ignore[arg-type]

@@ -5,10 +5,10 @@ from oracle_fleet import grid
 from test_scope import model
 
 from fleetcast.settings import Settings
-from fleetcast.training.challenger import CandidateMaker
-from fleetcast.training.holdout import held_from
+from fleetcast.training.challenger import Training
+from fleetcast.training.holdout import first_held_bins
 from fleetcast.training.sampler import ChangedSeries
-from fleetcast.training.specialists import scope_of
+from fleetcast.training.specialists import choose_scope
 
 
 @pytest.mark.parametrize(
@@ -23,9 +23,9 @@ def test_no_window_of_a_change_is_shown_more_than_ten_times(
 ) -> None:
     fleet, start = grid(), model()
     changed = (ChangedSeries(1, 0, fleet.n_bins - known_bins),)
-    maker = CandidateMaker(fleet, changed, Settings())
-    scope = scope_of(fleet, changed, start, 0.5)
-    maker._held_from = held_from(fleet, scope.shown, 0.1, 288)
+    maker = Training(fleet, changed, Settings())
+    scope = choose_scope(fleet, changed, start, 0.5)
+    maker._held_from = first_held_bins(fleet, scope.shown, 0.1, 288)
     mix = maker._mix(start, scope, n_window)
     assert mix.changed == changed
     assert mix.changed_share == pytest.approx(share)

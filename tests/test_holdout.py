@@ -6,17 +6,19 @@ from oracle_fleet import N_BIN, SHAPE, Oracle, grid, verdict
 from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.schema import HistoryWindow
 from fleetcast.training.grid import TrainingGrid
-from fleetcast.training.holdout import HoldOut, held_from, mean_errors
+from fleetcast.training.holdout import HoldOut, first_held_bins, mean_errors
 from fleetcast.training.sampler import ChangedSeries
 
 
 def test_the_tail_is_a_share_of_the_data_and_at_most_a_day() -> None:
-    assert (held_from(grid(), (), 0.02, 288) == N_BIN - 80).all()
-    assert (held_from(grid(), (), 0.1, 288) == N_BIN - 288).all()
+    assert (first_held_bins(grid(), (), 0.02, 288) == N_BIN - 80).all()
+    assert (first_held_bins(grid(), (), 0.1, 288) == N_BIN - 288).all()
 
 
 def test_a_changed_series_keeps_most_of_what_came_after_its_change_for_training() -> None:
-    first = held_from(grid(), (ChangedSeries(2, 1, N_BIN - 60), ChangedSeries(3, 0, N_BIN - 2)), 0.1, 288)
+    first = first_held_bins(
+        grid(), (ChangedSeries(2, 1, N_BIN - 60), ChangedSeries(3, 0, N_BIN - 2)), 0.1, 288
+    )
     assert first[2, 1] == N_BIN - 24
     assert first[3, 0] == N_BIN - 6
     assert first[2, 0] == N_BIN - 288
@@ -36,7 +38,7 @@ def test_what_the_model_does_not_forecast_counts_as_the_fallback_s() -> None:
 def test_only_held_out_bins_are_judged() -> None:
     # Given a candidate that is perfect before the tail and wrong inside it
     fleet = grid()
-    hold_out = HoldOut(fleet, SHAPE, held_from(fleet, (), 0.1, 288), (), NaiveForecaster(96), (1,), 1)
+    hold_out = HoldOut(fleet, SHAPE, first_held_bins(fleet, (), 0.1, 288), (), NaiveForecaster(96), (1,), 1)
 
     class KnowsThePast(Oracle):
         def predict(self, window: HistoryWindow) -> np.ndarray:
@@ -51,7 +53,9 @@ def test_only_held_out_bins_are_judged() -> None:
 
 def test_errors_are_means_of_absolute_errors_by_metric_and_horizon() -> None:
     fleet = grid()
-    hold_out = HoldOut(fleet, SHAPE, held_from(fleet, (), 0.1, 288), (), NaiveForecaster(96), (1, 12), 1)
+    hold_out = HoldOut(
+        fleet, SHAPE, first_held_bins(fleet, (), 0.1, 288), (), NaiveForecaster(96), (1, 12), 1
+    )
 
     class Off(Oracle):
         def predict(self, window: HistoryWindow) -> np.ndarray:
@@ -69,7 +73,7 @@ def test_a_large_fleet_is_judged_by_a_sample_that_holds_the_changed() -> None:
     large = TrainingGrid(tuple(map(str, range(400))), fleet.metrics, values, 0, 300_000)
     changed = tuple(ChangedSeries(index, 0, N_BIN - 90) for index in (7, 399))
     hold_out = HoldOut(
-        large, SHAPE, held_from(large, changed, 0.1, 288), changed, NaiveForecaster(96), (1,), 1
+        large, SHAPE, first_held_bins(large, changed, 0.1, 288), changed, NaiveForecaster(96), (1,), 1
     )
     assert len(hold_out.servers) == 150
     assert {7, 399} <= set(hold_out.servers.tolist())

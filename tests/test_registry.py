@@ -33,7 +33,7 @@ def test_an_empty_folder_has_nothing_to_serve_and_reading_creates_nothing(regist
     assert registry.current_id() is None
     assert registry.current() is None
     assert registry.baseline_in_force() is None
-    assert list(registry.candidates()) == []
+    assert list(registry.usable_versions()) == []
     assert not registry.folder.exists()
 
 
@@ -43,14 +43,14 @@ def test_a_promoted_version_serves_through_a_relative_link(registry: Registry) -
     assert str(link.readlink()) == "versions/20260115T100005Z-0001/model.ckpt"
     assert link.read_bytes() == b"weights 20260115T100005Z-0001"
     assert registry.current_id() == version.id
-    assert [item.id for item in registry.candidates()] == [version.id]
+    assert [item.id for item in registry.usable_versions()] == [version.id]
 
 
 def test_a_rejected_version_never_serves_but_its_baseline_is_in_force(registry: Registry) -> None:
     add(registry, "20260115T100005Z-0001")
     add(registry, "20260115T110005Z-0002", promoted=False)
     assert registry.current_id() == "20260115T100005Z-0001"
-    assert [item.id for item in registry.candidates()] == ["20260115T100005Z-0001"]
+    assert [item.id for item in registry.usable_versions()] == ["20260115T100005Z-0001"]
     in_force = registry.baseline_in_force()
     assert in_force is not None
     assert in_force.id == "20260115T110005Z-0002"
@@ -63,7 +63,7 @@ def test_a_damaged_current_version_gives_way_to_the_newest_intact_one(registry: 
     assert current is not None
     current.model_path.write_bytes(b"flipped")
     problems: list[BadCheckpoint] = []
-    assert [item.id[-4:] for item in registry.candidates(problems.append)] == ["0002", "0001"]
+    assert [item.id[-4:] for item in registry.usable_versions(problems.append)] == ["0002", "0001"]
     assert "sha256" in str(problems[0])
 
 
@@ -82,7 +82,7 @@ def test_a_version_without_a_sound_manifest_is_passed_over(registry: Registry, d
     elif damage == "bad time":
         manifest.write_text(json.dumps({**content, "created_at": "yesterday"}))
     problems: list[BadCheckpoint] = []
-    assert list(registry.candidates(problems.append)) == []
+    assert list(registry.usable_versions(problems.append)) == []
     assert len(problems) == 1
     with pytest.raises(BadCheckpoint):
         registry.current()
@@ -93,7 +93,7 @@ def test_a_plain_file_in_place_of_the_link_is_reported_and_passed_over(registry:
     (registry.folder / "last.ckpt").unlink()
     (registry.folder / "last.ckpt").write_bytes(b"copied here")
     problems: list[BadCheckpoint] = []
-    assert [item.id for item in registry.candidates(problems.append)] == ["20260115T100005Z-0001"]
+    assert [item.id for item in registry.usable_versions(problems.append)] == ["20260115T100005Z-0001"]
     assert "not a link" in str(problems[0])
 
 
@@ -110,15 +110,17 @@ def test_the_shipped_base_serves_last(tmp_path: Path) -> None:
     shipped = Registry(tmp_path / "models")
     add(shipped, "20250101T000000Z-ba5e")
     registry = Registry(tmp_path / "checkpoints", tmp_path / "models")
-    assert [(item.id, item.is_base) for item in registry.candidates()] == [("20250101T000000Z-ba5e", True)]
+    assert [(item.id, item.is_base) for item in registry.usable_versions()] == [
+        ("20250101T000000Z-ba5e", True)
+    ]
     add(registry, "20260115T100005Z-0001")
-    assert [item.is_base for item in registry.candidates()] == [False, True]
+    assert [item.is_base for item in registry.usable_versions()] == [False, True]
 
 
 def test_a_damaged_baseline_does_not_stop_the_model_but_is_never_used(registry: Registry) -> None:
     version = add(registry, "20260115T100005Z-0001")
     version.baseline_path.write_bytes(b"flipped")
-    assert [item.id for item in registry.candidates()] == [version.id]
+    assert [item.id for item in registry.usable_versions()] == [version.id]
     with pytest.raises(BadCheckpoint):
         registry.baseline_in_force()
 
@@ -144,7 +146,7 @@ def test_rollback_returns_to_the_parent_and_the_version_rolled_back_never_serves
     assert registry.rollback(NOW) == ("20260115T100003Z-0003", "20260115T100002Z-0002")
     assert registry.rollback(NOW) == ("20260115T100002Z-0002", "20260115T100001Z-0001")
     # Then the first serves alone, and the newest baseline stays in force
-    assert [item.id for item in registry.candidates()] == ["20260115T100001Z-0001"]
+    assert [item.id for item in registry.usable_versions()] == ["20260115T100001Z-0001"]
     in_force = registry.baseline_in_force()
     assert in_force is not None
     assert in_force.id == "20260115T100003Z-0003"

@@ -10,8 +10,8 @@ from test_scope import CHANGED, model, specialist
 
 from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.forecast.predictor import Forecaster, Specialist
-from fleetcast.training.holdout import HoldOut, Losses, held_from
-from fleetcast.training.specialists import Routed, routed
+from fleetcast.training.holdout import HoldOut, Losses, first_held_bins
+from fleetcast.training.specialists import Routed, route
 
 FLEET = grid()
 TOLD = (("web-1", "cpu_pct"), ("web-2", "mem_pct"))
@@ -21,7 +21,7 @@ OLDER = {(3, 0): ("web-3", "cpu_pct")}
 @pytest.fixture(scope="module")
 def hold_out() -> HoldOut:
     torch.set_num_threads(1)
-    first = held_from(FLEET, CHANGED, 0.1, 288)
+    first = first_held_bins(FLEET, CHANGED, 0.1, 288)
     return HoldOut(FLEET, SHAPE, first, CHANGED, NaiveForecaster(96), (1, 12, 96), 1)
 
 
@@ -62,7 +62,7 @@ def route(
 
     hold_out.__class__ = Played
     try:
-        return routed(model(*older, specialist(*TOLD)), hold_out, own, fleet, 1, is_new=True)
+        return route(model(*older, specialist(*TOLD)), hold_out, own, fleet, 1, is_new=True)
     finally:
         hold_out.__class__ = HoldOut
 
@@ -108,13 +108,13 @@ def test_a_series_that_nobody_named_joins_where_it_is_far_better(hold_out: HoldO
 def test_an_older_specialist_loses_what_the_fleet_forecasts_better(hold_out: HoldOut, fleet: Losses) -> None:
     both = model(specialist(("web-0", "cpu_pct"), ("web-3", "cpu_pct")), specialist(("web-5", "cpu_pct")))
     own = costing(fleet, {(0, 0): 0.9, (3, 0): 1.2, (5, 0): 0.99})
-    found = routed(both, hold_out, own, fleet, 1, is_new=False)
+    found = route(both, hold_out, own, fleet, 1, is_new=False)
     assert series_of(found) == [{("web-0", "cpu_pct")}, {("web-5", "cpu_pct")}]
     np.testing.assert_array_equal(found.losses.pinball[:, 3, 0], fleet.pinball[:, 3, 0])
 
 
 def test_a_model_without_specialists_is_what_it_was(hold_out: HoldOut, fleet: Losses) -> None:
     plain: Forecaster = model()
-    found = routed(plain, hold_out, fleet, fleet, 1, is_new=False)
+    found = route(plain, hold_out, fleet, fleet, 1, is_new=False)
     assert found.model is plain
     assert found.losses is fleet

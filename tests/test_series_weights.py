@@ -7,14 +7,14 @@ from oracle_fleet import N_BIN, SHAPE, Oracle, grid
 from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.schema import HistoryWindow
 from fleetcast.training.challenger import series_weights
-from fleetcast.training.holdout import held_from
+from fleetcast.training.holdout import first_held_bins
 
 NAIVE = NaiveForecaster(96)
 
 
 def weights(model: object) -> np.ndarray:
     fleet = grid()
-    held = held_from(fleet, (), 0.1, 288)
+    held = first_held_bins(fleet, (), 0.1, 288)
     return series_weights(model, NAIVE, fleet, SHAPE, held, 864, 1)  # type: ignore[arg-type]
 
 
@@ -43,7 +43,7 @@ def test_the_held_out_tail_is_not_looked_at() -> None:
 def test_series_without_values_count_as_the_average() -> None:
     fleet = grid()
     fleet.values[2] = np.nan
-    held = held_from(fleet, (), 0.1, 288)
+    held = first_held_bins(fleet, (), 0.1, 288)
     found = series_weights(Oracle(fleet, 100.0, on=("web-3",)), NAIVE, fleet, SHAPE, held, 864, 1)
     assert np.isfinite(found).all()
     assert found[3, 0] > found[2, 0] > found[1, 0]

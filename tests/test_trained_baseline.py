@@ -6,7 +6,7 @@ from oracle_fleet import N_BIN, SHAPE, Oracle, grid
 
 from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.forecast.naive import NaiveForecaster
-from fleetcast.training.holdout import HoldOut, held_from
+from fleetcast.training.holdout import HoldOut, first_held_bins
 from fleetcast.training.sampler import ChangedSeries
 from fleetcast.training.verdict import trained_baseline
 
@@ -18,7 +18,7 @@ def made(changed: tuple[ChangedSeries, ...], error: float = 0.0) -> Baseline:
     for item in changed:
         fleet.values[item.server, item.metric, item.since_bin :] = 77.0
     hold_out = HoldOut(
-        fleet, SHAPE, held_from(fleet, changed, 0.1, 288), changed, NaiveForecaster(96), (1, 12), 1
+        fleet, SHAPE, first_held_bins(fleet, changed, 0.1, 288), changed, NaiveForecaster(96), (1, 12), 1
     )
     in_service = hold_out.losses(Oracle(fleet, error))
     return trained_baseline(fleet, changed, 7.0, "v1", in_service, hold_out)

@@ -141,14 +141,14 @@ class Scale:
             is_usable=seen[:, -RECENT_BINS:].any(axis=1) & (seen.sum(axis=1) >= min_history_bins),
         )
 
-    def normalised(self, z: Floats32) -> Floats32:
+    def normalise(self, z: Floats32) -> Floats32:
         """Return z (window, step) in spreads from the origin; NaN stays."""
         apart = (z - self.origin[:, None]) / self.spread[:, None]
         return np.asarray(np.clip(apart, -INPUT_LIMIT, INPUT_LIMIT), np.float32)
 
     def targets(self, future: Floats32) -> Floats32:
         """Return what followed (window, horizon), native, in the unit of the answer; NaN = unknown."""
-        return self.normalised(to_z(plausible(future), self.is_log))
+        return self.normalise(to_z(clip_implausible(future), self.is_log))
 
     def native(self, answer: Floats32) -> Floats32:
         """Return an answer (window, horizon, quantile) in native units, within the bounds."""
@@ -163,7 +163,7 @@ def is_percent(metric: str) -> bool:
     return metric.endswith("_pct")
 
 
-def plausible(values: Floats32) -> Floats32:
+def clip_implausible(values: Floats32) -> Floats32:
     """Return a copy with what is no number as NaN and what is beyond any metric cut off."""
     clean = np.clip(values, -_VALUE_LIMIT, _VALUE_LIMIT, dtype=np.float32)
     clean[~np.isfinite(values)] = np.nan
@@ -284,12 +284,12 @@ def encode(
         is_percent: (window,) whether the metric is measured in points of a hundred.
         min_history_bins: values of the last day a usable window has at least.
     """
-    values = plausible(_full_length(history, shape.history_bins))
+    values = clip_implausible(_full_length(history, shape.history_bins))
     is_log = is_log_scaled(values, is_percent)
     z = to_z(values, is_log)
     scale = Scale.measure(z, is_log, is_percent, min_history_bins)
     lags = _Lags(z, scale, shape)
-    day = scale.normalised(z[:, -DAY_BINS:])
+    day = scale.normalise(z[:, -DAY_BINS:])
     return ModelArrays(
         past=_past(day, lags, end_bin_ms, shape),
         ahead=_ahead(lags, end_bin_ms, shape),
@@ -352,9 +352,9 @@ class _Lags:
             total[:, start:stop] += np.where(known, lagged, np.float32(0))
             counts[:, start:stop] += known
         profile = np.where(counts > 0, total / np.maximum(counts, 1), np.float32(np.nan))
-        self.profile = scale.normalised(profile.astype(np.float32))
-        self.day_ago = scale.normalised(self.day_ago)
-        self.week_ago = scale.normalised(self.week_ago)
+        self.profile = scale.normalise(profile.astype(np.float32))
+        self.day_ago = scale.normalise(self.day_ago)
+        self.week_ago = scale.normalise(self.week_ago)
 
 
 def _fill(target: Floats32, source: Floats32) -> None:

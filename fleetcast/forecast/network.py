@@ -150,7 +150,7 @@ def _stacked(weights: Mapping[str, Tensor], names: list[str]) -> Tensor:
     return torch.stack([weights[name] for name in names])
 
 
-def joined_linear(weights: Mapping[str, Tensor], names: list[str]) -> tuple[Tensor, Tensor]:
+def join_linear(weights: Mapping[str, Tensor], names: list[str]) -> tuple[Tensor, Tensor]:
     """Return several linear layers of one input as one."""
     return (
         torch.cat([weights[f"{name}.weight"] for name in names]),
@@ -287,8 +287,8 @@ class StaticNetwork:
         self._n_heads = config.n_heads
         attention = "multihead_attn"
         heads = range(config.n_heads)
-        self._queries = joined_linear(weights, [f"{attention}.q_layers.{head}" for head in heads])
-        self._keys = joined_linear(weights, [f"{attention}.k_layers.{head}" for head in heads])
+        self._queries = join_linear(weights, [f"{attention}.q_layers.{head}" for head in heads])
+        self._keys = join_linear(weights, [f"{attention}.k_layers.{head}" for head in heads])
         knot = torch.arange(config.n_knots)
         self._is_hidden = torch.cat(  # a knot attends to the past and to knots before it
             [torch.zeros(config.n_knots, config.n_past, dtype=torch.bool), knot[None] >= knot[:, None]], dim=1

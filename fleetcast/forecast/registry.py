@@ -74,7 +74,7 @@ def read_verdict(checkpoint_dir: Path, attempt_id: str) -> Verdict | None:
         return None
 
 
-def verdicts_besides(checkpoint_dir: Path, known: Container[str]) -> Iterator[Verdict]:
+def new_verdicts(checkpoint_dir: Path, known: Container[str]) -> Iterator[Verdict]:
     """Yield the verdicts on attempts that are not known, oldest first."""
     for path in sorted((checkpoint_dir / VERDICTS_FOLDER).glob("*.json")):
         if path.stem not in known and not path.name.startswith("."):
@@ -292,7 +292,7 @@ class Registry:
         version_id = self.current_id()
         return None if version_id is None else self.version(version_id)
 
-    def candidates(self, on_problem: OnProblem | None = None) -> Iterator[Version]:
+    def usable_versions(self, on_problem: OnProblem | None = None) -> Iterator[Version]:
         """Yield the intact versions that may serve: current, then the newest, then the base.
 
         Versions the gate rejected and versions rolled back are left out. What had to be passed

@@ -25,7 +25,7 @@ from typing import Any
 from fleetcast import files
 from fleetcast.clock import Uptime, parse_plain_utc, plain_utc
 from fleetcast.errors import CorruptFile, SettingsError, UnknownFormat
-from fleetcast.forecast.registry import verdicts_besides
+from fleetcast.forecast.registry import new_verdicts
 from fleetcast.retraining.decision import Backoff, TrainingLog, TrainingStamp
 
 STATE_FILE = "retraining_state.json"
@@ -230,7 +230,7 @@ def with_unknown(state: RetrainingState, checkpoint_dir: Path) -> RetrainingStat
     known = {stamp.attempt for stamp in state.log.stamps if stamp.attempt}
     known |= {attempt.id for attempt in state.attempts}
     log = state.log
-    for verdict in verdicts_besides(checkpoint_dir, known):
+    for verdict in new_verdicts(checkpoint_dir, known):
         logger.warning(
             "training counted that this daemon did not start attempt=%s promoted=%s",
             verdict.attempt_id,

@@ -112,7 +112,7 @@ class ServingModel:
         self._problems = []
         started = monotonic()
         if self.in_service is None:
-            versions = self._registry.candidates(self._note)
+            versions = self._registry.usable_versions(self._note)
         else:
             versions = iter(self._pointed_to())
         for version in versions:

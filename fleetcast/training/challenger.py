@@ -27,12 +27,12 @@ from fleetcast.forecast.predictor import Forecaster, ModelDescription, Specialis
 from fleetcast.forecast.registry import Registry
 from fleetcast.schema import Floats, Longs
 from fleetcast.settings import Settings
-from fleetcast.training.fit import Fit, Resumable, StateFile, fit
+from fleetcast.training.fit import Resumable, StateFile, TrainingPlan, fit
 from fleetcast.training.grid import TrainingGrid
-from fleetcast.training.holdout import HoldOut, Losses, Predictor, held_from
+from fleetcast.training.holdout import HoldOut, Losses, Predictor, first_held_bins
 from fleetcast.training.sampler import ChangedSeries, WindowMix, WindowSampler
-from fleetcast.training.specialists import Scope, scope_of
-from fleetcast.training.verdict import FALLBACK, Judgement, Served, judged
+from fleetcast.training.specialists import Scope, choose_scope
+from fleetcast.training.verdict import FALLBACK, Challenger, Champion, judge_challenger
 
 _MAX_WINDOWS = 3_000  # forecast to find out: a CPU second of a model of width 32
 _BEST, _WORST = 0.5, 3.0  # shares of the fallback's loss beyond which nothing is told apart
@@ -88,25 +88,25 @@ _EMBEDDING = "input_embeddings.embeddings.metric.weight"
 class Candidate:
     """A trained model that was judged."""
 
-    judgement: Judgement
+    judgement: Challenger
     content: bytes
     compared_with: str
-    plan: Fit
+    plan: TrainingPlan
 
 
-def served(registry: Registry, grid: GridShape) -> Served | None:
+def find_champion(registry: Registry, grid: GridShape) -> Champion | None:
     """Return what serves these bins: the current version, else the newest that can, else the base."""
-    for version in registry.candidates():
+    for version in registry.usable_versions():
         try:
             model = Forecaster.load(version.model_path, bin_ms=grid.bin_ms, horizon_bins=grid.horizon_bins)
         except BadCheckpoint as error:
             logger.warning("version passed over reason=%s", error)
             continue
-        return Served(version, model)
+        return Champion(version, model)
     return None
 
 
-class CandidateMaker:
+class Training:
     """Trains and judges on one grid."""
 
     def __init__(self, grid: TrainingGrid, changed: tuple[ChangedSeries, ...], settings: Settings) -> None:
@@ -132,8 +132,8 @@ class CandidateMaker:
         self,
         version_id: str,
         trained_at: str,
-        start: Served | None,
-        serving: Served | None,
+        start: Champion | None,
+        serving: Champion | None,
         epochs: int,
         *,
         shows_progress_bar: bool,
@@ -152,15 +152,15 @@ class CandidateMaker:
         description = self._description(version_id, trained_at, start)
         begun = start.model if start else None
         trainer = self._settings.trainer
-        scope = scope_of(self._grid, self._changed, begun, trainer.specialist_max_share)
+        scope = choose_scope(self._grid, self._changed, begun, trainer.specialist_max_share)
         longest = round(trainer.holdout_max_s * 1000 / self._grid.bin_ms)
-        self._held_from = held_from(self._grid, scope.shown, trainer.holdout_share, longest)
+        self._held_from = first_held_bins(self._grid, scope.shown, trainer.holdout_share, longest)
         plan = self._plan(scope, epochs, is_incremental=begun is not None, shows_bar=shows_progress_bar)
         state = StateFile(state_path, self._identity(description, plan)) if state_path and not start else None
         trained = self._trained(description, begun, scope, plan, state)
         content = trained.to_bytes()
         model = Forecaster.from_bytes(content, Path(f"{version_id} (not written yet)"))
-        found = judged(
+        found = judge_challenger(
             model,
             serving,
             self._grid,
@@ -176,7 +176,7 @@ class CandidateMaker:
         description: ModelDescription,
         start: Forecaster | None,
         scope: Scope,
-        plan: Fit,
+        plan: TrainingPlan,
         state: StateFile | None,
     ) -> Forecaster:
         """Return the model with the weights of its scope trained."""
@@ -191,7 +191,7 @@ class CandidateMaker:
         made = Specialist(fitted, scope.changed_ms)
         return Forecaster(description, _with_new_metrics(start.weights, known, description), [*kept, made])
 
-    def _description(self, version_id: str, trained_at: str, start: Served | None) -> ModelDescription:
+    def _description(self, version_id: str, trained_at: str, start: Champion | None) -> ModelDescription:
         old = start.model.description if start else None
         known = old.metrics if old else ()
         metrics = (*known, *(metric for metric in self._grid.metrics if metric not in known))
@@ -201,10 +201,10 @@ class CandidateMaker:
         network = old.network if old else NetworkConfig.for_grid(self.shape, width)
         return ModelDescription(version_id, trained_at, metrics, self.shape, network)
 
-    def _plan(self, scope: Scope, epochs: int, *, is_incremental: bool, shows_bar: bool) -> Fit:
+    def _plan(self, scope: Scope, epochs: int, *, is_incremental: bool, shows_bar: bool) -> TrainingPlan:
         trainer = self._settings.trainer
         rate = trainer.incremental_learning_rate if is_incremental else trainer.learning_rate
-        return Fit(
+        return TrainingPlan(
             epochs=epochs,
             steps_per_epoch=trainer.steps_per_epoch,
             learning_rate=trainer.specialist_learning_rate if scope.is_special else rate,
@@ -216,7 +216,7 @@ class CandidateMaker:
             patience_epochs=0 if is_incremental else trainer.patience_epochs,
         )
 
-    def _identity(self, description: ModelDescription, plan: Fit) -> str:
+    def _identity(self, description: ModelDescription, plan: TrainingPlan) -> str:
         """Return what a training is: the same data, settings and network give the same answer."""
         told = hashlib.sha256(self._grid.values.tobytes())
         told.update(self._held_from.tobytes())
@@ -254,7 +254,7 @@ class CandidateMaker:
         start: Forecaster | None,
         scope: Scope,
         weights: Weights | None,
-        plan: Fit,
+        plan: TrainingPlan,
         state: StateFile | None,
     ) -> dict[str, Any]:
         trainer = self._settings.trainer

@@ -235,7 +235,7 @@ _FINAL_RATE = 0.02  # of the peak, at the end of the cosine
 
 
 @dataclass(frozen=True)
-class Fit:
+class TrainingPlan:
     """How long and how fast to train."""
 
     epochs: int
@@ -254,7 +254,7 @@ def fit(
     grid: GridShape,
     weights: Mapping[str, Tensor] | None,
     draw: Callable[[], TrainingBatch],
-    plan: Fit,
+    plan: TrainingPlan,
     *,
     validation: TrainingBatch | None = None,
     state: Resumable | None = None,
@@ -331,7 +331,7 @@ class _Fitting(lightning.LightningModule):
         network: nn.Module,
         config: NetworkConfig,
         grid: GridShape,
-        plan: Fit,
+        plan: TrainingPlan,
         parent: StaticNetwork | None,
     ) -> None:
         super().__init__()

@@ -39,7 +39,9 @@ class Predictor(Protocol):
     def predict(self, window: HistoryWindow) -> Floats32: ...
 
 
-def held_from(grid: TrainingGrid, changed: Sequence[ChangedSeries], share: float, longest_bins: int) -> Longs:
+def first_held_bins(
+    grid: TrainingGrid, changed: Sequence[ChangedSeries], share: float, longest_bins: int
+) -> Longs:
     """Return the first held-out bin of every series, (server, metric)."""
     tail = max(MIN_TAIL_BINS, min(round(share * grid.n_bins), longest_bins))
     first = np.full(grid.values.shape[:2], grid.n_bins - tail, np.int64)

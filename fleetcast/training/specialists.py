@@ -51,7 +51,7 @@ class Scope:
         return self.changed_ms is not None
 
 
-def scope_of(
+def choose_scope(
     grid: TrainingGrid, changed: Sequence[ChangedSeries], start: Forecaster | None, largest_share: float
 ) -> Scope:
     """Decide what a training moves.
@@ -136,7 +136,7 @@ class Routed:
     losses: Losses
 
 
-def routed(
+def route(
     model: Forecaster, hold_out: HoldOut, own: Losses, fleet: Losses, seed: int, *, is_new: bool
 ) -> Routed:
     """Choose the weights of each series; those that nothing is held out of stay as they are.

@@ -30,7 +30,7 @@ from fleetcast.training.gate import GateVerdict, judge
 from fleetcast.training.grid import TrainingGrid
 from fleetcast.training.holdout import HoldOut, Losses, mean_errors
 from fleetcast.training.sampler import ChangedSeries
-from fleetcast.training.specialists import routed
+from fleetcast.training.specialists import route
 
 
 def trained_baseline(
@@ -72,7 +72,7 @@ CANDIDATE, SERVING, FALLBACK = "candidate", "serving", "fallback"
 
 
 @dataclass(frozen=True)
-class Served:
+class Champion:
     """A version that can serve, loaded."""
 
     version: Version
@@ -80,7 +80,7 @@ class Served:
 
 
 @dataclass(frozen=True, eq=False)
-class Judgement:
+class Challenger:
     """What became of a candidate."""
 
     model: Forecaster  # each series forecast by the better weights
@@ -89,16 +89,16 @@ class Judgement:
     baseline: Baseline  # of its data
 
 
-def judged(
+def judge_challenger(
     model: Forecaster,
-    serving: Served | None,
+    serving: Champion | None,
     grid: TrainingGrid,
     held_from: Longs,
     changed: tuple[ChangedSeries, ...],
     settings: Settings,
     *,
     is_special: bool,
-) -> Judgement:
+) -> Challenger:
     """Judge a candidate against what serves (None: the fallback) on the held-out tails.
 
     Args:
@@ -124,7 +124,7 @@ def judged(
     if model.specialists:
         is_plain = is_special and serving is not None and not serving.model.specialists
         fleet = sides[SERVING] if is_plain else hold_out.losses(Forecaster(model.description, model.weights))
-        chosen = routed(model, hold_out, sides[CANDIDATE], fleet, settings.trainer.seed, is_new=is_special)
+        chosen = route(model, hold_out, sides[CANDIDATE], fleet, settings.trainer.seed, is_new=is_special)
         model, sides[CANDIDATE] = chosen.model, chosen.losses
     opponent = sides[SERVING] if serving else sides[FALLBACK]
     # a fleet's first model has to beat both the shipped base and the fallback
@@ -141,7 +141,7 @@ def judged(
     in_service = sides[CANDIDATE] if verdict.promoted else opponent
     days = settings.drift.baseline_days
     baseline = trained_baseline(grid, changed, days, model.version, in_service, hold_out)
-    return Judgement(model, verdict, errors, baseline)
+    return Challenger(model, verdict, errors, baseline)
 
 
 def _error_table(
