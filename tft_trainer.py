@@ -42,9 +42,10 @@ from fleetcast.program import models_dir, run_program
 from fleetcast.settings import Settings, load_settings
 
 if TYPE_CHECKING:
+    from fleetcast.schema import ChangedSeries
     from fleetcast.training.challenger import Candidate
     from fleetcast.training.grid import TrainingGrid
-    from fleetcast.training.sampler import ChangedSeries
+    from fleetcast.training.verdict import Champion
 
 logger = logging.getLogger("tft_trainer")
 
@@ -107,7 +108,7 @@ class Attempt:
         )
         return int(ExitCode.OK)
 
-    def _train(self) -> "tuple[str, Candidate, Served | None]":
+    def _train(self) -> "tuple[str, Candidate, Champion | None]":
         # torch, lightning, pyarrow: seconds that --help and a refused lock do not pay
         from fleetcast.training.challenger import Training, find_champion
         from fleetcast.training.context import TrainingContext
@@ -141,7 +142,7 @@ class Attempt:
         self._keep(version_id, candidate, start, grid, self._reference(grid, context.all_changes(grid)))
         return version_id, candidate, start
 
-    def _epochs(self, start: "Served | None") -> int:
+    def _epochs(self, start: "Champion | None") -> int:
         """Return how long to train: --epochs adds to a model of this fleet; its first takes a base's."""
         trainer, asked = self._settings.trainer, int(self._options.epochs or 0)
         if start and not start.version.is_base:
@@ -172,7 +173,7 @@ class Attempt:
         self,
         version_id: str,
         candidate: "Candidate",
-        start: "Served | None",
+        start: "Champion | None",
         grid: "TrainingGrid",
         reference: Mapping[str, bytes],
     ) -> None:
@@ -191,7 +192,7 @@ class Attempt:
             logger.info("old versions deleted count=%d newest=%s", len(pruned), pruned[-1])
 
     def _manifest(
-        self, candidate: "Candidate", start: "Served | None", grid: "TrainingGrid"
+        self, candidate: "Candidate", start: "Champion | None", grid: "TrainingGrid"
     ) -> dict[str, Any]:
         judgement, settings = candidate.judgement, self._settings
         model, verdict = judgement.model, judgement.verdict

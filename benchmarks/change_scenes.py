@@ -12,8 +12,8 @@ from pathlib import Path
 
 from benchmarks.new_dynamics import inject
 from fleetcast.clock import from_ms, iso_z
+from fleetcast.schema import ChangedSeries
 from fleetcast.training.grid import TrainingGrid
-from fleetcast.training.sampler import ChangedSeries
 
 BIN_MS, DAY = 300_000, 288
 

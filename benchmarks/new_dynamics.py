@@ -17,9 +17,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fleetcast.forecast.encoding import is_percent
-from fleetcast.schema import Floats, Floats32
+from fleetcast.schema import ChangedSeries, Floats, Floats32
 from fleetcast.training.grid import TrainingGrid
-from fleetcast.training.sampler import ChangedSeries
 
 BINS_PER_HOUR = 12
 CPU_WORDS, MEMORY_WORDS = ("cpu",), ("mem",)

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from benchmarks.new_dynamics import inject
 from fleetcast.bins import bin_means
 from fleetcast.clock import to_ms
+from fleetcast.schema import ChangedSeries
 from fleetcast.sources.recording import Cut, load_recording, parse_formula
 from fleetcast.training.grid import TrainingGrid
-from fleetcast.training.sampler import ChangedSeries
 
 BIN_MS, DAY, DAY_MS = 300_000, 288, 86_400_000
 HISTORY_DAYS, REPLAY_DAYS, SERVERS = 28, 28, 10

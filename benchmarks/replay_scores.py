@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from benchmarks.replay_fleet import DAY, ReplayFleet
 from benchmarks.replay_record import HORIZONS, last_values
-from fleetcast.schema import Floats, Floats32
-from fleetcast.training.sampler import ChangedSeries
+from fleetcast.schema import ChangedSeries, Floats, Floats32
 
 NAMES = {1: "5min", 12: "1h", 96: "8h"}
 SCORED_EVERY = 3  # origin bins: a quarter of an hour

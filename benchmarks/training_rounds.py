@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 
 from fleetcast.clock import from_ms, iso_z
 from fleetcast.forecast.registry import Registry
-from fleetcast.schema import Floats, Floats32, HistoryWindow
+from fleetcast.schema import ChangedSeries, Floats, Floats32, HistoryWindow
 from fleetcast.training.grid import TrainingGrid
-from fleetcast.training.sampler import ChangedSeries
 
 ROOT = Path(__file__).resolve().parents[1]
 HORIZON, HISTORY_BINS = 96, 2304

@@ -77,6 +77,15 @@ class ClosedBin:
     values: Floats32  # (server, metric) means, NaN = absent
 
 
+@dataclass(frozen=True)
+class ChangedSeries:
+    """One series of a grid that drifted, and the bin since which it did."""
+
+    server: int  # row of the grid
+    metric: int  # column
+    since_bin: int
+
+
 SOURCE_WARMING_UP = "warming_up"
 SOURCE_FALLBACK = "fallback"
 SOURCE_MODEL = "model"

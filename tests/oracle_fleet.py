@@ -4,11 +4,10 @@ import numpy as np
 
 from fleetcast.forecast.encoding import GridShape
 from fleetcast.forecast.naive import NaiveForecaster
-from fleetcast.schema import HistoryWindow
+from fleetcast.schema import ChangedSeries, HistoryWindow
 from fleetcast.training.gate import GateVerdict, judge
 from fleetcast.training.grid import TrainingGrid
 from fleetcast.training.holdout import HoldOut, first_held_bins
-from fleetcast.training.sampler import ChangedSeries
 
 SHAPE = GridShape(300_000, 96)
 N_BIN = 4000

@@ -17,10 +17,9 @@ from fleetcast.clock import DAY_MS, FakeClock
 from fleetcast.drift.report import DriftReport
 from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.retraining.order import known_changes
-from fleetcast.schema import SettledForecasts
+from fleetcast.schema import ChangedSeries, SettledForecasts
 from fleetcast.settings import DriftSettings
 from fleetcast.training.grid import TrainingGrid
-from fleetcast.training.sampler import ChangedSeries
 from fleetcast.training.verdict import training_reference
 
 END = FIRST_TEST_BIN + 2 * DAY

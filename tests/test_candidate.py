@@ -4,10 +4,10 @@ import pytest
 from oracle_fleet import grid
 from test_scope import model
 
+from fleetcast.schema import ChangedSeries
 from fleetcast.settings import Settings
 from fleetcast.training.challenger import Training
 from fleetcast.training.holdout import first_held_bins
-from fleetcast.training.sampler import ChangedSeries
 from fleetcast.training.specialists import choose_scope
 
 

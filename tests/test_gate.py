@@ -7,10 +7,9 @@ from hypothesis import strategies as st
 from oracle_fleet import N_BIN, Oracle, grid, verdict
 
 from fleetcast.forecast.naive import NaiveForecaster
-from fleetcast.schema import HistoryWindow
+from fleetcast.schema import ChangedSeries, HistoryWindow
 from fleetcast.training.gate import CONFIDENCE, MIN_BLOCKS, GateVerdict, judge
 from fleetcast.training.holdout import Losses
-from fleetcast.training.sampler import ChangedSeries
 
 METRICS = ("cpu_pct", "mem_pct")
 N_SERVER, N_ORIGIN = 6, 12

@@ -4,10 +4,9 @@ import numpy as np
 from oracle_fleet import N_BIN, SHAPE, Oracle, grid, verdict
 
 from fleetcast.forecast.naive import NaiveForecaster
-from fleetcast.schema import HistoryWindow
+from fleetcast.schema import ChangedSeries, HistoryWindow
 from fleetcast.training.grid import TrainingGrid
 from fleetcast.training.holdout import HoldOut, first_held_bins, mean_errors
-from fleetcast.training.sampler import ChangedSeries
 
 
 def test_the_tail_is_a_share_of_the_data_and_at_most_a_day() -> None:

@@ -6,9 +6,8 @@ import pytest
 from benchmarks.change_scenes import moments
 from benchmarks.new_dynamics import inject
 from benchmarks.training_rounds import TestDays, relative
-from fleetcast.schema import HistoryWindow
+from fleetcast.schema import ChangedSeries, HistoryWindow
 from fleetcast.training.grid import TrainingGrid
-from fleetcast.training.sampler import ChangedSeries
 
 N_BIN, SINCE = 3000, 2000
 METRICS = ("cpu_pct", "mem_pct", "disk_write_mb_s")

@@ -8,9 +8,9 @@ from benchmarks.replay_fleet import BIN_MS, DAY, SEED, ReplayFleet, injected
 from benchmarks.replay_policies import CHECK_BINS, Cron, Engine, Oracle
 from benchmarks.replay_record import ReplayRecord
 from fleetcast.forecast.registry import Registry
+from fleetcast.schema import ChangedSeries
 from fleetcast.settings import Settings
 from fleetcast.training.grid import TrainingGrid
-from fleetcast.training.sampler import ChangedSeries
 
 METRICS = ("cpu_pct", "mem_pct", "disk_io_mb_s")
 BEGIN, DAYS = 2 * DAY, 22

@@ -6,8 +6,8 @@ import pytest
 from benchmarks.replay_fleet import BIN_MS, DAY, ReplayFleet
 from benchmarks.replay_record import HORIZONS
 from benchmarks.replay_scores import errors, recovery_hours
+from fleetcast.schema import ChangedSeries
 from fleetcast.training.grid import TrainingGrid
-from fleetcast.training.sampler import ChangedSeries
 
 BEGIN, DAYS = DAY, 10
 CHANGED = BEGIN + DAY

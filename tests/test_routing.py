@@ -43,7 +43,7 @@ def series_of(found: Routed) -> list[set[tuple[str, str]]]:
     return [set(item.changed_ms) for item in found.model.specialists]
 
 
-def route(
+def route_new(
     hold_out: HoldOut,
     fleet: Losses,
     shares: dict[tuple[int, int], float],
@@ -70,18 +70,18 @@ def route(
 def test_a_told_series_goes_to_the_specialist_where_it_is_better_and_back_where_not(
     hold_out: HoldOut, fleet: Losses
 ) -> None:
-    found = route(hold_out, fleet, {(1, 0): 0.9, (2, 1): 1.1})
+    found = route_new(hold_out, fleet, {(1, 0): 0.9, (2, 1): 1.1})
     assert series_of(found) == [{TOLD[0]}]
     np.testing.assert_allclose(found.losses.pinball[:, 1, 0], 0.9 * fleet.pinball[:, 1, 0])
     np.testing.assert_array_equal(found.losses.pinball[:, 2, 1], fleet.pinball[:, 2, 1])
 
 
 def test_a_gain_that_time_does_not_bear_out_is_none(hold_out: HoldOut, fleet: Losses) -> None:
-    assert series_of(route(hold_out, fleet, {(1, 0): 0.99, (2, 1): 0.8}, noise=0.5)) == [{TOLD[1]}]
+    assert series_of(route_new(hold_out, fleet, {(1, 0): 0.99, (2, 1): 0.8}, noise=0.5)) == [{TOLD[1]}]
 
 
 def test_no_gain_no_specialist(hold_out: HoldOut, fleet: Losses) -> None:
-    found = route(hold_out, fleet, {})
+    found = route_new(hold_out, fleet, {})
     assert series_of(found) == []
     np.testing.assert_array_equal(found.losses.pinball, fleet.pinball)
 
@@ -90,14 +90,14 @@ def test_a_new_specialist_that_gains_nothing_leaves_an_older_one_as_it_is(
     hold_out: HoldOut, fleet: Losses
 ) -> None:
     before = specialist(*OLDER.values())
-    found = route(hold_out, fleet, {(3, 0): 0.7, (1, 0): 1.2}, older=(before,))
+    found = route_new(hold_out, fleet, {(3, 0): 0.7, (1, 0): 1.2}, older=(before,))
     assert series_of(found) == [set(OLDER.values())]
     np.testing.assert_allclose(found.losses.pinball[:, 3, 0], 0.7 * fleet.pinball[:, 3, 0])
     np.testing.assert_array_equal(found.losses.pinball[:, 1, 0], fleet.pinball[:, 1, 0])
 
 
 def test_a_series_that_nobody_named_joins_where_it_is_far_better(hold_out: HoldOut, fleet: Losses) -> None:
-    found = route(hold_out, fleet, {(1, 0): 0.8, (2, 1): 0.8, (5, 0): 0.7, (0, 1): 0.95, (3, 1): 1.3})
+    found = route_new(hold_out, fleet, {(1, 0): 0.8, (2, 1): 0.8, (5, 0): 0.7, (0, 1): 0.95, (3, 1): 1.3})
     assert series_of(found) == [{*TOLD, ("web-5", "cpu_pct")}]
     (made,) = found.model.specialists
     assert made.changed_ms["web-5", "cpu_pct"] in {made.changed_ms[pair] for pair in TOLD}

@@ -5,8 +5,9 @@ import pytest
 
 from fleetcast.errors import NotEnoughData
 from fleetcast.forecast.encoding import GridShape
+from fleetcast.schema import ChangedSeries
 from fleetcast.training.grid import TrainingGrid
-from fleetcast.training.sampler import ChangedSeries, WindowMix, WindowSampler
+from fleetcast.training.sampler import WindowMix, WindowSampler
 
 SHAPE = GridShape(300_000, 96)
 N_BIN = 3000

@@ -6,7 +6,7 @@ import pytest
 from oracle_fleet import grid
 
 from fleetcast.forecast.predictor import MOST_SPECIALISTS, Forecaster, Specialist
-from fleetcast.training.sampler import ChangedSeries
+from fleetcast.schema import ChangedSeries
 from fleetcast.training.specialists import choose_scope
 
 FLEET = grid()  # six servers, cpu_pct and mem_pct

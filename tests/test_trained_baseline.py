@@ -6,8 +6,8 @@ from oracle_fleet import N_BIN, SHAPE, Oracle, grid
 
 from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.forecast.naive import NaiveForecaster
+from fleetcast.schema import ChangedSeries
 from fleetcast.training.holdout import HoldOut, first_held_bins
-from fleetcast.training.sampler import ChangedSeries
 from fleetcast.training.verdict import trained_baseline
 
 WEEK_BINS = 7 * 288

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fleetcast.schema import ChangedSeries
 from fleetcast.training.context import TrainingContext
 from fleetcast.training.grid import TrainingGrid
-from fleetcast.training.sampler import ChangedSeries
 
 HOUR_MS = 3_600_000
 

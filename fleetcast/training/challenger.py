@@ -25,12 +25,12 @@ from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.forecast.network import METRIC_SLOTS, NetworkConfig
 from fleetcast.forecast.predictor import Forecaster, ModelDescription, Specialist, Weights
 from fleetcast.forecast.registry import Registry
-from fleetcast.schema import Floats, Longs
+from fleetcast.schema import ChangedSeries, Floats, Longs
 from fleetcast.settings import Settings
 from fleetcast.training.fit import Resumable, StateFile, TrainingPlan, fit
 from fleetcast.training.grid import TrainingGrid
 from fleetcast.training.holdout import HoldOut, Losses, Predictor, first_held_bins
-from fleetcast.training.sampler import ChangedSeries, WindowMix, WindowSampler
+from fleetcast.training.sampler import WindowMix, WindowSampler
 from fleetcast.training.specialists import Scope, choose_scope
 from fleetcast.training.verdict import FALLBACK, Challenger, Champion, judge_challenger
 

@@ -20,8 +20,8 @@ from typing import Any
 from fleetcast import files
 from fleetcast.clock import DAY_MS, parse_plain_utc, to_ms
 from fleetcast.errors import CorruptFile
+from fleetcast.schema import ChangedSeries
 from fleetcast.training.grid import TrainingGrid
-from fleetcast.training.sampler import ChangedSeries
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 
 from fleetcast.bins import RECENT_BINS
 from fleetcast.forecast.encoding import GridShape, is_percent
-from fleetcast.schema import QUANTILES, Floats, Floats32, HistoryWindow, Longs, Series
+from fleetcast.schema import QUANTILES, ChangedSeries, Floats, Floats32, HistoryWindow, Longs, Series
 from fleetcast.training.grid import TrainingGrid
-from fleetcast.training.sampler import ChangedSeries
 
 CHANGED_TAIL_SHARE = 0.4  # of the bins since a change
 MIN_TAIL_BINS = 6

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from fleetcast.bins import DAY_BINS, RECENT_BINS
 from fleetcast.errors import NotEnoughData
 from fleetcast.forecast.encoding import GridShape, ModelArrays, encode, is_percent
-from fleetcast.schema import Floats, Floats32, Longs
+from fleetcast.schema import ChangedSeries, Floats, Floats32, Longs
 from fleetcast.training.grid import TrainingGrid
 
 YOUNG_SHARE = 0.2  # windows whose history is cut short, so that young fleets are forecast, too
@@ -29,15 +29,6 @@ _MAX_DRAWS = 50
 _MIN_TARGETS = 3  # bins ahead a window must know: a change of minutes ago has no more
 
 _Draw = Callable[[int], tuple[Longs, Longs]]
-
-
-@dataclass(frozen=True)
-class ChangedSeries:
-    """A series that drifted, and the bin since which it did."""
-
-    server: int
-    metric: int
-    since_bin: int
 
 
 @dataclass(frozen=True)

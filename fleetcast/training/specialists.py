@@ -29,11 +29,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetcast.forecast.predictor import MOST_SPECIALISTS, Forecaster, Specialist, Weights
-from fleetcast.schema import Series
+from fleetcast.schema import ChangedSeries, Series
 from fleetcast.training.gate import CONFIDENCE, MIN_BLOCKS, compare
 from fleetcast.training.grid import TrainingGrid
 from fleetcast.training.holdout import HoldOut, Losses
-from fleetcast.training.sampler import ChangedSeries
 
 
 @dataclass(frozen=True, eq=False)

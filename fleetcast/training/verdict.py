@@ -24,12 +24,11 @@ from fleetcast.drift.seasonal.settled import ReadForecasts, read_grid
 from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.forecast.predictor import Forecaster
 from fleetcast.forecast.registry import Version
-from fleetcast.schema import Floats32, Longs
+from fleetcast.schema import ChangedSeries, Floats32, Longs
 from fleetcast.settings import DriftSettings, Settings
 from fleetcast.training.gate import GateVerdict, judge
 from fleetcast.training.grid import TrainingGrid
 from fleetcast.training.holdout import HoldOut, Losses, mean_errors
-from fleetcast.training.sampler import ChangedSeries
 from fleetcast.training.specialists import route
 
 
