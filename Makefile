@@ -38,17 +38,17 @@ docs: .venv/.requirements  ## make docs/settings.md again from the dataclasses
 	$(BIN)/python -m fleetcast.settings > docs/settings.md
 
 demo: .venv/.requirements  ## the whole loop on bundled real data, 3-6 minutes; state stays in demo_run/
-	$(BIN)/python -m benchmarks.demo
+	$(BIN)/python -m fleetcast.demo
 
 run: .venv/.requirements  ## both daemons on this machine's own metrics, live until Ctrl+C; state in run/
 	@$(BIN)/python -m fleetcast.live
 
 faults: .venv/.requirements-dev  ## every fault many times (about half an hour); the table of docs/reliability.md
-	$(BIN)/python -m benchmarks.faults
+	$(BIN)/python -m benchmarks.faults.faults
 
 bench-peers: .venv/.requirements  ## drift checks beside Evidently, NannyML, Alibi Detect, river (5 GB in .venv-peers/)
-	$(BIN)/python -m benchmarks.peer_environments
-	$(BIN)/python -m benchmarks.drift_speed
+	$(BIN)/python -m benchmarks.drift.peer_environments
+	$(BIN)/python -m benchmarks.drift.drift_speed
 
 clean:  ## remove what tests and demo leave behind (not .venv)
 	rm -rf demo_run bench_run .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import psutil
 
-from benchmarks.loop_harness import free_port
+from fleetcast.demo.harness import free_port
 from fleetcast.errors import DaemonAway
 from fleetcast.sources.client import DaemonClient
 

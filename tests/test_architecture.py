@@ -32,6 +32,7 @@ ROWS: dict[str, set[str]] = {
     "program": set(),
     "inference": {"api", "serving", "storage", "ingest", "prometheus", "forecast", "retraining"},
     "live": {"sources", "program"},
+    "demo": {"sources", "storage", "program"},
 }
 TOP = set(ROWS)  # the programs, on top of everything but each other
 # a library: the folders and files that may import it

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.base_model import PERCENTS, RATES, SIZES, SOURCES, resized
+from benchmarks.forecast.base_model import PERCENTS, RATES, SIZES, SOURCES, resized
 from fleetcast.forecast.predictor import Forecaster
 from fleetcast.forecast.registry import Registry
 from fleetcast.schema import HistoryWindow

@@ -8,11 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks import splice
-from benchmarks.demo_claims import Outcome, claims, table
-from benchmarks.loop_harness import Reload, Seen, summary
-from benchmarks.settled_errors import Phase, error_table, last_values
 from fleetcast.clock import iso_z, plain_utc, to_ms
+from fleetcast.demo import splice
+from fleetcast.demo.claims import Outcome, claims, table
+from fleetcast.demo.harness import Reload, Seen, summary
+from fleetcast.demo.settled_errors import Phase, error_table, last_values
+from fleetcast.program import shipped_folder
 from fleetcast.schema import SettledForecasts
 
 BIN = timedelta(minutes=5)
@@ -66,7 +67,9 @@ def test_a_phase_holds_only_its_own_time_version_and_servers() -> None:
 def test_the_feed_is_the_sample_up_to_the_change_and_the_donor_afterwards(tmp_path: Path) -> None:
     splice.write_feed(tmp_path / "feed.parquet")
     feed = pd.read_parquet(tmp_path / "feed.parquet").set_index(["server_name", "timestamp"])
-    sample = pd.read_parquet(splice.SAMPLE).set_index(["server_name", "timestamp"])
+    sample = pd.read_parquet(shipped_folder("samples") / splice.SAMPLE).set_index(
+        ["server_name", "timestamp"]
+    )
     assert feed.index.is_unique
     assert splice.DONOR not in feed.index.get_level_values(0)
     minute = timedelta(minutes=1)

@@ -6,14 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.drift_data import DAY, RecordedFleet, bin_grid, halves, load_fleet
-from benchmarks.drift_injections import KINDS, injected, is_eligible, ranks, rhythm_share, seeded
-from benchmarks.drift_loops import REST_BINS, trainings
-from benchmarks.drift_ours import fitted_block
-from benchmarks.drift_quality import main
-from benchmarks.drift_rules import Sketch, Stretch, evidently, ks_test, nannyml, window_gaps
-from benchmarks.drift_streams import Adwin, PageHinkley, streamed
-from benchmarks.drift_trials import Tally, series_trials
+from benchmarks.drift.drift_quality import main
+from benchmarks.drift.parts.data import DAY, RecordedFleet, bin_grid, halves, load_fleet
+from benchmarks.drift.parts.fleets import REST_BINS, trainings
+from benchmarks.drift.parts.injections import KINDS, injected, is_eligible, ranks, rhythm_share, seeded
+from benchmarks.drift.parts.ours import fitted_block
+from benchmarks.drift.parts.rules import Sketch, Stretch, evidently, ks_test, nannyml, window_gaps
+from benchmarks.drift.parts.streams import Adwin, PageHinkley, streamed
+from benchmarks.drift.parts.trials import Tally, series_trials
 
 DAYS = 26
 START = pd.Timestamp("2026-01-01T00:00:00Z")
@@ -149,8 +149,8 @@ def test_it_runs_on_any_servers_and_writes_every_figure(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("benchmarks.results_file.RESULTS", tmp_path / "results")
-    monkeypatch.setattr("benchmarks.drift_fleets.DRAWS", 3)
-    monkeypatch.setattr("benchmarks.drift_fleets.CHANGE_DRAWS", 2)
+    monkeypatch.setattr("benchmarks.drift.parts.fleets.DRAWS", 3)
+    monkeypatch.setattr("benchmarks.drift.parts.fleets.CHANGE_DRAWS", 2)
     data, stable, regimes = (str(path) for path in recorded)
 
     files = ["--data", data, "--stable", stable, "--regimes", regimes]

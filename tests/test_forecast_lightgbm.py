@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from benchmarks import forecast_lightgbm
-from benchmarks.forecast_lightgbm import HORIZON, LightGbm, available
+from benchmarks.forecast.parts import lightgbm
+from benchmarks.forecast.parts.lightgbm import HORIZON, LightGbm, available
 from fleetcast.schema import HistoryWindow
 from fleetcast.training.grid import TrainingGrid
 
@@ -15,7 +15,7 @@ needs_it = pytest.mark.skipif(not available(), reason="lightgbm is a peer, not a
 @needs_it
 def test_it_learns_a_daily_rhythm_that_the_last_value_misses(monkeypatch: pytest.MonkeyPatch) -> None:
     # Given twelve days of two servers with a rhythm and little noise, the last one kept back
-    monkeypatch.setattr(forecast_lightgbm, "_TREES", 30)
+    monkeypatch.setattr(lightgbm, "_TREES", 30)
     noise = np.random.default_rng(0).normal(0, 1, (2, 1, 12 * DAY))
     values = (50 + 30 * np.sin(2 * np.pi * np.arange(12 * DAY) / DAY) + noise).astype(np.float32)
     grid = TrainingGrid(("a", "b"), ("cpu_pct",), values[:, :, : 11 * DAY], 0, 300_000)

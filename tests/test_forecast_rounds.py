@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.forecast_rounds import HORIZON, Walk, measured
+from benchmarks.forecast.parts.rounds import HORIZON, Walk, measured
 from fleetcast.schema import Floats32, HistoryWindow
 from fleetcast.training.grid import TrainingGrid
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.forecast_stock import AHEAD, PAST, StockRecipe
+from benchmarks.forecast.parts.stock import AHEAD, PAST, StockRecipe
 from fleetcast.schema import HistoryWindow
 from fleetcast.training.grid import TrainingGrid
 

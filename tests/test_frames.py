@@ -84,7 +84,7 @@ def test_thousands_of_mutations_neither_crash_nor_change_a_payload_silently() ->
     rng = random.Random(7)
     payloads = [rng.randbytes(rng.randrange(200)) for _ in range(12)]
     whole = framed(payloads)
-    for _ in range(2_000):  # a million: benchmarks/buffer_crash.py
+    for _ in range(2_000):  # a million: benchmarks/buffer/buffer_crash.py
         mutated = bytearray(whole)
         for _ in range(rng.randrange(1, 6)):
             action, place = rng.randrange(3), rng.randrange(len(mutated))

@@ -1,10 +1,10 @@
-"""The short form of benchmarks/fuzz_ingest.py: the same targets, a few thousand inputs."""
+"""The short form of benchmarks/ingest/fuzz_ingest.py: the same targets, a few thousand inputs."""
 
 import random
 
 import pytest
 
-from benchmarks.fuzz_targets import TARGETS, mutated
+from benchmarks.ingest.parts.fuzz_targets import TARGETS, mutated
 
 N_INPUTS = 3000
 

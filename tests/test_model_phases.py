@@ -2,9 +2,9 @@ from datetime import UTC, datetime, timedelta
 
 import numpy as np
 
-from benchmarks.loop_harness import Reload
-from benchmarks.model_phases import phases_of, phases_table
+from benchmarks.loop.closed_loop import phases_of, phases_table
 from fleetcast.clock import to_ms
+from fleetcast.demo.harness import Reload
 from fleetcast.schema import SettledForecasts
 
 START = datetime(2026, 1, 15, tzinfo=UTC)

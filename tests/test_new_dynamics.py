@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from benchmarks.change_scenes import moments
-from benchmarks.new_dynamics import inject
-from benchmarks.training_rounds import TestDays, relative
+from benchmarks.forecast.parts.new_dynamics import inject, moments
+from benchmarks.forecast.parts.training_rounds import TestDays, relative
 from fleetcast.schema import ChangedSeries, HistoryWindow
 from fleetcast.training.grid import TrainingGrid
 

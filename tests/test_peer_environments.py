@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import peer_environments
-from benchmarks.peer_environments import measured, why_missing
+from benchmarks.drift import peer_environments
+from benchmarks.drift.peer_environments import measured, why_missing
 
 
 @pytest.fixture(autouse=True)

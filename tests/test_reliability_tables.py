@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import reliability_tables
-from benchmarks.reliability_tables import DOCUMENT, idle_table, newest, rendered, write_document
+from benchmarks.faults import reliability_tables
+from benchmarks.faults.reliability_tables import DOCUMENT, idle_table, newest, rendered, write_document
 from fleetcast.files import write_json
 
 ROW = {"fault": "a fault", "times": 20, "lost": 2, "recovered_s": [0.5, 1.5]}
@@ -26,7 +26,7 @@ PROCESS = {
 def test_the_document_shows_the_newest_results_and_nothing_typed_in() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
 
-    assert text == rendered(text), "run `python -m benchmarks.reliability_tables`"
+    assert text == rendered(text), "run `python -m benchmarks.faults.reliability_tables`"
 
 
 def test_the_newest_results_replace_a_table_that_was_written_by_hand(

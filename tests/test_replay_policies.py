@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.replay_fleet import BIN_MS, DAY, SEED, ReplayFleet, injected
-from benchmarks.replay_policies import CHECK_BINS, Cron, Engine, Oracle
-from benchmarks.replay_record import ReplayRecord
+from benchmarks.loop.parts.fleet import BIN_MS, DAY, SEED, ReplayFleet, injected
+from benchmarks.loop.parts.policies import CHECK_BINS, Cron, Engine, Oracle
+from benchmarks.loop.parts.record import ReplayRecord
 from fleetcast.forecast.registry import Registry
 from fleetcast.schema import ChangedSeries
 from fleetcast.settings import Settings

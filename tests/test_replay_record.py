@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.replay_fleet import BIN_MS, ReplayFleet
-from benchmarks.replay_record import HORIZONS, ReplayRecord, forecast_stretch, last_values
+from benchmarks.loop.parts.fleet import BIN_MS, ReplayFleet
+from benchmarks.loop.parts.record import HORIZONS, ReplayRecord, forecast_stretch, last_values
 from fleetcast.forecast.predictor import Forecaster
 from fleetcast.schema import HistoryWindow
 from fleetcast.training.grid import TrainingGrid

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from benchmarks.replay_fleet import BIN_MS, DAY, ReplayFleet
-from benchmarks.replay_record import HORIZONS
-from benchmarks.replay_scores import errors, recovery_hours
+from benchmarks.loop.parts.fleet import BIN_MS, DAY, ReplayFleet
+from benchmarks.loop.parts.record import HORIZONS
+from benchmarks.loop.parts.scores import errors, recovery_hours
 from fleetcast.schema import ChangedSeries
 from fleetcast.training.grid import TrainingGrid
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import SCENARIOS, Scenario, repeated, try_out
-from benchmarks.reliability_tables import Result, table
+from benchmarks.faults.faults import SCENARIOS, Scenario, repeated, try_out
+from benchmarks.faults.reliability_tables import Result, table
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +50,7 @@ def test_the_counts_can_see_a_loss_a_double_and_a_change(tmp_path: Path) -> None
     """The accountant itself: a buffer that is short of a row, has one twice, and one changed."""
     import pandas as pd
 
-    from benchmarks.fault_feed import Fleet, Tally, count_records
+    from benchmarks.faults.parts.feed import Fleet, Tally, count_records
 
     fleet = Fleet(n_servers=2)
     frame = pd.DataFrame([record for step in range(3) for record in fleet.records(step)])

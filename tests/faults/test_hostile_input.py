@@ -277,7 +277,7 @@ def test_generated_requests_never_make_the_interface_break_its_own_description(
             str(Path(sys.executable).with_name("schemathesis")), "run", f"{daemon.url}/openapi.json",
             "--checks", "not_a_server_error,status_code_conformance,content_type_conformance,"
             "response_schema_conformance",
-            "--exclude-path", "/api/v1/write",  # protobuf: benchmarks/fuzz_ingest.py
+            "--exclude-path", "/api/v1/write",  # protobuf: benchmarks/ingest/fuzz_ingest.py
             "--max-examples", "25", "--seed", "7", "--workers", "1", "--no-color",
         ],
         cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240,

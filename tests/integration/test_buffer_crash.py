@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.crash_round import CrashRounds
+from benchmarks.buffer.buffer_crash import CrashRounds
 
 
 @pytest.mark.slow

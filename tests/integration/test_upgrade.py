@@ -1,7 +1,7 @@
 """A whole state folder of revision 1815b79, whose daemons were killed, is taken over by today's code.
 
 `tests/data/state_1815b79.tar.xz` was written by the programs of that revision: two servers for 53 h
-through the inference daemon (`benchmarks/fault_feed.py`), one training through the retraining
+through the inference daemon (`benchmarks/faults/parts/feed.py`), one training through the retraining
 daemon, its version in service, 144 forecasts open, then kill -9. It is never made again.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from programs import InferenceDaemon, Program, wait_for
 
-from benchmarks.fault_feed import Fleet, Tally, count_records, stored
+from benchmarks.faults.parts.feed import Fleet, Tally, count_records, stored
 from fleetcast.files import read_json
 from fleetcast.loop import Stop
 from fleetcast.sources.client import RecordSender

@@ -11,8 +11,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not_here()), reason=
 INFERENCE, RETRAINING = "tft-inference-daemon", "adaptive-retraining"
 PREPARE = f"""
 from pathlib import Path
-from benchmarks.fault_feed import Fleet
-from benchmarks.fault_trainings import prepare
+from benchmarks.faults.parts.feed import Fleet
+from benchmarks.faults.parts.trainings import prepare
 place = prepare(Path("{STATE}/new"), Fleet(n_servers=3))
 (place / "bad_trainer.txt").write_text("hangs")
 for item in place.iterdir():

@@ -1,0 +1,1 @@
+"""The buffer: what it costs, what a kill leaves."""

@@ -1,0 +1,187 @@
+"""What an append costs, durable tick by tick; beside the naive buffer, SQLite, DuckDB and the bare disk.
+
+    python -m benchmarks.buffer.buffer [--servers 20 2000] [--rows 24000]
+
+Reading, sealing and sizes are in `buffer_reads.py`. DuckDB is measured where it is installed.
+
+A generated fleet (14 metrics, percents of 2 decimals, seed 7) of 5-second ticks. CPU seconds hold on a
+busy host, wall times are upper bounds.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import os
+import resource
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.results_file import write_results
+from data_buffer import DataBuffer
+from fleetcast.clock import from_ms, monotonic
+from fleetcast.ingest.rules import rounded
+from fleetcast.schema import RecordBatch
+
+START_MS = 1_767_225_600_000  # 2026-01-01
+TICK_MS = 5000
+TICKS_PER_DAY = 86_400_000 // TICK_MS
+N_METRICS = 14
+
+
+def cpu_s() -> float:
+    """Return CPU seconds of this process, kernel time included."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def fleet(servers: int, ticks: int, start_ms: int = START_MS) -> Iterator[RecordBatch]:
+    """Yield one batch per tick: a daily rhythm, a slow walk, and noise of half a point."""
+    rng = np.random.default_rng(7)
+    names = tuple(f"server-{number:04d}" for number in range(servers))
+    codes = np.arange(servers, dtype=np.int32)
+    level = rng.uniform(10, 60, (N_METRICS, servers))
+    phase = rng.uniform(0, 2 * np.pi, servers)
+    for tick in range(ticks):
+        level = np.clip(level + rng.normal(0, 0.02, level.shape), 1, 90)
+        rhythm = 5 * np.sin(2 * np.pi * tick / TICKS_PER_DAY + phase)
+        values = np.clip(level + rhythm + rng.normal(0, 0.5, level.shape), 0, 100)
+        metrics = {f"m{place:02d}_pct": rounded("x_pct", values[place], 2, 4) for place in range(N_METRICS)}
+        yield RecordBatch(names, codes, np.full(servers, start_ms + tick * TICK_MS), metrics)
+
+
+def ours(place: Path, batches: list[RecordBatch]) -> dict[str, Any]:
+    """Append tick by tick, durable each, flushing as the daemon does (45 s of record time)."""
+    buffer = DataBuffer(place, expire=False)
+    buffer.open()
+    waits, cpu = [], cpu_s()
+    for tick, batch in enumerate(batches):
+        began = monotonic()
+        buffer.append_batch(batch)
+        waits.append(monotonic() - began)
+        if tick % 9 == 8:
+            buffer.flush()
+            buffer.maintain(from_ms(START_MS))
+    buffer.close()
+    return timed(batches, cpu_s() - cpu, waits, place)
+
+
+def naive(place: Path, batches: list[RecordBatch]) -> dict[str, Any]:
+    """Read, concatenate and rewrite the day at each flush; what is not flushed is not durable."""
+    waits, cpu, waiting = [], cpu_s(), []
+    path = place / "day.parquet"
+    place.mkdir()
+    for tick, batch in enumerate(batches):
+        began = monotonic()
+        columns: dict[str, Any] = {"timestamp": batch.timestamps_ms, "server": batch.server_codes} | dict(
+            batch.metrics
+        )
+        waiting.append(pd.DataFrame(columns))
+        if tick % 9 == 8:
+            old = [pd.read_parquet(path)] if path.exists() else []
+            pd.concat([*old, *waiting]).to_parquet(path)
+            waiting = []
+        waits.append(monotonic() - began)
+    return timed(batches, cpu_s() - cpu, waits, place)
+
+
+def sqlite(place: Path, batches: list[RecordBatch]) -> dict[str, Any]:
+    """Insert tick by tick into SQLite with a write-ahead log and full synchronisation."""
+    base = sqlite3.connect(place)
+    base.execute("pragma journal_mode=wal")
+    base.execute("pragma synchronous=full")
+    columns = ", ".join(f"m{number}" for number in range(N_METRICS))
+    base.execute(f"create table metrics (time, server, {columns}, primary key (server, time)) without rowid")
+    insert = f"insert or replace into metrics values ({', '.join('?' * (N_METRICS + 2))})"
+    waits, cpu = [], cpu_s()
+    for batch in batches:
+        began = monotonic()
+        columns_of: list[Any] = [batch.timestamps_ms, batch.server_codes, *batch.metrics.values()]
+        base.executemany(insert, zip(*(column.tolist() for column in columns_of), strict=True))
+        base.commit()
+        waits.append(monotonic() - began)
+    base.close()
+    return timed(batches, cpu_s() - cpu, waits, place)
+
+
+def duckdb(place: Path, batches: list[RecordBatch]) -> dict[str, Any] | None:
+    """Insert tick by tick into DuckDB, one transaction each; None where it is not installed."""
+    if importlib.util.find_spec("duckdb") is None:
+        return None
+    base = importlib.import_module("duckdb").connect(str(place))
+    columns = ", ".join(f"m{number} double" for number in range(N_METRICS))
+    base.execute(f"create table metrics (time bigint, server int, {columns}, primary key (server, time))")
+    names = ["time", "server", *(f"m{number}" for number in range(N_METRICS))]
+    waits, cpu = [], cpu_s()
+    for batch in batches:
+        began = monotonic()
+        cells = [batch.timestamps_ms, batch.server_codes, *batch.metrics.values()]
+        tick = pd.DataFrame(dict(zip(names, cells, strict=True)))
+        base.register("tick", tick)
+        base.execute("insert or replace into metrics select * from tick")
+        waits.append(monotonic() - began)
+    base.close()
+    return timed(batches, cpu_s() - cpu, waits, place)
+
+
+def bare(place: Path, batches: list[RecordBatch]) -> dict[str, Any]:
+    """Write the same values with nothing around them and sync: what the disk alone costs."""
+    waits, cpu = [], cpu_s()
+    with place.open("wb", buffering=0) as stream:
+        for batch in batches:
+            began = monotonic()
+            stream.write(np.array(list(batch.metrics.values())).data)
+            os.fdatasync(stream.fileno())
+            waits.append(monotonic() - began)
+    return timed(batches, cpu_s() - cpu, waits, place)
+
+
+WAYS = {"bare": bare, "fleetcast": ours, "sqlite": sqlite, "duckdb": duckdb, "naive": naive}
+
+
+def joined(batches: list[RecordBatch]) -> RecordBatch:
+    """Return batches of one fleet as one."""
+    return RecordBatch(
+        batches[0].server_names,
+        np.concatenate([batch.server_codes for batch in batches]),
+        np.concatenate([batch.timestamps_ms for batch in batches]),
+        {name: np.concatenate([batch.metrics[name] for batch in batches]) for name in batches[0].metrics},
+    )
+
+
+def timed(batches: list[RecordBatch], cpu: float, waits: list[float], place: Path) -> dict[str, Any]:
+    """Return the figures of one way to append, which left its files at `place`."""
+    n_rows = sum(map(len, batches))
+    p50, p99 = (np.percentile(waits, [50, 99]) * 1000).tolist()
+    files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    figures = {"rows": n_rows, "cpu_s_per_1m_rows": cpu / n_rows * 1e6, "bytes_per_row": size / n_rows}
+    return figures | {"ack_p50_ms": p50, "ack_p99_ms": p99}
+
+
+def main() -> int:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--servers", type=int, nargs="+", default=[20, 2000])
+    parser.add_argument("--rows", type=int, default=24_000, help="rows appended in each way")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    options = parser.parse_args()
+    figures: dict[str, Any] = {"options": vars(options)}
+    for servers in options.servers:
+        batches = list(fleet(servers, max(options.rows // servers, 36)))
+        for name in options.ways:
+            with tempfile.TemporaryDirectory() as place:
+                found = WAYS[name](Path(place) / name, batches)
+            figures[f"{name}_{servers}_servers"] = found
+            print(servers, name, found and {key: round(value, 2) for key, value in found.items()}, flush=True)
+    print(write_results("buffer", figures))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,154 @@
+"""What sealed days cost: bytes, sealing, windows, exports, statistics; memory above an idle process.
+
+    python -m benchmarks.buffer.buffer_reads [--servers 20] [--days 30] [--real FILE ...]
+
+Days of the fleet of `buffer.py` (the first one is generated, the others are the same values at later
+times). Each way to read runs in a process of its own, whose memory before it counts as idle. `--real`
+takes Parquet files of recorded metrics (timestamp, server_name, numbers), of which only sizes are
+taken. `noise_bits` is the information in the generator's rounded noise: no codec without loss gets below.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.buffer.buffer import N_METRICS, START_MS, TICKS_PER_DAY, cpu_s, fleet, joined
+from benchmarks.results_file import write_results
+from data_buffer import DataBuffer
+from fleetcast.clock import DAY_MS, FakeClock, from_ms, monotonic
+from fleetcast.ingest.rules import rounded
+from fleetcast.schema import RecordBatch
+from fleetcast.storage.days import day_of_ms, day_path, split_by_day, write_part
+from fleetcast.storage.reader import binned
+from fleetcast.storage.tables import METRICS, batch_of_table, canonical, floats, merged, table_of_batch
+from fleetcast.storage.upkeep import seal
+
+BIN_MS = 300_000
+FORECAST = ["m00_pct", "m01_pct", "m02_pct", "m03_pct"]
+
+
+def resident_mb(field: str) -> float:
+    """Return `VmRSS` (now) or `VmHWM` (the highest so far) of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
+def read_once(way: str, place: Path, days: int) -> dict[str, float]:
+    """Read in one way; wall and CPU seconds, rows per second, peak memory above idle."""
+    buffer, end_ms = DataBuffer(place, expire=False), START_MS + days * DAY_MS
+    idle, cpu, began = resident_mb("VmRSS"), cpu_s(), monotonic()
+    if way == "stats":
+        buffer.get_stats()
+    elif way == "window_5min":
+        for batch in buffer.iter_batches(START_MS, end_ms, FORECAST):
+            means = batch_of_table(binned(table_of_batch(batch), BIN_MS)).metrics
+            _ = [column.astype(np.float32) for column in means.values()]
+    elif way == "frame_1_day":
+        days = 1
+        clock = FakeClock(from_ms(START_MS + DAY_MS))
+        DataBuffer(place, expire=False, clock=clock).get_training_window(1)
+    else:
+        resolution_s = 300 if way == "export_5min" else None
+        buffer.export_training_data(
+            place.parent / f"{way}.parquet", days, resolution_s, until=from_ms(end_ms)
+        )
+    wall_s, used_s = monotonic() - began, cpu_s() - cpu
+    n_rows = sum(pq.read_metadata(path).num_rows for path in sorted(place.glob("*.parquet"))[:days])
+    rates = {"wall_s": wall_s, "cpu_s": used_s, "rows": n_rows, "rows_per_s": n_rows / wall_s}
+    return rates | {"peak_above_idle_mb": resident_mb("VmHWM") - idle}
+
+
+def sealed_days(place: Path, servers: int, days: int) -> dict[str, float]:
+    """Seal a day as the daemon's child does, then write the same values as further sealed days."""
+    first = merged([table_of_batch(joined(list(fleet(servers, TICKS_PER_DAY))))], METRICS)
+    seal_s, size = sealed(place, first)
+    for number in range(1, days):
+        batch = batch_of_table(first)
+        later = RecordBatch(
+            batch.server_names, batch.server_codes, batch.timestamps_ms + number * DAY_MS, batch.metrics
+        )
+        path = day_path(place, METRICS, day_of_ms(START_MS + number * DAY_MS))
+        table = canonical(table_of_batch(later), METRICS)
+        write_part(path, iter([table]), METRICS, table.schema, number, is_sealed=True)
+    n_rows = len(first)
+    return {
+        "rows_per_day": n_rows,
+        "seal_cpu_s_per_1m_rows": seal_s / n_rows * 1e6,
+        "bytes_per_row": size / n_rows,
+        "bytes_per_sample": size / n_rows / N_METRICS,
+        "noise_bits_per_sample": math.log2(0.5 * math.sqrt(2 * math.pi * math.e) / 0.01),
+    }
+
+
+def sealed(place: Path, table: pa.Table) -> tuple[float, int]:
+    """Put the first day's rows into `place` as a sealed file; return CPU seconds and bytes of sealing."""
+    place.mkdir(exist_ok=True)
+    ((day, rows),) = split_by_day(table, METRICS).items()
+    path = day_path(place, METRICS, day)
+    path.mkdir()
+    write_part(path / f"part-000000000001-{len(rows)}.parquet", iter([rows]), METRICS, rows.schema, 1)
+    cpu = cpu_s()
+    seal(place, "metrics", day, place / ".sealed")
+    used_s = cpu_s() - cpu
+    for part in path.iterdir():
+        part.unlink()
+    path.rmdir()
+    (place / ".sealed").rename(path)
+    return used_s, path.stat().st_size
+
+
+def real_sizes(file: Path) -> dict[str, float]:
+    """Return the bytes of recorded metrics, rounded as ingest does, one sealed file a day."""
+    table = canonical(pq.read_table(file), METRICS)
+    for number, name in enumerate(table.column_names[2:], 2):
+        table = table.set_column(number, name, pa.array(rounded(name, floats(table.column(name)), 2, 4)))
+    size = n_rows = n_samples = 0
+    days = split_by_day(merged([table], METRICS), METRICS)
+    for day in list(days)[:: max(len(days) // 7, 1)]:
+        with tempfile.TemporaryDirectory() as place:
+            rows = canonical(days[day], METRICS)
+            size += sealed(Path(place), rows)[1]
+        n_rows += len(rows)
+        n_samples += sum(len(rows) - rows.column(name).null_count for name in rows.column_names[2:])
+    return {"rows": n_rows, "bytes_per_row": size / n_rows, "bytes_per_sample": size / n_samples}
+
+
+def main() -> int:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--servers", type=int, default=20)
+    parser.add_argument("--days", type=int, default=30)
+    parser.add_argument("--real", type=Path, nargs="*", default=[])
+    parser.add_argument("--read", nargs=2, help=argparse.SUPPRESS)  # the child: way, folder
+    options = parser.parse_args()
+    if options.read:
+        print(json.dumps(read_once(options.read[0], Path(options.read[1]), options.days)))
+        return 0
+    figures: dict[str, Any] = {"options": {"servers": options.servers, "days": options.days}}
+    for file in options.real:
+        figures[f"sealed_{file.stem}"] = real_sizes(file)
+        print(file.stem, figures[f"sealed_{file.stem}"], flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "buffer"
+        figures["sealed_generator"] = sealed_days(place, options.servers, options.days)
+        print(figures["sealed_generator"], flush=True)
+        for way in ("stats", "window_5min", "export_5min", "export_raw", "frame_1_day"):
+            command = [sys.executable, "-m", "benchmarks.buffer.buffer_reads", "--days", str(options.days)]
+            done = subprocess.run([*command, "--read", way, str(place)], capture_output=True, check=True)
+            figures[way] = json.loads(done.stdout)
+            print(way, figures[way], flush=True)
+    print(write_results("buffer_reads", figures))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Drift: false alarms, hits, and the time of a check, beside peers."""

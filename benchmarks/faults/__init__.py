@@ -1,0 +1,1 @@
+"""Every fault made on purpose, and what it cost."""

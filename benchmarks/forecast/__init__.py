@@ -1,0 +1,1 @@
+"""Forecasts: accuracy, speed, what one training gives."""

@@ -1,0 +1,169 @@
+"""The real daemon with 10,000 servers: sweeps, memory, the feed beside them, hot reloads.
+
+    .venv/bin/python -m benchmarks.forecast.large_fleet [--servers 10000] [--bins 3]
+
+One daemon, the real network (random weights, hidden 32), fed over loopback: `--history` bins of
+one record per server fast (their sweeps overtake each other, as after an outage), then bins one by
+one, each forecast before the next one closes. A second connection sends 20 records every 50 ms all
+the while and notes how long each answer takes. At the end `/predictions/current` is read whole,
+twice, and models are replaced while sweeps go on.
+"""
+
+import argparse
+import http.client
+import itertools
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.ingest.feed_latency import Fleet, Repeating, probe, promote
+from benchmarks.programs import InferenceDaemon, wait_for
+from benchmarks.results_file import write_results
+
+RELOADS = 3
+_POST_SERVERS = 2000
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--servers", type=int, default=10_000)
+    parser.add_argument("--history", type=int, default=14, help="bins sent before (a model needs 12)")
+    parser.add_argument("--bins", type=int, default=3, help="bins swept one by one")
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = run(Path(folder), options.servers, options.history, options.bins)
+    for name, value in figures.items():
+        print(f"{name:32s} {value}")
+    print(write_results("large_fleet", figures))
+    return 0
+
+
+def run(folder: Path, n_servers: int, n_history: int, n_bins: int) -> dict[str, Any]:
+    """Return the figures of one daemon."""
+    promote(folder, 0)
+    with InferenceDaemon(folder) as daemon:
+        wait_for("the model", lambda: daemon.status()["model"]["version"] is not None)
+        idle_mb = daemon.memory_bytes / 1e6
+        fleet = LargeFleet(daemon, n_servers)
+        for _ in range(n_history):
+            fleet.send_a_bin()
+        wait_for("the backlog", lambda: daemon.status()["backlog"] == 0, 300)
+        sweeps: list[dict[str, float]] = []
+        latencies_ms: list[float] = []
+        prober = threading.Thread(target=_probe_until, args=(daemon, fleet, latencies_ms, sweeps, n_bins))
+        prober.start()
+        for _ in range(n_bins):
+            sweeps.append(fleet.sweep_once())
+            print(sweeps[-1], flush=True)
+        prober.join()
+        documents = [_timed_read(daemon) for _ in range(2)]
+        peak_mb = _peak_mb(daemon)
+        print(f"peak {peak_mb:.0f} MB, idle {idle_mb:.0f} MB, documents {documents}", flush=True)
+        reloads = _reload_beside_sweeps(daemon, fleet, folder)
+    return {
+        "servers": n_servers,
+        "sweeps": sweeps,
+        "feed_p50_ms": round(float(np.quantile(latencies_ms, 0.5)), 1),
+        "feed_p99_ms": round(float(np.quantile(latencies_ms, 0.99)), 1),
+        "feed_max_ms": round(max(latencies_ms), 1),
+        "feed_requests": len(latencies_ms),
+        "idle_mb": round(idle_mb),
+        "peak_above_idle_mb": round(peak_mb - idle_mb),
+        "document_mb": round(documents[0][1] / 1e6, 1),
+        "document_s_first_and_cached": [round(seconds, 2) for seconds, _ in documents],
+        "reloads_s_beside_sweeps": reloads,
+    }
+
+
+class LargeFleet(Fleet):
+    """A fleet that is sent in several posts per bin, and not gone: its first bin was 16 hours ago."""
+
+    def __init__(self, daemon: InferenceDaemon, n_servers: int) -> None:
+        super().__init__(daemon, n_servers)
+        self._bin_start += timedelta(days=20) - timedelta(hours=16)
+
+    def send_a_bin(self) -> None:
+        """Send one record per server of the next bin."""
+        names = self._names
+        start = self._bin_start
+        for first in range(0, len(names), _POST_SERVERS):
+            self._names, self._bin_start = names[first : first + _POST_SERVERS], start
+            self._send()
+        self._names = names
+
+    def sweep_once(self) -> dict[str, float]:
+        """Close a bin and wait for its sweep; return what both took."""
+        before = self._daemon.status()["sweep"]["count"]
+        cpu_before, started = _cpu_s(self._daemon), time.monotonic()
+        self.send_a_bin()
+        sent = time.monotonic()
+        wait_for("the sweep", lambda: self._daemon.status()["sweep"]["count"] > before, 300)
+        sweep = self._daemon.status()["sweep"]
+        return {
+            "sweep_s": round(float(sweep["seconds"]), 2),
+            "send_s": round(sent - started, 2),
+            "bin_closed_to_published_s": round(time.monotonic() - sent, 2),
+            "daemon_cpu_s": round(_cpu_s(self._daemon) - cpu_before, 2),
+        }
+
+
+def _probe_until(
+    daemon: InferenceDaemon,
+    fleet: LargeFleet,
+    latencies_ms: list[float],
+    sweeps: list[dict[str, float]],
+    n_bins: int,
+) -> None:
+    def moment() -> datetime:
+        return fleet.moment()
+
+    while len(sweeps) < n_bins:
+        latencies_ms += probe(daemon, moment, 0.5)
+
+
+def _timed_read(daemon: InferenceDaemon) -> tuple[float, int]:
+    """Return the seconds a whole document took, and its bytes."""
+    started = time.monotonic()
+    link = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=60)
+    link.request("GET", "/predictions/current")
+    n_bytes = len(link.getresponse().read())
+    link.close()
+    return time.monotonic() - started, n_bytes
+
+
+def _reload_beside_sweeps(daemon: InferenceDaemon, fleet: LargeFleet, folder: Path) -> list[float]:
+    """Replace the model a few times while sweeps go on; return what the daemon's log says each took."""
+    numbers = itertools.count(1)
+    with Repeating(fleet.sweep_once, pause_s=0.0):
+        for _ in range(RELOADS):
+            replaced = daemon.status()["model"]["version"]
+            promote(folder, next(numbers))
+            wait_for("the reload", partial(_serves_another, daemon, replaced), 120)
+    return [float(took) for took in re.findall(r"model in service .*took_s=([0-9.]+)", daemon.output)][1:]
+
+
+def _serves_another(daemon: InferenceDaemon, version: str) -> bool:
+    return bool(daemon.status()["model"]["version"] != version)
+
+
+def _cpu_s(daemon: InferenceDaemon) -> float:
+    fields = Path(f"/proc/{daemon.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / 100
+
+
+def _peak_mb(daemon: InferenceDaemon) -> float:
+    lines = Path(f"/proc/{daemon.process.pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1000 for line in lines if line.startswith("VmHWM"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

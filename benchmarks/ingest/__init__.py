@@ -1,0 +1,1 @@
+"""The way in: posts a second, latency, mutated input."""

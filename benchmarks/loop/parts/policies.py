@@ -1,0 +1,172 @@
+"""When to retrain, six ways: never, by the calendar, by drift, and told the truth.
+
+Owns: the policies of the loop replay. The two that look at drift are the product: `DriftSource`,
+`DriftMonitor`, `RetrainingDecisionEngine`, the quiet limits. Does not know: how training is done.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from adaptive_retraining_daemon import RetrainingDecisionEngine
+from benchmarks.loop.parts.fleet import BIN_MS, DAY, ReplayFleet
+from benchmarks.loop.parts.record import ReplayRecord
+from drift_monitor import DriftMonitor
+from fleetcast.clock import DataClock, from_ms, iso_z, plain_utc
+from fleetcast.drift.evidence import DriftSource
+from fleetcast.forecast.registry import Registry, Verdict, new_version_id
+from fleetcast.retraining.follow_up import follow_up
+from fleetcast.retraining.order import CONTEXT_FILE, training_context
+from fleetcast.retraining.quiet import CPU, MEM, FleetLoad, FleetMean, HostLoad, QuietWeek, quiet_verdict
+from fleetcast.retraining.report import NOTHING, RetrainingCheck
+from fleetcast.retraining.state import PROMOTED, REJECTED, Attempt
+from fleetcast.schema import Floats32, QuietVerdict
+from fleetcast.settings import CALIBRATED, Settings
+
+NEVER, WEEKLY, DAILY, LITERAL, OURS, ORACLE = "never", "weekly", "daily", "literal", "ours", "oracle"
+POLICIES = (NEVER, WEEKLY, DAILY, LITERAL, OURS, ORACLE)
+CHECK_BINS = 12  # an hour of data time between two looks
+CRON_BIN = 3 * 12  # 03:00 UTC
+ORACLE_AFTER = (72, 288, 864)  # bins after a change: at 6 h, 24 h and 72 h, each with more to see
+IDLE_HOST = HostLoad(load_1m=0.0, own_cores=0.0, cores=2, available_gb=64.0)
+
+Context = dict[str, Any]  # the content of training_context.json
+
+
+class Policy(Protocol):
+    """Asked every CHECK_BINS; answers with the context of a training, or None."""
+
+    def wants(self, end: int) -> Context | None:
+        """Say whether to train on everything before bin `end`."""
+
+    def trained(self, verdict: Verdict) -> None:
+        """Hear how a training ended."""
+
+
+class Never:
+    """Trains never."""
+
+    def wants(self, end: int) -> Context | None:
+        return None
+
+    def trained(self, verdict: Verdict) -> None:
+        pass
+
+
+@dataclass
+class Cron:
+    """Trains every so many days at 03:00, whatever the data do."""
+
+    fleet: ReplayFleet
+    every_days: int
+
+    def wants(self, end: int) -> Context | None:
+        days, rest = divmod(end - self.fleet.begin - CRON_BIN, DAY)
+        return {} if rest == 0 and days and days % self.every_days == 0 else None
+
+    def trained(self, verdict: Verdict) -> None:
+        pass
+
+
+class Oracle:
+    """Is told what changed and when; trains at ORACLE_AFTER with exactly that context."""
+
+    def __init__(self, fleet: ReplayFleet) -> None:
+        self._fleet = fleet
+        self._due = sorted(
+            (c[0].since_bin + after, i) for i, c in enumerate(fleet.changes) for after in ORACLE_AFTER
+        )
+
+    def wants(self, end: int) -> Context | None:
+        told = None
+        while self._due and self._due[0][0] <= end:
+            told = self._due.pop(0)[1]
+        if told is None:
+            return None
+        grid = self._fleet.grid
+        drifting = [
+            {
+                "server": grid.server_names[item.server],
+                "metric": grid.metrics[item.metric],
+                "since": iso_z(from_ms(grid.start_ms + item.since_bin * BIN_MS)),
+            }
+            for item in self._fleet.changes[told]
+        ]
+        return {"rule": "told", "drifting": drifting}
+
+    def trained(self, verdict: Verdict) -> None:
+        pass
+
+
+class Engine:
+    """The product: drift monitor, quiet limits, decision engine with its safeguards, data clock."""
+
+    def __init__(self, record: ReplayRecord, registry: Registry, settings: Settings, folder: Path) -> None:
+        self._record, self._limits = record, settings.decision
+        self._source = DriftSource(record, registry, settings.drift, BIN_MS, folder)
+        self._clock = DataClock(record.newest_record_time)
+        self._monitor = DriftMonitor(settings.drift.window_size, settings=settings.drift, clock=self._clock)
+        self._engine = RetrainingDecisionEngine(clock=self._clock, wall_clock=self._clock)
+        self._engine.record_training()  # the initial one
+        self._week = QuietWeek(self._limits, folder / "decisions.jsonl")
+        self._context = folder / CONTEXT_FILE
+        self._attempts: list[Attempt] = []  # newest first
+        self._changed_loss: float | None = None  # of the newest
+        self.in_alarm = self.checks = 0
+
+    def wants(self, end: int) -> Context | None:
+        now = self._clock.now()
+        evidence = self._source.evidence(may_renew=True)
+        self._monitor.observe(evidence)
+        report, quiet = self._monitor.report(), self._week.judged(self._quiet(end), now)
+        hours = self._limits.follow_up_hours if report.basis == CALIBRATED else 0.0
+        decision = self._engine.decide(
+            report.current_metrics(),
+            quiet.is_quiet,
+            initial_due=False,
+            collecting=report.status_reason,
+            follow_up=follow_up(
+                self._attempts,
+                self._context,
+                now,
+                hours,
+                changed_loss=self._changed_loss,
+                left=self._engine.trainings_left(),
+            ),
+        )
+        self._week.note(now, quiet, reason=decision.reason)
+        self.checks += 1
+        self.in_alarm += report.needs_retraining
+        if not decision.should_retrain:
+            return None
+        check = RetrainingCheck(now, report, quiet, decision, "", NOTHING)
+        context = training_context(check, evidence, self._source, self._context)
+        attempt = Attempt(new_version_id(now), decision.rule, decision.reason, plain_utc(now))
+        self._attempts = [attempt, *self._attempts]
+        return {"attempt_id": attempt.id, **context}
+
+    def trained(self, verdict: Verdict) -> None:
+        self._engine.record_training(verdict.promoted)
+        self._changed_loss = verdict.changed_loss
+        outcome = PROMOTED if verdict.promoted else REJECTED
+        self._attempts[0] = replace(self._attempts[0], outcome=outcome)
+
+    def _quiet(self, end: int) -> QuietVerdict:
+        """Apply the specification's limits to the newest bin; the host counts as idle."""
+        grid = self._record.fleet.grid
+        newest = dict(zip(grid.metrics, grid.values[:, :, end - 1].T, strict=True))
+        means = [_mean(newest.get(name)) for name in (CPU, MEM)]
+        limits = (self._limits.quiet_cpu_percent, self._limits.quiet_mem_percent)
+        cpu, mem = (FleetMean.of(*pair) for pair in zip(means, limits, strict=True))
+        is_quiet = cpu < 60.0 and mem < 70.0
+        fleet = FleetLoad(len(grid.server_names), *means)
+        return quiet_verdict(
+            fleet, {"cpu": cpu, "mem": mem}, IDLE_HOST, is_fleet_quiet=is_quiet, settings=self._limits
+        )
+
+
+def _mean(values: Floats32 | None) -> float | None:
+    known = np.empty(0) if values is None else values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else None

@@ -1,0 +1,236 @@
+"""What the demo claims, each with the evidence found in the files and answers of the run.
+
+Owns: the claims and the closing table. Does not know: how the run was made.
+"""
+
+import math
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Self
+
+from fleetcast.clock import iso_z, parse_plain_utc, to_ms
+from fleetcast.demo import splice
+from fleetcast.demo.harness import Seen, decisions, ledger_counts, summary
+from fleetcast.demo.settled_errors import ErrorCell, Phase, error_table, keys_of
+from fleetcast.files import read_json
+from fleetcast.schema import SettledForecasts
+
+CONTROL_HOURS = 24.0
+HORIZONS = {1: "5 min", 12: "1 h"}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One thing that has to have happened."""
+
+    text: str
+    is_true: bool
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything a run left behind."""
+
+    seen: Seen
+    exit_codes: dict[str, int]
+    replay: dict[str, str]
+    attempts: list[dict[str, Any]]  # oldest first
+    decisions: list[dict[str, Any]]  # one per check, oldest first
+    contexts: dict[str, dict[str, Any]]  # training_context.json of each attempt, by its id
+    ledger: dict[str, int]
+    rows: SettledForecasts
+
+    @classmethod
+    def read(
+        cls, folder: Path, seen: Seen, exit_codes: dict[str, int], contexts: dict[str, dict[str, Any]]
+    ) -> Self:
+        """Read the state and the settled forecasts of a run that has ended."""
+        from fleetcast.storage.store import DataBuffer
+
+        state = read_json(folder / "retraining_state.json")
+        buffer = DataBuffer(str(folder / "data_buffer"), expire=False)
+        rows = buffer.read_predictions(to_ms(splice.START), to_ms(splice.END))
+        return cls(
+            seen=seen,
+            exit_codes=exit_codes,
+            replay=summary((folder / "replay.out").read_text()),
+            attempts=list(reversed(state["attempts"])),
+            decisions=decisions(folder),
+            contexts=contexts,
+            ledger=ledger_counts(folder),
+            rows=rows,
+        )
+
+    @property
+    def first(self) -> dict[str, Any] | None:
+        """Return the initial training."""
+        return next((a for a in self.attempts if a["rule"] == "initial" and a["outcome"] == "promoted"), None)
+
+    @property
+    def second(self) -> dict[str, Any] | None:
+        """Return the first training after the change."""
+        return next((a for a in self.attempts if _started(a) >= splice.CHANGE), None)
+
+    def served_from(self, attempt: dict[str, Any] | None) -> datetime | None:
+        """Return the data time at which an attempt's model was first seen in the predictions."""
+        version = attempt["version"] if attempt else None
+        return next((r.data_time for r in self.seen.reloads if r.version == version), None)
+
+    def errors(self) -> dict[tuple[str, int, str], ErrorCell]:
+        """Return the closing table's cells by (group, horizon, phase)."""
+        first, second = self.served_from(self.first), self.served_from(self.second)
+        if not (self.first and self.second and first and second):
+            return {}
+        before, after = self.first["version"], self.second["version"]
+        phases = [
+            Phase("before", before, first, splice.CHANGE),
+            Phase("during", before, splice.CHANGE, second),
+            Phase("after", after, second, splice.END),
+        ]
+        everyone = frozenset(self.rows.server_name.tolist())
+        changed = frozenset(splice.SPLICED)
+        return error_table(self.rows, phases, {"changed": changed, "unchanged": everyone - changed}, HORIZONS)
+
+
+def _started(attempt: dict[str, Any]) -> datetime:
+    return parse_plain_utc(attempt["started_at"])
+
+
+def claims(outcome: Outcome) -> list[Claim]:
+    """Return every claim with its evidence."""
+    return [
+        _everything_arrived(outcome),
+        _first_training(outcome),
+        _control(outcome),
+        _drift_names_them(outcome),
+        _second_training(outcome),
+        _hot_reload(outcome),
+        _better_forecasts(outcome),
+        _ledger(outcome),
+        Claim(
+            "all processes ended cleanly",
+            all(code == 0 for code in outcome.exit_codes.values()),
+            ", ".join(f"{name} {code}" for name, code in outcome.exit_codes.items()),
+        ),
+    ]
+
+
+def _everything_arrived(outcome: Outcome) -> Claim:
+    figures = outcome.replay
+    is_true = bool(figures) and figures["records"] == figures["accepted"] and figures["rejected"] == "0"
+    evidence = " ".join(
+        f"{key}={figures.get(key)}" for key in ("records", "accepted", "rejected", "requests")
+    )
+    return Claim("every record was accepted", is_true, evidence)
+
+
+def _first_training(outcome: Outcome) -> Claim:
+    first, served = outcome.first, outcome.served_from(outcome.first)
+    evidence = f"{first['started_at']} -> {first['version']}, serving at {served}" if first else "none"
+    return Claim("a first training started by itself and its model serves", served is not None, evidence)
+
+
+def _control(outcome: Outcome) -> Claim:
+    served = outcome.served_from(outcome.first)
+    between = [a for a in outcome.attempts if served and served <= _started(a) < splice.CHANGE]
+    judged = [
+        parse_plain_utc(line["at"])
+        for line in outcome.decisions
+        if line["drift_status"] == "ready" and line["at"] < iso_z(splice.CHANGE)
+    ]
+    judged_h = splice.hours(judged[0], judged[-1]) if judged else 0.0
+    served_h = splice.hours(served, splice.CHANGE) if served else 0.0
+    evidence = (
+        f"{served_h:.1f} h of unchanged data under the model, {judged_h:.1f} h of them judged in "
+        f"{len(judged)} checks; trainings: {len(between)}"
+    )
+    return Claim(
+        f"nothing is trained while nothing changes ({CONTROL_HOURS:.0f} h)",
+        judged_h >= CONTROL_HOURS and not between,
+        evidence,
+    )
+
+
+def _drift_names_them(outcome: Outcome) -> Claim:
+    """One of 24 series may be over its limit by chance; not two, and none before what changed."""
+    second = outcome.second
+    context = outcome.contexts.get(second["id"], {}) if second else {}
+    scores: dict[str, float] = {}
+    for item in context.get("drifting", []):
+        if item["is_drifting"]:
+            scores[item["server"]] = max(item["score"], scores.get(item["server"], 0.0))
+    named = sorted(scores, key=lambda server: -scores[server])
+    changed = set(splice.SPLICED)
+    told = ", ".join(f"{server} ({scores[server]:.1f} times a limit)" for server in named)
+    return Claim(
+        "drift names the changed servers first, and at most one other",
+        set(named[: len(changed)]) == changed and len(named) <= len(changed) + 1,
+        f"named {told or 'nobody'}",
+    )
+
+
+def _second_training(outcome: Outcome) -> Claim:
+    second = outcome.second
+    if second is None:
+        return Claim("the engine started a training because of drift", False, "none was started")
+    late_h = splice.hours(splice.CHANGE, _started(second))
+    evidence = (
+        f"{late_h:.1f} h after the change: {second['reason']}; verdict {second['outcome']} ({second['why']})"
+    )
+    is_true = second["rule"] == "drift" and second["outcome"] in ("promoted", "rejected")
+    return Claim("the engine started a training because of drift", is_true, evidence)
+
+
+def _hot_reload(outcome: Outcome) -> Claim:
+    served = outcome.served_from(outcome.second)
+    seen = outcome.seen
+    evidence = f"serving at {served}; {seen.requests} requests of a watcher, {seen.failed} failed"
+    return Claim(
+        "the new model was loaded without a failed request", served is not None and not seen.failed, evidence
+    )
+
+
+def _better_forecasts(outcome: Outcome) -> Claim:
+    cells = outcome.errors()
+    text = "forecasts of the changed servers are better afterwards (5 min)"
+    if not cells:
+        return Claim(text, False, "no second model")
+    during, after = cells["changed", 1, "during"].ours, cells["changed", 1, "after"].ours
+    return Claim(text, after < during, f"mean absolute error {during:.2f} -> {after:.2f}")
+
+
+def _ledger(outcome: Outcome) -> Claim:
+    counts = outcome.ledger
+    n_keys, n_rows = len(keys_of(outcome.rows)), len(outcome.rows)
+    is_exact = counts.get("due") == counts.get("settled", 0) + counts.get("expired", 0)
+    is_stored = n_rows == n_keys == counts.get("settled")
+    evidence = (
+        f"due {counts.get('due')}, settled {counts.get('settled')}, expired {counts.get('expired')}; "
+        f"stored {n_rows}, doubled {n_rows - n_keys}"
+    )
+    return Claim("every forecast that was due is accounted for, none twice", is_exact and is_stored, evidence)
+
+
+def table(outcome: Outcome) -> str:
+    """Return the closing table: errors before, during and after, ours and of repeating the last value."""
+    cells = outcome.errors()
+    lines = [
+        "Mean absolute error in points (in brackets: repeating the last value, on the same forecasts)",
+        f"{'servers':<10} {'ahead':<6} {'before':>16} {'during':>16} {'after':>16}",
+    ]
+    for group in ("changed", "unchanged"):
+        for horizon, name in HORIZONS.items():
+            shown = [_shown(cells.get((group, horizon, phase))) for phase in ("before", "during", "after")]
+            lines.append(f"{group:<10} {name:<6} {shown[0]:>16} {shown[1]:>16} {shown[2]:>16}")
+    failed = outcome.seen.failed + int(outcome.replay.get("rejected", 0))
+    sent = outcome.seen.requests + int(outcome.replay.get("requests", 0))
+    lines.append(f"requests sent {sent}, failed {failed}\n")
+    return "\n".join(lines)
+
+
+def _shown(cell: ErrorCell | None) -> str:
+    if cell is None or math.isnan(cell.ours):
+        return "-"
+    return f"{cell.ours:.2f} ({cell.last_value:.2f})"

@@ -1,0 +1,150 @@
+"""The whole loop on bundled real data, with nobody helping it.
+
+    python -m fleetcast.demo.play            (`make demo`)
+
+Two daemons and a replay run as real processes in demo_run/. The daemons decide everything;
+this program only feeds, watches, and checks afterwards that each claim really happened.
+Exit code 0 only if all did.
+"""
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from fleetcast.clock import monotonic, sleep
+from fleetcast.demo import splice
+from fleetcast.demo.claims import Claim, Outcome, claims, table
+from fleetcast.demo.harness import Loop, LoopFailed, Seen, Watcher
+from fleetcast.files import read_json
+
+FOLDER = Path("demo_run")
+LIMIT_S = 900.0
+TELL_EVERY = timedelta(hours=12)
+LAST_CHECKS_S = 4.0
+CONFIG = """\
+# Made by the demo. What differs from the defaults, and why.
+[clock]
+mode = "data"                 # "now" is the newest record: seven days pass in minutes
+
+[paths]
+models_dir = "no_models"      # the shipped base was trained on these machines: it would know the answers
+
+[bins]
+forecast_metrics = ["cpu_pct", "mem_pct", "disk_write_pct"]
+
+[drift]                       # the first training comes after three days: judge from then on
+min_reference_days = 3
+
+[decision]
+initial_min_span_s = 259200.0 # three whole days to compare with
+host_load_per_core = 100.0    # the demo must not depend on what else this machine does
+host_min_available_gb = 0.5
+
+[retraining]
+interval_s = 1.0              # wall time; a second is more than an hour of data here
+
+[trainer]                     # a small network, seconds of training
+hidden_size = 16
+base_epochs = 5
+steps_per_epoch = 60
+batch_size = 64
+"""
+
+
+@dataclass
+class Teller:
+    """Prints what happens while it happens."""
+
+    folder: Path
+    began_s: float
+    told: datetime | None = None
+    n_attempts: int = 0
+    n_reloads: int = 0
+    contexts: dict[str, Any] = field(default_factory=dict)  # why each training was started, by its id
+
+    def say(self, text: str) -> None:
+        """Print one line with the time since the start."""
+        print(f"[{monotonic() - self.began_s:5.0f} s] {text}", flush=True)
+
+    def look(self, seen: Seen, attempts: list[dict[str, Any]]) -> None:
+        """Tell what is new."""
+        for attempt in attempts[self.n_attempts :]:
+            self.say(f"training started by rule {attempt['rule']}: {attempt['reason']}")
+            self.contexts[attempt["id"]] = read_json(self.folder / "training_context.json")
+        self.n_attempts = len(attempts)
+        for reload in seen.reloads[self.n_reloads :]:
+            self.say(f"model {reload.version} answers in /predictions/current")
+        self.n_reloads = len(seen.reloads)
+        if seen.newest and (self.told is None or seen.newest - self.told >= TELL_EVERY):
+            self.told = seen.newest
+            self.say(f"data time {seen.newest:%Y-%m-%d %H:%M} {phase_name(seen.newest)}")
+
+
+def phase_name(moment: datetime) -> str:
+    """Return what the fleet sends at a data time."""
+    return "(three servers changed)" if moment >= splice.CHANGE else "(nothing changed)"
+
+
+def main() -> int:
+    """Run the demo; return the exit code."""
+    began_s = monotonic()
+    teller = Teller(FOLDER, began_s)
+    loop = Loop(FOLDER.resolve(), CONFIG)
+    splice.write_feed(FOLDER.resolve() / "feed.parquet")
+    changed = ", ".join(splice.SPLICED)
+    print(
+        f"Eight real machines from {splice.START:%Y-%m-%d} to {splice.END:%Y-%m-%d %H:%M}, one row a minute."
+    )
+    print(f"From {splice.CHANGE:%Y-%m-%d %H:%M} on, {changed} send what {splice.DONOR} sent.\n")
+    try:
+        outcome = run(loop, teller)
+    except LoopFailed as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    found = claims(outcome)
+    print("\n" + table(outcome))
+    for claim in found:
+        print(f"{'yes' if claim.is_true else 'NO '}  {claim.text}: {claim.evidence}")
+    print(f"\n{monotonic() - began_s:.0f} s; logs and state are in {FOLDER}/")
+    return 0 if all_true(found) else 1
+
+
+def all_true(found: list[Claim]) -> bool:
+    """Return whether everything that should have happened did."""
+    return all(claim.is_true for claim in found)
+
+
+def run(loop: Loop, teller: Teller) -> Outcome:
+    """Let the loop run over the whole feed; return what it left behind."""
+    with loop:
+        teller.say("both daemons run")
+        watcher = Watcher(loop.url)
+        watcher.start()
+        replay = loop.replay(FOLDER.resolve() / "feed.parquet", splice.MAPS)
+        try:
+            follow(loop, replay, watcher, teller)
+        finally:
+            seen = watcher.end()
+        codes = loop.stop()
+    return Outcome.read(FOLDER, seen, codes, teller.contexts)
+
+
+def follow(loop: Loop, replay: subprocess.Popen[bytes], watcher: Watcher, teller: Teller) -> None:
+    """Tell what happens until everything is sent and the last checks are made."""
+    end_s = monotonic() + LIMIT_S
+    while replay.poll() is None:
+        if monotonic() > end_s:
+            raise LoopFailed(f"not finished after {LIMIT_S:.0f} s; see {FOLDER}")
+        loop.check()
+        sleep(0.5)
+        teller.look(watcher.seen, loop.attempts())
+    loop.check()
+    sleep(LAST_CHECKS_S)
+    teller.look(watcher.seen, loop.attempts())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
