@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from fleetcast.schema import RecordBatch
-from fleetcast.storage.tables import METRICS, merged, table_of_batch
+from fleetcast.storage.tables import METRICS, merge, table_of_batch
 
 DAY_MS = 86_400_000
 NOON_MS = 1_768_478_400_000  # 2026-01-15 12:00 UTC
@@ -34,7 +34,7 @@ def batch(rows: Iterable[tuple[str, int, Mapping[str, float]]]) -> RecordBatch:
 
 def table(*rows: tuple[str, int, Mapping[str, float]]) -> pa.Table:
     """Return the same as a canonical table, sorted and unique."""
-    return merged([table_of_batch(batch(rows))], METRICS)
+    return merge([table_of_batch(batch(rows))], METRICS)
 
 
 def rows_of(batches: Iterable[RecordBatch]) -> dict[Key, Values]:

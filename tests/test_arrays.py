@@ -13,13 +13,13 @@ from fleetcast.storage.tables import (
     NUMBER,
     TIME,
     cells,
-    chosen,
-    coded_texts,
+    choose,
     codes_of,
     column_of,
     floats,
     in_order,
     nulls_for_nan,
+    text_of_codes,
     texts,
     times_ms,
 )
@@ -47,7 +47,7 @@ def test_text_comes_back_with_its_nulls(values: list[str | None]) -> None:
 
 
 def test_codes_that_no_row_uses_do_no_harm() -> None:
-    column = coded_texts(("a", "b", "c"), np.array([2, 0], dtype=np.int32))
+    column = text_of_codes(("a", "b", "c"), np.array([2, 0], dtype=np.int32))
     assert column.to_pylist() == ["c", "a"]
 
 
@@ -65,7 +65,7 @@ def test_chosen_rows_and_ordered_rows_are_those(flags: list[bool]) -> None:
     values = np.arange(len(flags), dtype=np.float64)
     table = pa.table({"x": column_of(values, NUMBER)})
     mask = np.array(flags, dtype=np.bool_)
-    assert floats(chosen(table, mask).column(0)).tolist() == values[mask].tolist()
+    assert floats(choose(table, mask).column(0)).tolist() == values[mask].tolist()
     places = np.flatnonzero(mask)[::-1]
     assert floats(in_order(table, places).column(0)).tolist() == places.tolist()
 

@@ -19,10 +19,10 @@ from fleetcast.storage.tables import (
     NotThisKind,
     batch_of_table,
     canonical,
-    filled,
+    fill,
     has_key,
     key_ranks,
-    merged,
+    merge,
     settled_of_table,
     stored_schema,
     table_of_batch,
@@ -52,7 +52,7 @@ def expected(*batches: list[tuple[str, int, Values]]) -> dict[Key, Values]:
 def test_merging_leaves_one_row_per_key_and_the_last_value_of_each_metric(
     first: list[tuple[str, int, Values]], second: list[tuple[str, int, Values]]
 ) -> None:
-    whole = merged([table_of_batch(batch(first)), table_of_batch(batch(second))], METRICS)
+    whole = merge([table_of_batch(batch(first)), table_of_batch(batch(second))], METRICS)
     assert rows_of([batch_of_table(whole)]) == expected(first, second)
     ranks = key_ranks(whole, METRICS)
     assert bool((ranks[1:] > ranks[:-1]).all()), "sorted by server, then time"
@@ -62,8 +62,8 @@ def test_merging_leaves_one_row_per_key_and_the_last_value_of_each_metric(
 
 
 def test_merging_nothing_gives_an_empty_table_of_the_kind() -> None:
-    assert merged([], METRICS).schema.equals(METRICS.schema)
-    assert len(merged([], PREDICTIONS)) == 0
+    assert merge([], METRICS).schema.equals(METRICS.schema)
+    assert len(merge([], PREDICTIONS)) == 0
 
 
 def settled(p50: float, version: str | None) -> SettledForecasts:
@@ -85,7 +85,7 @@ def settled(p50: float, version: str | None) -> SettledForecasts:
 
 def test_of_two_predictions_of_one_key_the_whole_last_row_wins() -> None:
     tables = [table_of_settled(settled(1.0, "v1")), table_of_settled(settled(2.0, None))]
-    whole = merged(tables, PREDICTIONS)
+    whole = merge(tables, PREDICTIONS)
     assert (whole.column("p50").to_pylist(), whole.column("model_version").to_pylist()) == ([2.0], [None])
 
 
@@ -141,7 +141,7 @@ def test_metrics_that_come_and_go_widen_the_schema() -> None:
     first, second = table(("a", NOON_MS, {"x": 1.0})), table(("a", NOON_MS + 1, {"b": 2.0}))
     schema = union_schema(METRICS, [first.schema, second.schema])
     assert schema.names == ["timestamp", "server_name", "b", "x"]
-    assert filled(first, schema).column("b").to_pylist() == [None]
+    assert fill(first, schema).column("b").to_pylist() == [None]
     assert stored_schema(schema).field("server_name").type == pa.string()
 
 
@@ -155,5 +155,5 @@ def test_keys_of_any_width_are_ranked() -> None:
 def test_predictions_stored_before_there_was_feedback_are_still_read() -> None:
     older = table_of_settled(settled(1.5, "v1")).drop_columns(["model_p50"])
     newer = table_of_settled(replace(settled(2.5, "v1"), origin_ms=np.array([0]), model_p50=np.array([9.0])))
-    rows = settled_of_table(merged([canonical(older, PREDICTIONS), newer], PREDICTIONS))
+    rows = settled_of_table(merge([canonical(older, PREDICTIONS), newer], PREDICTIONS))
     assert sorted(zip(rows.p50.tolist(), rows.model_p50.tolist(), strict=True)) == [(1.5, 1.5), (2.5, 9.0)]

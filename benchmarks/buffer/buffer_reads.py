@@ -25,11 +25,11 @@ from benchmarks.buffer.buffer import N_METRICS, START_MS, TICKS_PER_DAY, cpu_s, 
 from benchmarks.results_file import write_results
 from data_buffer import DataBuffer
 from fleetcast.clock import DAY_MS, FakeClock, from_ms, monotonic
-from fleetcast.ingest.rules import rounded
+from fleetcast.ingest.rules import round_values
 from fleetcast.schema import RecordBatch
 from fleetcast.storage.days import day_of_ms, day_path, split_by_day, write_part
-from fleetcast.storage.reader import binned
-from fleetcast.storage.tables import METRICS, batch_of_table, canonical, floats, merged, table_of_batch
+from fleetcast.storage.reader import bin_table
+from fleetcast.storage.tables import METRICS, batch_of_table, canonical, floats, merge, table_of_batch
 from fleetcast.storage.upkeep import seal
 
 BIN_MS = 300_000
@@ -50,7 +50,7 @@ def read_once(way: str, place: Path, days: int) -> dict[str, float]:
         buffer.get_stats()
     elif way == "window_5min":
         for batch in buffer.iter_batches(START_MS, end_ms, FORECAST):
-            means = batch_of_table(binned(table_of_batch(batch), BIN_MS)).metrics
+            means = batch_of_table(bin_table(table_of_batch(batch), BIN_MS)).metrics
             _ = [column.astype(np.float32) for column in means.values()]
     elif way == "frame_1_day":
         days = 1
@@ -69,7 +69,7 @@ def read_once(way: str, place: Path, days: int) -> dict[str, float]:
 
 def sealed_days(place: Path, servers: int, days: int) -> dict[str, float]:
     """Seal a day as the daemon's child does, then write the same values as further sealed days."""
-    first = merged([table_of_batch(joined(list(fleet(servers, TICKS_PER_DAY))))], METRICS)
+    first = merge([table_of_batch(joined(list(fleet(servers, TICKS_PER_DAY))))], METRICS)
     seal_s, size = sealed(place, first)
     for number in range(1, days):
         batch = batch_of_table(first)
@@ -110,9 +110,9 @@ def real_sizes(file: Path) -> dict[str, float]:
     """Return the bytes of recorded metrics, rounded as ingest does, one sealed file a day."""
     table = canonical(pq.read_table(file), METRICS)
     for number, name in enumerate(table.column_names[2:], 2):
-        table = table.set_column(number, name, pa.array(rounded(name, floats(table.column(name)), 2, 4)))
+        table = table.set_column(number, name, pa.array(round_values(name, floats(table.column(name)), 2, 4)))
     size = n_rows = n_samples = 0
-    days = split_by_day(merged([table], METRICS), METRICS)
+    days = split_by_day(merge([table], METRICS), METRICS)
     for day in list(days)[:: max(len(days) // 7, 1)]:
         with tempfile.TemporaryDirectory() as place:
             rows = canonical(days[day], METRICS)

@@ -71,7 +71,7 @@ class Outcome:
     @property
     def second(self) -> dict[str, Any] | None:
         """Return the first training after the change."""
-        return next((a for a in self.attempts if _started(a) >= splice.CHANGE), None)
+        return next((a for a in self.attempts if _start_time(a) >= splice.CHANGE), None)
 
     def served_from(self, attempt: dict[str, Any] | None) -> datetime | None:
         """Return the data time at which an attempt's model was first seen in the predictions."""
@@ -94,7 +94,7 @@ class Outcome:
         return error_table(self.rows, phases, {"changed": changed, "unchanged": everyone - changed}, HORIZONS)
 
 
-def _started(attempt: dict[str, Any]) -> datetime:
+def _start_time(attempt: dict[str, Any]) -> datetime:
     return parse_plain_utc(attempt["started_at"])
 
 
@@ -134,7 +134,7 @@ def _first_training(outcome: Outcome) -> Claim:
 
 def _control(outcome: Outcome) -> Claim:
     served = outcome.served_from(outcome.first)
-    between = [a for a in outcome.attempts if served and served <= _started(a) < splice.CHANGE]
+    between = [a for a in outcome.attempts if served and served <= _start_time(a) < splice.CHANGE]
     judged = [
         parse_plain_utc(line["at"])
         for line in outcome.decisions
@@ -175,7 +175,7 @@ def _second_training(outcome: Outcome) -> Claim:
     second = outcome.second
     if second is None:
         return Claim("the engine started a training because of drift", False, "none was started")
-    late_h = splice.hours(splice.CHANGE, _started(second))
+    late_h = splice.hours(splice.CHANGE, _start_time(second))
     evidence = (
         f"{late_h:.1f} h after the change: {second['reason']}; verdict {second['outcome']} ({second['why']})"
     )
@@ -222,7 +222,7 @@ def table(outcome: Outcome) -> str:
     ]
     for group in ("changed", "unchanged"):
         for horizon, name in HORIZONS.items():
-            shown = [_shown(cells.get((group, horizon, phase))) for phase in ("before", "during", "after")]
+            shown = [_show(cells.get((group, horizon, phase))) for phase in ("before", "during", "after")]
             lines.append(f"{group:<10} {name:<6} {shown[0]:>16} {shown[1]:>16} {shown[2]:>16}")
     failed = outcome.seen.failed + int(outcome.replay.get("rejected", 0))
     sent = outcome.seen.requests + int(outcome.replay.get("requests", 0))
@@ -230,7 +230,7 @@ def table(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
-def _shown(cell: ErrorCell | None) -> str:
+def _show(cell: ErrorCell | None) -> str:
     if cell is None or math.isnan(cell.ours):
         return "-"
     return f"{cell.ours:.2f} ({cell.last_value:.2f})"

@@ -36,11 +36,11 @@ def write_feed(path: Path) -> None:
     spliced = pc.is_in(fleet["server_name"], pa.array(list(SPLICED)))
     goes_on = pc.or_(pc.invert(spliced), pc.less(fleet["timestamp"], _moment(fleet, CHANGE)))
     kept = fleet.filter(pc.and_(goes_on, pc.less(fleet["timestamp"], _moment(fleet, END))))
-    moved = [_moved(donor, server, since) for server, since in SPLICED.items()]
+    moved = [_move(donor, server, since) for server, since in SPLICED.items()]
     pq.write_table(pa.concat_tables([kept, *(part.cast(kept.schema) for part in moved)]), path)
 
 
-def _moved(donor: pa.Table, server: str, since: datetime) -> pa.Table:
+def _move(donor: pa.Table, server: str, since: datetime) -> pa.Table:
     """Return the donor's rows from `since` on as if `server` had sent them from CHANGE on."""
     times = donor["timestamp"]
     inside = pc.and_(

@@ -1,21 +1,13 @@
 """Records as an Arrow IPC stream (`application/vnd.apache.arrow.stream`), read as columns.
 
-Owns: which Arrow types mean what, and that no stream makes us build more than it is worth. The
-rules for records are `records.accept_columns`' own: the same answers as for JSON.
-Does not know: HTTP, storage. Nothing in a stream is trusted: sizes are bounded before they are
-used, and every array is validated in full before it is looked at.
+Owns: which Arrow types mean what, text columns as codes into distinct texts, and the bounds of what
+a stream may unpack to. The rules for records are those of `records.accept_columns`: the same
+answers as for JSON. Does not know: HTTP, storage.
 
-Text columns of Arrow as codes into distinct texts.
-
-Owns: the text types, plain, dictionary-encoded and by view. Texts beyond any use are left out
-(absent): in a view column many rows can point at one text, so that what looks small could be
-unpacked to any size.
-
-An Arrow IPC stream looked at before it is read: what it would unpack to must be bounded.
-
-Owns: the few offsets of the flatbuffers that frame a stream (format/Message.fbs of Apache Arrow).
-A compressed buffer states its own unpacked size, so that a small body could ask for any amount of
-memory; compressed streams are refused. pyarrow verifies each flatbuffer before we look into it.
+Nothing in a stream is trusted. Sizes are read from the few offsets of the flatbuffers that frame it
+(format/Message.fbs of Apache Arrow) before anything is unpacked; compressed streams are refused,
+since a buffer states its own unpacked size. Every array is validated in full before it is read. In a
+view column many rows can point at one text, so texts beyond any use are left out.
 """
 
 import struct
@@ -27,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.types as kinds
 
 from fleetcast.errors import BadData
-from fleetcast.ingest.columns import NO_NAME, NO_TIME, CodedNames, Column, Flags, NotNumbers, joined_column
+from fleetcast.ingest.columns import NO_NAME, NO_TIME, CodedNames, Column, Flags, NotNumbers, join_column
 from fleetcast.ingest.rules import REQUIRED, is_metric_name
 from fleetcast.schema import Longs
 
@@ -70,10 +62,10 @@ def _coded_views(array: pa.Array) -> CodedNames:
     place = array.offset * _VIEW_BYTES
     entries = np.frombuffer(views, dtype=f"V{_VIEW_BYTES}", count=len(array), offset=place)
     distinct, codes[is_there] = np.unique(entries[is_there], return_inverse=True)
-    return CodedNames([_viewed(entry.tobytes(), data) for entry in distinct], codes)
+    return CodedNames([_view(entry.tobytes(), data) for entry in distinct], codes)
 
 
-def _viewed(entry: bytes, data: Sequence[pa.Buffer]) -> str | None:
+def _view(entry: bytes, data: Sequence[pa.Buffer]) -> str | None:
     size, _prefix, buffer, offset = struct.unpack("<i4sii", entry)
     if size <= _INLINE_MAX:
         return entry[4 : 4 + size].decode()
@@ -155,7 +147,7 @@ def read_columns(body: bytes) -> dict[str, Column]:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise BadData(f"the body is not an Arrow IPC stream: {str(error)[:200]}") from error
     names = columns[0].keys() if columns else REQUIRED
-    return {name: joined_column([one[name] for one in columns]) for name in names}
+    return {name: join_column([one[name] for one in columns]) for name in names}
 
 
 def _batches(body: bytes) -> list[pa.RecordBatch]:

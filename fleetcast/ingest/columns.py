@@ -1,12 +1,8 @@
-"""Columns of several bodies, or of several batches of one, as one.
+"""Columns of raw cells: read as numbers, times, names or text, and joined over several bodies.
 
-Owns: which columns can be put together so that each record is judged as it would be alone.
-Does not know: the rules for records.
-
-Columns of raw cells, read as numbers, times, names or text.
-
-Owns: which cells of a column are certainly good. Does not know: why another one is not
-(`recordrules` looks at those again, one record at a time).
+Owns: which cells of a column are certainly good, and which columns can be joined so that each
+record is judged as it would be alone. Does not know: why a cell is not good (`rules` looks at those
+again, one record at a time).
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -190,7 +186,7 @@ def times_ms(column: Column) -> Longs:
     """Return ms since 1970, NO_TIME where a cell is no time; each distinct text is read once."""
     if isinstance(column, np.ndarray):
         return column.astype(np.int64)
-    return _looked_up(column, (str, datetime), _time_of, NO_TIME)
+    return _look_up(column, (str, datetime), _time_of, NO_TIME)
 
 
 def server_codes(column: Column, known: dict[str, int]) -> Codes:
@@ -202,7 +198,7 @@ def server_codes(column: Column, known: dict[str, int]) -> Codes:
         return known.setdefault(str(name), len(known)) if is_server_name(name) else NO_NAME
 
     if not isinstance(column, CodedNames):
-        return _looked_up(column, (str,), code_of, NO_NAME).astype(np.int32)
+        return _look_up(column, (str,), code_of, NO_NAME).astype(np.int32)
     names = column.names
     is_used = np.bincount(column.codes + 1, minlength=len(names) + 1)[1:] > 0
     codes = [code_of(name) if used else NO_NAME for name, used in zip(names, is_used.tolist(), strict=True)]
@@ -216,7 +212,7 @@ def _time_of(value: Any) -> int:
         return NO_TIME
 
 
-def _looked_up(column: Column, kinds: tuple[type, ...], read: Callable[[Any], int], other: int) -> Longs:
+def _look_up(column: Column, kinds: tuple[type, ...], read: Callable[[Any], int], other: int) -> Longs:
     """Return what `read` gives for each distinct cell; only cells of `kinds` are sure to be hashable."""
     try:
         distinct = dict.fromkeys(column)
@@ -256,7 +252,7 @@ def layout_of(raw: Sequence[object]) -> Hashable:
     return tuple((name, _kind(column)) for name, column in raw.columns.items())
 
 
-def joined_rows(parts: Sequence[Sequence[object]]) -> Sequence[object]:
+def join_rows(parts: Sequence[Sequence[object]]) -> Sequence[object]:
     """Return the records of parts of one layout, in their order."""
     first = parts[0]
     if len(parts) == 1:
@@ -264,10 +260,10 @@ def joined_rows(parts: Sequence[Sequence[object]]) -> Sequence[object]:
     if not isinstance(first, RowsOf):
         return list(chain.from_iterable(parts))
     columns = [part.columns for part in parts if isinstance(part, RowsOf)]
-    return RowsOf({name: joined_column([one[name] for one in columns]) for name in first.columns})
+    return RowsOf({name: join_column([one[name] for one in columns]) for name in first.columns})
 
 
-def joined_column(parts: Sequence[Any]) -> Column:
+def join_column(parts: Sequence[Any]) -> Column:
     """Return one column of all parts; each part is of the same class, or numbers in two forms."""
     if len(parts) < 2:
         return parts[0] if parts else ()

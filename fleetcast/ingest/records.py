@@ -37,7 +37,7 @@ from fleetcast.ingest.rules import (
     RecordRules,
     check_record,
     is_metric_name,
-    rounded_rows,
+    round_rows,
 )
 from fleetcast.schema import Codes, Floats, Longs, RecordBatch, Rejection
 
@@ -77,7 +77,7 @@ def accept(raw: Sequence[object], rules: RecordRules) -> Accepted:
         else:
             for index in indexes:
                 sheet.take_one(index, raw[index])
-    return sheet.accepted()
+    return sheet.result()
 
 
 def accept_columns(columns: Mapping[str, Column], rules: RecordRules) -> Accepted:
@@ -89,7 +89,7 @@ def accept_columns(columns: Mapping[str, Column], rules: RecordRules) -> Accepte
     n_rows = len(columns["timestamp"])
     sheet = _Sheet(n_rows, rules)
     sheet.take_columns(np.arange(n_rows), columns)
-    return sheet.accepted()
+    return sheet.result()
 
 
 class _Sheet:
@@ -106,14 +106,14 @@ class _Sheet:
         self._ignored = 0
         self._is_crowded = False
 
-    def accepted(self) -> Accepted:
+    def result(self) -> Accepted:
         """Return what was kept, derived metrics added, rounded."""
         kept: Flags | slice = slice(None) if self._is_kept.all() else self._is_kept
         metrics = {name: values[kept] for name, values in self._metrics.items()}
         _derive_cpu(metrics)
         if metrics:
             digits = self._rules.percent_decimals, self._rules.significant_digits
-            rows = rounded_rows(tuple(metrics), np.array(list(metrics.values())), *digits)
+            rows = round_rows(tuple(metrics), np.array(list(metrics.values())), *digits)
             metrics = dict(zip(metrics, rows, strict=True))
         names, codes = _without_unused(tuple(self._names), self._codes[kept])
         batch = RecordBatch(names, codes, self._timestamps_ms[kept], metrics)

@@ -1,12 +1,9 @@
-"""Rounding of metric values, done once, at acceptance.
+"""The rules one record must satisfy, and how its values are rounded.
 
-Owns: how many digits of a value are kept. Memory, disk, training and serving then agree, and
-rounded values compress several times better than raw ones.
-
-The rules one record must satisfy, applied exactly and one record at a time.
-
-Owns: names, types, ranges and times of contract §2, and the words of a rejection.
-Does not know: columns or speed (`records.py` applies the same rules to many at once).
+Owns: names, types, ranges and times of docs/ingest.md, the words of a rejection, and how many
+digits of a value are kept. Values are rounded once, at acceptance: memory, disk, training and
+serving agree, and rounded values compress several times better. Does not know: columns or speed
+(`records` applies the same rules to many at once).
 """
 
 import math
@@ -35,19 +32,19 @@ _EXPONENT_BIAS = 1023
 _LARGEST_TURN = 308  # 1e309 is infinite
 
 
-def rounded(name: str, values: Floats, percent_decimals: int, significant_digits: int) -> Floats:
+def round_values(name: str, values: Floats, percent_decimals: int, significant_digits: int) -> Floats:
     """Return the values of one metric rounded; NaN stays NaN and -0.0 becomes 0.0.
 
-    >>> rounded("cpu_pct", np.array([12.3456]), 2, 4).tolist()
+    >>> round_values("cpu_pct", np.array([12.3456]), 2, 4).tolist()
     [12.35]
-    >>> rounded("latency_ms", np.array([12.3456, 123456.0, 0.00123456]), 2, 4).tolist()
+    >>> round_values("latency_ms", np.array([12.3456, 123456.0, 0.00123456]), 2, 4).tolist()
     [12.35, 123500.0, 0.001235]
     """
-    row: Floats = rounded_rows([name], values[None], percent_decimals, significant_digits)[0]
+    row: Floats = round_rows([name], values[None], percent_decimals, significant_digits)[0]
     return row
 
 
-def rounded_rows(
+def round_rows(
     names: Sequence[str], values: Floats, percent_decimals: int, significant_digits: int
 ) -> Floats:
     """Do the same for many metrics at once; `values` is (metric, row)."""

@@ -1,15 +1,11 @@
-"""What a rule is: how one of our metrics follows from series of an exporter.
-
-Owns: selectors, terms and evaluating a rule on arrays. Does not know: how rules are written
-(`exporter_grammar`), nor samples.
-
-How rules are written: a small part of PromQL, one line for each of our metrics.
+"""Rules: how one of our metrics follows from the series of an exporter.
 
     cpu_pct = clamp(100 * (1 - avg(rate(node_cpu_seconds_total{mode="idle"}))), 0, 100)
 
-Owns: the grammar and its messages. A rule is evaluated per server: `sum`, `avg`, `min` and `max`
-run over the series of one server that the selector matches, `rate` is the increase per second
-between a counter's two newest samples.
+Owns: the grammar (a small part of PromQL, one line a metric), its messages, and evaluating a rule
+on arrays. A rule is evaluated per server: `sum`, `avg`, `min` and `max` run over the series of one
+server that the selector matches, `rate` is the increase per second between a counter's two newest
+samples. Does not know: samples.
 """
 
 import re

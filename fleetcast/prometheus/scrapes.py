@@ -1,17 +1,11 @@
-"""Scrapes that arrive in pieces: the sums of each, until every series of a metric has spoken.
+"""Samples of an exporter's series in, records of our metrics out.
 
-Owns: the newest scrapes of each server and which of their metrics are complete. One scrape of a
-server is many samples of one time, which a sender spreads over requests in any order.
-Does not know: labels or HTTP. Not thread safe.
+Owns: the order of the steps (bounds, rates, sums, what completes a scrape, forgetting) and the newest
+scrapes of each server. One scrape of a server is many samples of one time, which a sender spreads
+over requests in any order. Bounded memory: at most `max_series` series and a few scrapes per
+server. Does not know: protobuf, HTTP, storage. Not thread safe.
 
-Samples of an exporter's series in, records of our metrics out.
-
-Owns: the order of the steps: bounds, rates, what completes a scrape, forgetting.
-Does not know: protobuf, HTTP, storage. Bounded memory: at most `max_series` series, and a few
-scrapes per server. Not thread safe.
-
-What is kept here is lost with the process: after a restart each server's rates begin again at
-its second scrape.
+Nothing here is saved: after a restart each server's rates begin again at its second scrape.
 """
 
 import logging
@@ -96,13 +90,13 @@ class PendingScrapes:
         servers, times = given.servers[order].astype(np.int64), given.timestamps_ms[order]
         is_first = np.ones(len(order), dtype=np.bool_)
         is_first[1:] = (servers[1:] != servers[:-1]) | (times[1:] != times[:-1])
-        counts, totals = self._summed(np.cumsum(is_first) - 1, given.terms[order], given.values[order])
+        counts, totals = self._sum(np.cumsum(is_first) - 1, given.terms[order], given.values[order])
         servers, times = servers[is_first], times[is_first]
         is_touched = counts > 0
         places, is_known, has_place = self._places_for(servers, times)
         at = (servers[is_known], places[is_known])
         counts[is_known] += self._counts[at]
-        totals[is_known] = self._merged(self._totals[at], totals[is_known])
+        totals[is_known] = self._merge(self._totals[at], totals[is_known])
         is_told = np.zeros((len(servers), len(self._rules)), dtype=np.bool_)
         is_told[is_known] = self._is_told[at]
         values = self._complete(counts, totals, is_touched, is_told, n_alive[servers])
@@ -116,7 +110,7 @@ class PendingScrapes:
             self._is_told[at] = is_told[some]
         return CompleteRows(servers, times, values)
 
-    def _summed(self, scrape_of: Longs, terms: Codes, values: Floats) -> tuple[Longs, Floats]:
+    def _sum(self, scrape_of: Longs, terms: Codes, values: Floats) -> tuple[Longs, Floats]:
         """Return (scrape, term) counts and totals of the contributions."""
         n_scrapes, n_terms = int(scrape_of[-1]) + 1, len(self._terms)
         is_value = terms != ONLY_LOOK
@@ -133,7 +127,7 @@ class PendingScrapes:
                 extreme.at(totals[:, place], scrape_of[chosen], values[chosen])
         return counts, totals
 
-    def _merged(self, kept: Floats, more: Floats) -> Floats:
+    def _merge(self, kept: Floats, more: Floats) -> Floats:
         """Return the totals (scrape, term) of both."""
         merged = kept + more
         for place, term in enumerate(self._terms):
@@ -254,7 +248,7 @@ class ExporterMapping:
         rows = []
         for start in range(0, len(usable), _PIECE_SAMPLES):
             rows += self._complete(usable.where(slice(start, start + _PIECE_SAMPLES)))
-        return self._derived(rows, n_out_of_bounds)
+        return self._derive(rows, n_out_of_bounds)
 
     def forget_silent(self) -> Longs | None:
         """Drop series from which nothing came for long, when that is worth it.
@@ -324,7 +318,7 @@ class ExporterMapping:
         silent = alive[self._counters.last_ms[alive] < newest_ms - self._gap_ms]
         self._series.set_alive(silent, np.zeros(len(silent), dtype=np.bool_))
 
-    def _derived(self, rows: list[CompleteRows], n_out_of_bounds: int) -> Derived:
+    def _derive(self, rows: list[CompleteRows], n_out_of_bounds: int) -> Derived:
         """Return complete rows as columns of records.
 
         A value out of range costs its metric only, not the record: the others are measured apart.

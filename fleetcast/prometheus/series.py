@@ -1,12 +1,8 @@
-"""Which series take part in which terms of which server.
+"""Series of exporters: their numbers, the terms they take part in, and the rates of counters.
 
-Owns: numbering series and servers, and how many living series each term of a server has.
-Does not know: samples. Not thread safe.
-
-Samples of many series in columns, and the rates of those that are counters.
-
-Owns: the order of samples, what a counter's fall means, staleness marks.
-Does not know: names or labels; a series is a number.
+Owns: numbering series and servers, how many living series each term of a server has, the order of
+samples, what a counter's fall means, staleness marks. Does not know: what a term is for.
+Not thread safe.
 """
 
 import hashlib
@@ -118,7 +114,7 @@ class ExporterSeries:
     def __init__(self, terms: Sequence[Term], settings: RemoteWriteSettings) -> None:
         self._terms = tuple(terms)
         self._settings = settings
-        self._server_pattern = _compiled(settings.server_pattern)
+        self._server_pattern = _compile(settings.server_pattern)
         self._unshared = {settings.server_label, *settings.ignored_labels}
         self._by_name: dict[str, list[int]] = {}
         for place, term in enumerate(self._terms):
@@ -236,7 +232,7 @@ def roomy(array: NDArray[Any], place: int) -> NDArray[Any]:
     return np.concatenate((array, more))
 
 
-def _compiled(text: str) -> re.Pattern[str]:
+def _compile(text: str) -> re.Pattern[str]:
     try:
         pattern = re.compile(text)
     except re.error as error:

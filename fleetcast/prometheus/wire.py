@@ -1,18 +1,15 @@
 """Prometheus remote-write 1.0: the bytes of a request, as samples by series number.
 
-Owns: snappy, and which bytes need no parsing. Does not know: what series mean.
+Owns: snappy, the protobuf descriptors (as prometheus/prompb numbers their fields), and which bytes
+need no parsing. Does not know: what series mean.
 
-A request is mostly series seen before. Each series of a request is one protobuf message: its
-labels, then its samples. The bytes before the last sample ("head") of a message that was parsed
-are remembered with the series' number; the next message with an equal head needs no parsing
-except for its sample, which has one of two fixed layouts. Concatenated protobuf messages mean
-their merger, so this reads what parsing would; everything else is parsed.
-
-The protobuf messages of remote-write 1.0, as prometheus/prompb numbers their fields.
-
-Owns: the descriptors. A request keeps its series as bytes (on the wire an embedded message and a
-byte string are the same), so that each can be looked at before it is parsed. Metadata, exemplars
-and native histograms are fields we do not name, which protobuf skips.
+A request is mostly series seen before. Each series of a request is one protobuf message: its labels,
+then its samples. The bytes before the last sample ("head") of a message that was parsed are kept
+with the series' number; the next message with an equal head needs no parsing except for its sample,
+which has one of two fixed layouts. Concatenated protobuf messages mean their merger, so this reads
+what parsing would; everything else is parsed. A request keeps its series as bytes (on the wire an
+embedded message and a byte string are the same). Metadata, exemplars and native histograms are
+fields without a name here, which protobuf skips.
 """
 
 from collections.abc import Callable, Mapping
@@ -110,7 +107,7 @@ class WriteDecoder:
             BadData: it is no snappy block, or no WriteRequest; nothing of it is taken.
         """
         try:
-            series = WriteRequestMessage.FromString(unpacked(body, self._max_bytes)).timeseries
+            series = WriteRequestMessage.FromString(unpack(body, self._max_bytes)).timeseries
         except DecodeError as error:
             raise BadData("the body is not a protobuf WriteRequest") from error
         if len(series) > SERIES_PER_REQUEST_MAX:
@@ -258,7 +255,7 @@ def _varint_times(cells: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[
     return times, is_time
 
 
-def unpacked(body: bytes, max_bytes: int) -> bytes:
+def unpack(body: bytes, max_bytes: int) -> bytes:
     """Return the content of a snappy block.
 
     Raises:

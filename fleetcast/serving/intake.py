@@ -28,7 +28,7 @@ import numpy as np
 from fleetcast import files
 from fleetcast.clock import Clock, iso_z
 from fleetcast.errors import StorageBroken, StorageFull
-from fleetcast.ingest.columns import joined_rows
+from fleetcast.ingest.columns import join_rows
 from fleetcast.ingest.records import Accepted, RecordRules, accept
 from fleetcast.schema import RecordBatch, Rejection
 from fleetcast.serving.history import BinHistory
@@ -148,7 +148,7 @@ class Intake:
         Raises:
             StorageFull, StorageBroken: nothing of any of them was kept.
         """
-        raw = joined_rows(parts)
+        raw = join_rows(parts)
         accepted = accept(raw, self.rules())
         if len(parts) > 1 and accepted.is_crowded:
             return [self.take(part) for part in parts]  # that limit is for each request

@@ -1,15 +1,11 @@
-"""One immutable Parquet file of rows sorted by key: how it is written, opened and read.
+"""The day files of a folder: parts of rows sorted by key, and consistent snapshots of one day.
 
-Owns: the file name of a part, Parquet options, row groups, damage inside a file.
-Does not know: days, folders, the log. Only `OpenPart` and `write_part` touch Parquet.
+Owns: `<kind>_YYYY-MM-DD.parquet` as a sealed file or as a folder of parts, how all parts of a day are
+opened at one instant while a writer swaps them, the file name of a part, Parquet options, damage
+inside a file. Only `OpenPart` and `write_part` touch Parquet. Does not know: the log.
 
-A part is named `part-<number>-<rows>.parquet`: the number is that of the newest log segment in
-it, so replaying a segment twice writes the same name; the row count saves opening it to count.
-
-The day files of a folder: their names, and consistent snapshots of one day.
-
-Owns: `<kind>_YYYY-MM-DD.parquet` as a sealed file or as a folder of parts, and how to open all
-parts of a day at one instant while a writer swaps them. Does not know: the log, or writing.
+A part is named `part-<number>-<rows>.parquet`: the number is that of the newest log segment in it,
+so replaying a segment twice writes the same name; the row count saves opening it to count.
 """
 
 import contextlib
@@ -34,8 +30,8 @@ from fleetcast.storage.tables import (
     NotThisKind,
     TableKind,
     canonical,
-    chosen,
-    filled,
+    choose,
+    fill,
     is_canonical,
     stored_schema,
     times_ms,
@@ -99,7 +95,7 @@ def write_part(
         with path.open("xb") as stream, pq.ParquetWriter(stream, written, **options) as writer:
             writer.add_key_value_metadata({_META_FORMAT: str(FORMAT_VERSION), _META_NUMBER: str(number)})
             for table in tables:
-                writer.write_table(filled(table, schema).cast(written), row_group_size=group_rows)
+                writer.write_table(fill(table, schema).cast(written), row_group_size=group_rows)
                 n_rows += len(table)
         fsync_file(path)
     except OSError as error:
@@ -197,7 +193,7 @@ class OpenPart:
         Args:
             columns: metrics to read; None reads all, an empty one the key columns only.
         """
-        wanted = self._wanted(columns)
+        wanted = self._columns(columns)
         for group in range(self._file.metadata.num_row_groups) if groups is None else groups:
             try:
                 table = self._file.read_row_group(group, columns=wanted, use_threads=self._is_large)
@@ -208,7 +204,7 @@ class OpenPart:
                     "skipped a damaged row group file=%s group=%d error=%s", self._label, group, error
                 )
 
-    def _wanted(self, columns: Sequence[str] | None) -> list[str] | None:
+    def _columns(self, columns: Sequence[str] | None) -> list[str] | None:
         if columns is None:
             return None
         return [*self._kind.schema.names, *(name for name in columns if name in self.column_names)]
@@ -270,7 +266,7 @@ def split_by_day(table: pa.Table, kind: TableKind) -> dict[date, pa.Table]:
     if len(numbers) and numbers.min() == numbers.max():
         return {day_of_ms(int(numbers[0]) * DAY_MS): table}
     return {
-        day_of_ms(number * DAY_MS): chosen(table, numbers == number) for number in np.unique(numbers).tolist()
+        day_of_ms(number * DAY_MS): choose(table, numbers == number) for number in np.unique(numbers).tolist()
     }
 
 

@@ -30,7 +30,7 @@ from fleetcast.storage.log import (
     segments,
 )
 from fleetcast.storage.reader import log_folder
-from fleetcast.storage.tables import TableKind, merged
+from fleetcast.storage.tables import TableKind, merge
 from fleetcast.storage.upkeep import DayUpkeep, UpkeepPace
 from fleetcast.storage.writer import DayWriter, Step, no_step
 
@@ -184,7 +184,7 @@ class DayStore:
 
     def _apply(self, segment: Segment, content: SegmentContent) -> int:
         """Add one closed segment's rows to their days, then delete it."""
-        table = merged([self._rows(segment, content)], self.kind)
+        table = merge([self._rows(segment, content)], self.kind)
         self._step("segment read")
         by_day = split_by_day(table, self.kind)
         is_numbered = True

@@ -1,31 +1,19 @@
-"""The append-only log under a DayStore: bytes are durable before `append` returns.
+"""The append-only log under a day store: bytes are durable before `append` returns.
 
-Owns: writing segments of frames (`frames.py`), group commit, what happens when a write fails.
-Does not know: what the payloads mean, or what becomes of a closed segment.
+Owns: segments, frames, payloads, group commit, what happens when a write fails, torn tails and
+damage, and `quarantine/`, the bounded folder for bytes that could not be understood (no program
+reads it). Does not know: what becomes of a closed segment.
 
-Rows as the payload of a log frame, and back.
+A segment `NNNNNNNNNNNN.wal` is a row of frames: magic (4 bytes, its last one is the format version),
+payload length and crc32c of magic + length + payload (little-endian unsigned 32-bit each), payload.
+The magic holds a byte that UTF-8 never has, so no name in a payload can imitate it.
 
-Owns: the two payload formats. Records are written as plain columns, because one tick of a small
-fleet is 20 rows and an Arrow stream of them is mostly headers; settled forecasts, and all logs of
-format version 1, are Arrow IPC streams. Does not know: frames, files.
-
-A payload of records, little-endian: tag (4 bytes), number of rows, of metrics, of servers and
-bytes of the names (unsigned 32-bit each); the names (UTF-8, metrics then servers, separated by
-newlines); timestamps (int64, ms); values (float64, metric by metric, NaN = absent); the server
-of each row (int32). An Arrow stream begins with other bytes than the tag.
-
-Segments of the log as bytes: framed, checksummed payloads, and reading them back.
-
-Owns: the frame format, the segment's file name, what a torn tail and damage are.
-Does not know: writing, or what the payloads mean.
-
-A segment `NNNNNNNNNNNN.wal` is a row of frames: magic (4 bytes, its last one is the format
-version), payload length and crc32c of magic + length + payload (little-endian unsigned 32-bit
-each), payload. The magic holds a byte that UTF-8 never has, so no name in a payload can imitate it.
-
-The folder for bytes that could not be understood: kept for a person, bounded, counted.
-
-Owns: `quarantine/` in the buffer's folder. Nothing in it is ever read by the programs.
+A payload of records, little-endian: tag (4 bytes), number of rows, of metrics, of servers and bytes
+of the names (unsigned 32-bit each); the names (UTF-8, metrics then servers, separated by newlines);
+timestamps (int64, ms); values (float64, metric by metric, NaN = absent); the server of each row
+(int32). Records are plain columns because one tick of a small fleet is 20 rows, and an Arrow stream
+of them is mostly headers. Settled forecasts, and all logs of format version 1, are Arrow IPC
+streams, which begin with other bytes than the tag.
 """
 
 import errno
@@ -49,7 +37,7 @@ from fleetcast.errors import FleetcastError, StorageBroken
 from fleetcast.files import fsync_dir, storage_error
 from fleetcast.schema import Codes, Floats, Longs, RecordBatch
 from fleetcast.storage.days import READ_ERRORS
-from fleetcast.storage.tables import METRICS, TableKind, canonical, concatenated, table_of_batch
+from fleetcast.storage.tables import METRICS, TableKind, canonical, concatenate, table_of_batch
 
 TAG = b"FCR\x01"
 _HEAD = struct.Struct("<4s4I")
@@ -97,7 +85,7 @@ def decode_payloads(
             on_bad(payload, error)
     if alike:
         tables.append(_table(alike))
-    return concatenated(tables, kind)
+    return concatenate(tables, kind)
 
 
 @dataclass(frozen=True, slots=True)

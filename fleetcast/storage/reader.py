@@ -1,21 +1,9 @@
-"""Everything that is read from a buffer's folder, by any process, without locks.
+"""Everything that is read from a buffer's folder, by any process, without locks and without repairing.
 
-Owns: windows, batches, settled forecasts, edges in time, export and statistics of one folder.
-Does not know: writing, or which process owns the folder.
-
-Reading a kind of day files together with its log, without locks and without repairing.
-
-Owns: the merge of parts and log rows, in order, in bounded memory. Sees every acknowledged row
-once: the log is read before the days, and a row that moved meanwhile is in both and merged.
-Does not know: writing.
-
-What a buffer's folder holds, from names, footers and the log: no day is read to be counted.
-
-Owns: `get_stats()`. Does not know: the rows of closed days.
-
-The export for training: a stretch of records as one Parquet file, written day by day.
-
-Owns: raw and binned export in bounded memory. Does not know: what a trainer does with it.
+Owns: the merge of a kind's parts and log rows, in order, in bounded memory; `get_stats()` from names,
+footers and the log; the export of a stretch as one Parquet file. Sees every acknowledged row once:
+the log is read before the days, and a row that moved meanwhile is in both and merged.
+Does not know: writing, which process owns the folder.
 """
 
 import contextlib
@@ -55,12 +43,12 @@ from fleetcast.storage.tables import (
     TableKind,
     batch_of_table,
     canonical,
-    chosen,
+    choose,
     codes_of,
-    concatenated,
-    filled,
+    concatenate,
+    fill,
     has_key,
-    merged,
+    merge,
     stored_schema,
     table_of_batch,
     times_ms,
@@ -220,7 +208,7 @@ def merge_sources(
         sources += [(rows.number, 1, [_servers_between(rows.table, kind, first, last)]) for rows in log]
         sources.sort(key=lambda source: source[:2])
         tables = [table for _, _, some in sources for table in some]
-        table = merged(tables, kind)
+        table = merge(tables, kind)
         if len(table):
             yield table
 
@@ -262,7 +250,7 @@ def _servers_between(table: pa.Table, kind: TableKind, first: str | None, last: 
         return table
     names, codes = codes_of(table.column(kind.key[0]))
     wanted = np.array([first <= str(name) <= last for name in names], dtype=np.bool_)
-    return chosen(table, wanted[codes])
+    return choose(table, wanted[codes])
 
 
 def _whole_servers(tables: Iterator[pa.Table], kind: TableKind) -> Iterator[pa.Table]:
@@ -279,7 +267,7 @@ def _whole_servers(tables: Iterator[pa.Table], kind: TableKind) -> Iterator[pa.T
         n_ready = int(others[-1]) + 1 if len(others) else 0
         if n_ready:
             yield held.slice(0, n_ready)
-        held = concatenated([held.slice(n_ready), table], kind)
+        held = concatenate([held.slice(n_ready), table], kind)
     if held is not None:
         yield held
 
@@ -294,7 +282,7 @@ def _narrow(table: pa.Table, kind: TableKind, columns: Sequence[str] | None) -> 
 def _between(table: pa.Table, kind: TableKind, start_ms: int, end_ms: int) -> pa.Table:
     times = times_ms(table, kind.time_column)
     inside = (times >= start_ms) & (times < end_ms)
-    return table if inside.all() else chosen(table, inside)
+    return table if inside.all() else choose(table, inside)
 
 
 def _edges(part: OpenPart, kind: TableKind) -> list[int]:
@@ -338,7 +326,7 @@ def _rows_of_day(folder: Path, kind: TableKind, day: date) -> int:
 
 def _log_by_day(log: Sequence[LogRows], kind: TableKind) -> dict[date, pa.Table]:
     """Return the log's rows, merged, by day."""
-    by_day: dict[date, pa.Table] = split_by_day(merged([rows.table for rows in log], kind), kind)
+    by_day: dict[date, pa.Table] = split_by_day(merge([rows.table for rows in log], kind), kind)
     return by_day
 
 
@@ -369,11 +357,11 @@ def export_records(
     schema = pa.schema([*METRICS.schema, *((name, NUMBER) for name in names)])
     tables = (table for _, table in reader.read(start_ms, end_ms, names))
     if bin_ms is not None:
-        tables = (binned(table, bin_ms) for table in tables)
+        tables = (bin_table(table, bin_ms) for table in tables)
     return _write(path, tables, schema)
 
 
-def binned(table: pa.Table, bin_ms: int) -> pa.Table:
+def bin_table(table: pa.Table, bin_ms: int) -> pa.Table:
     """Return the bin means of whole servers; the time of a row is its bin's start."""
     batch = batch_of_table(table)
     metrics = list(batch.metrics)
@@ -402,7 +390,7 @@ def _write(path: Path, tables: Iterator[pa.Table], schema: pa.Schema) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         with pq.ParquetWriter(temp, written, compression="zstd", use_dictionary=dictionary) as writer:
             for table in tables:
-                writer.write_table(filled(table, schema).cast(written))
+                writer.write_table(fill(table, schema).cast(written))
                 n_rows += len(table)
         fsync_file(temp)
         publish(temp, path)

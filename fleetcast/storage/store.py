@@ -32,10 +32,10 @@ from fleetcast.storage.tables import (
     PREDICTIONS,
     batch_of_table,
     cells,
-    chosen,
+    choose,
     columns_of_frame,
     in_order,
-    merged,
+    merge,
     settled_of_table,
     stored_schema,
     table_of_settled,
@@ -112,7 +112,7 @@ class DataBuffer:
         """
         n_accepted = n_ignored = n_seen = 0
         rejections: list[Rejection] = []
-        for size, accepted in self._checked(records):
+        for size, accepted in self._check(records):
             self.append_batch(accepted.batch)
             n_accepted += len(accepted.batch)
             n_ignored += accepted.ignored_text_fields
@@ -251,9 +251,9 @@ class DataBuffer:
         tables = []
         for _, table in self._forecasts.read(start_ms, end_ms):
             if horizon is not None:
-                table = chosen(table, cells(table.column("horizon"), np.int32) == horizon)
+                table = choose(table, cells(table.column("horizon"), np.int32) == horizon)
             tables.append(table)
-        whole = merged(tables, PREDICTIONS)
+        whole = merge(tables, PREDICTIONS)
         order = np.argsort(times_ms(whole, "target"), kind="stable")
         return settled_of_table(in_order(whole, order))
 
@@ -282,7 +282,7 @@ class DataBuffer:
         except FleetcastError as error:
             logger.error("buffer cannot flush now, the records stay in the log error=%s", error)
 
-    def _checked(self, records: Any) -> Iterator[tuple[int, Accepted]]:
+    def _check(self, records: Any) -> Iterator[tuple[int, Accepted]]:
         """Yield the size of each portion of `records` and what was accepted of it."""
         now = self._clock.now() if self._expires else SystemClock().now()
         rules = RecordRules.at(now, self._settings, expires=self._expires)

@@ -1,17 +1,11 @@
 """Arrow tables of one kind: their columns, their key, and how rows of one key merge.
 
-Owns: the two kinds (metrics, predictions), the canonical form of a table, merging.
-Does not know: files. Rows are sorted by the key columns and unique by them after `merged`.
+Owns: the two kinds (metrics, predictions), the canonical form of a table (sorted by the key columns,
+unique by them), and the way between tables, numpy arrays, DataFrames and the types of `schema`.
+Does not know: files.
 
-Arrow columns from and to numpy arrays, without pandas.
-
-Owns: numbers, times and text in columns. `pa.array`, `pa.scalar` and `to_numpy` import pandas where
-it is installed, which costs a program 0.4 s and 40 MB; buffers do not, and are not copied.
-Does not know: which columns a table has.
-
-Between the value types of `schema.py` and Arrow tables, both ways, and from DataFrames.
-
-Owns: how a RecordBatch and SettledForecasts look in columns. Does not know: files.
+`pa.array`, `pa.scalar` and `to_numpy` import pandas where it is installed, which costs a program
+0.4 s and 40 MB. Arrow buffers do not, and are not copied.
 """
 
 from collections.abc import Sequence
@@ -54,10 +48,10 @@ def texts(values: Sequence[str | None] | NDArray[np.object_]) -> pa.Array:
     """Return a text column."""
     place = {value: code for code, value in enumerate(dict.fromkeys(values))}
     codes = np.fromiter((place[value] for value in values), np.int32, len(values))
-    return coded_texts(list(place), codes)
+    return text_of_codes(list(place), codes)
 
 
-def coded_texts(names: Sequence[str | None], codes: NDArray[np.int32]) -> pa.Array:
+def text_of_codes(names: Sequence[str | None], codes: NDArray[np.int32]) -> pa.Array:
     """Return a text column of codes into distinct names; None is null."""
     encoded = [b"" if name is None else name.encode() for name in names]
     offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
@@ -110,7 +104,7 @@ def codes_of(column: pa.ChunkedArray) -> tuple[list[str | None], NDArray[np.int3
     return names, codes
 
 
-def chosen(table: pa.Table, is_chosen: Flags) -> pa.Table:
+def choose(table: pa.Table, is_chosen: Flags) -> pa.Table:
     """Return the rows of a table that are chosen."""
     mask = pa.Array.from_buffers(pa.bool_(), len(is_chosen), [None, _bits(is_chosen)])
     return table.filter(mask)
@@ -240,12 +234,12 @@ def is_canonical(schema: pa.Schema, kind: TableKind) -> bool:
     )
 
 
-def merged(tables: Sequence[pa.Table], kind: TableKind) -> pa.Table:
+def merge(tables: Sequence[pa.Table], kind: TableKind) -> pa.Table:
     """Return canonical tables as one, sorted by key, one row per key.
 
     Later tables (and later rows) win: value by value among metrics, else the whole row.
     """
-    whole = concatenated(tables, kind)
+    whole = concatenate(tables, kind)
     keys = key_ranks(whole, kind)
     if bool((keys[1:] > keys[:-1]).all()):
         return whole
@@ -263,7 +257,7 @@ def merged(tables: Sequence[pa.Table], kind: TableKind) -> pa.Table:
     return taken
 
 
-def concatenated(tables: Sequence[pa.Table], kind: TableKind) -> pa.Table:
+def concatenate(tables: Sequence[pa.Table], kind: TableKind) -> pa.Table:
     """Return canonical tables one after the other, in one chunk; absent columns are null."""
     if not tables:
         return pa.Table.from_batches([], schema=kind.schema)
@@ -279,8 +273,8 @@ def key_ranks(table: pa.Table, kind: TableKind) -> Longs:
     for name in kind.key:
         column, width = _column_ranks(table.column(name))
         if span * width >= _KEY_LIMIT:  # decades of times of many servers: number what occurs
-            ranks, span = _renumbered(ranks)
-            column, width = _renumbered(column)
+            ranks, span = _renumber(ranks)
+            column, width = _renumber(column)
         ranks = ranks * width + column
         span *= width
     return ranks
@@ -298,7 +292,7 @@ def stored_schema(schema: pa.Schema) -> pa.Schema:
     return pa.schema([(field.name, pa.string() if field.type == TEXT else field.type) for field in schema])
 
 
-def filled(table: pa.Table, schema: pa.Schema) -> pa.Table:
+def fill(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """Return `table` with all columns of `schema`, absent ones as nulls."""
     columns = [
         table.column(field.name) if field.name in table.column_names else pa.nulls(len(table), field.type)
@@ -336,11 +330,11 @@ def _column_ranks(column: pa.ChunkedArray) -> tuple[Longs, int]:
     numbers = cells(column.cast(pa.int64()), np.int64)
     low, high = int(numbers.min()), int(numbers.max())
     if high - low >= _KEY_LIMIT:  # a foreign file's times; the difference could overflow
-        return _renumbered(numbers)
+        return _renumber(numbers)
     return numbers - low, high - low + 1
 
 
-def _renumbered(numbers: Longs) -> tuple[Longs, int]:
+def _renumber(numbers: Longs) -> tuple[Longs, int]:
     """Return the rank of each number among those that occur, and how many they are."""
     distinct, ranks = np.unique(numbers, return_inverse=True)
     return ranks.astype(np.int64), len(distinct)
@@ -388,7 +382,7 @@ _NO_TIME = np.iinfo(np.int64).min
 def table_of_batch(batch: RecordBatch) -> pa.Table:
     """Return records as a canonical table, in the order they came."""
     metrics = sorted(batch.metrics)
-    servers = coded_texts(batch.server_names, batch.server_codes)
+    servers = text_of_codes(batch.server_names, batch.server_codes)
     columns = [
         column_of(batch.timestamps_ms, TIME),
         servers,

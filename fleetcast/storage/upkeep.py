@@ -1,13 +1,9 @@
 """What happens to days after rows arrived: compaction, sealing, expiry.
 
-Owns: when each is due. Does not know: the log, or how a day is changed (`daywriter`, `sealing`).
+Owns: when each is due, and the child process that seals (`python -m fleetcast.storage.upkeep`, low
+priority; its memory goes back to the system when it ends): all parts of a day that is over become
+one sorted, compressed Parquet file. Does not know: the log, how a sealed file takes the day's place.
 Not thread safe: the caller holds the store's structure lock.
-
-Sealing: all parts of a day that is over become one sorted, compressed Parquet file.
-
-Owns: the child process that writes it (run as `python -m fleetcast.storage.upkeep`, low priority, its
-memory goes back to the system when it ends) and the parent's view of that child.
-Does not know: when a day is over, or how the file takes the day's place.
 """
 
 import json

@@ -1,13 +1,9 @@
 """Changes to the days of one kind: adding rows, compacting, putting sealed files in place, deleting.
 
 Owns: what is written below a day's public path, in an order that a crash cannot hurt. A part is
-added by renaming it into the day's folder; every other change is a `DayBuild`.
-Does not know: when (DayStore decides), the log, or other processes: one writer, one thread.
-
-The next version of a day, built beside the live one and swapped in as a whole.
-
-Owns: the hidden folder in which a day is built, and the swap. Until the swap nothing that
-readers see has changed; after it the old version is deleted. Does not know: why a day changes.
+added by renaming it into the day's folder. Every other change builds the next version of the day in
+a hidden folder and swaps it in as a whole: until the swap readers see the old version, after it the
+old version is deleted. Does not know: when (`DayStore` decides), the log, other processes.
 """
 
 import logging
@@ -49,7 +45,7 @@ from fleetcast.storage.days import (
 )
 from fleetcast.storage.log import Quarantine
 from fleetcast.storage.reader import LogRows, merge_sources
-from fleetcast.storage.tables import Flags, TableKind, chosen, has_key, merged, times_ms, union_schema
+from fleetcast.storage.tables import Flags, TableKind, choose, has_key, merge, times_ms, union_schema
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +108,7 @@ class DayBuild:
             self._schemas.append(rows.schema)
         schema = union_schema(self._kind, self._schemas if rows is None else [part.schema, rows.schema])
         if part.is_ours and rows is not None:
-            tables = _updated(part, rows, self._kind)
+            tables = _update(part, rows, self._kind)
         else:
             log = [] if rows is None else [LogRows(part.number, rows)]
             tables = merge_sources([part], log, self._kind)
@@ -191,10 +187,10 @@ def remove_path(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _updated(part: OpenPart, rows: pa.Table, kind: TableKind) -> Iterator[pa.Table]:
+def _update(part: OpenPart, rows: pa.Table, kind: TableKind) -> Iterator[pa.Table]:
     for old in part.tables():
         hit = has_key(rows, old, kind)
-        yield merged([old, chosen(rows, hit)], kind) if hit.any() else old
+        yield merge([old, choose(rows, hit)], kind) if hit.any() else old
 
 
 def _link(source: Path, target: Path) -> None:
@@ -299,17 +295,17 @@ class DayWriter:
         snapshot = open_day(self._folder, self._kind, day)
         if any(part.number == number for part in snapshot.parts):
             return True
-        is_fresh, touched = self._sorted_out(snapshot.parts, table, facts)
+        is_fresh, touched = self._sort_out(snapshot.parts, table, facts)
         if not touched and not is_fresh.any():
             return False  # a pure repetition
         with DayBuild(path, self._kind, snapshot, self._quarantine, self._step) as build:
             for part in snapshot.parts:
                 if part in touched:
-                    build.rewrite(part, chosen(table, touched[part]))
+                    build.rewrite(part, choose(table, touched[part]))
                 else:
                     build.keep(part)
             if is_fresh.any():
-                build.add(chosen(table, is_fresh), number)
+                build.add(choose(table, is_fresh), number)
         self._facts.pop(day, None)
         return bool(is_fresh.any())
 
@@ -370,7 +366,7 @@ class DayWriter:
             logger.warning("skipped an unreadable part day=%s name=%s error=%s", day, name.text, error)
             return None
 
-    def _sorted_out(
+    def _sort_out(
         self, parts: list[OpenPart], table: pa.Table, facts: PartFacts
     ) -> tuple[Flags, dict[OpenPart, Flags]]:
         """Return which rows have new keys, and which change a value of which part."""
@@ -381,7 +377,7 @@ class DayWriter:
                 continue
             is_known = self._known_rows(part, table, facts)
             is_fresh &= ~is_known
-            if is_known.any() and self._changes(part, chosen(table, is_known), facts):
+            if is_known.any() and self._changes(part, choose(table, is_known), facts):
                 touched[part] = is_known
         return is_fresh, touched
 
@@ -396,7 +392,7 @@ class DayWriter:
         """Whether merging `rows` changes a value in `part`."""
         for old in part.tables(None, part.groups(facts.names)):
             hit = has_key(rows, old, self._kind)
-            if hit.any() and not _holds_all(old, merged([old, chosen(rows, hit)], self._kind)):
+            if hit.any() and not _holds_all(old, merge([old, choose(rows, hit)], self._kind)):
                 return True
         return False
 
