@@ -64,18 +64,31 @@ def test_make_targets_named_in_a_document_exist(document: Path) -> None:
 
 @every_document
 def test_programs_and_flags_shown_in_a_document_exist(document: Path) -> None:
-    pattern = re.compile(r"\bpython3? (?:-m (fleetcast[\w.]+)|([\w/]+\.py))([^|>;&]*)")
+    pattern = re.compile(r"\bpython3? (?:-m ((?:fleetcast|benchmarks)[\w.]*)|([\w/]+\.py))([^|>;&]*)")
     for command in [*shell_lines(document), *code_spans(document)]:
         for module, script, rest in pattern.findall(command):
             if module:
                 program: tuple[str, ...] = ("-m", module)
-                assert (ROOT / (module.replace(".", "/") + ".py")).exists(), command
+                place = ROOT / module.replace(".", "/")
+                assert place.with_suffix(".py").exists() or (place / "__main__.py").exists(), command
             else:
                 program = (script,)
                 assert (ROOT / script).exists(), command
             flags = re.findall(r"(?<=\s)--[a-z][a-z-]+", rest)
             missing = [flag for flag in flags if flag not in help_of(program)]
             assert missing == [], command
+
+
+@every_document
+def test_files_named_in_a_document_exist(document: Path) -> None:
+    named = {
+        match[0]
+        for text in code_spans(document)
+        for match in re.finditer(
+            r"(?<![\w./-])(fleetcast|benchmarks|tests|docs|deploy|samples)/[\w./-]+\.\w+", text
+        )
+    }
+    assert sorted(name for name in named if not (ROOT / name).exists()) == []
 
 
 @every_document
@@ -104,7 +117,8 @@ def test_the_readme_shows_every_program_and_folder() -> None:
     text = README.read_text()
     programs = [path.name for path in ROOT.glob("*.py")]
     folders = ["fleetcast/", "benchmarks/", "samples/", "tests/", "deploy/", "docs/"]
-    assert [name for name in [*programs, *folders] if name not in text] == []
+    boxes = [f"  {path.parent.name}/" for path in ROOT.glob("fleetcast/*/__init__.py")]
+    assert [name for name in [*programs, *folders, *boxes] if name not in text] == []
 
 
 def test_every_exit_code_is_documented() -> None:
