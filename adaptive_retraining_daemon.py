@@ -149,7 +149,7 @@ class AdaptiveRetrainingDaemon:
         own_pids = (*self._inquiry.pids, *self._attempts.pids(self._trainings.running))
         means, host = {"cpu": avg_cpu, "mem": avg_mem}, self._host.measure(own_pids)
         verdict = quiet_verdict(fleet, means, host, is_fleet_quiet=is_quiet, settings=limits)
-        self.quiet = self._quiet_week.judged(verdict, self._clock.now())
+        self.quiet = self._quiet_week.judge(verdict, self._clock.now())
         return self.quiet.is_quiet
 
     def own(self, *, strict: bool) -> bool:
@@ -219,17 +219,17 @@ class AdaptiveRetrainingDaemon:
         """Do what was decided, as far as it is ours to do."""
         if not is_owner:
             other = f"another retraining daemon (pid {read_pid(Path(LOCK_FILE))}) is running"
-            return check.did(BESIDE, f"{other}: only checked, nothing trained or written")
+            return check.with_action(BESIDE, f"{other}: only checked, nothing trained or written")
         write_json(Path(METRICS_FILE), check.report.as_json(check.at))
         if not check.decision.should_retrain:
             return check
         if self._settings.retraining.mode == "advise":
-            return check.did(ADVISED, "advise mode: nothing is trained")
+            return check.with_action(ADVISED, "advise mode: nothing is trained")
         busy = self._trainings.why_not_free()
         attempt = None if busy else self._start(check, evidence)
         if attempt is None:
-            return check.did(TRAINING, busy or "a training is running")
-        return check.did(STARTED, f"training {attempt.id} started", attempt.id)
+            return check.with_action(TRAINING, busy or "a training is running")
+        return check.with_action(STARTED, f"training {attempt.id} started", attempt.id)
 
     def _start(self, check: RetrainingCheck, evidence: DriftEvidence) -> Attempt | None:
         steps = training_steps(self._settings, Path(__file__).resolve(), self._config)

@@ -229,7 +229,7 @@ class OwnerLock:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise CannotStart(f"cannot open {self.path}: {error.strerror}") from error
-        if not _locked_now(descriptor):
+        if not _try_lock(descriptor):
             os.close(descriptor)
             raise AlreadyRunning(self._what, read_pid(self.path))
         self._descriptor = descriptor
@@ -260,7 +260,7 @@ class OwnerLock:
         self.release()
 
 
-def _locked_now(descriptor: int) -> bool:
+def _try_lock(descriptor: int) -> bool:
     """Lock, trying for a moment: `is_locked` of somebody else holds the lock for microseconds."""
     for attempt in range(_LOCK_ATTEMPTS):
         try:

@@ -71,11 +71,11 @@ class SettingInfo:
         return f"{ENV_PREFIX}{self.part}_{self.name}".upper()
 
 
-def parsed(kind: Any, text: str) -> Any:
+def parse(kind: Any, text: str) -> Any:
     """Return environment text as the kind of value a TOML file would hold."""
     kind = _plain_kind(kind)
     if typing.get_origin(kind) is tuple:
-        return [parsed(typing.get_args(kind)[0], item.strip()) for item in text.split(",") if item.strip()]
+        return [parse(typing.get_args(kind)[0], item.strip()) for item in text.split(",") if item.strip()]
     for number in (int, float):
         if kind is number:
             try:
@@ -92,17 +92,17 @@ def _plain_kind(kind: Any) -> Any:
     return kind
 
 
-def checked(info: SettingInfo, value: Any) -> Any:
+def check(info: SettingInfo, value: Any) -> Any:
     """Return the value as the program uses it; raises ValueError with what would be right."""
     kind = _plain_kind(info.kind)
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)) or not value:
             raise ValueError(f"must be a non-empty list, got {value!r}")
-        return tuple(_checked_scalar(info, typing.get_args(kind)[0], item) for item in value)
-    return _checked_scalar(info, kind, value)
+        return tuple(_check_scalar(info, typing.get_args(kind)[0], item) for item in value)
+    return _check_scalar(info, kind, value)
 
 
-def _checked_scalar(info: SettingInfo, kind: Any, value: Any) -> Any:
+def _check_scalar(info: SettingInfo, kind: Any, value: Any) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not kind:
@@ -157,7 +157,7 @@ def from_environment(
         if not name.startswith(ENV_PREFIX):
             continue
         if name in names:
-            yield names[name], parsed(known[names[name]].kind, value), name
+            yield names[name], parse(known[names[name]].kind, value), name
         else:
             problems.append(f"unknown variable {name}{_nearest(name, list(names))}")
 

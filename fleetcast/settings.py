@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from fleetcast.errors import SettingsError
-from fleetcast.setting import ENV_PREFIX, SettingInfo, checked, from_environment, from_file, setting
+from fleetcast.setting import ENV_PREFIX, SettingInfo, check, from_environment, from_file, setting
 
 CALIBRATED, LITERAL = "calibrated", "literal"
 
@@ -381,7 +381,7 @@ def load_settings(
     ]
     for key, raw, source in given:
         try:
-            values[key] = checked(known[key], raw)
+            values[key] = check(known[key], raw)
         except ValueError as error:
             problems.append(f"{key} {error} ({source})")
     problems += _cross_checks(values)

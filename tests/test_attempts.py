@@ -65,7 +65,7 @@ def ended(order: str, timeout_s: float = 60.0) -> Attempt:
     own = attempts(timeout_s)
     attempt = begun(order, own)
     until(lambda: not own.is_running(attempt), timeout_s + 30.0)
-    return own.ended(attempt)
+    return own.conclude(attempt)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_nobody_starts_a_second_attempt_beside_one() -> None:
     assert second.why_not_free().startswith("a training attempt is running")
     Path("stand_in.txt").write_text("rejected")
     until(lambda: not first.is_running(attempt))
-    assert first.ended(attempt).outcome == "rejected"
+    assert first.conclude(attempt).outcome == "rejected"
     assert second.reserve()
     second.release()
 
@@ -139,7 +139,7 @@ def test_a_later_daemon_adopts_what_an_earlier_one_began() -> None:
     assert later.is_running(attempt)
     Path("stand_in.txt").write_text("promoted")
     until(lambda: not later.is_running(attempt))
-    found = later.ended(attempt)
+    found = later.conclude(attempt)
     assert (found.outcome, found.exit_code) == ("promoted", 0)
     assert earlier._process is not None
     earlier._process.wait()
@@ -152,7 +152,7 @@ def test_a_supervisor_killed_with_its_trainer_is_a_failure() -> None:
     assert attempt.pid is not None
     os.kill(attempt.pid, signal.SIGKILL)
     until(lambda: not own.is_running(attempt))
-    found = own.ended(attempt)
+    found = own.conclude(attempt)
     assert (found.outcome, found.exit_code) == ("failed", None)
     until(lambda: not is_locked(FOLDER / "trainer.lock"))
 
@@ -161,7 +161,7 @@ def test_an_attempt_that_was_never_spawned_is_no_failure() -> None:
     attempt = Attempt("20260115T100000Z-aaaa", "drift", "", "2026-01-15T10:00:00")
     own = attempts()
     assert not own.is_running(attempt)
-    assert own.ended(attempt).outcome == "interrupted"
+    assert own.conclude(attempt).outcome == "interrupted"
 
 
 def test_a_version_that_was_there_before_is_not_taken_for_the_attempts() -> None:
@@ -170,7 +170,7 @@ def test_a_version_that_was_there_before_is_not_taken_for_the_attempts() -> None
     attempt = replace(begun("silent", other), version_before=found.version)
     until(lambda: not other.is_running(attempt))
     write_json(FOLDER / "attempts" / f"{attempt.id}.json", {"exit_code": 0})
-    assert other.ended(attempt).outcome == "failed"
+    assert other.conclude(attempt).outcome == "failed"
 
 
 def test_the_output_is_copied_to_the_log_line_by_line(caplog: pytest.LogCaptureFixture) -> None:
@@ -185,7 +185,7 @@ def test_a_damaged_verdict_or_result_counts_as_absent() -> None:
     until(lambda: not own.is_running(attempt))
     (FOLDER / "attempts" / f"{attempt.id}.json").write_text("{")
     (FOLDER / "runs" / f"{attempt.id}.json").write_text("[1]")
-    assert own.ended(attempt).outcome == "failed"
+    assert own.conclude(attempt).outcome == "failed"
 
 
 def test_old_runs_are_deleted() -> None:

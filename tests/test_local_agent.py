@@ -89,7 +89,7 @@ def test_a_record_displaced_during_its_delivery_does_not_take_a_newer_one_with_i
     _, mark = backlog.oldest(1)
     backlog.add({"n": 2})  # displaces record 0 while it travels
 
-    backlog.delivered(mark)
+    backlog.forget(mark)
 
     assert backlog.oldest(10)[0] == [{"n": 1}, {"n": 2}]
 

@@ -49,7 +49,7 @@ def at(hour: float) -> datetime:
 
 def test_after_a_busy_week_the_lowest_quarter_is_quiet_and_the_rest_is_not(tmp_path: Path) -> None:
     own = week(tmp_path, [line(hour) for hour in range(168)])
-    night, noon = own.judged(verdict(77.0), at(168)), own.judged(verdict(91.0), at(168))
+    night, noon = own.judge(verdict(77.0), at(168)), own.judge(verdict(91.0), at(168))
     assert (night.is_quiet, noon.is_quiet) == (True, False)
     assert night.reason == "quiet for this fleet: load 1.10 of its limits, lowest quarter of its week 1.10"
     assert (night.limits[LOAD], night.measured[LOAD]) == (pytest.approx(1.1), pytest.approx(1.1))
@@ -58,34 +58,34 @@ def test_after_a_busy_week_the_lowest_quarter_is_quiet_and_the_rest_is_not(tmp_p
 
 def test_less_than_a_week_is_no_week(tmp_path: Path) -> None:
     own = week(tmp_path, [line(hour) for hour in range(150)])
-    assert own.judged(verdict(77.0), at(150)) == verdict(77.0)
+    assert own.judge(verdict(77.0), at(150)) == verdict(77.0)
 
 
 def test_a_fleet_that_was_quiet_once_keeps_the_fixed_limits(tmp_path: Path) -> None:
     own = week(tmp_path, [line(hour, 60.0 if hour == 90 else None) for hour in range(168)])
-    assert own.judged(verdict(77.0), at(168)) == verdict(77.0)
-    assert own.judged(verdict(60.0), at(168)).reason == "quiet"
+    assert own.judge(verdict(77.0), at(168)) == verdict(77.0)
+    assert own.judge(verdict(60.0), at(168)).reason == "quiet"
 
 
 def test_a_fleet_is_not_waited_for_longer_than_the_deadline(tmp_path: Path) -> None:
     waiting = f"{BUSY}; drift"
     own = week(tmp_path, [line(hour, reason=waiting if hour > 150 else "no drift") for hour in range(168)])
-    assert not own.judged(verdict(91.0), at(168)).is_quiet
-    late = own.judged(verdict(91.0), at(175))
+    assert not own.judge(verdict(91.0), at(168)).is_quiet
+    late = own.judge(verdict(91.0), at(175))
     assert late.is_quiet
     assert late.reason == "waited 24.0 h for a quiet fleet, at most 24 h"
-    assert not own.judged(verdict(91.0, is_host_quiet=False), at(175)).is_quiet, "the host always counts"
+    assert not own.judge(verdict(91.0, is_host_quiet=False), at(175)).is_quiet, "the host always counts"
 
 
 def test_a_check_that_asks_for_nothing_ends_the_waiting(tmp_path: Path) -> None:
     own = week(tmp_path, [line(hour, reason=f"{BUSY}; drift") for hour in range(168)])
     own.note(at(168), verdict(91.0), reason="no drift")
-    assert not own.judged(verdict(91.0), at(169)).is_quiet
+    assert not own.judge(verdict(91.0), at(169)).is_quiet
 
 
 def test_the_setting_turns_it_off(tmp_path: Path) -> None:
     own = week(tmp_path, [line(h) for h in range(168)], DecisionSettings(quiet_window="fixed"))
-    assert own.judged(verdict(77.0), at(168)) == verdict(77.0)
+    assert own.judge(verdict(77.0), at(168)) == verdict(77.0)
 
 
 def test_a_restart_knows_the_same_week(tmp_path: Path) -> None:
@@ -95,11 +95,11 @@ def test_a_restart_knows_the_same_week(tmp_path: Path) -> None:
         running.note(at(hour), verdict(mem_at(hour)), reason="no drift")
     restarted = week(tmp_path, lines)
     for mem in (77.0, 80.0, 91.0):
-        assert running.judged(verdict(mem), at(190)) == restarted.judged(verdict(mem), at(190))
+        assert running.judge(verdict(mem), at(190)) == restarted.judge(verdict(mem), at(190))
 
 
 def test_lines_that_are_no_decisions_are_left_out(tmp_path: Path) -> None:
     odd: list[dict[str, Any]] = [{"at": "never"}, {"quiet": 3}, {"at": iso_z(START), "quiet": None}]
     own = week(tmp_path, [*odd, *(line(hour) for hour in range(168))])
-    assert own.judged(verdict(77.0), at(168)).is_quiet
+    assert own.judge(verdict(77.0), at(168)).is_quiet
     assert load_of({"measured": {}, "limits": None}) is None

@@ -71,12 +71,12 @@ def test_a_cut_keeps_only_the_wanted_servers_and_time(file: Path) -> None:
 
 def test_compacting_drops_the_names_no_row_uses_and_changes_no_row(file: Path) -> None:
     recording = load_recording(file, [], Cut(servers=frozenset({"web"})))
-    assert recording.compacted().server_names == ("web",)
-    assert recording.compacted().records(slice(0, 9)) == recording.records(slice(0, 9))
+    assert recording.compact().server_names == ("web",)
+    assert recording.compact().records(slice(0, 9)) == recording.records(slice(0, 9))
 
 
 def test_a_shift_moves_every_time_by_the_same_step(file: Path) -> None:
-    shifted = load_recording(file).shifted(timedelta(days=100, seconds=1))
+    shifted = load_recording(file).shift(timedelta(days=100, seconds=1))
     assert shifted.first == at(0) + timedelta(days=100, seconds=1)
     assert shifted.last - shifted.first == timedelta(minutes=2)
 

@@ -182,7 +182,7 @@ def _recording(options: argparse.Namespace) -> Recording:
     formulas = [parse_formula(text) for text in options.map]
     everyone = load_recording(options.data, formulas)
     chosen = frozenset(everyone.server_names[: options.servers])
-    return load_recording(options.data, formulas, Cut(servers=chosen, days=options.days)).compacted()
+    return load_recording(options.data, formulas, Cut(servers=chosen, days=options.days)).compact()
 
 
 def _run(loop: Loop, recording: Recording, options: argparse.Namespace) -> tuple[Seen, dict[str, int]]:

@@ -144,7 +144,7 @@ class Attempts:
             if self._lines_logged <= _MAX_LINES_LOGGED:
                 logger.info("training attempt=%s | %s", attempt.id, line)
 
-    def ended(self, attempt: Attempt) -> Attempt:
+    def conclude(self, attempt: Attempt) -> Attempt:
         """Return the attempt with its outcome, once it does not run any more."""
         self.follow(attempt)
         self._process = None
@@ -153,13 +153,15 @@ class Attempts:
         exit_code = result.get("exit_code")
         code = exit_code if isinstance(exit_code, int) else None
         verdict = read_verdict(self.folder, attempt.id)
-        outcome, version, why = self._judged(attempt, verdict) or self._without_verdict(attempt, result, code)
+        outcome, version, why = self._read_verdict(attempt, verdict) or self._explain_failure(
+            attempt, result, code
+        )
         return replace(attempt, outcome=outcome, exit_code=code, version=version, why=why)
 
-    def _judged(self, attempt: Attempt, verdict: Verdict | None) -> tuple[str, str | None, str] | None:
+    def _read_verdict(self, attempt: Attempt, verdict: Verdict | None) -> tuple[str, str | None, str] | None:
         """Return what the trainer's verdict says, if it left one and it is true."""
         if verdict is None:
-            return self._promoted_without_word(attempt)
+            return self._find_promotion(attempt)
         if not verdict.promoted:
             return REJECTED, verdict.version, verdict.why
         try:
@@ -168,7 +170,7 @@ class Attempts:
             return FAILED, verdict.version, f"promoted, but the version cannot be used: {error}"
         return PROMOTED, verdict.version, verdict.why
 
-    def _promoted_without_word(self, attempt: Attempt) -> tuple[str, str | None, str] | None:
+    def _find_promotion(self, attempt: Attempt) -> tuple[str, str | None, str] | None:
         """Catch a trainer killed between putting its version into service and saying so."""
         current = self._registry.current_id()
         if current is None or current == attempt.version_before:
@@ -181,7 +183,7 @@ class Attempts:
             return None
         return PROMOTED, current, "the trainer ended before its verdict, with its version in service"
 
-    def _without_verdict(
+    def _explain_failure(
         self, attempt: Attempt, result: Mapping[str, Any], code: int | None
     ) -> tuple[str, str | None, str]:
         tail = result.get("tail")

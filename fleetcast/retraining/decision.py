@@ -89,7 +89,7 @@ class TrainingLog:
             return self
         return replace(self, stamps=stamps, installed_at=installed_at)
 
-    def anchored(self, now: datetime, uptime: Uptime | None) -> "TrainingLog":
+    def anchor(self, now: datetime, uptime: Uptime | None) -> "TrainingLog":
         """Return the log with entries of other boots tied to this one's uptime, at first sight.
 
         From then on this boot knows how much time has passed for them, too.
@@ -383,7 +383,7 @@ class RetrainingDecisionEngine:
         settled = self.log.without_future(now)
         if settled is not self.log:
             logger.warning("trainings of the future are taken as made now: the clock stepped back")
-        self.log = settled.anchored(now, self._uptime())
+        self.log = settled.anchor(now, self._uptime())
         self.backoff = self.backoff.without_future(self._wall_clock.now())
 
     def record_training(self, promoted: bool = True, *, attempt: str | None = None) -> None:

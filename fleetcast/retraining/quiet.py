@@ -150,7 +150,7 @@ class QuietWeek:
         measured = load_of({"measured": quiet.measured, "limits": quiet.limits})
         self._note(at.timestamp(), measured, is_waiting=reason.startswith(BUSY))
 
-    def judged(self, quiet: QuietVerdict, now: datetime) -> QuietVerdict:
+    def judge(self, quiet: QuietVerdict, now: datetime) -> QuietVerdict:
         """Return the verdict, quiet also where this fleet is as quiet as it gets, or was waited for."""
         load = load_of({"measured": quiet.measured, "limits": quiet.limits})
         if quiet.is_quiet or load is None or load < 1 or not quiet.is_host_quiet:

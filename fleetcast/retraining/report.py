@@ -68,7 +68,7 @@ class RetrainingCheck:
     action_detail: str = ""
     attempt_id: str | None = None
 
-    def did(self, action: str, detail: str, attempt_id: str | None = None) -> "RetrainingCheck":
+    def with_action(self, action: str, detail: str, attempt_id: str | None = None) -> "RetrainingCheck":
         """Return the check with what was done about it."""
         return replace(self, action=action, action_detail=detail, attempt_id=attempt_id)
 

@@ -97,7 +97,7 @@ def load_state(path: Path) -> RetrainingState:
     if raw.get("format", FORMAT) != FORMAT:
         raise UnknownFormat(path, f"state format {raw['format']!r}", hint=f"this program reads {FORMAT}")
     try:
-        return _parsed(raw)
+        return _parse(raw)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptFile(path, f"not a retraining state: {error!r}") from error
 
@@ -137,7 +137,7 @@ def _stamp_json(stamp: TrainingStamp) -> dict[str, Any]:
     }
 
 
-def _parsed(raw: Mapping[str, Any]) -> RetrainingState:
+def _parse(raw: Mapping[str, Any]) -> RetrainingState:
     history = [parse_plain_utc(text) for text in raw.get("training_history") or []]
     stamps = [_stamp(item) for item in raw.get("trainings") or []]
     if "trainings" not in raw:  # a foreign file knows promoted trainings only

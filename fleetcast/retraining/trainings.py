@@ -108,7 +108,7 @@ class Trainings:
             return None
         ended = None
         if attempt is not None:
-            ended = replace(self._attempts.ended(attempt), ended_at=plain_utc(now))
+            ended = replace(self._attempts.conclude(attempt), ended_at=plain_utc(now))
             self._count(ended)
             self._state = self._state.with_attempt(ended)
         self._use(with_unknown(self._current(), self._attempts.folder))

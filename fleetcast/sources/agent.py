@@ -71,7 +71,7 @@ class Backlog:
             chosen = [self._records[i] for i in range(min(count, len(self._records)))]
         return [record for _, record in chosen], chosen[-1][0] if chosen else 0
 
-    def delivered(self, mark: int) -> None:
+    def forget(self, mark: int) -> None:
         """Forget the records up to `mark`; ones displaced meanwhile are not counted again."""
         with self._lock:
             while self._records and self._records[0][0] <= mark:
@@ -113,7 +113,7 @@ class Delivery:
             except DaemonAway as error:
                 self._note_failure(error, len(records))
                 continue
-            self._backlog.delivered(mark)
+            self._backlog.forget(mark)
             self._note_success(answer)
 
     def _note_failure(self, error: DaemonAway, n_records: int) -> None:

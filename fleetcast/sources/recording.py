@@ -129,11 +129,11 @@ class Recording:
         """Return the time of the last row."""
         return from_ms(int(self.timestamps_ms[-1]))
 
-    def shifted(self, by: timedelta) -> "Recording":
+    def shift(self, by: timedelta) -> "Recording":
         """Return the same rows at other times."""
         return replace(self, timestamps_ms=self.timestamps_ms + by // timedelta(milliseconds=1))
 
-    def compacted(self) -> "Recording":
+    def compact(self) -> "Recording":
         """Return the same rows without the names that no row uses."""
         used, codes = np.unique(self.server_codes, return_inverse=True)
         names = tuple(self.server_names[code] for code in used)

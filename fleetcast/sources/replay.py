@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop.install()
     try:
         speed = _speed(options.speed)
-        recording = _prepared(options, speed, SystemClock())
+        recording = _prepare(options, speed, SystemClock())
         with DaemonClient(options.url) as client:
             player = Player(
                 recording,
@@ -262,7 +262,7 @@ def _speed(text: str) -> float:
         raise SettingsError([f"--speed must be a number or max, got {text!r}"]) from None
 
 
-def _prepared(options: argparse.Namespace, speed: float, clock: Clock) -> Recording:
+def _prepare(options: argparse.Namespace, speed: float, clock: Clock) -> Recording:
     formulas: list[Formula] = [parse_formula(text) for text in options.map]
     check_distinct(formulas)
     if options.days is not None:
@@ -272,9 +272,9 @@ def _prepared(options: argparse.Namespace, speed: float, clock: Clock) -> Record
     if not options.shift_to:
         return recording
     if options.shift_to != "now":
-        return recording.shifted(_shift_target(options.shift_to) - recording.first)
+        return recording.shift(_shift_target(options.shift_to) - recording.first)
     anchor = recording.first if speed <= 1 else recording.last
-    return recording.shifted(clock.now().astimezone(UTC) - anchor)
+    return recording.shift(clock.now().astimezone(UTC) - anchor)
 
 
 def _shift_target(text: str) -> datetime:

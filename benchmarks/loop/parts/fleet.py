@@ -48,7 +48,7 @@ def recorded_grid(data: Path, maps: Sequence[str], servers: slice, days: int) ->
     formulas = [parse_formula(text) for text in maps]
     names = sorted(set(pq.read_table(data, columns=["server_name"])["server_name"].unique().to_pylist()))
     cut = Cut(servers=frozenset(names[servers]), days=float(days + 1))
-    recording = load_recording(data, formulas, cut).compacted()
+    recording = load_recording(data, formulas, cut).compact()
     start_ms = -(-to_ms(recording.first) // DAY_MS) * DAY_MS
     metrics = tuple(recording.metrics)
     values = np.stack([recording.metrics[name] for name in metrics], axis=1)

@@ -120,7 +120,7 @@ class Engine:
         now = self._clock.now()
         evidence = self._source.evidence(may_renew=True)
         self._monitor.observe(evidence)
-        report, quiet = self._monitor.report(), self._week.judged(self._quiet(end), now)
+        report, quiet = self._monitor.report(), self._week.judge(self._quiet(end), now)
         hours = self._limits.follow_up_hours if report.basis == CALIBRATED else 0.0
         decision = self._engine.decide(
             report.current_metrics(),
