@@ -98,6 +98,7 @@ class DriftMonitor:
         self._features: Columns = {}
         self._n_rows = 0
         self._evidence: DriftEvidence | None = None  # None: fed by update()
+        self._model_version: str | None = None
         self._is_seasonal = False  # whether the seasonal detector decides
         self._baseline: Baseline | None = None
         self._metric_baselines: Mapping[str, MetricBaseline] = {}
@@ -145,7 +146,7 @@ class DriftMonitor:
         pairs = evidence.window
         self.set_baseline(evidence.baseline)
         self._predictions, self._actuals, self._features = pairs.one_ahead, pairs.actuals, pairs.actuals
-        self._n_rows, self._evidence = len(pairs), evidence
+        self._n_rows, self._evidence, self._model_version = len(pairs), evidence, evidence.model_version
         self._is_seasonal = evidence.is_seasonal and self._settings.basis == CALIBRATED
 
     def calculate_drift_metrics(self) -> dict[str, Any]:
@@ -180,6 +181,7 @@ class DriftMonitor:
             status_reason=collecting,
             n_pairs=self._n_rows,
             window_size=self.window_size,
+            model_version=self._model_version,
             has_baseline=bool(self._metric_baselines),
             baseline=self._baseline,
             evidence=self._evidence,

@@ -46,6 +46,7 @@ class DriftReport:
     status_reason: str
     n_pairs: int  # rows of the window
     window_size: int  # the setting
+    model_version: str | None = None  # in service
     has_baseline: bool = False
     baseline: Baseline | None = None  # None: the caller gave plain numbers, or nothing
     evidence: DriftEvidence | None = None  # None: the caller gave the rows
@@ -56,11 +57,6 @@ class DriftReport:
     basis: str = LITERAL
     verdict: DriftVerdict | None = None  # of the seasonal detector
     waiting_for: str = ""  # why the seasonal detector can give no verdict, or ""
-
-    @property
-    def model_version(self) -> str | None:
-        """Return the version in service."""
-        return self.evidence.model_version if self.evidence else None
 
     @property
     def drifting(self) -> tuple[DriftingSeries, ...]:
