@@ -6,7 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetcast.drift.seasonal.detector import SeasonalDetector
-from fleetcast.drift.seasonal.reference import Reference
+from fleetcast.drift.seasonal.reference import Reference, ReferenceOptions
+from fleetcast.drift.seasonal.settled import FleetGrid
+from fleetcast.schema import Floats
 
 BIN_MS = 300_000
 DAY = 288
@@ -39,10 +41,28 @@ def made_grid(days: int = REFERENCE_DAYS + 3, seed: int = 1, n_servers: int = le
     return _made(days, seed, n_servers).copy()
 
 
-def fitted(grid: Grid, **options: object) -> Reference:
+def fleet_grid(
+    values: Grid,
+    server_names: tuple[str, ...] = SERVERS,
+    metrics: tuple[str, ...] = METRICS,
+    start_ms: int = START_MS,
+    errors: Grid | None = None,
+) -> FleetGrid:
+    """Return values as a grid of a fleet, of which no forecast errors are known unless given."""
+    errors = np.full_like(values, np.nan) if errors is None else errors
+    return FleetGrid(server_names, metrics, start_ms, BIN_MS, values, errors)
+
+
+def fitted(
+    grid: Grid,
+    options: ReferenceOptions | None = None,
+    *,
+    errors: Grid | None = None,
+    changed_ms: Floats | None = None,
+) -> Reference:
     """Learn a reference of the made fleet from the start of a grid."""
     names = (SERVERS[: grid.shape[0]], METRICS[: grid.shape[1]])
-    return Reference.fit(grid, *names, START_MS, BIN_MS, **options)  # type: ignore[arg-type]
+    return Reference.fit(fleet_grid(grid, *names, errors=errors), options, changed_ms)
 
 
 @cache

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rhythm_fleet import BIN_MS, DAY, METRICS, SERVERS, START_MS, Grid, fitted, made_grid
+from rhythm_fleet import BIN_MS, DAY, METRICS, SERVERS, START_MS, Grid, fitted, fleet_grid, made_grid
 from seasonal_store import FIRST_TEST_BIN, VERSION, registry_with, rows_of, source_of, store_of
 from settled_rows import RowStore, joined
 
@@ -198,7 +198,7 @@ def test_the_order_of_servers_and_metrics_does_not_change_the_verdict(
 
 def fitted_backwards() -> Reference:
     grid = made_grid()[::-1, ::-1, :FIRST_TEST_BIN]
-    return Reference.fit(np.ascontiguousarray(grid), SERVERS[::-1], METRICS[::-1], START_MS, BIN_MS)
+    return Reference.fit(fleet_grid(np.ascontiguousarray(grid), SERVERS[::-1], METRICS[::-1]))
 
 
 @pytest.mark.parametrize("is_changed", [False, True])

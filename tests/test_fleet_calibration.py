@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fleetcast.drift.seasonal.learning import calibrate
+from fleetcast.drift.seasonal.limits import calibrate
 from fleetcast.drift.seasonal.quorum import QuorumRule
 from fleetcast.drift.seasonal.statistics import INDEX, N_STATISTICS
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from fleetcast.drift.seasonal.learning import (
+from fleetcast.drift.seasonal.limits import (
     GROWTH_CAP,
     MARGINS,
     PRIOR_GROWTH,

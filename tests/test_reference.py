@@ -11,6 +11,7 @@ from rhythm_fleet import (
     START_MS,
     Grid,
     fitted,
+    fleet_grid,
     made_grid,
     usual_reference,
 )
@@ -19,13 +20,11 @@ from fleetcast.drift.seasonal.learning import (
     MIN_DAYS,
     fit_all,
     fit_chunk,
-    joined_books,
-    joined_shapes,
     sample,
 )
-from fleetcast.drift.seasonal.reference import Reference
-from fleetcast.drift.seasonal.season import DayClock
-from fleetcast.drift.seasonal.statistics import INDEX, N_STATISTICS
+from fleetcast.drift.seasonal.reference import Reference, ReferenceOptions
+from fleetcast.drift.seasonal.season import DayClock, Shape
+from fleetcast.drift.seasonal.statistics import INDEX, N_STATISTICS, Books
 from fleetcast.errors import BadData
 
 
@@ -59,8 +58,8 @@ def test_it_reports_the_false_alarms_it_was_calibrated_to_and_those_it_showed() 
 
 def test_a_rarer_alarm_asks_for_a_larger_factor() -> None:
     often, rarely = (
-        fitted(weeks(), false_alarms_per_month=30.0),
-        fitted(weeks(), false_alarms_per_month=0.001),
+        fitted(weeks(), ReferenceOptions(false_alarms_per_month=30.0)),
+        fitted(weeks(), ReferenceOptions(false_alarms_per_month=0.001)),
     )
 
     assert rarely.fleet.factor >= often.fleet.factor
@@ -128,7 +127,7 @@ def test_weekdays_are_told_apart_where_three_weeks_show_them() -> None:
     day = np.arange(21 * DAY) // DAY
     grid[0, 0, (day % 7 == 2) | (day % 7 == 3)] += 30
 
-    reference = Reference.fit(grid, ("a", "b"), ("cpu_pct",), START_MS, BIN_MS)
+    reference = Reference.fit(fleet_grid(grid, ("a", "b"), ("cpu_pct",)))
 
     assert reference.shape.weekly_rows.tolist() == [0, -1]
     profile = reference.shape.weekday_profiles[0].mean(axis=1)
@@ -141,16 +140,21 @@ def test_series_learned_in_chunks_are_the_same_as_learned_at_once() -> None:
     bins = clock.local_bins(START_MS, flat.shape[1])
     floors = np.zeros(len(flat), np.float32)
 
-    whole = fit_chunk(flat, None, bins, floors, clock)
-    parts = [fit_chunk(flat[rows], None, bins, floors[rows], clock) for rows in (slice(0, 3), slice(3, None))]
+    errors = np.full_like(flat, np.nan)
 
-    assert np.array_equal(joined_shapes([part.shape for part in parts]).profiles, whole.shape.profiles)
-    edges = joined_books([part.books for part in parts]).values.edges
+    whole = fit_chunk(flat, errors, bins, floors, clock)
+    parts = [
+        fit_chunk(flat[rows], errors[rows], bins, floors[rows], clock)
+        for rows in (slice(0, 3), slice(3, None))
+    ]
+
+    assert np.array_equal(Shape.stack([part.shape for part in parts]).profiles, whole.shape.profiles)
+    edges = Books.stack([part.books for part in parts]).values.edges
     assert np.array_equal(edges, whole.books.values.edges)
     series, left_out = sample(parts, len(METRICS))
     assert series.tolist() == list(range(len(flat)))
     assert np.array_equal(left_out, whole.left_out, equal_nan=True)
-    assert len(fit_all(flat, None, bins, floors, clock)) == 1
+    assert len(fit_all(flat, errors, bins, floors, clock)) == 1
 
 
 @pytest.mark.parametrize(
@@ -159,7 +163,7 @@ def test_series_learned_in_chunks_are_the_same_as_learned_at_once() -> None:
 )
 def test_a_grid_of_another_shape_is_refused(shape: tuple[int, ...], words: str) -> None:
     with pytest.raises(BadData, match=words):
-        Reference.fit(np.zeros(shape, np.float32), SERVERS, METRICS, START_MS, BIN_MS)
+        Reference.fit(fleet_grid(np.zeros(shape, np.float32)))
 
 
 def test_errors_of_another_shape_are_refused() -> None:
@@ -173,7 +177,7 @@ def test_hostile_references_make_no_warning_and_no_infinite_limit(value: float) 
     grid = np.full((2, 1, 6 * DAY), value, np.float32)
     grid[1, 0, ::7] = 1e30 if np.isfinite(value) else value
 
-    reference = Reference.fit(grid, ("a", "b"), ("cpu_pct",), START_MS, BIN_MS)
+    reference = Reference.fit(fleet_grid(grid, ("a", "b"), ("cpu_pct",)))
 
     assert not np.isinf(reference.limits).any()
     assert reference.limits.shape == (2, N_STATISTICS)

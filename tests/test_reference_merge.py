@@ -10,19 +10,20 @@ from rhythm_fleet import (
     SERVERS,
     START_MS,
     fitted,
+    fleet_grid,
     made_grid,
     usual_reference,
 )
 
 from fleetcast.drift.seasonal.detector import SeasonalDetector
-from fleetcast.drift.seasonal.learning import MATURE_DAYS
+from fleetcast.drift.seasonal.limits import MATURE_DAYS
 from fleetcast.drift.seasonal.reference import Reference, immature_servers, merge
 from fleetcast.errors import BadData
 
 
 def learned(names: tuple[str, ...], seed: int = 5, metrics: tuple[str, ...] = METRICS) -> Reference:
     grid = made_grid(REFERENCE_DAYS, seed, len(names))[:, : len(metrics)]
-    return Reference.fit(grid, names, metrics, START_MS + DAY * BIN_MS, BIN_MS)
+    return Reference.fit(fleet_grid(grid, names, metrics, START_MS + DAY * BIN_MS))
 
 
 def test_newer_servers_take_the_place_of_their_old_selves_and_new_ones_come_behind() -> None:
@@ -61,7 +62,7 @@ def test_a_metric_never_sent_does_not_make_a_server_young() -> None:
     grid[0, 1] = np.nan
     names = ("a", "b")
 
-    reference = Reference.fit(grid, names, METRICS, START_MS, BIN_MS)
+    reference = Reference.fit(fleet_grid(grid, names))
 
     assert immature_servers(reference, names) == ()
 

@@ -16,6 +16,7 @@ from rhythm_fleet import (
     START_MS,
     Grid,
     fitted,
+    fleet_grid,
     following,
     made_grid,
     usual_reference,
@@ -225,7 +226,7 @@ def test_the_order_of_servers_and_metrics_does_not_matter(order: list[int], turn
     columns = [1, 0] if turn else [0, 1]
     shuffled = np.ascontiguousarray(grid[order][:, columns])
     names = (tuple(SERVERS[row] for row in order), tuple(METRICS[column] for column in columns))
-    reference = Reference.fit(shuffled[:, :, : REFERENCE_DAYS * DAY], *names, START_MS, BIN_MS)
+    reference = Reference.fit(fleet_grid(shuffled[:, :, : REFERENCE_DAYS * DAY], *names))
     straight = fitted(grid[:, :, : REFERENCE_DAYS * DAY])
 
     one = following(shuffled, reference=reference).check()
@@ -254,7 +255,7 @@ def test_neither_unit_nor_order_matters_to_a_moved_day() -> None:
     grid[:, :, CHANGE:] = grid[:, :, CHANGE - DAY // 4 : -DAY // 4].copy()
     other = np.ascontiguousarray(grid[::-1]) * np.float32(1024)
     names = (SERVERS[::-1], METRICS)
-    reference = Reference.fit(other[:, :, : REFERENCE_DAYS * DAY], *names, START_MS, BIN_MS)
+    reference = Reference.fit(fleet_grid(other[:, :, : REFERENCE_DAYS * DAY], *names))
 
     one = following(grid, reference=fitted(grid[:, :, : REFERENCE_DAYS * DAY])).check()
     two = following(other, reference=reference).check()

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,10 @@ def sketched_ms(rows: int) -> float:
 def fleet_figures(n_servers: int) -> dict[str, float]:
     """Return the times of one bin and one verdict of a fleet, and of learning a reference."""
     from fleetcast.drift.seasonal.detector import SeasonalDetector
-    from fleetcast.drift.seasonal.learning import joined_books, joined_shapes
     from fleetcast.drift.seasonal.reference import Reference
+    from fleetcast.drift.seasonal.season import Shape
+    from fleetcast.drift.seasonal.settled import FleetGrid
+    from fleetcast.drift.seasonal.statistics import Books
 
     generator = np.random.default_rng(SEED)
     clock = np.sin(2 * np.pi * np.arange(15 * DAY) / DAY)
@@ -154,23 +157,18 @@ def fleet_figures(n_servers: int) -> dict[str, float]:
     grid = (50 + 10 * clock + generator.normal(0, 2, shape)).astype(np.float32)
     names = tuple(f"s{row}" for row in range(FITTED_SERVERS))
     began = time.process_time()
-    small = Reference.fit(grid[:, :, : 14 * DAY], names, FLEET_METRICS, 0, BIN_MS)
+    learned = grid[:, :, : 14 * DAY]
+    errors = np.full_like(learned, np.nan)
+    small = Reference.fit(FleetGrid(names, FLEET_METRICS, 0, BIN_MS, learned, errors))
     fit_ms = 1000 * (time.process_time() - began) / small.n_series
     copies = -(-n_servers // FITTED_SERVERS)
-    reference = Reference(
-        tuple(f"s{row}" for row in range(copies * FITTED_SERVERS)),
-        FLEET_METRICS,
-        BIN_MS,
-        "UTC",
-        0,
-        small.end_ms,
-        joined_shapes([small.shape] * copies),
-        joined_books([small.books] * copies),
-        *(np.concatenate([array] * copies) for array in (small.pull, small.n_days, small.start_days)),
-        np.concatenate([small.still_limits] * copies),
-        np.concatenate([small.limits] * copies),
-        small.shared_growth,
-        small.fleet,
+    per_series = ("pull", "n_days", "start_days", "still_limits", "limits")
+    reference = replace(
+        small,
+        server_names=tuple(f"s{row}" for row in range(copies * FITTED_SERVERS)),
+        shape=Shape.stack([small.shape] * copies),
+        books=Books.stack([small.books] * copies),
+        **{name: np.concatenate([getattr(small, name)] * copies) for name in per_series},
     )
     drift = SeasonalDetector(reference)
     places = iter(range(13 * DAY, 15 * DAY))

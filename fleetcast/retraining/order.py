@@ -22,7 +22,6 @@ from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.drift.literal.series import change_times, series_drift
 from fleetcast.drift.report import DriftReport, drifting_json, series_json
 from fleetcast.drift.seasonal.reference import Reference
-from fleetcast.drift.seasonal.renewal import change_times as change_times_of
 from fleetcast.retraining.attempts import Step
 from fleetcast.retraining.decision import FOLLOW_UP
 from fleetcast.retraining.follow_up import drifting_before
@@ -98,7 +97,7 @@ def training_context(
 
 def known_changes(reference: Reference) -> list[dict[str, Any]]:
     """Return the changes that the reference in force knows of: the next one shall know them, too."""
-    changes = change_times_of(reference)
+    changes = reference.changed_ms()
     return [
         {
             "server": reference.server_names[row],

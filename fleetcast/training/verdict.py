@@ -172,13 +172,4 @@ def training_reference(
     for item in changed:
         changed_ms[item.server, item.metric] = grid.start_ms + item.since_bin * grid.bin_ms
     settled = read_grid(read, grid.server_names, grid.metrics, (grid.start_ms, grid.end_ms), grid.bin_ms)
-    return learn_reference(
-        grid.values,
-        grid.server_names,
-        grid.metrics,
-        grid.start_ms,
-        grid.bin_ms,
-        settings,
-        errors=settled.errors,
-        changed_ms=changed_ms,
-    )
+    return learn_reference(replace(settled, values=grid.values), settings, changed_ms)

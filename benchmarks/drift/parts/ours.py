@@ -14,6 +14,7 @@ from fleetcast.drift.seasonal.quorum import QuorumRule, family_ratios, running_m
 from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.drift.seasonal.season import innovations, moves, traits
 from fleetcast.drift.seasonal.sensors import SensorWatch
+from fleetcast.drift.seasonal.settled import FleetGrid
 from fleetcast.drift.seasonal.statistics import BinCodes, no_codes, statistics, sums_over
 from fleetcast.schema import Floats32
 
@@ -46,9 +47,9 @@ def fitted_block(fleet: RecordedFleet, first: int, days: int, test_days: int) ->
     begin = first + days * DAY
     end = min(fleet.n_bins, begin + test_days * DAY)
     start_ms = fleet.start_ms + first * BIN_MS
-    reference = Reference.fit(
-        fleet.grid[:, :, first:begin], fleet.server_names, fleet.metrics, start_ms, BIN_MS
-    )
+    values = fleet.grid[:, :, first:begin]
+    errors = np.full_like(values, np.nan)
+    reference = Reference.fit(FleetGrid(fleet.server_names, fleet.metrics, start_ms, BIN_MS, values, errors))
     watch = SensorWatch(len(fleet.server_names), len(fleet.metrics), reference.still_limits, DAY)
     lead = begin - LEAD
     admitted = np.empty((*fleet.grid.shape[:2], end - lead), np.float32)

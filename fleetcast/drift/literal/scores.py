@@ -161,7 +161,7 @@ class MetricScores:
 def baseline_of(values: Floats) -> MetricBaseline:
     """Keep a sample of values exactly.
 
-    >>> reference_of(np.array([3.0, 1.0, np.nan, 2.0])).sorted_values.tolist()
+    >>> baseline_of(np.array([3.0, 1.0, np.nan, 2.0])).sorted_values.tolist()
     [1.0, 2.0, 3.0]
     """
     present = np.sort(values[np.isfinite(values)].astype(np.float64))

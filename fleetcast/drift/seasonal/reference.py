@@ -1,154 +1,59 @@
-"""The season-matched reference: what unchanged data of every server and metric look like.
+"""The reference: what unchanged data of every server and metric look like, season by season.
 
-Owns: learning it from some weeks of bins, the calibration of its limits, and its file. Lives
-beside the baseline of a model version. Does not know: the newest values (`SeasonalDrift`).
+Owns: learning it from some weeks of bins, its file, and bringing single servers of it up to date
+without learning the whole fleet again. It lives beside the baseline of a model version. Does not
+know: the newest values (`SeasonalDetector`), when to renew it (`renewal`).
 
-Its file is specified in `reference_file.py`.
-
-The file of a reference: arrays under dotted names, checked when read, never pickled.
-
-Owns: `reference.npz`, format 2: one array per field of `Reference`, fields of fields under dotted
-names (`shape.profiles`, `books.values.edges`, ...), names as fixed-width unicode, scalars as 0-d
-arrays. Does not know: what the arrays mean beyond their shapes.
-
-Bringing single servers of a reference up to date without learning the whole fleet again.
-
-Owns: which servers are too young to be judged as they are, or lack forecast errors to be judged by,
-and putting newly learned servers in their place. Does not know: when to do so, files.
+File (`reference.npz`, format 2, never pickled): one array per field of `Reference`, fields of
+fields under dotted names (`shape.profiles`, `books.values.edges`, ...), names as fixed-width
+unicode, scalars as 0-d arrays; checked against each other when read.
 """
 
 import io
 import zipfile
 import zlib
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Self, TypeVar, get_type_hints
+from typing import Any, Self, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fleetcast.clock import DAY_MS
-from fleetcast.drift.seasonal.learning import (
+from fleetcast.drift.seasonal.learning import MIN_DAYS, fit_all, sample, value_ranges
+from fleetcast.drift.seasonal.limits import (
     MATURE_DAYS,
-    MIN_DAYS,
     FleetCalibration,
     calibrate,
-    fit_all,
     growth,
-    joined_books,
-    joined_shapes,
     own_quantiles,
-    sample,
     series_limits,
     shared_growth,
-    value_ranges,
 )
 from fleetcast.drift.seasonal.quorum import QuorumRule
 from fleetcast.drift.seasonal.season import LAGS_H, N_CODES, N_EDGES, WEEKDAYS, DayClock, Shape
 from fleetcast.drift.seasonal.sensors import clean_reference, measurements
+from fleetcast.drift.seasonal.settled import FleetGrid
 from fleetcast.drift.seasonal.statistics import N_STATISTICS, Books
 from fleetcast.errors import BadData, CorruptFile, UnknownFormat
 from fleetcast.files import read_regular, write_atomic
 from fleetcast.schema import Floats, Floats32, Longs
 
 FORMAT = 2
-Kind = TypeVar("Kind")
-
-
-def reference_bytes(reference: Any) -> bytes:
-    """Return the content of a reference's file."""
-    stream = io.BytesIO()
-    np.savez_compressed(stream, **{"format": np.int64(FORMAT), **_flatten(reference, "")})
-    return stream.getvalue()
-
-
-def read_reference(path: Path, kind: type[Kind]) -> Kind:
-    """Read a reference; see `Reference.load` for what it raises."""
-    content = read_regular(path)
-    try:
-        archive = np.load(io.BytesIO(content), allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise CorruptFile(path, "a bare array, not a reference archive")
-        arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
-        raise CorruptFile(path, f"not a reference: {error}") from error
-    found = arrays.get("format")
-    if found is None or found.shape or found != FORMAT:
-        raise UnknownFormat(path, f"reference format {found}", hint=f"expected {FORMAT}")
-    try:
-        loaded: Kind = _build(kind, arrays, "")
-        _check_rows(path, loaded)
-    except (KeyError, TypeError, ValueError, IndexError, BadData) as error:
-        raise CorruptFile(path, f"reference field missing or of the wrong kind: {error}") from error
-    return loaded
-
-
-def _flatten(value: Any, prefix: str) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for item in fields(value):
-        own = getattr(value, item.name)
-        if is_dataclass(own):
-            out.update(_flatten(own, f"{prefix}{item.name}."))
-        else:
-            text = isinstance(own, tuple | str)
-            out[prefix + item.name] = np.array(own, np.str_) if text else np.asarray(own)
-    return out
-
-
-def _build(kind: Any, arrays: dict[str, Any], prefix: str) -> Any:
-    hints = get_type_hints(kind)
-    values: dict[str, Any] = {}
-    for item in fields(kind):
-        name, hint = prefix + item.name, hints[item.name]
-        if is_dataclass(hint):
-            values[item.name] = _build(hint, arrays, f"{name}.")
-        elif hint in (int, float, str):
-            values[item.name] = hint(arrays[name].item())
-        elif hint == tuple[str, ...]:
-            values[item.name] = tuple(str(text) for text in arrays[name])
-        else:
-            values[item.name] = arrays[name]
-    return kind(**values)
-
-
-def _check_rows(path: Path, loaded: Any) -> None:
-    clock = DayClock(loaded.bin_ms, loaded.timezone)  # refuses a nonsensical bin or zone
-    n_series, slots = len(loaded.server_names) * len(loaded.metrics), clock.n_slots
-    n_weekly = int((loaded.shape.weekly_rows >= 0).sum())
-    books = loaded.books
-    expected: list[tuple[str, Any, tuple[int, ...]]] = [
-        ("shape.profiles", loaded.shape.profiles, (n_series, slots)),
-        ("shape.spreads", loaded.shape.spreads, (n_series, slots)),
-        ("shape.weekday_profiles", loaded.shape.weekday_profiles, (n_weekly, WEEKDAYS, slots)),
-        ("limits", loaded.limits, (n_series, N_STATISTICS)),
-        ("shared_growth", loaded.shared_growth, (N_STATISTICS,)),
-        ("books.tails", books.tails, (n_series, 2)),
-        ("books.log_moves", books.log_moves, (n_series, 2)),
-        ("books.distances", books.distances, (n_series, len(LAGS_H))),
-        ("shape.template", loaded.shape.template, (n_series, clock.bins_per_day)),
-    ]
-    for name in ("values", "innovations", "errors"):
-        expected.append((f"books.{name}.edges", getattr(books, name).edges, (n_series, N_EDGES)))
-        expected.append((f"books.{name}.shares", getattr(books, name).shares, (n_series, N_CODES)))
-    for owner, names in (
-        (loaded.shape, ("weekly_rows", "centres", "ranges", "lows", "highs")),
-        (books, ("log_size", "rhythm_power", "rhythm_noise")),
-        (loaded, ("pull", "n_days", "start_days", "still_limits")),
-    ):
-        expected += [(name, getattr(owner, name), (n_series,)) for name in names]
-    for name, found, shape in expected:
-        if found.shape != shape or found.dtype.kind not in "if":
-            raise CorruptFile(path, f"{name} is {found.dtype} {found.shape}, expected numbers {shape}")
-    if n_weekly and int(loaded.shape.weekly_rows.max()) >= n_weekly:
-        raise CorruptFile(path, "shape.weekly_rows points past the weekday profiles")
-    if books.tails.size and not (books.tails.min() >= 0 and books.tails.max() < N_CODES):
-        raise CorruptFile(path, f"books.tails must be within 0..{N_CODES - 1}")
-
-
 RANGE_FLOOR = 0.02  # of the metric's usual range in this fleet
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
+class ReferenceOptions:
+    """What a fleet wishes of its reference."""
+
+    timezone: str = "UTC"
+    rule: QuorumRule = field(default_factory=QuorumRule)
+    false_alarms_per_month: float = 1.0  # how often an unchanged fleet may call for a training
+    min_days: int = MIN_DAYS  # a series needs to be judged
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Reference:
     """Rhythm, spread and limits of every series; series run server by server.
 
@@ -187,73 +92,64 @@ class Reference:
         """Return which series (series,) have days enough to be judged."""
         return np.asarray(np.isfinite(self.limits).any(axis=1))
 
+    def changed_ms(self) -> Floats:
+        """Return (server, metric): the midnight before which a series was another, NaN = never."""
+        days = self.start_days.reshape(len(self.server_names), -1)
+        return self.clock.starts_ms(days, self.start_ms)
+
     @classmethod
     def fit(
-        cls,
-        grid: Floats32 | Floats,
-        server_names: tuple[str, ...],
-        metrics: tuple[str, ...],
-        start_ms: int,
-        bin_ms: int,
-        *,
-        errors: Floats32 | Floats | None = None,
-        changed_ms: Floats | None = None,
-        timezone: str = "UTC",
-        rule: QuorumRule | None = None,
-        false_alarms_per_month: float = 1.0,
-        min_days: int = MIN_DAYS,
+        cls, grid: FleetGrid, options: ReferenceOptions | None = None, changed_ms: Floats | None = None
     ) -> Self:
         """Learn a reference; three weeks are good, five days the least advisable.
 
         Args:
-            grid: (server, metric, bin) bin means in native units, NaN = absent.
-            errors: the same shape, |forecast - actual| of the models that were in service.
+            grid: bin means; errors are those of the models that were in service.
             changed_ms: (server, metric) when a series is known to have changed, NaN = never;
                 what came before does not count.
-            false_alarms_per_month: how often an unchanged fleet may call for a training.
-            min_days: days a series needs to be judged.
         Raises:
             BadData: shapes that do not fit each other.
         """
-        values, missed = _check(grid, errors, server_names, metrics)
-        clock = DayClock(bin_ms, timezone)
+        options = options or ReferenceOptions()
+        values, errors = _check_grid(grid)
+        clock, n_bins, n_metrics = DayClock(grid.bin_ms, options.timezone), values.shape[2], len(grid.metrics)
         if changed_ms is not None:
-            starts = start_ms + np.arange(values.shape[2], dtype=np.int64) * bin_ms
+            starts = grid.start_ms + np.arange(n_bins, dtype=np.int64) * grid.bin_ms
             values = np.where(starts < np.nan_to_num(changed_ms, nan=-np.inf)[..., None], np.nan, values)
-        cleaned, still = clean_reference(values, clock.bins_per_day)
-        flat = cleaned.reshape(-1, values.shape[2])
-        flat_errors = None if missed is None else missed.reshape(flat.shape)
-        local_bins = clock.local_bins(start_ms, values.shape[2])
-        chunks = fit_all(flat, flat_errors, local_bins, _range_floors(flat, len(metrics)), clock)
+        cleaned, still_limits = clean_reference(values, clock.bins_per_day)
+        flat = cleaned.reshape(-1, n_bins)
+        local_bins = clock.local_bins(grid.start_ms, n_bins)
+        floors = _range_floors(flat, n_metrics)
+        chunks = fit_all(flat, errors.reshape(flat.shape), local_bins, floors, clock)
         shared = shared_growth(np.concatenate([growth(part.left_out, part.folds) for part in chunks]))
         own = np.concatenate([own_quantiles(part.left_out) for part in chunks])
         n_days = np.concatenate([part.n_days for part in chunks])
         limits = series_limits(own, shared, n_days)
-        limits[n_days < min_days] = np.nan
-        fleet = calibrate(
-            *sample(chunks, len(metrics)), limits, len(metrics), rule or QuorumRule(), false_alarms_per_month
-        )
+        limits[n_days < options.min_days] = np.nan
+        rates = (options.rule, options.false_alarms_per_month)
         return cls(
-            server_names,
-            metrics,
-            bin_ms,
-            timezone,
-            start_ms,
-            start_ms + values.shape[2] * bin_ms,
-            joined_shapes([part.shape for part in chunks]),
-            joined_books([part.books for part in chunks]),
-            np.concatenate([part.pull for part in chunks]),
-            n_days,
-            np.concatenate([part.start_days for part in chunks]),
-            still,
-            limits,
-            shared,
-            fleet,
+            server_names=grid.server_names,
+            metrics=grid.metrics,
+            bin_ms=grid.bin_ms,
+            timezone=options.timezone,
+            start_ms=grid.start_ms,
+            end_ms=grid.end_ms,
+            shape=Shape.stack([part.shape for part in chunks]),
+            books=Books.stack([part.books for part in chunks]),
+            pull=np.concatenate([part.pull for part in chunks]),
+            n_days=n_days,
+            start_days=np.concatenate([part.start_days for part in chunks]),
+            still_limits=still_limits,
+            limits=limits,
+            shared_growth=shared,
+            fleet=calibrate(*sample(chunks, n_metrics), limits, n_metrics, *rates),
         )
 
     def to_bytes(self) -> bytes:
         """Return the content of a reference file."""
-        return reference_bytes(self)
+        stream = io.BytesIO()
+        np.savez_compressed(stream, **{"format": np.int64(FORMAT), **_flatten(self, "")})
+        return stream.getvalue()
 
     def save(self, path: Path) -> None:
         """Write the file in one durable step."""
@@ -268,21 +164,26 @@ class Reference:
             UnknownFormat: another format version wrote it.
             CorruptFile: it is not a reference.
         """
-        return read_reference(path, cls)
+        arrays = _read_arrays(path)
+        found = arrays.get("format")
+        if found is None or found.shape or found != FORMAT:
+            raise UnknownFormat(path, f"reference format {found}", hint=f"expected {FORMAT}")
+        try:
+            loaded: Self = _build(cls, arrays, "")
+            _check_rows(path, loaded)
+        except (KeyError, TypeError, ValueError, IndexError, BadData) as error:
+            raise CorruptFile(path, f"reference field missing or of the wrong kind: {error}") from error
+        return loaded
 
 
-def _check(
-    grid: Floats32 | Floats,
-    errors: Floats32 | Floats | None,
-    servers: tuple[str, ...],
-    metrics: tuple[str, ...],
-) -> tuple[Floats32, Floats32 | None]:
-    if grid.ndim != 3 or grid.shape[:2] != (len(servers), len(metrics)) or 0 in grid.shape:
-        expected = f"({len(servers)}, {len(metrics)}, bins)"
-        raise BadData(f"grid must be (server, metric, bin) {expected}, none of them 0, got {grid.shape}")
-    if errors is not None and errors.shape != grid.shape:
-        raise BadData(f"errors must have the grid's shape {grid.shape}, got {errors.shape}")
-    return measurements(grid), None if errors is None else measurements(errors)
+def _check_grid(grid: FleetGrid) -> tuple[Floats32, Floats32]:
+    values, n_servers, n_metrics = grid.values, len(grid.server_names), len(grid.metrics)
+    if values.ndim != 3 or values.shape[:2] != (n_servers, n_metrics) or 0 in values.shape:
+        expected = f"({n_servers}, {n_metrics}, bins)"
+        raise BadData(f"grid must be (server, metric, bin) {expected}, none of them 0, got {values.shape}")
+    if grid.errors.shape != values.shape:
+        raise BadData(f"errors must have the grid's shape {values.shape}, got {grid.errors.shape}")
+    return measurements(values), measurements(grid.errors)
 
 
 def _range_floors(flat: Floats32, n_metrics: int) -> Floats32:
@@ -337,11 +238,84 @@ def merge(old: Reference, newer: Reference) -> Reference:
         server_names=tuple(place),
         start_ms=start_ms,
         end_ms=max(old.end_ms, newer.end_ms),
-        shape=joined_shapes([old.shape, newer.shape]).rows(rows),
-        books=joined_books([old.books, newer.books]).rows(rows),
+        shape=Shape.stack([old.shape, newer.shape]).rows(rows),
+        books=Books.stack([old.books, newer.books]).rows(rows),
         pull=np.concatenate([old.pull, newer.pull])[rows],
         n_days=np.concatenate([old.n_days, newer.n_days])[rows],
         start_days=np.concatenate(starts)[rows],
         still_limits=np.concatenate([old.still_limits, newer.still_limits])[rows],
         limits=np.concatenate([old.limits, newer.limits])[rows],
     )
+
+
+def _read_arrays(path: Path) -> dict[str, Any]:
+    content = read_regular(path)
+    try:
+        archive = np.load(io.BytesIO(content), allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise CorruptFile(path, "a bare array, not a reference archive")
+        return {name: archive[name] for name in archive.files}
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
+        raise CorruptFile(path, f"not a reference: {error}") from error
+
+
+def _flatten(value: Any, prefix: str) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for item in fields(value):
+        own = getattr(value, item.name)
+        if is_dataclass(own):
+            out.update(_flatten(own, f"{prefix}{item.name}."))
+        else:
+            text = isinstance(own, tuple | str)
+            out[prefix + item.name] = np.array(own, np.str_) if text else np.asarray(own)
+    return out
+
+
+def _build(kind: Any, arrays: dict[str, Any], prefix: str) -> Any:
+    hints = get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for item in fields(kind):
+        name, hint = prefix + item.name, hints[item.name]
+        if is_dataclass(hint):
+            values[item.name] = _build(hint, arrays, f"{name}.")
+        elif hint in (int, float, str):
+            values[item.name] = hint(arrays[name].item())
+        elif hint == tuple[str, ...]:
+            values[item.name] = tuple(str(text) for text in arrays[name])
+        else:
+            values[item.name] = arrays[name]
+    return kind(**values)
+
+
+def _check_rows(path: Path, loaded: Reference) -> None:
+    clock = DayClock(loaded.bin_ms, loaded.timezone)  # refuses a nonsensical bin or zone
+    n_series, slots = len(loaded.server_names) * len(loaded.metrics), clock.n_slots
+    n_weekly = int((loaded.shape.weekly_rows >= 0).sum())
+    books = loaded.books
+    expected: list[tuple[str, Any, tuple[int, ...]]] = [
+        ("shape.profiles", loaded.shape.profiles, (n_series, slots)),
+        ("shape.spreads", loaded.shape.spreads, (n_series, slots)),
+        ("shape.weekday_profiles", loaded.shape.weekday_profiles, (n_weekly, WEEKDAYS, slots)),
+        ("limits", loaded.limits, (n_series, N_STATISTICS)),
+        ("shared_growth", loaded.shared_growth, (N_STATISTICS,)),
+        ("books.tails", books.tails, (n_series, 2)),
+        ("books.log_moves", books.log_moves, (n_series, 2)),
+        ("books.distances", books.distances, (n_series, len(LAGS_H))),
+        ("shape.template", loaded.shape.template, (n_series, clock.bins_per_day)),
+    ]
+    for name in ("values", "innovations", "errors"):
+        expected.append((f"books.{name}.edges", getattr(books, name).edges, (n_series, N_EDGES)))
+        expected.append((f"books.{name}.shares", getattr(books, name).shares, (n_series, N_CODES)))
+    for owner, names in (
+        (loaded.shape, ("weekly_rows", "centres", "ranges", "lows", "highs")),
+        (books, ("log_size", "rhythm_power", "rhythm_noise")),
+        (loaded, ("pull", "n_days", "start_days", "still_limits")),
+    ):
+        expected += [(name, getattr(owner, name), (n_series,)) for name in names]
+    for name, found, shape in expected:
+        if found.shape != shape or found.dtype.kind not in "if":
+            raise CorruptFile(path, f"{name} is {found.dtype} {found.shape}, expected numbers {shape}")
+    if n_weekly and int(loaded.shape.weekly_rows.max()) >= n_weekly:
+        raise CorruptFile(path, "shape.weekly_rows points past the weekday profiles")
+    if books.tails.size and not (books.tails.min() >= 0 and books.tails.max() < N_CODES):
+        raise CorruptFile(path, f"books.tails must be within 0..{N_CODES - 1}")

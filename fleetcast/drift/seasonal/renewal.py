@@ -1,19 +1,14 @@
-"""The reference in force: what a training left, brought up to date while servers are young.
+"""Learning a reference by the settings, and the reference in force: renewed while servers are young.
 
     drift_reference/<version>.npz    servers learned again since that version's training
 
-Owns: which file holds, and learning young and new servers again, once a day, from what was
-settled in the meantime; likewise those whose forecast errors the training could not know (a first
-model has made none), once there are days enough of them. A server in alarm is not learned again,
-nobody is while the fleet drifts: what is being judged must not become the measure. Does not know:
-verdicts, trainings.
+Owns: which file holds, how settings become a reference, learning a large fleet in parts, and once
+a day learning young and new servers again from what was settled in the meantime. Servers whose
+forecast errors the training could not know (a first model has made none) are learned again, too,
+once there are days enough of them. Never relearn a server that is in alarm, nor anyone while the
+fleet drifts: the drift would become the new normal. Does not know: verdicts, trainings.
 
-Its folder has one writer, the daemon that owns the working directory.
-
-A reference by the settings: of a fleet of any size, minding when single series changed.
-
-Owns: how settings become a reference, learning large fleets in parts, and what a known change
-leaves of a series. Does not know: where bins come from, files.
+The folder has one writer, the daemon that owns the working directory.
 """
 
 import logging
@@ -24,17 +19,28 @@ from pathlib import Path
 import numpy as np
 
 from fleetcast.clock import DAY_MS
-from fleetcast.drift.seasonal.learning import DAY_COVERAGE, MATURE_DAYS
+from fleetcast.drift.seasonal.learning import DAY_COVERAGE
+from fleetcast.drift.seasonal.limits import MATURE_DAYS
 from fleetcast.drift.seasonal.quorum import QuorumRule
-from fleetcast.drift.seasonal.reference import Reference, immature_servers, merge, servers_without_errors
+from fleetcast.drift.seasonal.reference import (
+    Reference,
+    ReferenceOptions,
+    immature_servers,
+    merge,
+    servers_without_errors,
+)
 from fleetcast.drift.seasonal.season import DayClock
-from fleetcast.drift.seasonal.settled import ReadForecasts, read_grid
+from fleetcast.drift.seasonal.settled import FleetGrid, ReadForecasts, read_grid
 from fleetcast.errors import CorruptFile
 from fleetcast.forecast.registry import REFERENCE_FILE, Version
 from fleetcast.schema import Floats, Floats32, Longs
 from fleetcast.settings import DriftSettings
 
+logger = logging.getLogger(__name__)
+
+FOLDER = "drift_reference"
 SERVERS_AT_ONCE = 500  # some 2 GB of passing arrays at 30 days of 4 metrics
+SERVERS_A_DAY = 500  # learned again at once: some 15 ms for each series
 
 
 def quorum_rule(settings: DriftSettings) -> QuorumRule:
@@ -42,87 +48,30 @@ def quorum_rule(settings: DriftSettings) -> QuorumRule:
     return QuorumRule(quorum=settings.quorum, sustained_quorum=settings.sustained_quorum)
 
 
-def learn_reference(
-    values: Floats32,
-    server_names: tuple[str, ...],
-    metrics: tuple[str, ...],
-    start_ms: int,
-    bin_ms: int,
-    settings: DriftSettings,
-    *,
-    errors: Floats32 | None = None,
-    changed_ms: Floats | None = None,
-) -> Reference:
+def learn_reference(grid: FleetGrid, settings: DriftSettings, changed_ms: Floats | None = None) -> Reference:
     """Learn a reference from the newest `reference_days` of a grid.
 
     Args:
-        values, errors: (server, metric, bin) as `Reference.fit` takes them.
         changed_ms: (server, metric) when a series is known to have changed, NaN = never. Its days
             count from the next midnight on.
     """
-    n_bins = values.shape[2]
-    first = max(0, n_bins - settings.reference_days * DAY_MS // bin_ms)
-    start_ms += first * bin_ms
-    values = values[:, :, first:]
-    errors = None if errors is None else errors[:, :, first:]
-    changes = np.full(values.shape[:2], np.nan) if changed_ms is None else changed_ms
-    clock = DayClock(bin_ms, settings.timezone)
-    starts = start_days(changes, start_ms, clock)
-    learned: Reference | None = None
-    step = max(1, -(-len(server_names) // SERVERS_AT_ONCE))
+    grid = grid.since(max(0, grid.values.shape[2] - settings.reference_days * DAY_MS // grid.bin_ms))
+    options = ReferenceOptions(
+        settings.timezone, quorum_rule(settings), settings.false_alarms_per_month, settings.min_reference_days
+    )
+    clock = DayClock(grid.bin_ms, settings.timezone)
+    changes = np.full(grid.values.shape[:2], np.nan) if changed_ms is None else changed_ms
+    first_days = clock.first_days(changes, grid.start_ms)
+    n_servers, whole = len(grid.server_names), None
+    step = max(1, -(-n_servers // SERVERS_AT_ONCE))
     for offset in range(step):  # every step-th server: each part is a fleet in small
-        rows = slice(offset, None, step)
-        part = Reference.fit(
-            values[rows],
-            server_names[rows],
-            metrics,
-            start_ms,
-            bin_ms,
-            errors=None if errors is None else errors[rows],
-            changed_ms=_midnights(starts[rows], start_ms, clock),
-            timezone=settings.timezone,
-            rule=quorum_rule(settings),
-            false_alarms_per_month=settings.false_alarms_per_month,
-            min_days=settings.min_reference_days,
-        )
-        part = replace(part, start_days=np.maximum(part.start_days, starts[rows].ravel()))
-        learned = part if learned is None else merge(learned, part)
-    assert learned is not None, "there is at least one part"
-    return learned
-
-
-def start_days(changed_ms: Floats, start_ms: int, clock: DayClock) -> Longs:
-    """Return the first whole local day after each change, counted from that of `start_ms`; 0 = never.
-
-    >>> clock = DayClock(300_000)
-    >>> start_days(np.array([np.nan, -5.0, 1.0, DAY_MS * 2.0]), 0, clock).tolist()
-    [0, 0, 1, 2]
-    """
-    since = (changed_ms - start_ms + _into_day(start_ms, clock)) / DAY_MS
-    days = np.where(np.nan_to_num(changed_ms, nan=-np.inf) <= start_ms, 0.0, np.ceil(since))
-    return np.asarray(np.nan_to_num(days, nan=0.0), np.int64)
-
-
-def change_times(reference: Reference) -> Floats:
-    """Return (server, metric): the midnight before which a series was another, NaN = never."""
-    starts = reference.start_days.reshape(len(reference.server_names), -1)
-    return _midnights(starts, reference.start_ms, reference.clock)
-
-
-def _midnights(starts: Longs, start_ms: int, clock: DayClock) -> Floats:
-    first_ms = start_ms - _into_day(start_ms, clock)
-    return np.asarray(np.where(starts > 0, first_ms + starts * float(DAY_MS), np.nan))
-
-
-def _into_day(start_ms: int, clock: DayClock) -> int:
-    """Return how far into its local day a time is."""
-    return int(clock.local_bins(start_ms, 1)[0]) % clock.bins_per_day * clock.bin_ms
-
-
-logger = logging.getLogger(__name__)
-
-FOLDER = "drift_reference"
-SERVERS_A_DAY = 500  # learned again at once: some 15 ms for each series
+        rows = np.arange(offset, n_servers, step)
+        days = first_days[rows]
+        part = Reference.fit(grid.servers(rows), options, clock.starts_ms(days, grid.start_ms))
+        part = replace(part, start_days=np.maximum(part.start_days, days.ravel()))
+        whole = part if whole is None else merge(whole, part)
+    assert whole is not None, "there is at least one part"
+    return whole
 
 
 class ReferenceRenewal:
@@ -168,7 +117,7 @@ class ReferenceRenewal:
             newest_ms: end of what is settled; learned is up to its last midnight.
             in_alarm: servers that are left as they are.
         """
-        end_ms = self._midnight(newest_ms)
+        end_ms = DayClock(self._bin_ms, self._settings.timezone).midnight(newest_ms)
         if end_ms <= max(self._tried_ms, known.end_ms if known else 0):
             return None
         self._tried_ms = end_ms
@@ -219,33 +168,21 @@ class ReferenceRenewal:
         rows = np.flatnonzero(is_worth_it)
         if not len(rows):
             return None
-        chosen = tuple(names[row] for row in rows)
-        first = int(np.flatnonzero(np.isfinite(grid.values[rows]).any(axis=(0, 1)))[0])
-        return learn_reference(
-            grid.values[rows, :, first:],
-            chosen,
-            metrics,
-            span_ms[0] + first * self._bin_ms,
-            self._bin_ms,
-            self._settings,
-            errors=grid.errors[rows, :, first:],
-            changed_ms=self._changes(known, chosen, len(metrics)),
-        )
+        chosen = grid.servers(rows)
+        first = int(np.flatnonzero(np.isfinite(chosen.values).any(axis=(0, 1)))[0])
+        changes = self._changes(known, chosen.server_names, len(metrics))
+        return learn_reference(chosen.since(first), self._settings, changes)
 
     def _changes(self, known: Reference | None, names: tuple[str, ...], n_metrics: int) -> Floats:
         """Return (server, metric) the changes a reference knows of."""
         changes = np.full((len(names), n_metrics), np.nan)
         if known is not None:
-            times = change_times(known)
+            times = known.changed_ms()
             row_of = {name: row for row, name in enumerate(known.server_names)}
             for row, name in enumerate(names):
                 if name in row_of:
                     changes[row] = times[row_of[name]]
         return changes
-
-    def _midnight(self, moment_ms: int) -> int:
-        clock = DayClock(self._bin_ms, self._settings.timezone)
-        return moment_ms - int(clock.local_bins(moment_ms, 1)[0]) % clock.bins_per_day * self._bin_ms
 
     def _path(self, version_id: str) -> Path:
         return self._folder / f"{version_id}.npz"

@@ -1,27 +1,22 @@
-"""The daily and weekly rhythm of many series at once: what is usual at a time of day.
+"""What is usual for a series at a time of day, and what is left of a value when that is taken away.
 
-Owns: local time of day, medians and spreads per slot of the day, and whether a series needs a
-profile of its own for each day of the week. numpy only. Does not know: drift, files.
+Owns: the local day (`DayClock`), the rhythm and spread of every series (`Shape`), the residuals a
+value leaves (`Traits`), and the code books that turn a residual into its place in the reference.
+A code says how many edges lie below a value and how many are equal to it, so that a value that is
+exactly the usual one (a disk that stands still) has a code of its own. Everything here keeps its
+value when a metric changes its unit. numpy only. Does not know: windows, limits, alarms, files.
 
-Does the newest day fit the usual day better when that is moved by some hours?
-
-Owns: the day's template of every series and what each bin says for and against each lag. A bin
-counts for at most the distance between the two templates there, whatever its value: a spike, an
-outage or a new level says nothing about the time of day. Integers, so that sums over a window are
-exact. numpy only. Does not know: windows, limits, alarms.
-
-What is left of a value when its usual value at that time of day is taken away.
-
-Owns: the profile of every series (`Shape`), the residuals it leaves (`Traits`), and the code
-books that turn a residual into its place in the reference. A code says how many edges lie below
-a value and how many are equal to it, so that a value that is exactly the usual one (a disk that
-stands still) has a code of its own. Everything here keeps its value when a metric changes its
-unit. numpy only. Does not know: windows, limits, alarms.
+Does the newest day fit the usual day better when that is moved by some hours? Each bin says for
+and against each lag as much as the two templates differ there, at most, whatever its value: a
+spike, an outage or a new level says nothing about the time of day. These are integers, so that
+sums over a window are exact.
 """
 
 import zoneinfo
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,8 +31,22 @@ SPREAD_SLOTS = 4  # spreads need more values than medians: an hour to each side
 SPREAD_FLOOR = 0.3  # of the mean spread: a quiet hour is not infinitely quiet
 SPREAD_CAP = 0.99  # quantile of the residuals above which a spike stops counting
 WEEKDAYS = 7
+PLACE_STEPS = 1024  # integers per range
+PLACE_CAP = 14.0  # ranges from the centre: evidence stays within 16 bits
+ABSENT_PLACE = np.iinfo(np.int16).min
+LAGS_H = tuple(range(1, 24))
+N_EDGES = 24
+N_CODES = 2 * N_EDGES + 1
+ABSENT = 255  # the code of a value that is not there
+SCORE_CAP = 6.0  # spreads; beyond it a value is "far off", whatever it is
+LEVEL_CAP = 0.5  # of the range: the most one value moves a mean
+LEVEL_STEPS = 1024  # integers per range: sums of a window are exact, in whatever order
+SPREAD_STEPS = 1000
+OUTSIDE_MARGIN = 0.05  # of the range, beyond the reference's extremes
 
 Bools = NDArray[np.bool_]
+Bytes = NDArray[np.uint8]
+Shorts = NDArray[np.int16]
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,24 @@ class DayClock:
     def slots(self, local_bins: Longs) -> Longs:
         """Return the slot of the day of each bin."""
         return (local_bins % self.bins_per_day) * self.n_slots // self.bins_per_day
+
+    def midnight(self, moment_ms: int) -> int:
+        """Return the start of the local day that a time belongs to."""
+        return moment_ms - int(self.local_bins(moment_ms, 1)[0]) % self.bins_per_day * self.bin_ms
+
+    def first_days(self, changed_ms: Floats, start_ms: int) -> Longs:
+        """Return the first whole day after each change, counted from that of `start_ms`; NaN = 0.
+
+        >>> DayClock(300_000).first_days(np.array([np.nan, -5.0, 1.0, DAY_MS * 2.0]), 0).tolist()
+        [0, 0, 1, 2]
+        """
+        since = (changed_ms - start_ms + (start_ms - self.midnight(start_ms))) / DAY_MS
+        days = np.where(np.nan_to_num(changed_ms, nan=-np.inf) <= start_ms, 0.0, np.ceil(since))
+        return np.asarray(np.nan_to_num(days, nan=0.0), np.int64)
+
+    def starts_ms(self, days: Longs, start_ms: int) -> Floats:
+        """Return the midnight at which each of these days begins; day 0 = NaN."""
+        return np.asarray(np.where(days > 0, self.midnight(start_ms) + days * float(DAY_MS), np.nan))
 
     def weekdays(self, local_bins: Longs) -> Longs:
         """Return the day of the week of each bin, 0-6, from a Thursday."""
@@ -181,14 +208,6 @@ def upper_quantile(values: Floats32, share: float) -> Floats32:
     return np.asarray(np.take_along_axis(ordered, index[..., None], -1)[..., 0], np.float32)
 
 
-PLACE_STEPS = 1024  # integers per range
-PLACE_CAP = 14.0  # ranges from the centre: evidence stays within 16 bits
-ABSENT_PLACE = np.iinfo(np.int16).min
-LAGS_H = tuple(range(1, 24))
-
-Shorts = NDArray[np.int16]
-
-
 def places(values: Floats32, centres: Floats32, ranges: Floats32) -> Shorts:
     """Return values (series, bin) about their centre in 1 / PLACE_STEPS of the range."""
     with np.errstate(over="ignore"):
@@ -226,21 +245,36 @@ def distances(template: Shorts) -> Floats32:
     return np.asarray(np.stack(moved, axis=1), np.float32)
 
 
-N_EDGES = 24
-N_CODES = 2 * N_EDGES + 1
-ABSENT = 255  # the code of a value that is not there
-SCORE_CAP = 6.0  # spreads; beyond it a value is "far off", whatever it is
-LEVEL_CAP = 0.5  # of the range: the most one value moves a mean
-LEVEL_STEPS = 1024  # integers per range: sums of a window are exact, in whatever order
-SPREAD_STEPS = 1000
-OUTSIDE_MARGIN = 0.05  # of the range, beyond the reference's extremes
+@dataclass(frozen=True, eq=False)
+class PerSeries:
+    """What is known of some series: every array has a row per series."""
 
-Bytes = NDArray[np.uint8]
+    def rows(self, chosen: Longs) -> Self:
+        """Return it for some of the series, in that order."""
+        own = {item.name: getattr(self, item.name) for item in fields(self)}
+        return replace(
+            self,
+            **{
+                name: part.rows(chosen) if isinstance(part, PerSeries) else part[chosen]
+                for name, part in own.items()
+            },
+        )
+
+    @classmethod
+    def stack(cls, parts: Sequence[Self]) -> Self:
+        """Put the series of several parts under each other."""
+        columns = {item.name: [getattr(part, item.name) for part in parts] for item in fields(cls)}
+        return cls(
+            **{
+                name: type(own[0]).stack(own) if isinstance(own[0], PerSeries) else np.concatenate(own)
+                for name, own in columns.items()
+            }
+        )
 
 
 @dataclass(frozen=True, eq=False)
-class Shape:
-    """The rhythm, spread and range of each series; every array has a row per series."""
+class Shape(PerSeries):
+    """The rhythm, spread and range of each series."""
 
     profiles: Floats32  # (series, slot)
     weekly_rows: Longs  # (series,) row in weekday_profiles, -1 = every day alike
@@ -262,7 +296,7 @@ class Shape:
             usual[is_weekly] = self.weekday_profiles[rows][:, clock.weekdays(local_bins), slots]
         return usual
 
-    def rows(self, chosen: NDArray[np.int64]) -> "Shape":
+    def rows(self, chosen: Longs) -> Self:
         """Return the shape of some of the series, in that order."""
         weekly = self.weekly_rows[chosen]
         kept = weekly[weekly >= 0]
@@ -270,7 +304,18 @@ class Shape:
         renumbered[weekly >= 0] = np.arange(len(kept))
         own = {item.name: getattr(self, item.name) for item in fields(self)}
         out = {name: array[chosen] for name, array in own.items() if name != "weekday_profiles"}
-        return Shape(**{**out, "weekly_rows": renumbered, "weekday_profiles": self.weekday_profiles[kept]})
+        by_weekday = self.weekday_profiles[kept]
+        return replace(self, **{**out, "weekly_rows": renumbered, "weekday_profiles": by_weekday})
+
+    @classmethod
+    def stack(cls, parts: Sequence[Self]) -> Self:
+        """Put the series of several shapes under each other."""
+        offset, moved = 0, []
+        for part in parts:
+            rows = np.where(part.weekly_rows >= 0, part.weekly_rows + offset, -1)
+            moved.append(replace(part, weekly_rows=rows.astype(np.int64)))
+            offset += len(part.weekday_profiles)
+        return super().stack(moved)
 
 
 @dataclass(frozen=True, eq=False)
@@ -282,8 +327,8 @@ class Traits:
     size: Shorts  # |score| in 1 / SPREAD_STEPS, capped
     rhythm: Shorts  # the usual value about its centre, in the unit of level
     is_outside: NDArray[np.bool_]  # beyond everything the reference holds
-    place: Shorts  # the value itself, as `shifted_day.places`
-    evidence: Shorts  # (lag, series, bin), as `shifted_day.evidence`
+    place: Shorts  # the value itself, as `places`
+    evidence: Shorts  # (lag, series, bin), as `evidence`
 
 
 def traits(shape: Shape, clock: DayClock, local_bins: Longs, values: Floats32) -> Traits:
@@ -357,7 +402,7 @@ def autoregression(scores: Floats32) -> Floats32:
 
 
 @dataclass(frozen=True, eq=False)
-class CodeBook:
+class CodeBook(PerSeries):
     """Where in the reference a value lies, as one of N_CODES codes per series."""
 
     edges: Floats32  # (series, N_EDGES) non-decreasing; NaN row = nothing known
@@ -369,10 +414,6 @@ class CodeBook:
         out = np.count_nonzero(own > edges, axis=2) + np.count_nonzero(own >= edges, axis=2)
         out[~np.isfinite(values) | ~np.isfinite(self.edges[:, :1])] = ABSENT
         return np.asarray(out, np.uint8)
-
-    def rows(self, chosen: NDArray[np.int64]) -> "CodeBook":
-        """Return the book of some of the series, in that order."""
-        return CodeBook(self.edges[chosen], self.shares[chosen])
 
 
 def code_book(values: Floats32) -> CodeBook:

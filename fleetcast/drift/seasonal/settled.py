@@ -6,9 +6,10 @@ may still come late. Does not know: drift.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fleetcast.schema import Floats32, SettledForecasts
 
@@ -18,12 +19,30 @@ DAY_BINS_LEAST = 12  # read at once, however large the fleet
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SettledGrid:
-    """Actuals and errors on one time axis, in the order of the names asked for."""
+class FleetGrid:
+    """What every series of a fleet was on one time axis, and how far it was missed."""
 
-    values: Floats32  # (server, metric, bin) native units, NaN = not settled
-    errors: Floats32  # |its own p50 - actual| of a model; NaN = none, or the fallback's
+    server_names: tuple[str, ...]
+    metrics: tuple[str, ...]
     start_ms: int
+    bin_ms: int
+    values: Floats32  # (server, metric, bin) native units, NaN = not known
+    errors: Floats32  # the same shape: |its own p50 - actual| of a model; NaN = none, or the fallback's
+
+    @property
+    def end_ms(self) -> int:
+        """Return the end of the newest bin."""
+        return self.start_ms + int(self.values.shape[2]) * self.bin_ms
+
+    def since(self, first: int) -> "FleetGrid":
+        """Return the bins from the `first`-th on."""
+        start_ms, values, errors = self.start_ms + first * self.bin_ms, self.values, self.errors
+        return replace(self, start_ms=start_ms, values=values[:, :, first:], errors=errors[:, :, first:])
+
+    def servers(self, rows: NDArray[np.int64]) -> "FleetGrid":
+        """Return some of the servers, in that order."""
+        names = tuple(self.server_names[row] for row in rows)
+        return replace(self, server_names=names, values=self.values[rows], errors=self.errors[rows])
 
 
 def settled_grid(
@@ -34,7 +53,7 @@ def settled_grid(
     bin_ms: int,
     *,
     version: str | None = None,
-) -> SettledGrid:
+) -> FleetGrid:
     """Lay rows on a grid; rows of other names or times are left out.
 
     Args:
@@ -58,7 +77,7 @@ def settled_grid(
     )
     missed = np.abs(rows.model_p50[kept] - rows.actual[kept])
     errors[place] = np.where(is_model, missed, np.nan)
-    return SettledGrid(values, errors, start_ms)
+    return FleetGrid(server_names, metrics, start_ms, bin_ms, values, errors)
 
 
 def _codes(names: np.ndarray, known: tuple[str, ...]) -> np.ndarray:
@@ -77,17 +96,16 @@ def read_grid(
     metrics: tuple[str, ...],
     span_ms: tuple[int, int],
     bin_ms: int,
-) -> SettledGrid:
+) -> FleetGrid:
     """Read a long stretch piece by piece into one grid, errors of every model."""
     pieces = [
         settled_grid(read(*piece), server_names, metrics, piece, bin_ms)
         for piece in _pieces(span_ms, bin_ms * bins_at_once(len(server_names) * len(metrics)))
     ]
-    if not pieces:
-        empty = np.empty((len(server_names), len(metrics), 0), np.float32)
-        return SettledGrid(empty, empty, span_ms[0])
-    values = np.concatenate([piece.values for piece in pieces], axis=2)
-    return SettledGrid(values, np.concatenate([piece.errors for piece in pieces], axis=2), span_ms[0])
+    empty = np.empty((len(server_names), len(metrics), 0), np.float32)
+    values = np.concatenate([empty, *(piece.values for piece in pieces)], axis=2)
+    errors = np.concatenate([empty, *(piece.errors for piece in pieces)], axis=2)
+    return FleetGrid(server_names, metrics, span_ms[0], bin_ms, values, errors)
 
 
 def _pieces(span_ms: tuple[int, int], length_ms: int) -> Iterator[tuple[int, int]]:

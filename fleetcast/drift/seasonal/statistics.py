@@ -29,6 +29,7 @@ from fleetcast.drift.seasonal.season import (
     SPREAD_STEPS,
     Bytes,
     CodeBook,
+    PerSeries,
     Shorts,
     Traits,
     code_counts,
@@ -101,8 +102,8 @@ CAPS = np.where(IS_SHARE, 0.98 * float(surprise(np.float32(SHARE_CAP))), np.inf)
 
 
 @dataclass(frozen=True, eq=False)
-class Books:
-    """The constants the statistics compare with, a row per series."""
+class Books(PerSeries):
+    """The constants the statistics compare with."""
 
     values: CodeBook  # of scores
     innovations: CodeBook
@@ -113,20 +114,6 @@ class Books:
     rhythm_noise: Floats32  # (series,) what keeps a flat profile from dividing by nothing
     log_moves: Floats32  # (series, 2) log of the mean move over one and two bins
     distances: Floats32  # (series, lag) of the template from itself moved, and what keeps it from 0
-
-    def rows(self, chosen: NDArray[np.int64]) -> "Books":
-        """Return the books of some of the series, in that order."""
-        return Books(
-            self.values.rows(chosen),
-            self.innovations.rows(chosen),
-            self.errors.rows(chosen),
-            self.tails[chosen],
-            self.log_size[chosen],
-            self.rhythm_power[chosen],
-            self.rhythm_noise[chosen],
-            self.log_moves[chosen],
-            self.distances[chosen],
-        )
 
 
 @dataclass(eq=False)
