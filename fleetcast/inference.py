@@ -34,9 +34,9 @@ from fleetcast.serving.corrector import Corrector
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.intake import Durable, Intake, RejectedRecords
 from fleetcast.serving.ledger import Ledger
-from fleetcast.serving.model_loader import Predictor, ServingModel
+from fleetcast.serving.model_loader import ModelLoader, Predictor
 from fleetcast.serving.roster import Roster
-from fleetcast.serving.status import RecentErrors, SelfReport, StoreStats
+from fleetcast.serving.status import RecentErrors, StatusReport, StoreStats
 from fleetcast.serving.sweep import DataHold, Store, Sweeper, TrainingProbe
 from fleetcast.serving.telemetry import Telemetry
 from fleetcast.serving.writes import WriteIntake
@@ -233,21 +233,21 @@ class InferenceService:
         return f"{self._history.n_servers} servers, {counts.sweeps} sweeps, model {self._model_name()}"
 
     def _model_name(self) -> str:
-        serving = self._model.in_service
+        serving = self._model.champion
         return serving.info.version if serving else "none (fallback)"
 
     def _newest_record_time(self) -> Any:
         newest_ms = self._history.newest_ms
         return None if newest_ms is None else from_ms(newest_ms)
 
-    def _serving_model(self, load_model: Callable[[Path], Predictor]) -> ServingModel:
+    def _serving_model(self, load_model: Callable[[Path], Predictor]) -> ModelLoader:
         paths = self._settings.paths
-        return ServingModel(
+        return ModelLoader(
             Registry(Path(paths.checkpoint_dir), Path(paths.models_dir)),
             load_model,
             bin_ms=self._history.bin_ms,
             horizon_bins=self._settings.forecast.horizon_bins,
-            on_load=lambda succeeded: self._telemetry.model_load(succeeded=succeeded),
+            on_load=lambda succeeded: self._telemetry.count_model_load(succeeded=succeeded),
         )
 
     def _build_sweeper(self, *, every_bin: bool) -> Sweeper:
@@ -272,10 +272,10 @@ class InferenceService:
         folder = Path(self._settings.paths.data_buffer_dir)
         return Corrector(folder, self._history, forecast.settle_horizons)
 
-    def _build_report(self) -> SelfReport:
+    def _build_report(self) -> StatusReport:
         is_training = TrainingProbe(Path(self._settings.paths.checkpoint_dir))
         hold = DataHold(self._history, self._clock, lambda: self._sweeper.is_at_work, is_training)
-        return SelfReport(
+        return StatusReport(
             self._settings,
             self._clock,
             self._buffer,

@@ -2,16 +2,16 @@
 
 import pytest
 
-from fleetcast.api.bodies import Refusal, encoded, records_in
+from fleetcast.api.bodies import Refusal, encode, read_records
 
 
 def test_the_documented_shape_is_read() -> None:
-    assert records_in(b'{"records": [{"a": 1}, 2, null], "source": "agent"}') == [{"a": 1}, 2, None]
-    assert records_in(b'{"records": []}') == []
+    assert read_records(b'{"records": [{"a": 1}, 2, null], "source": "agent"}') == [{"a": 1}, 2, None]
+    assert read_records(b'{"records": []}') == []
 
 
 def test_numbers_that_are_none_reach_the_check_of_their_record() -> None:
-    first, second = records_in(b'{"records": [{"cpu_pct": NaN}, {"cpu_pct": -Infinity}]}')
+    first, second = read_records(b'{"records": [{"cpu_pct": NaN}, {"cpu_pct": -Infinity}]}')
     assert first["cpu_pct"] != first["cpu_pct"]
     assert second["cpu_pct"] == float("-inf")
 
@@ -43,10 +43,10 @@ def test_numbers_that_are_none_reach_the_check_of_their_record() -> None:
 )
 def test_anything_else_is_refused_with_what_would_be_right(body: bytes, said: str) -> None:
     with pytest.raises(Refusal, match="the body must be") as caught:
-        records_in(body)
+        read_records(body)
     assert caught.value.code == 422
     assert said in str(caught.value)
 
 
 def test_answers_never_hold_nan() -> None:
-    assert encoded({"a": float("nan"), "b": [float("inf")]}) == b'{"a":null,"b":[null]}'
+    assert encode({"a": float("nan"), "b": [float("inf")]}) == b'{"a":null,"b":[null]}'

@@ -71,7 +71,7 @@ def test_good_records_are_stored_and_known(world: World) -> None:
     receipt = world.intake.take([world.record(), world.record("web-02", mem_used_pct=40.129)])
     assert (receipt.n_received, receipt.rejections) == (2, ())
     assert len(world.disk.batches[0]) == 2
-    assert world.roster.muster(world.clock.now()).server_names == ("web-01", "web-02")
+    assert world.roster.servers(world.clock.now()).server_names == ("web-01", "web-02")
     assert world.history.n_servers == 2
     assert world.n_wakes == 1
 
@@ -79,7 +79,7 @@ def test_good_records_are_stored_and_known(world: World) -> None:
 def test_what_is_stored_is_rounded_as_everybody_sees_it(world: World) -> None:
     world.intake.take([world.record()])
     stored = world.disk.batches[0].metrics["cpu_pct"][0]
-    assert stored == world.roster.muster(world.clock.now()).values[0, 0] == 12.35
+    assert stored == world.roster.servers(world.clock.now()).values[0, 0] == 12.35
 
 
 def test_a_bad_record_costs_no_other_and_is_kept_aside(world: World) -> None:
@@ -95,7 +95,7 @@ def test_a_full_disk_keeps_nothing_anywhere(world: World) -> None:
     with pytest.raises(StorageFull):
         world.intake.take([world.record()])
     assert world.history.n_servers == 0
-    assert world.roster.muster(world.clock.now()).server_names == ()
+    assert world.roster.servers(world.clock.now()).server_names == ()
 
 
 def test_no_record_at_all_is_fine(world: World) -> None:
@@ -155,7 +155,7 @@ def test_metrics_beyond_the_limit_are_refused_and_leave_no_column(tmp_path: Path
 def test_a_record_without_any_metric_makes_its_server_known(world: World) -> None:
     receipt = world.intake.take([world.record(state="up")])
     assert (receipt.n_received, receipt.n_ignored_fields) == (1, 1)
-    assert world.roster.muster(world.clock.now()).server_names == ("web-01",)
+    assert world.roster.servers(world.clock.now()).server_names == ("web-01",)
 
 
 def test_requests_taken_together_meet_the_fate_they_would_meet_alone(tmp_path: Path) -> None:
@@ -195,6 +195,6 @@ def test_a_hundred_thousand_new_names_leave_nothing_behind_but_the_refusal(tmp_p
         assert len(receipt.rejections) == 20_000 - receipt.n_received
         assert receipt.rejections[-1].reason == "is a new name beyond the limit of 100 servers"
     assert world.history.n_servers == 100
-    assert len(world.roster.muster(world.clock.now()).server_names) == 100
+    assert len(world.roster.servers(world.clock.now()).server_names) == 100
     assert sum(len(batch.server_names) for batch in world.disk.batches) == 100
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 100_000  # the quarantine's bound

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetcast.api.bodies import Refusal, records_in
+from fleetcast.api.bodies import Refusal, read_records
 from fleetcast.ingest.columns import RowsOf
 from fleetcast.ingest.json_records import SHAPES_MAX, JsonRecords
 from fleetcast.ingest.records import Accepted, RecordRules, accept
@@ -25,7 +25,7 @@ def taught(*records: Any) -> JsonRecords:
     reader = JsonRecords()
     for _ in range(2):
         body = body_of(*records)
-        reader.learn(body, records_in(body))
+        reader.learn(body, read_records(body))
     return reader
 
 
@@ -48,7 +48,7 @@ def test_a_shape_is_known_from_its_third_body_on() -> None:
     reader, body = JsonRecords(), body_of(GOOD, GOOD)
     for _ in range(2):
         assert reader.read(body) is None
-        reader.learn(body, records_in(body))
+        reader.learn(body, read_records(body))
     rows = reader.read(body)
     assert rows is not None
     assert rows[:] == [{**GOOD, "mem_pct": 40.0}] * 2
@@ -90,7 +90,7 @@ def test_odd_values_of_the_right_types_get_the_same_answer(record: Any) -> None:
     reader, body = taught(GOOD), body_of(GOOD, record, GOOD)
     rows = reader.read(body)
     assert rows is not None
-    assert plain(accept(rows, RULES)) == plain(accept(records_in(body), RULES))
+    assert plain(accept(rows, RULES)) == plain(accept(read_records(body), RULES))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_any_field_name_and_text_is_read_the_same_way_or_not_at_all(fields: dict
     body = body_of(record, record)
     rows = taught(record).read(body)
     if rows is not None:
-        assert plain(accept(rows, RULES)) == plain(accept(records_in(body), RULES))
+        assert plain(accept(rows, RULES)) == plain(accept(read_records(body), RULES))
 
 
 CELLS = st.one_of(
@@ -131,7 +131,7 @@ def test_whatever_was_learnt_the_answer_is_the_long_ways(first: Any, more: list[
     reader, body = taught(first), body_of(first, *more)
     rows = reader.read(body)
     if rows is not None:
-        assert plain(accept(rows, RULES)) == plain(accept(records_in(body), RULES))
+        assert plain(accept(rows, RULES)) == plain(accept(read_records(body), RULES))
 
 
 @given(st.binary(max_size=60))
@@ -142,7 +142,7 @@ def test_bytes_that_only_begin_like_a_known_body_are_left_to_the_long_way(tail: 
         broken = body[:place] + tail
         rows = reader.read(broken)
         try:
-            raw = records_in(broken)
+            raw = read_records(broken)
         except Refusal:
             assert rows is None
         else:
@@ -153,10 +153,10 @@ def test_a_repeated_field_keeps_its_last_value() -> None:
     body = body_of(GOOD).replace(b'"mem_pct": 40', b'"cpu_pct": 99.5')
     reader = JsonRecords()
     for _ in range(2):
-        reader.learn(body, records_in(body))
+        reader.learn(body, read_records(body))
     rows = reader.read(body)
     assert rows is None or rows[0]["cpu_pct"] == 99.5
-    assert records_in(body)[0]["cpu_pct"] == 99.5
+    assert read_records(body)[0]["cpu_pct"] == 99.5
 
 
 def test_a_sender_of_ever_new_shapes_does_not_make_it_grow() -> None:
@@ -164,7 +164,7 @@ def test_a_sender_of_ever_new_shapes_does_not_make_it_grow() -> None:
     for number in range(3 * SHAPES_MAX):
         body = body_of({**GOOD, f"m{number}": 1.0})
         for _ in range(2):
-            reader.learn(body, records_in(body))
+            reader.learn(body, read_records(body))
     assert len(reader._decoders) <= SHAPES_MAX
     assert len(reader._seen_once) <= SHAPES_MAX
 

@@ -74,9 +74,9 @@ def test_the_roster_knows_every_metric_of_the_last_day(tmp_path: Path) -> None:
     world.buffer.append_batch(batch("a", T0, 10))
     world.buffer.append_batch(batch("gone", T0 - 2 * 86_400_000, 10))
     world.restore()
-    muster = world.roster.muster(NOW + timedelta(minutes=10))
-    assert muster.server_names == ("a",)
-    assert set(muster.metrics) == {"cpu_pct", "fans"}
+    present = world.roster.servers(NOW + timedelta(minutes=10))
+    assert present.server_names == ("a",)
+    assert set(present.metrics) == {"cpu_pct", "fans"}
     assert world.history.n_servers == 2
 
 

@@ -11,7 +11,7 @@ from fleetcast.clock import FakeClock, iso_z
 from fleetcast.errors import BadCheckpoint, OtherBins
 from fleetcast.forecast.registry import Registry
 from fleetcast.schema import Floats32, HistoryWindow
-from fleetcast.serving.model_loader import ServingModel
+from fleetcast.serving.model_loader import ModelLoader
 
 CLOCK = FakeClock()
 
@@ -49,7 +49,7 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.registry = Registry(folder / "checkpoints", folder / "models")
         self.loads: list[bool] = []
-        self.model = ServingModel(
+        self.model = ModelLoader(
             self.registry, load, bin_ms=300_000, horizon_bins=4, on_load=self.loads.append
         )
 
@@ -64,19 +64,19 @@ class World:
     def damage(self, version_id: str) -> None:
         (self.registry.folder / "versions" / version_id / "model.ckpt").write_bytes(b"9")
 
-    def started(self) -> ServingModel:
+    def started(self) -> ModelLoader:
         self.model.start()
         assert self.model.wait(30)
         return self.model
 
-    def noticed(self) -> ServingModel:
+    def noticed(self) -> ModelLoader:
         self.model.notice()
         assert self.model.wait(30)
         return self.model
 
     @property
     def version(self) -> str | None:
-        return self.model.in_service.info.version if self.model.in_service else None
+        return self.model.champion.info.version if self.model.champion else None
 
 
 @pytest.fixture
@@ -135,9 +135,9 @@ def test_a_version_of_our_own_made_for_other_bins_is_a_failure(world: World) -> 
 
 def test_a_new_version_is_noticed_and_swapped_in(world: World) -> None:
     world.add("20260115T100000Z-0001", b"1")
-    old = world.started().in_service
+    old = world.started().champion
     world.add("20260116T100000Z-0002", b"2")
-    assert world.model.in_service is old
+    assert world.model.champion is old
     world.noticed()
     assert world.version == "20260116T100000Z-0002"
     assert world.loads == [True, True]
@@ -213,7 +213,7 @@ def test_a_pointer_that_vanishes_leaves_the_model_in_service(world: World) -> No
 
 def test_a_model_for_another_horizon_is_refused(tmp_path: Path) -> None:
     world = World(tmp_path)
-    world.model = ServingModel(world.registry, load, bin_ms=300_000, horizon_bins=96)
+    world.model = ModelLoader(world.registry, load, bin_ms=300_000, horizon_bins=96)
     world.add("20260115T100000Z-0001", b"1")
     world.started()
     assert world.version is None
@@ -229,7 +229,7 @@ def test_while_a_version_loads_the_old_one_serves_and_nobody_waits(tmp_path: Pat
         return load(path)
 
     world = World(tmp_path)
-    world.model = ServingModel(world.registry, slow_load, bin_ms=300_000, horizon_bins=4)
+    world.model = ModelLoader(world.registry, slow_load, bin_ms=300_000, horizon_bins=4)
     world.add("20260115T100000Z-0001", b"1")
     world.started()
     world.add("20260116T100000Z-0002", b"2")

@@ -17,7 +17,7 @@ from fleetcast.serving.board import ModelInfo, PredictionBoard
 from fleetcast.serving.corrector import Corrector
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.ledger import Ledger
-from fleetcast.serving.model_loader import InService
+from fleetcast.serving.model_loader import Champion
 from fleetcast.serving.roster import Roster
 from fleetcast.serving.sweep import Sweeper
 from fleetcast.serving.telemetry import Telemetry
@@ -48,7 +48,7 @@ class Model:
 class Service:
     """The model in service, as a sweep sees it."""
 
-    in_service: InService | None = None
+    champion: Champion | None = None
     n_notices: int = 0
     n_waits_left: int = 0  # while it loads
 
@@ -159,7 +159,7 @@ def test_with_the_system_clock_the_newest_bin_is_forecast_and_the_others_count_a
 
 
 def test_the_model_forecasts_what_it_knows_and_the_fallback_the_rest(world: World) -> None:
-    world.service.in_service = InService(Model(), ModelInfo("v1", "2026-01-15T10:00:00Z", False))
+    world.service.champion = Champion(Model(), ModelInfo("v1", "2026-01-15T10:00:00Z", False))
     world.feed(("a", 0, 1.0), ("a", 1, 2.0), ("new", 1, 5.0), ("a", 2, 3.0), ("new", 2, 5.0))
     world.sweeper.cycle()
     world.feed(("a", 3, 4.0), ("new", 3, 6.0))
@@ -172,7 +172,7 @@ def test_the_model_forecasts_what_it_knows_and_the_fallback_the_rest(world: Worl
 
 
 def test_clients_get_corrected_forecasts_and_the_models_own_are_settled_beside_them(world: World) -> None:
-    world.service.in_service = InService(Model(77.0), ModelInfo("v1", "2026-01-15T10:00:00Z", False))
+    world.service.champion = Champion(Model(77.0), ModelInfo("v1", "2026-01-15T10:00:00Z", False))
     for number in range(150):
         world.feed(("a", number, 10.0))
         world.sweeper.cycle()
@@ -186,7 +186,7 @@ def test_clients_get_corrected_forecasts_and_the_models_own_are_settled_beside_t
 def test_a_model_that_fails_costs_no_forecast(world: World) -> None:
     model = Model()
     model.error = RuntimeError("no memory")
-    world.service.in_service = InService(model, ModelInfo("v1", "2026-01-15T10:00:00Z", False))
+    world.service.champion = Champion(model, ModelInfo("v1", "2026-01-15T10:00:00Z", False))
     world.feed(("a", 0, 1.0), ("a", 1, 2.0), ("a", 2, 3.0))
     world.sweeper.cycle()
     assert world.settled() == [(0, 1, "a", 1.0, 2.0, None)]

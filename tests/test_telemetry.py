@@ -18,7 +18,7 @@ def samples(telemetry: Telemetry) -> dict[tuple[str, tuple[tuple[str, str], ...]
 def test_rejections_are_counted_by_rule_and_never_by_the_senders_words() -> None:
     telemetry = Telemetry(CollectorRegistry())
     reasons = ["must lie in -1..1000, got 1e+06", "must be 1-128 printable characters, got 'a'", "evil", "e"]
-    telemetry.records_taken(5, reasons, 3)
+    telemetry.count_records(5, reasons, 3)
     found = samples(telemetry)
     by_rule = {labels: v for (name, labels), v in found.items() if name == "fleetcast_records_rejected_total"}
     assert by_rule == {
@@ -32,12 +32,12 @@ def test_rejections_are_counted_by_rule_and_never_by_the_senders_words() -> None
 
 def test_events_add_up() -> None:
     telemetry = Telemetry(CollectorRegistry())
-    telemetry.feed_answered(200, 0.003)
-    telemetry.feed_answered(429, 1.0)
-    telemetry.swept(0.5, n_model=8, n_fallback=2, n_skipped=1)
-    telemetry.settled(6, 2)
-    telemetry.model_load(succeeded=True)
-    telemetry.model_load(succeeded=False)
+    telemetry.count_feed(200, 0.003)
+    telemetry.count_feed(429, 1.0)
+    telemetry.count_sweep(0.5, n_model=8, n_fallback=2, n_skipped=1)
+    telemetry.count_outcomes(6, 2)
+    telemetry.count_model_load(succeeded=True)
+    telemetry.count_model_load(succeeded=False)
     found = samples(telemetry)
     assert found["fleetcast_feed_seconds_count", (("code", "200"),)] == 1.0
     assert found["fleetcast_feed_seconds_count", (("code", "429"),)] == 1.0

@@ -26,7 +26,7 @@ from benchmarks.ingest.parts import bodies
 from benchmarks.programs import InferenceDaemon
 from benchmarks.results_file import write_results
 from data_buffer import DataBuffer
-from fleetcast.api.bodies import records_in
+from fleetcast.api.bodies import read_records
 from fleetcast.clock import SystemClock, to_ms
 from fleetcast.ingest.arrow import read_columns
 from fleetcast.ingest.columns import RowsOf
@@ -169,7 +169,7 @@ def _path_of(form: Form, buffer: DataBuffer) -> Callable[[bytes], object]:
         columns = shapes.read(body)
         if columns is not None:
             return store(columns)
-        records = records_in(body)
+        records = read_records(body)
         shapes.learn(body, records)
         return store(records)
 

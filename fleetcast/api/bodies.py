@@ -89,7 +89,7 @@ class BodyReader:
         return Refusal(413, f"the body must be at most {self._max_bytes} bytes; send fewer records at once")
 
 
-def records_in(body: bytes) -> list[Any]:
+def read_records(body: bytes) -> list[Any]:
     """Return the list of raw records in a body.
 
     Raises:
@@ -109,7 +109,7 @@ def records_in(body: bytes) -> list[Any]:
     return records
 
 
-def encoded(answer: Mapping[str, Any]) -> bytes:
+def encode(answer: Mapping[str, Any]) -> bytes:
     """Return the JSON of an answer; what is no number in JSON (NaN) becomes null."""
     return msgspec.json.encode(answer)
 

@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fleetcast.api.bodies import BodyReader, Refusal, encoded
+from fleetcast.api.bodies import BodyReader, Refusal, encode
 from fleetcast.api.lanes import Intake, Lanes, PostGroups, storage_refusal
 from fleetcast.clock import monotonic
 from fleetcast.errors import BadData, StorageBroken, StorageFull
@@ -82,9 +82,9 @@ class Feed:
                 answer = await self._lanes.take(body, is_arrow=is_arrow)
             response = Response(answer, media_type=JSON)
         except Refusal as refusal:
-            detail = encoded({"detail": str(refusal)})
+            detail = encode({"detail": str(refusal)})
             response = Response(detail, refusal.code, _retry_after(refusal), media_type=JSON)
-        self._telemetry.feed_answered(response.status_code, monotonic() - started)
+        self._telemetry.count_feed(response.status_code, monotonic() - started)
         return response
 
     async def answer_write(self, request: Request) -> Response:
@@ -104,7 +104,7 @@ class Feed:
         except Refusal as refusal:
             code = 503 if refusal.code in (408, 429) else refusal.code
             response = PlainTextResponse(f"{refusal}\n", code, _retry_after(refusal))
-        self._telemetry.write_answered(response.status_code, monotonic() - started)
+        self._telemetry.count_write(response.status_code, monotonic() - started)
         return response
 
     @asynccontextmanager
@@ -128,7 +128,7 @@ class Feed:
 
     def _count(self, receipt: Receipt) -> None:
         reasons = (rejection.reason for rejection in receipt.rejections)
-        self._telemetry.records_taken(receipt.n_received, reasons, receipt.n_ignored_fields)
+        self._telemetry.count_records(receipt.n_received, reasons, receipt.n_ignored_fields)
 
     def _take_write(self, body: bytes) -> str:
         """Decode, derive records and store them; return what was wrong with some of the samples."""
@@ -142,8 +142,8 @@ class Feed:
             raise Refusal(413, str(error)) from error
         except BadData as error:
             raise Refusal(400, str(error)) from error
-        self._telemetry.samples_taken(receipt.samples)
-        self._telemetry.records_taken(receipt.n_records, receipt.reasons, 0)
+        self._telemetry.count_samples(receipt.samples)
+        self._telemetry.count_records(receipt.n_records, receipt.reasons, 0)
         return "; ".join(receipt.problems)
 
 
@@ -184,5 +184,5 @@ class FeedDoor:
         if self._is_welcome(request.headers.get(KEY_HEADER)):
             response = await answer(request)
         else:
-            response = Response(encoded({"detail": WRONG_KEY}), 401, media_type="application/json")
+            response = Response(encode({"detail": WRONG_KEY}), 401, media_type="application/json")
         await response(scope, receive, send)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fleetcast.api.bodies import Refusal, encoded, records_in
+from fleetcast.api.bodies import Refusal, encode, read_records
 from fleetcast.errors import BadData, StorageBroken, StorageFull
 from fleetcast.ingest.arrow import read_columns
 from fleetcast.ingest.columns import RowsOf, layout_of
@@ -153,7 +153,7 @@ class PostGroups:
         columns = self._json.read(post.body)
         if columns is not None:
             return columns
-        records = records_in(post.body)
+        records = read_records(post.body)
         self._json.learn(post.body, records)
         return records
 
@@ -177,7 +177,7 @@ def storage_refusal(error: StorageFull | StorageBroken) -> Refusal:
 
 
 def _answer(receipt: Receipt) -> bytes:
-    return encoded(
+    return encode(
         {
             "status": "ok",
             "records_received": receipt.n_received,

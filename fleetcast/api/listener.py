@@ -136,7 +136,7 @@ class HttpListener:
         Raises:
             CannotStart: the address cannot be bound.
         """
-        self._socket = _bound(host, port)
+        self._socket = _bind(host, port)
         bound_host, bound_port = self._socket.getsockname()[:2]
         shown = f"[{bound_host}]" if ":" in bound_host else bound_host
         self.url = f"http://{shown}:{bound_port}"
@@ -191,7 +191,7 @@ class HttpListener:
         asyncio.run(self._server.serve(sockets=[self._socket]))
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def _bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

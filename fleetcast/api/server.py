@@ -31,7 +31,7 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Response
 from fastapi.security import APIKeyHeader
 
 from fleetcast import __version__
-from fleetcast.api.bodies import encoded
+from fleetcast.api.bodies import encode
 from fleetcast.api.feed import ARROW, JSON, PROTOBUF, WRONG_KEY, Feed, FeedDoor, Writes
 from fleetcast.api.lanes import Intake
 from fleetcast.serving.board import UnknownServer
@@ -327,7 +327,7 @@ def _guarded_routes(board: Board, daemon: Daemon, api_key: str) -> APIRouter:
     @router.get("/status", responses=STATUS_ANSWERS)
     def status() -> Response:
         """Summarise buffer, model, ledger, backlog and the last errors."""
-        return Response(encoded(daemon.status()), media_type=JSON)
+        return Response(encode(daemon.status()), media_type=JSON)
 
     return router
 

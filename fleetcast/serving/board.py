@@ -18,7 +18,7 @@ from fleetcast.clock import Clock, from_ms, iso_z, monotonic
 from fleetcast.errors import FleetcastError
 from fleetcast.ingest.rules import to_significant
 from fleetcast.schema import SOURCE_FALLBACK, SOURCE_MODEL, SOURCE_WARMING_UP, FleetForecast
-from fleetcast.serving.roster import Muster, Roster
+from fleetcast.serving.roster import PresentServers, Roster
 
 SIGNIFICANT_DIGITS = 5  # a forecast is not more precise than that; 10,000 servers are 70 MB of digits
 UNCHANGED_S = 5.0  # staleness comes with time alone
@@ -85,7 +85,7 @@ class PredictionBoard:
 
     def publish(self, forecast: FleetForecast, model: ModelInfo | None) -> None:
         """Encode a sweep; from the next request on it is the answer."""
-        self._sweep = _encoded(forecast, model)
+        self._sweep = _encode(forecast, model)
         self._n_sweeps += 1
         self._joined = {}  # a large fleet's document is not kept until somebody asks again
 
@@ -121,9 +121,9 @@ class PredictionBoard:
 
     def _join(self, servers: Sequence[str], only_current: bool) -> bytes:
         now = self._clock.now()
-        sweep, muster = self._sweep, self._roster.muster(now)
+        sweep, present = self._sweep, self._roster.servers(now)
         if servers:
-            row_of = {name: row for row, name in enumerate(muster.server_names)}
+            row_of = {name: row for row, name in enumerate(present.server_names)}
             missing = [name for name in servers if name not in row_of]
             if missing:
                 raise UnknownServer(
@@ -132,22 +132,24 @@ class PredictionBoard:
                 )
             rows = list(dict.fromkeys(row_of[name] for name in servers))
         else:
-            rows = list(range(len(muster.server_names)))
-        pieces = _server_pieces(muster, rows, sweep, only_current)
+            rows = list(range(len(present.server_names)))
+        pieces = _server_pieces(present, rows, sweep, only_current)
         head = {"timestamp": iso_z(now), "model": sweep.model.as_dict() if sweep.model else None}
         return b"".join([msgspec.json.encode(head)[:-1], b',"predictions":{', *pieces, b"}}"])
 
 
-def _server_pieces(muster: Muster, rows: list[int], sweep: _Sweep, only_current: bool) -> list[bytes]:
+def _server_pieces(
+    present: PresentServers, rows: list[int], sweep: _Sweep, only_current: bool
+) -> list[bytes]:
     encoder = msgspec.json.Encoder()
     pieces: list[bytes] = []
-    values = muster.values.tolist()
-    is_known = ~np.isnan(muster.values)
+    values = present.values.tolist()
+    is_known = ~np.isnan(present.values)
     for row in rows:
-        name = muster.server_names[row]
+        name = present.server_names[row]
         current = {
             metric: value
-            for metric, value, known in zip(muster.metrics, values[row], is_known[row], strict=True)
+            for metric, value, known in zip(present.metrics, values[row], is_known[row], strict=True)
             if known
         }
         forecast: tuple[bytes, ...]
@@ -155,13 +157,13 @@ def _server_pieces(muster: Muster, rows: list[int], sweep: _Sweep, only_current:
             forecast = b'"source":"', sweep.sources.get(name, SOURCE_WARMING_UP.encode()), b'"'
         else:
             forecast = sweep.pieces(name)
-        stale = b"true" if muster.is_stale[row] else b"false"
+        stale = b"true" if present.is_stale[row] else b"false"
         start = encoder.encode(name) + b':{"current":' + encoder.encode(current) + b","
         pieces += [b"," if pieces else b"", start, *forecast, b',"stale":', stale, b"}"]
     return pieces
 
 
-def _encoded(forecast: FleetForecast, model: ModelInfo | None) -> _Sweep:
+def _encode(forecast: FleetForecast, model: ModelInfo | None) -> _Sweep:
     """Encode each server's part of a sweep; servers without any forecast are left out."""
     encoder = msgspec.json.Encoder()
     steps = np.arange(1, forecast.quantiles.shape[2] + 1)

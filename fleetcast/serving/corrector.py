@@ -34,7 +34,7 @@ from fleetcast.forecast.encoding import is_percent
 from fleetcast.forecast.feedback import Feedback
 from fleetcast.forecast.naive import last_known, same_time_yesterday
 from fleetcast.schema import Floats, Floats32, HistoryWindow, Longs, SettledForecasts
-from fleetcast.serving.ledger import bytes_of, lines
+from fleetcast.serving.ledger import bytes_of, unpack_lines
 
 FORMAT = 1
 
@@ -87,8 +87,8 @@ def read_feedback(path: Path, feedback: Feedback) -> KeptFeedback:
             if int(arrays["format"]) != FORMAT:
                 raise CorruptFile(path, f"format {int(arrays['format'])}, expected {FORMAT}")
             kept = KeptFeedback(
-                lines(arrays["servers"]),
-                lines(arrays["metrics"]),
+                unpack_lines(arrays["servers"]),
+                unpack_lines(arrays["metrics"]),
                 int(arrays["bin_ms"]),
                 arrays["version"].tobytes().decode() or None,
                 int(arrays["through_ms"]),

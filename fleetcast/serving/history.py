@@ -323,7 +323,7 @@ class BinHistory:
         row_of_code = np.empty(len(batch.server_names), dtype=np.int32)
         for code, name in enumerate(batch.server_names):
             row_of_code[code] = self._rows.setdefault(name, len(self._rows))
-        self._newest_ms = _grown(self._newest_ms, len(self._rows))
+        self._newest_ms = _grow(self._newest_ms, len(self._rows))
         return row_of_code[batch.server_codes]
 
     def _is_closed(self, start: int, now_ms: int) -> bool:
@@ -335,7 +335,7 @@ class BinHistory:
         return bool((newest[newest >= end - self._live_ms] >= end).all())
 
     def _note_seen(self, codes: Codes, starts: Longs) -> None:
-        self._seen_bin_ms = _grown(self._seen_bin_ms, len(self._rows))
+        self._seen_bin_ms = _grow(self._seen_bin_ms, len(self._rows))
         np.maximum.at(self._seen_bin_ms, codes, starts)
 
     def _forget_the_long_gone(self) -> None:
@@ -350,8 +350,8 @@ class BinHistory:
             new_row = np.full(len(names), -1, dtype=np.int32)
             new_row[kept] = np.arange(len(kept), dtype=np.int32)
             self._rows = {names[row]: index for index, row in enumerate(kept)}
-            self._newest_ms = _grown(self._newest_ms[kept], 64)
-            self._seen_bin_ms = _grown(_grown(self._seen_bin_ms, len(names))[kept], 64)
+            self._newest_ms = _grow(self._newest_ms[kept], 64)
+            self._seen_bin_ms = _grow(_grow(self._seen_bin_ms, len(names))[kept], 64)
             self._open = {
                 start: [(new_row[rows], times, values) for rows, times, values in parts]
                 for start, parts in self._open.items()
@@ -359,7 +359,7 @@ class BinHistory:
             self._grid.keep_rows(kept)
 
 
-def _grown(array: Longs, size: int) -> Longs:
+def _grow(array: Longs, size: int) -> Longs:
     """Return `array` with room for `size` items, the new ones unseen."""
     if size <= len(array):
         return array

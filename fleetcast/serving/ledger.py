@@ -60,7 +60,7 @@ class OpenForecasts:
         return {int(target): int(n) for target, n in zip(targets, n_made, strict=True) if n}
 
 
-def kept_of(forecast: FleetForecast, settle_horizons: tuple[int, ...]) -> OpenForecasts:
+def cut_to_horizons(forecast: FleetForecast, settle_horizons: tuple[int, ...]) -> OpenForecasts:
     """Return the part of a forecast that will be settled."""
     horizons = np.array(sorted(set(settle_horizons)), dtype=np.int32)
     horizons = horizons[horizons <= forecast.quantiles.shape[2]]
@@ -116,8 +116,8 @@ def read_origin(path: Path) -> OpenForecasts:
                 int(arrays["origin_ms"]),
                 int(arrays["bin_ms"]),
                 arrays["horizons"],
-                lines(arrays["servers"]),
-                lines(arrays["metrics"]),
+                unpack_lines(arrays["servers"]),
+                unpack_lines(arrays["metrics"]),
                 quantiles,
                 arrays["is_model"],
                 arrays["model_version"].tobytes().decode() or None,
@@ -133,7 +133,7 @@ def read_origin(path: Path) -> OpenForecasts:
     return kept
 
 
-def settled_rows(kept: OpenForecasts, closed: ClosedBin) -> SettledForecasts:
+def match_actuals(kept: OpenForecasts, closed: ClosedBin) -> SettledForecasts:
     """Return the forecasts for `closed` that have an actual value, one row each."""
     row_of = {name: row for row, name in enumerate(closed.server_names)}
     column_of = {name: column for column, name in enumerate(closed.metrics)}
@@ -168,7 +168,7 @@ def bytes_of(text: str) -> NDArray[np.uint8]:
     return np.frombuffer(text.encode(), dtype=np.uint8)
 
 
-def lines(array: NDArray[np.uint8]) -> tuple[str, ...]:
+def unpack_lines(array: NDArray[np.uint8]) -> tuple[str, ...]:
     """Return the lines of such a text; none for an empty one."""
     text = array.tobytes().decode()
     return tuple(text.split("\n")) if text else ()
@@ -244,7 +244,7 @@ class Ledger:
         origin = forecast.origin_ms
         if self.newest_origin_ms is not None and origin <= self.newest_origin_ms:
             return 0
-        kept = kept_of(forecast, self._settle_horizons)
+        kept = cut_to_horizons(forecast, self._settle_horizons)
         counts = kept.counts()
         if counts:
             write_origin(self._path(origin), kept)
@@ -258,10 +258,10 @@ class Ledger:
             if closed.bin_ms not in targets:
                 continue
             try:
-                found.append(settled_rows(read_origin(self._path(origin)), closed))
+                found.append(match_actuals(read_origin(self._path(origin)), closed))
             except CorruptFile as error:
                 logger.error("open forecasts cannot be read and will expire: %s", error)
-        return _concatenated(found)
+        return _concatenate(found)
 
     def mark_settled(self, bin_ms: int, n_settled: int) -> None:
         """Note durably that a bin's rows are stored; its other forecasts, and older ones, expire.
@@ -405,7 +405,7 @@ def _set_aside(path: Path, error: Exception) -> None:
     logger.error("damaged file set aside path=%s reason=%s", aside, error)
 
 
-def _concatenated(parts: list[SettledForecasts]) -> SettledForecasts:
+def _concatenate(parts: list[SettledForecasts]) -> SettledForecasts:
     """Return all rows in one; no parts give no rows."""
     empty = SettledForecasts(
         *(np.empty(0, dtype=np.int64),) * 2,

@@ -36,7 +36,7 @@ class Predictor(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class InService:
+class Champion:
     """One loaded and warmed model."""
 
     predictor: Predictor
@@ -44,8 +44,8 @@ class InService:
     n_specialised: int = 0  # series that a specialist forecasts
 
 
-class ServingModel:
-    """Swaps models without making anybody wait; `in_service` may be read from any thread."""
+class ModelLoader:
+    """Swaps models without making anybody wait; `champion` may be read from any thread."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class ServingModel:
         self._thread: threading.Thread | None = None
         self._pointer: str | None = None  # what last.ckpt pointed to when we last looked
         self._problems: list[str] = []
-        self.in_service: InService | None = None
+        self.champion: Champion | None = None
         self.n_failures = 0
 
     @property
@@ -92,7 +92,7 @@ class ServingModel:
 
     def report(self) -> dict[str, Any]:
         """Return the model's part of `/status`."""
-        serving = self.in_service
+        serving = self.champion
         return {
             **(serving.info.as_dict() if serving else {"version": None, "trained_at": None, "base": None}),
             "metrics": list(serving.predictor.metrics) if serving else [],
@@ -111,19 +111,19 @@ class ServingModel:
         """Load the version pointed to, or with nothing in service the best there is."""
         self._problems = []
         started = monotonic()
-        if self.in_service is None:
+        if self.champion is None:
             versions = self._registry.usable_versions(self._note)
         else:
             versions = iter(self._pointed_to())
         for version in versions:
             serving = self._try(version)
             if serving:
-                self.in_service = serving
+                self.champion = serving
                 self.n_failures = 0
                 logger.info("model in service version=%s took_s=%.3f", version.id, monotonic() - started)
                 self._on_load(True)
                 return
-        kept = self.in_service.info.version if self.in_service else "the fallback forecast"
+        kept = self.champion.info.version if self.champion else "the fallback forecast"
         logger.info("no model to put into service, %s goes on serving", kept)
 
     def _pointed_to(self) -> list[Version]:
@@ -135,7 +135,7 @@ class ServingModel:
             return []
         return [version]
 
-    def _try(self, version: Version) -> InService | None:
+    def _try(self, version: Version) -> Champion | None:
         try:
             predictor = self._load(version.model_path)
             self._warm_up(predictor, version.model_path)
@@ -149,7 +149,7 @@ class ServingModel:
             self._note(error)
             return None
         info = ModelInfo(version.id, iso_z(version.created_at), version.is_base)
-        return InService(predictor, info, version.n_specialised)
+        return Champion(predictor, info, version.n_specialised)
 
     def _note(self, error: Exception) -> None:
         self.n_failures += 1

@@ -20,7 +20,7 @@ _FORGET_AT = 64  # gone servers kept before the arrays are made smaller
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Muster:
+class PresentServers:
     """The servers that are not gone, at one moment."""
 
     server_names: tuple[str, ...]
@@ -83,7 +83,7 @@ class Roster:
             np.maximum.at(self._last_seen_ms, rows, times)
             self._changes += 1
 
-    def muster(self, now: datetime) -> Muster:
+    def servers(self, now: datetime) -> PresentServers:
         """Return everybody not gone, in the order of first appearance."""
         now_ms = to_ms(now)
         with self._lock:
@@ -95,7 +95,7 @@ class Roster:
             last_seen_ms = seen[here]
             if len(names) - len(here) > max(_FORGET_AT, len(here)):
                 self._keep([names[row] for row in here], here)
-        return Muster(
+        return PresentServers(
             tuple(names[row] for row in here),
             metrics,
             values,

@@ -18,7 +18,7 @@ from fleetcast.clock import Clock, SystemClock, from_ms, iso_z, monotonic, parse
 from fleetcast.errors import FleetcastError
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.ledger import Ledger
-from fleetcast.serving.model_loader import ServingModel
+from fleetcast.serving.model_loader import ModelLoader
 from fleetcast.serving.roster import Roster
 from fleetcast.serving.sweep import Sweeper
 from fleetcast.serving.telemetry import Snapshot
@@ -81,7 +81,7 @@ class RecentErrors:
             return list(reversed(self._errors))
 
 
-class SelfReport:
+class StatusReport:
     """Answers for the daemon; safe from any thread."""
 
     def __init__(
@@ -92,7 +92,7 @@ class SelfReport:
         history: BinHistory,
         roster: Roster,
         ledger: Ledger,
-        model: ServingModel,
+        model: ModelLoader,
         sweeper: Sweeper,
         errors: RecentErrors,
         *,
@@ -140,7 +140,7 @@ class SelfReport:
             "clock": {"mode": self._settings.clock.mode, "now": iso_z(self._clock.now())},
             "newest_record_time": _time(self._history.newest_ms),
             "backlog": self.backlog(),
-            "servers": len(self._roster.muster(self._clock.now()).server_names),
+            "servers": len(self._roster.servers(self._clock.now()).server_names),
             "training": {"running": self._is_training()},
             "model": self._model.report(),
             "ledger": asdict(self._ledger.counts()),
@@ -162,15 +162,15 @@ class SelfReport:
     def snapshot(self) -> Snapshot:
         """Return the states a scrape reads."""
         now = self._clock.now()
-        muster = self._roster.muster(now)
+        present = self._roster.servers(now)
         stats = self._buffer_stats()
         model = self._model.report()
-        shown = range(min(len(muster.server_names), self._settings.server.max_server_labels))
+        shown = range(min(len(present.server_names), self._settings.server.max_server_labels))
         newest_ms = self._history.newest_ms
         return Snapshot(
             gauges={
                 "newest_record_timestamp_seconds": None if newest_ms is None else newest_ms / 1000,
-                "servers": len(muster.server_names),
+                "servers": len(present.server_names),
                 "backlog_bins": self.backlog(),
                 "open_forecasts": self._ledger.counts().open,
                 "buffer_bytes": round(stats["disk_usage_mb"] * 1e6) if "disk_usage_mb" in stats else None,
@@ -186,7 +186,7 @@ class SelfReport:
             errors_by_part=self._errors.by_part(),
             last_error_s=self._errors.newest_by_part(),
             server_last_seen_s={
-                muster.server_names[row]: float(muster.last_seen_ms[row]) / 1000 for row in shown
+                present.server_names[row]: float(present.last_seen_ms[row]) / 1000 for row in shown
             },
         )
 

@@ -37,7 +37,7 @@ from fleetcast.serving.board import PredictionBoard
 from fleetcast.serving.corrector import Corrector
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.ledger import Ledger
-from fleetcast.serving.model_loader import InService, ServingModel
+from fleetcast.serving.model_loader import Champion, ModelLoader
 from fleetcast.serving.telemetry import Telemetry
 from fleetcast.settings import ForecastSettings
 
@@ -120,7 +120,7 @@ class Sweeper:
         ledger: Ledger,
         store: Store,
         board: PredictionBoard,
-        model: ServingModel,
+        model: ModelLoader,
         telemetry: Telemetry,
         settings: ForecastSettings,
         clock: Clock,
@@ -199,7 +199,7 @@ class Sweeper:
 
     def _forecast(self, origin_ms: int, n_skipped: int = 0) -> None:
         started = monotonic()
-        serving = self._model.in_service  # one reference for the whole sweep
+        serving = self._model.champion  # one reference for the whole sweep
         forecast = self._forecast_of(origin_ms, serving)
         self._unwritten.append(forecast)
         self._write_what_waits()
@@ -210,12 +210,12 @@ class Sweeper:
         self.counts = SweepCounts(
             self.counts.sweeps + 1, self.counts.bins_skipped + n_skipped, seconds, origin_ms
         )
-        self._telemetry.swept(seconds, n_model, n_made - n_model, n_skipped)
+        self._telemetry.count_sweep(seconds, n_model, n_made - n_model, n_skipped)
         logger.debug(
             "sweep origin_ms=%d series=%d model=%d seconds=%.3f", origin_ms, n_made, n_model, seconds
         )
 
-    def _forecast_of(self, origin_ms: int, serving: InService | None) -> FleetForecast:
+    def _forecast_of(self, origin_ms: int, serving: Champion | None) -> FleetForecast:
         """Forecast the fleet part by part; in each the model's own medians are kept, then corrected."""
         version = serving.info.version if serving else None
         if serving and self._corrector:
@@ -257,8 +257,8 @@ class Sweeper:
             quantiles[without] = block
 
     def _by_model(
-        self, serving: InService, part: HistoryWindow, quantiles: Floats32, sources: Flags
-    ) -> InService | None:
+        self, serving: Champion, part: HistoryWindow, quantiles: Floats32, sources: Flags
+    ) -> Champion | None:
         """Fill in what the model forecasts; a model that fails is left out of this sweep."""
         try:
             made = serving.predictor.predict(part)
@@ -294,7 +294,7 @@ class Sweeper:
                 self._corrector.learn(rows)
         self._ledger.mark_settled(closed.bin_ms, len(rows))
         after = self._ledger.counts()
-        self._telemetry.settled(after.settled - before.settled, after.expired - before.expired)
+        self._telemetry.count_outcomes(after.settled - before.settled, after.expired - before.expired)
 
     def _expire(self, now: datetime) -> None:
         """Give up forecasts of a fleet that fell silent."""
@@ -305,7 +305,7 @@ class Sweeper:
             self._on_error("ledger", error)
             return
         if n_expired:
-            self._telemetry.settled(0, n_expired)
+            self._telemetry.count_outcomes(0, n_expired)
 
     def _refresh(self) -> None:
         """Read bins again that late records belong to, not more often than every few seconds."""

@@ -118,39 +118,39 @@ class Telemetry:
         )
         registry.register(_SnapshotCollector(snapshot))
 
-    def feed_answered(self, code: int, seconds: float) -> None:
+    def count_feed(self, code: int, seconds: float) -> None:
         """Note one answer of POST /feed/data."""
         self._feed.labels(str(code)).observe(seconds)
 
-    def write_answered(self, code: int, seconds: float) -> None:
+    def count_write(self, code: int, seconds: float) -> None:
         """Note one answer to remote-write."""
         self._write.labels(str(code)).observe(seconds)
 
-    def samples_taken(self, n_by_outcome: Mapping[str, int]) -> None:
+    def count_samples(self, n_by_outcome: Mapping[str, int]) -> None:
         """Note what became of one remote-write request's samples."""
         for outcome, n_samples in n_by_outcome.items():
             self._samples.labels(outcome).inc(n_samples)
 
-    def records_taken(self, n_received: int, reasons: Iterable[str], n_ignored: int) -> None:
+    def count_records(self, n_received: int, reasons: Iterable[str], n_ignored: int) -> None:
         """Note what became of one request's records."""
         self._received.inc(n_received)
         self._ignored.inc(n_ignored)
         for reason in reasons:
             self._rejected.labels(rule_of(reason)).inc()
 
-    def swept(self, seconds: float, n_model: int, n_fallback: int, n_skipped: int) -> None:
+    def count_sweep(self, seconds: float, n_model: int, n_fallback: int, n_skipped: int) -> None:
         """Note one sweep."""
         self._sweep.observe(seconds)
         self._series.labels("model").inc(n_model)
         self._series.labels("fallback").inc(n_fallback)
         self._skipped.inc(n_skipped)
 
-    def settled(self, n_settled: int, n_expired: int) -> None:
+    def count_outcomes(self, n_settled: int, n_expired: int) -> None:
         """Note what became of forecasts that were due."""
         self._settled.inc(n_settled)
         self._expired.inc(n_expired)
 
-    def model_load(self, *, succeeded: bool) -> None:
+    def count_model_load(self, *, succeeded: bool) -> None:
         """Note an attempt to load a version."""
         self._reloads.labels("ok" if succeeded else "failed").inc()
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
-from fleetcast.api.bodies import Refusal, records_in
+from fleetcast.api.bodies import Refusal, read_records
 from fleetcast.errors import BadData
 from fleetcast.ingest.arrow import read_columns
 from fleetcast.ingest.columns import RowsOf
@@ -130,13 +130,13 @@ class JsonTarget:
         ]
         self._json = JsonRecords()
         for body in self.seeds * 2:
-            self._json.learn(body, records_in(body))
+            self._json.learn(body, read_records(body))
 
     def hit(self, body: bytes) -> bool:
         """Read both ways and compare."""
         short = self._json.read(body)
         try:
-            raw = records_in(body)
+            raw = read_records(body)
         except Refusal:
             assert short is None, "the short way took what is no JSON"
             return False
