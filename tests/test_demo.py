@@ -139,7 +139,7 @@ def untrue(outcome: Outcome) -> list[str]:
 def test_a_run_in_which_everything_happened_is_all_yes(good: Outcome) -> None:
     assert untrue(good) == []
     assert "changed    5 min" in table(good)
-    assert "requests sent 103, failed 0" in table(good)
+    assert "sent 103 requests; 0 failed" in table(good)
 
 
 def changed(outcome: Outcome, **values: Any) -> Outcome:
@@ -151,7 +151,7 @@ def changed(outcome: Outcome, **values: Any) -> Outcome:
 def test_one_other_server_may_be_named_after_the_changed_ones_but_not_before_one_and_not_two(
     good: Outcome,
 ) -> None:
-    claim = "drift names the changed servers first, and at most one other"
+    claim = "the drift check names the changed servers first, and at most one other"
     of_changed = good.contexts["v2"]["drifting"]
 
     for score, expected in ((1.02, []), (3.1, [claim])):
@@ -165,21 +165,23 @@ def test_each_thing_that_did_not_happen_is_a_no(good: Outcome) -> None:
     early = attempt("drift", splice.CHANGE - timedelta(hours=5), "v1b", "rejected")
     first, second = good.attempts
     cases = {
-        "every record was accepted": changed(good, replay=good.replay | {"accepted": "9"}),
-        "nothing is trained while nothing changes": changed(good, attempts=[first, early, second]),
-        "drift names the changed servers first, and at most one other": changed(
+        "the inference daemon accepted every record": changed(good, replay=good.replay | {"accepted": "9"}),
+        "the retraining daemon trains nothing while no server changes": changed(
+            good, attempts=[first, early, second]
+        ),
+        "the drift check names the changed servers first, and at most one other": changed(
             good, contexts={"v2": {"drifting": []}}
         ),
-        "every forecast that was due is accounted for, none twice": changed(
+        "the ledger accounts for every forecast that was due, and for none twice": changed(
             good, ledger=good.ledger | {"due": 1}
         ),
-        "all processes ended cleanly": changed(good, exit_codes={"inference": -9}),
-        "the new model was loaded without a failed request": changed(
+        "all processes ended with exit code 0": changed(good, exit_codes={"inference": -9}),
+        "the inference daemon loaded the new model without a failed request": changed(
             good, seen=Seen(requests=9, failed=1, reloads=good.seen.reloads)
         ),
     }
     unjudged = changed(good, decisions=good.decisions[1:])
-    assert untrue(unjudged) == ["nothing is trained while nothing changes"]
+    assert untrue(unjudged) == ["the retraining daemon trains nothing while no server changes"]
     for claim, outcome in cases.items():
         assert untrue(outcome) == [claim]
 
@@ -187,10 +189,10 @@ def test_each_thing_that_did_not_happen_is_a_no(good: Outcome) -> None:
 def test_without_a_second_training_four_claims_fall(good: Outcome) -> None:
     alone = changed(good, attempts=good.attempts[:1])
     assert untrue(alone) == [
-        "drift names the changed servers first, and at most one other",
-        "the engine started a training because of drift",
-        "the new model was loaded without a failed request",
-        "forecasts of the changed servers are better afterwards",
+        "the drift check names the changed servers first, and at most one other",
+        "the decision engine started a training because of drift",
+        "the inference daemon loaded the new model without a failed request",
+        "the new model forecasts the changed servers better",
     ]
     assert "-" in table(alone)
 

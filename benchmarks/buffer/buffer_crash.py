@@ -74,7 +74,7 @@ class CrashRounds:
 
     def _killed_writer(self) -> list[str]:
         """Start a writer, kill it a random time after its first acknowledgement, return what it said."""
-        script = Path(__file__).with_name("crash_writer.py")
+        script = Path(__file__).parent / "parts" / "crash_writer.py"
         command = [sys.executable, str(script), str(self.folder), *map(str, self._next)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None

@@ -110,7 +110,7 @@ def claims(outcome: Outcome) -> list[Claim]:
         _better_forecasts(outcome),
         _ledger(outcome),
         Claim(
-            "all processes ended cleanly",
+            "all processes ended with exit code 0",
             all(code == 0 for code in outcome.exit_codes.values()),
             ", ".join(f"{name} {code}" for name, code in outcome.exit_codes.items()),
         ),
@@ -123,13 +123,19 @@ def _everything_arrived(outcome: Outcome) -> Claim:
     evidence = " ".join(
         f"{key}={figures.get(key)}" for key in ("records", "accepted", "rejected", "requests")
     )
-    return Claim("every record was accepted", is_true, evidence)
+    return Claim("the inference daemon accepted every record", is_true, evidence)
 
 
 def _first_training(outcome: Outcome) -> Claim:
     first, served = outcome.first, outcome.served_from(outcome.first)
-    evidence = f"{first['started_at']} -> {first['version']}, serving at {served}" if first else "none"
-    return Claim("a first training started by itself and its model serves", served is not None, evidence)
+    evidence = (
+        f"the training of {first['started_at']} made {first['version']}, which serves since {served}"
+        if first
+        else "none"
+    )
+    return Claim(
+        "the retraining daemon started a first training, and its model serves", served is not None, evidence
+    )
 
 
 def _control(outcome: Outcome) -> Claim:
@@ -143,11 +149,11 @@ def _control(outcome: Outcome) -> Claim:
     judged_h = splice.hours(judged[0], judged[-1]) if judged else 0.0
     served_h = splice.hours(served, splice.CHANGE) if served else 0.0
     evidence = (
-        f"{served_h:.1f} h of unchanged data under the model, {judged_h:.1f} h of them judged in "
-        f"{len(judged)} checks; trainings: {len(between)}"
+        f"the model served {served_h:.1f} h of unchanged data; {len(judged)} checks judged {judged_h:.1f} h "
+        f"of them; the daemon started {len(between)} trainings"
     )
     return Claim(
-        f"nothing is trained while nothing changes ({CONTROL_HOURS:.0f} h)",
+        f"the retraining daemon trains nothing while no server changes ({CONTROL_HOURS:.0f} h)",
         judged_h >= CONTROL_HOURS and not between,
         evidence,
     )
@@ -165,38 +171,40 @@ def _drift_names_them(outcome: Outcome) -> Claim:
     changed = set(splice.SPLICED)
     told = ", ".join(f"{server} ({scores[server]:.1f} times a limit)" for server in named)
     return Claim(
-        "drift names the changed servers first, and at most one other",
+        "the drift check names the changed servers first, and at most one other",
         set(named[: len(changed)]) == changed and len(named) <= len(changed) + 1,
-        f"named {told or 'nobody'}",
+        f"it named {told or 'no server'}",
     )
 
 
 def _second_training(outcome: Outcome) -> Claim:
     second = outcome.second
     if second is None:
-        return Claim("the engine started a training because of drift", False, "none was started")
+        return Claim("the decision engine started a training because of drift", False, "it started none")
     late_h = splice.hours(splice.CHANGE, _start_time(second))
     evidence = (
         f"{late_h:.1f} h after the change: {second['reason']}; verdict {second['outcome']} ({second['why']})"
     )
     is_true = second["rule"] == "drift" and second["outcome"] in ("promoted", "rejected")
-    return Claim("the engine started a training because of drift", is_true, evidence)
+    return Claim("the decision engine started a training because of drift", is_true, evidence)
 
 
 def _hot_reload(outcome: Outcome) -> Claim:
     served = outcome.served_from(outcome.second)
     seen = outcome.seen
-    evidence = f"serving at {served}; {seen.requests} requests of a watcher, {seen.failed} failed"
+    evidence = f"it serves since {served}; a watcher sent {seen.requests} requests, {seen.failed} failed"
     return Claim(
-        "the new model was loaded without a failed request", served is not None and not seen.failed, evidence
+        "the inference daemon loaded the new model without a failed request",
+        served is not None and not seen.failed,
+        evidence,
     )
 
 
 def _better_forecasts(outcome: Outcome) -> Claim:
     cells = outcome.errors()
-    text = "forecasts of the changed servers are better afterwards (5 min)"
+    text = "the new model forecasts the changed servers better (5 min)"
     if not cells:
-        return Claim(text, False, "no second model")
+        return Claim(text, False, "there is no second model")
     during, after = cells["changed", 1, "during"].ours, cells["changed", 1, "after"].ours
     return Claim(text, after < during, f"mean absolute error {during:.2f} -> {after:.2f}")
 
@@ -210,14 +218,18 @@ def _ledger(outcome: Outcome) -> Claim:
         f"due {counts.get('due')}, settled {counts.get('settled')}, expired {counts.get('expired')}; "
         f"stored {n_rows}, doubled {n_rows - n_keys}"
     )
-    return Claim("every forecast that was due is accounted for, none twice", is_exact and is_stored, evidence)
+    return Claim(
+        "the ledger accounts for every forecast that was due, and for none twice",
+        is_exact and is_stored,
+        evidence,
+    )
 
 
 def table(outcome: Outcome) -> str:
     """Return the closing table: errors before, during and after, ours and of repeating the last value."""
     cells = outcome.errors()
     lines = [
-        "Mean absolute error in points (in brackets: repeating the last value, on the same forecasts)",
+        "Mean absolute error in points; in brackets that of repeating the last value on the same forecasts",
         f"{'servers':<10} {'ahead':<6} {'before':>16} {'during':>16} {'after':>16}",
     ]
     for group in ("changed", "unchanged"):
@@ -226,7 +238,7 @@ def table(outcome: Outcome) -> str:
             lines.append(f"{group:<10} {name:<6} {shown[0]:>16} {shown[1]:>16} {shown[2]:>16}")
     failed = outcome.seen.failed + int(outcome.replay.get("rejected", 0))
     sent = outcome.seen.requests + int(outcome.replay.get("requests", 0))
-    lines.append(f"requests sent {sent}, failed {failed}\n")
+    lines.append(f"The watcher and the replay sent {sent} requests; {failed} failed.\n")
     return "\n".join(lines)
 
 

@@ -1,10 +1,10 @@
-"""The whole loop on bundled real data, with nobody helping it.
+"""The whole loop runs on bundled real data, and no person helps it.
 
     python -m fleetcast.demo.play            (`make demo`)
 
 Two daemons and a replay run as real processes in demo_run/. The daemons decide everything;
-this program only feeds, watches, and checks afterwards that each claim really happened.
-Exit code 0 only if all did.
+this program only feeds them, watches them, and checks each claim against what they left behind.
+It exits 0 only if every claim is true.
 """
 
 import subprocess
@@ -56,7 +56,7 @@ batch_size = 64
 
 @dataclass
 class Teller:
-    """Prints what happens while it happens."""
+    """Prints each event when it happens."""
 
     folder: Path
     began_s: float
@@ -72,20 +72,20 @@ class Teller:
     def look(self, seen: Seen, attempts: list[dict[str, Any]]) -> None:
         """Tell what is new."""
         for attempt in attempts[self.n_attempts :]:
-            self.say(f"training started by rule {attempt['rule']}: {attempt['reason']}")
+            self.say(f"the retraining daemon starts a training ({attempt['reason']})")
             self.contexts[attempt["id"]] = read_json(self.folder / "training_context.json")
         self.n_attempts = len(attempts)
         for reload in seen.reloads[self.n_reloads :]:
-            self.say(f"model {reload.version} answers in /predictions/current")
+            self.say(f"the inference daemon serves model {reload.version}")
         self.n_reloads = len(seen.reloads)
         if seen.newest and (self.told is None or seen.newest - self.told >= TELL_EVERY):
             self.told = seen.newest
-            self.say(f"data time {seen.newest:%Y-%m-%d %H:%M} {phase_name(seen.newest)}")
+            self.say(f"the data have reached {seen.newest:%Y-%m-%d %H:%M} {phase_name(seen.newest)}")
 
 
 def phase_name(moment: datetime) -> str:
     """Return what the fleet sends at a data time."""
-    return "(three servers changed)" if moment >= splice.CHANGE else "(nothing changed)"
+    return "(three servers have changed)" if moment >= splice.CHANGE else "(no server has changed)"
 
 
 def main() -> int:
@@ -96,9 +96,13 @@ def main() -> int:
     splice.write_feed(FOLDER.resolve() / "feed.parquet")
     changed = ", ".join(splice.SPLICED)
     print(
-        f"Eight real machines from {splice.START:%Y-%m-%d} to {splice.END:%Y-%m-%d %H:%M}, one row a minute."
+        f"Eight real machines send one row a minute "
+        f"from {splice.START:%Y-%m-%d} to {splice.END:%Y-%m-%d %H:%M}."
     )
-    print(f"From {splice.CHANGE:%Y-%m-%d %H:%M} on, {changed} send what {splice.DONOR} sent.\n")
+    print(
+        f"From {splice.CHANGE:%Y-%m-%d %H:%M} on, {changed} "
+        f"send what another machine, {splice.DONOR}, sent.\n"
+    )
     try:
         outcome = run(loop, teller)
     except LoopFailed as error:
@@ -108,7 +112,7 @@ def main() -> int:
     print("\n" + table(outcome))
     for claim in found:
         print(f"{'yes' if claim.is_true else 'NO '}  {claim.text}: {claim.evidence}")
-    print(f"\n{monotonic() - began_s:.0f} s; logs and state are in {FOLDER}/")
+    print(f"\nThe demo took {monotonic() - began_s:.0f} s. Logs and state are in {FOLDER}/.")
     return 0 if all_true(found) else 1
 
 
@@ -120,7 +124,7 @@ def all_true(found: list[Claim]) -> bool:
 def run(loop: Loop, teller: Teller) -> Outcome:
     """Let the loop run over the whole feed; return what it left behind."""
     with loop:
-        teller.say("both daemons run")
+        teller.say("both daemons are running")
         watcher = Watcher(loop.url)
         watcher.start()
         replay = loop.replay(FOLDER.resolve() / "feed.parquet", splice.MAPS)

@@ -31,7 +31,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NestedSystemd]
         (wants / f"{RETRAINING}.service").symlink_to(systemd.units / f"{RETRAINING}.service")
         systemd.run("systemctl", "daemon-reload")
         systemd.write("/tmp/prepare.py", PREPARE)
-        script = f"{TREE}/benchmarks/bad_trainer.py"
+        script = f"{TREE}/benchmarks/faults/parts/bad_trainer.py"
         systemd.write(
             "/etc/fleetcast/env",
             f"FLEETCAST_CLOCK_MODE=data\nFLEETCAST_RETRAINING_TRAINING_SCRIPT={script}\n",

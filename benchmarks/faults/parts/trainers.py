@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.faults.parts import bad_trainer
 from benchmarks.faults.parts.feed import Fleet, Tally
 from benchmarks.faults.parts.trainings import SMALL, RetrainingDaemon, prepare, training_processes
-from benchmarks.programs import ROOT, wait_for
+from benchmarks.programs import wait_for
 from fleetcast.clock import monotonic
 from fleetcast.files import read_json
 
@@ -23,7 +23,7 @@ DAEMON_GROWTH_LIMIT = 60e6
 def misbehaving_trainer(folder: Path, misdeed: str) -> Tally:
     """Let the initial training be one that misbehaves; count what the daemon got wrong about it."""
     work = prepare(folder / misdeed.replace(" ", "-"), Fleet(n_servers=3))
-    script = ROOT / "benchmarks" / "bad_trainer.py"
+    script = Path(bad_trainer.__file__)
     timeout_s = HANG_TIMEOUT_S if misdeed == "hangs" else TIMEOUT_S
     extra = f'training_timeout_s = {timeout_s}\ntraining_script = "{script}"\n'
     (work / "fleetcast.toml").write_text(SMALL + extra)
