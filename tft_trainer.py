@@ -1,22 +1,21 @@
-"""Train a model and let the gate decide whether it serves.
+"""Train a model and let the gate decide whether it goes into service.
 
     python tft_trainer.py --data training_data.parquet                    a base, from scratch
-    python tft_trainer.py --data FILE --incremental --epochs 5            continue what serves
+    python tft_trainer.py --data FILE --incremental --epochs 5            continue the model in service
     python tft_trainer.py --rollback                                      back to the version before
 
 Owns: flags, the lock, the order of writing: version → last.ckpt → baseline.npz → old versions
 deleted → attempt. Each step is one rename, so a kill leaves the old state or the new one. A training
-from scratch notes each epoch: killed and started again with the same data and settings, it goes on.
+from scratch notes each epoch: started again with the same data and settings, a killed one resumes.
 Does not know: when to train.
 
-Without a model of this fleet, --incremental trains its first (`trainer.base_epochs`): what the shipped
-base knows is continued, or fresh weights are. Exit codes:
-0 ran to a verdict, promoted or not; 1 failed; 2 bad settings or usage; 4 a trainer is at work;
-5 not enough data. The verdict is in checkpoints/attempts/<id>.json and in the manifest.
+Without a model of this fleet, --incremental trains the fleet's first for `trainer.base_epochs`; it
+continues the shipped base, or fresh weights where there is none. Exit codes: 0 reached a verdict,
+promoted or not; 1 failed; 2 bad settings or usage; 4 another trainer is at work; 5 not enough data.
+The verdict is in checkpoints/attempts/<id>.json and in the manifest.
 """
 
 import argparse
-import dataclasses
 import logging
 import os
 import re
@@ -26,10 +25,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fleetcast import files
-from fleetcast.clock import SystemClock, from_ms, iso_z, monotonic
+from fleetcast.clock import SystemClock, iso_z, monotonic
 from fleetcast.errors import ExitCode, FleetcastError, SettingsError
 from fleetcast.files import OwnerLock
 from fleetcast.forecast.registry import (
+    ATTEMPTS_FOLDER,
     BASELINE_FILE,
     MODEL_FILE,
     REFERENCE_FILE,
@@ -43,14 +43,14 @@ from fleetcast.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from fleetcast.schema import ChangedSeries
-    from fleetcast.training.challenger import Candidate
+    from fleetcast.training.challenger import Training
+    from fleetcast.training.context import TrainingContext
     from fleetcast.training.grid import TrainingGrid
-    from fleetcast.training.verdict import Champion
+    from fleetcast.training.verdict import Challenger, Champion
 
 logger = logging.getLogger("tft_trainer")
 
 ATTEMPT_ID_VARIABLE = "TFT_ATTEMPT_ID"
-ATTEMPTS_FOLDER = "attempts"
 BASE_STATE_FILE = "base_training.state"  # after each epoch of a training from scratch; gone at its end
 _ATTEMPT_ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
@@ -78,69 +78,62 @@ class Attempt:
         self._clock = SystemClock()
         self._started_at = self._clock.now()
         self._started = monotonic()
-        self._id = _checked_id(os.environ.get(ATTEMPT_ID_VARIABLE)) or new_version_id(self._started_at)
+        self._id = _safe_id(os.environ.get(ATTEMPT_ID_VARIABLE)) or new_version_id(self._started_at)
 
     def run(self) -> int:
-        """Train, judge, write; the attempt's file is written whatever the outcome.
+        """Load, train, judge, write; the attempt's file is written whatever the outcome.
 
         Raises:
             FleetcastError: after the attempt's file says so.
         """
         try:
-            version_id, candidate, start = self._train()
+            grid, context = self._load()
+            training, challenger = self._train(grid, context.changed_series(grid))
+            self._keep(training, challenger, self._reference(grid, context.all_changes(grid)))
         except FleetcastError as error:
-            self._write({"why": str(error)}, int(error.exit_code))
+            self._report({"why": str(error)}, error.exit_code)
             raise
-        verdict = candidate.judgement.verdict
-        self._write(
-            {
-                "promoted": verdict.promoted,
-                "version": version_id,
-                "parent": start.version.id if start else None,
-                "why": verdict.why,
-                "figures": verdict.figures,
-            },
-            int(ExitCode.OK),
-        )
+        version_id, verdict = challenger.model.version, challenger.verdict
+        outcome = {"promoted": verdict.promoted, "version": version_id, "parent": training.parent_id}
+        self._report({**outcome, "why": verdict.why, "figures": verdict.figures}, ExitCode.OK)
         logger.info(
             "verdict version=%s promoted=%s why=%s took_s=%.0f",
             *(version_id, verdict.promoted, verdict.why, monotonic() - self._started),
         )
         return int(ExitCode.OK)
 
-    def _train(self) -> "tuple[str, Candidate, Champion | None]":
+    def _load(self) -> "tuple[TrainingGrid, TrainingContext]":
+        """Read the data, and what the daemon says about the attempt."""
         # torch, lightning, pyarrow: seconds that --help and a refused lock do not pay
-        from fleetcast.training.challenger import Training, find_champion
         from fleetcast.training.context import TrainingContext
         from fleetcast.training.grid import TrainingGrid
 
-        settings, data = self._settings, Path(self._options.data)
-        grid = TrainingGrid.read(data, settings.bins.forecast_metrics, settings.bins.bin_s * 1000)
+        bins, data = self._settings.bins, Path(self._options.data)
+        grid = TrainingGrid.read(data, bins.forecast_metrics, bins.bin_s * 1000)
         context = TrainingContext.find(data, os.environ.get(ATTEMPT_ID_VARIABLE))
-        if context.attempt_id and _checked_id(context.attempt_id):
-            self._id = context.attempt_id
-        changed = context.changed_series(grid)
-        maker = Training(grid, changed, settings)
-        serving = find_champion(self._registry, maker.shape)
-        start = serving if self._options.incremental else None
-        version_id = new_version_id(self._clock.now())
+        self._id = _safe_id(context.attempt_id) or self._id
+        return grid, context
+
+    def _train(
+        self, grid: "TrainingGrid", changed: "tuple[ChangedSeries, ...]"
+    ) -> "tuple[Training, Challenger]":
+        """Train a challenger and judge it by what the training did not see."""
+        from fleetcast.training.challenger import Training, find_champion
+
+        settings = self._settings
+        champion = find_champion(self._registry, grid.bin_ms, settings.forecast.horizon_bins)
+        start = champion if self._options.incremental else None
         epochs = self._epochs(start)
+        training = Training(grid, changed, settings, start, epochs, shows_progress_bar=sys.stderr.isatty())
+        version_id = new_version_id(self._clock.now())
         logger.info(
             "training begins attempt=%s version=%s start=%s compared_with=%s epochs=%d steps_per_epoch=%d",
-            *(self._id, version_id, start.version.id if start else "fresh weights"),
-            *(serving.version.id if serving else "fallback", epochs, settings.trainer.steps_per_epoch),
+            *(self._id, version_id, training.parent_id or "fresh weights"),
+            *(champion.version.id if champion else "fallback", epochs, settings.trainer.steps_per_epoch),
         )
-        candidate = maker.make(
-            version_id,
-            iso_z(self._clock.now()),
-            start,
-            serving,
-            epochs,
-            shows_progress_bar=sys.stderr.isatty(),
-            state_path=self._registry.folder / BASE_STATE_FILE,
-        )
-        self._keep(version_id, candidate, start, grid, self._reference(grid, context.all_changes(grid)))
-        return version_id, candidate, start
+        state_path = self._registry.folder / BASE_STATE_FILE
+        model = training.train(version_id, iso_z(self._clock.now()), state_path)
+        return training, training.judge(model, champion)
 
     def _epochs(self, start: "Champion | None") -> int:
         """Return how long to train: --epochs adds to a model of this fleet; its first takes a base's."""
@@ -154,7 +147,7 @@ class Attempt:
     def _reference(self, grid: "TrainingGrid", changed: "Sequence[ChangedSeries]") -> dict[str, bytes]:
         """Return the drift reference of this training's data; it holds whatever the verdict is.
 
-        A buffer that cannot be read costs the reference, which the daemon then learns day by day.
+        Without a readable buffer there is none, and the daemon learns one day by day.
         """
         from fleetcast.storage.store import DataBuffer
         from fleetcast.training.verdict import training_reference
@@ -169,68 +162,30 @@ class Attempt:
             return {}
         return {REFERENCE_FILE: reference.to_bytes()}
 
-    def _keep(
-        self,
-        version_id: str,
-        candidate: "Candidate",
-        start: "Champion | None",
-        grid: "TrainingGrid",
-        reference: Mapping[str, bytes],
-    ) -> None:
-        """Write the version, then put into service what the gate let through."""
+    def _keep(self, training: "Training", challenger: "Challenger", reference: Mapping[str, bytes]) -> None:
+        """Write the version, then put it into service if the gate let it through."""
+        model, registry = challenger.model, self._registry
         contents = {
-            MODEL_FILE: candidate.content,
-            BASELINE_FILE: candidate.judgement.baseline.to_bytes(),
+            MODEL_FILE: model.to_bytes(),
+            BASELINE_FILE: challenger.baseline.to_bytes(),
             **reference,
         }
-        self._registry.add(version_id, contents, self._manifest(candidate, start, grid))
-        if candidate.judgement.verdict.promoted:
-            self._registry.promote(version_id)
-        self._registry.set_baseline(version_id)
-        pruned = self._registry.prune(self._settings.trainer.keep_versions)
+        manifest = training.manifest(challenger, self._id, monotonic() - self._started)
+        registry.add(model.version, contents, manifest)
+        if challenger.verdict.promoted:
+            registry.promote(model.version)
+        registry.set_baseline(model.version)
+        pruned = registry.prune(self._settings.trainer.keep_versions)
         if pruned:
             logger.info("old versions deleted count=%d newest=%s", len(pruned), pruned[-1])
 
-    def _manifest(
-        self, candidate: "Candidate", start: "Champion | None", grid: "TrainingGrid"
-    ) -> dict[str, Any]:
-        judgement, settings = candidate.judgement, self._settings
-        model, verdict = judgement.model, judgement.verdict
-        return {
-            "created_at": model.trained_at,
-            "attempt_id": self._id,
-            "parent": start.version.id if start else None,
-            "kind": "incremental" if start else "base",
-            "promoted": verdict.promoted,
-            "verdict": {
-                "why": verdict.why,
-                "compared_with": candidate.compared_with,
-                "figures": verdict.figures,
-                "mean_absolute_errors": judgement.errors,
-            },
-            "data_range": {"start": iso_z(from_ms(grid.start_ms)), "end": iso_z(from_ms(grid.end_ms))},
-            "servers": len(grid.server_names),
-            "metrics": list(model.metrics),
-            "specialists": [sorted(map(list, item.changed_ms)) for item in model.specialists],
-            "training": {
-                **dataclasses.asdict(candidate.plan),
-                "took_s": round(monotonic() - self._started, 1),
-            },
-            "settings": {
-                part: dataclasses.asdict(getattr(settings, part)) for part in ("bins", "forecast", "trainer")
-            },
-            "schema": {
-                "grid": model.description.grid.as_config(),
-                "network": model.description.network.as_config(),
-            },
-        }
-
-    def _write(self, outcome: Mapping[str, Any], exit_code: int) -> None:
+    def _report(self, outcome: Mapping[str, Any], exit_code: ExitCode) -> None:
+        """Write the attempt's file, which the daemon reads."""
         folder = self._registry.folder / ATTEMPTS_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         content = {
             "attempt_id": self._id,
-            "exit_code": exit_code,
+            "exit_code": int(exit_code),
             **outcome,
             "started_at": iso_z(self._started_at),
             "finished_at": iso_z(self._clock.now()),
@@ -246,10 +201,11 @@ def _roll_back(registry: Registry) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="tft_trainer.py", description="Train a forecasting model; a gate decides whether it serves."
+        prog="tft_trainer.py",
+        description="Train a forecasting model; a gate decides whether it goes into service.",
     )
     parser.add_argument("--data", metavar="FILE", help="parquet of timestamp, server_name and metrics")
-    parser.add_argument("--incremental", action="store_true", help="continue the model that serves")
+    parser.add_argument("--incremental", action="store_true", help="continue the model in service")
     parser.add_argument("--epochs", type=_positive, metavar="N", help="epochs of sampled steps")
     parser.add_argument("--checkpoint-dir", metavar="DIR", help="model versions (default ./checkpoints)")
     parser.add_argument("--config", metavar="FILE", help="settings (default ./fleetcast.toml if present)")
@@ -260,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    """Return the settings; what is wrong with the flags is reported with what is wrong there."""
+    """Return the settings; problems of the flags and of the settings are reported together."""
     problems = []
     if options.rollback and (options.data or options.incremental or options.epochs):
         problems.append("--rollback stands alone: it trains nothing")
@@ -287,8 +243,8 @@ def _positive(text: str) -> int:
     return value
 
 
-def _checked_id(text: str | None) -> str | None:
-    """Return an attempt id that is safe as a file name, or None."""
+def _safe_id(text: str | None) -> str | None:
+    """Return an attempt id if it is safe as a file name."""
     return text if text and _ATTEMPT_ID.fullmatch(text) else None
 
 

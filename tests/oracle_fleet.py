@@ -3,11 +3,10 @@
 import numpy as np
 
 from fleetcast.forecast.encoding import GridShape
-from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.schema import ChangedSeries, HistoryWindow
 from fleetcast.training.gate import GateVerdict, judge
 from fleetcast.training.grid import TrainingGrid
-from fleetcast.training.holdout import HoldOut, first_held_bins
+from fleetcast.training.holdout import HoldOut, Sample, first_held_bins
 
 SHAPE = GridShape(300_000, 96)
 N_BIN = 4000
@@ -42,6 +41,6 @@ def verdict(
     fleet: TrainingGrid, candidate: object, serving: object, changed: tuple[ChangedSeries, ...] = ()
 ) -> GateVerdict:
     hold_out = HoldOut(
-        fleet, SHAPE, first_held_bins(fleet, changed, 0.1, 288), changed, NaiveForecaster(96), (1, 12, 96), 1
+        fleet, SHAPE, first_held_bins(fleet, changed, 0.1, 288), changed, (1, 12, 96), Sample(1)
     )
     return judge(hold_out.losses(candidate), hold_out.losses(serving), hold_out.is_changed, fleet.metrics, 1)  # type: ignore[arg-type]

@@ -1,14 +1,16 @@
-"""What a candidate is shown of a change: most of a batch, but nothing by heart."""
+"""What a challenger is shown of a change: most of a batch, but nothing by heart."""
+
+from pathlib import Path
 
 import pytest
 from oracle_fleet import grid
 from test_scope import model
 
+from fleetcast.forecast.registry import Version
 from fleetcast.schema import ChangedSeries
 from fleetcast.settings import Settings
 from fleetcast.training.challenger import Training
-from fleetcast.training.holdout import first_held_bins
-from fleetcast.training.specialists import choose_scope
+from fleetcast.training.verdict import Champion
 
 
 @pytest.mark.parametrize(
@@ -21,11 +23,9 @@ from fleetcast.training.specialists import choose_scope
 def test_no_window_of_a_change_is_shown_more_than_ten_times(
     known_bins: int, n_window: int, share: float
 ) -> None:
-    fleet, start = grid(), model()
+    fleet, start = grid(), Champion(Version("v1", Path("v1"), {}), model())
     changed = (ChangedSeries(1, 0, fleet.n_bins - known_bins),)
-    maker = Training(fleet, changed, Settings())
-    scope = choose_scope(fleet, changed, start, 0.5)
-    maker._held_from = first_held_bins(fleet, scope.shown, 0.1, 288)
-    mix = maker._mix(start, scope, n_window)
+    training = Training(fleet, changed, Settings(), start, epochs=1)
+    mix = training._mix(n_window)
     assert mix.changed == changed
     assert mix.changed_share == pytest.approx(share)

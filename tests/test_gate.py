@@ -160,7 +160,7 @@ def test_nor_where_no_change_is_known() -> None:
     answer = judge(losses(ours), losses(theirs), np.zeros((N_SERVER, 2), np.bool_), METRICS, 1)
     assert answer.why.startswith("harms: loss on unchanged mem_pct is 1.100")
     told = judge(losses(theirs / 2), losses(theirs), np.zeros((N_SERVER, 2), np.bool_), METRICS, 1)
-    assert told.why == "better: loss on all series is 0.500 of what serves, confidence 1.00"
+    assert told.why == "better: loss on all series is 0.500 of the champion's, confidence 1.00"
 
 
 @given(seeds, st.integers(1, 8))

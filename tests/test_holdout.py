@@ -6,7 +6,7 @@ from oracle_fleet import N_BIN, SHAPE, Oracle, grid, verdict
 from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.schema import ChangedSeries, HistoryWindow
 from fleetcast.training.grid import TrainingGrid
-from fleetcast.training.holdout import HoldOut, first_held_bins, mean_errors
+from fleetcast.training.holdout import HoldOut, Sample, first_held_bins, mean_errors
 
 
 def test_the_tail_is_a_share_of_the_data_and_at_most_a_day() -> None:
@@ -37,7 +37,7 @@ def test_what_the_model_does_not_forecast_counts_as_the_fallback_s() -> None:
 def test_only_held_out_bins_are_judged() -> None:
     # Given a candidate that is perfect before the tail and wrong inside it
     fleet = grid()
-    hold_out = HoldOut(fleet, SHAPE, first_held_bins(fleet, (), 0.1, 288), (), NaiveForecaster(96), (1,), 1)
+    hold_out = HoldOut(fleet, SHAPE, first_held_bins(fleet, (), 0.1, 288), (), (1,), Sample(1))
 
     class KnowsThePast(Oracle):
         def predict(self, window: HistoryWindow) -> np.ndarray:
@@ -52,9 +52,7 @@ def test_only_held_out_bins_are_judged() -> None:
 
 def test_errors_are_means_of_absolute_errors_by_metric_and_horizon() -> None:
     fleet = grid()
-    hold_out = HoldOut(
-        fleet, SHAPE, first_held_bins(fleet, (), 0.1, 288), (), NaiveForecaster(96), (1, 12), 1
-    )
+    hold_out = HoldOut(fleet, SHAPE, first_held_bins(fleet, (), 0.1, 288), (), (1, 12), Sample(1))
 
     class Off(Oracle):
         def predict(self, window: HistoryWindow) -> np.ndarray:
@@ -71,9 +69,7 @@ def test_a_large_fleet_is_judged_by_a_sample_that_holds_the_changed() -> None:
     values = np.broadcast_to(fleet.values[:1], (400, 2, N_BIN))
     large = TrainingGrid(tuple(map(str, range(400))), fleet.metrics, values, 0, 300_000)
     changed = tuple(ChangedSeries(index, 0, N_BIN - 90) for index in (7, 399))
-    hold_out = HoldOut(
-        large, SHAPE, first_held_bins(large, changed, 0.1, 288), changed, NaiveForecaster(96), (1,), 1
-    )
+    hold_out = HoldOut(large, SHAPE, first_held_bins(large, changed, 0.1, 288), changed, (1,), Sample(1))
     assert len(hold_out.servers) == 150
     assert {7, 399} <= set(hold_out.servers.tolist())
     assert hold_out.is_changed.sum() == 2

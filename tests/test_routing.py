@@ -10,11 +10,11 @@ from test_scope import CHANGED, model, specialist
 
 from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.forecast.predictor import Forecaster, Specialist
-from fleetcast.training.holdout import HoldOut, Losses, first_held_bins
-from fleetcast.training.specialists import Routed, route
+from fleetcast.training.holdout import HoldOut, Losses, Sample, first_held_bins
+from fleetcast.training.specialists import route
 
 FLEET = grid()
-TOLD = (("web-1", "cpu_pct"), ("web-2", "mem_pct"))
+NAMED = (("web-1", "cpu_pct"), ("web-2", "mem_pct"))
 OLDER = {(3, 0): ("web-3", "cpu_pct")}
 
 
@@ -22,7 +22,7 @@ OLDER = {(3, 0): ("web-3", "cpu_pct")}
 def hold_out() -> HoldOut:
     torch.set_num_threads(1)
     first = first_held_bins(FLEET, CHANGED, 0.1, 288)
-    return HoldOut(FLEET, SHAPE, first, CHANGED, NaiveForecaster(96), (1, 12, 96), 1)
+    return HoldOut(FLEET, SHAPE, first, CHANGED, (1, 12, 96), Sample(1))
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,8 @@ def costing(fleet: Losses, shares: dict[tuple[int, int], float], noise: float = 
     return replace(fleet, pinball=pinball)
 
 
-def series_of(found: Routed) -> list[set[tuple[str, str]]]:
-    return [set(item.changed_ms) for item in found.model.specialists]
+def series_of(model: Forecaster) -> list[set[tuple[str, str]]]:
+    return [set(item.changed_ms) for item in model.specialists]
 
 
 def route_new(
@@ -50,11 +50,11 @@ def route_new(
     *,
     noise: float = 0.0,
     older: tuple[Specialist, ...] = (),
-) -> Routed:
-    """Route a specialist that was told of TOLD and costs these shares of the fleet's weights."""
+) -> tuple[Forecaster, Losses]:
+    """Route a specialist whose series are NAMED and costs these shares of the fleet's weights."""
     everywhere = costing(fleet, {**shares, **dict.fromkeys(OLDER, 1.5)}, noise)
-    told = {(1, 0), (2, 1), *OLDER}
-    own = costing(fleet, {place: share for place, share in shares.items() if place in told}, noise)
+    named = {(1, 0), (2, 1), *OLDER}
+    own = costing(fleet, {place: share for place, share in shares.items() if place in named}, noise)
 
     class Played(HoldOut):
         def losses(self, predictor: object) -> Losses:
@@ -62,59 +62,61 @@ def route_new(
 
     hold_out.__class__ = Played
     try:
-        return route(model(*older, specialist(*TOLD)), hold_out, own, fleet, 1, is_new=True)
+        return route(model(*older, specialist(*NAMED)), hold_out, own, fleet, 1, is_new=True)
     finally:
         hold_out.__class__ = HoldOut
 
 
-def test_a_told_series_goes_to_the_specialist_where_it_is_better_and_back_where_not(
+def test_a_named_series_goes_to_the_specialist_where_it_is_better_and_back_where_not(
     hold_out: HoldOut, fleet: Losses
 ) -> None:
-    found = route_new(hold_out, fleet, {(1, 0): 0.9, (2, 1): 1.1})
-    assert series_of(found) == [{TOLD[0]}]
-    np.testing.assert_allclose(found.losses.pinball[:, 1, 0], 0.9 * fleet.pinball[:, 1, 0])
-    np.testing.assert_array_equal(found.losses.pinball[:, 2, 1], fleet.pinball[:, 2, 1])
+    routed, losses = route_new(hold_out, fleet, {(1, 0): 0.9, (2, 1): 1.1})
+    assert series_of(routed) == [{NAMED[0]}]
+    np.testing.assert_allclose(losses.pinball[:, 1, 0], 0.9 * fleet.pinball[:, 1, 0])
+    np.testing.assert_array_equal(losses.pinball[:, 2, 1], fleet.pinball[:, 2, 1])
 
 
 def test_a_gain_that_time_does_not_bear_out_is_none(hold_out: HoldOut, fleet: Losses) -> None:
-    assert series_of(route_new(hold_out, fleet, {(1, 0): 0.99, (2, 1): 0.8}, noise=0.5)) == [{TOLD[1]}]
+    assert series_of(route_new(hold_out, fleet, {(1, 0): 0.99, (2, 1): 0.8}, noise=0.5)[0]) == [{NAMED[1]}]
 
 
 def test_no_gain_no_specialist(hold_out: HoldOut, fleet: Losses) -> None:
-    found = route_new(hold_out, fleet, {})
-    assert series_of(found) == []
-    np.testing.assert_array_equal(found.losses.pinball, fleet.pinball)
+    routed, losses = route_new(hold_out, fleet, {})
+    assert series_of(routed) == []
+    np.testing.assert_array_equal(losses.pinball, fleet.pinball)
 
 
 def test_a_new_specialist_that_gains_nothing_leaves_an_older_one_as_it_is(
     hold_out: HoldOut, fleet: Losses
 ) -> None:
     before = specialist(*OLDER.values())
-    found = route_new(hold_out, fleet, {(3, 0): 0.7, (1, 0): 1.2}, older=(before,))
-    assert series_of(found) == [set(OLDER.values())]
-    np.testing.assert_allclose(found.losses.pinball[:, 3, 0], 0.7 * fleet.pinball[:, 3, 0])
-    np.testing.assert_array_equal(found.losses.pinball[:, 1, 0], fleet.pinball[:, 1, 0])
+    routed, losses = route_new(hold_out, fleet, {(3, 0): 0.7, (1, 0): 1.2}, older=(before,))
+    assert series_of(routed) == [set(OLDER.values())]
+    np.testing.assert_allclose(losses.pinball[:, 3, 0], 0.7 * fleet.pinball[:, 3, 0])
+    np.testing.assert_array_equal(losses.pinball[:, 1, 0], fleet.pinball[:, 1, 0])
 
 
 def test_a_series_that_nobody_named_joins_where_it_is_far_better(hold_out: HoldOut, fleet: Losses) -> None:
-    found = route_new(hold_out, fleet, {(1, 0): 0.8, (2, 1): 0.8, (5, 0): 0.7, (0, 1): 0.95, (3, 1): 1.3})
-    assert series_of(found) == [{*TOLD, ("web-5", "cpu_pct")}]
-    (made,) = found.model.specialists
-    assert made.changed_ms["web-5", "cpu_pct"] in {made.changed_ms[pair] for pair in TOLD}
-    np.testing.assert_allclose(found.losses.pinball[:, 5, 0], 0.7 * fleet.pinball[:, 5, 0])
-    np.testing.assert_array_equal(found.losses.pinball[:, 3, 1], fleet.pinball[:, 3, 1])
+    routed, losses = route_new(
+        hold_out, fleet, {(1, 0): 0.8, (2, 1): 0.8, (5, 0): 0.7, (0, 1): 0.95, (3, 1): 1.3}
+    )
+    assert series_of(routed) == [{*NAMED, ("web-5", "cpu_pct")}]
+    (made,) = routed.specialists
+    assert made.changed_ms["web-5", "cpu_pct"] in {made.changed_ms[pair] for pair in NAMED}
+    np.testing.assert_allclose(losses.pinball[:, 5, 0], 0.7 * fleet.pinball[:, 5, 0])
+    np.testing.assert_array_equal(losses.pinball[:, 3, 1], fleet.pinball[:, 3, 1])
 
 
 def test_an_older_specialist_loses_what_the_fleet_forecasts_better(hold_out: HoldOut, fleet: Losses) -> None:
     both = model(specialist(("web-0", "cpu_pct"), ("web-3", "cpu_pct")), specialist(("web-5", "cpu_pct")))
     own = costing(fleet, {(0, 0): 0.9, (3, 0): 1.2, (5, 0): 0.99})
-    found = route(both, hold_out, own, fleet, 1, is_new=False)
-    assert series_of(found) == [{("web-0", "cpu_pct")}, {("web-5", "cpu_pct")}]
-    np.testing.assert_array_equal(found.losses.pinball[:, 3, 0], fleet.pinball[:, 3, 0])
+    routed, losses = route(both, hold_out, own, fleet, 1, is_new=False)
+    assert series_of(routed) == [{("web-0", "cpu_pct")}, {("web-5", "cpu_pct")}]
+    np.testing.assert_array_equal(losses.pinball[:, 3, 0], fleet.pinball[:, 3, 0])
 
 
-def test_a_model_without_specialists_is_what_it_was(hold_out: HoldOut, fleet: Losses) -> None:
+def test_a_routedwithout_specialists_is_what_it_was(hold_out: HoldOut, fleet: Losses) -> None:
     plain: Forecaster = model()
-    found = route(plain, hold_out, fleet, fleet, 1, is_new=False)
-    assert found.model is plain
-    assert found.losses is fleet
+    routed, losses = route(plain, hold_out, fleet, fleet, 1, is_new=False)
+    assert routed is plain
+    assert losses is fleet

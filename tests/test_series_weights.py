@@ -15,7 +15,7 @@ NAIVE = NaiveForecaster(96)
 def weights(model: object) -> np.ndarray:
     fleet = grid()
     held = first_held_bins(fleet, (), 0.1, 288)
-    return series_weights(model, NAIVE, fleet, SHAPE, held, 864, 1)  # type: ignore[arg-type]
+    return series_weights(model, fleet, SHAPE, held, 864, 1)  # type: ignore[arg-type]
 
 
 def test_a_badly_forecast_server_is_drawn_more_often() -> None:
@@ -44,6 +44,6 @@ def test_series_without_values_count_as_the_average() -> None:
     fleet = grid()
     fleet.values[2] = np.nan
     held = first_held_bins(fleet, (), 0.1, 288)
-    found = series_weights(Oracle(fleet, 100.0, on=("web-3",)), NAIVE, fleet, SHAPE, held, 864, 1)
+    found = series_weights(Oracle(fleet, 100.0, on=("web-3",)), fleet, SHAPE, held, 864, 1)
     assert np.isfinite(found).all()
     assert found[3, 0] > found[2, 0] > found[1, 0]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fleetcast.errors import BadCheckpoint
-from fleetcast.forecast.predictor import Checkpoint, Forecaster, Specialist
+from fleetcast.forecast.predictor import Forecaster, Specialist
 from fleetcast.schema import HistoryWindow
 
 DATA = Path(__file__).parent / "data"
@@ -154,6 +154,6 @@ def test_a_damaged_specialist_is_a_bad_checkpoint(tmp_path: Path, damaged: dict[
 
 def test_the_file_says_what_it_holds() -> None:
     model = specialised(plain())
-    found = Checkpoint.from_bytes(model.to_bytes(), Path("model.ckpt"))
+    found = Forecaster.from_bytes(model.to_bytes(), Path("model.ckpt"))
     assert found.description == model.description
     assert [item.changed_ms for item in found.specialists] == [SPECIAL]

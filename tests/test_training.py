@@ -10,7 +10,7 @@ import torch
 from fleetcast.forecast.encoding import GridShape
 from fleetcast.forecast.network import NetworkConfig, StaticNetwork, as_batch
 from fleetcast.schema import QUANTILES
-from fleetcast.training.fit import Resumable, StateFile, TrainingPlan, fit, pinball, rate_share
+from fleetcast.training.fit import Fit, Resumable, StateFile, fit, pinball, rate_share
 from fleetcast.training.grid import TrainingGrid
 from fleetcast.training.sampler import TrainingBatch, WindowMix, WindowSampler
 
@@ -56,7 +56,7 @@ def sampler() -> WindowSampler:
     return WindowSampler(grid, SHAPE, np.full((1, 1), 1400), WindowMix(), 1)
 
 
-def trained(plan: TrainingPlan, path: Path | None = None, n_batch: int = 1000) -> dict[str, torch.Tensor]:
+def trained(plan: Fit, path: Path | None = None, n_batch: int = 1000) -> dict[str, torch.Tensor]:
     """Train; with `path` resumable, with fewer batches than steps the machine goes away before the end."""
     source = sampler()
     validation = sampler().batch(32, [1])
@@ -80,7 +80,7 @@ def trained(plan: TrainingPlan, path: Path | None = None, n_batch: int = 1000) -
 
 
 def test_a_training_that_was_interrupted_ends_with_the_weights_of_an_unbroken_one(tmp_path: Path) -> None:
-    plan = TrainingPlan(4, 6, 1e-2, 5, 1, 3)
+    plan = Fit(4, 6, 1e-2, 5, 1, 3)
     # Given a training that went away in its third epoch
     with pytest.raises(Killed):
         trained(plan, tmp_path / "state", n_batch=15)
@@ -95,13 +95,13 @@ def test_a_training_that_was_interrupted_ends_with_the_weights_of_an_unbroken_on
 
 def test_a_training_that_gets_no_better_stops_and_keeps_its_best_epoch() -> None:
     # Given a rate that destroys what it learns
-    ruinous = TrainingPlan(50, 3, 30.0, 0, 1, 3, patience_epochs=2)
+    ruinous = Fit(50, 3, 30.0, 0, 1, 3, patience_epochs=2)
     with pytest.raises(Killed):
         trained(ruinous, n_batch=5)  # it did not stop before the end of its second epoch
     stopped = trained(ruinous, n_batch=24)  # of 150
     # Then what it learnt in its best epoch is left
     assert all(bool(torch.isfinite(tensor).all()) for tensor in stopped.values())
-    forever = TrainingPlan(50, 3, 30.0, 0, 1, 3, patience_epochs=0)
+    forever = Fit(50, 3, 30.0, 0, 1, 3, patience_epochs=0)
     with pytest.raises(Killed):
         trained(forever, n_batch=24)
 
@@ -123,7 +123,7 @@ def test_a_fit_learns_repeats_itself_and_leaves_no_file(
             shape,
             None,
             lambda: sampler.batch(16, [1]),
-            TrainingPlan(2, 15, 1e-2, 5, 1, 3),
+            Fit(2, 15, 1e-2, 5, 1, 3),
         ), []
 
     # When it is fitted twice with the same seed
@@ -137,7 +137,7 @@ def test_a_fit_learns_repeats_itself_and_leaves_no_file(
 def test_replayed_windows_hold_to_the_answers_of_the_starting_weights() -> None:
     # Given a start, and targets on replayed windows that say something else
     config = NetworkConfig.for_grid(SHAPE, 8)
-    plan = TrainingPlan(1, 12, 0.02, 2, 1, 3)
+    plan = Fit(1, 12, 0.02, 2, 1, 3)
     start = fit(config, SHAPE, None, lambda: sampler().batch(16, [1]), plan)
     batch = sampler().batch(16, [1])
     told = dataclasses.replace(batch, targets=batch.targets + np.float32(3.0))

@@ -1,4 +1,4 @@
-"""Claims about the state a killed training goes on from."""
+"""Claims about the state a killed training resumes from."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def test_a_damaged_state_begins_anew_and_says_so(
 ) -> None:
     (tmp_path / "s").write_bytes(content)
     assert StateFile(tmp_path / "s", "x").read() is None
-    assert "begun anew" in caplog.text
+    assert "starting anew" in caplog.text
 
 
 def test_a_state_is_never_executed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -26,7 +26,7 @@ from fleetcast.forecast.network import NetworkConfig
 from fleetcast.forecast.predictor import Forecaster, ModelDescription
 from fleetcast.forecast.registry import MODEL_FILE, VERSIONS_FOLDER, Registry, new_version_id
 from fleetcast.settings import TrainerSettings
-from fleetcast.training.fit import TrainingPlan, fit
+from fleetcast.training.fit import Fit, fit
 from fleetcast.training.grid import TrainingGrid
 from fleetcast.training.sampler import WindowMix, WindowSampler
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shape = GridShape(BIN_MS, HORIZON)
     network = NetworkConfig.for_grid(shape, trainer.hidden_size)
     description = ModelDescription(new_version_id(now), iso_z(now), fleet.metrics, shape, network)
-    plan = TrainingPlan(
+    plan = Fit(
         *(options.epochs, trainer.steps_per_epoch, trainer.learning_rate, WARMUP_STEPS),
         *(trainer.threads, trainer.seed, sys.stderr.isatty()),
     )
@@ -110,7 +110,7 @@ def resized(shares: TrainingGrid, seed: int) -> TrainingGrid:
 
 
 def _weights(
-    fleet: TrainingGrid, description: ModelDescription, plan: TrainingPlan, batch_size: int
+    fleet: TrainingGrid, description: ModelDescription, plan: Fit, batch_size: int
 ) -> dict[str, Any]:
     held_from = np.full(fleet.values.shape[:2], fleet.n_bins, np.int64)
     sampler = WindowSampler(fleet, description.grid, held_from, WindowMix(), plan.seed)

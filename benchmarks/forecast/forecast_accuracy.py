@@ -29,7 +29,7 @@ from fleetcast.forecast.encoding import GridShape
 from fleetcast.forecast.network import NetworkConfig
 from fleetcast.forecast.predictor import Forecaster, ModelDescription
 from fleetcast.settings import TrainerSettings
-from fleetcast.training.fit import Resumable, StateFile, TrainingPlan, fit
+from fleetcast.training.fit import Fit, Resumable, StateFile, fit
 from fleetcast.training.grid import TrainingGrid
 from fleetcast.training.sampler import WindowMix, WindowSampler
 
@@ -94,7 +94,7 @@ def _ours(
     held_from = np.full(grid.values.shape[:2], grid.n_bins, np.int64)
     sampler = WindowSampler(grid, shape, held_from, WindowMix(), trainer.seed)
     slots = [description.slot(metric) for metric in grid.metrics]
-    plan = TrainingPlan(
+    plan = Fit(
         *(options.epochs, trainer.steps_per_epoch, trainer.learning_rate, WARMUP_STEPS),
         *(trainer.threads, trainer.seed, sys.stderr.isatty()),
     )

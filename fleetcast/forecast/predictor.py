@@ -1,27 +1,21 @@
-"""The model in service: load, forecast a window, save.
+"""A model: load it from its file, forecast a window, save it.
 
-Owns: arrays → tensors → quantiles, and which of a model's weights forecast a series.
-With `checkpoint.py`, `network.py` and `training.py` the owner of torch. Does not know: who serves,
-where versions live.
-
-A model as a file: what it is, the fleet's weights, and those of its specialists.
-
-Owns: the checkpoint's bytes. With `network.py`, `forecaster.py` and `training.py` the owner of
-torch. Does not know: how forecasts are made, where versions live.
+Owns: arrays → tensors → quantiles, which of a model's weights forecast a series, and the bytes of
+a checkpoint. Does not know: which model is in service, where versions live.
 
 Checkpoint (`torch.save` of plain types only, read with weights_only=True and nothing else):
 {"format": 1, "version": str, "trained_at": ISO 8601, "metrics": [str], "grid": {...},
 "network": {...}, "state_dict": {name: float32 tensor}}. Format 2 adds
 "specialists": [{"series": [[server, metric, ms since 1970 when it changed], ...], "state_dict":
-{the same names}}, ...], no series twice; a model without any is written as format 1, which older
-programs read, too.
+{the same names}}, ...], no series twice. A model without specialists is written as format 1, which
+older programs read, too.
 """
 
 import io
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -48,6 +42,16 @@ from fleetcast.schema import QUANTILES, Floats32, HistoryWindow, Longs, Series
 
 FORMAT, FORMAT_WITH_SPECIALISTS = 1, 2
 MOST_SPECIALISTS = 4
+MIN_HISTORY_S = 3600.0
+_CHUNK = 256  # windows per forward pass: the tensors of one stay in a core's cache
+# what torch's unpickler raises on foreign bytes (found by feeding it damaged files), and what a
+# mapping of another shape raises
+UNREADABLE = (
+    *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, OSError, MemoryError),
+    *(RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError),
+)
+# what a file raises that torch can read and that is no model of this program
+_FOREIGN = (LookupError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError)
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -75,117 +79,9 @@ class Specialist:
     changed_ms: Mapping[Series, int]  # its series, with when each changed (ms since 1970)
 
 
-@dataclass(frozen=True, eq=False)
-class Checkpoint:
-    """The content of a checkpoint file."""
-
-    description: ModelDescription
-    weights: Weights
-    specialists: tuple[Specialist, ...] = ()
-
-    def to_bytes(self) -> bytes:
-        """Return the file's content."""
-        item = self.description
-        content: dict[str, Any] = {
-            "format": FORMAT_WITH_SPECIALISTS if self.specialists else FORMAT,
-            "version": item.version,
-            "trained_at": item.trained_at,
-            "metrics": list(item.metrics),
-            "grid": item.grid.as_config(),
-            "network": item.network.as_config(),
-            "state_dict": dict(self.weights),
-        }
-        if self.specialists:
-            content["specialists"] = [_plain(specialist) for specialist in self.specialists]
-        stream = io.BytesIO()
-        torch.save(content, stream)
-        return stream.getvalue()
-
-    @classmethod
-    def from_bytes(cls, content: bytes, path: Path) -> "Checkpoint":
-        """Read a file's content.
-
-        Args:
-            path: names it in errors.
-        Raises:
-            BadCheckpoint: damaged, foreign, unsafe or not finite.
-        """
-        try:
-            return _parsed(_unpickled(content, path))
-        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
-            raise not_ours(path, error) from error
-
-
-def _plain(specialist: Specialist) -> dict[str, Any]:
-    series = [[*pair, changed_ms] for pair, changed_ms in sorted(specialist.changed_ms.items())]
-    return {"series": series, "state_dict": dict(specialist.weights)}
-
-
-def not_ours(path: Path, error: Exception) -> BadCheckpoint:
-    """Return what is said of a file that torch reads and that is no model of this program."""
-    return BadCheckpoint(path, f"not a model of ours: {type(error).__name__} {error}")
-
-
-# what torch's own unpickler raises on foreign bytes, found by feeding it damaged files
-_FOREIGN = (
-    *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, OSError, MemoryError),
-    *(RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError),
-)
-
-
-def _unpickled(content: bytes, path: Path) -> Any:
-    try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except _FOREIGN as error:
-        why = f"not a checkpoint of plain types: {type(error).__name__} {str(error)[:200]}"
-        raise BadCheckpoint(path, why) from error
-
-
-def _parsed(content: Any) -> Checkpoint:
-    if content["format"] not in (FORMAT, FORMAT_WITH_SPECIALISTS):
-        raise ValueError(f"format {content['format']!r}, expected {FORMAT} or {FORMAT_WITH_SPECIALISTS}")
-    network, grid = NetworkConfig.from_config(content["network"]), GridShape.from_config(content["grid"])
-    if (network.past_reals, network.ahead_reals, network.static_reals) != (
-        PAST_REALS,
-        AHEAD_REALS,
-        STATIC_REALS,
-    ):
-        raise ValueError("its input variables are not the ones this program computes")
-    if (network.n_past, network.n_knots) != (grid.n_past, grid.n_knots):
-        raise ValueError("its network does not fit its grid")
-    metrics = tuple(str(metric) for metric in content["metrics"])
-    if len(metrics) >= METRIC_SLOTS:
-        raise ValueError(f"{len(metrics)} metrics, at most {METRIC_SLOTS - 1} are possible")
-    description = ModelDescription(
-        str(content["version"]), str(content["trained_at"]), metrics, grid, network
-    )
-    has_specialists = content["format"] == FORMAT_WITH_SPECIALISTS
-    specialists = tuple(_specialist(item) for item in content["specialists"]) if has_specialists else ()
-    if len(specialists) > MOST_SPECIALISTS:
-        raise ValueError(f"{len(specialists)} specialists, at most {MOST_SPECIALISTS} are possible")
-    if len({pair for item in specialists for pair in item.changed_ms}) < sum(
-        len(item.changed_ms) for item in specialists
-    ):
-        raise ValueError("two specialists have a series in common")
-    return Checkpoint(description, _weights(content["state_dict"]), specialists)
-
-
-def _specialist(content: Any) -> Specialist:
-    changed_ms = {(str(server), str(metric)): int(ms) for server, metric, ms in content["series"]}
-    if not changed_ms:
-        raise ValueError("a specialist has no series")
-    return Specialist(_weights(content["state_dict"]), changed_ms)
-
-
-def _weights(content: Any) -> dict[str, torch.Tensor]:
-    weights = {str(name): tensor.to(torch.float32) for name, tensor in content.items()}
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
-        raise ValueError("its weights are not finite")
-    return weights
-
-
-MIN_HISTORY_S = 3600.0
-_CHUNK = 256  # windows per forward pass: the tensors of one stay in a core's cache
+def series_of(specialists: Iterable[Specialist]) -> set[Series]:
+    """Return the series that have a specialist."""
+    return {pair for item in specialists for pair in item.changed_ms}
 
 
 def set_threads(count: int) -> None:
@@ -274,17 +170,31 @@ class Forecaster:
         Raises:
             BadCheckpoint: damaged, foreign, unsafe or not finite.
         """
-        found = Checkpoint.from_bytes(content, path)
+        unpickled = _unpickle(content, path)
         try:
-            loaded = cls(found.description, found.weights, found.specialists, min_history_s=min_history_s)
+            loaded = cls(*_parse(unpickled), min_history_s=min_history_s)
             loaded._try_once()
-        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
-            raise not_ours(path, error) from error
+        except _FOREIGN as error:
+            raise BadCheckpoint(path, f"not a model of ours: {type(error).__name__} {error}") from error
         return loaded
 
     def to_bytes(self) -> bytes:
         """Return the content of a checkpoint."""
-        return Checkpoint(self.description, self.weights, self.specialists).to_bytes()
+        item = self.description
+        content: dict[str, Any] = {
+            "format": FORMAT_WITH_SPECIALISTS if self.specialists else FORMAT,
+            "version": item.version,
+            "trained_at": item.trained_at,
+            "metrics": list(item.metrics),
+            "grid": item.grid.as_config(),
+            "network": item.network.as_config(),
+            "state_dict": dict(self.weights),
+        }
+        if self.specialists:
+            content["specialists"] = [_plain(specialist) for specialist in self.specialists]
+        stream = io.BytesIO()
+        torch.save(content, stream)
+        return stream.getvalue()
 
     def save(self, path: Path) -> None:
         """Write a checkpoint in one durable step."""
@@ -368,3 +278,57 @@ class Forecaster:
             answer = self.answer(arrays, np.zeros(1, np.int64), network)
             if answer.shape != (1, grid.n_knots, len(QUANTILES)) or not np.isfinite(answer).all():
                 raise ValueError("its answer is not finite numbers of the expected shape")
+
+
+def _plain(specialist: Specialist) -> dict[str, Any]:
+    series = [[*pair, changed_ms] for pair, changed_ms in sorted(specialist.changed_ms.items())]
+    return {"series": series, "state_dict": dict(specialist.weights)}
+
+
+def _unpickle(content: bytes, path: Path) -> Any:
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        why = f"not a checkpoint of plain types: {type(error).__name__} {str(error)[:200]}"
+        raise BadCheckpoint(path, why) from error
+
+
+def _parse(content: Any) -> tuple[ModelDescription, Weights, tuple[Specialist, ...]]:
+    if content["format"] not in (FORMAT, FORMAT_WITH_SPECIALISTS):
+        raise ValueError(f"format {content['format']!r}, expected {FORMAT} or {FORMAT_WITH_SPECIALISTS}")
+    network, grid = NetworkConfig.from_config(content["network"]), GridShape.from_config(content["grid"])
+    if (network.past_reals, network.ahead_reals, network.static_reals) != (
+        PAST_REALS,
+        AHEAD_REALS,
+        STATIC_REALS,
+    ):
+        raise ValueError("its input variables are not the ones this program computes")
+    if (network.n_past, network.n_knots) != (grid.n_past, grid.n_knots):
+        raise ValueError("its network does not fit its grid")
+    metrics = tuple(str(metric) for metric in content["metrics"])
+    if len(metrics) >= METRIC_SLOTS:
+        raise ValueError(f"{len(metrics)} metrics, at most {METRIC_SLOTS - 1} are possible")
+    description = ModelDescription(
+        str(content["version"]), str(content["trained_at"]), metrics, grid, network
+    )
+    has_specialists = content["format"] == FORMAT_WITH_SPECIALISTS
+    specialists = tuple(_parse_specialist(item) for item in content["specialists"]) if has_specialists else ()
+    if len(specialists) > MOST_SPECIALISTS:
+        raise ValueError(f"{len(specialists)} specialists, at most {MOST_SPECIALISTS} are possible")
+    if len(series_of(specialists)) < sum(len(item.changed_ms) for item in specialists):
+        raise ValueError("two specialists have a series in common")
+    return description, _parse_weights(content["state_dict"]), specialists
+
+
+def _parse_specialist(content: Any) -> Specialist:
+    changed_ms = {(str(server), str(metric)): int(ms) for server, metric, ms in content["series"]}
+    if not changed_ms:
+        raise ValueError("a specialist has no series")
+    return Specialist(_parse_weights(content["state_dict"]), changed_ms)
+
+
+def _parse_weights(content: Any) -> dict[str, torch.Tensor]:
+    weights = {str(name): tensor.to(torch.float32) for name, tensor in content.items()}
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
+        raise ValueError("its weights are not finite")
+    return weights

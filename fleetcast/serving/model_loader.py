@@ -149,7 +149,7 @@ class ModelLoader:
             self._note(error)
             return None
         info = ModelInfo(version.id, iso_z(version.created_at), version.is_base)
-        return Champion(predictor, info, version.n_specialised)
+        return Champion(predictor, info, version.n_specialist_series)
 
     def _note(self, error: Exception) -> None:
         self.n_failures += 1

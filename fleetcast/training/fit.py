@@ -1,36 +1,25 @@
-"""Fit a network to sampled windows: steps, loss, schedule.
+"""Fit a network to sampled windows: the loss, the schedule, the epochs, and what survives a kill.
 
-Owns: the loss and the optimiser, when to stop early; with `forecaster.py` and `network.py` the owner
-of torch, and the only one that builds a `lightning.Trainer`. Lightning writes nothing: a training
-that is to survive a kill brings a `StateFile`. Does not know: where data come from, what a gate is.
+Owns: the loss and the optimiser, which epoch was the best, when to stop early, the state file.
+This file alone builds a `lightning.Trainer`; Lightning itself writes nothing. Does not know: where
+data come from, what a gate is.
 
-Where a long training stands, on disk after every epoch, so that a kill costs one epoch at most.
-
-Owns: the state file: one atomic write per epoch, read with weights_only=True and nothing else. With
-`training.py` one of the owners of torch. Does not know: how a step is made.
-
-Format 1, `torch.save` of plain types: {"format": 1, "identity": str, "epoch": int, "weights": {name:
-tensor}, "optimizer": {...}, "random": str (JSON), "best": {"loss": float, "epoch": int, "weights":
-{name: tensor}}}. The identity says which training it is (data, settings, network, seed): the state
-of another one is not used. Epochs done so give the weights an unbroken training gives, to the last bit.
-
-What happens between the epochs of a training: validation, the state on disk, the early stop.
-
-Owns: which epoch was the best, when to stop, one log line per epoch. With `training.py` an owner of
-torch and lightning. Does not know: networks, losses, schedules, where batches come from.
+The state file costs a killed training one epoch at most. Format 1, one atomic write after every
+epoch, `torch.save` of plain types, read with weights_only=True and nothing else:
+{"format": 1, "identity": str, "epoch": int, "weights": {name: tensor}, "optimizer": {...},
+"random": str (JSON), "best": {"loss": float, "epoch": int, "weights": {name: tensor}}}.
+The identity says which training it is (data, settings, network, seed); the state of another
+training is not used. A resumed training ends with the weights of an unbroken one, to the last bit.
 """
 
 import io
 import logging
 import math
-import pickle
-import struct
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import lightning
 import torch
@@ -40,17 +29,33 @@ from fleetcast.clock import monotonic
 from fleetcast.files import write_atomic
 from fleetcast.forecast.encoding import GridShape
 from fleetcast.forecast.network import Batch, NetworkConfig, StaticNetwork, as_batch, build
+from fleetcast.forecast.predictor import UNREADABLE
 from fleetcast.schema import QUANTILES
-from fleetcast.training.sampler import TrainingBatch
+from fleetcast.training.sampler import TrainingBatch, WindowSampler
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-# what torch's unpickler raises on foreign bytes, and a mapping of another shape
-_FOREIGN = (
-    *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, OSError, MemoryError),
-    *(RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError),
-)
+_GRADIENT_LIMIT = 1.0
+_WEIGHT_DECAY = 1e-2
+_FINAL_RATE = 0.02  # of the peak, at the end of the cosine
+# past, ahead, static, metric, targets, whether a window is replayed
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How long and how fast to train."""
+
+    epochs: int
+    steps_per_epoch: int
+    learning_rate: float
+    warmup_steps: int
+    threads: int
+    seed: int
+    shows_progress_bar: bool = False
+    keep_weight: float = 0.0  # of the distance from the starting weights' answers, on replayed windows
+    patience_epochs: int = 0  # epochs without a lower validation loss after which to stop; 0: never
 
 
 @dataclass(frozen=True)
@@ -80,11 +85,11 @@ class StateFile:
         self._path, self._identity = path, identity
 
     def read(self) -> TrainingState | None:
-        """Return where this training was interrupted, or None: never begun, another one's, damaged."""
+        """Return where this training was interrupted; None: never begun, another training's, damaged."""
         try:
             content = torch.load(io.BytesIO(self._path.read_bytes()), map_location="cpu", weights_only=True)
             if content["format"] != FORMAT or content["identity"] != self._identity:
-                logger.info("state of another training left aside path=%s", self._path)
+                logger.info("state file is of another training, starting anew path=%s", self._path)
                 return None
             best = BestEpoch(**content["best"])
             return TrainingState(
@@ -92,235 +97,20 @@ class StateFile:
             )
         except FileNotFoundError:
             return None
-        except _FOREIGN as error:
-            logger.warning("training state cannot be used, begun anew reason=%s", str(error)[:200])
+        except UNREADABLE as error:
+            logger.warning("training state unusable, starting anew reason=%s", str(error)[:200])
             return None
 
     def write(self, state: TrainingState) -> None:
         """Put a state on disk in one durable step."""
-        plain: Mapping[str, Any] = {
-            **{"format": FORMAT, "identity": self._identity, "epoch": state.epoch, "weights": state.weights},
-            **{"optimizer": state.optimizer, "random": state.random, "best": _shallow(state.best)},
-        }
+        plain = {**vars(state), "best": dict(vars(state.best))}
         stream = io.BytesIO()
-        torch.save(plain, stream)
+        torch.save({"format": FORMAT, "identity": self._identity, **plain}, stream)
         write_atomic(self._path, stream.getvalue())
 
     def remove(self) -> None:
-        """Forget: the training is over."""
+        """Delete the file: the training is over."""
         self._path.unlink(missing_ok=True)
-
-
-def _shallow(best: BestEpoch) -> dict[str, Any]:
-    return {"loss": best.loss, "epoch": best.epoch, "weights": best.weights}
-
-
-# past, ahead, static, metric, targets, whether a window is replayed
-Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-class RandomState(Protocol):
-    """A source of batches that can be set back to where it stood."""
-
-    random_state: str
-
-
-class Fitting(Protocol):
-    """The training that goes on between the epochs."""
-
-    network: nn.Module
-    optimizer: torch.optim.Optimizer | None
-
-    def loss(self, batch: Tensors) -> Tensor: ...
-
-    def go_on(self, state: TrainingState) -> None: ...
-
-
-@dataclass(frozen=True)
-class Resumable:
-    """What lets a training go on after a kill: its file, and the sampler whose draws it continues."""
-
-    file: StateFile
-    sampler: RandomState
-
-
-class Epochs(lightning.Callback):
-    """Counts the epochs of one training, those before an interruption included."""
-
-    def __init__(
-        self,
-        fitting: Fitting,
-        n_epoch: int,
-        patience: int,
-        validation: Tensors | None,
-        resumable: Resumable | None,
-    ) -> None:
-        """Begin, or go on where the state file says.
-
-        Args:
-            patience: epochs without a lower validation loss after which to stop; 0: never.
-        """
-        self._fitting, self._n_epoch, self._patience = fitting, n_epoch, patience
-        self._validation, self._resumable = validation, resumable
-        self._best = BestEpoch(math.inf, 0, _copied(fitting.network))
-        self.done = 0
-        self._done_before = 0
-        self._started = monotonic()
-        interrupted = resumable.file.read() if resumable else None
-        if resumable and interrupted:
-            fitting.go_on(interrupted)
-            resumable.sampler.random_state = interrupted.random
-            self.done = self._done_before = interrupted.epoch
-            self._best = interrupted.best
-            logger.info("training goes on where it was interrupted epoch=%d/%d", self.done, n_epoch)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether no epoch is left to train."""
-        is_stale = 0 < self._patience <= self.done - self._best.epoch
-        return self.done >= self._n_epoch or (self._validation is not None and is_stale)
-
-    def result(self) -> dict[str, Tensor]:
-        """Return the weights the training ends with."""
-        return dict(self._best.weights)
-
-    def on_train_epoch_end(self, trainer: Any, _module: Any) -> None:
-        """Lightning calls this after the last step of an epoch."""
-        self.done += 1
-        loss = self._validation_loss()
-        if loss is None or loss < self._best.loss:
-            self._best = BestEpoch(
-                math.inf if loss is None else loss, self.done, _copied(self._fitting.network)
-            )
-        self._tell(float(trainer.callback_metrics.get("loss", float("nan"))), loss)
-        if self._resumable:
-            self._resumable.file.write(self._state(self._resumable))
-        if self.is_over and self.done < self._n_epoch:
-            logger.info("stopped early epoch=%d best_epoch=%d", self.done, self._best.epoch)
-            trainer.should_stop = True
-
-    def _validation_loss(self) -> float | None:
-        if self._validation is None:
-            return None
-        with torch.no_grad():
-            loss = float(self._fitting.loss(self._validation))
-        return loss if math.isfinite(loss) else math.inf
-
-    def _state(self, resumable: Resumable) -> TrainingState:
-        assert self._fitting.optimizer is not None
-        return TrainingState(
-            self.done,
-            _copied(self._fitting.network),
-            self._fitting.optimizer.state_dict(),
-            resumable.sampler.random_state,
-            self._best,
-        )
-
-    def _tell(self, loss: float, validation_loss: float | None) -> None:
-        elapsed, own = monotonic() - self._started, self.done - self._done_before
-        logger.info(
-            "epoch trained epoch=%d/%d loss=%.4f validation_loss=%.4f elapsed_s=%.0f remaining_s=%.0f",
-            *(self.done, self._n_epoch, loss, math.nan if validation_loss is None else validation_loss),
-            *(elapsed, elapsed / own * (self._n_epoch - self.done)),
-        )
-
-
-def _copied(network: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
-
-
-_GRADIENT_LIMIT = 1.0
-_WEIGHT_DECAY = 1e-2
-_FINAL_RATE = 0.02  # of the peak, at the end of the cosine
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """How long and how fast to train."""
-
-    epochs: int
-    steps_per_epoch: int
-    learning_rate: float
-    warmup_steps: int
-    threads: int
-    seed: int
-    shows_progress_bar: bool = False
-    keep_weight: float = 0.0  # of the distance from the starting weights' answers, on replayed windows
-    patience_epochs: int = 0  # epochs without a lower validation loss after which to stop; 0: never
-
-
-def fit(
-    config: NetworkConfig,
-    grid: GridShape,
-    weights: Mapping[str, Tensor] | None,
-    draw: Callable[[], TrainingBatch],
-    plan: TrainingPlan,
-    *,
-    validation: TrainingBatch | None = None,
-    state: Resumable | None = None,
-) -> dict[str, Tensor]:
-    """Train and return the weights: the best epoch's by the validation windows, else the last ones.
-
-    Args:
-        weights: where to start from; None = fresh.
-        draw: returns the next batch.
-        validation: windows no batch holds.
-        state: where the training stands after each epoch; it goes on from there.
-    """
-    torch.set_num_threads(plan.threads)
-    for name in ("lightning.pytorch", "lightning.fabric"):  # advertisements and hardware notes
-        logging.getLogger(name).setLevel(logging.ERROR)
-    torch.manual_seed(plan.seed)
-    with warnings.catch_warnings():
-        # the libraries warn of loaders and hyperparameters that this training has none of
-        warnings.simplefilter("ignore")
-        network = build(config)
-        if weights is not None:
-            network.load_state_dict(dict(weights))
-        parent = StaticNetwork(weights, config) if weights is not None and plan.keep_weight > 0 else None
-        fitting = _Fitting(network, config, grid, plan, parent)
-        epochs = Epochs(
-            fitting,
-            plan.epochs,
-            plan.patience_epochs,
-            _tensors(validation) if validation else None,
-            state,
-        )
-        if epochs.is_over:
-            return epochs.result()
-        trainer = lightning.Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=plan.epochs - epochs.done,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=plan.shows_progress_bar,
-            gradient_clip_val=_GRADIENT_LIMIT,
-            callbacks=[epochs],
-        )
-        trainer.fit(fitting, train_dataloaders=_Steps(draw, plan.steps_per_epoch))
-    return epochs.result()
-
-
-class _Steps:
-    """One epoch of batches; Lightning takes any iterable with a length."""
-
-    def __init__(self, draw: Callable[[], TrainingBatch], count: int) -> None:
-        self._draw, self._count = draw, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[Tensors]:
-        for _ in range(self._count):
-            yield _tensors(self._draw())
-
-
-def _tensors(drawn: TrainingBatch) -> Tensors:
-    batch = as_batch(drawn.arrays, drawn.metric_slots)
-    rest = torch.from_numpy(drawn.targets), torch.from_numpy(drawn.is_replay)
-    return batch.past, batch.ahead, batch.static, batch.metric, *rest
 
 
 class _Fitting(lightning.LightningModule):
@@ -331,7 +121,7 @@ class _Fitting(lightning.LightningModule):
         network: nn.Module,
         config: NetworkConfig,
         grid: GridShape,
-        plan: TrainingPlan,
+        plan: Fit,
         parent: StaticNetwork | None,
     ) -> None:
         super().__init__()
@@ -344,7 +134,7 @@ class _Fitting(lightning.LightningModule):
         self._optimizer_state: dict[str, Any] = {}
         self.optimizer: torch.optim.Optimizer | None = None
 
-    def go_on(self, state: TrainingState) -> None:
+    def resume(self, state: TrainingState) -> None:
         """Continue where a training was interrupted."""
         self.network.load_state_dict(state.weights)
         self._steps_done = state.epoch * self._plan.steps_per_epoch
@@ -360,9 +150,9 @@ class _Fitting(lightning.LightningModule):
         if self._parent is None or not bool(is_replay.any()):
             return loss
         replay = Batch(past[is_replay], ahead[is_replay], static[is_replay], metric[is_replay])
-        return loss + self._plan.keep_weight * self._moved(replay, answer[is_replay])
+        return loss + self._plan.keep_weight * self._distance_moved(replay, answer[is_replay])
 
-    def _moved(self, replay: Batch, answer: Tensor) -> Tensor:
+    def _distance_moved(self, replay: Batch, answer: Tensor) -> Tensor:
         """Return how far the answers to replayed windows are from those of the starting weights."""
         assert self._parent is not None
         with torch.no_grad():
@@ -414,3 +204,170 @@ def rate_share(step: int, n_step: int, warmup_steps: int) -> float:
         return (step + 1) / warmup_steps
     done = min(1.0, (step - warmup_steps) / max(1, n_step - warmup_steps))
     return _FINAL_RATE + (1 - _FINAL_RATE) * (1 + math.cos(math.pi * done)) / 2
+
+
+def _tensors(drawn: TrainingBatch) -> Tensors:
+    batch = as_batch(drawn.arrays, drawn.metric_slots)
+    rest = torch.from_numpy(drawn.targets), torch.from_numpy(drawn.is_replay)
+    return batch.past, batch.ahead, batch.static, batch.metric, *rest
+
+
+@dataclass(frozen=True)
+class Resumable:
+    """What a training needs to resume after a kill: its file, and the sampler whose draws go on."""
+
+    file: StateFile
+    sampler: WindowSampler
+
+
+class Epochs(lightning.Callback):
+    """Counts the epochs of one training, those before an interruption included."""
+
+    def __init__(
+        self,
+        fitting: _Fitting,
+        n_epoch: int,
+        patience: int,
+        validation: Tensors | None,
+        resumable: Resumable | None,
+    ) -> None:
+        """Begin, or resume where the state file says.
+
+        Args:
+            patience: epochs without a lower validation loss after which to stop; 0: never.
+        """
+        self._fitting, self._n_epoch, self._patience = fitting, n_epoch, patience
+        self._validation, self._resumable = validation, resumable
+        self._best = BestEpoch(math.inf, 0, _copy(fitting.network))
+        self.done = 0
+        self._done_before = 0
+        self._started = monotonic()
+        interrupted = resumable.file.read() if resumable else None
+        if resumable and interrupted:
+            fitting.resume(interrupted)
+            resumable.sampler.random_state = interrupted.random
+            self.done = self._done_before = interrupted.epoch
+            self._best = interrupted.best
+            logger.info("training resumes epoch=%d/%d", self.done, n_epoch)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no epoch is left to train."""
+        is_stale = 0 < self._patience <= self.done - self._best.epoch
+        return self.done >= self._n_epoch or (self._validation is not None and is_stale)
+
+    def result(self) -> dict[str, Tensor]:
+        """Return the weights the training ends with."""
+        return dict(self._best.weights)
+
+    def on_train_epoch_end(self, trainer: Any, _module: Any) -> None:
+        """Lightning calls this after the last step of an epoch."""
+        self.done += 1
+        loss = self._validation_loss()
+        if loss is None or loss < self._best.loss:
+            self._best = BestEpoch(
+                math.inf if loss is None else loss, self.done, _copy(self._fitting.network)
+            )
+        self._log(float(trainer.callback_metrics.get("loss", float("nan"))), loss)
+        if self._resumable:
+            self._resumable.file.write(self._state(self._resumable))
+        if self.is_over and self.done < self._n_epoch:
+            logger.info("stopped early epoch=%d best_epoch=%d", self.done, self._best.epoch)
+            trainer.should_stop = True
+
+    def _validation_loss(self) -> float | None:
+        if self._validation is None:
+            return None
+        with torch.no_grad():
+            loss = float(self._fitting.loss(self._validation))
+        return loss if math.isfinite(loss) else math.inf
+
+    def _state(self, resumable: Resumable) -> TrainingState:
+        assert self._fitting.optimizer is not None
+        return TrainingState(
+            self.done,
+            _copy(self._fitting.network),
+            self._fitting.optimizer.state_dict(),
+            resumable.sampler.random_state,
+            self._best,
+        )
+
+    def _log(self, loss: float, validation_loss: float | None) -> None:
+        elapsed, own = monotonic() - self._started, self.done - self._done_before
+        logger.info(
+            "epoch trained epoch=%d/%d loss=%.4f validation_loss=%.4f elapsed_s=%.0f remaining_s=%.0f",
+            *(self.done, self._n_epoch, loss, math.nan if validation_loss is None else validation_loss),
+            *(elapsed, elapsed / own * (self._n_epoch - self.done)),
+        )
+
+
+def _copy(network: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+
+
+def fit(
+    config: NetworkConfig,
+    grid: GridShape,
+    weights: Mapping[str, Tensor] | None,
+    draw: Callable[[], TrainingBatch],
+    plan: Fit,
+    *,
+    validation: TrainingBatch | None = None,
+    state: Resumable | None = None,
+) -> dict[str, Tensor]:
+    """Train and return the weights: the best epoch's by the validation windows, else the last ones.
+
+    Args:
+        weights: where to start from; None = fresh.
+        draw: returns the next batch.
+        validation: windows no batch holds.
+        state: notes each epoch, and says where an interrupted training resumes.
+    """
+    torch.set_num_threads(plan.threads)
+    for name in ("lightning.pytorch", "lightning.fabric"):  # advertisements and hardware notes
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch.manual_seed(plan.seed)
+    with warnings.catch_warnings():
+        # the libraries warn of loaders and hyperparameters that this training has none of
+        warnings.simplefilter("ignore")
+        network = build(config)
+        if weights is not None:
+            network.load_state_dict(dict(weights))
+        parent = StaticNetwork(weights, config) if weights is not None and plan.keep_weight > 0 else None
+        fitting = _Fitting(network, config, grid, plan, parent)
+        epochs = Epochs(
+            fitting,
+            plan.epochs,
+            plan.patience_epochs,
+            _tensors(validation) if validation else None,
+            state,
+        )
+        if epochs.is_over:
+            return epochs.result()
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=plan.epochs - epochs.done,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=plan.shows_progress_bar,
+            gradient_clip_val=_GRADIENT_LIMIT,
+            callbacks=[epochs],
+        )
+        trainer.fit(fitting, train_dataloaders=_Steps(draw, plan.steps_per_epoch))
+    return epochs.result()
+
+
+class _Steps:
+    """One epoch of batches; Lightning takes any iterable with a length."""
+
+    def __init__(self, draw: Callable[[], TrainingBatch], count: int) -> None:
+        self._draw, self._count = draw, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Tensors]:
+        for _ in range(self._count):
+            yield _tensors(self._draw())

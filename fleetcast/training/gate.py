@@ -1,19 +1,19 @@
-"""Whether a candidate may go into service: it must beat what serves, on data it never saw.
+"""The gate: a challenger goes into service only if it beats the champion on data it never saw.
 
 Owns: the comparison of two sides' losses, and the rule. Does not know: which data are held out
 (`holdout`), how a model is trained, versions, files.
 
-The rule. On the series that changed (on all, where none is known to have) the candidate's loss is
-lower than that of what serves, and stays lower in 9 of 10 resamples; the first model of a fleet
-has to beat the fallback in the same way, whatever serves. On the series that did not change
-the loss is at most 2 % higher in all and, metric by metric, not surely more than 5 % higher.
-Where a change decides, series that the candidate forecasts by the very weights of what serves
-(a specialist's training leaves them alone) are not counted: they would hide harm to others, and
-one series that gains among three that stay is a gain, whichever servers are drawn.
+The rule. On the changed series (on all series, where no change is known) the challenger's loss is
+lower than the champion's and stays lower in 9 of 10 resamples. The first model of a fleet has to
+beat the fallback in the same way, besides the shipped base. On the unchanged series the loss is at
+most 2 % higher in all and, metric by metric, not surely more than 5 % higher. Where a change
+decides, series that both sides forecast by the very same weights (a specialist's training leaves
+them alone) are not counted: they would hide harm to others, and one series that gains among three
+that stay is a gain, whichever servers are drawn.
 
-A resample draws blocks of time (up to 2 h of origins) and servers, each with replacement, and takes every
-drawn server in every drawn block: one bad hour of the whole fleet and one odd server both count
-once. Source: Owen, The pigeonhole bootstrap (Annals of Applied Statistics 1, 2007).
+A resample draws blocks of time (up to 2 h of origins) and servers, each with replacement, and
+takes every drawn server in every drawn block: one bad hour of the whole fleet and one odd server
+both count once. Source: Owen, The pigeonhole bootstrap (Annals of Applied Statistics 1, 2007).
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,6 +32,7 @@ CONFIDENCE = 0.9
 MIN_BLOCKS = 3  # with fewer, resampling says nothing
 _BLOCK_BINS, _FEWEST_BLOCK_BINS, _USUAL_BLOCKS = 24, 3, 6
 _RESAMPLES = 1000
+_OF_CHAMPION, _OF_FALLBACK = "the champion's", "the fallback's"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class GateVerdict:
 class Comparison:
     """One side's losses against another's, on the windows both know.
 
-    The ratio is candidate / other; the two shares say how often it is below and above 1 in resamples.
+    The ratio is challenger / other; the two shares say how often it is below and above 1 in resamples.
     """
 
     windows: int
@@ -62,8 +63,8 @@ class Comparison:
 
 
 def judge(
-    candidate: Losses,
-    serving: Losses,
+    challenger: Losses,
+    champion: Losses,
     is_changed: NDArray[np.bool_],
     metrics: Sequence[str],
     seed: int,
@@ -73,53 +74,53 @@ def judge(
 
     Args:
         is_changed: (server, metric) series that are known to have changed.
-        fallback: has to be beaten, too; None = only what serves has to be.
+        fallback: has to be beaten, too; None = beating the champion is enough.
     """
     unchanged = ~is_changed
     if is_changed.any():
-        touched = ~_is_untouched(candidate, serving)
+        touched = ~_is_untouched(challenger, champion)
         is_changed, unchanged = (_if_any(group & touched, group) for group in (is_changed, unchanged))
     deciding, where = ("changed", "changed series") if is_changed.any() else ("unchanged", "all series")
     found = {
-        "changed": compare(candidate, serving, is_changed, seed),
-        "unchanged": compare(candidate, serving, unchanged, seed, limit=MAX_HARM),
+        "changed": compare(challenger, champion, is_changed, seed),
+        "unchanged": compare(challenger, champion, unchanged, seed, limit=MAX_HARM),
     }
     by_metric = {
-        metric: compare(candidate, serving, _only(unchanged, column), seed, limit=MAX_METRIC_HARM)
+        metric: compare(challenger, champion, _only(unchanged, column), seed, limit=MAX_METRIC_HARM)
         for column, metric in enumerate(metrics)
     }
     figures: dict[str, Any] = {name: item.as_figures() for name, item in found.items()}
     figures["unchanged"]["by_metric"] = {metric: item.ratio for metric, item in by_metric.items()}
     if fallback is not None:
-        found["fallback"] = compare(candidate, fallback, np.ones_like(is_changed), seed)
+        found["fallback"] = compare(challenger, fallback, np.ones_like(is_changed), seed)
         figures["fallback"] = found["fallback"].as_figures()
-    if not candidate.is_finite:
+    if not challenger.is_finite:
         return GateVerdict(False, "its forecasts are not finite", figures)
-    why = _not_better(found[deciding], where, "what serves")
+    why = _not_better(found[deciding], where, _OF_CHAMPION)
     if not why and fallback is not None:
-        why = _not_better(found["fallback"], "all series", "the fallback's")
+        why = _not_better(found["fallback"], "all series", _OF_FALLBACK)
     if not why:
         why = _harm(found["unchanged"], by_metric)
     if why:
         return GateVerdict(False, why, figures)
-    return GateVerdict(True, f"better: {_told(found[deciding], where, 'what serves')}", figures)
+    return GateVerdict(True, f"better: {_describe(found[deciding], where, _OF_CHAMPION)}", figures)
 
 
 def compare(
-    candidate: Losses, other: Losses, chosen: NDArray[np.bool_], seed: int, limit: float = 1.0
+    challenger: Losses, other: Losses, chosen: NDArray[np.bool_], seed: int, limit: float = 1.0
 ) -> Comparison:
-    """Return how a candidate's losses compare on the chosen series (server, metric)."""
-    known = np.isfinite(candidate.pinball) & np.isfinite(other.pinball) & chosen
+    """Return how a challenger's losses compare on the chosen series (server, metric)."""
+    known = np.isfinite(challenger.pinball) & np.isfinite(other.pinball) & chosen
     n_window = int(known.sum())
     if not n_window:
         return Comparison(0, 0, None, None, None)
-    blocks = _time_blocks(candidate.origins, np.asarray(known.any(axis=(1, 2))))
-    ours, theirs = (_block_sums(side.pinball, known, blocks) for side in (candidate, other))
+    blocks = _time_blocks(challenger.origins, np.asarray(known.any(axis=(1, 2))))
+    ours, theirs = (_block_sums(side.pinball, known, blocks) for side in (challenger, other))
     total = float(theirs.sum())
     ratio = float(ours.sum()) / total if total > 0 else 1.0
     random = np.random.default_rng(seed)
-    lower = _resampled(theirs - ours, random) > 0
-    beyond = _resampled(ours - limit * theirs, random) > 0
+    lower = _resample(theirs - ours, random) > 0
+    beyond = _resample(ours - limit * theirs, random) > 0
     return Comparison(
         n_window, len(ours), round(ratio, 4), round(float(lower.mean()), 3), round(float(beyond.mean()), 3)
     )
@@ -129,12 +130,12 @@ def _if_any(chosen: NDArray[np.bool_], otherwise: NDArray[np.bool_]) -> NDArray[
     return chosen if chosen.any() else otherwise
 
 
-def _is_untouched(candidate: Losses, serving: Losses) -> NDArray[np.bool_]:
+def _is_untouched(challenger: Losses, champion: Losses) -> NDArray[np.bool_]:
     """Return the series (server, metric) whose every window costs both sides the same.
 
     The same weights in passes of other windows differ in the last digits.
     """
-    same = np.isclose(candidate.pinball, serving.pinball, rtol=1e-4, atol=1e-6, equal_nan=True)
+    same = np.isclose(challenger.pinball, champion.pinball, rtol=1e-4, atol=1e-6, equal_nan=True)
     return np.asarray(same.all(axis=0))
 
 
@@ -145,7 +146,7 @@ def _only(mask: NDArray[np.bool_], column: int) -> NDArray[np.bool_]:
 
 
 def _not_better(found: Comparison, where: str, whom: str) -> str:
-    """Return why a candidate does not beat the other side, "" where it does."""
+    """Return why a challenger does not beat the other side, "" where it does."""
     if found.ratio is None or found.confidence is None:
         return f"nothing to judge by: the held-out tail holds no window of {where}"
     if found.blocks < MIN_BLOCKS:
@@ -154,16 +155,16 @@ def _not_better(found: Comparison, where: str, whom: str) -> str:
             f"of time, needed {MIN_BLOCKS}"
         )
     if found.ratio >= 1 or found.confidence < CONFIDENCE:
-        return f"not better: {_told(found, where, whom)}, needed < 1 and {CONFIDENCE}"
+        return f"not better: {_describe(found, where, whom)}, needed < 1 and {CONFIDENCE}"
     return ""
 
 
-def _told(found: Comparison, where: str, whom: str) -> str:
+def _describe(found: Comparison, where: str, whom: str) -> str:
     return f"loss on {where} is {found.ratio:.3f} of {whom}, confidence {found.confidence:.2f}"
 
 
 def _harm(unchanged: Comparison, by_metric: Mapping[str, Comparison]) -> str:
-    """Return what a candidate would harm, "" where nothing."""
+    """Return what a challenger would harm, "" where nothing."""
     if unchanged.ratio is not None and unchanged.ratio > MAX_HARM:
         return f"harms: loss on unchanged series is {unchanged.ratio:.3f}, limit {MAX_HARM}"
     for metric, found in by_metric.items():
@@ -192,7 +193,7 @@ def _block_sums(losses: Floats, known: NDArray[np.bool_], blocks: Longs) -> Floa
     return np.asarray(sums[seen.any(axis=1)][:, seen.any(axis=0)])
 
 
-def _resampled(gains: Floats, random: np.random.Generator) -> Floats:
+def _resample(gains: Floats, random: np.random.Generator) -> Floats:
     """Return the summed gain (resample,) of redrawn blocks and servers."""
     n_block, n_server = gains.shape
     times = random.multinomial(n_block, np.full(n_block, 1 / n_block), size=_RESAMPLES)

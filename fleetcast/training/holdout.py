@@ -1,12 +1,12 @@
-"""What a candidate is judged by: the newest bins of every series, never shown in training.
+"""The held-out evidence: the newest bins of every series, and what forecasts of them cost.
 
-Owns: which data are held out, what a side's forecasts of them cost. Does not know: the rule
-(`gate`), how a model is trained, versions, files.
+Owns: which bins no training sees, which of their windows are forecast, the losses. Does not know:
+the rule (`gate`), how a model is trained, versions, files.
 
-Held out are the newest bins of every series: the tail. A series that just changed would have
-nothing left to be learnt from, so its tail is a share of what came after the change; the others
-keep a tail long enough for the whole horizon. Both sides forecast the same windows, and where a
-model has no forecast the fallback serves, so the fallback is what counts there.
+Held out are the newest bins of every series: the tail. A series that just changed would leave
+nothing to learn from, so its tail is a share of what came after the change; the others keep a
+tail long enough for the whole horizon. Both sides forecast the same windows. Where a model has no
+forecast, clients get the fallback, so the fallback's loss counts there.
 
 The loss of a window is the pinball loss over its known bins (weighted as in training), in units
 of its series' usual step from one hour to the next.
@@ -21,19 +21,19 @@ from numpy.typing import NDArray
 
 from fleetcast.bins import RECENT_BINS
 from fleetcast.forecast.encoding import GridShape, is_percent
+from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.schema import QUANTILES, ChangedSeries, Floats, Floats32, HistoryWindow, Longs, Series
 from fleetcast.training.grid import TrainingGrid
 
 CHANGED_TAIL_SHARE = 0.4  # of the bins since a change
 MIN_TAIL_BINS = 6
-_MAX_WINDOWS = 12_000  # a side forecasts, about 4 CPU seconds of a model of width 32
 _MAX_SERVERS, _MIN_ORIGINS, _MAX_ORIGINS = 150, 12, 48
 _CHANGED_ORIGINS = 24  # more of them, for the series that changed alone
 _PERCENT_STEP, _QUIET_SHARE = 0.5, 0.25  # smallest steps: points, share of the metric's median
 
 
 class Predictor(Protocol):
-    """Anything that forecasts a window: a model or the fallback."""
+    """Anything that forecasts a window: a model, the fallback, an oracle."""
 
     def predict(self, window: HistoryWindow) -> Floats32: ...
 
@@ -50,6 +50,15 @@ def first_held_bins(
     return first
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Which part of a large fleet's tail is forecast."""
+
+    seed: int
+    max_windows: int = 12_000  # about as many: 4 CPU seconds of a model of width 32
+    always: Set[Series] = frozenset()  # no server of these series is left out
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Losses:
     """What one side's forecasts cost; NaN where nothing is known or nothing was asked."""
@@ -61,7 +70,7 @@ class Losses:
 
 
 class HoldOut:
-    """The windows both sides are judged by."""
+    """The windows that both sides forecast; `fallback` fills in where a side has no forecast."""
 
     def __init__(
         self,
@@ -69,32 +78,29 @@ class HoldOut:
         shape: GridShape,
         first_held: Longs,
         changed: Sequence[ChangedSeries],
-        fallback: Predictor,
         horizons: Sequence[int],
-        seed: int,
-        max_windows: int = _MAX_WINDOWS,
-        specialised: Set[Series] = frozenset(),
+        sample: Sample,
     ) -> None:
         """Choose the windows.
 
         Args:
-            first_held: (server, metric), as `held_from` returns it.
+            first_held: (server, metric), as `first_held_bins` returns it.
+            changed: no server of these is left out either.
             horizons: whose errors are reported, in bins.
-            max_windows: about as many are forecast.
-            specialised: series of which no server is left out.
         """
-        self._grid, self._shape, self._fallback = grid, shape, fallback
+        self._grid, self._shape = grid, shape
+        self.fallback = NaiveForecaster(shape.horizon_bins)
         self.horizons = tuple(horizons)
-        names = {server for server, _ in specialised}
-        first = {row for row, server in enumerate(grid.server_names) if server in names}
-        first |= {item.server for item in changed}
-        self.servers = _chosen_servers(len(grid.server_names), first, seed)
+        names = {server for server, _ in sample.always}
+        wanted = {row for row, server in enumerate(grid.server_names) if server in names}
+        wanted |= {item.server for item in changed}
+        self.servers = _choose_servers(len(grid.server_names), wanted, sample.seed)
         self._first_held = first_held[self.servers]
         is_changed = np.zeros(first_held.shape, np.bool_)
         for item in changed:
             is_changed[item.server, item.metric] = True
         self.is_changed: NDArray[np.bool_] = is_changed[self.servers]
-        self._choose_origins(int(first_held.min()), max_windows)
+        self._choose_origins(int(first_held.min()), sample.max_windows)
         self._steps = _usual_steps(grid, self.servers)
 
     def _choose_origins(self, oldest: int, max_windows: int) -> None:
@@ -113,7 +119,7 @@ class HoldOut:
         return np.unique(np.linspace(oldest, newest, count).round().astype(np.int64))
 
     def places(self, series: Set[Series]) -> NDArray[np.bool_]:
-        """Return where some series are among those judged, (server, metric)."""
+        """Return where some series are among the forecast ones, (server, metric)."""
         names = [self._grid.server_names[row] for row in self.servers]
         metrics = self._grid.metrics
         return np.array([[(name, metric) in series for metric in metrics] for name in names], np.bool_)
@@ -148,9 +154,9 @@ class HoldOut:
 
     def _window_losses(self, predictor: Predictor, origin: int, rows: Longs) -> tuple[Floats, Floats, bool]:
         window = self._window(origin, self.servers[rows])
-        served = predictor.predict(window)
-        is_finite = bool((np.isfinite(served).all(axis=-1) | np.isnan(served).all(axis=-1)).all())
-        quantiles = np.where(np.isnan(served), self._fallback.predict(window), served)
+        forecast = predictor.predict(window)
+        is_finite = bool((np.isfinite(forecast).all(axis=-1) | np.isnan(forecast).all(axis=-1)).all())
+        quantiles = np.where(np.isnan(forecast), self.fallback.predict(window), forecast)
         missed = self._future(origin, rows)[..., None] - quantiles
         levels = np.array(QUANTILES)
         pinball = np.maximum(levels * missed, (levels - 1) * missed).mean(axis=-1)
@@ -192,8 +198,8 @@ def _nan_mean(values: Floats, axes: tuple[int, ...]) -> Floats:
     return np.where(counts > 0, np.where(known, values, 0.0).sum(axis=axes) / np.maximum(counts, 1), np.nan)
 
 
-def _chosen_servers(n_server: int, wanted: Set[int], seed: int) -> Longs:
-    """Return the servers judged: the wanted ones and others, at random, up to a bound."""
+def _choose_servers(n_server: int, wanted: Set[int], seed: int) -> Longs:
+    """Return the servers to judge by: the wanted ones and others, at random, up to a bound."""
     random = np.random.default_rng(seed)
     first = random.permutation(sorted(wanted))
     rest = random.permutation([index for index in range(n_server) if index not in wanted])

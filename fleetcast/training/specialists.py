@@ -1,24 +1,21 @@
-"""Which series the specialists of a candidate forecast, by what was held out.
+"""Which weights a training moves, and which series they forecast afterwards.
 
-Owns: the choice between a specialist and the fleet's weights, series by series. Does not know:
-how weights were trained, whether the candidate may serve (`gate`).
+Owns: when a change is learned by a specialist and when by the fleet's weights, from which weights
+a training starts, and the choice between specialist and fleet, series by series. Does not know:
+how weights are trained, whether the challenger may serve (`gate`).
 
-A series that a training was told of goes to the specialist that was made for it where its loss is
-lower in 9 of 10 resamples of time; where too little is held out to say, where it is lower. So does
-a series that nobody named, where its loss is lower by a tenth and in 19 of 20: what changed on
-some servers has often changed on others that no limit was passed by. An older specialist loses
-a series that the fleet's weights forecast better.
-
-Which of a model's weights a training moves, and which series they forecast afterwards.
-
-Owns: when a change is learned by a specialist and when by the fleet's model, and from which weights.
-Does not know: how weights are trained, which series a specialist forecasts in the end (`routing`).
-
-A training that is told what changed makes a specialist: weights for the series that changed,
-a copy of those that served most of them, and trained on. All other weights, and with them the
-forecasts of every other series, stay as they are. Told of more than a share of the fleet, or of
-nothing, or with as many specialists as a model may hold, a training moves the fleet's weights.
+Before the training, `choose_scope`. A training that is given the list of changed series makes a
+specialist: weights for the named series, copied from those that forecast most of them and trained
+on. All other weights, and with them the forecasts of every other series, stay as they are. A
+training moves the fleet's weights instead when no series is named, when the named ones are more
+than a share of the fleet, or when the model holds as many specialists as it may.
 docs/decisions/specialist.md has the figures.
+
+After the training, `route`. A named series goes to its new specialist where the loss is lower in 9
+of 10 resamples of time; where too little is held out to say, where the loss is lower. An unnamed
+series joins where its loss is lower by a tenth and in 19 of 20 resamples: a change on some servers
+has often happened on others, too, without passing a limit there. An older specialist loses a
+series that the fleet's weights forecast better.
 """
 
 import logging
@@ -28,11 +25,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetcast.forecast.predictor import MOST_SPECIALISTS, Forecaster, Specialist, Weights
+from fleetcast.forecast.predictor import MOST_SPECIALISTS, Forecaster, Specialist, Weights, series_of
 from fleetcast.schema import ChangedSeries, Series
 from fleetcast.training.gate import CONFIDENCE, MIN_BLOCKS, compare
 from fleetcast.training.grid import TrainingGrid
 from fleetcast.training.holdout import HoldOut, Losses
+
+logger = logging.getLogger(__name__)
+
+UNNAMED_LOSS = 0.9  # of that by the fleet's weights, for a series that was not named
+UNNAMED_CONFIDENCE = 0.95
+
+Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +46,7 @@ class Scope:
     shown: tuple[ChangedSeries, ...]  # whose new behaviour a batch shows
     begun: Weights | None  # what it starts from; None = fresh
     kept: tuple[Specialist, ...] = ()  # the others, with the series they still forecast
-    changed_ms: dict[Series, int] | None = None  # of the specialist that is made; None = the fleet's training
+    changed_ms: dict[Series, int] | None = None  # of the new specialist; None = the fleet's training
 
     @property
     def is_special(self) -> bool:
@@ -56,43 +60,34 @@ def choose_scope(
     """Decide what a training moves.
 
     Args:
-        changed: what it is told has changed; nothing = a training of the whole fleet.
-        start: what it continues.
+        changed: the named series; none = a training of the whole fleet.
+        start: the model that the training continues.
         largest_share: of the series, beyond which a change is the fleet's.
     """
     if start is None:
         return Scope(tuple(changed), None)
-    told = {
+    named = {
         (grid.server_names[item.server], grid.metrics[item.metric]): grid.start_ms
         + item.since_bin * grid.bin_ms
         for item in changed
     }
-    held = _recorded(grid, start.specialists)
-    others = without(held, told)
-    n_special = len(told.keys() | {pair for item in held for pair in item.changed_ms})
+    held = _still_recorded(grid, start.specialists)
+    others = _drop_series(held, named)
+    n_special = len(named.keys() | series_of(held))
     is_small = n_special <= largest_share * len(grid.server_names) * len(grid.metrics)
-    if told and is_small and len(others) < MOST_SPECIALISTS:
-        return Scope(tuple(changed), _most_used(start, held, told), others, told)
+    if named and is_small and len(others) < MOST_SPECIALISTS:
+        return Scope(tuple(changed), _most_used(start, held, named), others, named)
     earlier = (_places(grid, item) for item in others)
     return Scope((*changed, *(place for places in earlier for place in places)), start.weights, held)
 
 
-def _told(grid: TrainingGrid, changed: Sequence[ChangedSeries]) -> dict[Series, int]:
-    names, metrics = grid.server_names, grid.metrics
-    begin_ms, bin_ms = grid.start_ms, grid.bin_ms
-    return {
-        (names[item.server], metrics[item.metric]): begin_ms + item.since_bin * bin_ms for item in changed
-    }
-
-
-def _recorded(grid: TrainingGrid, specialists: Sequence[Specialist]) -> tuple[Specialist, ...]:
+def _still_recorded(grid: TrainingGrid, specialists: Sequence[Specialist]) -> tuple[Specialist, ...]:
     """Return the specialists for the series that are still recorded."""
     known = {(server, metric) for server in grid.server_names for metric in grid.metrics}
-    gone = {pair for item in specialists for pair in item.changed_ms if pair not in known}
-    return without(specialists, gone)
+    return _drop_series(specialists, series_of(specialists) - known)
 
 
-def without(specialists: Sequence[Specialist], series: Container[Series]) -> tuple[Specialist, ...]:
+def _drop_series(specialists: Sequence[Specialist], series: Container[Series]) -> tuple[Specialist, ...]:
     """Return specialists without some series; one without any is none."""
     left = (
         replace(item, changed_ms={pair: ms for pair, ms in item.changed_ms.items() if pair not in series})
@@ -101,10 +96,10 @@ def without(specialists: Sequence[Specialist], series: Container[Series]) -> tup
     return tuple(item for item in left if item.changed_ms)
 
 
-def _most_used(start: Forecaster, specialists: Sequence[Specialist], told: dict[Series, int]) -> Weights:
-    """Return the weights that forecast most of the series told of."""
-    counts = [sum(pair in item.changed_ms for pair in told) for item in specialists]
-    by_fleet = len(told) - sum(counts)
+def _most_used(start: Forecaster, specialists: Sequence[Specialist], named: dict[Series, int]) -> Weights:
+    """Return the weights that forecast most of the named series."""
+    counts = [sum(pair in item.changed_ms for pair in named) for item in specialists]
+    by_fleet = len(named) - sum(counts)
     if not counts or by_fleet >= max(counts):
         return start.weights
     return specialists[int(np.argmax(counts))].weights
@@ -119,86 +114,72 @@ def _places(grid: TrainingGrid, specialist: Specialist) -> list[ChangedSeries]:
     ]
 
 
-logger = logging.getLogger(__name__)
-
-UNTOLD_LOSS = 0.9  # of that by the fleet's weights, for a series that nobody named
-UNTOLD_CONFIDENCE = 0.95
-
-Bools = NDArray[np.bool_]
-
-
-@dataclass(frozen=True, eq=False)
-class Routed:
-    """A candidate that forecasts each series by the better weights, and what that costs."""
-
-    model: Forecaster
-    losses: Losses
-
-
 def route(
     model: Forecaster, hold_out: HoldOut, own: Losses, fleet: Losses, seed: int, *, is_new: bool
-) -> Routed:
-    """Choose the weights of each series; those that nothing is held out of stay as they are.
+) -> tuple[Forecaster, Losses]:
+    """Choose the weights of each series; a series without held-out windows stays where it is.
 
     Args:
         own: what the model's forecasts cost; fleet: what they would by the fleet's weights alone.
         is_new: whether the last specialist was just made.
+    Returns:
+        the model that forecasts each series by the better weights, and what its forecasts cost.
     """
     if not model.specialists:
-        return Routed(model, own)
+        return model, own
     older = model.specialists[:-1] if is_new else model.specialists
-    lost = _outdone(hold_out, own, fleet, {pair for item in older for pair in item.changed_ms})
+    lost = _no_better(hold_out, own, fleet, series_of(older))
     if not is_new:
-        return Routed(_without(model, lost), _taken(own, fleet, hold_out.places(lost)))
+        return _without(model, lost), _replace(own, fleet, hold_out.places(lost))
     made = model.specialists[-1]
-    lost |= _unsure(hold_out, own, fleet, made.changed_ms.keys(), seed)
+    lost |= _not_surely_better(hold_out, own, fleet, made.changed_ms.keys(), seed)
     alone = hold_out.losses(Forecaster(model.description, made.weights))
-    special = {pair for item in model.specialists for pair in item.changed_ms}
-    gained = _surely_better(hold_out, alone, fleet, special, seed)
+    gained = _far_better(hold_out, alone, fleet, series_of(model.specialists), seed)
     logger.info(
-        "specialist made told=%d kept=%d untold=%d",
+        "specialist made named=%d kept=%d unnamed=%d",
         *(len(made.changed_ms), len(made.changed_ms.keys() - lost), len(gained)),
     )
     since_ms = sorted(made.changed_ms.values())[len(made.changed_ms) // 2]
     wider = replace(made, changed_ms={**made.changed_ms, **dict.fromkeys(gained, since_ms)})
     model = Forecaster(model.description, model.weights, (*older, wider))
-    losses = _taken(_taken(own, fleet, hold_out.places(lost)), alone, hold_out.places(gained))
-    return Routed(_without(model, lost), losses)
+    losses = _replace(_replace(own, fleet, hold_out.places(lost)), alone, hold_out.places(gained))
+    return _without(model, lost), losses
 
 
-def _outdone(hold_out: HoldOut, own: Losses, fleet: Losses, series: Set[Series]) -> set[Series]:
+def _no_better(hold_out: HoldOut, own: Losses, fleet: Losses, series: Set[Series]) -> set[Series]:
     """Return the series whose loss is no lower than by the fleet's weights."""
     known = np.isfinite(fleet.pinball) & np.isfinite(own.pinball)
     gain = np.where(known, fleet.pinball - own.pinball, 0.0).sum(axis=0)  # (server, metric)
     return set(hold_out.names(hold_out.places(series) & (gain <= 0) & known.any(axis=0)))
 
 
-def _unsure(hold_out: HoldOut, own: Losses, fleet: Losses, series: Set[Series], seed: int) -> set[Series]:
-    """Return the series whose loss is not surely lower; too little to judge by is not held against it."""
-    lost = _outdone(hold_out, own, fleet, series)
-    for name, place in _each(hold_out, hold_out.places(series)):
+def _not_surely_better(
+    hold_out: HoldOut, own: Losses, fleet: Losses, series: Set[Series], seed: int
+) -> set[Series]:
+    """Return the series whose loss is not surely lower; too little evidence does not count against one."""
+    lost = _no_better(hold_out, own, fleet, series)
+    for name, place in _one_by_one(hold_out, hold_out.places(series)):
         found = compare(own, fleet, place, seed)
-        is_judged = found.blocks >= MIN_BLOCKS and found.confidence is not None
-        if is_judged and found.confidence is not None and found.confidence < CONFIDENCE:
+        if found.blocks >= MIN_BLOCKS and found.confidence is not None and found.confidence < CONFIDENCE:
             lost.add(name)
     return lost
 
 
-def _surely_better(
+def _far_better(
     hold_out: HoldOut, alone: Losses, fleet: Losses, special: Set[Series], seed: int
 ) -> set[Series]:
-    """Return the series that nobody named and that the new weights forecast far better."""
+    """Return the series without a specialist that the new weights forecast far better."""
     gained = set()
-    for name, place in _each(hold_out, ~hold_out.places(special)):
+    for name, place in _one_by_one(hold_out, ~hold_out.places(special)):
         found = compare(alone, fleet, place, seed)
         if found.ratio is None or found.confidence is None or found.blocks < MIN_BLOCKS:
             continue
-        if found.ratio <= UNTOLD_LOSS and found.confidence >= UNTOLD_CONFIDENCE:
+        if found.ratio <= UNNAMED_LOSS and found.confidence >= UNNAMED_CONFIDENCE:
             gained.add(name)
     return gained
 
 
-def _each(hold_out: HoldOut, places: Bools) -> Iterator[tuple[Series, Bools]]:
+def _one_by_one(hold_out: HoldOut, places: Bools) -> Iterator[tuple[Series, Bools]]:
     """Yield the chosen series one by one: its name, and its place alone."""
     for row, column in np.argwhere(places).tolist():
         place = np.zeros_like(places)
@@ -208,10 +189,10 @@ def _each(hold_out: HoldOut, places: Bools) -> Iterator[tuple[Series, Bools]]:
 
 
 def _without(model: Forecaster, lost: set[Series]) -> Forecaster:
-    return Forecaster(model.description, model.weights, without(model.specialists, lost))
+    return Forecaster(model.description, model.weights, _drop_series(model.specialists, lost))
 
 
-def _taken(losses: Losses, side: Losses, places: Bools) -> Losses:
+def _replace(losses: Losses, side: Losses, places: Bools) -> Losses:
     """Return losses with another side's in some places (server, metric)."""
     return replace(
         losses,

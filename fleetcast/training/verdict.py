@@ -1,12 +1,11 @@
-"""A candidate beside what serves: losses on what was held out, verdict, errors, baseline.
+"""What a training leaves behind: verdict, baseline, reference.
 
-Owns: which sides are compared, and what of a candidate goes on after the verdict. Does not know:
-the rule (`gate`), what is held out (`holdout`), how a candidate was trained.
+Owns: which sides are compared on the held-out tails, which days and errors the baseline holds,
+and from which data the drift reference is learned. Does not know: the rule (`gate`), what is held
+out (`holdout`), how a challenger was trained, how drift is measured.
 
-The baseline a training leaves behind: the newest days it saw, and the errors to expect now.
-
-Owns: which days and which errors go into it. Does not know: what a baseline is used for, how
-a model was trained.
+Baseline and reference describe the newest data whatever the verdict is: of a rejected challenger
+too, so that the same drift is not judged twice.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,18 +20,95 @@ from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.drift.seasonal.renewal import learn_reference
 from fleetcast.drift.seasonal.settled import ReadForecasts, read_grid
-from fleetcast.forecast.naive import NaiveForecaster
-from fleetcast.forecast.predictor import Forecaster
+from fleetcast.forecast.predictor import Forecaster, series_of
 from fleetcast.forecast.registry import Version
 from fleetcast.schema import ChangedSeries, Floats32, Longs
 from fleetcast.settings import DriftSettings, Settings
 from fleetcast.training.gate import GateVerdict, judge
 from fleetcast.training.grid import TrainingGrid
-from fleetcast.training.holdout import HoldOut, Losses, mean_errors
+from fleetcast.training.holdout import HoldOut, Losses, Sample, mean_errors
 from fleetcast.training.specialists import route
 
+# the sides, as the manifest names them
+CHALLENGER, CHAMPION, FALLBACK = "candidate", "serving", "fallback"
 
-def trained_baseline(
+
+@dataclass(frozen=True)
+class Champion:
+    """A version that may serve, loaded."""
+
+    version: Version
+    model: Forecaster
+
+
+@dataclass(frozen=True, eq=False)
+class Challenger:
+    """A trained model after its verdict."""
+
+    model: Forecaster  # each series forecast by the better weights
+    verdict: GateVerdict
+    compared_with: str  # the champion's version, or the fallback
+    errors: Mapping[str, Any]  # mean |p50 - actual| by side, metric and horizon
+    baseline: Baseline  # of its data
+
+
+def judge_challenger(
+    model: Forecaster,
+    champion: Champion | None,
+    grid: TrainingGrid,
+    first_held: Longs,
+    changed: tuple[ChangedSeries, ...],
+    settings: Settings,
+    *,
+    is_special: bool,
+) -> Challenger:
+    """Judge a model against the champion (None: the fallback) on the held-out tails.
+
+    Args:
+        first_held: (server, metric) the first bin that the training did not see.
+        changed: the series named to the training: these decide.
+        is_special: whether its last specialist was just made, and nothing else.
+    """
+    seed = settings.trainer.seed
+    sample = Sample(seed, always=series_of(model.specialists))
+    horizons = settings.forecast.settle_horizons
+    hold_out = HoldOut(grid, model.description.grid, first_held, changed, horizons, sample)
+    sides = {CHALLENGER: hold_out.losses(model), FALLBACK: hold_out.losses(hold_out.fallback)}
+    if champion:
+        sides[CHAMPION] = hold_out.losses(champion.model)
+    if model.specialists:
+        is_plain = is_special and champion is not None and not champion.model.specialists
+        fleet = sides[CHAMPION] if is_plain else hold_out.losses(Forecaster(model.description, model.weights))
+        model, sides[CHALLENGER] = route(model, hold_out, sides[CHALLENGER], fleet, seed, is_new=is_special)
+    opponent = sides[CHAMPION] if champion else sides[FALLBACK]
+    # a fleet's first model has to beat both the shipped base and the fallback
+    is_first = champion is not None and champion.version.is_base
+    besides = sides[FALLBACK] if is_first else None
+    verdict = judge(sides[CHALLENGER], opponent, hold_out.is_changed, grid.metrics, seed, besides)
+    in_service = sides[CHALLENGER] if verdict.promoted else opponent
+    return Challenger(
+        model,
+        verdict,
+        champion.version.id if champion else FALLBACK,
+        {name: _error_table(side, grid.metrics, hold_out.horizons) for name, side in sides.items()},
+        training_baseline(grid, changed, settings.drift.baseline_days, model.version, in_service, hold_out),
+    )
+
+
+def _error_table(
+    side: Losses, metrics: tuple[str, ...], horizons: tuple[int, ...]
+) -> dict[str, dict[str, float | None]]:
+    table, _ = mean_errors(side)
+    return {
+        metric: {
+            str(horizon): None if np.isnan(table[row, column]) else round(float(table[row, column]), 5)
+            for column, horizon in enumerate(horizons)
+        }
+        for row, metric in enumerate(metrics)
+    }
+
+
+def training_baseline(
     grid: TrainingGrid,
     changed: tuple[ChangedSeries, ...],
     days: float,
@@ -43,7 +119,7 @@ def trained_baseline(
     """Sketch the newest days, a changed series since its change, with the errors to expect.
 
     Args:
-        in_service: what the forecasts that serve from now on cost on the windows of `hold_out`.
+        in_service: what the forecasts of the model in service from now on cost on `hold_out`.
     """
     n_bins = min(grid.n_bins, round(days * DAY_MS / grid.bin_ms))
     first = grid.n_bins - n_bins
@@ -67,105 +143,16 @@ def _since_changes(values: Floats32, first_bin: int, changed: tuple[ChangedSerie
     return kept
 
 
-CANDIDATE, SERVING, FALLBACK = "candidate", "serving", "fallback"
-
-
-@dataclass(frozen=True)
-class Champion:
-    """A version that can serve, loaded."""
-
-    version: Version
-    model: Forecaster
-
-
-@dataclass(frozen=True, eq=False)
-class Challenger:
-    """What became of a candidate."""
-
-    model: Forecaster  # each series forecast by the better weights
-    verdict: GateVerdict
-    errors: Mapping[str, Any]  # mean |p50 - actual| by side, metric and horizon
-    baseline: Baseline  # of its data
-
-
-def judge_challenger(
-    model: Forecaster,
-    serving: Champion | None,
-    grid: TrainingGrid,
-    held_from: Longs,
-    changed: tuple[ChangedSeries, ...],
-    settings: Settings,
-    *,
-    is_special: bool,
-) -> Challenger:
-    """Judge a candidate against what serves (None: the fallback) on the held-out tails.
-
-    Args:
-        is_special: whether its last specialist was just made, and nothing else.
-        held_from: (server, metric) the first bin that the training did not see.
-        changed: what the training was told has changed: these series decide.
-    """
-    fallback = NaiveForecaster(model.description.grid.horizon_bins)
-    specialised = {pair for item in model.specialists for pair in item.changed_ms}
-    hold_out = HoldOut(
-        grid,
-        model.description.grid,
-        held_from,
-        changed,
-        fallback,
-        settings.forecast.settle_horizons,
-        settings.trainer.seed,
-        specialised=specialised,
-    )
-    sides = {CANDIDATE: hold_out.losses(model), FALLBACK: hold_out.losses(fallback)}
-    if serving:
-        sides[SERVING] = hold_out.losses(serving.model)
-    if model.specialists:
-        is_plain = is_special and serving is not None and not serving.model.specialists
-        fleet = sides[SERVING] if is_plain else hold_out.losses(Forecaster(model.description, model.weights))
-        chosen = route(model, hold_out, sides[CANDIDATE], fleet, settings.trainer.seed, is_new=is_special)
-        model, sides[CANDIDATE] = chosen.model, chosen.losses
-    opponent = sides[SERVING] if serving else sides[FALLBACK]
-    # a fleet's first model has to beat both the shipped base and the fallback
-    is_first = serving is not None and serving.version.is_base
-    verdict = judge(
-        sides[CANDIDATE],
-        opponent,
-        hold_out.is_changed,
-        grid.metrics,
-        settings.trainer.seed,
-        sides[FALLBACK] if is_first else None,
-    )
-    errors = {name: _error_table(side, grid.metrics, hold_out.horizons) for name, side in sides.items()}
-    in_service = sides[CANDIDATE] if verdict.promoted else opponent
-    days = settings.drift.baseline_days
-    baseline = trained_baseline(grid, changed, days, model.version, in_service, hold_out)
-    return Challenger(model, verdict, errors, baseline)
-
-
-def _error_table(
-    side: Losses, metrics: tuple[str, ...], horizons: tuple[int, ...]
-) -> dict[str, dict[str, float | None]]:
-    table, _ = mean_errors(side)
-    return {
-        metric: {
-            str(horizon): None if np.isnan(table[row, column]) else round(float(table[row, column]), 5)
-            for column, horizon in enumerate(horizons)
-        }
-        for row, metric in enumerate(metrics)
-    }
-
-
 def training_reference(
     grid: TrainingGrid, changed: Sequence[ChangedSeries], read: ReadForecasts, settings: DriftSettings
 ) -> Reference:
-    """Learn the reference that goes with a model: its training's data, and the errors known so far.
+    """Learn the drift reference of a training's data and of the errors known so far.
 
-    The errors are those of the models that were in service on those days, as settled: what users
-    got. A first model has none yet; the statistic that needs them begins when they are renewed.
+    The errors are those of the forecasts that clients got on those days, as settled. Before a first
+    model there are none; the statistic that needs them begins when the reference is renewed.
 
     Args:
-        changed: what is known to have changed; the days before do not count.
+        changed: known changes; the days before a change do not count.
         read: settled forecasts one bin ahead.
     """
     changed_ms = np.full(grid.values.shape[:2], np.nan)
