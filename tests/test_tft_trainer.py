@@ -263,8 +263,8 @@ def test_a_killed_trainer_leaves_what_was_and_goes_on_where_it_stood(
     told: list[str] = []
     monkeypatch.setattr(fit.logger, "info", lambda text, *given: told.append(text % given))
     assert tft_trainer.main(["--data", "data.parquet"]) == 0
-    # Then it goes on with what its state file holds, and leaves no state
-    assert told[0].startswith("training goes on where it was interrupted epoch=")
+    # Then it resumes from its state file, and leaves no state
+    assert told[0].startswith("training resumes epoch=")
     assert len(told) in (5, 6)  # that line, and four or five of the six epochs
     assert not (workplace / "checkpoints" / tft_trainer.BASE_STATE_FILE).exists()
     assert len(registry.version_ids()) == 1

@@ -3,6 +3,8 @@
 Owns: the comparison of two sides' losses, and the rule. Does not know: which data are held out
 (`holdout`), how a model is trained, versions, files.
 
+The champion is the model in service, or the fallback while there is none.
+
 The rule. On the changed series (on all series, where no change is known) the challenger's loss is
 lower than the champion's and stays lower in 9 of 10 resamples. The first model of a fleet has to
 beat the fallback in the same way, besides the shipped base. On the unchanged series the loss is at

@@ -34,7 +34,7 @@ from benchmarks.loop.parts.scores import SCORED_EVERY
 from data_buffer import DataBuffer
 from fleetcast.clock import from_ms, iso_z, to_ms
 from fleetcast.forecast.predictor import Forecaster
-from fleetcast.forecast.registry import Registry, Verdict, read_verdict
+from fleetcast.forecast.registry import ATTEMPTS_FOLDER, Registry, Verdict, read_verdict
 from fleetcast.schema import Floats32
 from fleetcast.settings import Settings, load_settings
 
@@ -177,7 +177,7 @@ def trained(data: Path, checkpoints: Path, config: Path) -> Verdict:
     code = tft_trainer.main(flags)
     if code:
         raise RuntimeError(f"tft_trainer {' '.join(flags)} exited {code}")
-    attempts = checkpoints / tft_trainer.ATTEMPTS_FOLDER
+    attempts = checkpoints / ATTEMPTS_FOLDER
     newest = max(attempts.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
     verdict = read_verdict(checkpoints, newest.stem)
     if verdict is None:
