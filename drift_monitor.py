@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from fleetcast.clock import Clock, SystemClock
+from fleetcast.clock import HOUR_MS, Clock, SystemClock
 from fleetcast.drift.evidence import DriftEvidence, DriftSource
-from fleetcast.drift.figure import drift_figure
+from fleetcast.drift.figure import drift_png
 from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.drift.literal.scores import (
     Columns,
@@ -45,6 +45,7 @@ from fleetcast.settings import CALIBRATED, LITERAL, DriftSettings, load_settings
 
 METRICS_FILE = "drift_metrics.json"
 TOP_SERIES = 10
+TREND_H = 6  # the newer half is compared with the older
 # the metrics as reports name them, and as thresholds and weights do
 _SPELLED = {"per": "per", "dss": "dss", "fds": "fds", "anomaly_rate": "anomaly"}
 
@@ -248,7 +249,9 @@ class DriftMonitor:
 
     def _seasonal_trends(self, limits: Mapping[str, float]) -> dict[str, str]:
         """Compare the older half of the last hours with the newer."""
-        ratios = self._evidence.fleet_ratios if self._evidence else ()
+        evidence = self._evidence
+        n_bins = max(2, TREND_H * HOUR_MS // evidence.window.bin_ms) if evidence else 0
+        ratios = evidence.fleet_ratios[-n_bins:] if evidence else ()
         middle = len(ratios) // 2
         if not middle:
             return dict.fromkeys(FAMILIES, "stable")
@@ -329,7 +332,7 @@ def _print_report(config: Path | None, plot: Path | None) -> int:
     monitor.observe(source.evidence())
     print(monitor.generate_report())
     if plot:
-        write_atomic(plot, drift_figure(monitor.report(), source.one_ahead))
+        write_atomic(plot, drift_png(monitor.report(), source.one_ahead))
     return ExitCode.OK
 
 

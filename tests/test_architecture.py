@@ -49,6 +49,7 @@ OWNERS = {
     "google": {"prometheus"},
     "crc32c": {"storage"},
     "prometheus_client": {"serving", "retraining", "inference"},  # inference makes the registry
+    "matplotlib": {"drift.figure"},
     "scipy": set(),
     "sklearn": set(),
 }

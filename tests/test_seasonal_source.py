@@ -34,7 +34,7 @@ def test_an_unchanged_fleet_is_judged_and_silent(tmp_path: Path) -> None:
     verdict = evidence.detector.check()
     assert (verdict.status, verdict.needs_retraining, verdict.n_compared) == ("ready", False, 10)
     assert verdict.end_ms == START_MS + (END - 1) * BIN_MS, "the newest settled bin may still grow"
-    assert len(evidence.fleet_ratios) == 72
+    assert len(evidence.fleet_ratios) == 288
 
 
 @pytest.mark.parametrize("steps", [(1, 1), (40, 3)])

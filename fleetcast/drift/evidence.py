@@ -41,7 +41,7 @@ class DriftEvidence:
     detector: SeasonalDetector | None = None  # as of the newest settled bin
     missing: str = ""  # why there is no detector
     reference_version: str | None = None  # whose reference the detector compares with
-    fleet_ratios: tuple[Floats32, ...] = ()  # (family,) of each of the last hours' bins
+    fleet_ratios: tuple[Floats32, ...] = ()  # (family,) of each bin of the last day
     unknown_servers: tuple[str, ...] = ()  # seen lately, not in the reference
 
     @property

@@ -1,7 +1,7 @@
 """The seasonal detector beside a buffer: it follows the fleet with the reference in force.
 
 Owns: which bins the detector has seen, starting it anew for another reference or version, and
-keeping the fleet's ratios of the last hours for their trend. Nothing here is saved: after a
+keeping the fleet's ratios of the last day. Nothing here is saved: after a
 restart, replaying the newest days gives the same scores. Does not know: thresholds, verdicts.
 
 The detector takes a bin once a later bin is settled, for then the bin grows no more.
@@ -21,7 +21,7 @@ from fleetcast.forecast.registry import Version
 from fleetcast.schema import Floats32, SettledForecasts
 from fleetcast.settings import DriftSettings
 
-TREND_H = 6  # the newer half is compared with the older
+HISTORY_H = 24  # a replay begins a day before: it gives the same ratios after a restart
 
 
 class SeasonalFollower:
@@ -35,7 +35,7 @@ class SeasonalFollower:
         self._key: tuple[str, str] | None = None  # version of the reference, version in service
         self.detector: SeasonalDetector | None = None
         self.missing = ""  # why there is no detector
-        self.ratios: deque[Floats32] = deque(maxlen=max(2, TREND_H * HOUR_MS // bin_ms))
+        self.ratios: deque[Floats32] = deque(maxlen=max(2, HISTORY_H * HOUR_MS // bin_ms))
         self._next_ms: int | None = None
         self._last_seen: dict[str, int] = {}  # server -> newest settled bin
         self._metrics: set[str] = set()
