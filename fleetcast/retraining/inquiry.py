@@ -1,44 +1,98 @@
-"""What the inference daemon says: its status and its fleet's load, without ever hanging on it.
+"""What the inference daemon says: the version it serves, and the load of its fleet.
 
-Owns: asking in a thread, so that a daemon that hangs does not make this one hang at a stop.
-Does not know: HTTP (`sources.client`), limits.
+Owns: what is read out of `/status` and `/predictions/current?fields=current`, and a thread for
+each question, so that an inference daemon that hangs never delays a stop of this one.
+Does not know: HTTP (`sources.client`), which load is too much (`quiet`).
 """
 
 import logging
+import math
 import queue
 import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 from fleetcast.errors import DaemonAway, FleetcastError
 from fleetcast.loop import Stop
-from fleetcast.retraining.quiet import FleetLoad, fleet_load
 from fleetcast.sources.client import LOOPBACK, DaemonClient
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S = 0.05
+CPU, MEM = "cpu_pct", "mem_pct"
+_LOOK_S = 0.05  # between two looks for a stop
 
 _Answer = dict[str, Any] | FleetcastError
+
+
+@dataclass(frozen=True, slots=True)
+class FleetLoad:
+    """Means over the live servers; None = no live server sends it."""
+
+    live_servers: int | None = None
+    cpu_percent: float | None = None
+    mem_percent: float | None = None
+    away: str = ""  # why the inference daemon could not be asked
+
+    @property
+    def avg_cpu(self) -> float:
+        """Return the mean CPU to compare with a limit: one that no server sends is below any."""
+        return -math.inf if self.cpu_percent is None else self.cpu_percent
+
+    @property
+    def avg_mem(self) -> float:
+        """Return the mean memory likewise."""
+        return -math.inf if self.mem_percent is None else self.mem_percent
+
+
+def fleet_load(document: Mapping[str, Any]) -> FleetLoad:
+    """Return the load that an answer of `/predictions/current` shows.
+
+    Raises:
+        DaemonAway: the answer has another shape.
+    """
+    predictions = document.get("predictions")
+    if not isinstance(predictions, Mapping):
+        raise DaemonAway("the inference daemon's predictions have another shape: no `predictions`")
+    current: list[Mapping[str, Any]] = [
+        server["current"]
+        for server in predictions.values()
+        if isinstance(server, Mapping)
+        and isinstance(server.get("current"), Mapping)
+        and server.get("stale") is not True
+    ]
+    return FleetLoad(len(current), _mean(current, CPU), _mean(current, MEM))
+
+
+def _mean(current: list[Mapping[str, Any]], metric: str) -> float | None:
+    values = [
+        float(value)
+        for server in current
+        if isinstance(value := server.get(metric), int | float) and math.isfinite(value)
+    ]
+    return sum(values) / len(values) if values else None
 
 
 class Inquiry:
     """Asks one daemon; each question is one bounded request. Not thread safe."""
 
     def __init__(self, url: str, timeout_s: float) -> None:
-        DaemonClient(url, timeout_s=timeout_s).close()  # a wrong address is told now, not at each check
+        DaemonClient(url, timeout_s=timeout_s).close()  # refuses a wrong address now, not at each check
         self._url = url
         self._timeout_s = timeout_s
         self._is_on_this_host = urlsplit(url).hostname in LOOPBACK
         self.served_version: str | None = None  # None: not known
         self.pids: tuple[int, ...] = ()  # of the daemon, where it runs on this host
+        self.away = ""  # why the last `look` got no answer
 
     def look(self, stop: Stop) -> None:
-        """Learn which version is served and as which process; away leaves both unknown."""
-        self.served_version, self.pids = None, ()
+        """Ask which version is served and by which process; a daemon that is away leaves both unknown."""
+        self.served_version, self.pids, self.away = None, (), ""
         try:
             status = self._ask("/status", stop)
         except DaemonAway as error:
+            self.away = str(error)
             logger.warning("inference daemon away error=%s", error)
             return
         model, pid = status.get("model"), status.get("pid")
@@ -48,7 +102,7 @@ class Inquiry:
             self.pids = (pid,)
 
     def fleet(self, stop: Stop) -> FleetLoad:
-        """Return the load of the live servers, or why it cannot be told."""
+        """Return the load of the live servers, or why it is not known."""
         try:
             return fleet_load(self._ask("/predictions/current?fields=current", stop))
         except DaemonAway as error:

@@ -1,25 +1,18 @@
-"""Whether it is a quiet period: the fleet's means and the host's load, with every number named.
+"""Whether it is a quiet period: the limits of the fleet and of this host, and the fleet's own week.
 
-Owns: reading the fleet's load out of `/predictions/current?fields=current`, and the verdict.
-Does not know: the fleet's limits (they stand in `check_quiet_period()`, to be edited there), HTTP.
+Owns: the load of this host (psutil), the verdict with every number it rests on, and the week that
+relaxes it. Does not know: the fleet's limits, which stand in `check_quiet_period()` to be edited
+there; how the fleet's load is asked for (`inquiry`).
 
-How busy this host is with other people's work, before a training takes its share.
+**This host.** Load of others = 1-minute load of the system minus the cores that our own processes
+used since the last measurement: this daemon, its children, and the processes that the caller names.
 
-Owns: psutil for the retraining daemon. Does not know: how busy is too busy.
-
-Load of others = 1-minute load of the system minus the cores our own processes used since the
-last measurement: this daemon, everything it started, and those it is told about.
-
-A quiet window for fleets that are never under the fixed limits: relative to their own week.
-
-Owns: the fleet's load at the checks of the last week, whether the fixed gate was ever open in it,
-when a busy fleet counts as quiet for itself, and the deadline after which it is not waited for
-any longer. It keeps no file: the week stands in `decisions.jsonl`. Does not know: the host, whose
-own gate always holds; how load is measured.
-
-Load = the larger of mean CPU and mean memory, each over its fixed limit: below 1 the fixed gate
-is open. Measured on a recorded fleet at 89 % memory (docs/decisions/quiet-window.md): fixed gate
-open in 0 % of checks, the lowest quartile of the week in 25 %, longest wait 13 h.
+**A busy fleet.** Some fleets are never under the fixed limits. Load = the larger of mean CPU and
+mean memory, each over its fixed limit: below 1 the fixed gate is open. Where it was never open for a
+week, the lowest quarter of that week counts as quiet, and after a deadline the fleet's load is
+ignored. The gate of this host always holds. No file is kept: the week stands in `decisions.jsonl`.
+Measured on a recorded fleet at 89 % memory (docs/decisions/quiet-window.md): fixed gate open in 0 %
+of the checks, the lowest quarter of the week in 25 %, longest wait 13 h.
 """
 
 import math
@@ -32,20 +25,28 @@ from typing import Any
 
 import psutil
 
-from fleetcast.clock import monotonic, parse_plain_utc, sleep
-from fleetcast.errors import DaemonAway
+from fleetcast.clock import DAY_MS, monotonic, parse_plain_utc, sleep
 from fleetcast.files import read_json_lines
+from fleetcast.retraining.inquiry import FleetLoad
 from fleetcast.schema import QuietVerdict
 from fleetcast.settings import DecisionSettings
 
-FIRST_SAMPLE_S = 0.2  # without an earlier measurement there is nothing to take the difference to
+FIRST_SAMPLE_S = 0.2  # the first measurement has no earlier one to take the difference to
 OLDEST_SAMPLE_S = 900.0
 BYTES_PER_GB = 1e9
+FIXED = "fixed"  # of the setting quiet_window
+WEEK_S = 7 * DAY_MS / 1000
+SPACING_S = 300.0  # a check this soon after the last one adds nothing to the picture of a week
+MIN_CHECKS = 84  # one every two hours; fewer give no picture of a week
+QUARTILE = 0.25
+LOAD = "fleet_load_of_limits"
+BUSY = "not a quiet period"  # how a refusal for the fleet's or the host's load begins
+_METRICS = ("fleet_cpu_percent", "fleet_mem_percent")
 
 
 @dataclass(frozen=True, slots=True)
 class HostLoad:
-    """One measurement of a host."""
+    """One measurement of this host."""
 
     load_1m: float
     own_cores: float
@@ -114,14 +115,52 @@ def cpu_seconds_of(pids: Iterable[int]) -> dict[tuple[int, float], float]:
     return used
 
 
-FIXED, AUTO = "fixed", "auto"
-WEEK_S = 7 * 86_400.0
-SPACING_S = 300.0  # a check this soon after the last one says nothing new about a week
-MIN_CHECKS = 84  # two a day of each hour or so; fewer are no picture of a week
-QUARTILE = 0.25
-LOAD = "fleet_load_of_limits"
-BUSY = "not a quiet period"  # how a refusal for the fleet's or the host's load begins
-_METRICS = ("fleet_cpu_percent", "fleet_mem_percent")
+def quiet_verdict(
+    fleet: FleetLoad,
+    host: HostLoad,
+    limits: Mapping[str, float],
+    settings: DecisionSettings,
+    *,
+    is_fleet_quiet: bool,
+) -> QuietVerdict:
+    """Join the fleet's answer and the host's into one verdict.
+
+    Args:
+        limits: `quiet_cpu_percent` and `quiet_mem_percent`, as compared for `is_fleet_quiet`.
+    """
+    cpu_limit, mem_limit = limits["quiet_cpu_percent"], limits["quiet_mem_percent"]
+    load_limit, memory_limit = settings.host_load_per_core * host.cores, settings.host_min_available_gb
+    is_idle, has_memory = host.load_of_others < load_limit, host.available_gb >= memory_limit
+    means = (("cpu", fleet.cpu_percent, cpu_limit), ("mem", fleet.mem_percent, mem_limit))
+    sent = (f"mean {name} {mean:.1f} % (limit {limit:g})" for name, mean, limit in means if mean is not None)
+    steps = (
+        (not fleet.away, f"the inference daemon cannot be asked: {fleet.away}"),
+        (fleet.live_servers != 0, "no live server to measure"),
+        (is_fleet_quiet, f"the fleet is busy: {', '.join(sent)}"),
+        (is_idle, f"the host is busy: load of others {host.load_of_others:.2f}, limit {load_limit:.2f}"),
+        (has_memory, f"the host has {host.available_gb:.1f} GB available, {memory_limit:g} needed"),
+    )
+    failed = next((why for passed, why in steps if not passed), "")
+    return QuietVerdict(
+        is_quiet=not failed,
+        reason=failed or "quiet",
+        measured={
+            "live_servers": fleet.live_servers,
+            "fleet_cpu_percent": fleet.cpu_percent,
+            "fleet_mem_percent": fleet.mem_percent,
+            "host_load_1m": host.load_1m,
+            "host_own_cores": host.own_cores,
+            "host_load_of_others": host.load_of_others,
+            "host_available_gb": host.available_gb,
+        },
+        limits={
+            "fleet_cpu_percent": cpu_limit,
+            "fleet_mem_percent": mem_limit,
+            "host_load_of_others": load_limit,
+            "host_available_gb": memory_limit,
+        },
+        is_host_quiet=is_idle and has_memory,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +190,7 @@ class QuietWeek:
         self._note(at.timestamp(), measured, is_waiting=reason.startswith(BUSY))
 
     def judge(self, quiet: QuietVerdict, now: datetime) -> QuietVerdict:
-        """Return the verdict, quiet also where this fleet is as quiet as it gets, or was waited for."""
+        """Return the verdict; quiet also where a busy fleet is as quiet as it gets, or the deadline is over."""
         load = load_of({"measured": quiet.measured, "limits": quiet.limits})
         if quiet.is_quiet or load is None or load < 1 or not quiet.is_host_quiet:
             return quiet
@@ -159,21 +198,21 @@ class QuietWeek:
         if not self._applies(now.timestamp()):
             return quiet
         level = self._lowest_quartile()
-        told = replace(quiet, measured={**quiet.measured, LOAD: load}, limits={**quiet.limits, LOAD: level})
+        relative = replace(quiet, measured={**quiet.measured, LOAD: load}, limits={**quiet.limits, LOAD: level})
         if load <= level:
             reason = (
                 f"quiet for this fleet: load {load:.2f} of its limits, lowest quarter of its week {level:.2f}"
             )
-            return replace(told, is_quiet=True, reason=reason)
+            return replace(relative, is_quiet=True, reason=reason)
         waited_h = self._waited_h(now.timestamp())
         deadline_h = self._settings.quiet_deadline_hours
         if waited_h >= deadline_h:
             reason = f"waited {waited_h:.1f} h for a quiet fleet, at most {deadline_h:g} h"
-            return replace(told, is_quiet=True, reason=reason)
-        return told
+            return replace(relative, is_quiet=True, reason=reason)
+        return relative
 
     def _read(self) -> None:
-        """Take in the decisions that are still kept; what is no decision is left out."""
+        """Take in the decisions that are still kept; skip lines that hold none."""
         if self._decisions is None:
             return
         path, self._decisions = self._decisions, None
@@ -185,7 +224,7 @@ class QuietWeek:
             self._note(at_s, measured, is_waiting=str(line.get("reason")).startswith(BUSY))
 
     def _applies(self, now_s: float) -> bool:
-        """Whether the fixed gate was watched for a week and never open."""
+        """Return whether the fixed gate was watched for a week and never open."""
         if self._settings.quiet_window == FIXED:
             return False
         self._forget(now_s)
@@ -234,130 +273,3 @@ def _seconds(text: object) -> float | None:
         return parse_plain_utc(str(text)).timestamp()
     except ValueError:
         return None
-
-
-CPU, MEM = "cpu_pct", "mem_pct"
-
-
-class FleetMean(float):
-    """A mean over the fleet that notes the limit it is compared with.
-
-    So the literal in `check_quiet_period()` is what decides and what is reported, also after
-    somebody edited it. A limit from the settings goes before the literal. A metric that was
-    not measured (NaN) is below every limit: it does not block.
-
-    >>> mean = FleetMean(75.0)
-    >>> mean < 60.0, mean.limit
-    (False, 60.0)
-    >>> FleetMean(math.nan) < 60.0
-    True
-    """
-
-    limit: float | None = None
-    limit_by_setting: float | None = None
-
-    @classmethod
-    def of(cls, value: float | None, limit_by_setting: float | None) -> "FleetMean":
-        """Return the mean, or one that was not measured."""
-        mean = cls(math.nan if value is None else value)
-        mean.limit_by_setting = limit_by_setting
-        return mean
-
-    def __lt__(self, limit: float) -> bool:
-        self.limit = limit if self.limit_by_setting is None else self.limit_by_setting
-        return not self.is_measured or float(self) < self.limit
-
-    @property
-    def is_measured(self) -> bool:
-        """Whether the fleet sends the metric."""
-        return not math.isnan(self)
-
-
-@dataclass(frozen=True, slots=True)
-class FleetLoad:
-    """Means over the live servers; None = no live server sends it."""
-
-    live_servers: int | None = None
-    cpu_percent: float | None = None
-    mem_percent: float | None = None
-    away: str = ""  # why the inference daemon could not be asked
-
-
-def fleet_load(document: Mapping[str, Any]) -> FleetLoad:
-    """Return the load out of the answer of `/predictions/current`.
-
-    Raises:
-        DaemonAway: the answer has another shape.
-    """
-    predictions = document.get("predictions")
-    if not isinstance(predictions, Mapping):
-        raise DaemonAway("the inference daemon's predictions have another shape: no `predictions`")
-    current: list[Mapping[str, Any]] = [
-        server["current"]
-        for server in predictions.values()
-        if isinstance(server, Mapping)
-        and isinstance(server.get("current"), Mapping)
-        and server.get("stale") is not True
-    ]
-    return FleetLoad(len(current), _mean(current, CPU), _mean(current, MEM))
-
-
-def _mean(current: list[Mapping[str, Any]], metric: str) -> float | None:
-    values = [
-        float(value)
-        for server in current
-        if isinstance(value := server.get(metric), int | float) and math.isfinite(value)
-    ]
-    return sum(values) / len(values) if values else None
-
-
-def quiet_verdict(
-    fleet: FleetLoad,
-    means: Mapping[str, FleetMean],
-    host: HostLoad,
-    *,
-    is_fleet_quiet: bool,
-    settings: DecisionSettings,
-) -> QuietVerdict:
-    """Join the fleet's answer and the host's into one verdict.
-
-    Args:
-        means: "cpu" and "mem", after the comparison that made `is_fleet_quiet`.
-    """
-    load_limit, memory_limit = settings.host_load_per_core * host.cores, settings.host_min_available_gb
-    is_idle, has_memory = host.load_of_others < load_limit, host.available_gb >= memory_limit
-    steps = (
-        (not fleet.away, f"the inference daemon cannot be asked: {fleet.away}"),
-        (fleet.live_servers != 0, "no live server to measure"),
-        (is_fleet_quiet, f"the fleet is busy: {_shown(means)}"),
-        (is_idle, f"the host is busy: load of others {host.load_of_others:.2f}, limit {load_limit:.2f}"),
-        (has_memory, f"the host has {host.available_gb:.1f} GB available, {memory_limit:g} needed"),
-    )
-    failed = next((why for passed, why in steps if not passed), "")
-    return QuietVerdict(
-        is_quiet=not failed,
-        reason=failed or "quiet",
-        measured={
-            "live_servers": fleet.live_servers,
-            "fleet_cpu_percent": fleet.cpu_percent,
-            "fleet_mem_percent": fleet.mem_percent,
-            "host_load_1m": host.load_1m,
-            "host_own_cores": host.own_cores,
-            "host_load_of_others": host.load_of_others,
-            "host_available_gb": host.available_gb,
-        },
-        limits={
-            **{f"fleet_{name}_percent": mean.limit for name, mean in means.items() if mean.limit is not None},
-            "host_load_of_others": load_limit,
-            "host_available_gb": memory_limit,
-        },
-        is_host_quiet=is_idle and has_memory,
-    )
-
-
-def _shown(means: Mapping[str, FleetMean]) -> str:
-    return ", ".join(
-        f"mean {name} {mean:.1f} %" + ("" if mean.limit is None else f" (limit {mean.limit:g})")
-        for name, mean in means.items()
-        if mean.is_measured
-    )
