@@ -2,10 +2,10 @@
 
     python adaptive_retraining_daemon.py [--interval 300] [--once] [--mode auto|advise]
 
-Owns: the cycle, and the limits in force: safeguards and quiet period stand here as literals, to
-be edited (settings override them). Does not know: how drift is scored (`drift_monitor`), how a
-model is trained (`tft_trainer.py`, run by path as a child). A stop leaves a running training
-alone; the next start adopts it.
+Owns: the cycle, and the limits in force: safeguards and quiet period stand here as literals, to be
+edited; a setting of the same name overrides one. Does not know: how drift is scored
+(`drift_monitor`), how a model is trained (`tft_trainer.py`, run by path as a child). A stop leaves a
+running training alone; the next start adopts it.
 """
 
 import argparse
@@ -13,13 +13,15 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 from drift_monitor import METRICS_FILE, DriftMonitor
 from fleetcast.clock import Clock, DataClock, SystemClock, monotonic
 from fleetcast.drift.evidence import DriftEvidence, DriftSource
-from fleetcast.errors import AlreadyRunning, BadData, ExitCode, SettingsError
+from fleetcast.drift.report import DriftReport
+from fleetcast.errors import AlreadyRunning, BadData, CannotLook, ExitCode, SettingsError
 from fleetcast.files import OwnerLock, read_pid, write_json
 from fleetcast.forecast.registry import Registry
 from fleetcast.loop import Stop, SystemdNotifier, configure_logging, run_every
@@ -27,15 +29,14 @@ from fleetcast.program import models_dir, run_program
 from fleetcast.retraining.attempts import Attempts
 from fleetcast.retraining.decision import RetrainingDecisionEngine
 from fleetcast.retraining.inquiry import Inquiry
-from fleetcast.retraining.options import parser, settings_of, with_arguments
-from fleetcast.retraining.order import training_context, training_steps
-from fleetcast.retraining.quiet import FleetMean, HostProbe, QuietWeek, quiet_verdict
-from fleetcast.retraining.readiness import Readiness
+from fleetcast.retraining.order import Readiness, export_for_training, training_context, training_steps
+from fleetcast.retraining.quiet import HostProbe, QuietWeek, quiet_verdict
 from fleetcast.retraining.report import ADVISED, BESIDE, NOTHING, STARTED, TRAINING, DriftLog, RetrainingCheck
 from fleetcast.retraining.state import FAILED, STATE_FILE, Attempt
 from fleetcast.retraining.trainings import DECISIONS_FILE, Trainings
 from fleetcast.schema import QuietVerdict
-from fleetcast.settings import CALIBRATED, Settings
+from fleetcast.setting import override
+from fleetcast.settings import CALIBRATED, Settings, load_settings
 
 __all__ = ["AdaptiveRetrainingDaemon", "RetrainingDecisionEngine"]
 
@@ -44,6 +45,29 @@ logger = logging.getLogger(__name__)
 LOG_FILE = "retraining_daemon.log"
 LOCK_FILE = ".retraining_daemon.lock"
 WATCH_S = 0.5  # between looks at a running training
+WATCHED_SHARE = 0.9  # of the interval: a training is followed until shortly before the next check
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the daemon, or one check, or one export; return the exit code."""
+    options = _parser().parse_args(argv)
+    return run_program("adaptive_retraining_daemon", lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    settings = _settings(options)
+    if options.export:
+        print(export_for_training(settings, options.export))
+        return ExitCode.OK
+    try:
+        daemon = AdaptiveRetrainingDaemon(settings=settings, config=options.config)
+    except BadData as error:
+        raise SettingsError([f"retraining.daemon_url: {error}"]) from error
+    if options.once:
+        return daemon.run_once()
+    daemon.own(strict=True)  # before the log file has two writers
+    configure_logging(Path(LOG_FILE), settings.logging)
+    return daemon.run()
 
 
 class AdaptiveRetrainingDaemon:
@@ -64,36 +88,31 @@ class AdaptiveRetrainingDaemon:
         config: Path | None = None,
         clock: Clock | None = None,
     ) -> None:
-        from fleetcast.storage.store import DataBuffer  # --help shall not wait for pyarrow
+        from fleetcast.storage.store import DataBuffer  # pyarrow: --help answers without it
 
         given = (daemon_url, check_interval, data_buffer_dir, training_script)
-        self._settings = with_arguments(settings or Settings(), *given)
+        self._settings = own = _with_arguments(settings or Settings(), *given)
         self._config = config
-        paths, drift, bins = self._settings.paths, self._settings.drift, self._settings.bins
-        training, limits = self._settings.retraining, self._settings.decision
-        self._newest: datetime | None = None
-        is_data = self._settings.clock.mode == "data"
-        self._clock = clock or (DataClock(lambda: self._newest) if is_data else SystemClock())
-        self._store = DataBuffer(paths.data_buffer_dir, settings=self._settings.buffer, expire=False)
-        self._registry = Registry(Path(paths.checkpoint_dir), models_dir(self._settings))
-        self._source = DriftSource(self._store, self._registry, drift, bins.bin_s * 1000)
-        self._monitor = DriftMonitor(drift.window_size, settings=drift, clock=self._clock)
-        horizon_bins = self._settings.forecast.horizon_bins
-        self._readiness = Readiness(self._store, bins, horizon_bins, training.training_days, limits)
-        self._inquiry, self._host = Inquiry(training.daemon_url, training.request_timeout_s), HostProbe()
-        self._attempts = Attempts(
-            self._registry, timeout_s=training.training_timeout_s, nice=training.training_nice
-        )
-        self.engine = self._make_engine()
-        self._trainings = Trainings(
-            self.engine, self._attempts, Path(STATE_FILE), self._settings.clock.mode, self._clock
-        )
+        self._newest: datetime | None = None  # time of the newest record, as of the last look
+        is_data = own.clock.mode == "data"
+        self._clock = clock or (DataClock(self._newest_seen) if is_data else SystemClock())
+        self._store = DataBuffer(own.paths.data_buffer_dir, settings=own.buffer, expire=False)
+        self._registry = Registry(Path(own.paths.checkpoint_dir), models_dir(own))
+        self._source = DriftSource(self._store, self._registry, own.drift, own.bins.bin_s * 1000)
+        self._monitor = DriftMonitor(own.drift.window_size, settings=own.drift, clock=self._clock)
         self._drift_log = DriftLog()
-        self._quiet_week = QuietWeek(limits, Path(DECISIONS_FILE))
+        self._readiness = Readiness(self._store, own)
+        self._inquiry = Inquiry(own.retraining.daemon_url, own.retraining.request_timeout_s)
+        self._host = HostProbe()
+        self._quiet_week = QuietWeek(own.decision, Path(DECISIONS_FILE))
+        self.quiet = QuietVerdict(is_quiet=False, reason="not measured yet")
+        self.engine = self._make_engine()
+        timeout_s, nice = own.retraining.training_timeout_s, own.retraining.training_nice
+        attempts = Attempts(self._registry, timeout_s=timeout_s, nice=nice)
+        self._trainings = Trainings(self.engine, attempts, Path(STATE_FILE), own.clock.mode, self._clock)
         self._lock = OwnerLock(Path(LOCK_FILE), "the retraining of this folder")
         self._is_owner = False
         self._notifier, self.stop = SystemdNotifier(), Stop()
-        self.quiet = QuietVerdict(is_quiet=False, reason="not measured yet")
 
     def run(self) -> ExitCode:
         """Check at each interval until SIGTERM or SIGINT.
@@ -101,23 +120,43 @@ class AdaptiveRetrainingDaemon:
         Raises:
             AlreadyRunning: another retraining daemon works in this folder.
         """
+        limits = self._settings.retraining
         self.stop = Stop()
         self.stop.install()
-        limits = self._settings.retraining
         with self.ownership(strict=True):
             logger.info("retraining daemon started interval_s=%g", limits.interval_s)
             self._notifier.ready()
-
-            def cycle() -> None:
-                until = monotonic() + 0.9 * limits.interval_s
-                self.run_check_cycle()
-                self.wait_for_training(until)  # its verdict is noted at once
-
             alive, most = self._notifier.alive, limits.max_failures
-            has_stopped = run_every(cycle, limits.interval_s, self.stop, max_failures=most, alive=alive)
+            has_stopped = run_every(self._tick, limits.interval_s, self.stop, max_failures=most, alive=alive)
             self._notifier.stopping()
         logger.info("retraining daemon stopped reason=%s", self.stop.reason or "too many failures")
         return ExitCode.OK if has_stopped else ExitCode.FAILED
+
+    def _tick(self) -> None:
+        """Check, then follow a training, so that its verdict is noted at once."""
+        until = monotonic() + WATCHED_SHARE * self._settings.retraining.interval_s
+        self.run_check_cycle()
+        self.wait_for_training(until)
+
+    def run_once(self) -> ExitCode:
+        """Check, print, and wait for a training that this check started.
+
+        Raises:
+            CannotLook: there is neither an inference daemon to ask nor a buffer to read.
+        """
+        self._require_sight()
+        is_owner = self.own(strict=False)
+        configure_logging(Path(LOG_FILE) if is_owner else None, self._settings.logging)
+        with self.ownership():
+            self.stop.install()
+            check = self.run_check_cycle()
+            print(check.as_text(), flush=True)
+            if check.action != STARTED:
+                return ExitCode.OK
+            ended = self.wait_for_training()
+            goes_on = "This check stopped waiting: the training goes on, and the next start adopts it."
+            print(f"Training {ended.id}: {ended.outcome}. {ended.why}" if ended else goes_on)
+            return ExitCode.FAILED if ended and ended.outcome == FAILED else ExitCode.OK
 
     def run_check_cycle(self) -> RetrainingCheck:
         """Check once; start a training that is due and return without waiting for it.
@@ -128,8 +167,9 @@ class AdaptiveRetrainingDaemon:
             self._newest = self._store.newest_record_time()
             if is_owner:
                 self._trainings.note()
-            evidence, check = self._measured(self._clock.now(), is_owner=is_owner)
-            check = self._acted(check, evidence, is_owner=is_owner)
+            now = self._clock.now()
+            evidence, report = self._measure_drift(may_renew=is_owner)
+            check = self._act(self._decide(report, now), evidence, is_owner=is_owner)
             logger.info(
                 "checked should_retrain=%s action=%s reason=%s",
                 *(check.decision.should_retrain, check.action, check.decision.reason),
@@ -140,15 +180,13 @@ class AdaptiveRetrainingDaemon:
 
     def check_quiet_period(self) -> bool:
         """Measure the fleet and this host; return whether it is a quiet period (details: `quiet`)."""
-        limits = self._settings.decision
+        # Quiet period thresholds, in percent; a setting of the same name (`decision`) overrides one
+        limits = override({"quiet_cpu_percent": 60.0, "quiet_mem_percent": 70.0}, self._settings.decision)
         fleet = self._inquiry.fleet(self.stop)
-        avg_cpu = FleetMean.of(fleet.cpu_percent, limits.quiet_cpu_percent)
-        avg_mem = FleetMean.of(fleet.mem_percent, limits.quiet_mem_percent)
-        # Quiet period thresholds
-        is_quiet = avg_cpu < 60.0 and avg_mem < 70.0
-        own_pids = (*self._inquiry.pids, *self._attempts.pids(self._trainings.running))
-        means, host = {"cpu": avg_cpu, "mem": avg_mem}, self._host.measure(own_pids)
-        verdict = quiet_verdict(fleet, means, host, is_fleet_quiet=is_quiet, settings=limits)
+        avg_cpu, avg_mem = fleet.avg_cpu, fleet.avg_mem
+        is_quiet = avg_cpu < limits["quiet_cpu_percent"] and avg_mem < limits["quiet_mem_percent"]
+        host = self._host.measure((*self._inquiry.pids, *self._trainings.pids))
+        verdict = quiet_verdict(fleet, host, limits, self._settings.decision, is_fleet_quiet=is_quiet)
         self.quiet = self._quiet_week.judge(verdict, self._clock.now())
         return self.quiet.is_quiet
 
@@ -168,7 +206,7 @@ class AdaptiveRetrainingDaemon:
 
     @contextmanager
     def ownership(self, *, strict: bool = False) -> Iterator[bool]:
-        """Be the owner of the folder's state; yields False where another daemon is."""
+        """Own the folder's state; yields False where another daemon owns it."""
         if self._is_owner:
             yield True
         elif not self.own(strict=strict):
@@ -193,13 +231,15 @@ class AdaptiveRetrainingDaemon:
                 return ended
         return None
 
-    def _measured(self, now: datetime, *, is_owner: bool) -> tuple[DriftEvidence, RetrainingCheck]:
-        """Measure drift and quiet, and decide."""
+    def _measure_drift(self, *, may_renew: bool) -> tuple[DriftEvidence, DriftReport]:
         self._inquiry.look(self.stop)
-        evidence = self._source.evidence(self._inquiry.served_version, may_renew=is_owner)
+        evidence = self._source.evidence(self._inquiry.served_version, may_renew=may_renew)
         self._monitor.observe(evidence)
         report = self._monitor.report()
         self._drift_log.note(report)
+        return evidence, report
+
+    def _decide(self, report: DriftReport, now: datetime) -> RetrainingCheck:
         has_model = self._registry.current_id() is not None  # a rejected first candidate is none either
         missing = "" if has_model else self._readiness.why_not()
         initial_due = not has_model and not missing
@@ -213,9 +253,9 @@ class AdaptiveRetrainingDaemon:
             follow_up=self._trainings.follow_up(hours, self.engine.trainings_left()),
         )
         self._quiet_week.note(now, self.quiet, reason=decision.reason)
-        return evidence, RetrainingCheck(now, report, self.quiet, decision, missing, NOTHING)
+        return RetrainingCheck(now, report, self.quiet, decision, missing, NOTHING)
 
-    def _acted(self, check: RetrainingCheck, evidence: DriftEvidence, *, is_owner: bool) -> RetrainingCheck:
+    def _act(self, check: RetrainingCheck, evidence: DriftEvidence, *, is_owner: bool) -> RetrainingCheck:
         """Do what was decided, as far as it is ours to do."""
         if not is_owner:
             other = f"another retraining daemon (pid {read_pid(Path(LOCK_FILE))}) is running"
@@ -248,45 +288,68 @@ class AdaptiveRetrainingDaemon:
         engine.use_clock(self._clock)
         return engine
 
+    def _require_sight(self) -> None:
+        folder = Path(self._settings.paths.data_buffer_dir)
+        if folder.is_dir() and any(folder.iterdir()):
+            return
+        away = self._inquiry.why_away(self.stop)
+        if away:
+            hint = "name the buffer's folder with --data-buffer-dir, or start the inference daemon"
+            raise CannotLook(f"nothing to look at: no buffer in {folder}, and {away}", hint=hint)
 
-def _once(daemon: AdaptiveRetrainingDaemon, settings: Settings) -> ExitCode:
-    """Check, print and wait for a training this check started."""
-    is_owner = daemon.own(strict=False)
-    configure_logging(Path(LOG_FILE) if is_owner else None, settings.logging)
-    with daemon.ownership():
-        daemon.stop.install()
-        check = daemon.run_check_cycle()
-        print(check.as_text(), flush=True)
-        if check.action != STARTED:
-            return ExitCode.OK
-        ended = daemon.wait_for_training()
-        goes_on = "Not waited for: the training goes on, the next start adopts it."
-        print(f"Training {ended.id}: {ended.outcome}. {ended.why}" if ended else goes_on)
-        return ExitCode.FAILED if ended and ended.outcome == FAILED else ExitCode.OK
+    def _newest_seen(self) -> datetime | None:
+        return self._newest
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the daemon, or one check, or one export; return the exit code."""
-    options = parser().parse_args(argv)
-    return run_program("adaptive_retraining_daemon", lambda: _run(options))
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Watch drift and retrain the model when it is due.")
+    parser.add_argument("--daemon-url", help="inference daemon (default: http://localhost:8000)")
+    parser.add_argument("--interval", type=float, help="seconds between checks (default: 300)")
+    parser.add_argument("--data-buffer-dir", help="folder of the buffer (default: ./data_buffer)")
+    parser.add_argument("--checkpoint-dir", help="folder of the models (default: ./checkpoints)")
+    parser.add_argument("--mode", choices=("auto", "advise"), help="advise: decide, but never train")
+    parser.add_argument("--clock", choices=("system", "data"), help="what now means (default: system)")
+    parser.add_argument("--config", type=Path, help="settings file (default: ./fleetcast.toml, if present)")
+    action = parser.add_mutually_exclusive_group()
+    once = "check once, print, wait for a training that the check starts"
+    action.add_argument("--once", action="store_true", help=once)
+    action.add_argument("--export", type=Path, metavar="FILE", help="write the training export and end")
+    return parser
 
 
-def _run(options: argparse.Namespace) -> int:
-    settings = settings_of(options)
-    if options.export:
-        from fleetcast.retraining.order import export_for_training
+def _settings(options: argparse.Namespace) -> Settings:
+    flags = {
+        "retraining.daemon_url": options.daemon_url,
+        "retraining.interval_s": options.interval,
+        "retraining.mode": options.mode,
+        "paths.data_buffer_dir": options.data_buffer_dir,
+        "paths.checkpoint_dir": options.checkpoint_dir,
+        "clock.mode": options.clock,
+    }
+    return load_settings(options.config, flags)
 
-        print(export_for_training(settings, options.export))
-        return ExitCode.OK
-    try:
-        daemon = AdaptiveRetrainingDaemon(settings=settings, config=options.config)
-    except BadData as error:
-        raise SettingsError([f"retraining.daemon_url: {error}"]) from error
-    if options.once:
-        return _once(daemon, settings)
-    daemon.own(strict=True)  # before the log file has two writers
-    configure_logging(Path(LOG_FILE), settings.logging)
-    return daemon.run()
+
+def _with_arguments(
+    settings: Settings,
+    daemon_url: str | None,
+    check_interval: float | None,
+    data_buffer_dir: str | None,
+    training_script: str | None,
+) -> Settings:
+    """Return the settings with the constructor's arguments in them; None leaves a setting as it is."""
+    if check_interval is not None and not check_interval > 0:
+        raise BadData(f"check_interval must be > 0 seconds, got {check_interval!r}")
+    own = settings.retraining
+    return replace(
+        settings,
+        paths=replace(settings.paths, data_buffer_dir=data_buffer_dir or settings.paths.data_buffer_dir),
+        retraining=replace(
+            own,
+            daemon_url=daemon_url or own.daemon_url,
+            interval_s=check_interval or own.interval_s,
+            training_script=training_script or own.training_script,
+        ),
+    )
 
 
 if __name__ == "__main__":

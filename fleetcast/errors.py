@@ -18,6 +18,7 @@ class ExitCode(IntEnum):
     CANNOT_START = 3
     ALREADY_RUNNING = 4
     NOT_ENOUGH_DATA = 5
+    COULD_NOT_LOOK = 6
 
 
 class FleetcastError(Exception):
@@ -92,12 +93,14 @@ class BadCheckpoint(CorruptFile):
 
 
 class OtherBins(BadCheckpoint):
-    """Raised when an intact model was made for bins or horizons other than those that serve."""
-
-
-class WindowTooShort(FleetcastError):
-    """Raised when a series has fewer bins than a forecast needs."""
+    """Raised when an intact model was made for other bins or horizons than those in service."""
 
 
 class DaemonAway(FleetcastError):
     """Raised when the inference daemon cannot be asked, or answers with an error."""
+
+
+class CannotLook(FleetcastError):
+    """Raised when a single check finds neither an inference daemon to ask nor a buffer to read."""
+
+    exit_code = ExitCode.COULD_NOT_LOOK

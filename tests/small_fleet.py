@@ -104,9 +104,9 @@ class SmallFleet:
         self.registry.set_baseline(version)
 
 
-def quiet_answers(version: str | None, cpu: float = 20.0) -> dict[str, Any]:
+def quiet_answers(version: str | None, cpu: float = 20.0, mem: float = 30.0) -> dict[str, Any]:
     """Return what a quiet inference daemon says, by path."""
-    current = {"cpu_pct": cpu, "mem_pct": 30.0}
+    current = {"cpu_pct": cpu, "mem_pct": mem}
     return {
         "/status": {"pid": None, "model": {"version": version} if version else None},
         "/predictions/current": {"predictions": {s: {"current": current, "stale": False} for s in SERVERS}},

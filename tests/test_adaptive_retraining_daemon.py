@@ -204,6 +204,30 @@ def test_drift_waits_for_a_quiet_period(
     assert state()["attempts"] == []
 
 
+@pytest.mark.parametrize(
+    ("cpu", "mem", "limits", "is_quiet"),
+    [
+        (59.9, 69.9, {}, True),
+        (60.0, 10.0, {}, False),
+        (10.0, 70.0, {}, False),
+        (75.0, 10.0, {"quiet_cpu_percent": 80.0}, True),
+        (50.0, 10.0, {"quiet_cpu_percent": 40.0}, False),
+        (10.0, 75.0, {"quiet_mem_percent": 80.0}, True),
+        (10.0, 50.0, {"quiet_mem_percent": 40.0}, False),
+        (10.0, 75.0, {"quiet_cpu_percent": 80.0}, False),
+        (75.0, 10.0, {"quiet_mem_percent": 80.0}, False),
+    ],
+)
+def test_a_quiet_limit_that_is_set_counts_and_otherwise_the_literal_does(
+    fleet: SmallFleet, told: Told, cpu: float, mem: float, limits: dict[str, float], is_quiet: bool
+) -> None:
+    told.answers = quiet_answers(fleet.version, cpu=cpu, mem=mem)
+    own = daemon(told, settings(decision=limits))
+    assert own.check_quiet_period() is is_quiet
+    assert own.quiet.limits["fleet_cpu_percent"] == limits.get("quiet_cpu_percent", 60.0)
+    assert own.quiet.limits["fleet_mem_percent"] == limits.get("quiet_mem_percent", 70.0)
+
+
 def test_advise_decides_and_trains_nothing(fleet: SmallFleet, told: Told) -> None:
     fleet.grow(60, shifted_from(48))
     check = daemon(told, settings(retraining={"mode": "advise"})).run_check_cycle()
@@ -358,6 +382,25 @@ def test_bad_settings_are_exit_2_and_say_what_would_be_right(
     monkeypatch.chdir(tmp_path)
     assert program.main(["--once", *flags]) == code
     assert message in capsys.readouterr().err
+
+
+def test_once_with_neither_a_daemon_nor_a_buffer_is_exit_6_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["--once", "--daemon-url", "http://127.0.0.1:9", "--data-buffer-dir", "mistyped"]
+    assert program.main(flags) == ExitCode.COULD_NOT_LOOK == 6
+    assert "no buffer in mistyped, and http://127.0.0.1:9 does not answer" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "missing", [("--data-buffer-dir", "elsewhere"), ("--daemon-url", "http://127.0.0.1:9")]
+)
+def test_once_looks_where_there_is_a_daemon_or_a_buffer(
+    fleet: SmallFleet, told: Told, missing: tuple[str, str]
+) -> None:
+    assert once(told, *missing) == 0
 
 
 def test_the_other_clock_mode_is_exit_2_with_a_hint(

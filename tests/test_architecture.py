@@ -29,10 +29,9 @@ ROWS: dict[str, set[str]] = {
     "serving": {"storage", "ingest", "prometheus", "forecast"},
     "api": {"serving", "ingest", "prometheus"},
     "retraining": {"storage", "sources", "forecast", "drift", "drift.literal", "drift.seasonal", "training"},
-    "program": set(),
     "inference": {"api", "serving", "storage", "ingest", "prometheus", "forecast", "retraining"},
-    "live": {"sources", "program"},
-    "demo": {"sources", "storage", "program"},
+    "live": {"sources"},
+    "demo": {"sources", "storage"},
 }
 TOP = set(ROWS)  # the programs, on top of everything but each other
 # a library: the folders and files that may import it
@@ -98,7 +97,7 @@ def attributes(name: str) -> Iterator[str]:
 def test_a_folder_imports_only_what_its_row_names(name: str) -> None:
     here = folder_of(name)
     allowed = {here, GROUND} | (TOP if name in PROGRAMS else ROWS.get(here, set()))
-    allowed |= {"program", "data_buffer", "drift_monitor"} if name in PROGRAMS else set()
+    allowed |= {"data_buffer", "drift_monitor"} if name in PROGRAMS else set()
     foreign = {found for found in HOUSE.imports(name) if folder_of(found) not in allowed}
     assert foreign == set(), f"{here} may import {sorted(allowed)}"
 

@@ -28,6 +28,7 @@ def test_the_exit_codes_are_those_the_documents_name() -> None:
         "CANNOT_START": 3,
         "ALREADY_RUNNING": 4,
         "NOT_ENOUGH_DATA": 5,
+        "COULD_NOT_LOOK": 6,
     }
 
 

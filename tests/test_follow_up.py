@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from fleetcast.clock import plain_utc, to_ms
-from fleetcast.retraining.follow_up import drifting_before, follow_up
+from fleetcast.retraining.order import drifting_before
 from fleetcast.retraining.state import Attempt
+from fleetcast.retraining.trainings import follow_up
 
 CHANGE = datetime(2026, 3, 2, 9, tzinfo=UTC)
 

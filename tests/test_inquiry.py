@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from told_daemon import Told
 
-from fleetcast.errors import BadData
+from fleetcast.errors import BadData, DaemonAway
 from fleetcast.loop import Stop
-from fleetcast.retraining.inquiry import Inquiry
-from fleetcast.retraining.quiet import FleetLoad
+from fleetcast.retraining.inquiry import FleetLoad, Inquiry, fleet_load
 
 FLEET = {"predictions": {"a": {"current": {"cpu_pct": 20.0, "mem_pct": 30.0}, "stale": False}}}
 
@@ -78,3 +77,29 @@ def test_a_daemon_that_hangs_does_not_hold_a_stop_up() -> None:
         started = time.monotonic()
         assert inquiry.fleet(stop).away.endswith("was not waited for: a test")
         assert time.monotonic() - started < 10
+
+
+def server(stale: bool = False, **current: Any) -> dict[str, Any]:
+    return {"current": current, "stale": stale}
+
+
+def test_the_means_are_over_live_servers_that_send_the_metric() -> None:
+    document = {
+        "predictions": {
+            "a": server(cpu_pct=10.0, mem_pct=40.0),
+            "b": server(cpu_pct=30.0),
+            "gone": server(stale=True, cpu_pct=99.0, mem_pct=99.0),
+            "odd": server(cpu_pct=None, mem_pct="high"),
+        }
+    }
+    assert fleet_load(document) == FleetLoad(3, 20.0, 40.0)
+
+
+def test_an_empty_fleet_has_no_means() -> None:
+    assert fleet_load({"predictions": {}}) == FleetLoad(0, None, None)
+
+
+@pytest.mark.parametrize("document", [{}, {"predictions": None}, {"predictions": [1]}])
+def test_an_answer_of_another_shape_is_no_answer(document: dict[str, Any]) -> None:
+    with pytest.raises(DaemonAway, match="another shape"):
+        fleet_load(document)

@@ -7,8 +7,8 @@ import pytest
 
 from data_buffer import DataBuffer
 from fleetcast.clock import FakeClock
-from fleetcast.retraining.readiness import Readiness
-from fleetcast.settings import BinSettings, DecisionSettings
+from fleetcast.retraining.order import Readiness
+from fleetcast.settings import BinSettings, DecisionSettings, Settings
 
 START = datetime(2026, 1, 10, 6, tzinfo=UTC)
 
@@ -24,7 +24,7 @@ def filled(folder: Path, hours: float, step_min: int = 5, metric: str = "cpu_pct
 
 
 def readiness(buffer: DataBuffer, **limits: float) -> Readiness:
-    return Readiness(buffer, BinSettings(), 96, 30, DecisionSettings(**limits))  # type: ignore[arg-type]
+    return Readiness(buffer, Settings(decision=DecisionSettings(**limits)))  # type: ignore[arg-type]
 
 
 def test_an_empty_buffer_has_no_data(tmp_path: Path) -> None:

@@ -125,10 +125,6 @@ class Attempts:
             return self._process.poll() is None
         return not self._lock.is_held and files.is_locked(self._lock.path)
 
-    def pids(self, attempt: Attempt | None) -> tuple[int, ...]:
-        """Return the process whose load is our own."""
-        return (attempt.pid,) if attempt and attempt.pid else ()
-
     def follow(self, attempt: Attempt) -> None:
         """Copy new output of the attempt to the log, bounded."""
         try:

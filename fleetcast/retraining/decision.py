@@ -1,41 +1,39 @@
-"""RetrainingDecisionEngine: whether to train now.
+"""The decision to retrain: drift, then quiet period, then safeguards.
 
-Owns: the record of trainings a decision rests on, and the clocks behind it. The order of the
-steps is `safeguards.decide`; the limits in force stand in `adaptive_retraining_daemon.py`,
-from where this class is imported by its users. Does not know: files, processes.
-
-When trainings ran, and how long ago that is on clocks that jump: values, no I/O.
-
-Owns: the age of a training, the back-off after failed ones. Does not know: the limits
-(`safeguards`), files (`state`).
+Owns: `RetrainingDecisionEngine` (users import it from `adaptive_retraining_daemon.py`, where the
+limits in force stand), the order of the steps with their reasons, the age of a training and the
+back-off after failed ones. Values in, values out. Does not know: files (`state`), processes, how
+drift or load was measured.
 
 A training's age is what the Clock says, but never more than this boot of the machine has seen
 pass since (where both are known): a clock set forward must not make a training old. A clock
 set back must not block for ever: an entry in the future is treated as made now, once.
-
-The decision to retrain, as a function of values: drift, then quiet, then safeguards.
-
-Owns: the order of the steps, the safeguards' checks and the reasons. Pure.
-Does not know: clocks, files, how drift or load was measured.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
 from fleetcast import clock as clocks
-from fleetcast.clock import Clock, SystemClock, Uptime
+from fleetcast.clock import DAY_MS, Clock, SystemClock, Uptime
 from fleetcast.errors import BadData
 from fleetcast.schema import SafeguardCheck
+from fleetcast.setting import override
 from fleetcast.settings import DecisionSettings
 
+logger = logging.getLogger(__name__)
+
+INITIAL, DRIFT, FOLLOW_UP = "initial", "drift", "follow_up"
+OVERDUE, NONE = "max_days_without_training", "none"
 FUTURE_TOLERANCE = timedelta(minutes=5)
-WEEK_S = 7 * 86_400.0
+DAY_S = DAY_MS / 1000
+WEEK_S = 7 * DAY_S
 KEPT_STAMPS = 1000
 FIRST_BACKOFF_S = 15 * 60.0
 LONGEST_BACKOFF_S = 6 * 3600.0
+_SHOWN = ("per", "dss", "fds", "anomaly_rate", "combined_score")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +134,7 @@ class Backoff:
         return Backoff(self.failures + 1, wall_now, min(doubled, LONGEST_BACKOFF_S))
 
     def pause(self, wall_now: datetime, length_s: float) -> "Backoff":
-        """Return a pause that is nobody's failure: the count of failures stays."""
+        """Return a pause that is no failure: the count of failures stays."""
         return Backoff(self.failures, wall_now, length_s)
 
     def without_future(self, wall_now: datetime) -> "Backoff":
@@ -151,11 +149,6 @@ class Backoff:
             return 0.0
         elapsed_s = max(0.0, (wall_now - self.since).total_seconds())
         return max(0.0, self.length_s - elapsed_s)
-
-
-INITIAL, DRIFT, FOLLOW_UP = "initial", "drift", "follow_up"
-OVERDUE, NONE = "max_days_without_training", "none"
-_SHOWN = ("per", "dss", "fds", "anomaly_rate", "combined_score")
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,13 +200,13 @@ def check_safeguards(
     wall_now: datetime,
     uptime: Uptime | None,
 ) -> tuple[SafeguardCheck, ...]:
-    """Return every safeguard with its value; the last is a demand, not a hindrance."""
+    """Return every safeguard with its value; the last one asks for a training, the others can refuse one."""
     ages_s = list(log.ages_s(now, uptime))
     since_last_h = min(ages_s) / 3600 if ages_s else None
     in_week = sum(age < WEEK_S for age in ages_s)
     waiting_min = backoff.remaining_s(wall_now) / 60
     idle_s = log.without_training_s(now)
-    idle_days = None if idle_s is None else idle_s / 86_400
+    idle_days = None if idle_s is None else idle_s / DAY_S
     hours, per_week = limits.min_hours_between_training, limits.max_trainings_per_week
     days = limits.max_days_without_training
     return (
@@ -243,7 +236,7 @@ def decide(
 
     Args:
         collecting: why drift cannot be judged yet, or "".
-        follow_up: why the last training is to be followed by another, or "".
+        follow_up: why the last training asks for a follow-up, or "".
     Raises:
         BadData: `drift_metrics` is not what `DriftMonitor.calculate_drift_metrics` returns.
     """
@@ -288,9 +281,6 @@ def _refusal(check: SafeguardCheck) -> str:
     return f"the last training failed, {check.value:.0f} min to wait"
 
 
-logger = logging.getLogger(__name__)
-
-
 class RetrainingDecisionEngine:
     """Decides whether to train now: drift, then quiet period, then safeguards.
 
@@ -314,10 +304,9 @@ class RetrainingDecisionEngine:
         wall_clock: Clock | None = None,
         uptime: Callable[[], Uptime | None] | None = None,
     ) -> None:
-        SafeguardLimits(min_hours_between_training, max_days_without_training, max_trainings_per_week)
-        self.min_hours_between_training = min_hours_between_training
-        self.max_days_without_training = max_days_without_training
-        self.max_trainings_per_week = max_trainings_per_week
+        self.limits = SafeguardLimits(
+            min_hours_between_training, max_days_without_training, max_trainings_per_week
+        )
         self._wall_clock = wall_clock or SystemClock()
         self.use_clock(clock or SystemClock(), uptime)
         self.log = TrainingLog()
@@ -330,11 +319,8 @@ class RetrainingDecisionEngine:
         self._uptime = uptime or (clocks.uptime if is_system else lambda: None)
 
     def override(self, settings: DecisionSettings) -> None:
-        """Let the settings that are given go before the arguments."""
-        for limit in fields(SafeguardLimits):
-            chosen = getattr(settings, limit.name)
-            if chosen is not None:
-                setattr(self, limit.name, chosen)
+        """Replace each limit by the setting of its name where that is given."""
+        self.limits = SafeguardLimits(**override(asdict(self.limits), settings))
 
     def should_retrain(
         self, drift_metrics: Mapping[str, Any], is_quiet_period: bool = True, *, initial_due: bool = False
@@ -355,14 +341,11 @@ class RetrainingDecisionEngine:
 
         Args:
             collecting: why drift cannot be judged yet, or "".
-            follow_up: why the last training is to be followed by another, or "".
+            follow_up: why the last training asks for a follow-up, or "".
         """
         self.settle()
         now, wall_now = self._clock.now(), self._wall_clock.now()
-        limits = SafeguardLimits(
-            self.min_hours_between_training, self.max_days_without_training, self.max_trainings_per_week
-        )
-        found = check_safeguards(self.log, self.backoff, limits, now, wall_now, self._uptime())
+        found = check_safeguards(self.log, self.backoff, self.limits, now, wall_now, self._uptime())
         return decide(
             drift_metrics,
             found,
@@ -375,14 +358,14 @@ class RetrainingDecisionEngine:
     def trainings_left(self) -> int:
         """Return how many trainings the last 7 days leave."""
         in_week = sum(age_s < WEEK_S for age_s in self.log.ages_s(self._clock.now(), self._uptime()))
-        return max(0, self.max_trainings_per_week - in_week)
+        return max(0, self.limits.max_trainings_per_week - in_week)
 
     def settle(self) -> None:
-        """Take note of what the clocks say now: no entry of the future, every age known to this boot."""
+        """Adjust the record to the clocks: no entry of the future, every age known to this boot."""
         now = self._clock.now()
         settled = self.log.without_future(now)
         if settled is not self.log:
-            logger.warning("trainings of the future are taken as made now: the clock stepped back")
+            logger.warning("the clock stepped back: trainings of the future now count as made now")
         self.log = settled.anchor(now, self._uptime())
         self.backoff = self.backoff.without_future(self._wall_clock.now())
 

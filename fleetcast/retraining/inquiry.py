@@ -84,15 +84,13 @@ class Inquiry:
         self._is_on_this_host = urlsplit(url).hostname in LOOPBACK
         self.served_version: str | None = None  # None: not known
         self.pids: tuple[int, ...] = ()  # of the daemon, where it runs on this host
-        self.away = ""  # why the last `look` got no answer
 
     def look(self, stop: Stop) -> None:
         """Ask which version is served and by which process; a daemon that is away leaves both unknown."""
-        self.served_version, self.pids, self.away = None, (), ""
+        self.served_version, self.pids = None, ()
         try:
             status = self._ask("/status", stop)
         except DaemonAway as error:
-            self.away = str(error)
             logger.warning("inference daemon away error=%s", error)
             return
         model, pid = status.get("model"), status.get("pid")
@@ -100,6 +98,14 @@ class Inquiry:
         self.served_version = version if isinstance(version, str) else None
         if self._is_on_this_host and isinstance(pid, int) and not isinstance(pid, bool) and pid > 0:
             self.pids = (pid,)
+
+    def why_away(self, stop: Stop) -> str:
+        """Return why the daemon cannot be asked, or ""."""
+        try:
+            self._ask("/status", stop)
+        except DaemonAway as error:
+            return str(error)
+        return ""
 
     def fleet(self, stop: Stop) -> FleetLoad:
         """Return the load of the live servers, or why it is not known."""
@@ -128,5 +134,5 @@ class Inquiry:
                 answers.put(client.get(path))
         except FleetcastError as error:
             answers.put(error)
-        except Exception as error:  # the thread's boundary: silence would leave the asker waiting
+        except Exception as error:  # the thread's boundary: without an answer `_ask` would wait for ever
             answers.put(DaemonAway(f"{self._url}{path} could not be asked: {error!r}"))

@@ -1,37 +1,99 @@
-"""`--export` of the retraining daemon: the step before a training, in a process of its own.
+"""What a training is made of: data enough, the export, the two commands, the list of what changed.
 
-Owns: which stretch of the buffer goes into the file. Does not know: what a trainer does with it.
-
-What a training is told: its commands and `training_context.json`.
-
-Owns: the command line of the trainer, the export before it, the drifting series with the time
-each changed. Does not know: when to train, processes.
+Owns: when a fleet has data enough for its first training, which stretch of the buffer is exported
+(`--export`, a process of its own), the trainer's command line, and `training_context.json`: the
+drifting series with the time each changed. Does not know: when to train, processes, what a trainer
+does with the list.
 """
 
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fleetcast.clock import from_ms, iso_z, to_ms
+from fleetcast.bins import bin_means, count_trainable, enough_to_train
+from fleetcast.clock import DAY_MS, from_ms, iso_z, to_ms
 from fleetcast.drift.evidence import DriftEvidence, DriftSource
 from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.drift.literal.series import change_times, series_drift
 from fleetcast.drift.report import DriftReport, drifting_json, series_json
 from fleetcast.drift.seasonal.reference import Reference
+from fleetcast.errors import CorruptFile
+from fleetcast.files import read_json
 from fleetcast.retraining.attempts import Step
 from fleetcast.retraining.decision import FOLLOW_UP
-from fleetcast.retraining.follow_up import drifting_before
 from fleetcast.retraining.report import RetrainingCheck
+from fleetcast.schema import RecordBatch
 from fleetcast.settings import CALIBRATED, PathSettings, Settings
+
+if TYPE_CHECKING:  # pyarrow: --help answers without it
+    from fleetcast.storage.store import DataBuffer
 
 EXPORT_FILE = "training_data_incremental.parquet"
 CONTEXT_FILE = "training_context.json"
 _BUFFER_DIR = "FLEETCAST_PATHS_DATA_BUFFER_DIR"
 MOST_SERIES = 500  # named to the trainer; the worst come first
+
+
+class Readiness:
+    """Answers whether a fleet has data enough for its first training.
+
+    The rule itself is `bins.enough_to_train`, which the trainer asks too. Once there was enough,
+    nothing is read any more. Not thread safe.
+    """
+
+    def __init__(self, store: "DataBuffer", settings: Settings) -> None:
+        self._store = store
+        self._bins = settings.bins
+        self._horizon_bins = settings.forecast.horizon_bins
+        self._training_days = settings.retraining.training_days
+        self._limits = settings.decision
+        self._was_enough = False
+
+    def why_not(self) -> str:
+        """Return what is missing for a first training, or ""."""
+        newest, oldest = self._store.newest_record_time(), self._store.oldest_record_time()
+        if newest is None or oldest is None:
+            return "no data"
+        if self._was_enough:
+            return ""
+        oldest = max(oldest, newest - timedelta(days=self._training_days))
+        span_s = (newest - oldest).total_seconds()
+        enough = self._limits.initial_min_windows
+        missing = enough_to_train(span_s, enough, self._limits)  # the span alone, before any reading
+        if not missing:
+            n_windows = self._count(to_ms(oldest), to_ms(newest), enough)
+            missing = enough_to_train(span_s, n_windows, self._limits)
+        self._was_enough = not missing
+        return missing
+
+    def _count(self, oldest_ms: int, newest_ms: int, enough: int) -> int:
+        """Count windows day by day, newest first, until there are `enough`.
+
+        A window that spans midnight is not counted: a lower bound is enough.
+        """
+        found = 0
+        for day in range(newest_ms // DAY_MS, oldest_ms // DAY_MS - 1, -1):
+            start_ms, end_ms = day * DAY_MS, (day + 1) * DAY_MS
+            for batch in self._store.iter_batches(start_ms, end_ms, self._bins.forecast_metrics):
+                found += self._windows_of(batch, start_ms)
+                if found >= enough:
+                    return found
+        return found
+
+    def _windows_of(self, batch: RecordBatch, day_ms: int) -> int:
+        if not len(batch) or not batch.metrics:
+            return 0
+        bin_ms = self._bins.bin_s * 1000
+        values = np.stack(list(batch.metrics.values()), axis=1)
+        codes, starts, means = bin_means(batch.server_codes, batch.timestamps_ms, values, bin_ms)
+        shape = (len(batch.server_names), values.shape[1], DAY_MS // bin_ms)
+        grid = np.full(shape, np.nan, np.float32)
+        grid[codes, :, (starts - day_ms) // bin_ms] = means
+        return count_trainable(grid, self._horizon_bins)
 
 
 def training_steps(settings: Settings, program: Path, config: Path | None) -> list[Step]:
@@ -77,7 +139,7 @@ def training_context(
 ) -> dict[str, Any]:
     """Return what `training_context.json` says beside the attempt's id: what drifts, since when.
 
-    A follow-up names what the training before it was told, too.
+    A follow-up also names what the training before it named.
 
     Args:
         before: the context of the training before.
@@ -96,7 +158,7 @@ def training_context(
 
 
 def known_changes(reference: Reference) -> list[dict[str, Any]]:
-    """Return the changes that the reference in force knows of: the next one shall know them, too."""
+    """Return the changes that the reference in force knows of, so that the next one knows them too."""
     changes = reference.changed_ms()
     return [
         {
@@ -133,6 +195,18 @@ def _by_baseline(
     ]
 
 
+def drifting_before(context: Path, attempt_id: str | None = None) -> tuple[Mapping[str, Any], ...]:
+    """Return what a context file names as drifting; nothing where it belongs to another attempt."""
+    try:
+        content = read_json(context)
+    except (FileNotFoundError, CorruptFile):
+        return ()
+    entries = content.get("drifting")
+    if attempt_id not in (None, content.get("attempt_id")) or not isinstance(entries, list):
+        return ()
+    return tuple(item for item in entries if isinstance(item, dict))
+
+
 def export_end(clock_mode: str, newest: datetime | None) -> datetime | None:
     """Return where an export ends: None (now), or just after the newest record under the data clock."""
     if clock_mode != "data" or newest is None:
@@ -142,7 +216,7 @@ def export_end(clock_mode: str, newest: datetime | None) -> datetime | None:
 
 def export_for_training(settings: Settings, path: Path) -> str:
     """Write the newest days of records, in the model's bins; return what was done."""
-    from fleetcast.storage.store import DataBuffer  # pyarrow: the daemon itself does without
+    from fleetcast.storage.store import DataBuffer  # pyarrow: see above
 
     buffer = DataBuffer(settings.paths.data_buffer_dir, settings=settings.buffer, expire=False)
     until = export_end(settings.clock.mode, buffer.newest_record_time())

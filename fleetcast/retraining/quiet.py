@@ -190,7 +190,7 @@ class QuietWeek:
         self._note(at.timestamp(), measured, is_waiting=reason.startswith(BUSY))
 
     def judge(self, quiet: QuietVerdict, now: datetime) -> QuietVerdict:
-        """Return the verdict; quiet also where a busy fleet is as quiet as it gets, or the deadline is over."""
+        """Return the verdict; quiet too where a busy fleet is as quiet as it gets, or past the deadline."""
         load = load_of({"measured": quiet.measured, "limits": quiet.limits})
         if quiet.is_quiet or load is None or load < 1 or not quiet.is_host_quiet:
             return quiet
@@ -198,7 +198,8 @@ class QuietWeek:
         if not self._applies(now.timestamp()):
             return quiet
         level = self._lowest_quartile()
-        relative = replace(quiet, measured={**quiet.measured, LOAD: load}, limits={**quiet.limits, LOAD: level})
+        measured, limits = {**quiet.measured, LOAD: load}, {**quiet.limits, LOAD: level}
+        relative = replace(quiet, measured=measured, limits=limits)
         if load <= level:
             reason = (
                 f"quiet for this fleet: load {load:.2f} of its limits, lowest quarter of its week {level:.2f}"

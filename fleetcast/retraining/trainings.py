@@ -1,27 +1,44 @@
 """The trainings of one fleet: what the state file remembers, kept in step with what runs.
 
-Owns: the order of writing around a training, so that whoever dies at whatever point, the next
-daemon neither forgets it nor counts it twice: written down, started, ended, counted, each in one
-atomic write of `retraining_state.json`. Does not know: when to train.
+Owns: the order of writing around a training: written down, started, ended, counted, each in one
+atomic write of `retraining_state.json`, so that after a kill at any point the next daemon neither
+forgets a training nor counts it twice. Owns also when a training for drift is followed by another.
+Does not know: safeguards and quiet periods, which hold for a follow-up as for any training.
+
+**Follow-ups.** Drift is found within hours, when too little of the new behaviour has been seen to
+learn it well. Until the changed series have a reference of their own, the detector does not judge
+them, so nothing else would ask for another training. docs/decisions/follow-up-training.md has the
+figures.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from fleetcast.clock import BIN_EPOCH, Clock, plain_utc
+from fleetcast.clock import BIN_EPOCH, HOUR_MS, Clock, from_ms, parse_plain_utc, plain_utc, to_ms
 from fleetcast.errors import FleetcastError
 from fleetcast.files import append_line, write_json
 from fleetcast.forecast.registry import new_version_id, read_verdict
-from fleetcast.retraining import state as states
 from fleetcast.retraining.attempts import Attempts, Step
-from fleetcast.retraining.decision import Backoff, Decision, TrainingLog, safeguards_json
-from fleetcast.retraining.follow_up import follow_up
-from fleetcast.retraining.order import CONTEXT_FILE
+from fleetcast.retraining.decision import (
+    DRIFT,
+    FOLLOW_UP,
+    Decision,
+    RetrainingDecisionEngine,
+    safeguards_json,
+)
+from fleetcast.retraining.order import CONTEXT_FILE, drifting_before
 from fleetcast.retraining.report import RetrainingCheck
 from fleetcast.retraining.state import (
+    BUSY,
+    FAILED,
+    NOT_ENOUGH_DATA,
+    PROMOTED,
+    REJECTED,
+    VERDICTS,
     Attempt,
     RetrainingState,
     check_clock_mode,
@@ -38,19 +55,11 @@ DECISIONS_FILE = "decisions.jsonl"
 DECISIONS_MAX_BYTES = 5_000_000  # and one older file of this size
 NOT_ENOUGH_PAUSE_S = 3600.0
 BUSY_PAUSE_S = 900.0
-
-
-class TrainingRecord(Protocol):
-    """What is asked of RetrainingDecisionEngine."""
-
-    log: TrainingLog
-    backoff: Backoff
-
-    def record_training(self, promoted: bool = True, *, attempt: str | None = None) -> None: ...
-
-    def record_failure(self) -> None: ...
-
-    def record_pause(self, seconds: float) -> None: ...
+_GROWTH = 3.0  # another training is due once this many times as much is known of the change
+_ENOUGH_SHARE = 0.5  # of the hours asked for: a training that saw less learned little
+_WORTH = 0.9  # the loss on what changed, as a share of the one before, up to which another pays
+_RESERVED = 1  # trainings of a week that are left to new changes
+_LATEST_DAYS = 14.0
 
 
 class Trainings:
@@ -58,13 +67,13 @@ class Trainings:
 
     def __init__(
         self,
-        record: TrainingRecord,
+        engine: RetrainingDecisionEngine,
         attempts: Attempts,
         path: Path,
         clock_mode: str,
         clock: Clock,
     ) -> None:
-        self._record = record
+        self._engine = engine
         self._attempts = attempts
         self._path = path
         self._clock_mode = clock_mode
@@ -76,6 +85,11 @@ class Trainings:
     def running(self) -> Attempt | None:
         """Return the training whose end was not noted yet."""
         return self._state.running
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Return the processes whose load is our own."""
+        return (self.running.pid,) if self.running and self.running.pid else ()
 
     def follow_up(self, hours: float, left: int) -> str:
         """Return why the last training is to be followed by another, or ""; see `follow_up`."""
@@ -100,8 +114,8 @@ class Trainings:
     def note(self) -> Attempt | None:
         """Note what happened since the last look; return a training that has ended."""
         now = self._clock.now()
-        if self._record.log.installed_at is None and now > BIN_EPOCH:
-            self._record.log = replace(self._record.log, installed_at=now)
+        if self._engine.log.installed_at is None and now > BIN_EPOCH:
+            self._engine.log = replace(self._engine.log, installed_at=now)
         attempt = self.running
         if attempt is not None and self._attempts.is_running(attempt):
             self._attempts.follow(attempt)
@@ -121,7 +135,7 @@ class Trainings:
         return ended
 
     def why_not_free(self) -> str:
-        """Return who trains at the moment, or ""."""
+        """Return which training runs at the moment, or ""."""
         if self.running:
             return f"a training is running (attempt {self.running.id})"
         return self._attempts.why_not_free()
@@ -133,10 +147,10 @@ class Trainings:
         steps: Sequence[Step],
         context: Mapping[str, Any],
     ) -> Attempt | None:
-        """Start a training; None if somebody else was faster.
+        """Start a training; None if another process was faster.
 
         Raises:
-            FleetcastError: it could not be started; that counts as a failed one.
+            FleetcastError: it could not be started, which counts as a failed training.
         """
         if not self._attempts.reserve():
             return None
@@ -150,8 +164,8 @@ class Trainings:
             spawned = self._attempts.spawn(attempt, steps)
         except FleetcastError as error:
             self._attempts.release()
-            self._record.record_failure()
-            failed = replace(attempt, outcome=states.FAILED, ended_at=plain_utc(now), why=str(error))
+            self._engine.record_failure()
+            failed = replace(attempt, outcome=FAILED, ended_at=plain_utc(now), why=str(error))
             self._state = self._state.with_attempt(failed)
             raise
         logger.info("training started attempt=%s rule=%s pid=%s", spawned.id, spawned.rule, spawned.pid)
@@ -175,14 +189,14 @@ class Trainings:
 
     def _count(self, ended: Attempt) -> None:
         """Let an ended training count for the safeguards."""
-        if ended.outcome in states.VERDICTS:
-            self._record.record_training(ended.outcome == states.PROMOTED, attempt=ended.id)
-        elif ended.outcome == states.FAILED:
-            self._record.record_failure()
-        elif ended.outcome == states.NOT_ENOUGH_DATA:
-            self._record.record_pause(NOT_ENOUGH_PAUSE_S)
-        elif ended.outcome == states.BUSY:
-            self._record.record_pause(BUSY_PAUSE_S)
+        if ended.outcome in VERDICTS:
+            self._engine.record_training(ended.outcome == PROMOTED, attempt=ended.id)
+        elif ended.outcome == FAILED:
+            self._engine.record_failure()
+        elif ended.outcome == NOT_ENOUGH_DATA:
+            self._engine.record_pause(NOT_ENOUGH_PAUSE_S)
+        elif ended.outcome == BUSY:
+            self._engine.record_pause(BUSY_PAUSE_S)
 
     def _remember(self, attempt: Attempt) -> None:
         self._state = self._state.with_attempt(attempt)
@@ -192,8 +206,50 @@ class Trainings:
         save_state(self._path, self._current())
 
     def _current(self) -> RetrainingState:
-        return replace(self._state, log=self._record.log, backoff=self._record.backoff)
+        return replace(self._state, log=self._engine.log, backoff=self._engine.backoff)
 
     def _use(self, state: RetrainingState) -> None:
         self._state = state
-        self._record.log, self._record.backoff = state.log, state.backoff
+        self._engine.log, self._engine.backoff = state.log, state.backoff
+
+
+def follow_up(
+    attempts: Sequence[Attempt],
+    context: Path,
+    now: datetime,
+    hours: float,
+    *,
+    changed_loss: float | None = None,
+    left: int = 3,
+) -> str:
+    """Return why a training is due, or "".
+
+    Args:
+        attempts: newest first.
+        context: `training_context.json` of the last attempt.
+        hours: of the changed series' new behaviour that are worth a training; 0 = never.
+        changed_loss: of the last verdict, on the changed series, as a share of the champion's.
+        left: trainings that the week has left.
+    """
+    last = next((attempt for attempt in attempts if attempt.outcome in VERDICTS), None)
+    if hours <= 0 or last is None or last is not attempts[0] or last.rule not in (DRIFT, FOLLOW_UP):
+        return ""
+    drifting = drifting_before(context, last.id)
+    changed = [item["changed_ms"] for item in drifting if isinstance(item.get("changed_ms"), int)]
+    if not changed:
+        return ""
+    started_ms = to_ms(parse_plain_utc(last.started_at))
+    if last.outcome == REJECTED:  # the changes are not learned yet, however much of them was seen
+        waited_h = (to_ms(now) - started_ms) / HOUR_MS
+        is_due = last.rule == DRIFT and hours <= waited_h <= _LATEST_DAYS * 24
+        return f"follow-up: {waited_h:.0f} h since a rejected training for drift" if is_due else ""
+    # the middle one: of many slow changes the newest is always a few hours old
+    middle_ms = sorted(changed)[len(changed) // 2]
+    seen_h = (started_ms - middle_ms) / HOUR_MS
+    known_h = (to_ms(now) - middle_ms) / HOUR_MS
+    is_first = last.rule == DRIFT and seen_h < _ENOUGH_SHARE * hours
+    is_worth_it = is_first or (left > _RESERVED and changed_loss is not None and changed_loss <= _WORTH)
+    if not is_worth_it or not max(hours, _GROWTH * seen_h) <= known_h <= _LATEST_DAYS * 24:
+        return ""
+    since = f"{from_ms(middle_ms):%Y-%m-%d %H:%M}"
+    return f"follow-up: {known_h:.0f} h known of the change of {since}, trained on {seen_h:.0f}"

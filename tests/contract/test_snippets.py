@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_fleet import quiet_answers, settings
 from spec_blocks import BLOCKS, covers
+from told_daemon import Told
 from workplace import Workplace, until
 
 
@@ -214,6 +216,40 @@ def test_the_printed_quiet_limits_stand_in_check_quiet_period() -> None:
     printed = {float(text) for text in re.findall(r"< ([\d.]+)", BLOCKS["quiet-period-detection"].text)}
     assert printed == {60.0, 70.0}
     assert printed <= numbers
+
+
+@pytest.mark.parametrize(
+    ("cpu", "mem", "old", "new"),
+    [
+        (65.0, 10.0, "'quiet_cpu_percent': 60.0", "'quiet_cpu_percent': 66.0"),
+        (10.0, 75.0, "'quiet_mem_percent': 70.0", "'quiet_mem_percent': 76.0"),
+    ],
+)
+def test_editing_a_quiet_limit_works(cpu: float, mem: float, old: str, new: str) -> None:
+    def is_quiet(program: Any) -> bool:
+        with Told() as told:
+            told.answers = quiet_answers(None, cpu=cpu, mem=mem)
+            daemon = program.AdaptiveRetrainingDaemon(daemon_url=told.url, settings=settings())
+            return bool(daemon.check_quiet_period())
+
+    import adaptive_retraining_daemon
+
+    assert not is_quiet(adaptive_retraining_daemon)
+    assert is_quiet(edited_module("adaptive_retraining_daemon.py", old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name", "value"),
+    [
+        ("min_hours_between_training=6", "min_hours_between_training=7", "min_hours_between_training", 7),
+        ("max_days_without_training=30", "max_days_without_training=9", "max_days_without_training", 9),
+        ("max_trainings_per_week=3", "max_trainings_per_week=5", "max_trainings_per_week", 5),
+    ],
+)
+def test_editing_a_safeguard_works(old: str, new: str, name: str, value: int) -> None:
+    edited = edited_module("adaptive_retraining_daemon.py", old, new)
+    decision = edited.AdaptiveRetrainingDaemon().engine.should_retrain({"needs_retraining": False})
+    assert decision["safeguards"][name]["limit"] == value
 
 
 def edited_module(program: str, old: str, new: str) -> Any:

@@ -17,12 +17,14 @@ from drift_monitor import DriftMonitor
 from fleetcast.clock import DataClock, from_ms, iso_z, plain_utc
 from fleetcast.drift.evidence import DriftSource
 from fleetcast.forecast.registry import Registry, Verdict, new_version_id
-from fleetcast.retraining.follow_up import follow_up
+from fleetcast.retraining.inquiry import CPU, MEM, FleetLoad
 from fleetcast.retraining.order import CONTEXT_FILE, training_context
-from fleetcast.retraining.quiet import CPU, MEM, FleetLoad, FleetMean, HostLoad, QuietWeek, quiet_verdict
+from fleetcast.retraining.quiet import HostLoad, QuietWeek, quiet_verdict
 from fleetcast.retraining.report import NOTHING, RetrainingCheck
 from fleetcast.retraining.state import PROMOTED, REJECTED, Attempt
+from fleetcast.retraining.trainings import follow_up
 from fleetcast.schema import Floats32, QuietVerdict
+from fleetcast.setting import override
 from fleetcast.settings import CALIBRATED, Settings
 
 NEVER, WEEKLY, DAILY, LITERAL, OURS, ORACLE = "never", "weekly", "daily", "literal", "ours", "oracle"
@@ -158,13 +160,11 @@ class Engine:
         grid = self._record.fleet.grid
         newest = dict(zip(grid.metrics, grid.values[:, :, end - 1].T, strict=True))
         means = [_mean(newest.get(name)) for name in (CPU, MEM)]
-        limits = (self._limits.quiet_cpu_percent, self._limits.quiet_mem_percent)
-        cpu, mem = (FleetMean.of(*pair) for pair in zip(means, limits, strict=True))
-        is_quiet = cpu < 60.0 and mem < 70.0
         fleet = FleetLoad(len(grid.server_names), *means)
-        return quiet_verdict(
-            fleet, {"cpu": cpu, "mem": mem}, IDLE_HOST, is_fleet_quiet=is_quiet, settings=self._limits
-        )
+        limits = override({"quiet_cpu_percent": 60.0, "quiet_mem_percent": 70.0}, self._limits)
+        cpu_limit, mem_limit = limits.values()
+        is_quiet = fleet.avg_cpu < cpu_limit and fleet.avg_mem < mem_limit
+        return quiet_verdict(fleet, IDLE_HOST, limits, self._limits, is_fleet_quiet=is_quiet)
 
 
 def _mean(values: Floats32 | None) -> float | None:
