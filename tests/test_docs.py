@@ -126,6 +126,23 @@ def test_every_exit_code_is_documented() -> None:
     assert [int(code) for code in ExitCode if not re.search(rf"^\| `?{int(code)}`? \|", text, re.M)] == []
 
 
+def test_every_log_line_worth_knowing_is_written_by_the_code() -> None:
+    text = (
+        (ROOT / "docs" / "operations.md")
+        .read_text()
+        .split("\n## Log lines worth knowing\n")[1]
+        .split("\n## ")[0]
+    )
+    lines = [
+        span for row in re.findall(r"^\| (`.*?) \|", text, re.M) for span in re.findall(r"`([^`]+)`", row)
+    ]
+    pieces = {piece.strip() for line in lines for piece in line.split("...")} - {""}
+    sources = [*ROOT.glob("*.py"), *(ROOT / "fleetcast").rglob("*.py")]
+    code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in sources))
+    assert len(lines) > 10, "the table moved"
+    assert sorted(piece for piece in pieces if piece not in code) == []
+
+
 def exported_metrics() -> set[str]:
     """Return the names of the Prometheus metrics that are declared anywhere in the package."""
     found = set()
