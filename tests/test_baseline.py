@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fleetcast.drift.literal.baseline import Baseline
-from fleetcast.errors import BadData, CorruptFile, UnknownFormat
+from fleetcast.errors import CorruptFile, UnknownFormat
 
 BIN_MS = 300_000
 
@@ -84,20 +84,6 @@ def test_a_saved_baseline_loads_back_equal(tmp_path: Path) -> None:
             np.testing.assert_array_equal(left, right)
         else:
             assert left == right
-
-
-def test_plain_columns_make_a_pooled_baseline(tmp_path: Path) -> None:
-    baseline = Baseline.from_columns({"cpu_pct": [1.0, 2.0, 3.0], "mem_pct": np.array([5, np.nan])})
-    assert baseline.counts.tolist() == [3, 1]
-    assert baseline.means.tolist() == [2.0, 5.0]
-    assert baseline.server_names == ()
-    baseline.save(tmp_path / "b.npz")
-    assert Baseline.load(tmp_path / "b.npz").quantiles[0, 500] == 2.0
-
-
-def test_a_column_of_words_is_refused() -> None:
-    with pytest.raises(BadData, match="numbers"):
-        Baseline.from_columns({"cpu_pct": ["high", "low"]})
 
 
 @pytest.mark.parametrize("junk", [b"", b"junk", b"PK\x03\x04 torn", b"\x93NUMPY\x01\x00 torn"])

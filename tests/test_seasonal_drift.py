@@ -25,8 +25,8 @@ from rhythm_fleet import (
 from fleetcast.drift.seasonal.detector import DriftVerdict, SeasonalDetector
 from fleetcast.drift.seasonal.quorum import QuorumRule, family_ratios
 from fleetcast.drift.seasonal.reference import Reference
-from fleetcast.drift.seasonal.season import innovations, moves, traits
-from fleetcast.drift.seasonal.statistics import BinCodes, no_codes, statistics, sums_over
+from fleetcast.drift.seasonal.season import ABSENT, innovations, moves, traits
+from fleetcast.drift.seasonal.statistics import BinCodes, statistics, sums_over
 from fleetcast.errors import BadData
 
 CHANGE = (REFERENCE_DAYS + 1) * DAY  # bin of the change in tests that make one
@@ -196,7 +196,7 @@ def test_bin_by_bin_equals_a_whole_stretch_at_once() -> None:
     unknown = np.full((len(part), 2), np.nan, np.float32)
     novel = innovations(own.scores, unknown[:, 0], reference.pull)
     codes = books.values.codes(own.scores)
-    coded = (codes, books.innovations.codes(novel), no_codes(codes))
+    coded = (codes, books.innovations.codes(novel), np.full_like(codes, ABSENT))
     kept = BinCodes(*coded, own, moves(own.scores, unknown), bins % DAY)
     at_once = statistics(sums_over(kept, 1, DAY // 8, DAY), books, DAY // 8, DAY)
 

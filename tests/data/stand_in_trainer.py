@@ -87,7 +87,8 @@ def _leave_version(order: str, registry: Registry, attempt_id: str, data: Path) 
 def _baseline(data: Path, version: str) -> tuple[Baseline, dict[str, str]]:
     """Return a baseline of the newest 60 bins of the export, as after a change, and its range."""
     if not data.exists():
-        return Baseline.from_columns({"cpu_pct": np.linspace(0, 100, 500)}, version), {}
+        flat = np.linspace(0, 100, 500, dtype=np.float32).reshape(1, 1, -1)
+        return Baseline.from_grid(flat, 0, BinSettings().bin_s * 1000, ("a",), ("cpu_pct",), version), {}
     grid = TrainingGrid.read(data, BinSettings().forecast_metrics, BinSettings().bin_s * 1000)
     start_ms = grid.end_ms - 60 * grid.bin_ms
     newest = grid.values[:, :, -60:]

@@ -12,10 +12,10 @@ from benchmarks.drift.parts.data import BIN_MS, DAY, RecordedFleet
 from benchmarks.drift.parts.rules import STEP
 from fleetcast.drift.seasonal.quorum import QuorumRule, family_ratios, running_minimum
 from fleetcast.drift.seasonal.reference import Reference
-from fleetcast.drift.seasonal.season import innovations, moves, traits
+from fleetcast.drift.seasonal.season import ABSENT, innovations, moves, traits
 from fleetcast.drift.seasonal.sensors import SensorWatch
 from fleetcast.drift.seasonal.settled import FleetGrid
-from fleetcast.drift.seasonal.statistics import BinCodes, no_codes, statistics, sums_over
+from fleetcast.drift.seasonal.statistics import BinCodes, statistics, sums_over
 from fleetcast.schema import Floats32
 
 SHORT = DAY // 8
@@ -73,7 +73,7 @@ def series_ratios(reference: Reference, rows: NDArray[np.int64], values: Floats3
     unknown = np.full((len(rows), 2), np.nan, np.float32)
     novel = innovations(own.scores, unknown[:, 0], reference.pull[rows])
     codes = books.values.codes(own.scores)
-    coded = (codes, books.innovations.codes(novel), no_codes(codes))
+    coded = (codes, books.innovations.codes(novel), np.full_like(codes, ABSENT))
     kept = BinCodes(*coded, own, moves(own.scores, unknown), bins % clock.bins_per_day)
     found = statistics(sums_over(kept, STEP, SHORT, DAY), books, SHORT, DAY)
     return family_ratios(found, reference.limits[rows])

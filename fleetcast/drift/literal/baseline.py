@@ -1,26 +1,21 @@
-"""The reference a model was trained on: what its data looked like, per metric and per series.
+"""The baseline a model was trained on: what its data looked like, per metric and per series.
 
 Owns: sketches (sorted quantiles, mean, spread, time of day) of the newest days of a training
 grid, and their file. Does not know: how drift is scored, or which version is in force.
 
-File (`baseline.npz`, format 1, never pickled): arrays of the fields below, names as fixed-width
-unicode, scalars as 0-d arrays.
+File: `baseline.npz`, format 1, one array per field of `Baseline` (`fleetcast/archive.py`).
 """
 
-import io
-import zipfile
-import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fleetcast.archive import check_shapes, pack, unpack
 from fleetcast.clock import HOUR_MS
-from fleetcast.errors import BadData, CorruptFile, UnknownFormat
-from fleetcast.files import read_regular, write_atomic
+from fleetcast.files import write_atomic
 from fleetcast.schema import Floats, Floats32, Longs
 
 FORMAT = 1
@@ -106,39 +101,9 @@ class Baseline:
             series_error_mae=np.full((n_server, n_metric), np.nan, np.float32),
         )
 
-    @classmethod
-    def from_columns(cls, columns: Mapping[str, Any], version: str = "") -> Self:
-        """Sketch plain columns of numbers: pooled figures only, no servers, no times.
-
-        Raises:
-            BadData: a column is not numbers.
-        """
-        try:
-            arrays = {name: np.asarray(column, np.float64).reshape(-1) for name, column in columns.items()}
-        except (TypeError, ValueError) as error:
-            raise BadData(f"a baseline column must hold numbers: {error}") from error
-        pooled = {name: _pooled(np.where(np.isfinite(a), a, np.nan)[None]) for name, a in arrays.items()}
-        empty = cls.from_grid(np.empty((0, len(arrays), 0), np.float32), 0, 1, (), tuple(arrays), version)
-        return cls(
-            **{
-                **{item.name: getattr(empty, item.name) for item in fields(cls)},
-                "counts": np.array([item[0] for item in pooled.values()], np.int64),
-                "means": np.array([item[1] for item in pooled.values()]),
-                "stds": np.array([item[2] for item in pooled.values()]),
-                "p95": np.array([_level(item[3], 0.95) for item in pooled.values()]),
-                "quantiles": np.array([item[3] for item in pooled.values()]).reshape(-1, POOLED_POINTS),
-            }
-        )
-
     def to_bytes(self) -> bytes:
         """Return the content of a baseline file."""
-        arrays: dict[str, Any] = {"format": np.int64(FORMAT)}
-        for item in fields(self):
-            value = getattr(self, item.name)
-            arrays[item.name] = np.array(value, np.str_) if isinstance(value, tuple | str) else value
-        stream = io.BytesIO()
-        np.savez_compressed(stream, **arrays)
-        return stream.getvalue()
+        return pack(self, FORMAT)
 
     def save(self, path: Path) -> None:
         """Write the file in one durable step."""
@@ -153,36 +118,12 @@ class Baseline:
             UnknownFormat: another format version wrote it.
             CorruptFile: it is not a baseline.
         """
-        arrays = _read_arrays(path)
-        found = arrays.pop("format", None)
-        if found is None or found.shape or found != FORMAT:
-            raise UnknownFormat(path, f"baseline format {found}", hint=f"expected {FORMAT}")
-        missing = [item.name for item in fields(cls) if item.name not in arrays]
-        if missing:
-            raise CorruptFile(path, f"baseline lacks {', '.join(missing)}")
-        try:
-            texts = {name: tuple(str(item) for item in arrays[name]) for name in ("metrics", "server_names")}
-            numbers = {name: int(arrays[name]) for name in ("start_ms", "end_ms", "bin_ms")}
-        except (TypeError, ValueError) as error:
-            raise CorruptFile(path, f"baseline fields of the wrong kind: {error}") from error
-        loaded = cls(**{**arrays, **texts, **numbers, "version": str(arrays["version"])})
-        _check_shapes(path, loaded)
+        loaded = unpack(path, cls, "baseline", FORMAT)
+        _check(path, loaded)
         return loaded
 
 
-def _read_arrays(path: Path) -> dict[str, Any]:
-    names = {"format", *(item.name for item in fields(Baseline))}
-    content = read_regular(path)
-    try:
-        archive = np.load(io.BytesIO(content), allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise CorruptFile(path, "a bare array, not a baseline archive")
-        return {name: archive[name] for name in archive.files if name in names}
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
-        raise CorruptFile(path, f"not a baseline: {error}") from error
-
-
-def _check_shapes(path: Path, loaded: Baseline) -> None:
+def _check(path: Path, loaded: Baseline) -> None:
     n_server, n_metric = len(loaded.server_names), len(loaded.metrics)
     n_error = len(loaded.error_horizons)
     expected: dict[str, tuple[int, ...]] = {
@@ -195,10 +136,7 @@ def _check_shapes(path: Path, loaded: Baseline) -> None:
         "series_quantiles": (n_server, n_metric, SERIES_POINTS),
         "error_mae": (n_metric, n_error),
     }
-    for name, shape in expected.items():
-        found = getattr(loaded, name)
-        if found.shape != shape or found.dtype.kind not in "if":
-            raise CorruptFile(path, f"{name} is {found.dtype} {found.shape}, expected numbers {shape}")
+    check_shapes(path, ((name, getattr(loaded, name), shape) for name, shape in expected.items()))
 
 
 def _pooled(values: Floats32 | Floats) -> tuple[int, float, float, Floats]:

@@ -4,21 +4,18 @@ Owns: learning it from some weeks of bins, its file, and bringing single servers
 without learning the whole fleet again. It lives beside the baseline of a model version. Does not
 know: the newest values (`SeasonalDetector`), when to renew it (`renewal`).
 
-File (`reference.npz`, format 2, never pickled): one array per field of `Reference`, fields of
-fields under dotted names (`shape.profiles`, `books.values.edges`, ...), names as fixed-width
-unicode, scalars as 0-d arrays; checked against each other when read.
+File: `reference.npz`, format 2, one array per field of `Reference` (`fleetcast/archive.py`), their
+shapes checked against each other when read.
 """
 
-import io
-import zipfile
-import zlib
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self, get_type_hints
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fleetcast.archive import check_shapes, pack, unpack
 from fleetcast.clock import DAY_MS
 from fleetcast.drift.seasonal.learning import MIN_DAYS, fit_all, sample, value_ranges
 from fleetcast.drift.seasonal.limits import (
@@ -35,8 +32,8 @@ from fleetcast.drift.seasonal.season import LAGS_H, N_CODES, N_EDGES, WEEKDAYS, 
 from fleetcast.drift.seasonal.sensors import clean_reference, measurements
 from fleetcast.drift.seasonal.settled import FleetGrid
 from fleetcast.drift.seasonal.statistics import N_STATISTICS, Books
-from fleetcast.errors import BadData, CorruptFile, UnknownFormat
-from fleetcast.files import read_regular, write_atomic
+from fleetcast.errors import BadData, CorruptFile
+from fleetcast.files import write_atomic
 from fleetcast.schema import Floats, Floats32, Longs
 
 FORMAT = 2
@@ -147,9 +144,7 @@ class Reference:
 
     def to_bytes(self) -> bytes:
         """Return the content of a reference file."""
-        stream = io.BytesIO()
-        np.savez_compressed(stream, **{"format": np.int64(FORMAT), **_flatten(self, "")})
-        return stream.getvalue()
+        return pack(self, FORMAT)
 
     def save(self, path: Path) -> None:
         """Write the file in one durable step."""
@@ -164,15 +159,11 @@ class Reference:
             UnknownFormat: another format version wrote it.
             CorruptFile: it is not a reference.
         """
-        arrays = _read_arrays(path)
-        found = arrays.get("format")
-        if found is None or found.shape or found != FORMAT:
-            raise UnknownFormat(path, f"reference format {found}", hint=f"expected {FORMAT}")
+        loaded = unpack(path, cls, "reference", FORMAT)
         try:
-            loaded: Self = _build(cls, arrays, "")
             _check_rows(path, loaded)
-        except (KeyError, TypeError, ValueError, IndexError, BadData) as error:
-            raise CorruptFile(path, f"reference field missing or of the wrong kind: {error}") from error
+        except (AttributeError, TypeError, ValueError, IndexError, BadData) as error:
+            raise CorruptFile(path, f"reference field of the wrong kind: {error}") from error
         return loaded
 
 
@@ -248,45 +239,6 @@ def merge(old: Reference, newer: Reference) -> Reference:
     )
 
 
-def _read_arrays(path: Path) -> dict[str, Any]:
-    content = read_regular(path)
-    try:
-        archive = np.load(io.BytesIO(content), allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise CorruptFile(path, "a bare array, not a reference archive")
-        return {name: archive[name] for name in archive.files}
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
-        raise CorruptFile(path, f"not a reference: {error}") from error
-
-
-def _flatten(value: Any, prefix: str) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for item in fields(value):
-        own = getattr(value, item.name)
-        if is_dataclass(own):
-            out.update(_flatten(own, f"{prefix}{item.name}."))
-        else:
-            text = isinstance(own, tuple | str)
-            out[prefix + item.name] = np.array(own, np.str_) if text else np.asarray(own)
-    return out
-
-
-def _build(kind: Any, arrays: dict[str, Any], prefix: str) -> Any:
-    hints = get_type_hints(kind)
-    values: dict[str, Any] = {}
-    for item in fields(kind):
-        name, hint = prefix + item.name, hints[item.name]
-        if is_dataclass(hint):
-            values[item.name] = _build(hint, arrays, f"{name}.")
-        elif hint in (int, float, str):
-            values[item.name] = hint(arrays[name].item())
-        elif hint == tuple[str, ...]:
-            values[item.name] = tuple(str(text) for text in arrays[name])
-        else:
-            values[item.name] = arrays[name]
-    return kind(**values)
-
-
 def _check_rows(path: Path, loaded: Reference) -> None:
     clock = DayClock(loaded.bin_ms, loaded.timezone)  # refuses a nonsensical bin or zone
     n_series, slots = len(loaded.server_names) * len(loaded.metrics), clock.n_slots
@@ -312,9 +264,7 @@ def _check_rows(path: Path, loaded: Reference) -> None:
         (loaded, ("pull", "n_days", "start_days", "still_limits")),
     ):
         expected += [(name, getattr(owner, name), (n_series,)) for name in names]
-    for name, found, shape in expected:
-        if found.shape != shape or found.dtype.kind not in "if":
-            raise CorruptFile(path, f"{name} is {found.dtype} {found.shape}, expected numbers {shape}")
+    check_shapes(path, expected)
     if n_weekly and int(loaded.shape.weekly_rows.max()) >= n_weekly:
         raise CorruptFile(path, "shape.weekly_rows points past the weekday profiles")
     if books.tails.size and not (books.tails.min() >= 0 and books.tails.max() < N_CODES):

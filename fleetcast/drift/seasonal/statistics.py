@@ -267,11 +267,6 @@ def tail_codes(book: CodeBook) -> NDArray[np.int64]:
     return np.asarray(np.minimum(np.stack(places, axis=1), book.shares.shape[1] - 2), np.int64)
 
 
-def no_codes(like: Bytes) -> Bytes:
-    """Return codes that say "absent" everywhere."""
-    return np.full(like.shape, ABSENT, np.uint8)
-
-
 class RunningSums:
     """Sums over the newest `short` and `long` bins of every series."""
 
