@@ -14,14 +14,15 @@ help:  ## list the targets
 	$(PYTHON) -m venv .venv
 	touch $@
 
-# torch goes first and alone: asked for by another package, it would come as its newest CUDA build.
-.venv/.requirements: .venv/.made requirements.txt
-	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements.txt)"
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+# torch comes last: all it needs is there by then, with hashes checked. --no-deps, for the lists are complete,
+# and because torch asked for by another package would come as its newest CUDA build.
+.venv/.requirements: .venv/.made requirements.txt requirements-torch.txt
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements.txt
+	$(BIN)/python -m pip install --quiet -r requirements-torch.txt
 	touch $@
 
 .venv/.requirements-dev: .venv/.requirements requirements-dev.txt
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements-dev.txt
 	touch $@
 
 install: .venv/.requirements  ## make .venv with the pinned requirements
@@ -51,4 +52,4 @@ bench-peers: .venv/.requirements  ## drift checks beside Evidently, NannyML, Ali
 	$(BIN)/python -m benchmarks.drift.drift_speed
 
 clean:  ## remove what tests and demo leave behind (not .venv)
-	rm -rf demo_run bench_run .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf demo_run bench_run build fleetcast.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis

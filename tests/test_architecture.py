@@ -32,6 +32,8 @@ ROWS: dict[str, set[str]] = {
     "inference": {"api", "serving", "storage", "ingest", "prometheus", "forecast", "retraining"},
     "live": {"sources"},
     "demo": {"sources", "storage"},
+    "cli": set(),  # names the programs it runs; imports none
+    "__main__": {"cli"},
 }
 TOP = set(ROWS)  # the programs, on top of everything but each other
 # a library: the folders and files that may import it
@@ -115,6 +117,11 @@ def test_every_folder_has_a_row() -> None:
 @every_module
 def test_nobody_imports_a_daemon_or_the_trainer(name: str) -> None:
     assert HOUSE.imports(name) & {*DAEMONS, "tft_trainer"} == set()
+
+
+def test_only_the_command_runs_a_program_by_its_name_and_imports_none_for_that() -> None:
+    assert [name for name in MODULES if "importlib.import_module" in attributes(name)] == ["fleetcast.cli"]
+    assert HOUSE.imports("fleetcast.cli").isdisjoint(PROGRAMS)
 
 
 def test_there_is_no_import_cycle() -> None:
@@ -260,6 +267,15 @@ def test_help_answers_without_torch_pandas_and_scipy(program: str, tmp_path: Pat
         f"import runpy\nsys.argv = ['{program}.py', '--help']\n"
         f"try: runpy.run_path({str(ROOT / program)!r} + '.py', run_name='__main__')\n"
         "except SystemExit as end: assert end.code == 0, end.code\n"
+    )
+    assert loaded_after(code, tmp_path).isdisjoint({"torch", "pandas", "scipy", "pyarrow", "lightning"})
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["version", "--json"]], ids=" ".join)
+def test_the_command_answers_without_torch_pandas_and_scipy(arguments: list[str], tmp_path: Path) -> None:
+    code = (
+        f"from fleetcast.cli import main\ntry: code = main({arguments!r})\n"
+        "except SystemExit as end: code = end.code\nassert code == 0, code\n"
     )
     assert loaded_after(code, tmp_path).isdisjoint({"torch", "pandas", "scipy", "pyarrow", "lightning"})
 

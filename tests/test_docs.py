@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fleetcast.cli import COMMANDS
 from fleetcast.errors import ExitCode
 from fleetcast.retraining.telemetry import PREFIX
 from fleetcast.serving.telemetry import GAUGES
@@ -67,6 +68,8 @@ def test_programs_and_flags_shown_in_a_document_exist(document: Path) -> None:
     pattern = re.compile(r"\bpython3? (?:-m ((?:fleetcast|benchmarks)[\w.]*)|([\w/]+\.py))([^|>;&]*)")
     for command in [*shell_lines(document), *code_spans(document)]:
         for module, script, rest in pattern.findall(command):
+            if module == "fleetcast":
+                continue  # its flags are those of a subcommand: test_commands_shown_in_a_document_exist
             if module:
                 program: tuple[str, ...] = ("-m", module)
                 place = ROOT / module.replace(".", "/")
@@ -89,6 +92,17 @@ def test_files_named_in_a_document_exist(document: Path) -> None:
         )
     }
     assert sorted(name for name in named if not (ROOT / name).exists()) == []
+
+
+@every_document
+def test_commands_shown_in_a_document_exist(document: Path) -> None:
+    for text in [*shell_lines(document), *code_spans(document)]:
+        if match := re.match(r"(?:[\w./]*python3? -m )?fleetcast ([a-z-]+)([^|>;&]*)", text):
+            command, rest = match.groups()
+            assert command in {*COMMANDS, "version"}, text
+            flags = re.findall(r"(?<=\s)--[a-z][a-z-]+", rest) if command in COMMANDS else []
+            missing = [flag for flag in flags if flag not in help_of(("-m", "fleetcast", command))]
+            assert missing == [], text
 
 
 @every_document

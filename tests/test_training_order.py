@@ -37,6 +37,12 @@ def test_installed_elsewhere_the_trainer_beside_the_program_is_run() -> None:
     assert trainer_command(Settings(), ROOT, None)[1] == str(ROOT / "tft_trainer.py")
 
 
+def test_with_no_file_of_that_name_the_installed_trainer_is_run_and_only_under_its_own_name() -> None:
+    nowhere, other = Path("elsewhere"), replace(Settings().retraining, training_script="my_trainer.py")
+    assert trainer_command(Settings(), nowhere, None)[1] == str(ROOT / "tft_trainer.py")
+    assert trainer_command(replace(Settings(), retraining=other), nowhere, None)[1] == "my_trainer.py"
+
+
 def test_further_flags_come_only_where_settings_are_not_the_defaults() -> None:
     Path("tft_trainer.py").touch()
     settings = replace(

@@ -1,14 +1,16 @@
 """The whole loop runs on bundled real data, and no person helps it.
 
-    python -m fleetcast.demo.play            (`make demo`)
+    python -m fleetcast.demo            (`make demo`)
 
 Two daemons and a replay run as real processes in demo_run/. The daemons decide everything;
 this program only feeds them, watches them, and checks each claim against what they left behind.
 It exits 0 only if every claim is true.
 """
 
+import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -88,8 +90,11 @@ def phase_name(moment: datetime) -> str:
     return "(three servers have changed)" if moment >= splice.CHANGE else "(no server has changed)"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; return the exit code."""
+    argparse.ArgumentParser(prog="fleetcast.demo", description=(__doc__ or "").splitlines()[0]).parse_args(
+        argv
+    )
     began_s = monotonic()
     teller = Teller(FOLDER, began_s)
     loop = Loop(FOLDER.resolve(), CONFIG)

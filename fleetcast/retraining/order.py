@@ -9,6 +9,7 @@ does with the list.
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from fleetcast.retraining.attempts import Step
 from fleetcast.retraining.decision import FOLLOW_UP
 from fleetcast.retraining.report import RetrainingCheck
 from fleetcast.schema import RecordBatch
-from fleetcast.settings import CALIBRATED, PathSettings, Settings
+from fleetcast.settings import CALIBRATED, PathSettings, RetrainingSettings, Settings
 
 if TYPE_CHECKING:  # pyarrow: --help answers without it
     from fleetcast.storage.store import DataBuffer
@@ -119,9 +120,7 @@ def training_steps(settings: Settings, program: Path, config: Path | None) -> li
 
 def trainer_command(settings: Settings, program_dir: Path, config: Path | None) -> list[str]:
     """Return the trainer's command line; beyond the documented flags only what is not the default."""
-    script = Path(settings.retraining.training_script)
-    if not script.exists() and (program_dir / script).exists():  # installed elsewhere than it works
-        script = program_dir / script
+    script = _trainer_script(settings.retraining.training_script, program_dir)
     epochs = str(settings.retraining.training_epochs)
     command = [sys.executable, str(script), "--data", EXPORT_FILE, "--incremental", "--epochs", epochs]
     if settings.paths.checkpoint_dir != PathSettings().checkpoint_dir:
@@ -129,6 +128,18 @@ def trainer_command(settings: Settings, program_dir: Path, config: Path | None) 
     if config is not None:
         command += ["--config", str(config)]
     return command
+
+
+def _trainer_script(named: str, program_dir: Path) -> Path:
+    """Return the trainer: here, else beside the daemon, else (not renamed) wherever it is installed."""
+    script = Path(named)
+    if script.exists():
+        return script
+    if (program_dir / script).exists():
+        return program_dir / script
+    is_ours = named == RetrainingSettings().training_script
+    module = find_spec(script.stem) if is_ours else None
+    return Path(module.origin) if module and module.origin else script
 
 
 def training_context(

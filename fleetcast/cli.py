@@ -1,0 +1,99 @@
+"""`fleetcast`: one command for everything that is installed; each subcommand is a program of its own.
+
+    fleetcast infer --port 8000       what `python tft_inference_daemon.py --port 8000` does
+    fleetcast version --json          which release this is, and what it runs on
+
+Owns: the names of the subcommands and which module each one runs. The rest of the line, `--help`
+included, belongs to that module's `main`, and so does the exit code. Does not know: flags, settings,
+what the programs do: a module is imported only when it is run, so that `fleetcast --help` stays light.
+"""
+
+import difflib
+import importlib
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+from fleetcast import __version__
+from fleetcast.errors import ExitCode
+
+# subcommand: the module whose main(argv) runs it, and what it is for
+COMMANDS = {
+    "infer": ("tft_inference_daemon", "take metrics in, forecast them, answer on port 8000"),
+    "retrain": ("adaptive_retraining_daemon", "watch for drift and retrain; --once looks once"),
+    "train": ("tft_trainer", "train a model and let the gate decide whether it serves"),
+    "drift": ("drift_monitor", "print the drift report of the present state"),
+    "buffer": ("data_buffer", "print what the data buffer holds"),
+    "agent": ("fleetcast.sources.agent", "send this host's metrics every few seconds"),
+    "replay": ("fleetcast.sources.replay", "send recorded metrics, in their own time or faster"),
+    "live": ("fleetcast.live", "both daemons and the agent on this machine until Ctrl+C"),
+    "demo": ("fleetcast.demo.play", "the whole loop on bundled real data, in minutes"),
+}
+VERSION = "version"
+LIBRARIES = (
+    "torch",
+    "lightning",
+    "pytorch-forecasting",
+    "numpy",
+    "pandas",
+    "pyarrow",
+)  # what decides the numbers
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if command in COMMANDS:
+        return int(importlib.import_module(COMMANDS[command][0]).main(rest))
+    if command in (VERSION, "--version"):
+        return _tell_version(rest)
+    if command in ("-h", "--help"):
+        print(_usage())
+        return int(ExitCode.OK)
+    print(_refusal(command) if command else _usage(), file=sys.stderr)
+    return int(ExitCode.BAD_SETTINGS)
+
+
+def _usage() -> str:
+    lines = [f"  {name:<9} {purpose}" for name, (_, purpose) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: fleetcast COMMAND [flags]",
+            "",
+            "Keep forecasts of a server fleet's metrics accurate with nobody watching.",
+            "",
+            "commands:",
+            *lines,
+            f"  {VERSION:<9} print the release; --json adds what it runs on",
+            "",
+            "fleetcast COMMAND --help shows the flags and exit codes of one command.",
+        ]
+    )
+
+
+def _refusal(command: str) -> str:
+    nearest = difflib.get_close_matches(command, [*COMMANDS, VERSION], n=1, cutoff=0.0)[0]
+    return f"fleetcast: unknown command {command}, nearest is {nearest} (fleetcast --help lists them)"
+
+
+def _tell_version(flags: Sequence[str]) -> int:
+    if flags == ["--json"]:
+        runs_on = {"python": platform.python_version(), **{name: release(name) for name in LIBRARIES}}
+        print(json.dumps({"version": __version__, **runs_on}))
+    elif not flags:
+        print(f"fleetcast {__version__}")
+    else:
+        print(f"fleetcast version: unknown {' '.join(flags)}, --json is all it takes", file=sys.stderr)
+        return int(ExitCode.BAD_SETTINGS)
+    return int(ExitCode.OK)
+
+
+def release(library: str) -> str | None:
+    """Return the installed release of a library, which this does not import; None where there is none."""
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
