@@ -35,9 +35,8 @@ def bin_means(codes: Codes, timestamps_ms: Longs, values: Floats, bin_ms: int) -
     ([0, 300000], [1.5, 7.0])
     """
     columns = values if values.ndim == 2 else values[:, None]
-    if not _is_ordered(
-        codes, timestamps_ms
-    ):  # what the buffer reads is: a sort would cost as much as the rest
+    # rows of the buffer are ordered: a sort would cost as much as the rest
+    if not _is_ordered(codes, timestamps_ms):
         order = np.lexsort((timestamps_ms, codes))  # stable: rows of one key keep their order
         codes, timestamps_ms, columns = codes[order], timestamps_ms[order], columns[order]
     codes, timestamps_ms, columns = _merge_repeated(codes, timestamps_ms, columns)
@@ -94,7 +93,7 @@ def _group_means(column: Floats, starts: Longs) -> Floats:
         return np.asarray(sums / counts)
 
 
-def count_trainable(values: Floats32, horizon_bins: int, min_history_bins: int = RECENT_BINS) -> int:
+def count_trainable(values: Floats32, horizon_bins: int) -> int:
     """Count the windows of a grid that can teach something.
 
     A window is one origin bin of one series: a value within the last hour, an hour of values
@@ -103,29 +102,16 @@ def count_trainable(values: Floats32, horizon_bins: int, min_history_bins: int =
     Args:
         values: (..., bin) NaN = no record.
     """
-    return sum(int(_trainable_origins(row, horizon_bins, min_history_bins).sum()) for row in _series(values))
+    return sum(_count_origins(row, horizon_bins) for row in values.reshape(-1, values.shape[-1]))
 
 
-def trainable_origins(
-    values: Floats32, horizon_bins: int, min_history_bins: int = RECENT_BINS
-) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
-    """Return which bins of which series are origins of a trainable window: (series, bin)."""
-    return np.array([_trainable_origins(row, horizon_bins, min_history_bins) for row in _series(values)])
-
-
-def _series(values: Floats32) -> Floats32:
-    return values.reshape(-1, values.shape[-1])
-
-
-def _trainable_origins(
-    row: Floats32, horizon_bins: int, min_history_bins: int
-) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+def _count_origins(row: Floats32, horizon_bins: int) -> int:
     seen = np.concatenate(([0], np.cumsum(np.isfinite(row))))  # seen[i] = values before bin i
     end = np.arange(1, len(row) + 1)
     recent = seen[end] - seen[np.maximum(end - RECENT_BINS, 0)]
     day = seen[end] - seen[np.maximum(end - DAY_BINS, 0)]
     ahead = seen[np.minimum(end + horizon_bins, len(row))] - seen[end]
-    return np.asarray((recent > 0) & (day >= min_history_bins) & (2 * ahead >= horizon_bins))
+    return int(((recent > 0) & (day >= RECENT_BINS) & (2 * ahead >= horizon_bins)).sum())
 
 
 def enough_to_train(span_s: float, n_windows: int, settings: DecisionSettings) -> str:

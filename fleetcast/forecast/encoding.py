@@ -1,23 +1,16 @@
 """Bins → model arrays and back: what the network sees of a window, and what its answer means.
 
-Owns: the network's input variables on the compact grid; the trainer and the server call the
-same `encode`. numpy only. Does not know: networks, servers, metric names, clocks.
+Owns: the network's input variables, the compact grid, the unit of a window; the trainer and the
+server call the same `encode`. numpy only. Does not know: networks, servers, clocks.
 
-One window is one series (server, metric) up to an origin bin.
+A window is one series (server, metric) up to an origin bin. The network sees it on a compact grid:
+the past day as 44 means of 6 bins and 24 single bins, the future as 12 bins and then wider knots,
+between which the answer is interpolated. That is 3-4 times cheaper than bin by bin and more
+accurate at equal cost (measured on recorded VMs). The grid is counted in bins, so that any bin
+length and any horizon has one; only the daily lags are counted in days.
 
-The compact grid on which a model sees a window.
-
-Owns: which bins of the past and of the horizon share a step. The past day is seen as 44 means
-of 6 bins and 24 bins, the future as 12 bins and then wider knots, between which the answer is
-interpolated: 3-4 times cheaper than bin by bin and more accurate at equal cost (measured on
-recorded VMs). Counted in bins, so that any bin length and any horizon has a grid; only the
-daily lags are counted in days. Does not know: values.
-
-How a window's values are measured, and how an answer is read back.
-
-Owns: the unit of a window, (z - z_last) / s with z = x for percents and for series below zero,
-log(1 + 100 x) for other rates, z_last the last known value and s the last day's spread; the
-inverse; the bounds of an answer. Does not know: grids, networks.
+The unit of a window is (z - z_last) / s. z is x for percents and for series below zero,
+log(1 + 100 x) for other rates; z_last is the last known value, s the last day's spread.
 """
 
 from dataclasses import asdict, dataclass
@@ -30,10 +23,31 @@ from fleetcast.bins import DAY_BINS, HISTORY_BINS, RECENT_BINS
 from fleetcast.clock import DAY_MS
 from fleetcast.schema import Floats32, Longs
 
+PAST_REALS = ("value", "seen", "hour_sin", "hour_cos", "day_ago", "profile")
+AHEAD_REALS = ("hour_sin", "hour_cos", "day_ago", "day_ago_smooth", "week_ago", "profile", "log_horizon")
+STATIC_REALS = (
+    "hour_mean",
+    "day_mean",
+    "log_spread",
+    "hour_spread",
+    "log_level",
+    "roughness",
+    "season_error",
+    "seen_share",
+    "day_ago_share",
+    "week_ago_share",
+)
+_ANSWER_LIMIT = np.float32(1e6)  # spreads; an answer is bounded by the series' range afterwards
+_WEEK_DAYS = 7
+_SMOOTH_BINS = 6  # each side's half: a day-ago value is smoothed over half an hour of 5-minute bins
 FINE_PAST, COARSE_PAST, COARSE_WIDTH = 24, 44, 6  # bins, steps, bins per step: 288 bins
 FINE_AHEAD, MAX_COARSE_AHEAD = 12, 28
 # the next bin, the other fine ones, the rest: the weight of a knot, shared by its bins (a measured recipe)
 _NEXT_WEIGHT, _FINE_WEIGHT, _COARSE_WEIGHT = 8.0, 2.0, 1.0
+INPUT_LIMIT = 20.0  # spreads; further out a value says no more than "far"
+_PERCENT_FLOOR, _LOG_FLOOR, _LINEAR_FLOOR_SHARE = 0.5, 0.1, 0.02  # smallest spread: points, log units, share
+_VALUE_LIMIT = 1e30  # native units; float32 must hold 100 times this
+_LOG_LIMIT = float(np.log1p(100 * _VALUE_LIMIT))
 
 
 @dataclass(frozen=True)
@@ -99,12 +113,6 @@ class GridShape:
         if not (shape.bin_ms > 0 and 0 < shape.horizon_bins < 10_000 and 0 < shape.history_bins < 100_000):
             raise ValueError(f"{shape} is no grid")
         return shape
-
-
-INPUT_LIMIT = 20.0  # spreads; further out a value says no more than "far"
-_PERCENT_FLOOR, _LOG_FLOOR, _LINEAR_FLOOR_SHARE = 0.5, 0.1, 0.02  # smallest spread: points, log units, share
-_VALUE_LIMIT = 1e30  # native units; float32 must hold 100 times this
-_LOG_LIMIT = float(np.log1p(100 * _VALUE_LIMIT))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -237,25 +245,6 @@ def _bounds(
     return low.astype(np.float32), high.astype(np.float32)
 
 
-PAST_REALS = ("value", "seen", "hour_sin", "hour_cos", "day_ago", "profile")
-AHEAD_REALS = ("hour_sin", "hour_cos", "day_ago", "day_ago_smooth", "week_ago", "profile", "log_horizon")
-STATIC_REALS = (
-    "hour_mean",
-    "day_mean",
-    "log_spread",
-    "hour_spread",
-    "log_level",
-    "roughness",
-    "season_error",
-    "seen_share",
-    "day_ago_share",
-    "week_ago_share",
-)
-_ANSWER_LIMIT = np.float32(1e6)  # spreads; an answer is bounded by the series' range afterwards
-_WEEK_DAYS = 7
-_SMOOTH_BINS = 6  # each side's half: a day-ago value is smoothed over half an hour of 5-minute bins
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelArrays:
     """Windows as the network takes them, and the scale its answer is read with; all finite."""
@@ -284,7 +273,7 @@ def encode(
         is_percent: (window,) whether the metric is measured in points of a hundred.
         min_history_bins: values of the last day a usable window has at least.
     """
-    values = clip_implausible(_full_length(history, shape.history_bins))
+    values = clip_implausible(_pad(history, shape.history_bins))
     is_log = is_log_scaled(values, is_percent)
     z = to_z(values, is_log)
     scale = Scale.measure(z, is_log, is_percent, min_history_bins)
@@ -313,7 +302,7 @@ def decode(answer: Floats32, scale: Scale, shape: GridShape) -> Floats32:
     return scale.native(np.ascontiguousarray(between.transpose(0, 2, 1)))
 
 
-def _full_length(history: Floats32, n_bins: int) -> Floats32:
+def _pad(history: Floats32, n_bins: int) -> Floats32:
     """Return exactly `n_bins` columns, the newest last."""
     if history.shape[1] == n_bins:
         return history
@@ -376,7 +365,7 @@ def _compact_ahead(bins: Floats32, shape: GridShape) -> Floats32:
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.float32(np.nan)).astype(np.float32)
 
 
-def _carried(steps: Floats32) -> Floats32:
+def _carry(steps: Floats32) -> Floats32:
     """Fill unknown steps (window, step) with the last known one before, else the next one after."""
     seen = np.isfinite(steps)
     index = np.where(seen, np.arange(steps.shape[1]), -1)
@@ -385,7 +374,7 @@ def _carried(steps: Floats32) -> Floats32:
     return np.nan_to_num(np.take_along_axis(steps, np.where(newest < 0, first, newest), axis=1))
 
 
-def _either(*choices: Floats32) -> Floats32:
+def _first_known(*choices: Floats32) -> Floats32:
     """Return the first choice that is known, 0 (the last value) where none is."""
     chosen = choices[0].copy()
     for other in choices[1:]:
@@ -393,7 +382,7 @@ def _either(*choices: Floats32) -> Floats32:
     return np.nan_to_num(chosen)
 
 
-def _hours(end_bin_ms: Longs, offsets: Floats32, bin_ms: int) -> tuple[Floats32, Floats32]:
+def _time_of_day(end_bin_ms: Longs, offsets: Floats32, bin_ms: int) -> tuple[Floats32, Floats32]:
     """Return sine and cosine of the time of day at bins `offsets` after the origin."""
     phase = (end_bin_ms % DAY_MS)[:, None] / DAY_MS + offsets[None] * (bin_ms / DAY_MS)
     return np.sin(2 * np.pi * phase).astype(np.float32), np.cos(2 * np.pi * phase).astype(np.float32)
@@ -402,11 +391,11 @@ def _hours(end_bin_ms: Longs, offsets: Floats32, bin_ms: int) -> tuple[Floats32,
 def _past(day: Floats32, lags: _Lags, end_bin_ms: Longs, shape: GridShape) -> Floats32:
     value = _compact_past(day)
     offsets = _compact_past(np.arange(1 - DAY_BINS, 1, dtype=np.float32)[None])[0]
-    sine, cosine = _hours(end_bin_ms, offsets, shape.bin_ms)
+    sine, cosine = _time_of_day(end_bin_ms, offsets, shape.bin_ms)
     profile = _compact_past(lags.profile[:, :DAY_BINS])
     day_ago = _compact_past(lags.day_ago[:, :DAY_BINS])
     seen = np.isfinite(value).astype(np.float32)
-    columns = [_carried(value), seen, sine, cosine, _either(day_ago, profile), _either(profile)]
+    columns = [_carry(value), seen, sine, cosine, _first_known(day_ago, profile), _first_known(profile)]
     return np.stack(columns, axis=-1)
 
 
@@ -414,23 +403,23 @@ def _ahead(lags: _Lags, end_bin_ms: Longs, shape: GridShape) -> Floats32:
     day_ago, week_ago, profile = (
         _compact_ahead(bins[:, DAY_BINS:], shape) for bins in (lags.day_ago, lags.week_ago, lags.profile)
     )
-    smooth = _compact_ahead(_smoothed(lags.day_ago, shape.horizon_bins), shape)
+    smooth = _compact_ahead(_smooth(lags.day_ago, shape.horizon_bins), shape)
     centres = ((shape.knot_starts + shape.knot_ends) / 2).astype(np.float32)
-    sine, cosine = _hours(end_bin_ms, centres, shape.bin_ms)
+    sine, cosine = _time_of_day(end_bin_ms, centres, shape.bin_ms)
     log_horizon = np.broadcast_to(np.log(centres) / 2 - 1, sine.shape).astype(np.float32)
     columns = [
         sine,
         cosine,
-        _either(day_ago, profile),
-        _either(smooth, profile),
-        _either(week_ago, profile),
-        _either(profile),
+        _first_known(day_ago, profile),
+        _first_known(smooth, profile),
+        _first_known(week_ago, profile),
+        _first_known(profile),
         log_horizon,
     ]
     return np.stack(columns, axis=-1)
 
 
-def _smoothed(day_ago: Floats32, horizon_bins: int) -> Floats32:
+def _smooth(day_ago: Floats32, horizon_bins: int) -> Floats32:
     """Return the centred running mean of the bins a day before the horizon."""
     around = day_ago[:, DAY_BINS - _SMOOTH_BINS :]
     padded = np.concatenate([around, np.full((len(around), _SMOOTH_BINS), np.nan, np.float32)], axis=1)

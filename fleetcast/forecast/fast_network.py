@@ -1,22 +1,17 @@
 """The network's forward pass as a sweep runs it: many windows of one origin, no gradients.
 
-Owns: `SweepNetwork`, the graph of `StaticNetwork` over the same weights, its answer equal within
-1e-5 of the library's. Statics are worked out for all windows at once, the sequences for a few
-windows at a time, so that their tensors stay in a core's cache. Does not know: units, servers.
+Owns: `SweepNetwork`, the graph of `StaticNetwork` over the same weights; its answer is equal within
+1e-5 of the library's. Statics are computed for all windows at once, the sequences for a few windows
+at a time, so that their tensors stay in a core's cache. Does not know: units, servers.
 
-Blocks of the network for sweeps: the same sums as `networkblocks`, arranged for speed.
-
-Owns: variable selection over a fleet's windows without gradients. Equal to `VariableSelection`
-within float rounding. Does not know: attention, LSTMs, files.
-
-Where the time went and what was done about it (ns per step of one window, one EPYC core):
-- torch's softmax over 6 variables takes 111, its layer norm over 6 takes 45: both are written as
-  products with small constant matrices (10 each). The values are normed, so their exponentials
-  cannot overflow.
+Where the time went and what helped (ns per step of one window, one EPYC core):
+- torch's softmax over 6 variables takes 111, its layer norm over 6 takes 45. Products with small
+  constant matrices replace both (10 each). The values are normed, so their exponentials cannot
+  overflow.
 - torch's elu takes 43: relu(x) + exp(min(x, 0)), the -1 moved into the next bias, takes 20.
 - The weigher and the skipped vectors are affine in the scalars: the widened vectors of all
   variables are never made.
-- The gated residual network of one scalar is a curve: 131 per variable. It is worked out once, at
+- The gated residual network of one scalar is a curve: 131 per variable. It is tabulated once, at
   `POINTS_PER_UNIT` points per unit, and read with linear interpolation; one embedding bag weighs
   and adds the curves of all variables: 60 for six. The scalars have bounds (`encoding`).
 """
@@ -29,18 +24,19 @@ from torch.nn import functional
 
 from fleetcast.forecast.encoding import INPUT_LIMIT
 from fleetcast.forecast.network import (
-    _NORM_EPSILON,
+    NORM_EPSILON,
     Batch,
     GatedResidual,
     NetworkConfig,
     StaticNetwork,
+    Variable,
     VariableSelection,
-    _Variable,
     linear,
 )
 
+_BLOCK = 128  # windows whose sequences are computed together
 POINTS_PER_UNIT = 400  # answers differ by 2e-6 from the exact ones, at 200 by 6e-6
-_TABLE_ERROR = 2e-5  # a curve with a sharper bend (narrow networks have them) is worked out exactly
+_TABLE_ERROR = 2e-5  # a curve with a sharper bend (narrow networks have them) is computed exactly
 _PROBES = 100  # points on either side of the bend
 _LIMITS = {"hour_sin": 1.0, "hour_cos": 1.0, "seen": 1.0, "log_horizon": 4.0}  # of scalars; else INPUT_LIMIT
 
@@ -114,20 +110,20 @@ class SweepSelection(VariableSelection):
         gated, gate = torch.addmm(self._gate[1], self._gate[0], elu_plus_one_(inner)).chunk(2)
         gated = gated.mul_(gate.sigmoid_())
         skipped = torch.addmm(self._skipped[0], self._skipped[1], scalars)
-        gated += self._normed(skipped, *self._skip_norm)
-        weights = self._normed(self._centre @ gated, *self._out_norm).exp_()
+        gated += self._normalise(skipped, *self._skip_norm)
+        weights = self._normalise(self._centre @ gated, *self._out_norm).exp_()
         return weights.div_(self._sum @ weights)
 
-    def _normed(self, centred: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+    def _normalise(self, centred: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
         """Return the layer norm of columns whose mean is 0."""
-        inverse = (self._mean @ centred.square()).add_(_NORM_EPSILON).rsqrt_()
+        inverse = (self._mean @ centred.square()).add_(NORM_EPSILON).rsqrt_()
         return torch.addcmul(shift, centred.mul_(inverse), gain)
 
 
 class SweepVariable:
     """The vector of one variable as a curve over its scalar."""
 
-    def __init__(self, variable: _Variable) -> None:
+    def __init__(self, variable: Variable) -> None:
         self._variable = variable
         self._gate = _without_one(*variable._gate)
         self._skip = torch.stack([variable._skip_slope, variable._skip_offset])
@@ -140,7 +136,7 @@ class SweepVariable:
         gated = functional.glu(functional.linear(inner, *self._gate))
         inverse = torch.rsqrt((scalar * own._square + own._mixed) * scalar + own._constant)
         gated.addmm_(torch.stack([scalar * inverse, inverse], dim=1), self._skip).add_(own._skip_shift)
-        return functional.layer_norm(gated, gated.shape[1:], *self._norm, _NORM_EPSILON)
+        return functional.layer_norm(gated, gated.shape[1:], *self._norm, NORM_EPSILON)
 
     def table_error(self, limit: float) -> float:
         """Return how far interpolation is off where it is worst: around the norm's turn, or anywhere."""
@@ -170,7 +166,7 @@ class SweepResidual:
         if context is not None and self._context is not None:
             inner += functional.linear(context, self._context)[:, None]
         gated = functional.glu(functional.linear(elu_plus_one_(inner), *self._gate))
-        return functional.layer_norm(gated.add_(x), x.shape[-1:], *self._norm, _NORM_EPSILON)
+        return functional.layer_norm(gated.add_(x), x.shape[-1:], *self._norm, NORM_EPSILON)
 
 
 def elu_plus_one_(x: Tensor) -> Tensor:
@@ -189,9 +185,6 @@ def _column(vector: Tensor) -> Tensor:
 
 def _norm_of(weights: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
     return weights[f"{name}.weight"], weights[f"{name}.bias"]
-
-
-_BLOCK = 128  # windows whose sequences are worked out together
 
 
 class SweepNetwork(StaticNetwork):

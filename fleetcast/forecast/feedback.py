@@ -2,8 +2,7 @@
 
 Owns: per (server, metric, settled horizon) how well the model, the last value and the same time
 yesterday did lately, and how often an actual fell outside the interval that was given. numpy
-only, causal: it knows what it was told by `learn` and nothing else. Does not know: names, files,
-who stores what, how a model works.
+only, causal: `learn` is its one source. Does not know: names, files, how a model works.
 
 Two corrections, both learned one settled forecast at a time and discounted:
 
@@ -117,7 +116,7 @@ class Feedback:
         self,
         knot: int,
         rows: Longs,
-        served: Floats32,
+        given: Floats32,
         model: Floats32,
         last: Floats32,
         yesterday: Floats32,
@@ -128,20 +127,20 @@ class Feedback:
         Args:
             knot: index into `horizons`.
             rows: (server,) distinct.
-            served: (server, metric, quantile) as they were given.
+            given: (server, metric, quantile) as clients got them.
             model: (server, metric) the model's own median, NaN where another rule forecast.
             last, yesterday: (server, metric) what the naive rules would have said; NaN = unknown.
             actual: (server, metric) NaN = unsettled.
         """
         self._pooled = None
         self.reserve(int(rows.max(initial=-1)) + 1)
-        known = np.isfinite(model) & np.isfinite(actual) & np.isfinite(served).all(axis=-1)
-        errors = np.abs(self._mixed(model, last, yesterday) - actual[..., None])  # (server, metric, mixture)
+        known = np.isfinite(model) & np.isfinite(actual) & np.isfinite(given).all(axis=-1)
+        errors = np.abs(self._mix(model, last, yesterday) - actual[..., None])  # (server, metric, mixture)
         keep = np.where(known, np.float32(0.5 ** (1 / self._rate("half_life", knot))), np.float32(1))
         self.losses[rows, :, knot] *= keep[..., None]
         self.losses[rows, :, knot] += np.where(known[..., None], errors, np.float32(0))
         self.counts[rows, :, knot] = self.counts[rows, :, knot] * keep + known
-        missed = np.stack([actual < served[..., 0], actual > served[..., 2]], axis=-1)
+        missed = np.stack([actual < given[..., 0], actual > given[..., 2]], axis=-1)
         excess = np.where(known[..., None], missed - np.float32(_MISS), np.float32(0))
         self.widen[rows, :, knot] = np.clip(
             self.widen[rows, :, knot] + self._rate("widen_step", knot) * excess, -_WIDEN_LIMIT, _WIDEN_LIMIT
@@ -170,7 +169,7 @@ class Feedback:
         """
         self.reserve(int(rows.max(initial=-1)) + 1)
         between = self._interpolation(quantiles.shape[2])  # (knot, horizon)
-        quantiles, last, yesterday = self._scaled(quantiles, last, yesterday)
+        quantiles, last, yesterday = self._scale(quantiles, last, yesterday)
         shares = np.einsum("smkc,kh->csmh", self.shares(rows), between)  # [model, last, yesterday]
         widen = np.clip(self.widen[rows] + self.fleet_widen, -_WIDEN_LIMIT, _WIDEN_LIMIT)
         factors = np.exp(np.einsum("smkc,kh->csmh", widen, between))
@@ -186,9 +185,9 @@ class Feedback:
 
     def shares(self, rows: Longs) -> Floats32:
         """Return the shares (server, metric, knot, [model, last value, yesterday]); they sum to 1."""
-        relative, say = self._relative(self.losses[rows], self.counts[rows])
+        relative, say = self._relative_losses(self.losses[rows], self.counts[rows])
         trust = say[..., None]
-        fleet_relative, fleet_say = self._of_fleet()
+        fleet_relative, fleet_say = self._fleet_evidence()
         relative = trust * relative + (1 - trust) * fleet_relative
         scores = -np.float32(self.rates.sharpness) * relative
         scores -= scores.max(axis=-1, keepdims=True)
@@ -198,7 +197,7 @@ class Feedback:
         mixed = believed * (weights @ MIXTURES) + (1 - believed) * MIXTURES[0]
         return np.asarray(mixed, np.float32)
 
-    def _relative(self, losses: Floats32, counts: Floats32) -> tuple[Floats32, Floats32]:
+    def _relative_losses(self, losses: Floats32, counts: Floats32) -> tuple[Floats32, Floats32]:
         """Return losses over the model's, minus 1, and how much of a say the evidence has, 0 to 1."""
         own = np.maximum(losses[..., :1], 1e-6 * np.maximum(counts[..., None], 1))
         relative = np.minimum(losses / own, np.float32(_WORST)) - 1
@@ -206,10 +205,10 @@ class Feedback:
         beyond = np.maximum(counts - self.rates.least, 0)
         return relative, beyond / (beyond + self.rates.doubt)
 
-    def _of_fleet(self) -> tuple[Floats32, Floats32]:
+    def _fleet_evidence(self) -> tuple[Floats32, Floats32]:
         """Return the same for the mean of all servers, (metric, knot, mixture) and (metric, knot)."""
         if self._pooled is None:
-            relative, say = self._relative(self.losses, self.counts)
+            relative, say = self._relative_losses(self.losses, self.counts)
             total = np.maximum(say.sum(axis=0), 1e-6)[..., None]
             beyond = np.maximum(self.counts - self.rates.least, 0).sum(axis=0)
             self._pooled = (
@@ -218,11 +217,11 @@ class Feedback:
             )
         return self._pooled
 
-    def _mixed(self, model: Floats32, last: Floats32, yesterday: Floats32) -> Floats32:
-        scaled = self._scaled(model, _or(last, model), _or(yesterday, model))
+    def _mix(self, model: Floats32, last: Floats32, yesterday: Floats32) -> Floats32:
+        scaled = self._scale(model, _or(last, model), _or(yesterday, model))
         return self._native(np.stack(scaled, axis=-1) @ MIXTURES.T)
 
-    def _scaled(self, *arrays: Floats32) -> list[Floats32]:
+    def _scale(self, *arrays: Floats32) -> list[Floats32]:
         """Return values (server, metric, ...) on the scale they are mixed on: rates by their logarithm.
 
         In native units a hundredth of yesterday's burst would outweigh all of a quiet rate.
@@ -234,7 +233,7 @@ class Feedback:
         return scaled
 
     def _native(self, scaled: Floats32) -> Floats32:
-        """Undo `_scaled`, in place."""
+        """Undo `_scale`, in place."""
         logs = scaled[:, ~self.is_percent]
         scaled[:, ~self.is_percent] = np.copysign(np.expm1(np.abs(logs)) / np.float32(100), logs)
         return scaled

@@ -1,4 +1,4 @@
-"""The naive forecast: what serves before there is a model, and what a model has to beat.
+"""The naive forecast: it goes out before there is a model, and a model has to beat it.
 
 Owns: last value, same time yesterday, the choice between the two and the spread around them.
 Does not know: models, files or clocks; it sees one `HistoryWindow` and nothing after its end.
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetcast.clock import DAY_MS
+from fleetcast.forecast.encoding import is_percent
 from fleetcast.schema import QUANTILES, Floats32, HistoryWindow, Longs
 
 ERROR_DAYS = 3  # targets looked back at: long enough for a daily rhythm, short enough to follow a change
@@ -59,7 +60,7 @@ class NaiveForecaster:
         series = window.values.reshape(n_servers * n_metrics, n_bins)  # (series, bin)
         season = max(1, DAY_MS // window.bin_ms)
         knots = _knots(self.horizon_bins)
-        targets = _sampled_targets(n_bins, season)
+        targets = _sample_targets(n_bins, season)
         last_errors, yesterday_errors, advantage = _settled_errors(series, season, knots, targets)
 
         weights = _interpolation(knots, self.horizon_bins)  # (knot, horizon)
@@ -70,7 +71,7 @@ class NaiveForecaster:
         low = middle + np.where(is_yesterday, yesterday_errors.low @ weights, last_errors.low @ weights)
         high = middle + np.where(is_yesterday, yesterday_errors.high @ weights, last_errors.high @ weights)
         quantiles = np.stack([low, middle, high], axis=-1).astype(np.float32)
-        return _bounded(quantiles, series, window.metrics).reshape(shape)
+        return _bound(quantiles, series, window.metrics).reshape(shape)
 
 
 def _knots(horizon_bins: int) -> Longs:
@@ -91,7 +92,7 @@ def _interpolation(knots: Longs, horizon_bins: int) -> Floats32:
     return np.stack([np.interp(horizons, knots, row) for row in unit]).astype(np.float32)
 
 
-def _sampled_targets(n_bins: int, season: int) -> Longs:
+def _sample_targets(n_bins: int, season: int) -> Longs:
     """Return the newest columns used as targets, thinned evenly."""
     span = min(n_bins, ERROR_DAYS * season)
     step = -(-span // MAX_TARGETS)
@@ -107,8 +108,8 @@ def _settled_errors(
     advantage = np.full((len(series), len(knots)), -1.0, dtype=np.float32)
     actual = series[:, targets]
     for k, horizon in enumerate(knots.tolist()):
-        by_last = actual - _lagged(series, targets, horizon)
-        by_yesterday = actual - _lagged(series, targets, season * -(-horizon // season))
+        by_last = actual - _lag(series, targets, horizon)
+        by_yesterday = actual - _lag(series, targets, season * -(-horizon // season))
         growth = (horizon / int(knots[k - 1])) ** 0.5 if k else 0.0  # a random walk's spread
         _measure(last, k, by_last, growth)
         _measure(yesterday, k, by_yesterday, 1.0 if k else 0.0)
@@ -116,7 +117,7 @@ def _settled_errors(
     return last, yesterday, advantage
 
 
-def _lagged(series: Floats32, targets: Longs, lag: int) -> Floats32:
+def _lag(series: Floats32, targets: Longs, lag: int) -> Floats32:
     """Return the values `lag` bins before the targets, NaN before the window's start."""
     sources = targets - lag
     values = series[:, np.maximum(sources, 0)]
@@ -173,11 +174,11 @@ def same_time_yesterday(series: Floats32, season: int, horizon_bins: int) -> Flo
     return values
 
 
-def _bounded(quantiles: Floats32, series: Floats32, metrics: tuple[str, ...]) -> Floats32:
+def _bound(quantiles: Floats32, series: Floats32, metrics: tuple[str, ...]) -> Floats32:
     """Keep a series that was never negative at >= 0, and a percent that never passed 100 at <= 100."""
     lowest = np.fmin.reduce(series, axis=1)
     highest = np.fmax.reduce(series, axis=1)
-    is_percent = np.array([metric.endswith("_pct") for metric in metrics] * (len(series) // len(metrics)))
+    percents = np.array([is_percent(metric) for metric in metrics] * (len(series) // len(metrics)))
     floor = np.where(lowest >= 0, 0.0, -np.inf).astype(np.float32)
-    ceiling = np.where(is_percent & (highest <= 100), 100.0, np.inf).astype(np.float32)
+    ceiling = np.where(percents & (highest <= 100), 100.0, np.inf).astype(np.float32)
     return np.clip(quantiles, floor[:, None, None], ceiling[:, None, None])

@@ -1,16 +1,11 @@
 """The temporal fusion transformer: the library's, to be trained, and a static graph of its weights.
 
-Owns: how pytorch-forecasting's v1 class is built for our variables (`build`), and the forward
-pass that training and serving run (`StaticNetwork`): same weights, same answer within 1e-5,
-without lengths and interpretation. With `networkblocks.py`, `forecaster.py` and `training.py`
-the owner of torch; the library itself is imported by `build` alone, so a serving
-process never pays for it. Does not know: units, files, servers.
+Owns: how pytorch-forecasting's class is built for our variables (`build`), and the forward pass
+that training and serving run (`StaticNetwork`): the same weights and the same answer within 1e-5,
+with everything fused that can be, without lengths and interpretation. Weights keep the library's
+names. Only `build` imports the library, so a serving process never pays for it. Does not know:
+units, files, servers.
 Source: Lim et al., Temporal Fusion Transformers (arXiv:1912.09363).
-
-The blocks of a temporal fusion transformer over given weights, with what can be fused fused.
-
-Owns: gated residual networks, variable selection, norms, named as the library names its weights.
-A part of `network.py`'s graph. Does not know: attention, LSTMs, files.
 """
 
 from collections.abc import Mapping
@@ -24,7 +19,10 @@ from torch.nn import functional
 from fleetcast.forecast.encoding import AHEAD_REALS, PAST_REALS, STATIC_REALS, GridShape, ModelArrays
 from fleetcast.schema import QUANTILES, Longs
 
-_NORM_EPSILON = 1e-5
+METRIC_SLOTS = 32  # slot 0: a metric never seen in training
+_FIRST_WEIGHT, _FIRST_ANSWER = 0.3, (-0.2, 0.0, 0.2)
+_SMALL = 8  # size of a scalar's vector before it is widened; always smaller than the network's width
+NORM_EPSILON = 1e-5
 
 
 class GatedResidual:
@@ -32,7 +30,7 @@ class GatedResidual:
 
     def __init__(self, weights: Mapping[str, Tensor], name: str) -> None:
         self._weights, self._name = weights, name
-        self._gate = _fused(weights, f"{name}.fc2", f"{name}.gate_norm.glu.fc")
+        self._gate = _fuse(weights, f"{name}.fc2", f"{name}.gate_norm.glu.fc")
         self._context = weights.get(f"{name}.context.weight")
 
     def __call__(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -50,15 +48,15 @@ class VariableSelection:
         self, weights: Mapping[str, Tensor], name: str, reals: tuple[str, ...], embedded: str = ""
     ) -> None:
         self._weights, self._name, self._embedded = weights, name, embedded
-        self._scale = _stacked(weights, [f"{name}.prescalers.{real}.weight" for real in reals])[..., 0]
-        self._shift = _stacked(weights, [f"{name}.prescalers.{real}.bias" for real in reals])
+        self._scale = _stack(weights, [f"{name}.prescalers.{real}.weight" for real in reals])[..., 0]
+        self._shift = _stack(weights, [f"{name}.prescalers.{real}.bias" for real in reals])
         self._hidden = weights[f"{name}.single_variable_grns.{reals[0]}.resample_norm.mask"].shape[0]
         self._variables = [
-            _Variable(weights, f"{name}.single_variable_grns.{real}", self._scale[index], self._shift[index])
+            Variable(weights, f"{name}.single_variable_grns.{real}", self._scale[index], self._shift[index])
             for index, real in enumerate(reals)
         ]
         self._weigher = f"{name}.flattened_grn"
-        self._weigher_gate = _fused(weights, f"{self._weigher}.fc2", f"{self._weigher}.gate_norm.glu.fc")
+        self._weigher_gate = _fuse(weights, f"{self._weigher}.fc2", f"{self._weigher}.gate_norm.glu.fc")
         n_flat = weights[f"{self._weigher}.fc1.weight"].shape[1]
         self._flat_resampling = _resampling(n_flat, weights[f"{self._weigher}.resample_norm.mask"].shape[0])
 
@@ -97,23 +95,23 @@ class VariableSelection:
         return torch.softmax(norm(self._weights, f"{name}.gate_norm.add_norm.norm", gated + skip), dim=-1)
 
 
-class _Variable:
+class Variable:
     """The gated residual network of one scalar variable, its scaler fused in."""
 
     def __init__(self, weights: Mapping[str, Tensor], name: str, scale: Tensor, shift: Tensor) -> None:
         self._weights, self._name = weights, name
         first = weights[f"{name}.fc1.weight"]
         self._slope, self._offset = first @ scale, first @ shift + weights[f"{name}.fc1.bias"]
-        self._gate = _fused(weights, f"{name}.fc2", f"{name}.gate_norm.glu.fc")
+        self._gate = _fuse(weights, f"{name}.fc2", f"{name}.gate_norm.glu.fc")
         mask = weights[f"{name}.resample_norm.mask"]
         resample = _resampling(len(scale), len(mask)) * (2 * torch.sigmoid(mask))
         # the skipped vector is affine in the scalar, so the mean and the variance that its norm
         # divides by are known beforehand: the variance is a square polynomial of the scalar
-        slope, offset = _centred(scale @ resample), _centred(shift @ resample)
+        slope, offset = _centre(scale @ resample), _centre(shift @ resample)
         self._square, self._mixed, self._constant = (
             slope.square().mean(),
             2 * (slope * offset).mean(),
-            offset.square().mean() + _NORM_EPSILON,
+            offset.square().mean() + NORM_EPSILON,
         )
         gain = weights[f"{name}.resample_norm.norm.weight"]
         self._skip_slope, self._skip_offset = slope * gain, offset * gain
@@ -138,7 +136,7 @@ def linear(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
 def norm(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
     """Apply a layer norm."""
     weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
-    return functional.layer_norm(x, weight.shape, weight, bias, _NORM_EPSILON)
+    return functional.layer_norm(x, weight.shape, weight, bias, NORM_EPSILON)
 
 
 def gate_add_norm(weights: Mapping[str, Tensor], name: str, x: Tensor, skip: Tensor) -> Tensor:
@@ -146,7 +144,7 @@ def gate_add_norm(weights: Mapping[str, Tensor], name: str, x: Tensor, skip: Ten
     return norm(weights, f"{name}.add_norm.norm", functional.glu(linear(weights, f"{name}.glu.fc", x)) + skip)
 
 
-def _stacked(weights: Mapping[str, Tensor], names: list[str]) -> Tensor:
+def _stack(weights: Mapping[str, Tensor], names: list[str]) -> Tensor:
     return torch.stack([weights[name] for name in names])
 
 
@@ -158,13 +156,13 @@ def join_linear(weights: Mapping[str, Tensor], names: list[str]) -> tuple[Tensor
     )
 
 
-def _fused(weights: Mapping[str, Tensor], first: str, second: str) -> tuple[Tensor, Tensor]:
+def _fuse(weights: Mapping[str, Tensor], first: str, second: str) -> tuple[Tensor, Tensor]:
     """Return two linear layers with nothing between them as one."""
     outer = weights[f"{second}.weight"]
     return outer @ weights[f"{first}.weight"], outer @ weights[f"{first}.bias"] + weights[f"{second}.bias"]
 
 
-def _centred(rows: Tensor) -> Tensor:
+def _centre(rows: Tensor) -> Tensor:
     return rows - rows.mean(dim=-1, keepdim=True)
 
 
@@ -172,11 +170,6 @@ def _resampling(n_from: int, n_to: int) -> Tensor:
     """Return the matrix (from, to) of the library's linear interpolation between vector sizes."""
     unit = torch.eye(n_from)[:, None]
     return functional.interpolate(unit, n_to, mode="linear", align_corners=True)[:, 0]
-
-
-METRIC_SLOTS = 32  # slot 0: a metric never seen in training
-_FIRST_WEIGHT, _FIRST_ANSWER = 0.3, (-0.2, 0.0, 0.2)
-_SMALL = 8  # size of a scalar's vector before it is widened; always smaller than the network's width
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
-"""What a training is told about why it runs: `training_context.json`, beside its data.
+"""Why a training runs: `training_context.json`, beside its data.
 
     {"attempt_id": str, "drifting": [{"server": str, "metric": str,
                                       "changed_ms": int or "since": ISO 8601}, ...],
      "known_changes": [the same, ...]}   what changed before, and is no news to the model
 
 `changed_ms` (ms since 1970, when the series changed) goes before `since` (when it was noticed);
-an entry with neither is taken to have changed a day before the data end.
+an entry with neither is assumed to have changed a day before the data end.
 
-Owns: reading it. The file is optional, and advice only: what is wrong in it is left out with a
-warning. Does not know: who writes it, how windows are drawn.
+Owns: reading it. The file is optional, and advice only: wrong entries are skipped with a warning.
+Does not know: who writes it, how windows are drawn.
 """
 
 import logging
@@ -32,7 +32,7 @@ _UNKNOWN_AGE_MS = DAY_MS
 
 @dataclass(frozen=True)
 class TrainingContext:
-    """The attempt a training belongs to, and what drifted; empty where nobody said."""
+    """The attempt a training belongs to, and what drifted; empty without a file."""
 
     attempt_id: str | None = None
     drifting: tuple[Mapping[str, Any], ...] = ()
@@ -52,16 +52,16 @@ class TrainingContext:
             except FileNotFoundError:
                 continue
             except (CorruptFile, OSError) as error:
-                logger.warning("training context left out reason=%s", error)
+                logger.warning("training context ignored reason=%s", error)
                 continue
-            return cls._checked(content, attempt_id, path)
+            return cls._parse(content, attempt_id, path)
         return cls(attempt_id)
 
     @classmethod
-    def _checked(cls, content: Mapping[str, Any], attempt_id: str | None, path: Path) -> "TrainingContext":
+    def _parse(cls, content: Mapping[str, Any], attempt_id: str | None, path: Path) -> "TrainingContext":
         own_id = content.get("attempt_id")
         if attempt_id is not None and own_id is not None and own_id != attempt_id:
-            logger.warning("training context left out file=%s is of attempt=%s", path, own_id)
+            logger.warning("training context ignored file=%s is of attempt=%s", path, own_id)
             return cls(attempt_id)
         drifting, known = (_entries(content.get(name)) for name in ("drifting", "known_changes"))
         return cls(attempt_id or (own_id if isinstance(own_id, str) else None), drifting, known)
@@ -69,7 +69,7 @@ class TrainingContext:
     def changed_series(self, grid: TrainingGrid) -> tuple[ChangedSeries, ...]:
         """Return the drifting series of a grid, each once, with the bin of its (first) change."""
         oldest: dict[tuple[int, int], ChangedSeries] = {}
-        for item in _changed(self.drifting, grid):
+        for item in _find_changes(self.drifting, grid):
             known = oldest.get((item.server, item.metric))
             if known is None or item.since_bin < known.since_bin:
                 oldest[item.server, item.metric] = item
@@ -77,7 +77,7 @@ class TrainingContext:
 
     def all_changes(self, grid: TrainingGrid) -> tuple[ChangedSeries, ...]:
         """Return every change known of a grid's series, each series with its newest."""
-        newest = {(item.server, item.metric): item for item in _changed(self.known, grid)}
+        newest = {(item.server, item.metric): item for item in _find_changes(self.known, grid)}
         newest |= {(item.server, item.metric): item for item in self.changed_series(grid)}
         return tuple(newest.values())
 
@@ -86,14 +86,14 @@ def _entries(content: object) -> tuple[Mapping[str, Any], ...]:
     return tuple(item for item in content if isinstance(item, dict)) if isinstance(content, list) else ()
 
 
-def _changed(entries: Iterable[Mapping[str, Any]], grid: TrainingGrid) -> Iterator[ChangedSeries]:
+def _find_changes(entries: Iterable[Mapping[str, Any]], grid: TrainingGrid) -> Iterator[ChangedSeries]:
     servers = {name: index for index, name in enumerate(grid.server_names)}
     metrics = {name: index for index, name in enumerate(grid.metrics)}
     for item in entries:
         server, metric = servers.get(str(item.get("server"))), metrics.get(str(item.get("metric")))
         since_bin = _since_bin(item, grid)
         if server is None or metric is None or since_bin is None:
-            logger.warning("changed series left out: not in the data entry=%.200s", item)
+            logger.warning("changed series ignored: not in the data entry=%.200s", item)
             continue
         yield ChangedSeries(server, metric, since_bin)
 

@@ -98,22 +98,22 @@ def _complete_bins(groups: Iterator[_Rows], spans: list[tuple[int, int]], bin_ms
     for number, rows in enumerate(groups):
         pending.append(rows)
         later = min((span[0] for span in spans[number + 1 :]), default=None)
-        joined = _joined(pending)
+        joined = _join(pending)
         limit = None if later is None else later // bin_ms * bin_ms
         is_complete = np.ones(len(joined[1]), np.bool_) if limit is None else joined[1] < limit
         if is_complete.any():
-            yield _chosen(joined, is_complete)
-        pending = [] if is_complete.all() else [_chosen(joined, ~is_complete)]
+            yield _choose(joined, is_complete)
+        pending = [] if is_complete.all() else [_choose(joined, ~is_complete)]
 
 
-def _joined(pending: list[_Rows]) -> _Rows:
+def _join(pending: list[_Rows]) -> _Rows:
     if len(pending) == 1:
         return pending[0]
     codes, times, values = zip(*pending, strict=True)
     return np.concatenate(codes), np.concatenate(times), np.concatenate(values)
 
 
-def _chosen(rows: _Rows, mask: Any) -> _Rows:
+def _choose(rows: _Rows, mask: Any) -> _Rows:
     return rows[0][mask], rows[1][mask], rows[2][mask]
 
 

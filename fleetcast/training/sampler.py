@@ -3,11 +3,11 @@
 Owns: drawing windows from a training grid, vectorised: replay of the whole range, newest days,
 series that drifted since their change, young fleets. Does not know: networks, files.
 
-Windows are told apart by where their newest bin lies. Targets in the held-out tail are masked,
-so no step ever sees a value the gate judges by.
-Source of the mix: uniform windows of 30 days hold 0.7 % changed ones and learn almost nothing
-from a change; a quarter to a half of a batch of them learns it, and less than half replay
-forgets the rest (measured on injected dynamics).
+The kind of a window follows from where its newest bin lies. Targets in the held-out tail are
+masked, so no step ever sees a value the gate judges by.
+Source of the mix (measured on injected dynamics): of uniform windows of 30 days 0.7 % are changed
+ones, and a training learns almost nothing from them. It learns a change that fills a quarter to a
+half of its batches, and forgets the rest with less than half replay.
 """
 
 import json
@@ -102,8 +102,8 @@ class WindowSampler:
             slots: the network's slot of each metric of the grid.
         """
         series, origins = self._windows(size)
-        values = self._slices(series, origins)
         n_history = self._shape.history_bins
+        values = self._take(series, origins, 1 - n_history, self._shape.horizon_bins + 1)
         history, future = values[:, :n_history], values[:, n_history:]
         self._cut_short(history)
         metrics = series % self._n_metric
@@ -117,7 +117,7 @@ class WindowSampler:
     def _windows(self, size: int) -> tuple[Longs, Longs]:
         """Draw series and origins, the changed ones first."""
         draws = (self._draw_changed, self._draw_alike, self._draw_recent, self._draw_any)
-        drawn = [self._drawn(count, draw) for count, draw in zip(self._counts(size), draws, strict=True)]
+        drawn = [self._draw(count, draw) for count, draw in zip(self._counts(size), draws, strict=True)]
         return np.concatenate([item[0] for item in drawn]), np.concatenate([item[1] for item in drawn])
 
     def _counts(self, size: int) -> tuple[int, int, int, int]:
@@ -133,7 +133,7 @@ class WindowSampler:
         drawn_as = np.repeat([False, True, False, True], [n_changed, n_alike, n_recent, n_any])
         return np.asarray(drawn_as & (origins < self._since[series]))
 
-    def _drawn(self, size: int, draw: _Draw) -> tuple[Longs, Longs]:
+    def _draw(self, size: int, draw: _Draw) -> tuple[Longs, Longs]:
         """Return `size` usable windows of one kind; where that kind has none, of any."""
         series, origins = np.empty(0, np.int64), np.empty(0, np.int64)
         for attempt in range(2 * _MAX_DRAWS):
@@ -176,15 +176,12 @@ class WindowSampler:
 
     def _is_usable(self, series: Longs, origins: Longs) -> NDArray[np.bool_]:
         """Return which windows have a recent value, an hour of values, and something to learn."""
-        day = np.isfinite(self._taken(series, origins, 1 - DAY_BINS, 1))
-        ahead = np.isfinite(self._taken(series, origins, 1, self._shape.horizon_bins + 1))
+        day = np.isfinite(self._take(series, origins, 1 - DAY_BINS, 1))
+        ahead = np.isfinite(self._take(series, origins, 1, self._shape.horizon_bins + 1))
         is_forecast = day[:, -RECENT_BINS:].any(axis=1) & (day.sum(axis=1) >= RECENT_BINS)
         return np.asarray(is_forecast & (ahead.sum(axis=1) >= min(_MIN_TARGETS, ahead.shape[1])))
 
-    def _slices(self, series: Longs, origins: Longs) -> Floats32:
-        return self._taken(series, origins, 1 - self._shape.history_bins, self._shape.horizon_bins + 1)
-
-    def _taken(self, series: Longs, origins: Longs, start: int, stop: int) -> Floats32:
+    def _take(self, series: Longs, origins: Longs, start: int, stop: int) -> Floats32:
         """Return bins [start, stop) relative to the origins, NaN outside and in the held-out tail."""
         columns = origins[:, None] + np.arange(start, stop)
         values: Floats32 = self._series[series[:, None], np.clip(columns, 0, self._series.shape[1] - 1)]
