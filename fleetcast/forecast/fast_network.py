@@ -221,17 +221,17 @@ class SweepNetwork(StaticNetwork):
         past_output, state = self._lstm("lstm_encoder", local[:, :n_past], state)
         ahead_output, _ = self._lstm("lstm_decoder", local[:, n_past:], state)
         output = torch.cat([past_output, ahead_output], dim=1)
-        local = self._gated("post_lstm_gate_encoder", "post_lstm_add_norm_encoder", output, local)
+        local = self._gate_add_norm("post_lstm_gate_encoder", "post_lstm_add_norm_encoder", output, local)
         enriched = self._sweep_enrichment(local, contexts["enrichment"])
         knots = enriched[:, n_past:]
-        attended = self._gated("post_attn_gate_norm.glu", "post_attn_gate_norm.add_norm",
+        attended = self._gate_add_norm("post_attn_gate_norm.glu", "post_attn_gate_norm.add_norm",
                                self._attention(knots, enriched), knots)  # fmt: skip
         output = self._sweep_feed_forward(attended)
-        output = self._gated("pre_output_gate_norm.glu", "pre_output_gate_norm.add_norm",
+        output = self._gate_add_norm("pre_output_gate_norm.glu", "pre_output_gate_norm.add_norm",
                              output, local[:, n_past:])  # fmt: skip
         return linear(self._weights, "output_layer", output)
 
-    def _gated(self, gate: str, norm: str, x: Tensor, skip: Tensor) -> Tensor:
+    def _gate_add_norm(self, gate: str, norm: str, x: Tensor, skip: Tensor) -> Tensor:
         gated = functional.glu(linear(self._weights, f"{gate}.fc", x)).add_(skip)
         weight, bias = self._weights[f"{norm}.norm.weight"], self._weights[f"{norm}.norm.bias"]
         return functional.layer_norm(gated, gated.shape[-1:], weight, bias)

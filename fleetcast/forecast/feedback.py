@@ -129,7 +129,7 @@ class Feedback:
             rows: (server,) distinct.
             given: (server, metric, quantile) as clients got them.
             model: (server, metric) the model's own median, NaN where another rule forecast.
-            last, yesterday: (server, metric) what the naive rules would have said; NaN = unknown.
+            last, yesterday: (server, metric) forecasts of the naive rules; NaN = unknown.
             actual: (server, metric) NaN = unsettled.
         """
         self._pooled = None

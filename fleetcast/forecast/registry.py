@@ -232,7 +232,7 @@ class Registry:
         files.link_atomic(f"{VERSIONS_FOLDER}/{version_id}/{BASELINE_FILE}", self.folder / BASELINE_LINK)
 
     def rollback(self, now: datetime) -> tuple[str, str]:
-        """Put the version that served before the current one back into service.
+        """Put the version before the current one back into service.
 
         The baseline in force stays: it describes the newest data, and moving it back would only
         report the same drift again.
@@ -304,7 +304,7 @@ def _linked_id(link: Path, file_name: str) -> str | None:
     """Return the version a link of our form points to, or None."""
     try:
         target = link.readlink()
-    except OSError:  # no link there, or a plain file somebody put in its place
+    except OSError:  # no link there, or a plain file in its place
         return None
     parts = target.parts
     is_ours = len(parts) == 3 and parts[0] == VERSIONS_FOLDER and parts[1] != ".." and parts[2] == file_name

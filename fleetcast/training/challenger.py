@@ -32,7 +32,7 @@ from fleetcast.training.verdict import Challenger, Champion, judge_challenger
 logger = logging.getLogger(__name__)
 
 _MAX_WINDOWS = 3_000  # forecast to find the badly forecast series: a CPU second of a model of width 32
-_BEST, _WORST = 0.5, 3.0  # shares of the fallback's loss beyond which nothing is told apart
+_BEST, _WORST = 0.5, 3.0  # shares of the fallback's loss beyond which all are alike
 _VALIDATED = 768  # windows an epoch of a base training is judged by
 _WARMUP_STEPS, _INCREMENTAL_WARMUP_STEPS = 50, 20
 _MOST_SHOWN = 10  # times a specialist sees a window of the change: more is learned by heart
@@ -102,18 +102,18 @@ class Training:
         )
 
     def _make_plan(self, epochs: int, *, shows_progress_bar: bool) -> Fit:
-        trainer, is_special = self._settings.trainer, self._scope.is_special
+        trainer, makes_specialist = self._settings.trainer, self._scope.makes_specialist
         is_incremental = self._start is not None
         rate = trainer.incremental_learning_rate if is_incremental else trainer.learning_rate
         return Fit(
             epochs=epochs,
             steps_per_epoch=trainer.steps_per_epoch,
-            learning_rate=trainer.specialist_learning_rate if is_special else rate,
+            learning_rate=trainer.specialist_learning_rate if makes_specialist else rate,
             warmup_steps=_INCREMENTAL_WARMUP_STEPS if is_incremental else _WARMUP_STEPS,
             threads=trainer.threads,
             seed=trainer.seed,
             shows_progress_bar=shows_progress_bar,
-            keep_weight=trainer.keep_weight if is_incremental and not is_special else 0.0,
+            keep_weight=trainer.keep_weight if is_incremental and not makes_specialist else 0.0,
             patience_epochs=0 if is_incremental else trainer.patience_epochs,
         )
 
@@ -161,7 +161,7 @@ class Training:
             self._first_held,
             self._changed,
             self._settings,
-            is_special=self._scope.is_special,
+            has_new_specialist=self._scope.makes_specialist,
         )
 
     def manifest(self, challenger: Challenger, attempt_id: str, took_s: float) -> dict[str, Any]:
@@ -245,7 +245,7 @@ class Training:
         trainer, scope, first_held = self._settings.trainer, self._scope, self._first_held
         if self._start is None:
             return WindowMix()
-        if scope.is_special:
+        if scope.makes_specialist:
             known = sum(max(0, int(first_held[s.server, s.metric]) - s.since_bin) for s in scope.shown)
             share = min(trainer.specialist_changed_share, _MOST_SHOWN * known / n_window)
             return WindowMix(scope.shown, share)

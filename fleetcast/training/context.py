@@ -108,7 +108,7 @@ def _since_bin(item: Mapping[str, Any], grid: TrainingGrid) -> int | None:
 
 
 def _changed_ms(item: Mapping[str, Any], grid: TrainingGrid) -> int:
-    """Return when a series changed; ValueError where what is said is no time."""
+    """Return when a series changed; ValueError where the entry holds no time."""
     changed_ms, since = item.get("changed_ms"), item.get("since")
     if changed_ms is not None:
         if isinstance(changed_ms, bool) or not isinstance(changed_ms, int | float):

@@ -49,7 +49,7 @@ class Scope:
     changed_ms: dict[Series, int] | None = None  # of the new specialist; None = the fleet's training
 
     @property
-    def is_special(self) -> bool:
+    def makes_specialist(self) -> bool:
         """Whether a specialist is trained, and not the fleet's weights."""
         return self.changed_ms is not None
 
@@ -71,18 +71,18 @@ def choose_scope(
         + item.since_bin * grid.bin_ms
         for item in changed
     }
-    held = _still_recorded(grid, start.specialists)
+    held = _drop_unrecorded(grid, start.specialists)
     others = _drop_series(held, named)
-    n_special = len(named.keys() | series_of(held))
-    is_small = n_special <= largest_share * len(grid.server_names) * len(grid.metrics)
+    n_series = len(named.keys() | series_of(held))
+    is_small = n_series <= largest_share * len(grid.server_names) * len(grid.metrics)
     if named and is_small and len(others) < MOST_SPECIALISTS:
-        return Scope(tuple(changed), _most_used(start, held, named), others, named)
+        return Scope(tuple(changed), _most_used_weights(start, held, named), others, named)
     earlier = (_places(grid, item) for item in others)
     return Scope((*changed, *(place for places in earlier for place in places)), start.weights, held)
 
 
-def _still_recorded(grid: TrainingGrid, specialists: Sequence[Specialist]) -> tuple[Specialist, ...]:
-    """Return the specialists for the series that are still recorded."""
+def _drop_unrecorded(grid: TrainingGrid, specialists: Sequence[Specialist]) -> tuple[Specialist, ...]:
+    """Return specialists without the series that are no longer recorded."""
     known = {(server, metric) for server in grid.server_names for metric in grid.metrics}
     return _drop_series(specialists, series_of(specialists) - known)
 
@@ -96,7 +96,9 @@ def _drop_series(specialists: Sequence[Specialist], series: Container[Series]) -
     return tuple(item for item in left if item.changed_ms)
 
 
-def _most_used(start: Forecaster, specialists: Sequence[Specialist], named: dict[Series, int]) -> Weights:
+def _most_used_weights(
+    start: Forecaster, specialists: Sequence[Specialist], named: dict[Series, int]
+) -> Weights:
     """Return the weights that forecast most of the named series."""
     counts = [sum(pair in item.changed_ms for pair in named) for item in specialists]
     by_fleet = len(named) - sum(counts)
@@ -166,11 +168,11 @@ def _not_surely_better(
 
 
 def _far_better(
-    hold_out: HoldOut, alone: Losses, fleet: Losses, special: Set[Series], seed: int
+    hold_out: HoldOut, alone: Losses, fleet: Losses, excluded: Set[Series], seed: int
 ) -> set[Series]:
-    """Return the series without a specialist that the new weights forecast far better."""
+    """Return the series outside `excluded` that the new weights forecast far better."""
     gained = set()
-    for name, place in _one_by_one(hold_out, ~hold_out.places(special)):
+    for name, place in _one_by_one(hold_out, ~hold_out.places(excluded)):
         found = compare(alone, fleet, place, seed)
         if found.ratio is None or found.confidence is None or found.blocks < MIN_BLOCKS:
             continue

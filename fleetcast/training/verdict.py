@@ -60,14 +60,14 @@ def judge_challenger(
     changed: tuple[ChangedSeries, ...],
     settings: Settings,
     *,
-    is_special: bool,
+    has_new_specialist: bool,
 ) -> Challenger:
     """Judge a model against the champion (None: the fallback) on the held-out tails.
 
     Args:
         first_held: (server, metric) the first bin that the training did not see.
         changed: the series named to the training: these decide.
-        is_special: whether its last specialist was just made, and nothing else.
+        has_new_specialist: whether its last specialist was just made, and nothing else.
     """
     seed = settings.trainer.seed
     sample = Sample(seed, always=series_of(model.specialists))
@@ -77,9 +77,11 @@ def judge_challenger(
     if champion:
         sides[CHAMPION] = hold_out.losses(champion.model)
     if model.specialists:
-        is_plain = is_special and champion is not None and not champion.model.specialists
+        is_plain = has_new_specialist and champion is not None and not champion.model.specialists
         fleet = sides[CHAMPION] if is_plain else hold_out.losses(Forecaster(model.description, model.weights))
-        model, sides[CHALLENGER] = route(model, hold_out, sides[CHALLENGER], fleet, seed, is_new=is_special)
+        model, sides[CHALLENGER] = route(
+            model, hold_out, sides[CHALLENGER], fleet, seed, is_new=has_new_specialist
+        )
     opponent = sides[CHAMPION] if champion else sides[FALLBACK]
     # a fleet's first model has to beat both the shipped base and the fallback
     is_first = champion is not None and champion.version.is_base

@@ -28,7 +28,7 @@ def specialist(*series: tuple[str, str], by: float = 0.5) -> Specialist:
 def test_a_change_is_learned_by_a_specialist_from_the_weights_of_the_fleet() -> None:
     start = model()
     found = choose_scope(FLEET, CHANGED, start, 0.5)
-    assert found.is_special
+    assert found.makes_specialist
     assert found.shown == CHANGED
     assert found.changed_ms == {("web-1", "cpu_pct"): SINCE_MS, ("web-2", "mem_pct"): 3950 * 300_000}
     assert found.begun is start.weights
@@ -54,29 +54,31 @@ def test_another_change_gets_one_of_its_own_and_leaves_the_first_as_it_is() -> N
 @pytest.mark.parametrize("told", [(), CHANGED])
 def test_without_a_model_there_is_nothing_to_specialise(told: tuple[ChangedSeries, ...]) -> None:
     found = choose_scope(FLEET, told, None, 0.5)
-    assert (found.is_special, found.begun, found.shown) == (False, None, told)
+    assert (found.makes_specialist, found.begun, found.shown) == (False, None, told)
 
 
 def test_told_of_nothing_or_of_much_the_fleet_is_trained() -> None:
     start = model(specialist(("web-4", "cpu_pct"), ("gone", "cpu_pct")))
     calendar = choose_scope(FLEET, (), start, 0.5)
-    assert not calendar.is_special
+    assert not calendar.makes_specialist
     assert calendar.begun is start.weights
     assert calendar.shown == (ChangedSeries(4, 0, 3900),), "what a specialist knows is shown to the fleet"
     assert [set(item.changed_ms) for item in calendar.kept] == [{("web-4", "cpu_pct")}], (
         "the gone is left out"
     )
     many = tuple(ChangedSeries(row, column, 3900) for row in range(3) for column in range(2))
-    assert choose_scope(FLEET, many, model(), 0.5).is_special
-    assert not choose_scope(FLEET, many, start, 0.5).is_special, "with the specialist's it is more than half"
-    assert not choose_scope(FLEET, CHANGED, model(), 0.0).is_special, "0 turns it off"
+    assert choose_scope(FLEET, many, model(), 0.5).makes_specialist
+    assert not choose_scope(FLEET, many, start, 0.5).makes_specialist, (
+        "with the specialist's it is more than half"
+    )
+    assert not choose_scope(FLEET, CHANGED, model(), 0.0).makes_specialist, "0 turns it off"
 
 
 def test_with_as_many_specialists_as_there_may_be_the_fleet_learns() -> None:
     full = [specialist((f"web-{row}", "mem_pct")) for row in (0, 3, 4, 5)]
     assert len(full) == MOST_SPECIALISTS
     found = choose_scope(FLEET, CHANGED, model(*full), 1.0)
-    assert not found.is_special
+    assert not found.makes_specialist
     assert len(found.shown) == len(CHANGED) + MOST_SPECIALISTS
     again = (ChangedSeries(0, 1, 3900),)
-    assert choose_scope(FLEET, again, model(*full), 1.0).is_special, "one that goes on is not one more"
+    assert choose_scope(FLEET, again, model(*full), 1.0).makes_specialist, "one that goes on is not one more"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from oracle_fleet import SHAPE, grid
-from test_scope import CHANGED, model, specialist
+from test_specialist_scope import CHANGED, model, specialist
 
 from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.forecast.predictor import Forecaster, Specialist

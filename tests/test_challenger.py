@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from oracle_fleet import grid
-from test_scope import model
+from test_specialist_scope import model
 
 from fleetcast.forecast.registry import Version
 from fleetcast.schema import ChangedSeries
