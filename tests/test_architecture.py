@@ -21,6 +21,7 @@ ROWS: dict[str, set[str]] = {
     "prometheus": {"ingest"},
     "storage": {"ingest"},
     "forecast": set(),
+    "forecast.experts": {"forecast"},
     "sources": set(),
     "drift.literal": set(),
     "drift.seasonal": {"forecast"},

@@ -1,0 +1,284 @@
+"""The expert layer: what clients get, from what a model and the rules say, and what came of it before.
+
+    experts = layer.experts(history, day_bins)        once for every model that is set beside them
+    quantiles = layer.serve(rows, origin, experts, model_quantiles)
+    layer.settle(bin_number, rows, actual)            when a bin closes
+
+Owns: the order of mixing (median, trend, interval, bounds), and what was said from the origins that are
+not settled yet. One implementation: serving feeds it live, the gate and the benchmarks replay it.
+numpy only. Does not know: names of servers, files, clocks, how a model works. Not thread safe.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fleetcast.forecast.experts.mixture import EXPERTS, LAST, MODEL, Mixture, MixtureRates
+from fleetcast.forecast.experts.rules import RuleForecasts, from_scale, rule_forecasts, to_scale
+from fleetcast.schema import Floats32, Longs
+
+SPARSE_EVERY = 3  # origins: forecasts for the far horizons are remembered from every third only
+SPARSE_FROM = 24  # bins ahead
+_LEAST_SHARE = 0.1  # of the model's half of an interval: the analogues' may not make it smaller
+_TREND_SPREAD = 0.15  # of a trend's move: how uncertain it is
+_NORMAL_90 = 1.2816
+_MOST_OFFSET = 6e4  # of half precision
+# places in what is remembered, after the experts: where the trend ends, and the interval served
+_TREND, _LOW, _HIGH, _N_KEPT = (len(EXPERTS) + place for place in range(4))
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Served:
+    """What clients get."""
+
+    quantiles: Floats32  # (row, metric, horizon, quantile) native units, non-decreasing on the last axis
+    model_share: Floats32  # (row, metric) of the model in the medians, the mean over the settled horizons
+
+
+class ExpertLayer:
+    """Mixes forecasts of one fleet; rows are servers, in the caller's numbering."""
+
+    def __init__(
+        self, is_percent: Flags, horizons: Sequence[int] = (1, 12, 96), rates: MixtureRates | None = None
+    ) -> None:
+        """Begin without evidence.
+
+        Args:
+            is_percent: (metric,)
+            horizons: the bins ahead that are settled, rising.
+        """
+        self.mixture = Mixture(is_percent, horizons, rates)
+        self._is_percent = is_percent
+        self._steps = [SPARSE_EVERY if horizon >= SPARSE_FROM else 1 for horizon in self.mixture.horizons]
+        self._pending = [
+            _Pending(-(-horizon // step), len(is_percent))
+            for horizon, step in zip(self.mixture.horizons, self._steps, strict=True)
+        ]
+
+    def experts(self, history: Floats32, day_bins: int, n_horizon: int) -> RuleForecasts:
+        """Return what the rules say.
+
+        Args:
+            history: (row, metric, bin) native units, NaN = no record; the last column is the origin.
+        """
+        flags = np.tile(self._is_percent, len(history))
+        return rule_forecasts(history.reshape(-1, history.shape[2]), flags, day_bins, n_horizon)
+
+    def serve(self, rows: Longs, origin: int, experts: RuleForecasts, model: Floats32) -> Served:
+        """Mix one origin's forecasts, and remember them until they are settled.
+
+        Args:
+            rows: (row,) distinct.
+            origin: number of the origin bin.
+            experts: of these rows, as `experts` returned them.
+            model: (row, metric, horizon, quantile) native units, NaN = the model does not forecast.
+        """
+        n_row, n_metric, n_horizon, _ = model.shape
+        self.mixture.reserve(int(rows.max(initial=-1)) + 1)
+        flags = np.tile(self._is_percent, n_row)
+        shape = (n_row, n_metric, n_horizon)
+        z = to_scale(model.reshape(-1, n_horizon, 3), flags).reshape(*shape, 3)
+        has_model: Flags = np.asarray(np.isfinite(z).all(axis=(2, 3)))
+        shares = self.mixture.shares(rows, has_model)  # (row, metric, knot, expert)
+        between = self.mixture.interpolation(n_horizon)
+        said = np.concatenate([z[None, ..., 1], experts.median.reshape(-1, *shape)])  # (expert, ...)
+        filled = np.where(np.isfinite(said), said, said[LAST])
+        median = np.einsum("rmke,kh,ermh->rmh", shares, between, filled, optimize=True)
+        below, above = self._halves(z, experts, shape, has_model)
+        factors = np.einsum("rmkc,kh->crmh", self.mixture.factors(rows), between)
+        scaled = np.stack([median - below * factors[0], median, median + above * factors[1]], axis=-1)
+        self._bound(scaled, z, experts, shape)
+        native = from_scale(scaled.reshape(-1, n_horizon, 3), flags).reshape(*shape, 3)
+        moves = self._follow_trend(rows, experts, native)
+        self._remember(rows, origin, said, native, moves)
+        return Served(native, shares[..., MODEL].mean(axis=2))
+
+    def settle(self, number: int, rows: Longs, actual: Floats32) -> None:
+        """Learn from a closed bin.
+
+        Args:
+            number: of the bin.
+            rows: (row,) distinct.
+            actual: (row, metric) native units, NaN = no record.
+        """
+        for knot, horizon in enumerate(self.mixture.horizons):
+            pending, origin = self._pending[knot], number - horizon
+            if origin % self._steps[knot] or not pending.holds(origin // self._steps[knot]):
+                continue
+            known = rows < pending.n_rows
+            own, came = rows[known], actual[known]
+            said = pending.recall(origin // self._steps[knot], own)  # (row, metric, kept) mixing scale
+            flags = np.tile(self._is_percent, len(own))
+            sides = from_scale(said[..., (_TREND, _LOW, _HIGH, LAST)].reshape(-1, 4), flags)
+            trend, low, high, last = np.moveaxis(sides.reshape(*came.shape, 4), -1, 0)
+            self.mixture.learn(knot, own, np.moveaxis(said[..., : len(EXPERTS)], -1, 0), came)
+            self.mixture.learn_widths(knot, own, np.stack([low, last, high], axis=-1), came)
+            self.mixture.learn_trend(knot, own, trend - last, came - last)
+
+    def change_model(self) -> None:
+        """Another model is in service: what the old one said is no evidence for it."""
+        self.mixture.doubt_model()
+        for pending in self._pending:
+            pending.offsets[..., MODEL] = np.nan
+
+    def keep_rows(self, rows: Longs) -> None:
+        """Forget every row but `rows`, which move up in this order."""
+        self.mixture.keep_rows(rows)
+        for pending in self._pending:
+            pending.keep_rows(rows)
+
+    def pending_arrays(self) -> dict[str, NDArray[Any]]:
+        """Return what is not settled yet, by name: to be kept over a restart."""
+        arrays: dict[str, NDArray[Any]] = {}
+        for horizon, pending in zip(self.mixture.horizons, self._pending, strict=True):
+            arrays |= {f"pending_{horizon}_{name}": getattr(pending, name) for name in _Pending.ARRAYS}
+        return arrays
+
+    def restore_pending(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Take up what `pending_arrays` returned; what is missing or of another shape is left out."""
+        for horizon, pending in zip(self.mixture.horizons, self._pending, strict=True):
+            found = {name: arrays.get(f"pending_{horizon}_{name}") for name in _Pending.ARRAYS}
+            pending.restore(found)
+
+    def _halves(
+        self, z: Floats32, experts: RuleForecasts, shape: tuple[int, int, int], has_model: Flags
+    ) -> tuple[Floats32, Floats32]:
+        """Return how far the interval reaches below and above: the model's and the analogues' mean."""
+        halves = []
+        for model, analogue in (
+            (z[..., 1] - z[..., 0], experts.below),
+            (z[..., 2] - z[..., 1], experts.above),
+        ):
+            other = analogue.reshape(shape)
+            both = np.sqrt(np.maximum(model, 0) * np.maximum(other, _LEAST_SHARE * model))
+            alone = np.where(has_model[..., None], model, other)
+            halves.append(np.where(np.isfinite(both), both, np.nan_to_num(alone)).astype(np.float32))
+        return halves[0], halves[1]
+
+    def _bound(
+        self, scaled: Floats32, z: Floats32, experts: RuleForecasts, shape: tuple[int, int, int]
+    ) -> None:
+        """Keep the interval in the known range and a margin, or as far as the model itself goes."""
+        n_row, n_metric, _ = shape
+        lowest, highest = (
+            values.reshape(n_row, n_metric, 1, 1) for values in (experts.lowest, experts.highest)
+        )
+        margin = 0.1 * (highest - lowest) + 1e-3
+        floor = np.where(lowest >= 0, np.maximum(lowest - margin, 0), lowest - margin)
+        ceiling = highest + margin
+        is_capped = self._is_percent[None, :, None, None] & (highest <= 100)
+        ceiling = np.where(is_capped, np.minimum(ceiling, 100), ceiling)
+        floor = np.minimum(np.nan_to_num(floor, nan=-np.inf), scaled[..., 1:2])
+        ceiling = np.maximum(np.nan_to_num(ceiling, nan=np.inf), scaled[..., 1:2])
+        np.clip(scaled, floor, ceiling, out=scaled)
+
+    def _follow_trend(self, rows: Longs, experts: RuleForecasts, native: Floats32) -> Floats32:
+        """Move forecasts onto a clear trend, in place; return what each trend says, clear or not.
+
+        Returns:
+            (row, metric, knot) native units from now, 0 where nothing looks like a trend.
+        """
+        n_row, n_metric, n_horizon, _ = native.shape
+        trend, horizons = experts.trend, self.mixture.horizons
+        moves = np.stack([trend.move(horizon) for horizon in horizons], axis=-1)
+        loose = np.where(trend.is_loose[:, None], moves, 0.0).reshape(n_row, n_metric, -1)
+        clear = np.flatnonzero(trend.is_clear)
+        if len(clear):
+            belief = self.mixture.belief(rows, loose).reshape(n_row * n_metric, -1)[clear]
+            belief = belief @ self.mixture.interpolation(n_horizon)  # (series, horizon)
+            move = np.stack([trend.move(lead)[clear] for lead in range(1, n_horizon + 1)], axis=-1)
+            spread = _NORMAL_90 * trend.scatter[clear, None] + _TREND_SPREAD * np.abs(move)
+            line = trend.level[clear, None] + belief * move
+            flat = native.reshape(n_row * n_metric, n_horizon, 3)
+            own = flat[clear]
+            rise = np.stack([line - spread, line, line + spread], axis=-1).astype(np.float32)
+            trusted = np.asarray(own + belief[..., None] * (rise - own), np.float32)
+            flat[clear] = self._possible(trusted, clear % n_metric, own)
+        return np.asarray(loose, np.float32)
+
+    def _possible(self, line: Floats32, metrics: Longs, own: Floats32) -> Floats32:
+        """Keep a line below 100 of a percent and above 0, or as far as the forecast without it went."""
+        ceiling = np.where(self._is_percent[metrics], 100.0, np.inf)[:, None, None]
+        floor = np.minimum(own.min(axis=(1, 2), keepdims=True), 0.0)
+        return np.clip(line, floor, np.maximum(ceiling, own.max(axis=(1, 2), keepdims=True)))
+
+    def _remember(self, rows: Longs, origin: int, said: Floats32, native: Floats32, moves: Floats32) -> None:
+        n_row, n_metric = native.shape[:2]
+        flags = np.tile(self._is_percent, n_row)
+        last = from_scale(said[LAST, :, :, :1].reshape(-1, 1), flags).reshape(n_row, n_metric)
+        for knot, horizon in enumerate(self.mixture.horizons):
+            if origin % self._steps[knot] or horizon > native.shape[2]:
+                continue
+            kept = np.empty((n_row, n_metric, _N_KEPT), np.float32)
+            kept[..., : len(EXPERTS)] = np.moveaxis(said[..., horizon - 1], 0, -1)
+            kept[..., _TREND] = last + moves[..., knot]
+            kept[..., _LOW], kept[..., _HIGH] = native[:, :, horizon - 1, 0], native[:, :, horizon - 1, 2]
+            sides = to_scale(kept[..., _TREND:].reshape(-1, _N_KEPT - _TREND), flags)
+            kept[..., _TREND:] = sides.reshape(n_row, n_metric, -1)
+            self._pending[knot].put(origin // self._steps[knot], rows, kept)
+
+
+class _Pending:
+    """What was said at one horizon from the newest origins, a ring; offsets from the last value are small."""
+
+    ARRAYS = ("origins", "last", "offsets")
+
+    def __init__(self, n_slot: int, n_metric: int) -> None:
+        self.origins: Longs = np.full(n_slot, -1, np.int64)
+        self.last: Floats32 = np.full((n_slot, 0, n_metric), np.nan, np.float32)  # mixing scale
+        self.offsets: NDArray[np.float16] = np.full((n_slot, 0, n_metric, _N_KEPT), np.nan, np.float16)
+
+    @property
+    def n_rows(self) -> int:
+        return int(self.last.shape[1])
+
+    def holds(self, number: int) -> bool:
+        """Whether forecasts of this origin are remembered."""
+        return bool(self.origins[number % len(self.origins)] == number)
+
+    def put(self, number: int, rows: Longs, kept: Floats32) -> None:
+        """Remember (row, metric, kept) of an origin; an older one in its place is forgotten."""
+        self._reserve(int(rows.max(initial=-1)) + 1)
+        slot = number % len(self.origins)
+        if self.origins[slot] != number:
+            self.last[slot], self.offsets[slot] = np.nan, np.nan
+            self.origins[slot] = number
+        last = kept[..., LAST]
+        self.last[slot, rows] = last
+        self.offsets[slot, rows] = np.clip(kept - last[..., None], -_MOST_OFFSET, _MOST_OFFSET)
+
+    def recall(self, number: int, rows: Longs) -> Floats32:
+        """Return (row, metric, kept) of an origin."""
+        slot = number % len(self.origins)
+        return np.asarray(self.offsets[slot, rows].astype(np.float32) + self.last[slot, rows][..., None])
+
+    def keep_rows(self, rows: Longs) -> None:
+        """Forget every row but `rows`, which move up in this order."""
+        self._reserve(int(rows.max(initial=-1)) + 1)
+        self.last, self.offsets = self.last[:, rows], self.offsets[:, rows]
+
+    def restore(self, arrays: Mapping[str, NDArray[Any] | None]) -> None:
+        """Take up arrays of an earlier run, if they fit."""
+        origins, last, offsets = (arrays[name] for name in self.ARRAYS)
+        if origins is None or last is None or offsets is None or origins.shape != self.origins.shape:
+            return
+        n_rows = last.shape[1] if last.ndim == 3 else 0
+        if last.shape != (len(origins), n_rows, self.last.shape[2]) or offsets.shape != (
+            *last.shape,
+            _N_KEPT,
+        ):
+            return
+        self.origins, self.last, self.offsets = origins.copy(), last.copy(), offsets.copy()
+
+    def _reserve(self, n_rows: int) -> None:
+        missing = n_rows - self.n_rows
+        if missing > 0:
+            n_slot, n_metric = len(self.origins), self.last.shape[2]
+            more = np.full((n_slot, max(missing, self.n_rows // 2), n_metric), np.nan, np.float32)
+            self.last = np.concatenate([self.last, more], axis=1)
+            offsets = np.full((*more.shape, _N_KEPT), np.nan, np.float16)
+            self.offsets = np.concatenate([self.offsets, offsets], axis=1)

@@ -1,0 +1,222 @@
+"""The mixture: whose forecast counts how much, learned from what then happened.
+
+Owns: per (row, metric, settled horizon) how well each mixture of experts did lately, the shares that
+follow, how wide the interval has to be, and how far to believe a trend. numpy only, causal: it knows
+what `learn` was given and nothing else. Does not know: names, files, how an expert works.
+
+1. The median is a mixture of experts: the model and the rules of `rules.RULES`. All pairs, half and
+   half, compete with the single experts; each is weighted by exp(-sharpness * its loss over the best
+   one's). Losses are relative to the last value's on the same occasions, so a mixture with a model that
+   has just come is compared fairly with one that needs none. A series with little evidence borrows the
+   fleet's.
+2. Each half of the interval is stretched by a factor of its own, moved up by a miss and down by a hit
+   so that one in ten is missed on either side (adaptive conformal inference, Gibbs and Candes,
+   arXiv:2106.00170, on the logarithm of the factor): a part common to the fleet's metric, which learns
+   from every series at once, and a part of the series.
+3. The belief in a trend is the slope of what happened on what the trend said, through the origin.
+
+Between the settled horizons all of it is interpolated over the logarithm of the horizon.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fleetcast.forecast.experts.rules import RULES, from_scale
+from fleetcast.schema import QUANTILES, Floats, Floats32, Longs
+
+EXPERTS = ("model", *RULES)
+MODEL, LAST = 0, 1
+_UNIT = np.eye(len(EXPERTS), dtype=np.float32)
+# (mixture, expert): each alone, then all pairs
+MIXTURES: Floats32 = np.array([*_UNIT, *((a + b) / 2 for a, b in combinations(_UNIT, 2))], np.float32)
+NEEDS_MODEL = MIXTURES[:, MODEL] > 0
+_MISS = QUANTILES[0]  # share of actuals that should lie outside on either side
+_WIDEN_LIMIT = 1.5  # logarithm: a half of an interval changes by a factor of 4.5 at most
+_LEAST_LOSS = 1e-6
+_WORST = 10.0  # a loss beyond this many times the best one's says no more
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class MixtureRates:
+    """How fast the mixture learns; chosen on other servers (docs/decisions/expert-layer.md)."""
+
+    half_life: tuple[float, float] = (400.0, 800.0)  # settled forecasts: at 1 bin, at 96 bins ahead
+    sharpness: float = 100.0  # how decidedly the better mixture is preferred
+    doubt: float = 3.0  # settled forecasts after which a series' own evidence has half its say
+    least: float = 12.0  # settled forecasts of the fleet's metric before which nothing is mixed
+    widen_step: tuple[float, float] = (0.05, 0.01)  # of the series' factor: at 1 bin, at 96
+    fleet_step: tuple[float, float] = (0.1, 0.05)  # of the fleet's factor
+    new_model_share: float = 0.1  # evidence kept when another model comes into service
+    trend_half_life: float = 576.0  # bins: two days
+    trend_prior: float = 24.0  # how many bins of the present trend its prior belief is worth
+
+
+class Mixture:
+    """Learns from settled forecasts and says how to mix new ones; not thread safe."""
+
+    def __init__(
+        self,
+        is_percent: Flags,
+        horizons: Sequence[int] = (1, 12, 96),
+        rates: MixtureRates | None = None,
+    ) -> None:
+        """Begin without evidence.
+
+        Args:
+            is_percent: (metric,) whether it is measured in points of a hundred.
+            horizons: the bins ahead that are settled, rising.
+        """
+        self.is_percent = is_percent
+        self.horizons = tuple(horizons)
+        self.rates = rates or MixtureRates()
+        n_metric, n_knot, n_mixture = len(is_percent), len(self.horizons), len(MIXTURES)
+        self.losses: Floats32 = np.zeros((0, n_metric, n_knot, n_mixture), np.float32)
+        # [all, with the model]: how many forecasts the losses are of, and the last value's losses on them
+        self.counts: Floats32 = np.zeros((0, n_metric, n_knot, 2), np.float32)
+        self.last_losses: Floats32 = np.zeros((0, n_metric, n_knot, 2), np.float32)
+        self.widen: Floats32 = np.zeros((0, n_metric, n_knot, 2), np.float32)  # [below, above], logarithms
+        self.trend_sums: Floats32 = np.zeros((0, n_metric, n_knot, 2), np.float32)  # [said * came, said^2]
+        self.fleet_widen: Floats32 = np.zeros((n_metric, n_knot, 2), np.float32)
+        self._pooled: tuple[Floats32, Floats32] | None = None  # of all rows, until they change
+
+    ROW_ARRAYS = ("losses", "counts", "last_losses", "widen", "trend_sums")
+
+    def reserve(self, n_rows: int) -> None:
+        """Make room for rows without evidence."""
+        missing = n_rows - len(self.counts)
+        if missing > 0:
+            for name in self.ROW_ARRAYS:
+                have = getattr(self, name)
+                more = np.zeros((max(missing, len(have) // 2), *have.shape[1:]), np.float32)
+                setattr(self, name, np.concatenate([have, more]))
+
+    def keep_rows(self, rows: Longs) -> None:
+        """Forget every row but `rows`, which move up in this order."""
+        for name in self.ROW_ARRAYS:
+            setattr(self, name, getattr(self, name)[rows])
+        self._pooled = None
+
+    def doubt_model(self) -> None:
+        """Keep little of the evidence about the model: another one is in service."""
+        share = np.float32(self.rates.new_model_share)
+        self.losses[..., NEEDS_MODEL] *= share
+        self.counts[..., 1] *= share
+        self.last_losses[..., 1] *= share
+        self._pooled = None
+
+    def learn(self, knot: int, rows: Longs, said: Floats32, actual: Floats32) -> None:
+        """Take in what one bin settled at one horizon.
+
+        Args:
+            knot: index into `horizons`.
+            rows: (row,) distinct.
+            said: (expert, row, metric) on the mixing scale; the model NaN where there was none, all NaN
+                where nothing was forecast.
+            actual: (row, metric) native units, NaN = unsettled.
+        """
+        self._pooled = None
+        self.reserve(int(rows.max(initial=-1)) + 1)
+        has_model = np.isfinite(said[MODEL])
+        is_known = np.isfinite(said[LAST]) & np.isfinite(actual)
+        filled = np.where(np.isfinite(said), said, said[LAST])
+        mixed = self._native(np.einsum("xe,erm->mrx", MIXTURES, filled)).transpose(1, 0, 2)
+        errors = np.abs(mixed - actual[..., None])  # (row, metric, mixture)
+        flags = np.stack([is_known, is_known & has_model], axis=-1)  # (row, metric, [all, with the model])
+        keep = np.where(flags, np.float32(0.5 ** (1 / self._rate("half_life", knot))), np.float32(1))
+        last = errors[..., LAST : LAST + 1]
+        for sums, new in ((self.counts, flags.astype(np.float32)), (self.last_losses, last)):
+            sums[rows, :, knot] = sums[rows, :, knot] * keep + np.where(flags, new, np.float32(0))
+        which = NEEDS_MODEL.astype(np.int64)  # (mixture,) whose occasions count
+        self.losses[rows, :, knot] = self.losses[rows, :, knot] * keep[..., which] + np.where(
+            flags[..., which], errors, np.float32(0)
+        )
+
+    def learn_widths(self, knot: int, rows: Longs, served: Floats32, actual: Floats32) -> None:
+        """Take in whether actuals (row, metric) lay within what was served, (row, metric, quantile)."""
+        is_known = np.isfinite(actual) & np.isfinite(served).all(axis=-1)
+        missed = np.stack([actual < served[..., 0], actual > served[..., 2]], axis=-1)
+        excess = np.where(is_known[..., None], missed - np.float32(_MISS), np.float32(0))
+        moved = self.widen[rows, :, knot] + self._rate("widen_step", knot) * excess
+        self.widen[rows, :, knot] = np.clip(moved, -_WIDEN_LIMIT, _WIDEN_LIMIT)
+        mean = excess.sum(axis=0) / np.maximum(is_known.sum(axis=0), 1)[:, None]
+        fleet = self.fleet_widen[:, knot] + self._rate("fleet_step", knot) * mean
+        self.fleet_widen[:, knot] = np.clip(fleet, -_WIDEN_LIMIT, _WIDEN_LIMIT)
+
+    def learn_trend(self, knot: int, rows: Longs, said: Floats32, came: Floats32) -> None:
+        """Take in what a trend said, (row, metric) units moved, 0 = no trend, and what came."""
+        is_known = np.isfinite(said) & np.isfinite(came)
+        said, came = np.where(is_known, said, 0), np.where(is_known, came, 0)
+        came = np.clip(came, -1.5 * np.abs(said), 1.5 * np.abs(said))
+        keep = np.float32(0.5 ** (1 / self.rates.trend_half_life))
+        sums = np.stack([said * came, said * said], axis=-1)
+        self.trend_sums[rows, :, knot] = self.trend_sums[rows, :, knot] * keep + sums
+
+    def belief(self, rows: Longs, move: Floats) -> Floats32:
+        """Return (row, metric, knot) the share of a trend's move to follow, 0 to 1.
+
+        Args:
+            move: (row, metric, knot) how far the present trend says the series will go.
+        """
+        prior = self.rates.trend_prior * np.square(move) + 1e-9
+        sums = self.trend_sums[rows]
+        return np.asarray(np.clip((sums[..., 0] + prior) / (sums[..., 1] + prior), 0, 1), np.float32)
+
+    def shares(self, rows: Longs, has_model: Flags) -> Floats32:
+        """Return the shares (row, metric, knot, expert); they sum to 1.
+
+        Args:
+            has_model: (row, metric) whether the model forecasts now.
+        """
+        relative, say = self._relative(self.losses[rows], self.counts[rows], self.last_losses[rows])
+        fleet, fleet_count = self._of_fleet()
+        relative = say * relative + (1 - say) * fleet
+        relative = np.where(has_model[..., None, None] | ~NEEDS_MODEL, relative, np.float32(np.inf))
+        relative = np.maximum(relative, np.float32(_LEAST_LOSS))
+        over_best = np.minimum(relative / relative.min(axis=-1, keepdims=True), np.float32(_WORST))
+        weights = np.exp(-np.float32(self.rates.sharpness) * (over_best - 1))
+        weights[~np.isfinite(relative)] = 0
+        weights /= weights.sum(axis=-1, keepdims=True)
+        alone = np.where(has_model[..., None], _UNIT[MODEL], _UNIT[LAST])[:, :, None]
+        is_known = (np.maximum(self.counts[rows][..., 0], fleet_count) >= self.rates.least)[..., None]
+        return np.asarray(np.where(is_known, weights @ MIXTURES, alone), np.float32)
+
+    def factors(self, rows: Longs) -> Floats32:
+        """Return (row, metric, knot, [below, above]) by how much to stretch the halves of an interval."""
+        widen = np.clip(self.widen[rows] + self.fleet_widen, -_WIDEN_LIMIT, _WIDEN_LIMIT)
+        return np.asarray(np.exp(widen), np.float32)
+
+    def interpolation(self, n_horizon: int) -> Floats32:
+        """Return (knot, horizon) the weights of the settled horizons at every horizon."""
+        steps, knots = np.log(np.arange(1, n_horizon + 1)), np.log(self.horizons)
+        return np.stack([np.interp(steps, knots, unit) for unit in np.eye(len(knots))]).astype(np.float32)
+
+    def _relative(self, losses: Floats32, counts: Floats32, last: Floats32) -> tuple[Floats32, Floats32]:
+        """Return losses over the last value's, and how much of a say they have, 0 to 1."""
+        which = NEEDS_MODEL.astype(np.int64)
+        own = np.maximum(last, _LEAST_LOSS * np.maximum(counts, 1))[..., which]
+        counts = counts[..., which]
+        relative = np.where(counts > 0, losses / own, np.float32(1))
+        return np.minimum(relative, np.float32(_WORST)), counts / (counts + np.float32(self.rates.doubt))
+
+    def _of_fleet(self) -> tuple[Floats32, Floats32]:
+        """Return the fleet's mean relative losses (metric, knot, mixture), and its count (metric, knot)."""
+        if self._pooled is None:
+            relative, say = self._relative(self.losses, self.counts, self.last_losses)
+            total = say.sum(axis=0)
+            mean = np.where(total > 0, (relative * say).sum(axis=0) / np.maximum(total, 1e-6), 1)
+            self._pooled = np.asarray(mean, np.float32), self.counts[..., 0].sum(axis=0)
+        return self._pooled
+
+    def _native(self, scaled: Floats32) -> Floats32:
+        """Return (metric, ...) in native units."""
+        return from_scale(scaled, self.is_percent)
+
+    def _rate(self, name: str, knot: int) -> float:
+        """Return a rate at a settled horizon, interpolated over the logarithm of the horizon."""
+        near, far = getattr(self.rates, name)
+        return float(np.exp(np.interp(np.log(self.horizons[knot]), np.log([1, 96]), np.log([near, far]))))

@@ -1,0 +1,241 @@
+"""The expert layer: known answers, what it must never do, and that nothing is foreseen."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fleetcast.forecast.experts.analogues import LOOK_BACK, NEIGHBOURS, analogue_forecast
+from fleetcast.forecast.experts.layer import ExpertLayer
+from fleetcast.forecast.experts.mixture import EXPERTS, Mixture
+from fleetcast.forecast.experts.rules import carry_forward, rule_forecasts, usual_day
+from fleetcast.forecast.experts.trend import find_trend
+from fleetcast.schema import Floats32
+
+DAY = 288
+PERCENT = np.array([True])
+ROW = np.array([0])
+
+
+def sawtooth(n_bins: int, period: int, height: float = 40.0) -> Floats32:
+    return np.asarray(20 + height * (np.arange(n_bins) % period) / period, np.float32)
+
+
+def leak(age_bins: int, per_hour: float, noise: float, n_bins: int = 3 * DAY) -> Floats32:
+    """A series that is level and then climbs for `age_bins`."""
+    random = np.random.default_rng(1)
+    climb = per_hour / 12 * np.maximum(0, np.arange(n_bins) - (n_bins - 1 - age_bins))
+    values = 30 + climb + noise * random.standard_normal(n_bins)
+    return np.asarray(np.round(values, 2), np.float32)
+
+
+# analogues
+
+
+def test_a_rhythm_of_its_own_is_forecast_exactly() -> None:
+    series = sawtooth(2304 + 96, 50)
+    answer = analogue_forecast(series[None, :2304], np.array([2304]), 96)
+    np.testing.assert_allclose(answer.median[:, 0], np.tile(series[2304:], (2, 1)), atol=0.01)
+    np.testing.assert_allclose(answer.low, answer.high, atol=0.02)
+
+
+def test_the_same_series_at_another_level_moves_alike() -> None:
+    series = np.stack([sawtooth(2304, 50), sawtooth(2304, 50) + 35])
+    answer = analogue_forecast(series, np.array([2304, 2304]), 96)
+    np.testing.assert_allclose(answer.median[:, 1] - answer.median[:, 0], 35, atol=0.01)
+
+
+def test_a_young_series_has_no_analogues_until_there_are_enough_moments() -> None:
+    series = sawtooth(400, 50)[None]
+    young = analogue_forecast(series, np.array([LOOK_BACK + NEIGHBOURS]), 96)
+    assert np.isnan(young.median).all()
+    old = analogue_forecast(series, np.array([400]), 96)
+    assert np.isfinite(old.median).all()
+
+
+def test_moments_before_the_first_value_are_no_analogues() -> None:
+    series = sawtooth(800, 20)
+    before = np.concatenate([np.full(400, 77.0, np.float32), series[400:]])[None]
+    answer = analogue_forecast(before, np.array([400]), 12)
+    np.testing.assert_allclose(answer.median[0, 0], 20 + 40 * ((800 + np.arange(12)) % 20) / 20, atol=0.01)
+
+
+# trend
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("age_h", [4, 10, 30])
+def test_a_steady_leak_is_followed(noise: float, age_h: int) -> None:
+    trend = find_trend(leak(age_h * 12, 2.0, noise)[None], np.ones(1, np.float32))
+    assert trend.is_clear[0]
+    truth = 30 + 2.0 * (age_h + 5)
+    assert trend.level[0] + trend.move(60)[0] == pytest.approx(
+        truth, abs=(0.4 if noise == 2.0 else 0.15) * 10
+    )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.full(3 * DAY, 40.0),
+        40 + np.random.default_rng(2).standard_normal(3 * DAY),
+        40 + 20 * np.sin(2 * np.pi * np.arange(3 * DAY) / DAY),  # a day, at its steepest
+        np.where(np.arange(3 * DAY) < 3 * DAY - 40, 30.0, 60.0),  # a step 3.3 hours ago
+        np.cumsum(np.random.default_rng(3).standard_normal(3 * DAY)) + 40,  # a random walk
+        np.repeat([100.0, 85.0, 70.0, 57.0, 43.0, 29.0, 15.0, 0.5], 3 * DAY // 8),  # a queue that drains
+    ],
+    ids=["flat", "noise", "sine", "step", "random walk", "draining queue"],
+)
+def test_what_is_no_straight_line_is_no_trend(values: "np.ndarray[tuple[int], np.dtype[np.float64]]") -> None:
+    assert not find_trend(np.asarray(values[None], np.float32), np.ones(1, np.float32)).is_clear[0]
+
+
+def test_a_leak_that_is_freed_begins_anew() -> None:
+    climbing = leak(6 * 12, 3.0, 0.3)
+    freed = np.concatenate([climbing, climbing[-72:] - 18.0])
+    assert not find_trend(np.concatenate([climbing, climbing[:12]])[None], np.ones(1, np.float32)).is_clear[0]
+    again = find_trend(freed[None], np.ones(1, np.float32))
+    assert again.age_bins[0] <= 80
+
+
+def test_a_climb_that_ended_is_not_followed() -> None:
+    climbing = leak(10 * 12, 2.0, 0.2)
+    plateau = climbing[-1] + 0.2 * np.random.default_rng(4).standard_normal(18)
+    assert not find_trend(np.concatenate([climbing, plateau])[None].astype(np.float32), np.ones(1)).is_clear[
+        0
+    ]
+
+
+# rules
+
+
+def test_the_usual_day_is_the_median_of_the_days_before() -> None:
+    values = np.tile(np.arange(DAY, dtype=np.float32), 8)[None]
+    values[0, 2 * DAY : 3 * DAY] = 9999.0  # one day unlike the others
+    np.testing.assert_allclose(usual_day(values, DAY, 96)[0], np.arange(96), atol=1e-4)
+
+
+def test_gaps_are_filled_with_what_was_before() -> None:
+    history = np.array([[np.nan, 1.0, np.nan, np.nan], [np.nan] * 4], np.float32)
+    filled, known = carry_forward(history)
+    np.testing.assert_array_equal(filled[0], [np.nan, 1, 1, 1])
+    assert known.tolist() == [3, 0]
+
+
+def test_a_rule_without_an_answer_says_the_last_value() -> None:
+    forecasts = rule_forecasts(np.array([[50.0, 60.0]], np.float32), PERCENT, DAY, 4)
+    assert forecasts.median[:, 0].tolist() == [[60.0] * 4] * 5
+
+
+# mixture
+
+
+def told(**values: float) -> Floats32:
+    """What each expert said of one series; those not named say 97."""
+    said = [values.get(name, 97.0) for name in EXPERTS]
+    return np.array(said, np.float32).reshape(len(EXPERTS), 1, 1)
+
+
+def test_the_expert_that_was_right_takes_over_at_its_horizon_only() -> None:
+    mixture = Mixture(PERCENT)
+    for _ in range(60):
+        mixture.learn(0, ROW, told(near=70.0, last=50.0), np.array([[70.0]], np.float32))
+    shares = mixture.shares(ROW, np.array([[True]]))[0, 0]
+    assert shares[0, EXPERTS.index("near")] > 0.95
+    assert shares[2].tolist() == [1, 0, 0, 0, 0, 0], "without evidence the model stays as it is"
+
+
+def test_a_model_that_comes_later_is_compared_on_its_own_occasions() -> None:
+    mixture = Mixture(PERCENT)
+    for _ in range(200):  # hard times, without a model
+        mixture.learn(0, ROW, told(model=np.nan, last=40.0, near=30.0), np.array([[50.0]], np.float32))
+    for _ in range(40):  # easy ones: the model is half as wrong as the last value
+        mixture.learn(0, ROW, told(model=50.5, last=51.0, near=52.0), np.array([[50.0]], np.float32))
+    shares = mixture.shares(ROW, np.array([[True]]))[0, 0, 0]
+    assert shares[EXPERTS.index("model")] > 0.9
+
+
+def test_the_model_has_no_share_where_it_does_not_forecast() -> None:
+    mixture = Mixture(PERCENT)
+    for _ in range(60):
+        mixture.learn(0, ROW, told(model=70.0, last=50.0), np.array([[70.0]], np.float32))
+    assert mixture.shares(ROW, np.array([[False]]))[0, 0, :, 0].max() == 0
+
+
+def test_a_young_series_borrows_what_the_fleet_learned() -> None:
+    mixture = Mixture(PERCENT)
+    for _ in range(60):
+        mixture.learn(0, ROW, told(far=70.0, last=50.0), np.array([[70.0]], np.float32))
+    mixture.reserve(2)
+    shares = mixture.shares(np.array([1]), np.array([[True]]))[0, 0, 0]
+    assert shares[EXPERTS.index("far")] > 0.9
+
+
+def test_evidence_of_rules_survives_a_new_model() -> None:
+    mixture = Mixture(PERCENT)
+    for _ in range(60):
+        mixture.learn(0, ROW, told(near=70.0, last=50.0), np.array([[70.0]], np.float32))
+    mixture.doubt_model()
+    assert mixture.shares(ROW, np.array([[True]]))[0, 0, 0, EXPERTS.index("near")] > 0.95
+
+
+def test_a_trend_is_believed_until_such_moves_did_not_come_true() -> None:
+    mixture = Mixture(PERCENT)
+    mixture.reserve(1)
+    move = np.full((1, 1, 3), 8.0)
+    assert mixture.belief(ROW, move)[0, 0, 2] == pytest.approx(1.0)
+    for _ in range(100):
+        mixture.learn_trend(2, ROW, np.array([[8.0]], np.float32), np.array([[0.0]], np.float32))
+    assert mixture.belief(ROW, move)[0, 0, 2] < 0.25
+
+
+# the layer
+
+
+def play(series: Floats32, n_origins: int, layer: ExpertLayer | None = None) -> tuple[ExpertLayer, Floats32]:
+    """Run the layer over the newest origins of one series, without a model."""
+    layer = layer or ExpertLayer(PERCENT)
+    nothing = np.full((1, 1, 96, 3), np.nan, np.float32)
+    quantiles = nothing
+    for origin in range(len(series) - n_origins, len(series)):
+        history = np.ascontiguousarray(series[None, None, max(0, origin - 2303) : origin + 1])
+        layer.settle(origin, ROW, series[origin].reshape(1, 1))
+        quantiles = layer.serve(ROW, origin, layer.experts(history, DAY, 96), nothing).quantiles
+    return layer, quantiles[0, 0]
+
+
+def test_new_dynamics_are_forecast_within_hours() -> None:
+    random = np.random.default_rng(5)
+    quiet = 30 + random.standard_normal(6 * DAY).astype(np.float32)
+    series = np.concatenate([quiet, sawtooth(DAY, 30)])
+    _, quantiles = play(series, DAY // 2)
+    truth = 20 + 40 * ((DAY + np.arange(24)) % 30) / 30
+    error = np.abs(quantiles[:24, 1] - truth).mean()
+    assert error < 0.25 * np.abs(series[-1] - truth).mean()
+
+
+def test_a_leak_reaches_further_than_the_last_value_and_stays_a_percent() -> None:
+    series = np.minimum(leak(8 * 12, 3.0, 0.5, 4 * DAY) + 30, 100)
+    _, quantiles = play(series, 60)
+    assert quantiles[-1, 1] > series[-1] + 10
+    assert quantiles.max() <= 100
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(0, 100, width=32) | st.just(float("nan")), min_size=2, max_size=60))
+def test_quantiles_are_ordered_and_finite_whatever_came_before(values: list[float]) -> None:
+    layer = ExpertLayer(PERCENT)
+    history = np.array(values, np.float32)[None, None]
+    model = np.full((1, 1, 96, 3), np.nan, np.float32)
+    if np.isfinite(history).any():
+        quantiles = layer.serve(ROW, 0, layer.experts(history, DAY, 96), model).quantiles
+        assert np.isfinite(quantiles).all()
+        assert (np.diff(quantiles, axis=-1) >= -1e-4).all()
+
+
+def test_rows_may_come_and_go() -> None:
+    layer, _ = play(sawtooth(600, 40), 60)
+    layer.settle(600, np.array([3]), np.array([[50.0]], np.float32))  # a server that never was forecast
+    layer.keep_rows(np.array([0]))
+    layer, quantiles = play(sawtooth(700, 40), 20, layer)
+    assert np.isfinite(quantiles).all()
