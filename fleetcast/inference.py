@@ -1,21 +1,16 @@
-"""The inference service: all parts of one running daemon, their start, their cycle, their stop.
+"""The parts of the inference daemon: how they are wired, started and stopped, and how a restart recovers.
 
-Owns: the wiring, and the order of start-up (serve, load a model in the background, restore) and
-of shutdown. Does not know: flags, signals, where the buffer or a model's code come from: it is
-given them.
-
-What a restart brings back: history, roster and the bins that were not worked off.
-
-Owns: from where the buffer is read at start, and where sweeps go on.
-Does not know: how the buffer recovers its own log (it has, before this is called).
+Owns: the order of start-up (serve, load a model in the background, restore) and of shutdown; from
+where the buffer is read at a start, and at which bin sweeps go on. Does not know: flags, signals,
+exit codes; how the buffer recovers its own log (it has, before a service is built).
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import datetime
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry
 
@@ -32,102 +27,30 @@ from fleetcast.schema import RecordBatch
 from fleetcast.serving.board import PredictionBoard
 from fleetcast.serving.corrector import Corrector
 from fleetcast.serving.history import BinHistory
-from fleetcast.serving.intake import Durable, Intake, RejectedRecords
+from fleetcast.serving.intake import Intake, RejectedRecords
 from fleetcast.serving.ledger import Ledger
 from fleetcast.serving.model_loader import ModelLoader, Predictor
-from fleetcast.serving.roster import Roster
-from fleetcast.serving.status import RecentErrors, StatusReport, StoreStats
-from fleetcast.serving.sweep import DataHold, Store, Sweeper, TrainingProbe
+from fleetcast.serving.roster import Fleet, Roster
+from fleetcast.serving.status import StatusReport
+from fleetcast.serving.sweep import Sweeper
 from fleetcast.serving.telemetry import Telemetry
 from fleetcast.serving.writes import WriteIntake
 from fleetcast.settings import Settings
+from fleetcast.storage.store import DataBuffer
 
 logger = logging.getLogger(__name__)
-
-
-class StoredRecords(Protocol):
-    """The buffer, as far as a restart reads it."""
-
-    def newest_record_time(self) -> datetime | None: ...
-
-    def iter_batches(
-        self, start_ms: int, end_ms: int, metrics: Sequence[str] | None = None
-    ) -> Iterator[RecordBatch]: ...
-
-
-def restore(
-    stored: StoredRecords,
-    history: BinHistory,
-    roster: Roster,
-    ledger: Ledger,
-    gone_after_s: float,
-    should_stop: Callable[[], bool] = lambda: False,
-    now: datetime | None = None,
-) -> int | None:
-    """Fill history and roster from stored records.
-
-    Bins after the last one the ledger worked off are open again: the next sweeps take them.
-
-    Args:
-        should_stop: asked between batches; what was read by then is all there is.
-        now: the system's clock; what was stored by one that was ahead of it is left for its time.
-    Returns:
-        the newest bin worked off, to be forecast again for readers; None for an empty buffer.
-    """
-    newest = stored.newest_record_time()
-    if newest is None:
-        return None
-    started = monotonic()
-    newest = newest if now is None else min(newest, now + FUTURE_LIMIT)
-    newest_bin = _bin(newest, history)
-    resume = ledger.resume_bin_ms
-    taken = newest_bin - history.bin_ms if resume is None else resume
-    if now is not None and taken > newest_bin:
-        taken = _bin(now, history) - history.bin_ms
-    first = min(taken, newest_bin) - (HISTORY_BINS - 1) * history.bin_ms
-    recent = max(first, newest_bin - int(gone_after_s * 1000) // history.bin_ms * history.bin_ms)
-    batches = _batches(stored, history, roster, first, recent, newest_bin + history.bin_ms)
-    history.restore(takewhile(lambda _: not should_stop(), batches), taken)
-    logger.info(
-        "history restored from the buffer servers=%d newest=%s resume=%s took_s=%.1f",
-        history.n_servers, iso_z(newest), iso_z(from_ms(taken)), monotonic() - started,
-    )  # fmt: skip
-    return taken
-
-
-def _bin(moment: datetime, history: BinHistory) -> int:
-    return to_ms(moment) // history.bin_ms * history.bin_ms
-
-
-def _batches(
-    stored: StoredRecords, history: BinHistory, roster: Roster, first: int, recent: int, end: int
-) -> Iterator[RecordBatch]:
-    """Yield old records with the forecast metrics only, newer ones whole: the roster shows all metrics."""
-    yield from stored.iter_batches(first, recent, history.metrics)
-    for batch in stored.iter_batches(recent, end):
-        roster.add(batch)
-        yield batch
-
 
 MAINTAIN_S = 1.0
 DRAIN_S = 10.0  # for requests at work when a stop is asked for
 
 
-class Buffer(Durable, Store, StoredRecords, StoreStats, Protocol):
-    """The DataBuffer, as the service uses it."""
-
-    def maintain(self, now: Any) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class InferenceService:
-    """One running daemon; `start`, `cycle` and `close` belong to the main thread."""
+    """The parts of one running daemon; `start`, `cycle` and `close` belong to the main thread."""
 
     def __init__(
         self,
         settings: Settings,
-        buffer: Buffer,
+        buffer: DataBuffer,
         listener: HttpListener,
         load_model: Callable[[Path], Predictor],
         api_key: str,
@@ -145,29 +68,37 @@ class InferenceService:
         self._buffer = buffer
         self._listener = listener
         self._stop = stop
-        self._wall_clock = wall_clock or SystemClock()
         self._maintained_at = float("-inf")
-        self._is_data_clock = settings.clock.mode == "data"
+        wall_clock = wall_clock or SystemClock()
         folder = Path(settings.paths.data_buffer_dir)
-        self._history = BinHistory(settings.bins, settings.forecast)
-        self._clock: Clock = DataClock(self._newest_record_time) if self._is_data_clock else self._wall_clock
-        self._roster = Roster(settings.forecast)
-        self._errors = RecentErrors(self._wall_clock)
+        self._fleet = build_fleet(settings, wall_clock)
+        self._telemetry = Telemetry(CollectorRegistry(), wall_clock, partial(read_textfile, Path(TEXTFILE)))
         self._ledger = Ledger(
-            folder, settings.forecast.settle_horizons, self._history.bin_ms, settings.clock.mode
+            folder, settings.forecast.settle_horizons, self._fleet.history.bin_ms, settings.clock.mode
         )
-        self._telemetry = Telemetry(
-            CollectorRegistry(), lambda: self._report.snapshot(), lambda: read_textfile(Path(TEXTFILE))
+        self._model = ModelLoader(
+            Registry(Path(settings.paths.checkpoint_dir), Path(settings.paths.models_dir)),
+            load_model,
+            bin_ms=self._fleet.history.bin_ms,
+            horizon_bins=settings.forecast.horizon_bins,
+            on_load=self._telemetry.count_model_load,
         )
-        self._board = PredictionBoard(self._roster, self._clock)
-        self._model = self._serving_model(load_model)
-        self._sweeper = self._build_sweeper(every_bin=self._is_data_clock)
-        self._report = self._build_report()
-        intake = self._build_intake(RejectedRecords(folder, settings.server.quarantine_max_bytes))
+        corrector = None
+        if settings.forecast.feedback != "off":
+            corrector = Corrector(folder, self._fleet.history, settings.forecast.settle_horizons)
+        board = PredictionBoard(self._fleet.roster, self._fleet.clock)
+        self._sweeper = Sweeper(
+            self._fleet, buffer, self._ledger, self._model, corrector, board, self._telemetry
+        )
+        self._report = StatusReport(
+            settings, self._fleet, buffer, self._ledger, self._model, self._sweeper, self._telemetry
+        )
+        rejected = RejectedRecords(folder, settings.server.quarantine_max_bytes)
+        intake = Intake(
+            buffer, self._fleet, rejected, wall_clock, settings.server, settings.buffer, stop.wake
+        )
         writes = WriteIntake(settings.remote_write, intake.take, intake.rules)
-        self._app = create_app(
-            intake, self._board, self._report, self._telemetry, settings.server, api_key, writes
-        )
+        self._app = create_app(intake, board, self._report, self._telemetry, settings.server, api_key, writes)
 
     def start(self) -> None:
         """Serve at once, load a model beside, then bring back what a restart has to."""
@@ -181,36 +112,17 @@ class InferenceService:
         """Do what is due: sweeps first, then the buffer's upkeep."""
         if not self._listener.is_alive:
             raise CannotStart("the HTTP server's thread ended; see the log")
-        if not self._is_data_clock and self._is_ahead_of_the_clock():
+        if not self._fleet.is_data_clock and self._is_ahead_of_the_clock():
             logger.warning("the system's clock stepped back: the history is read again")
-            self._history.clear()
-            self._roster.clear()
+            self._fleet.clear()
             self._restore()
         self._sweeper.cycle(lambda: self._stop.is_requested)
         if monotonic() - self._maintained_at >= MAINTAIN_S:
             self._maintained_at = monotonic()
             try:
-                self._buffer.maintain(self._clock.now())
+                self._buffer.maintain(self._fleet.clock.now())
             except FleetcastError as error:  # a full disk passes; what is durable stays in the log
-                self._errors.note("buffer", error)
-
-    def _restore(self) -> None:
-        newest_bin = restore(
-            self._buffer,
-            self._history,
-            self._roster,
-            self._ledger,
-            self._settings.forecast.gone_after_s,
-            lambda: self._stop.is_requested,
-            None if self._is_data_clock else self._clock.now(),
-        )
-        if newest_bin is not None and not self._stop.is_requested:
-            self._sweeper.forecast_again(newest_bin)
-
-    def _is_ahead_of_the_clock(self) -> bool:
-        """Whether bins were closed that, by the present clock, cannot have begun."""
-        taken_ms = self._history.taken_bin_ms
-        return taken_ms is not None and from_ms(taken_ms) > self._clock.now() + 2 * FUTURE_LIMIT
+                self._telemetry.errors.note("buffer", error)
 
     def close(self) -> None:
         """Stop in order: no new request, those at work answered, then everything into its day."""
@@ -229,79 +141,80 @@ class InferenceService:
 
     def status_line(self) -> str:
         """Return one line for the service manager."""
-        counts = self._sweeper.counts
-        return f"{self._history.n_servers} servers, {counts.sweeps} sweeps, model {self._model_name()}"
-
-    def _model_name(self) -> str:
-        serving = self._model.champion
-        return serving.info.version if serving else "none (fallback)"
-
-    def _newest_record_time(self) -> Any:
-        newest_ms = self._history.newest_ms
-        return None if newest_ms is None else from_ms(newest_ms)
-
-    def _serving_model(self, load_model: Callable[[Path], Predictor]) -> ModelLoader:
-        paths = self._settings.paths
-        return ModelLoader(
-            Registry(Path(paths.checkpoint_dir), Path(paths.models_dir)),
-            load_model,
-            bin_ms=self._history.bin_ms,
-            horizon_bins=self._settings.forecast.horizon_bins,
-            on_load=lambda succeeded: self._telemetry.count_model_load(succeeded=succeeded),
+        champion = self._model.champion
+        version = champion.info.version if champion else "none (fallback)"
+        return (
+            f"{self._fleet.history.n_servers} servers, {self._sweeper.counts.sweeps} sweeps, model {version}"
         )
 
-    def _build_sweeper(self, *, every_bin: bool) -> Sweeper:
-        return Sweeper(
-            self._history,
-            self._ledger,
-            self._buffer,
-            self._board,
-            self._model,
-            self._telemetry,
-            self._settings.forecast,
-            self._clock,
-            every_bin=every_bin,
-            corrector=self._corrector(),
-            on_error=self._errors.note,
-        )
+    def _restore(self) -> None:
+        newest_bin = restore(self._buffer, self._fleet, self._ledger, lambda: self._stop.is_requested)
+        if newest_bin is not None and not self._stop.is_requested:
+            self._sweeper.forecast_again(newest_bin)
 
-    def _corrector(self) -> Corrector | None:
-        forecast = self._settings.forecast
-        if forecast.feedback == "off":
-            return None
-        folder = Path(self._settings.paths.data_buffer_dir)
-        return Corrector(folder, self._history, forecast.settle_horizons)
+    def _is_ahead_of_the_clock(self) -> bool:
+        """Whether bins were closed that, by the present clock, cannot have begun."""
+        taken_ms = self._fleet.history.taken_bin_ms
+        return taken_ms is not None and from_ms(taken_ms) > self._fleet.clock.now() + 2 * FUTURE_LIMIT
 
-    def _build_report(self) -> StatusReport:
-        is_training = TrainingProbe(Path(self._settings.paths.checkpoint_dir))
-        hold = DataHold(self._history, self._clock, lambda: self._sweeper.is_at_work, is_training)
-        return StatusReport(
-            self._settings,
-            self._clock,
-            self._buffer,
-            self._history,
-            self._roster,
-            self._ledger,
-            self._model,
-            self._sweeper,
-            self._errors,
-            is_held=hold if self._is_data_clock else lambda: False,
-            is_training=is_training,
-        )
 
-    def _build_intake(self, rejected: RejectedRecords) -> Intake:
-        def wake_if_due() -> None:
-            if self._history.has_due(self._clock.now()):
-                self._stop.wake()
+def build_fleet(settings: Settings, wall_clock: Clock) -> Fleet:
+    """Return a fleet of which nothing is known yet; the data clock stands at its newest record."""
+    history = BinHistory(settings.bins, settings.forecast)
+    is_data_clock = settings.clock.mode == "data"
+    clock = DataClock(history.newest_record_time) if is_data_clock else wall_clock
+    return Fleet(history, Roster(settings.forecast), clock, settings.forecast, is_data_clock)
 
-        return Intake(
-            self._buffer,
-            self._history,
-            self._roster,
-            rejected,
-            self._wall_clock,
-            self._settings.server,
-            self._settings.buffer,
-            expires=not self._is_data_clock,
-            on_taken=wake_if_due,
-        )
+
+def restore(
+    buffer: DataBuffer, fleet: Fleet, ledger: Ledger, should_stop: Callable[[], bool] = lambda: False
+) -> int | None:
+    """Fill history and roster from stored records.
+
+    Bins after the last one the ledger worked off are open again: the next sweeps take them. What was
+    stored by a system clock that was ahead of the present one is left for its time.
+
+    Args:
+        should_stop: asked between batches; what was read by then is all there is.
+    Returns:
+        the newest bin worked off, to be forecast again for readers; None for an empty buffer.
+    """
+    newest = buffer.newest_record_time()
+    if newest is None:
+        return None
+    started = monotonic()
+    history = fleet.history
+    now = None if fleet.is_data_clock else fleet.clock.now()
+    newest = newest if now is None else min(newest, now + FUTURE_LIMIT)
+    newest_bin = _bin(newest, history)
+    taken = _find_taken_bin(newest_bin, ledger.resume_bin_ms, now, history)
+    batches = _read_batches(buffer, fleet, min(taken, newest_bin), newest_bin)
+    history.restore(takewhile(lambda _: not should_stop(), batches), taken)
+    logger.info(
+        "history restored from the buffer servers=%d newest=%s resume=%s took_s=%.1f",
+        history.n_servers, iso_z(newest), iso_z(from_ms(taken)), monotonic() - started,
+    )  # fmt: skip
+    return taken
+
+
+def _find_taken_bin(newest_bin: int, resume: int | None, now: datetime | None, history: BinHistory) -> int:
+    """Return the newest bin that counts as worked off."""
+    taken = newest_bin - history.bin_ms if resume is None else resume
+    is_ahead = now is not None and taken > newest_bin
+    return _bin(now, history) - history.bin_ms if is_ahead and now else taken
+
+
+def _bin(moment: datetime, history: BinHistory) -> int:
+    return to_ms(moment) // history.bin_ms * history.bin_ms
+
+
+def _read_batches(buffer: DataBuffer, fleet: Fleet, last_bin: int, newest_bin: int) -> Iterator[RecordBatch]:
+    """Yield old records with the forecast metrics only, newer ones whole: the roster shows all metrics."""
+    bin_ms = fleet.history.bin_ms
+    gone_bins = int(fleet.settings.gone_after_s * 1000) // bin_ms
+    first = last_bin - (HISTORY_BINS - 1) * bin_ms
+    recent = max(first, newest_bin - gone_bins * bin_ms)
+    yield from buffer.iter_batches(first, recent, fleet.history.metrics)
+    for batch in buffer.iter_batches(recent, newest_bin + bin_ms):
+        fleet.roster.add(batch)
+        yield batch

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -23,8 +24,8 @@ from fleetcast.schema import RecordBatch
 from fleetcast.serving.board import PredictionBoard
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.intake import Intake, RejectedRecords
-from fleetcast.serving.roster import Roster
-from fleetcast.serving.telemetry import Telemetry
+from fleetcast.serving.roster import Fleet, Roster
+from fleetcast.serving.telemetry import Snapshot, Telemetry
 from fleetcast.serving.writes import WriteIntake
 from fleetcast.settings import (
     BinSettings,
@@ -49,13 +50,14 @@ class World:
         self.error: Exception | None = None
         self.is_held = lambda: False
         self.quarantine = folder / "quarantine.jsonl"
-        self.telemetry = Telemetry(CollectorRegistry())
+        self.telemetry = Telemetry(CollectorRegistry(), CLOCK)
         self.settings = ServerSettings(**limits)
-        roster = Roster(ForecastSettings())
+        forecast = ForecastSettings()
+        roster = Roster(forecast)
+        buffer: Any = self  # stands in for the DataBuffer
         self.intake = Intake(
-            self,
-            BinHistory(BinSettings(), ForecastSettings()),
-            roster,
+            buffer,
+            Fleet(BinHistory(BinSettings(), forecast), roster, CLOCK, forecast),
             RejectedRecords(folder, 100_000),
             CLOCK,
             self.settings,
@@ -69,25 +71,14 @@ class World:
             raise self.error
         self.batches.append(batch)
 
-    def why_not_ready(self) -> str:
-        return ""
-
-    def status(self) -> dict[str, Any]:
-        return {}
-
 
 @contextmanager
 def client_of(world: World, api_key: str = "") -> Iterator[httpx.Client]:
     listener = HttpListener("127.0.0.1", 0)
 
-    class Daemon:
-        why_not_ready, status = world.why_not_ready, world.status
-
-        def is_held(self) -> bool:
-            return world.is_held()
-
+    report: Any = SimpleNamespace(is_held=lambda: world.is_held(), not_ready="", snapshot=Snapshot)
     app = create_app(
-        world.intake, world.board, Daemon(), world.telemetry, world.settings, api_key, world.writes
+        world.intake, world.board, report, world.telemetry, world.settings, api_key, world.writes
     )
     listener.start(app, 5.0)
     with httpx.Client(base_url=listener.url, trust_env=False) as client:

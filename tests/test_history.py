@@ -69,8 +69,8 @@ def test_a_bin_closes_when_every_live_server_has_a_later_record() -> None:
 def test_a_bin_closes_by_the_clock_thirty_seconds_after_its_end() -> None:
     bins = history()
     bins.add(batch_of(("a", 10, 1.0)))
-    assert not bins.has_due(at(329))
-    assert bins.has_due(at(330))
+    assert not bins.due(at(329))
+    assert bins.due(at(330))
 
 
 def test_a_server_silent_for_half_an_hour_holds_nobody_up() -> None:

@@ -15,7 +15,7 @@ from fleetcast.ingest.columns import RowsOf
 from fleetcast.schema import RecordBatch
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.intake import Intake, RejectedRecords
-from fleetcast.serving.roster import Roster
+from fleetcast.serving.roster import Fleet, Roster
 from fleetcast.settings import BinSettings, BufferSettings, ForecastSettings, ServerSettings
 
 
@@ -42,16 +42,15 @@ class World:
         self.roster = Roster(ForecastSettings())
         self.n_wakes = 0
         self.quarantine = folder / "quarantine.jsonl"
+        buffer: Any = self.disk  # stands in for the DataBuffer
         self.intake = Intake(
-            self.disk,
-            self.history,
-            self.roster,
+            buffer,
+            Fleet(self.history, self.roster, self.clock, ForecastSettings(), is_data_clock=not expires),
             RejectedRecords(folder, 100_000),
             self.clock,
             ServerSettings(**limits),
             BufferSettings(),
-            expires=expires,
-            on_taken=self._wake,
+            self._wake,
         )
 
     def _wake(self) -> None:
@@ -73,6 +72,14 @@ def test_good_records_are_stored_and_known(world: World) -> None:
     assert len(world.disk.batches[0]) == 2
     assert world.roster.servers(world.clock.now()).server_names == ("web-01", "web-02")
     assert world.history.n_servers == 2
+
+
+def test_records_that_make_a_bin_due_wake_the_sweep(world: World) -> None:
+    world.intake.take([world.record()])
+    assert world.n_wakes == 0
+    world.intake.take([world.record(seconds=299)])
+    world.clock.advance(seconds=299)
+    world.intake.take([world.record(seconds=299)])
     assert world.n_wakes == 1
 
 

@@ -11,7 +11,7 @@ from fleetcast.inference import restore
 from fleetcast.schema import FleetForecast, RecordBatch
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.ledger import Ledger
-from fleetcast.serving.roster import Roster
+from fleetcast.serving.roster import Fleet, Roster
 from fleetcast.settings import BinSettings, BufferSettings, ForecastSettings
 
 BIN = 300_000
@@ -32,11 +32,13 @@ class World:
         settings = BufferSettings(retention_days=3650)
         self.buffer = DataBuffer(folder, settings=settings, clock=FakeClock(NOW), expire=False)
         self.ledger = Ledger(folder, (1,), BIN)
-        self.roster = Roster(ForecastSettings())
-        self.history = BinHistory(BinSettings(forecast_metrics=("cpu_pct",)), ForecastSettings())
+        forecast = ForecastSettings(gone_after_s=86_400.0)
+        self.roster = Roster(forecast)
+        self.history = BinHistory(BinSettings(forecast_metrics=("cpu_pct",)), forecast)
+        self.fleet = Fleet(self.history, self.roster, FakeClock(NOW), forecast, is_data_clock=True)
 
     def restore(self) -> int | None:
-        return restore(self.buffer, self.history, self.roster, self.ledger, 86_400.0)
+        return restore(self.buffer, self.fleet, self.ledger)
 
 
 def forecast(origin_ms: int) -> FleetForecast:
@@ -102,5 +104,5 @@ def test_eight_days_come_back_and_nothing_older(tmp_path: Path) -> None:
 def test_a_stop_ends_the_restore_early(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.buffer.append_batch(batch("a", T0, 10))
-    restore(world.buffer, world.history, world.roster, world.ledger, 86_400.0, lambda: True)
+    restore(world.buffer, world.fleet, world.ledger, lambda: True)
     assert world.history.n_servers == 0

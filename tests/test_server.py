@@ -15,11 +15,12 @@ from prometheus_client import CollectorRegistry
 from fleetcast.api import bodies
 from fleetcast.api.listener import HttpListener
 from fleetcast.api.server import create_app
+from fleetcast.clock import FakeClock
 from fleetcast.errors import StorageBroken, StorageFull
 from fleetcast.schema import Rejection
 from fleetcast.serving.board import UnknownServer
 from fleetcast.serving.intake import Receipt
-from fleetcast.serving.telemetry import Telemetry
+from fleetcast.serving.telemetry import Snapshot, Telemetry
 from fleetcast.settings import ServerSettings
 
 GOOD = {"records": [{"timestamp": "2026-01-15T10:00:05Z", "server_name": "web-01", "cpu_pct": 12.5}]}
@@ -33,7 +34,7 @@ class Daemon:
         self.error: Exception | None = None
         self.rejections: tuple[Rejection, ...] = ()
         self.held: Callable[[], bool] = lambda: False
-        self.reason = ""
+        self.not_ready = ""
         self.before_taking: Callable[[int], object] = lambda _n_posts: None
 
     def take_together(self, parts: Sequence[Sequence[object]]) -> list[Receipt]:
@@ -51,11 +52,11 @@ class Daemon:
     def is_held(self) -> bool:
         return self.held()
 
-    def why_not_ready(self) -> str:
-        return self.reason
-
     def status(self) -> dict[str, Any]:
         return {"pid": 7}
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot({"servers": 3.0})
 
 
 @pytest.fixture
@@ -65,9 +66,10 @@ def daemon() -> Daemon:
 
 @contextmanager
 def client_of(daemon: Daemon, api_key: str = "", **settings: Any) -> Iterator[httpx.Client]:
-    telemetry = Telemetry(CollectorRegistry())
+    telemetry = Telemetry(CollectorRegistry(), FakeClock())
     listener = HttpListener("127.0.0.1", 0)
-    listener.start(create_app(daemon, daemon, daemon, telemetry, ServerSettings(**settings), api_key), 5.0)
+    parts: Any = daemon  # stands in for intake, board and report
+    listener.start(create_app(parts, parts, parts, telemetry, ServerSettings(**settings), api_key), 5.0)
     with httpx.Client(base_url=listener.url, trust_env=False) as client:
         yield client
     assert listener.stop(10.0)
@@ -209,7 +211,7 @@ def test_an_unknown_server_is_404_and_an_unknown_field_422(client: httpx.Client)
 
 def test_ready_says_what_is_missing(client: httpx.Client, daemon: Daemon) -> None:
     assert client.get("/ready").json() == {"status": "ready"}
-    daemon.reason = "the history is being restored"
+    daemon.not_ready = "the history is being restored"
     answer = client.get("/ready")
     assert answer.status_code == 503
     assert answer.json() == {"status": "not ready", "detail": "the history is being restored"}
@@ -222,6 +224,7 @@ def test_status_and_metrics_answer(client: httpx.Client) -> None:
     answer = client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert "fleetcast_records_received_total 1.0" in answer.text
+    assert "fleetcast_servers 3.0" in answer.text
 
 
 @pytest.mark.parametrize("key", [None, "", "wrong", "secret2", "Secret", "sécret"])

@@ -18,7 +18,7 @@ from fleetcast.serving.corrector import Corrector
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.ledger import Ledger
 from fleetcast.serving.model_loader import Champion
-from fleetcast.serving.roster import Roster
+from fleetcast.serving.roster import Fleet, Roster
 from fleetcast.serving.sweep import Sweeper
 from fleetcast.serving.telemetry import Telemetry
 from fleetcast.settings import BinSettings, ForecastSettings
@@ -68,7 +68,6 @@ class World:
         self.clock = FakeClock()
         self.start = self.clock.now()
         self.buffer = DataBuffer(folder)
-        self.errors: list[str] = []
         self.service = Service()
         self.settings = ForecastSettings(horizon_bins=4, settle_horizons=(1, 3))
         self.build(every_bin)
@@ -79,19 +78,20 @@ class World:
         self.roster = Roster(self.settings)
         self.ledger = Ledger(self.folder, self.settings.settle_horizons, BIN_S * 1000)
         self.board = PredictionBoard(self.roster, self.clock)
+        self.telemetry = Telemetry(CollectorRegistry(), self.clock)
         self.sweeper = Sweeper(
-            self.history,
-            self.ledger,
+            Fleet(self.history, self.roster, self.clock, self.settings, is_data_clock=every_bin),
             self.buffer,
-            self.board,
+            self.ledger,
             self.service,  # type: ignore[arg-type]
-            Telemetry(CollectorRegistry()),
-            self.settings,
-            self.clock,
-            every_bin=every_bin,
-            corrector=Corrector(self.folder, self.history, self.settings.settle_horizons),
-            on_error=lambda part, error: self.errors.append(f"{part}: {error}"),
+            Corrector(self.folder, self.history, self.settings.settle_horizons),
+            self.board,
+            self.telemetry,
         )
+
+    @property
+    def errors(self) -> list[str]:
+        return [f"{error['part']}: {error['error']}" for error in self.telemetry.errors.newest_first()]
 
     def feed(self, *rows: tuple[str, int, float]) -> None:
         """Take rows of (server, bin, cpu); the clock stands at the newest."""

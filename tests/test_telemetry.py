@@ -1,13 +1,24 @@
-"""The scraped numbers: names, bounded labels, states read at the scrape."""
+"""The scraped numbers (names, bounded labels, states read at the scrape) and the errors that are kept."""
 
+import logging
+
+import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from fleetcast.serving.telemetry import GAUGES, Snapshot, Telemetry
+from fleetcast.clock import FakeClock
+from fleetcast.errors import StorageFull
+from fleetcast.serving import telemetry as telemetry_module
+from fleetcast.serving.telemetry import ERRORS_KEPT, GAUGES, RecentErrors, Snapshot, Telemetry
+
+CLOCK = FakeClock()
+NOTHING = Snapshot()
 
 
-def samples(telemetry: Telemetry) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    text = telemetry.render().decode()
+def samples(
+    telemetry: Telemetry, snapshot: Snapshot = NOTHING
+) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    text = telemetry.render(snapshot).decode()
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)
@@ -16,7 +27,7 @@ def samples(telemetry: Telemetry) -> dict[tuple[str, tuple[tuple[str, str], ...]
 
 
 def test_rejections_are_counted_by_rule_and_never_by_the_senders_words() -> None:
-    telemetry = Telemetry(CollectorRegistry())
+    telemetry = Telemetry(CollectorRegistry(), CLOCK)
     reasons = ["must lie in -1..1000, got 1e+06", "must be 1-128 printable characters, got 'a'", "evil", "e"]
     telemetry.count_records(5, reasons, 3)
     found = samples(telemetry)
@@ -31,13 +42,13 @@ def test_rejections_are_counted_by_rule_and_never_by_the_senders_words() -> None
 
 
 def test_events_add_up() -> None:
-    telemetry = Telemetry(CollectorRegistry())
+    telemetry = Telemetry(CollectorRegistry(), CLOCK)
     telemetry.count_feed(200, 0.003)
     telemetry.count_feed(429, 1.0)
     telemetry.count_sweep(0.5, n_model=8, n_fallback=2, n_skipped=1)
     telemetry.count_outcomes(6, 2)
-    telemetry.count_model_load(succeeded=True)
-    telemetry.count_model_load(succeeded=False)
+    telemetry.count_model_load(True)
+    telemetry.count_model_load(False)
     found = samples(telemetry)
     assert found["fleetcast_feed_seconds_count", (("code", "200"),)] == 1.0
     assert found["fleetcast_feed_seconds_count", (("code", "429"),)] == 1.0
@@ -52,38 +63,62 @@ def test_events_add_up() -> None:
 
 
 def test_states_are_read_when_scraped_and_unknown_ones_are_left_out() -> None:
-    states = [Snapshot({"servers": 3.0, "buffer_bytes": None}, "v1", False, {"web-01": 1.5})]
-    telemetry = Telemetry(CollectorRegistry(), lambda: states[-1])
-    first = samples(telemetry)
+    telemetry = Telemetry(CollectorRegistry(), CLOCK)
+    first = samples(telemetry, Snapshot({"servers": 3.0, "buffer_bytes": None}, "v1", False, {"web-01": 1.5}))
     assert first["fleetcast_servers", ()] == 3.0
     assert ("fleetcast_buffer_bytes", ()) not in first
     assert first["fleetcast_model_info", (("base", "false"), ("version", "v1"))] == 1.0
     assert first["fleetcast_server_last_record_timestamp_seconds", (("server", "web-01"),)] == 1.5
-    states.append(Snapshot(dict.fromkeys(GAUGES, 1.0)))
-    second = samples(telemetry)
+    second = samples(telemetry, Snapshot(dict.fromkeys(GAUGES, 1.0)))
     assert all(second[f"fleetcast_{name}", ()] == 1.0 for name in GAUGES)
     assert second["fleetcast_model_info", (("base", "false"), ("version", ""))] == 1.0
 
 
 def test_a_hostile_server_name_stays_a_label_value() -> None:
     name = 'a"} 1\nfleetcast_servers 99\\'
-    telemetry = Telemetry(CollectorRegistry(), lambda: Snapshot(server_last_seen_s={name: 2.0}))
-    found = samples(telemetry)
+    found = samples(Telemetry(CollectorRegistry(), CLOCK), Snapshot(server_last_seen_s={name: 2.0}))
     assert found["fleetcast_server_last_record_timestamp_seconds", (("server", name),)] == 2.0
     assert ("fleetcast_servers", ()) not in found
 
 
 def test_what_another_daemon_left_is_shown_at_the_end() -> None:
-    text = Telemetry(CollectorRegistry(), appended=lambda: b"fleetcast_retraining_window_pairs 7\n").render()
+    telemetry = Telemetry(CollectorRegistry(), CLOCK, lambda: b"fleetcast_retraining_window_pairs 7\n")
+    text = telemetry.render(NOTHING)
     assert text.endswith(b"\nfleetcast_retraining_window_pairs 7\n")
 
 
 def test_errors_are_counted_by_part_and_the_process_by_itself() -> None:
-    telemetry = Telemetry(
-        CollectorRegistry(), lambda: Snapshot(errors_by_part={"buffer": 2}, last_error_s={"buffer": 1.5})
-    )
+    telemetry = Telemetry(CollectorRegistry(), CLOCK)
+    for _ in range(2):
+        telemetry.errors.note("buffer", StorageFull("no space"))
     found = samples(telemetry)
-    assert found["fleetcast_last_error_timestamp_seconds", (("part", "buffer"),)] == 1.5
+    assert found["fleetcast_last_error_timestamp_seconds", (("part", "buffer"),)] == CLOCK.now().timestamp()
     assert found["fleetcast_errors_total", (("part", "buffer"),)] == 2.0
     assert found["process_resident_memory_bytes", ()] > 0
     assert not any(name.endswith("_created") for name, _ in found)
+
+
+def test_the_newest_errors_are_kept_newest_first() -> None:
+    clock = FakeClock()
+    errors = RecentErrors(clock)
+    for number in range(ERRORS_KEPT + 5):
+        clock.advance(seconds=1)
+        errors.note("ledger", StorageFull(f"full {number}"))
+    kept = errors.newest_first()
+    assert len(kept) == ERRORS_KEPT
+    assert kept[0] == {"time": "2026-01-15T10:00:25Z", "part": "ledger", "error": "full 24"}
+    assert errors.newest_by_part() == {"ledger": clock.now().timestamp()}
+
+
+def test_the_same_error_is_logged_once_a_minute(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wall = iter([0.0, 0.0, 30.0, 61.0, 61.0])
+    monkeypatch.setattr(telemetry_module, "monotonic", lambda: next(wall))
+    errors = RecentErrors(FakeClock())
+    with caplog.at_level(logging.ERROR):
+        for _ in range(3):
+            errors.note("buffer", StorageFull("no space"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "part failed part=buffer error=no space"
+    ] * 2

@@ -95,7 +95,7 @@ def read_records(body: bytes) -> list[Any]:
     Raises:
         Refusal: 422, the body is not of the documented shape.
 
-    >>> records_in(b'{"records": [{"cpu_pct": NaN}]}')
+    >>> read_records(b'{"records": [{"cpu_pct": NaN}]}')
     [{'cpu_pct': nan}]
     """
     try:

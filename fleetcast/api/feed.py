@@ -1,59 +1,50 @@
 """The routes that take records in: bounded waiting, worker threads, one answer per request.
 
-Owns: content types, what a failure means to each kind of sender, how much work may wait. Reads
-raw bodies itself (`bodies`) and hands them to threads (`lanes`; remote-write to a pool of its own), so
+Owns: content types, what a failure means to each kind of sender, how much work may wait. Reads raw
+bodies itself (`bodies`) and hands them to threads (`lanes`; remote-write to a pool of its own), so
 that the event loop only ever waits. Does not know: what records are.
 
-The door of the hot routes: POSTs of records are answered here, before any routing.
-
-Owns: which requests these are, and their key. Does not know: what they hold, any other route.
-A web framework's routing, dependencies and exit stacks cost a post of 20 records as much as all the
-rest of the event loop's work; the routes are still declared to it, for the interface description.
+`FeedDoor` answers these POSTs before any routing: a web framework's routing, dependencies and exit
+stacks cost a post of 20 records as much as all the rest of the event loop's work. The routes are
+still declared to the framework, for the interface description.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Protocol
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fleetcast.api.bodies import BodyReader, Refusal, encode
-from fleetcast.api.lanes import Intake, Lanes, PostGroups, storage_refusal
+from fleetcast.api.lanes import Lanes, PostGroups, storage_refusal
 from fleetcast.clock import monotonic
 from fleetcast.errors import BadData, StorageBroken, StorageFull
 from fleetcast.prometheus.wire import BodyTooLarge
-from fleetcast.serving.intake import Receipt
+from fleetcast.serving.intake import Intake, Receipt
 from fleetcast.serving.telemetry import Telemetry
-from fleetcast.serving.writes import WriteReceipt
+from fleetcast.serving.writes import WriteIntake
 from fleetcast.settings import ServerSettings
 
 JSON = "application/json"
 ARROW = "application/vnd.apache.arrow.stream"
 PROTOBUF = "application/x-protobuf"
+KEY_HEADER = "x-api-key"
+WRONG_KEY = "X-API-Key is missing or wrong"
 _WORKERS = 32  # threads that wait for the disk together: one fdatasync then serves all of them
 _HOLD_STEP_S = 0.002
 _REMOTE_WRITE_2 = "io.prometheus.write.v2"
 
 
-class Writes(Protocol):
-    """Takes remote-write requests; raises as Intake does, and BadData for what is none."""
-
-    path: str
-
-    def take(self, body: bytes) -> WriteReceipt: ...
-
-
 class Feed:
-    """Answers POSTs; everything but the work itself runs on one event loop."""
+    """Answers POSTs of records; everything but the work itself runs on one event loop."""
 
     def __init__(
         self,
         intake: Intake,
-        writes: Writes | None,
+        writes: WriteIntake | None,
         is_held: Callable[[], bool],
         telemetry: Telemetry,
         settings: ServerSettings,
@@ -155,10 +146,6 @@ def _retry_after(refusal: Refusal) -> dict[str, str] | None:
     return {"Retry-After": str(refusal.retry_after_s)} if refusal.retry_after_s else None
 
 
-KEY_HEADER = "x-api-key"
-WRONG_KEY = "X-API-Key is missing or wrong"
-
-
 class FeedDoor:
     """ASGI middleware: answers POSTs to its own paths, hands every other request on."""
 
@@ -168,7 +155,7 @@ class FeedDoor:
         answers: Mapping[str, Callable[[Request], Awaitable[Response]]],
         is_welcome: Callable[[str | None], bool],
     ) -> None:
-        """Take who answers, by path, and the test of a request's key (None = it has none)."""
+        """Take the answering function of each path, and the test of a request's key (None = it has none)."""
         self._app = app
         self._answers = answers
         self._is_welcome = is_welcome

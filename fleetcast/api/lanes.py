@@ -1,15 +1,11 @@
 """The lanes that posts of records go through: those that wait together are done together.
 
-Owns: the worker threads, which posts form a group, handing the answers back to the event loop.
-Does not know: HTTP codes, records.
+Owns: the worker threads, which posts form a group, which decoder reads a body, the words of the
+answer, and its way back to the event loop. Does not know: sockets, routes, what a record is.
 
 A post of 20 records costs several times more alone than as one of ten in a group: one check in
 columns, one write and one fdatasync serve them all. A lane takes whatever waits when it becomes free,
-so a lone sender waits for nobody and groups grow with the load.
-
-What a lane does with a group of posts: read each, take those of one layout together, answer each.
-
-Owns: which decoder reads a body, the answer's words. Does not know: threads, sockets.
+so a lone sender waits for no other and groups grow with the load.
 """
 
 import asyncio
@@ -18,22 +14,23 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from fleetcast.api.bodies import Refusal, encode, read_records
 from fleetcast.errors import BadData, StorageBroken, StorageFull
 from fleetcast.ingest.arrow import read_columns
 from fleetcast.ingest.columns import RowsOf, layout_of
 from fleetcast.ingest.json_records import JsonRecords
-from fleetcast.serving.intake import Receipt
+from fleetcast.serving.intake import Intake, Receipt
 
+MAX_ERRORS_SHOWN = 20
 GROUP_MAX_BYTES = 2**20  # bodies of one group: larger ones gain nothing, and make the first one wait
 _N_LANES = 2  # one works while the other waits for the disk; more would only make the groups smaller
 
 
 @dataclass(slots=True, eq=False)
 class Post:
-    """One body on its way; `answer` is set by whoever does the work."""
+    """One body on its way; the work sets its `answer`."""
 
     body: bytes
     is_arrow: bool
@@ -77,7 +74,7 @@ class Lanes:
             group[0].done.get_loop().call_soon_threadsafe(_hand_back, group)
 
     def _work_alone(self, posts: Sequence[Post], error: Exception) -> None:
-        """After a fault of ours: only the post that brings it about shall pay for it."""
+        """After an internal error, retry the posts one by one so that only the faulty one fails."""
         for post in posts:
             post.answer = error
             if len(posts) > 1:
@@ -114,17 +111,8 @@ def _hand_back(group: Sequence[Post]) -> None:
             post.done.set_exception(post.answer or RuntimeError("a post was left without an answer"))
 
 
-MAX_ERRORS_SHOWN = 20
-
-
-class Intake(Protocol):
-    """Takes records; raises StorageFull or StorageBroken when none was kept."""
-
-    def take_together(self, parts: Sequence[Sequence[object]]) -> list[Receipt]: ...
-
-
 class PostGroups:
-    """Does groups of posts; safe from any thread."""
+    """Reads each post of a group, takes those of one layout together, answers each; safe from any thread."""
 
     def __init__(self, intake: Intake, on_receipt: Callable[[Receipt], None]) -> None:
         self._intake = intake
@@ -170,7 +158,7 @@ class PostGroups:
 
 
 def storage_refusal(error: StorageFull | StorageBroken) -> Refusal:
-    """Return the answer for a disk that does not take records; such a request can be repeated."""
+    """Return the answer for a disk that does not take records; the sender can repeat such a request."""
     if isinstance(error, StorageFull):
         return Refusal(507, str(error))
     return Refusal(503, str(error), retry_after_s=5)

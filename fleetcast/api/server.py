@@ -1,43 +1,37 @@
-"""The HTTP interface of the inference daemon (owner of FastAPI).
+"""The HTTP interface of the inference daemon (owner of FastAPI): routes, keys, and its description.
 
-Owns: routes, status codes, authentication, and how much work may wait. It is given what it
-serves as narrow protocols. Does not know: models, buffers, bins.
-
-The routes that take records in are in `feed`.
-
-What `/openapi.json` and `/docs` say about the daemon's answers.
-
-Owns: schemas and examples of the HTTP interface, as plain OpenAPI. Changes are additive only.
-Does not know: how answers are made; `tests/test_server.py` compares the two.
-
-Keeps web pages of others away from a daemon that asks for no key.
+Owns: routes, status codes, authentication, and what `/openapi.json` and `/docs` say (plain OpenAPI;
+changes are additive only, and `tests/test_server.py` compares it with the answers). `feed` answers
+the routes that take records in. Does not know: models, bins, how answers are made.
 
 Without a key the daemon listens on loopback, but a browser on the same host is on loopback, too.
 A page may point a name of its own at 127.0.0.1 (DNS rebinding) and read the answers, or post
-across origins without reading. The first shows in `Host`, the second in `Origin`.
-
-Owns: which of the two are refused. Does not know: routes. With a key it is not needed: a page
-does not know the key.
+across origins without reading. The first shows in `Host`, the second in `Origin`: `BrowserGuard`
+refuses both. With a key it is not needed, since a page does not know the key.
 """
 
 import hmac
 import ipaddress
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, Final, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Response
 from fastapi.security import APIKeyHeader
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fleetcast import __version__
 from fleetcast.api.bodies import encode
-from fleetcast.api.feed import ARROW, JSON, PROTOBUF, WRONG_KEY, Feed, FeedDoor, Writes
-from fleetcast.api.lanes import Intake
-from fleetcast.serving.board import UnknownServer
+from fleetcast.api.feed import ARROW, JSON, PROTOBUF, WRONG_KEY, Feed, FeedDoor
+from fleetcast.serving.board import PredictionBoard, UnknownServer
+from fleetcast.serving.intake import Intake
+from fleetcast.serving.status import StatusReport
 from fleetcast.serving.telemetry import Telemetry
+from fleetcast.serving.writes import WriteIntake
 from fleetcast.settings import ServerSettings
 
+FEED_PATH = "/feed/data"
 Schema = dict[str, Any]
 
 _NUMBERS: Schema = {"type": "array", "items": {"type": "number"}}
@@ -143,10 +137,9 @@ def answers(ok: Schema, **errors: str) -> dict[int | str, dict[str, Any]]:
     return described
 
 
-_KEY = "X-API-Key is missing or wrong"
 FEED_ANSWERS = answers(
     FEED_ANSWER,
-    e401=_KEY,
+    e401=WRONG_KEY,
     e408="the body did not arrive in time",
     e413="the body is too large",
     e415="the body is compressed",
@@ -158,114 +151,24 @@ FEED_ANSWERS = answers(
 WRITE_ANSWERS: dict[int | str, dict[str, Any]] = {
     204: {"description": "taken"},
     400: {"description": "not a WriteRequest, or some samples were refused: the text says which"},
-    401: {"description": _KEY},
+    401: {"description": WRONG_KEY},
     413: {"description": "too large, packed or unpacked"},
     415: {"description": "not remote-write 1.0 in a snappy block"},
     503: {"description": "busy, or a sweep goes first (data clock); repeat it"},
     507: {"description": "the disk is full; repeat it"},
 }
-PREDICTION_ANSWERS = answers(PREDICTIONS, e401=_KEY, e404="unknown server")
-STATUS_ANSWERS = answers(OBJECT, e401=_KEY)
-
-
-Message = MutableMapping[str, Any]  # of the ASGI specification, as are the next two
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
-
-_JSON: Final = (b"content-type", b"application/json")
-
-
-class BrowserGuard:
-    """Middleware that answers 421 for a foreign `Host` and 403 for a foreign `Origin`."""
-
-    def __init__(self, app: App, allowed_hosts: Iterable[str]) -> None:
-        self._app = app
-        self._allowed = {name.lower() for name in allowed_hosts}
-
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Pass a request on, or refuse it."""
-        if scope["type"] == "http":
-            status, why = self.refusal(dict(scope["headers"]))
-            if status:
-                await _answer(send, status, why)
-                return
-        await self._app(scope, receive, send)
-
-    def refusal(self, headers: dict[bytes, bytes]) -> tuple[int, str]:
-        """Return the status and the reason, (0, "") for a request that may pass.
-
-        >>> guard = BrowserGuard(lambda *_: None, ["forecasts.example"])
-        >>> guard.refusal({b"host": b"127.0.0.1:8000"})
-        (0, '')
-        >>> guard.refusal({b"host": b"evil.example"})[0]
-        421
-        """
-        host = headers.get(b"host", b"").decode("latin-1")
-        if not self._is_ours(host):
-            return (
-                421,
-                f"this daemon is not known as {host[:80]!r}: set server.allowed_hosts or a TFT_API_KEY",
-            )
-        origin = headers.get(b"origin", b"").decode("latin-1")
-        if origin and origin.partition("://")[2].lower() != host.lower():
-            return 403, f"a page of {origin[:80]!r} may not ask without a TFT_API_KEY"
-        return 0, ""
-
-    def _is_ours(self, host: str) -> bool:
-        name = _without_port(host).lower()
-        if name in self._allowed or name.endswith(".localhost"):
-            return True
-        try:
-            ipaddress.ip_address(name)  # an address is no name that somebody else could point here
-        except ValueError:
-            return False
-        return True
-
-
-def _without_port(host: str) -> str:
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.rpartition(":")[0] if host.count(":") == 1 else host
-
-
-async def _answer(send: Send, status: int, why: str) -> None:
-    body = json.dumps({"detail": why}).encode()
-    headers = [_JSON, (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-FEED_PATH = "/feed/data"
-
-
-class Board(Protocol):
-    """Answers with predictions; raises UnknownServer."""
-
-    def document(self, servers: Sequence[str] = (), *, only_current: bool = False) -> bytes: ...
-
-
-class Daemon(Protocol):
-    """What the rest of the daemon tells about itself."""
-
-    def is_held(self) -> bool:
-        """Return whether records have to wait (data clock: a sweep or a training goes first)."""
-
-    def why_not_ready(self) -> str:
-        """Return what keeps the daemon from serving, "" when nothing does."""
-
-    def status(self) -> dict[str, Any]:
-        """Return the summary for `/status`."""
+PREDICTION_ANSWERS = answers(PREDICTIONS, e401=WRONG_KEY, e404="unknown server")
+STATUS_ANSWERS = answers(OBJECT, e401=WRONG_KEY)
 
 
 def create_app(
     intake: Intake,
-    board: Board,
-    daemon: Daemon,
+    board: PredictionBoard,
+    report: StatusReport,
     telemetry: Telemetry,
     settings: ServerSettings,
     api_key: str = "",
-    writes: Writes | None = None,
+    writes: WriteIntake | None = None,
 ) -> FastAPI:
     """Build the application.
 
@@ -273,7 +176,7 @@ def create_app(
         api_key: empty means that no key is asked for.
         writes: takes Prometheus remote-write; None leaves that route out.
     """
-    feed = Feed(intake, writes, daemon.is_held, telemetry, settings)
+    feed = Feed(intake, writes, report.is_held, telemetry, settings)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -282,18 +185,18 @@ def create_app(
 
     app = FastAPI(title="fleetcast inference daemon", version=__version__, lifespan=lifespan)
     answers_by_path = {FEED_PATH: feed.answer}
-    app.include_router(_guarded_routes(board, daemon, api_key))
+    app.include_router(_guarded_routes(board, report, api_key))
     if writes is not None:
         answers_by_path[writes.path] = feed.answer_write
         app.include_router(_write_route(writes.path, api_key))
     app.add_middleware(FeedDoor, answers=answers_by_path, is_welcome=_key_test(api_key))
     if not api_key:  # added after the door, so that requests pass it before the door
         app.add_middleware(BrowserGuard, allowed_hosts=settings.allowed_hosts)
-    app.include_router(_open_routes(daemon, telemetry))
+    app.include_router(_open_routes(report, telemetry))
     return app
 
 
-def _guarded_routes(board: Board, daemon: Daemon, api_key: str) -> APIRouter:
+def _guarded_routes(board: PredictionBoard, report: StatusReport, api_key: str) -> APIRouter:
     router = APIRouter(dependencies=[Depends(_key_check(api_key))])
 
     @router.post(
@@ -327,7 +230,7 @@ def _guarded_routes(board: Board, daemon: Daemon, api_key: str) -> APIRouter:
     @router.get("/status", responses=STATUS_ANSWERS)
     def status() -> Response:
         """Summarise buffer, model, ledger, backlog and the last errors."""
-        return Response(encode(daemon.status()), media_type=JSON)
+        return Response(encode(report.status()), media_type=JSON)
 
     return router
 
@@ -350,7 +253,7 @@ def _write_route(path: str, api_key: str) -> APIRouter:
     return router
 
 
-def _open_routes(daemon: Daemon, telemetry: Telemetry) -> APIRouter:
+def _open_routes(report: StatusReport, telemetry: Telemetry) -> APIRouter:
     router = APIRouter()
 
     @router.get("/health", responses=answers(OBJECT))
@@ -361,8 +264,7 @@ def _open_routes(daemon: Daemon, telemetry: Telemetry) -> APIRouter:
     @router.get("/ready", responses=answers(OBJECT, e503="not yet, or not any more"))
     def ready(response: Response) -> dict[str, str]:
         """Say whether the daemon has recovered and can write."""
-        reason = daemon.why_not_ready()
-        if reason:
+        if reason := report.not_ready:
             response.status_code = 503
             return {"status": "not ready", "detail": reason}
         return {"status": "ready"}
@@ -370,7 +272,9 @@ def _open_routes(daemon: Daemon, telemetry: Telemetry) -> APIRouter:
     @router.get("/metrics", response_class=Response)
     def metrics() -> Response:
         """Return the daemon's numbers in Prometheus's text format."""
-        return Response(telemetry.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(
+            telemetry.render(report.snapshot()), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
 
     return router
 
@@ -390,3 +294,57 @@ def _key_test(api_key: str) -> Callable[[str | None], bool]:
     """Return whether a given key opens the guarded routes, compared in constant time."""
     wanted = api_key.encode()
     return lambda given: not wanted or hmac.compare_digest((given or "").encode("latin-1", "replace"), wanted)
+
+
+class BrowserGuard:
+    """Middleware that answers 421 for a foreign `Host` and 403 for a foreign `Origin`."""
+
+    def __init__(self, app: ASGIApp, allowed_hosts: Iterable[str]) -> None:
+        self._app = app
+        self._allowed = {name.lower() for name in allowed_hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] == "http":
+            status, why = self.refusal(dict(scope["headers"]))
+            if status:
+                refusal = Response(json.dumps({"detail": why}), status, media_type=JSON)
+                await refusal(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def refusal(self, headers: dict[bytes, bytes]) -> tuple[int, str]:
+        """Return the status and the reason, (0, "") for a request that may pass.
+
+        >>> guard = BrowserGuard(lambda *_: None, ["forecasts.example"])
+        >>> guard.refusal({b"host": b"127.0.0.1:8000"})
+        (0, '')
+        >>> guard.refusal({b"host": b"evil.example"})[0]
+        421
+        """
+        host = headers.get(b"host", b"").decode("latin-1")
+        if not self._is_ours(host):
+            return (
+                421,
+                f"this daemon is not known as {host[:80]!r}: set server.allowed_hosts or a TFT_API_KEY",
+            )
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        if origin and origin.partition("://")[2].lower() != host.lower():
+            return 403, f"a page of {origin[:80]!r} may not ask without a TFT_API_KEY"
+        return 0, ""
+
+    def _is_ours(self, host: str) -> bool:
+        name = _without_port(host).lower()
+        if name in self._allowed or name.endswith(".localhost"):
+            return True
+        try:
+            ipaddress.ip_address(name)  # no other can point an address here, as they can a name
+        except ValueError:
+            return False
+        return True
+
+
+def _without_port(host: str) -> str:
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.rpartition(":")[0] if host.count(":") == 1 else host

@@ -2,7 +2,7 @@
 
 Owns: recognising the shape of a body by its first record, and a decoder made for that shape.
 Does not know: the rules for records. Whatever is not exactly of a shape seen before is left to
-the decoder for any JSON (`bodies.records_in`), which then teaches this one.
+the decoder for any JSON (`bodies.read_records`), which then teaches this one.
 
 msgspec checks the types while it reads, so a column needs no further look.
 """

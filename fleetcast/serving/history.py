@@ -1,18 +1,12 @@
 """The fleet's recent past in bins: which bins are closed, what they hold, what a model sees.
 
-Owns: the rule by which a bin closes, the rows of bins still open, the last 8 days of means.
-Does not know: the buffer's files (it is handed batches), forecasts, HTTP.
+Owns: the rule by which a bin closes, the rows of bins still open, and the last 8 days of means in
+one rolling array. Does not know: the buffer's files (it is handed batches), forecasts, HTTP.
 
 A server's bin closes at its first record of a later bin; the fleet's bin closes when that is
 so for every live server, or `close_grace_s` after its end by the caller's clock. Rows that come
 later are counted and reopen nothing; their bins are read again from the buffer (`refresh`), so
 that the window is always what a restart, or the trainer, would make of the same records.
-
-The rolling array of bin means behind the history: one row per server, one column per bin.
-
-Owns: memory and column arithmetic. A window is a view, not a copy: the array has spare columns
-on its right and is moved to the left once these are used up, a few times a day.
-Does not know: records, clocks, or when a bin is closed. Not thread safe.
 """
 
 import threading
@@ -24,114 +18,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetcast.bins import HISTORY_BINS, RECENT_BINS, bin_means
-from fleetcast.clock import to_ms
+from fleetcast.clock import from_ms, to_ms
 from fleetcast.schema import ClosedBin, Codes, Floats, Floats32, HistoryWindow, Longs, RecordBatch
 from fleetcast.settings import BinSettings, ForecastSettings
 
+_REFRESH_BINS = 288  # bins read again per call: a bound on how long one call takes
+_UNSEEN = int(np.iinfo(np.int64).min)
 _SPARE_BINS = 96  # three moves a day at 5 minutes; more would cost more memory than time
 _FIRST_ROWS = 32
 _BLOCK_ROWS = 256  # moved at once: a copy of everything would double the memory
 
-
-class BinGrid:
-    """Means (server, metric, bin) of the `keep_bins` newest bins; NaN = no record."""
-
-    def __init__(self, n_metrics: int, bin_ms: int, keep_bins: int) -> None:
-        self.bin_ms = bin_ms
-        self.keep_bins = keep_bins
-        self._values: Floats32 = np.full(
-            (_FIRST_ROWS, n_metrics, keep_bins + _SPARE_BINS), np.nan, dtype=np.float32
-        )
-        self._end = keep_bins  # one past the newest column
-        self.newest_bin_ms: int | None = None
-        self.oldest_used_ms: int | None = None  # oldest bin that was ever given a value
-
-    def advance(self, bin_ms: int) -> None:
-        """Make `bin_ms` the newest column; bins jumped over stay empty."""
-        if self.newest_bin_ms is None:
-            self.newest_bin_ms = bin_ms
-            return
-        steps = (bin_ms - self.newest_bin_ms) // self.bin_ms
-        assert steps >= 0, f"bins close in order: {bin_ms} after {self.newest_bin_ms}"
-        self.newest_bin_ms = bin_ms
-        if steps >= self.keep_bins:  # a gap longer than the memory
-            self._values[:] = np.nan
-            self._end = self.keep_bins
-            self.oldest_used_ms = None
-            return
-        if self._end + steps > self._values.shape[2]:
-            self._move_left(self.keep_bins - steps)
-            self._end = self.keep_bins
-        else:
-            self._end += steps
-
-    def put(self, rows: Codes, bin_starts_ms: Longs, means: Floats) -> None:
-        """Set the cells of `rows` at `bin_starts_ms` (cell, metric); those out of reach are dropped."""
-        assert self.newest_bin_ms is not None, "advance first"
-        columns = self._end - 1 - (self.newest_bin_ms - bin_starts_ms) // self.bin_ms
-        is_kept = (columns < self._end) & (columns >= self._end - self.keep_bins)
-        if not is_kept.any():
-            return
-        self._reserve(int(rows.max()) + 1)
-        self._values[rows[is_kept], :, columns[is_kept]] = means[is_kept]
-        oldest = int(bin_starts_ms[is_kept].min())
-        self.oldest_used_ms = oldest if self.oldest_used_ms is None else min(self.oldest_used_ms, oldest)
-
-    def view(self, n_rows: int) -> Floats32:
-        """Return (row, metric, bin) from the oldest bin used to the newest; good until the next change."""
-        self._reserve(n_rows)
-        return self._values[:n_rows, :, self._end - self._n_used() : self._end]
-
-    def span(self, rows: NDArray[np.integer[Any]], last_bin_ms: int, n_bins: int) -> Floats32:
-        """Return a copy (row, metric, bin) of `n_bins` bins up to `last_bin_ms`; NaN out of reach."""
-        values = np.full((len(rows), self._values.shape[1], n_bins), np.nan, dtype=np.float32)
-        if self.newest_bin_ms is None or not len(rows):
-            return values
-        stop = self._end - (self.newest_bin_ms - last_bin_ms) // self.bin_ms
-        first, last = max(stop - n_bins, self._end - self.keep_bins), min(stop, self._end)
-        if first < last:
-            values[:, :, first - stop + n_bins : last - stop + n_bins] = self._values[rows, :, first:last]
-        return values
-
-    def keep_rows(self, rows: Codes) -> None:
-        """Forget every row but `rows`, which move up in this order."""
-        kept = self._values[rows]
-        self._values[: len(rows)] = kept
-        self._values[len(rows) :] = np.nan
-
-    def _n_used(self) -> int:
-        if self.newest_bin_ms is None or self.oldest_used_ms is None:
-            return 0
-        return min(self.keep_bins, (self.newest_bin_ms - self.oldest_used_ms) // self.bin_ms + 1)
-
-    def _move_left(self, keep: int) -> None:
-        """Bring the newest `keep` columns to the left edge; all others become empty."""
-        for first in range(0, len(self._values), _BLOCK_ROWS):
-            block = self._values[first : first + _BLOCK_ROWS]
-            block[:, :, :keep] = block[:, :, self._end - keep : self._end].copy()
-            block[:, :, keep:] = np.nan
-
-    def _reserve(self, n_rows: int) -> None:
-        have, n_metrics, width = self._values.shape
-        if n_rows <= have:
-            return
-        # in place: the system moves pages, and a copy of everything would double the memory; views
-        # that are still referred to are not used any more (see `view`)
-        self._values.resize((max(n_rows, have + _BLOCK_ROWS), n_metrics, width), refcheck=False)
-        self._values[have:] = np.nan
-
-
 ReadRecords = Callable[[int, int], Iterable[RecordBatch]]  # (start_ms, end_ms), half open
-
-_REFRESH_BINS = 288  # bins read again per call: a bound on how long one call takes
-_UNSEEN = int(np.iinfo(np.int64).min)
 _Rows = tuple[Codes, Longs, Floats]  # server rows, times, values (row, metric)
 
 
 class BinHistory:
     """Rows in, closed bins and windows out.
 
-    `add` and the questions (`has_due`, `due`, counts) are safe from any thread; `close`,
+    `add` and the questions (`due`, counts) are safe from any thread; `close`,
     `window`, `restore` and `refresh` belong to the one thread that sweeps.
     """
 
@@ -164,6 +68,11 @@ class BinHistory:
         with self._lock:
             newest = int(self._newest_ms.max())
         return None if newest == _UNSEEN else newest
+
+    def newest_record_time(self) -> datetime | None:
+        """Return the same as a `datetime`, as a data clock asks for it."""
+        newest_ms = self.newest_ms
+        return None if newest_ms is None else from_ms(newest_ms)
 
     @property
     def n_servers(self) -> int:
@@ -202,10 +111,6 @@ class BinHistory:
                 else:
                     part = (rows[of_bin], batch.timestamps_ms[of_bin], values[of_bin])
                     self._open.setdefault(start, []).append(part)
-
-    def has_due(self, now: datetime) -> bool:
-        """Return whether a bin waits to be closed."""
-        return bool(self.due(now))
 
     def due(self, now: datetime) -> list[int]:
         """Return the starts of the bins that hold rows and are closed by `now`, oldest first."""
@@ -357,6 +262,98 @@ class BinHistory:
                 for start, parts in self._open.items()
             }
             self._grid.keep_rows(kept)
+
+
+class BinGrid:
+    """Means (server, metric, bin) of the `keep_bins` newest bins; NaN = no record. Not thread safe.
+
+    A window is a view, not a copy: the array has spare columns on its right and is moved to the
+    left once these are used up, a few times a day.
+    """
+
+    def __init__(self, n_metrics: int, bin_ms: int, keep_bins: int) -> None:
+        self.bin_ms = bin_ms
+        self.keep_bins = keep_bins
+        self._values: Floats32 = np.full(
+            (_FIRST_ROWS, n_metrics, keep_bins + _SPARE_BINS), np.nan, dtype=np.float32
+        )
+        self._end = keep_bins  # one past the newest column
+        self.newest_bin_ms: int | None = None
+        self.oldest_used_ms: int | None = None  # oldest bin that was ever given a value
+
+    def advance(self, bin_ms: int) -> None:
+        """Make `bin_ms` the newest column; bins jumped over stay empty."""
+        if self.newest_bin_ms is None:
+            self.newest_bin_ms = bin_ms
+            return
+        steps = (bin_ms - self.newest_bin_ms) // self.bin_ms
+        assert steps >= 0, f"bins close in order: {bin_ms} after {self.newest_bin_ms}"
+        self.newest_bin_ms = bin_ms
+        if steps >= self.keep_bins:  # a gap longer than the memory
+            self._values[:] = np.nan
+            self._end = self.keep_bins
+            self.oldest_used_ms = None
+            return
+        if self._end + steps > self._values.shape[2]:
+            self._move_left(self.keep_bins - steps)
+            self._end = self.keep_bins
+        else:
+            self._end += steps
+
+    def put(self, rows: Codes, bin_starts_ms: Longs, means: Floats) -> None:
+        """Set the cells of `rows` at `bin_starts_ms` (cell, metric); those out of reach are dropped."""
+        assert self.newest_bin_ms is not None, "advance first"
+        columns = self._end - 1 - (self.newest_bin_ms - bin_starts_ms) // self.bin_ms
+        is_kept = (columns < self._end) & (columns >= self._end - self.keep_bins)
+        if not is_kept.any():
+            return
+        self._reserve(int(rows.max()) + 1)
+        self._values[rows[is_kept], :, columns[is_kept]] = means[is_kept]
+        oldest = int(bin_starts_ms[is_kept].min())
+        self.oldest_used_ms = oldest if self.oldest_used_ms is None else min(self.oldest_used_ms, oldest)
+
+    def view(self, n_rows: int) -> Floats32:
+        """Return (row, metric, bin) from the oldest bin used to the newest; good until the next change."""
+        self._reserve(n_rows)
+        return self._values[:n_rows, :, self._end - self._n_used() : self._end]
+
+    def span(self, rows: NDArray[np.integer[Any]], last_bin_ms: int, n_bins: int) -> Floats32:
+        """Return a copy (row, metric, bin) of `n_bins` bins up to `last_bin_ms`; NaN out of reach."""
+        values = np.full((len(rows), self._values.shape[1], n_bins), np.nan, dtype=np.float32)
+        if self.newest_bin_ms is None or not len(rows):
+            return values
+        stop = self._end - (self.newest_bin_ms - last_bin_ms) // self.bin_ms
+        first, last = max(stop - n_bins, self._end - self.keep_bins), min(stop, self._end)
+        if first < last:
+            values[:, :, first - stop + n_bins : last - stop + n_bins] = self._values[rows, :, first:last]
+        return values
+
+    def keep_rows(self, rows: Codes) -> None:
+        """Forget every row but `rows`, which move up in this order."""
+        kept = self._values[rows]
+        self._values[: len(rows)] = kept
+        self._values[len(rows) :] = np.nan
+
+    def _n_used(self) -> int:
+        if self.newest_bin_ms is None or self.oldest_used_ms is None:
+            return 0
+        return min(self.keep_bins, (self.newest_bin_ms - self.oldest_used_ms) // self.bin_ms + 1)
+
+    def _move_left(self, keep: int) -> None:
+        """Bring the newest `keep` columns to the left edge; all others become empty."""
+        for first in range(0, len(self._values), _BLOCK_ROWS):
+            block = self._values[first : first + _BLOCK_ROWS]
+            block[:, :, :keep] = block[:, :, self._end - keep : self._end].copy()
+            block[:, :, keep:] = np.nan
+
+    def _reserve(self, n_rows: int) -> None:
+        have, n_metrics, width = self._values.shape
+        if n_rows <= have:
+            return
+        # in place: the system moves pages, and a copy of everything would double the memory; views
+        # that are still referred to are not used any more (see `view`)
+        self._values.resize((max(n_rows, have + _BLOCK_ROWS), n_metrics, width), refcheck=False)
+        self._values[have:] = np.nan
 
 
 def _grow(array: Longs, size: int) -> Longs:

@@ -1,16 +1,14 @@
-"""The way of records into the daemon: checked, made durable, then known to everybody.
+"""The way of records into the daemon: checked, made durable, then known to every other part.
 
-Owns: the order of these steps, and the limits on how many servers and metrics there may be.
-Does not know: HTTP, files, forecasts. A record is reported as received only after the buffer
-has made it durable; history and roster learn of it after that, so that nothing is forecast
-from a record that a crash could take back.
+Owns: the order of these steps, the limits on how many servers and metrics there may be, and the
+quarantine of rejected records. Does not know: HTTP, how the buffer stores, forecasts. A record is
+reported as received only after the buffer has made it durable; the fleet's history and roster see
+it after that, so that no forecast rests on a record that a crash could take back.
 
-Rejected records, kept for people to look at: `data_buffer/quarantine.jsonl`.
-
-Owns: the file, one JSON line per rejected record: `received_at`, `index`, `field`, `reason`,
-`record` (cut to 2,000 characters). Bounded: past half of `max_bytes` it moves to
-`quarantine.jsonl.1` and starts again. No program reads it back: a line lost to a full disk is
-only counted.
+`data_buffer/quarantine.jsonl` is for people to look at, one JSON line per rejected record:
+`received_at`, `index`, `field`, `reason`, `record` (cut to 2,000 characters). Bounded: past half of
+`max_bytes` it moves to `quarantine.jsonl.1` and starts again. No program reads it back, so a line
+that a full disk refused is only counted.
 """
 
 import json
@@ -20,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -31,9 +29,9 @@ from fleetcast.errors import StorageBroken, StorageFull
 from fleetcast.ingest.columns import join_rows
 from fleetcast.ingest.records import Accepted, RecordRules, accept
 from fleetcast.schema import RecordBatch, Rejection
-from fleetcast.serving.history import BinHistory
-from fleetcast.serving.roster import Roster
+from fleetcast.serving.roster import Fleet
 from fleetcast.settings import BufferSettings, ServerSettings
+from fleetcast.storage.store import DataBuffer
 
 logger = logging.getLogger(__name__)
 
@@ -89,13 +87,6 @@ def _text(record: object) -> str:
         return f"<{type(record).__name__} nested too deeply>"
 
 
-class Durable(Protocol):
-    """Where accepted records are kept."""
-
-    def append_batch(self, batch: RecordBatch) -> None:
-        """Return once the records are durable."""
-
-
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """What became of one request's records."""
@@ -110,26 +101,27 @@ class Intake:
 
     def __init__(
         self,
-        buffer: Durable,
-        history: BinHistory,
-        roster: Roster,
+        buffer: DataBuffer,
+        fleet: Fleet,
         rejected: RejectedRecords,
         wall_clock: Clock,
-        server: ServerSettings,
+        limits: ServerSettings,
         buffer_settings: BufferSettings,
-        *,
-        expires: bool = True,
-        on_taken: Callable[[], None] = lambda: None,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
+        """Join the parts that a record passes.
+
+        Args:
+            wall_clock: bounds the times of records, also while the fleet's clock stands at the data.
+            wake: called when records made a bin due.
+        """
         self._buffer = buffer
-        self._history = history
-        self._roster = roster
+        self._fleet = fleet
         self._rejected = rejected
         self._wall_clock = wall_clock
-        self._limits = server
+        self._limits = limits
         self._buffer_settings = buffer_settings
-        self._expires = expires
-        self._on_taken = on_taken
+        self._wake = wake
 
     def take(self, raw: Sequence[object]) -> Receipt:
         """Check records and make the good ones durable.
@@ -140,7 +132,7 @@ class Intake:
         return self.take_together([raw])[0]
 
     def take_together(self, parts: Sequence[Sequence[object]]) -> list[Receipt]:
-        """Do the same for several requests of one layout (`joined_rows.layout_of`) at once.
+        """Do the same for several requests of one layout (`columns.layout_of`) at once.
 
         Each record meets the fate it would meet alone. The first receipt counts the ignored fields
         of all.
@@ -155,12 +147,12 @@ class Intake:
         batch, rejections = self._within_limits(accepted, len(raw))
         if len(batch):
             self._buffer.append_batch(batch)
-            self._roster.add(batch)
-            self._history.add(batch)
-            self._on_taken()
+            self._fleet.add(batch)
+            if self._fleet.due_bins():
+                self._wake()
         n_ignored = [accepted.ignored_text_fields] + [0] * (len(parts) - 1)
-        owns = _by_part(rejections, [len(part) for part in parts])
-        return [self._receipt(*of_part) for of_part in zip(parts, owns, n_ignored, strict=True)]
+        parted = _by_part(rejections, [len(part) for part in parts])
+        return [self._receipt(*of_part) for of_part in zip(parts, parted, n_ignored, strict=True)]
 
     def _receipt(self, raw: Sequence[object], rejections: tuple[Rejection, ...], n_ignored: int) -> Receipt:
         if rejections:
@@ -169,16 +161,14 @@ class Intake:
 
     def rules(self) -> RecordRules:
         """Return the rules at this moment; recorded data may be old, but not from before 1970."""
-        rules = RecordRules.at(self._wall_clock.now(), self._buffer_settings, expires=self._expires)
-        return rules if self._expires else replace(rules, oldest_ms=0)
+        expires = not self._fleet.is_data_clock
+        rules = RecordRules.at(self._wall_clock.now(), self._buffer_settings, expires=expires)
+        return rules if expires else replace(rules, oldest_ms=0)
 
     def _within_limits(self, accepted: Accepted, n_raw: int) -> tuple[RecordBatch, tuple[Rejection, ...]]:
         """Refuse the records that would bring in a server or a metric too many."""
         batch = accepted.batch
-        too_many = {
-            **self._servers_too_many(batch),
-            **self._metrics_too_many(batch),
-        }
+        too_many = {**self._refuse_new_servers(batch), **self._refuse_new_metrics(batch)}
         if not too_many:
             return batch, accepted.rejections
         index_of_row = np.delete(np.arange(n_raw), [rejection.index for rejection in accepted.rejections])
@@ -191,25 +181,25 @@ class Intake:
         everything = sorted((*accepted.rejections, *refused), key=lambda rejection: rejection.index)
         return batch.where(is_kept), tuple(everything)
 
-    def _servers_too_many(self, batch: RecordBatch) -> dict[int, Rejection]:
-        fresh = self._history.unknown(batch.server_names)
-        room = self._limits.max_server_names - self._history.n_servers
+    def _refuse_new_servers(self, batch: RecordBatch) -> dict[int, Rejection]:
+        fresh = self._fleet.history.unknown(batch.server_names)
+        room = self._limits.max_server_names - self._fleet.history.n_servers
         if len(fresh) <= room:
             return {}
         reason = f"is a new name beyond the limit of {self._limits.max_server_names} servers"
         codes, first_rows = np.unique(batch.server_codes, return_index=True)
         row_of = {batch.server_names[code]: row for code, row in zip(codes, first_rows, strict=True)}
-        in_turn = sorted(fresh, key=row_of.__getitem__)  # who comes first gets the last places
-        return self._rows_refused(batch, set(in_turn[max(room, 0) :]), reason)
+        in_turn = sorted(fresh, key=row_of.__getitem__)  # the first to come get the last places
+        return self._refuse_rows(batch, set(in_turn[max(room, 0) :]), reason)
 
-    def _rows_refused(self, batch: RecordBatch, names: set[str], reason: str) -> dict[int, Rejection]:
+    def _refuse_rows(self, batch: RecordBatch, names: set[str], reason: str) -> dict[int, Rejection]:
         codes = [code for code, name in enumerate(batch.server_names) if name in names]
         rows = np.flatnonzero(np.isin(batch.server_codes, codes))
         return {int(row): Rejection(int(row), "server_name", reason) for row in rows}
 
-    def _metrics_too_many(self, batch: RecordBatch) -> dict[int, Rejection]:
-        fresh = self._roster.unknown_metrics(tuple(batch.metrics))
-        room = self._limits.max_metric_names - self._roster.n_metrics
+    def _refuse_new_metrics(self, batch: RecordBatch) -> dict[int, Rejection]:
+        fresh = self._fleet.roster.unknown_metrics(tuple(batch.metrics))
+        room = self._limits.max_metric_names - self._fleet.roster.n_metrics
         if len(fresh) <= room:
             return {}
         reason = f"is a new metric beyond the limit of {self._limits.max_metric_names} metrics"

@@ -1,7 +1,7 @@
-"""Who is in the fleet now: the newest value of every metric of every server.
+"""The fleet as the daemon knows it: newest values (`Roster`), recent bins, and by which clock (`Fleet`).
 
-Owns: last-seen times and current values, and when a server is stale or gone.
-Does not know: bins, forecasts, HTTP.
+Owns: last-seen times and current values, when a server is stale or gone, and what "now" is for the
+parts that judge the fleet. Does not know: how bins close (`history`), forecasts, HTTP.
 """
 
 import threading
@@ -11,8 +11,9 @@ from datetime import datetime
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetcast.clock import to_ms
+from fleetcast.clock import Clock, to_ms
 from fleetcast.schema import Codes, Floats, Longs, RecordBatch
+from fleetcast.serving.history import BinHistory
 from fleetcast.settings import ForecastSettings
 
 _NEVER = int(np.iinfo(np.int64).min)
@@ -61,7 +62,7 @@ class Roster:
         return len(self._columns)
 
     def clear(self) -> None:
-        """Forget everybody."""
+        """Forget every server."""
         with self._lock:
             self._begin()
             self._changes += 1
@@ -77,14 +78,14 @@ class Roster:
             is_news = times >= self._last_seen_ms[rows]
             for metric, column in batch.metrics.items():
                 cells = column[order]
-                told = is_news & ~np.isnan(cells)
-                if told.any():  # numpy assigns in order: of repeated rows the newest stays
-                    self._values[rows[told], self._columns[metric]] = cells[told]
+                is_told = is_news & ~np.isnan(cells)
+                if is_told.any():  # numpy assigns in order: of repeated rows the newest stays
+                    self._values[rows[is_told], self._columns[metric]] = cells[is_told]
             np.maximum.at(self._last_seen_ms, rows, times)
             self._changes += 1
 
     def servers(self, now: datetime) -> PresentServers:
-        """Return everybody not gone, in the order of first appearance."""
+        """Return the servers that are not gone, in the order of first appearance."""
         now_ms = to_ms(now)
         with self._lock:
             names = list(self._rows)
@@ -131,3 +132,35 @@ class Roster:
         self._values[: len(rows)] = values
         self._last_seen_ms = np.full(len(self._values), _NEVER, dtype=np.int64)
         self._last_seen_ms[: len(rows)] = seen
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """What the daemon knows of its servers, and the clock by which it judges them.
+
+    With the data clock, now is the time of the newest record: `clock` then reads the history.
+    """
+
+    history: BinHistory
+    roster: Roster
+    clock: Clock
+    settings: ForecastSettings
+    is_data_clock: bool = False
+
+    def add(self, batch: RecordBatch) -> None:
+        """Take durable records in; safe from any thread."""
+        self.roster.add(batch)
+        self.history.add(batch)
+
+    def clear(self) -> None:
+        """Forget every record, for `restore` to follow."""
+        self.history.clear()
+        self.roster.clear()
+
+    def servers(self) -> PresentServers:
+        """Return the servers that are not gone now."""
+        return self.roster.servers(self.clock.now())
+
+    def due_bins(self) -> list[int]:
+        """Return the starts of the bins that wait for their sweep, oldest first."""
+        return self.history.due(self.clock.now())

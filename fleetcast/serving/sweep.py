@@ -1,84 +1,35 @@
 """One cycle of the inference daemon: close bins, settle, forecast, publish.
 
 Owns: the order of these steps, and what happens to them when the disk is full. It runs in the
-daemon's main thread; taking records in never waits for it (but see `hold`).
+daemon's main thread; taking records in never waits for it (but see `StatusReport.is_held`).
 Does not know: HTTP, how a model works, how rows are stored.
 
 With the data clock every closed bin gets a forecast, oldest first; with the system clock a
 sweep that overran takes the newest closed bin and counts the others as skipped.
-
-When recorded time has to stand still: only with the data clock.
-
-Owns: the answer to "may more records come in now?". Records that arrived while a sweep is due
-would let the clock run past it; a training is given the time it would have had in life.
-Does not know: how long a request waits before it is told to come back (`server`).
 """
 
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetcast.clock import Clock, monotonic, to_ms
+from fleetcast.clock import monotonic, to_ms
 from fleetcast.errors import FleetcastError, StorageBroken, StorageFull
-from fleetcast.files import is_locked
 from fleetcast.forecast.naive import NaiveForecaster
-from fleetcast.forecast.registry import ATTEMPT_LOCK, TRAINER_LOCK
-from fleetcast.schema import ClosedBin, FleetForecast, Floats32, HistoryWindow, RecordBatch, SettledForecasts
+from fleetcast.schema import ClosedBin, FleetForecast, Floats32, HistoryWindow
 from fleetcast.serving.board import PredictionBoard
 from fleetcast.serving.corrector import Corrector
-from fleetcast.serving.history import BinHistory
 from fleetcast.serving.ledger import Ledger
 from fleetcast.serving.model_loader import Champion, ModelLoader
+from fleetcast.serving.roster import Fleet
 from fleetcast.serving.telemetry import Telemetry
-from fleetcast.settings import ForecastSettings
-
-_PROBE_S = 0.1  # asking takes the lock for an instant: not more often than needed
-
-
-class TrainingProbe:
-    """Whether a training runs, on this host or in another container with the same folder."""
-
-    def __init__(self, checkpoint_dir: Path) -> None:
-        self._locks = tuple(checkpoint_dir / name for name in (ATTEMPT_LOCK, TRAINER_LOCK))
-        self._asked_at = float("-inf")
-        self._is_running = False
-
-    def __call__(self) -> bool:
-        """Return whether the export, the trainer or its verdict is under way; safe from any thread."""
-        if monotonic() - self._asked_at >= _PROBE_S:
-            self._is_running = any(is_locked(path) for path in self._locks)
-            self._asked_at = monotonic()
-        return self._is_running
-
-
-class DataHold:
-    """Holds records back while bins are due, are worked off, or a training runs."""
-
-    def __init__(
-        self,
-        history: BinHistory,
-        clock: Clock,
-        is_sweeping: Callable[[], bool],
-        is_training: Callable[[], bool],
-    ) -> None:
-        self._history = history
-        self._clock = clock
-        self._is_sweeping = is_sweeping
-        self._is_training = is_training
-
-    def __call__(self) -> bool:
-        """Return whether records have to wait."""
-        return self._is_sweeping() or self._history.has_due(self._clock.now()) or self._is_training()
-
+from fleetcast.storage.store import DataBuffer
 
 logger = logging.getLogger(__name__)
 
@@ -87,18 +38,6 @@ _MODEL_WAIT_S = 120.0  # data clock: recorded hours must not run past a model th
 _MODEL_WAIT_STEP_S = 0.25  # between two looks at whether to stop
 _REFRESH_S = 5.0
 Flags = NDArray[np.bool_]
-
-
-class Store(Protocol):
-    """Where settled forecasts go and late records are read from."""
-
-    def append_predictions(self, rows: SettledForecasts) -> None:
-        """Return once the rows are durable."""
-
-    def iter_batches(
-        self, start_ms: int, end_ms: int, metrics: Sequence[str] | None = None
-    ) -> Iterator[RecordBatch]:
-        """Yield stored records, whole bins at a time."""
 
 
 @dataclass
@@ -116,31 +55,24 @@ class Sweeper:
 
     def __init__(
         self,
-        history: BinHistory,
+        fleet: Fleet,
+        buffer: DataBuffer,
         ledger: Ledger,
-        store: Store,
-        board: PredictionBoard,
         model: ModelLoader,
+        corrector: Corrector | None,
+        board: PredictionBoard,
         telemetry: Telemetry,
-        settings: ForecastSettings,
-        clock: Clock,
-        *,
-        every_bin: bool,
-        corrector: Corrector | None = None,
-        on_error: Callable[[str, Exception], None] = lambda _part, _error: None,
     ) -> None:
-        self._history = history
+        self._fleet = fleet
+        self._history = fleet.history
+        self._buffer = buffer
         self._ledger = ledger
-        self._store = store
-        self._board = board
         self._model = model
-        self._telemetry = telemetry
-        self._settings = settings
-        self._clock = clock
-        self._every_bin = every_bin
         self._corrector = corrector
-        self._on_error = on_error
-        self._naive = NaiveForecaster(settings.horizon_bins)
+        self._board = board
+        self._telemetry = telemetry
+        self._horizon_bins = fleet.settings.horizon_bins
+        self._naive = NaiveForecaster(self._horizon_bins)
         self._unwritten: deque[ClosedBin | FleetForecast] = deque()  # in order; the disk refused the first
         self._refreshed_at = monotonic()
         self._working = threading.Event()
@@ -155,7 +87,7 @@ class Sweeper:
         """Work off every due bin; between two bins a stop is obeyed."""
         self._write_what_waits()
         self._refresh()
-        now = self._clock.now()
+        now = self._fleet.clock.now()  # read once: what came in meanwhile must not expire unsettled
         due = self._history.due(now)
         if due:
             self._working.set()
@@ -172,7 +104,7 @@ class Sweeper:
             try:
                 self._corrector.save(at_once=at_once)
             except (StorageFull, StorageBroken) as error:
-                self._on_error("feedback", error)
+                self._telemetry.errors.note("feedback", error)
 
     def forecast_again(self, origin_ms: int) -> None:
         """Publish the newest closed bin's forecast after a restart; the ledger has it already."""
@@ -180,15 +112,16 @@ class Sweeper:
 
     def _work_off(self, due: list[int], should_stop: Callable[[], bool]) -> None:
         self._model.notice()
-        if self._every_bin:
+        every_bin = self._fleet.is_data_clock
+        if every_bin:
             self._wait_for_model(should_stop)
         for bin_ms in due:
             if should_stop():
                 return
             self._unwritten.append(self._history.close(bin_ms))
             self._write_what_waits()
-            if self._every_bin or bin_ms == due[-1]:
-                self._forecast(bin_ms, n_skipped=0 if self._every_bin else len(due) - 1)
+            if every_bin or bin_ms == due[-1]:
+                self._forecast(bin_ms, n_skipped=0 if every_bin else len(due) - 1)
 
     def _wait_for_model(self, should_stop: Callable[[], bool]) -> None:
         deadline = monotonic() + _MODEL_WAIT_S
@@ -199,11 +132,11 @@ class Sweeper:
 
     def _forecast(self, origin_ms: int, n_skipped: int = 0) -> None:
         started = monotonic()
-        serving = self._model.champion  # one reference for the whole sweep
-        forecast = self._forecast_of(origin_ms, serving)
+        champion = self._model.champion  # one reference for the whole sweep
+        forecast = self._forecast_fleet(origin_ms, champion)
         self._unwritten.append(forecast)
         self._write_what_waits()
-        self._board.publish(forecast, serving.info if serving else None)
+        self._board.publish(forecast, champion.info if champion else None)
         seconds = monotonic() - started
         n_made = int(np.isfinite(forecast.quantiles[:, :, 0, 1]).sum())
         n_model = int(forecast.sources.sum())
@@ -215,20 +148,20 @@ class Sweeper:
             "sweep origin_ms=%d series=%d model=%d seconds=%.3f", origin_ms, n_made, n_model, seconds
         )
 
-    def _forecast_of(self, origin_ms: int, serving: Champion | None) -> FleetForecast:
+    def _forecast_fleet(self, origin_ms: int, champion: Champion | None) -> FleetForecast:
         """Forecast the fleet part by part; in each the model's own medians are kept, then corrected."""
-        version = serving.info.version if serving else None
-        if serving and self._corrector:
-            self._corrector.note_version(serving.info.version)
+        version = champion.info.version if champion else None
+        if champion and self._corrector:
+            self._corrector.note_version(champion.info.version)
         names: list[str] = []
         made: list[tuple[Floats32, Flags, Floats32]] = []  # quantiles, sources, medians of each part
         for part in self._history.parts(origin_ms, CHUNK_SERVERS):
-            shape = (*part.values.shape[:2], self._settings.horizon_bins, 3)
+            shape = (*part.values.shape[:2], self._horizon_bins, 3)
             quantiles = np.full(shape, np.nan, dtype=np.float32)
             sources = np.zeros(shape[:2], dtype=np.bool_)
-            if serving:
-                serving = self._by_model(serving, part, quantiles, sources)
-            self._by_naive_rules(part, quantiles, sources)
+            if champion:
+                champion = self._fill_by_model(champion, part, quantiles, sources)
+            self._fill_by_naive_rules(part, quantiles, sources)
             medians = quantiles[..., 1].copy()
             if self._corrector and sources.any():
                 self._corrector.correct(part, quantiles, sources)
@@ -243,10 +176,10 @@ class Sweeper:
         )  # fmt: skip
 
     def _nothing(self) -> tuple[Floats32, Flags, Floats32]:
-        shape = (0, len(self._history.metrics), self._settings.horizon_bins, 3)
+        shape = (0, len(self._history.metrics), self._horizon_bins, 3)
         return np.empty(shape, np.float32), np.empty(shape[:2], np.bool_), np.empty(shape[:3], np.float32)
 
-    def _by_naive_rules(self, part: HistoryWindow, quantiles: Floats32, sources: Flags) -> None:
+    def _fill_by_naive_rules(self, part: HistoryWindow, quantiles: Floats32, sources: Flags) -> None:
         """Fill in what the model did not forecast."""
         without = np.flatnonzero(~sources.all(axis=1))
         if len(without):
@@ -256,20 +189,20 @@ class Sweeper:
             block[is_naive] = naive[is_naive]
             quantiles[without] = block
 
-    def _by_model(
-        self, serving: Champion, part: HistoryWindow, quantiles: Floats32, sources: Flags
+    def _fill_by_model(
+        self, champion: Champion, part: HistoryWindow, quantiles: Floats32, sources: Flags
     ) -> Champion | None:
         """Fill in what the model forecasts; a model that fails is left out of this sweep."""
         try:
-            made = serving.predictor.predict(part)
+            made = champion.predictor.predict(part)
         except (FleetcastError, RuntimeError, ValueError, MemoryError) as error:
-            logger.exception("the model failed, the fallback serves version=%s", serving.info.version)
-            self._on_error("model", error)
+            logger.exception("the model failed, the naive forecast serves version=%s", champion.info.version)
+            self._telemetry.errors.note("model", error)
             return None
         is_made = np.isfinite(made).all(axis=(2, 3))
         quantiles[is_made] = made[is_made]
         sources[:] = is_made
-        return serving
+        return champion
 
     def _write_what_waits(self) -> None:
         """Settle and open in order; on a full disk the rest waits for the next cycle."""
@@ -281,7 +214,7 @@ class Sweeper:
                 else:
                     self._ledger.open(item)
             except (StorageFull, StorageBroken) as error:
-                self._on_error("ledger", error)
+                self._telemetry.errors.note("ledger", error)
                 return
             self._unwritten.popleft()
 
@@ -289,7 +222,7 @@ class Sweeper:
         before = self._ledger.counts()
         rows = self._ledger.settle(closed)
         if len(rows):
-            self._store.append_predictions(rows)
+            self._buffer.append_predictions(rows)
             if self._corrector:
                 self._corrector.learn(rows)
         self._ledger.mark_settled(closed.bin_ms, len(rows))
@@ -297,24 +230,24 @@ class Sweeper:
         self._telemetry.count_outcomes(after.settled - before.settled, after.expired - before.expired)
 
     def _expire(self, now: datetime) -> None:
-        """Give up forecasts of a fleet that fell silent."""
-        before = to_ms(now - timedelta(seconds=self._settings.gone_after_s))
+        """Give up the forecasts of a fleet that fell silent."""
+        before = to_ms(now - timedelta(seconds=self._fleet.settings.gone_after_s))
         try:
             n_expired = self._ledger.expire(before)
         except (StorageFull, StorageBroken) as error:
-            self._on_error("ledger", error)
+            self._telemetry.errors.note("ledger", error)
             return
         if n_expired:
             self._telemetry.count_outcomes(0, n_expired)
 
     def _refresh(self) -> None:
-        """Read bins again that late records belong to, not more often than every few seconds."""
+        """Read the bins of late records again, not more often than every few seconds."""
         if self._history.awaits_refresh and monotonic() - self._refreshed_at >= _REFRESH_S:
-            self._history.refresh(partial(self._store.iter_batches, metrics=self._history.metrics))
+            self._history.refresh(partial(self._buffer.iter_batches, metrics=self._history.metrics))
             self._refreshed_at = monotonic()
 
 
-def _servers(window: HistoryWindow, rows: "np.ndarray[tuple[int], np.dtype[np.intp]]") -> HistoryWindow:
+def _servers(window: HistoryWindow, rows: NDArray[np.intp]) -> HistoryWindow:
     """Return the window of some of its servers."""
     names = tuple(window.server_names[row] for row in rows)
     return HistoryWindow(names, window.metrics, window.values[rows], window.end_bin_ms, window.bin_ms)

@@ -1,10 +1,14 @@
-"""The daemon's numbers for Prometheus (`GET /metrics`).
+"""What the parts of the daemon report while they work, and how Prometheus reads it (`GET /metrics`).
 
-Owns: metric names, labels and their bounds, the text format (prometheus_client).
-Does not know: where the numbers come from; parts report events here, and what is a state
-(backlog, model, ledger) is read from a `Snapshot` when somebody scrapes.
+Owns: the errors the daemon survived; metric names, labels and their bounds; the text format
+(prometheus_client). Does not know: where the numbers come from. Parts report events here; a state
+(backlog, model, ledger) comes in a `Snapshot` at each scrape.
 """
 
+import logging
+import threading
+from collections import Counter as Tally
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -20,6 +24,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from fleetcast.clock import Clock, iso_z, monotonic
+
+logger = logging.getLogger(__name__)
+
+ERRORS_KEPT = 20
+_REPEAT_S = 60.0  # the same error again is logged once a minute
 _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _SWEEP_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 # A reason quotes what the sender sent; its first words say which rule it was (recordrules, intake).
@@ -37,20 +47,6 @@ _RULES = {
     "is a new name": "too_many_servers",
 }
 OTHER_RULE = "other"
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """States at the moment of a scrape."""
-
-    gauges: Mapping[str, float | None] = field(default_factory=dict)  # by name below, None = unknown
-    model_version: str | None = None
-    is_base_model: bool = False
-    server_last_seen_s: Mapping[str, float] = field(default_factory=dict)  # already limited
-    errors_by_part: Mapping[str, int] = field(default_factory=dict)
-    last_error_s: Mapping[str, float] = field(default_factory=dict)  # by part, seconds since 1970
-
-
 GAUGES = {
     "newest_record_timestamp_seconds": "time of the newest record",
     "servers": "servers seen within gone_after_s",
@@ -66,25 +62,76 @@ GAUGES = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """States at the moment of a scrape."""
+
+    gauges: Mapping[str, float | None] = field(default_factory=dict)  # by name below, None = unknown
+    model_version: str | None = None
+    is_base_model: bool = False
+    server_last_seen_s: Mapping[str, float] = field(default_factory=dict)  # already limited
+
+
+class RecentErrors:
+    """The last errors the daemon survived; safe from any thread."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._errors: deque[dict[str, str]] = deque(maxlen=ERRORS_KEPT)
+        self._n_by_part: Tally[str] = Tally()
+        self._newest_s: dict[str, float] = {}
+        self._logged_at: dict[str, float] = {}
+
+    def note(self, part: str, error: Exception) -> None:
+        """Keep an error, and log it unless it has just been logged."""
+        message = f"{part}: {error}"
+        now = self._clock.now()
+        with self._lock:
+            self._n_by_part[part] += 1
+            self._newest_s[part] = now.timestamp()
+            self._errors.append({"time": iso_z(now), "part": part, "error": str(error)})
+            is_news = monotonic() - self._logged_at.get(message, float("-inf")) >= _REPEAT_S
+            if is_news:
+                self._logged_at = {message: monotonic(), **dict(list(self._logged_at.items())[:ERRORS_KEPT])}
+        if is_news:
+            logger.error("part failed part=%s error=%s", part, error)
+
+    def by_part(self) -> dict[str, int]:
+        """Return how many there were since the start, also those no longer kept."""
+        with self._lock:
+            return dict(self._n_by_part)
+
+    def newest_by_part(self) -> dict[str, float]:
+        """Return the time of each part's newest error, in seconds since 1970."""
+        with self._lock:
+            return dict(self._newest_s)
+
+    def newest_first(self) -> list[dict[str, str]]:
+        """Return the errors that are kept."""
+        with self._lock:
+            return list(reversed(self._errors))
+
+
 class Telemetry:
     """Counts events; every method is safe from any thread."""
 
     def __init__(
         self,
         registry: CollectorRegistry,
-        snapshot: Callable[[], Snapshot] = lambda: Snapshot(),
-        appended: Callable[[], bytes] = bytes,
+        wall_clock: Clock,
+        read_appendix: Callable[[], bytes] = bytes,
     ) -> None:
         """Register everything.
 
         Args:
-            snapshot: gives the states at a scrape.
-            appended: gives samples in the text format that somebody else owns.
+            read_appendix: returns samples in the text format that another daemon owns.
         """
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a sample more per counter, of no use
         ProcessCollector(registry=registry)
         self._registry = registry
-        self._appended = appended
+        self._read_appendix = read_appendix
+        self.errors = RecentErrors(wall_clock)
         self._received = Counter(
             "fleetcast_records_received", "records accepted and durable", registry=registry
         )
@@ -116,7 +163,6 @@ class Telemetry:
         self._reloads = Counter(
             "fleetcast_model_loads", "attempts to put a model into service", ["outcome"], registry=registry
         )
-        registry.register(_SnapshotCollector(snapshot))
 
     def count_feed(self, code: int, seconds: float) -> None:
         """Note one answer of POST /feed/data."""
@@ -150,13 +196,15 @@ class Telemetry:
         self._settled.inc(n_settled)
         self._expired.inc(n_expired)
 
-    def count_model_load(self, *, succeeded: bool) -> None:
+    def count_model_load(self, succeeded: bool) -> None:
         """Note an attempt to load a version."""
         self._reloads.labels("ok" if succeeded else "failed").inc()
 
-    def render(self) -> bytes:
-        """Return everything in Prometheus's text format."""
-        return generate_latest(self._registry) + self._appended()
+    def render(self, snapshot: Snapshot) -> bytes:
+        """Return events and states in Prometheus's text format."""
+        states = CollectorRegistry()
+        states.register(_States(snapshot, self.errors))
+        return generate_latest(self._registry) + generate_latest(states) + self._read_appendix()
 
 
 def _of_remote_write(registry: CollectorRegistry) -> tuple[Histogram, Counter]:
@@ -185,31 +233,28 @@ def rule_of(reason: str) -> str:
     return next((rule for start, rule in _RULES.items() if reason.startswith(start)), OTHER_RULE)
 
 
-class _SnapshotCollector(Collector):
-    """Turns states into samples while a scrape lasts."""
+class _States(Collector):
+    """Turns the states of one scrape into samples."""
 
-    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
+    def __init__(self, snapshot: Snapshot, errors: RecentErrors) -> None:
         self._snapshot = snapshot
-
-    def describe(self) -> Iterable[Metric]:
-        """Name nothing beforehand: registering must not take a snapshot."""
-        return []
+        self._errors = errors
 
     def collect(self) -> Iterable[Metric]:
         """Yield the present states; unknown ones are left out."""
-        snapshot = self._snapshot()
+        snapshot = self._snapshot
         for name, text in GAUGES.items():
             value = snapshot.gauges.get(name)
             if value is not None:
                 yield GaugeMetricFamily(f"fleetcast_{name}", text, value=float(value))
         errors = CounterMetricFamily("fleetcast_errors", "errors lived through, by part", labels=["part"])
-        for part, n_errors in snapshot.errors_by_part.items():
+        for part, n_errors in self._errors.by_part().items():
             errors.add_metric([part], n_errors)
         yield errors
         newest = GaugeMetricFamily(
             "fleetcast_last_error_timestamp_seconds", "time of a part's newest error", labels=["part"]
         )
-        for part, seconds in snapshot.last_error_s.items():
+        for part, seconds in self._errors.newest_by_part().items():
             newest.add_metric([part], seconds)
         yield newest
         info = GaugeMetricFamily(

@@ -1,0 +1,97 @@
+"""Recorded time stands still while a sweep is due or a training runs."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+
+from fleetcast.clock import FakeClock, to_ms
+from fleetcast.files import OwnerLock
+from fleetcast.schema import RecordBatch
+from fleetcast.serving import status
+from fleetcast.serving.history import BinHistory
+from fleetcast.serving.roster import Fleet, Roster
+from fleetcast.serving.status import StatusReport, TrainingProbe
+from fleetcast.serving.telemetry import Telemetry
+from fleetcast.settings import BinSettings, ForecastSettings, PathSettings, Settings
+
+
+def report_of(folder: Path, fleet: Fleet, sweeper: Any) -> StatusReport:
+    """The report as far as it decides about waiting; other parts are not asked."""
+    other: Any = None
+    settings = Settings(paths=PathSettings(checkpoint_dir=str(folder)))
+    telemetry = Telemetry(CollectorRegistry(), fleet.clock)
+    return StatusReport(settings, fleet, other, other, other, sweeper, telemetry)
+
+
+def fleet_of(clock: FakeClock, *, is_data_clock: bool) -> Fleet:
+    forecast = ForecastSettings()
+    history = BinHistory(BinSettings(), forecast)
+    return Fleet(history, Roster(forecast), clock, forecast, is_data_clock)
+
+
+def two_bins(clock: FakeClock) -> RecordBatch:
+    times = np.array([to_ms(clock.now()), to_ms(clock.now()) + 300_000])
+    return RecordBatch(("a",), np.zeros(2, dtype=np.int32), times, {"cpu_pct": np.ones(2)})
+
+
+def test_records_wait_from_the_moment_a_bin_is_due_until_its_sweep_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wall = iter(range(100))
+    monkeypatch.setattr(status, "monotonic", lambda: float(next(wall)))
+    clock, sweeper = FakeClock(), SimpleNamespace(is_at_work=False)
+    fleet = fleet_of(clock, is_data_clock=True)
+    report = report_of(tmp_path, fleet, sweeper)
+    assert not report.is_held()
+    fleet.add(two_bins(clock))
+    assert report.is_held()
+    sweeper.is_at_work = True
+    fleet.history.close(to_ms(clock.now()))
+    assert report.is_held()
+    sweeper.is_at_work = False
+    assert not report.is_held()
+    with OwnerLock(tmp_path / "trainer.lock", "the training"):
+        assert report.is_held()
+    assert not report.is_held()
+
+
+def test_with_the_system_clock_records_never_wait(tmp_path: Path) -> None:
+    fleet = fleet_of(FakeClock(), is_data_clock=False)
+    fleet.add(two_bins(FakeClock()))
+    with OwnerLock(tmp_path / "trainer.lock", "the training"):
+        assert not report_of(tmp_path, fleet, SimpleNamespace(is_at_work=True)).is_held()
+
+
+@pytest.mark.parametrize("name", ["attempt.lock", "trainer.lock"])
+def test_a_training_is_seen_by_either_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    wall = iter(range(100))
+    monkeypatch.setattr(status, "monotonic", lambda: float(next(wall)))
+    is_training = TrainingProbe(tmp_path)
+    assert not is_training()
+    with OwnerLock(tmp_path / name, "the training"):
+        assert is_training()
+    assert not is_training()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_the_locks_are_asked_about_at_most_every_tenth_of_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+
+    def is_locked(path: Path) -> bool:
+        asked.append(path)
+        return False
+
+    monkeypatch.setattr(status, "is_locked", is_locked)
+    monkeypatch.setattr(status, "monotonic", lambda: 5.0)
+    is_training = TrainingProbe(tmp_path)
+    for _ in range(10):
+        is_training()
+    assert len(asked) == 2
