@@ -1,9 +1,11 @@
-"""DriftMonitor: the four drift metrics over a window, against a baseline.
+"""Has the fleet drifted away from what its model was trained on? `DriftMonitor` judges and reports.
 
     python drift_monitor.py [--config FILE] [--plot PNG]     prints the report of the present state
 
-Owns: thresholds, weights, the combined rule and the verdict. Does not know: the formulas
-(`fleetcast.drift.literal.scores`), what is done about drift (`adaptive_retraining_daemon`).
+Owns: thresholds and weights (literals below, to be edited; settings override them), the combined
+rule, and which scores decide: those of the seasonal detector where the evidence has one, else the
+literal four. Does not know: the formulas (`fleetcast/drift/literal`, `fleetcast/drift/seasonal`),
+what is done about drift (`adaptive_retraining_daemon.py`).
 """
 
 import argparse
@@ -53,7 +55,7 @@ _SPELLED = {"per": "per", "dss": "dss", "fds": "fds", "anomaly_rate": "anomaly"}
 class DriftMonitor:
     """Keeps a window of predictions, actuals and features, and scores it.
 
-    Alone it is fed by `update`; beside a buffer it is handed whole windows by `observe`.
+    Feed it by `update`, or beside a buffer give it all the evidence at once by `observe`.
     Not thread safe.
 
     >>> monitor = DriftMonitor(baseline={"cpu_pct": list(range(100))})

@@ -3,7 +3,7 @@
 Owns: shapes and units. Does not know: where values come from or go to.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,6 +139,9 @@ class SettledForecasts:
     def where(self, mask: NDArray[np.bool_]) -> "SettledForecasts":
         """Return the rows for which `mask` holds."""
         return SettledForecasts(*(getattr(self, name)[mask] for name in self.__slots__))
+
+
+ReadForecasts = Callable[[int, int], SettledForecasts]  # start_ms, end_ms of the target, half open
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from fleetcast.drift.evidence import DriftEvidence
 from fleetcast.drift.report import OK, RETRAIN, DriftReport
 from fleetcast.drift.seasonal.detector import DriftingSeries, DriftVerdict
 from fleetcast.drift.seasonal.quorum import THRESHOLDS, combined_ratio
-from fleetcast.drift.seasonal.settled import ReadForecasts, read_grid
+from fleetcast.drift.seasonal.settled import read_grid
 from fleetcast.drift.seasonal.statistics import FAMILIES
 from fleetcast.errors import FleetcastError, NotEnoughData
-from fleetcast.schema import Floats, Longs
+from fleetcast.schema import Floats, Longs, ReadForecasts
 from fleetcast.settings import LITERAL
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ from fleetcast.clock import DAY_MS
 from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.drift.seasonal.renewal import learn_reference
-from fleetcast.drift.seasonal.settled import ReadForecasts, read_grid
+from fleetcast.drift.seasonal.settled import read_grid
 from fleetcast.forecast.predictor import Forecaster, series_of
 from fleetcast.forecast.registry import Version
-from fleetcast.schema import ChangedSeries, Floats32, Longs
+from fleetcast.schema import ChangedSeries, Floats32, Longs, ReadForecasts
 from fleetcast.settings import DriftSettings, Settings
 from fleetcast.training.gate import GateVerdict, judge
 from fleetcast.training.grid import TrainingGrid

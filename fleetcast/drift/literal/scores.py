@@ -1,19 +1,9 @@
-"""The literal four drift metrics: how far a window is from a reference, as plain numbers.
+"""The literal four drift metrics: how far a window is from a baseline, as plain numbers.
 
-Owns: the formulas of PER, DSS, FDS, anomaly rate and trend. numpy only, no state, no files.
+Owns: the formulas of PER, DSS, FDS, anomaly rate and trend, and the columns they are taken over:
+mappings of metric to number or array, and DataFrames (recognised by shape, so that pandas is not
+imported for it), as float arrays of equal length, NaN = absent. numpy only, no state, no files.
 Does not know: where a window comes from, which thresholds hold, what is done about drift.
-
-Plain numbers by metric, out of whatever a caller of the Python interface has at hand.
-
-Owns: mappings of metric to number or array, and DataFrames (recognised by shape, so that
-pandas is not imported for it) → equal-length float columns; NaN = absent.
-Does not know: what the numbers are compared with.
-
-The Kolmogorov-Smirnov statistic against a sketch: a reference as evenly spaced quantiles.
-
-Owns: that formula. Its cost is one sort of the window in single precision; the reference's length
-does not enter. Exact to one step of the sketch (1/1000 for the 1,001 points a baseline keeps).
-Does not know: thresholds.
 """
 
 from collections.abc import Mapping
@@ -28,7 +18,14 @@ from fleetcast.errors import BadData
 from fleetcast.schema import Floats
 from fleetcast.settings import DriftSettings
 
+SIGMAS = 3.0  # FDS is full, and a value is an anomaly, at this many standard deviations
+# A metric that stood still has no spread to measure by; its smallest step must not count as drift.
+STD_FLOOR_POINTS = 0.5  # percents: what tools round to
+STD_FLOOR_SHARE = 0.01  # others: share of the baseline's 95th percentile
+TINY = 1e-9
 _EXPECTED = "a mapping of metric to number or array, or a DataFrame"
+
+Columns = Mapping[str, Floats]  # metric -> (row,), NaN = absent
 
 
 def float_columns(source: Any, what: str) -> dict[str, Floats]:
@@ -93,42 +90,6 @@ def extend(
         ]
         for name in dict.fromkeys((*old, *new))
     }
-
-
-def sketched_ks(window: NDArray[Any], quantiles: NDArray[Any]) -> float:
-    """Return the largest gap between the window's distribution and the sketched one.
-
-    Args:
-        window: finite values, in any order.
-        quantiles: non-decreasing, at levels evenly spaced from 0 to 1, at least two.
-
-    >>> sketched_ks(np.arange(0.0, 1.0, 0.1), np.linspace(0, 1, 11))
-    0.1
-    >>> sketched_ks(np.full(5, 2.0), np.linspace(0, 1, 11))
-    1.0
-    """
-    if not len(window) or len(quantiles) < 2:
-        return 0.0
-    ordered = np.sort(window.astype(np.float32))
-    points = quantiles.astype(np.float32)
-    steps = len(points) - 1
-    # equal quantiles are an atom: its levels span from the first of them to the last
-    upper = (np.searchsorted(points, points, side="right") - 1) / steps
-    lower = np.searchsorted(points, points, side="left") / steps
-    lower[points == points[0]] = 0.0
-    at_or_below = np.searchsorted(ordered, points, side="right") / len(ordered)
-    below = np.searchsorted(ordered, points, side="left") / len(ordered)
-    gap = max(np.abs(at_or_below - upper).max(), np.abs(below - lower).max())
-    return round(float(gap), 12)
-
-
-SIGMAS = 3.0  # FDS is full, and a value is an anomaly, at this many standard deviations
-# A metric that stood still has no spread to measure by; its smallest step shall not be "drift".
-STD_FLOOR_POINTS = 0.5  # percents: what tools round to
-STD_FLOOR_SHARE = 0.01  # others: share of the baseline's 95th percentile
-TINY = 1e-9
-
-Columns = Mapping[str, Floats]  # metric -> (row,), NaN = absent
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -211,63 +172,92 @@ def relative_errors(p50: Floats, actual: Floats, floor: float) -> Floats:
     return np.asarray(np.abs(p50 - actual) / np.maximum(np.abs(actual), floor))
 
 
-def ks_statistic(window: Floats, sorted_reference: Floats) -> float:
+def ks_statistic(window: Floats, sorted_baseline: Floats) -> float:
     """Return the two-sample Kolmogorov-Smirnov statistic, as scipy's `ks_2samp(...).statistic`.
 
-    The reference comes sorted, so a check costs the window's length times log of the
-    reference's: between two window values the window's distribution is flat and the
-    reference's rises, so the largest gap stands at a window value, on it or just before it.
+    The baseline comes sorted, so a check costs the window's length times log of the
+    baseline's: between two window values the window's distribution is flat and the
+    baseline's rises, so the largest gap stands at a window value, on it or just before it.
 
     >>> ks_statistic(np.array([3.0, 4.0]), np.array([1.0, 2.0, 3.0, 4.0]))
     0.5
     """
-    if not len(window) or not len(sorted_reference):
+    if not len(window) or not len(sorted_baseline):
         return 0.0
     ordered = np.sort(window)
-    on_it = np.searchsorted(sorted_reference, ordered, side="right") / len(sorted_reference)
-    before_it = np.searchsorted(sorted_reference, ordered, side="left") / len(sorted_reference)
+    on_it = np.searchsorted(sorted_baseline, ordered, side="right") / len(sorted_baseline)
+    before_it = np.searchsorted(sorted_baseline, ordered, side="left") / len(sorted_baseline)
     own_on_it = np.searchsorted(ordered, ordered, side="right") / len(ordered)
     own_before_it = np.searchsorted(ordered, ordered, side="left") / len(ordered)
     return float(max(np.abs(own_on_it - on_it).max(), np.abs(own_before_it - before_it).max()))
 
 
-def mean_shift(values: Floats, reference: MetricBaseline, floor: float) -> float:
-    """Return the distance of the means in standard deviations of the reference, 1.0 at three or more."""
-    distance = abs(float(values.mean()) - reference.mean) / max(reference.std, floor)
+def sketched_ks(window: NDArray[Any], quantiles: NDArray[Any]) -> float:
+    """Return the same against a baseline's sketch, exact to one step of the sketch.
+
+    It costs one sort of the window in single precision, however long the baseline was.
+
+    Args:
+        window: finite values, in any order.
+        quantiles: non-decreasing, at levels evenly spaced from 0 to 1, at least two.
+
+    >>> sketched_ks(np.arange(0.0, 1.0, 0.1), np.linspace(0, 1, 11))
+    0.1
+    >>> sketched_ks(np.full(5, 2.0), np.linspace(0, 1, 11))
+    1.0
+    """
+    if not len(window) or len(quantiles) < 2:
+        return 0.0
+    ordered = np.sort(window.astype(np.float32))
+    points = quantiles.astype(np.float32)
+    steps = len(points) - 1
+    # equal quantiles are an atom: its levels span from the first of them to the last
+    upper = (np.searchsorted(points, points, side="right") - 1) / steps
+    lower = np.searchsorted(points, points, side="left") / steps
+    lower[points == points[0]] = 0.0
+    at_or_below = np.searchsorted(ordered, points, side="right") / len(ordered)
+    below = np.searchsorted(ordered, points, side="left") / len(ordered)
+    gap = max(np.abs(at_or_below - upper).max(), np.abs(below - lower).max())
+    return round(float(gap), 12)
+
+
+def mean_shift(values: Floats, baseline: MetricBaseline, floor: float) -> float:
+    """Return the distance of the means in standard deviations of the baseline, 1.0 at three or more."""
+    distance = abs(float(values.mean()) - baseline.mean) / max(baseline.std, floor)
     return min(distance / SIGMAS, 1.0)
 
 
-def count_anomalies(values: Floats, reference: MetricBaseline, floor: float) -> int:
-    """Count the values more than three standard deviations from the reference's mean."""
-    return int((np.abs(values - reference.mean) > SIGMAS * max(reference.std, floor)).sum())
+def count_anomalies(values: Floats, baseline: MetricBaseline, floor: float) -> int:
+    """Count the values more than three standard deviations from the baseline's mean."""
+    return int((np.abs(values - baseline.mean) > SIGMAS * max(baseline.std, floor)).sum())
 
 
 def score_window(
     predictions: Columns,
     actuals: Columns,
     features: Columns,
-    references: Mapping[str, MetricBaseline],
+    baselines: Mapping[str, MetricBaseline],
     settings: DriftSettings,
 ) -> MetricScores:
     """Return the four metrics of a window.
 
-    Without any reference PER alone is measured, by whatever values there are. With one, only
-    metrics with `min_values` values in both the window and the reference count.
+    Without any baseline PER alone is measured, by whatever values there are. With one, only
+    metrics with `min_values` values in both the window and the baseline count.
     """
     not_compared = {
-        name: why for name in features if (why := _why_not(name, features[name], references, settings))
+        name: why for name in features if (why := _why_not(name, features[name], baselines, settings))
     }
     compared = tuple(name for name in features if name not in not_compared)
     shifts, drifts, anomalies, n_values = [], [], 0, 0
     for name in compared:
         present = features[name][np.isfinite(features[name])]
-        reference, floor = references[name], std_floor(name, references[name].p95)
-        shifts.append(ks_statistic(present, reference.sorted_values))
-        drifts.append(mean_shift(present, reference, floor))
-        anomalies += count_anomalies(present, reference, floor)
+        baseline, floor = baselines[name], std_floor(name, baselines[name].p95)
+        shifts.append(ks_statistic(present, baseline.sorted_values))
+        drifts.append(mean_shift(present, baseline, floor))
+        anomalies += count_anomalies(present, baseline, floor)
         n_values += len(present)
     return MetricScores(
-        per=error_rate(predictions, actuals, references, settings),
+        per=error_rate(predictions, actuals, baselines, settings),
         dss=float(np.mean(shifts)) if shifts else 0.0,
         fds=float(np.mean(drifts)) if drifts else 0.0,
         anomaly_rate=anomalies / n_values if n_values else 0.0,
@@ -277,34 +267,34 @@ def score_window(
 
 
 def _why_not(
-    name: str, values: Floats, references: Mapping[str, MetricBaseline], settings: DriftSettings
+    name: str, values: Floats, baselines: Mapping[str, MetricBaseline], settings: DriftSettings
 ) -> str:
     n_window = int(np.isfinite(values).sum())
-    if name not in references:
-        return "not in the baseline" if references else "no baseline"
+    if name not in baselines:
+        return "not in the baseline" if baselines else "no baseline"
     if n_window < settings.min_values:
         return f"{n_window} values in the window, {settings.min_values} needed"
-    if references[name].n < settings.min_values:
-        return f"{references[name].n} values in the baseline, {settings.min_values} needed"
+    if baselines[name].n < settings.min_values:
+        return f"{baselines[name].n} values in the baseline, {settings.min_values} needed"
     return ""
 
 
 def error_rate(
     predictions: Columns,
     actuals: Columns,
-    references: Mapping[str, MetricBaseline],
+    baselines: Mapping[str, MetricBaseline],
     settings: DriftSettings,
 ) -> float:
     """Return PER: the mean relative error over every value of every metric that counts."""
     pooled = []
     for name in predictions:
-        if name not in actuals or (references and name not in references):
+        if name not in actuals or (baselines and name not in baselines):
             continue
-        reference = references.get(name) or baseline_of(np.abs(actuals[name]))
-        errors = relative_errors(predictions[name], actuals[name], error_floor(name, reference.p95, settings))
+        baseline = baselines.get(name) or baseline_of(np.abs(actuals[name]))
+        errors = relative_errors(predictions[name], actuals[name], error_floor(name, baseline.p95, settings))
         errors = errors[np.isfinite(errors)]
-        needed = settings.min_values if references else 1
-        if len(errors) >= needed and (not references or reference.n >= needed):
+        needed = settings.min_values if baselines else 1
+        if len(errors) >= needed and (not baselines or baseline.n >= needed):
             pooled.append(errors)
     return float(np.concatenate(pooled).mean()) if pooled else 0.0
 

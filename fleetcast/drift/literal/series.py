@@ -16,8 +16,8 @@ import numpy as np
 from fleetcast.clock import HOUR_MS
 from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.drift.literal.scores import ks_statistic, std_floor
-from fleetcast.drift.literal.window import PairWindow, ReadForecasts
-from fleetcast.schema import Floats, Longs, SettledForecasts
+from fleetcast.drift.literal.window import PairWindow
+from fleetcast.schema import Floats, Longs, ReadForecasts, SettledForecasts
 
 SHIFT_LIMIT = 3.0  # standard deviations, mean over the window
 ERROR_LIMIT = 3.0  # times the model's own held-out error

@@ -1,23 +1,21 @@
 """The drift window: the newest (server, bin) pairs with their actuals and the forecasts made for them.
 
 Owns: which settled rows are in the window, and the cursor from which the next check reads.
-Does not know: how drift is scored; files (it is handed `read`).
+Does not know: how drift is scored; files (its caller gives it `read`).
 
 The window is a function of the stored rows alone. The cursor only bounds the read: it is the
 start of the last window, every later window starts there or after, and whatever is missing
 (a growing fleet) is read further back. So a restarted process finds the same window exactly.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from fleetcast.clock import HOUR_MS
-from fleetcast.schema import Codes, Floats, Longs, SettledForecasts
+from fleetcast.schema import Codes, Floats, Longs, ReadForecasts, SettledForecasts
 from fleetcast.settings import DriftSettings
-
-ReadForecasts = Callable[[int, int], SettledForecasts]  # start_ms, end_ms of the target, half open
 
 _FIRST_LOOK_MS = 6 * HOUR_MS
 _WIDEN = 4  # each further look back is this much longer

@@ -1,24 +1,17 @@
-"""The season-matched drift detector: a fleet followed bin by bin against its reference.
+"""The seasonal drift detector: it follows a fleet bin by bin against its reference.
 
 Owns: the newest day of every series as running sums, which series are in alarm and since when,
-the fleet's verdict. One bin costs the same however long the reference is. Does not know: where
-bins come from, what is done about a verdict, files.
+the fleet's verdict, and what the verdict says of a series in alarm: about when it changed, from
+what to what, and why other series are not judged. One bin costs the same however long the
+reference is. Does not know: where bins come from, what is done about a verdict, files.
 
-A detector rebuilt from the bins of at least the last `memory_bins` gives the same scores as one
-that ran through: sums are integers, everything else is a function of the bins. Only the start of
-an alarm or standstill that is older than the first bin given is not known.
+A detector rebuilt from at least the last `memory_bins` bins gives the same scores as one that ran
+through: sums are integers, everything else is a function of the bins. Only an alarm or standstill
+that began before the first bin given has an unknown start.
 
-    drift = SeasonalDrift(Reference.load(path))
-    drift.replay(grid, start_ms)          # (server, metric, bin), in the reference's order
-    verdict = drift.check()
-
-What the season-matched detector answers: scores, who carries the drift, what is not judged.
-
-Owns: the shape of the answer and its words. Does not know: how it was computed.
-
-Why a series is in alarm, since about when, from what to what, and why others are not judged.
-
-Pure functions over a detector's state. Does not know: when alarms begin and end.
+    detector = SeasonalDetector(Reference.load(path))
+    detector.replay(grid, start_ms)          # (server, metric, bin), in the reference's order
+    verdict = detector.check()
 """
 
 from collections.abc import Mapping
@@ -60,6 +53,9 @@ from fleetcast.errors import BadData
 from fleetcast.schema import Floats, Floats32, Longs
 
 COLLECTING, READY = "collecting", "ready"
+_NEVER = -1
+_BY_SIZE = tuple(INDEX[name] for name in ("wider_24h", "calmer_24h"))
+_BY_MOVES = tuple(INDEX[name] for name in ("innovation_3h", "restless_24h", "rougher_24h", "smoother_24h"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,92 +109,6 @@ class DriftVerdict:
     def drifting_servers(self) -> tuple[str, ...]:
         """Return the servers with a series in alarm, worst first."""
         return tuple(dict.fromkeys(series.server_name for series in self.drifting))
-
-
-_BY_SIZE = tuple(INDEX[name] for name in ("wider_24h", "calmer_24h"))
-_BY_MOVES = tuple(INDEX[name] for name in ("innovation_3h", "restless_24h", "rougher_24h", "smoother_24h"))
-
-
-def worst_statistic(statistics: Floats32, limits: Floats32, held: Floats32) -> int:
-    """Return the index of the statistic that carries one series' alarm.
-
-    Args:
-        statistics, limits: (statistic,) of that series.
-        held: (family,) its held ratios.
-    """
-    ratios = np.nan_to_num(statistics / limits, nan=0.0)
-    supported = np.where(NEEDS_SUPPORT, np.minimum(ratios, ratios[IS_SHORT].max() / SUPPORT), ratios)
-    return int(np.where(held.argmax() == FAMILY_OF, supported, -1.0).argmax())
-
-
-def change_bin(sums: RunningSums, series: int, statistic: int) -> int:
-    """Return how many bins before now the newest day of a series splits best into before and after.
-
-    The largest excursion of the cumulated deviations from their mean (CUSUM), in standard errors
-    of that place, of what the statistic looks at. 1 = only the newest bin is different.
-    """
-    ring: NDArray[Any] = sums.values
-    if statistic in _BY_SIZE:
-        ring = sums.size
-    elif statistic in _BY_MOVES:
-        ring = sums.innovations
-    elif statistic == INDEX["error_3h"]:
-        ring = sums.errors
-    newest = sums.newest(ring, sums.long)[:, series].astype(np.float64)
-    known = sums.newest(sums.values, sums.long)[:, series] != ABSENT
-    if ring.dtype == np.uint8:
-        known &= newest != ABSENT
-    places = np.flatnonzero(known)
-    if len(places) < 2:
-        return 1
-    kept = newest[places]
-    n = np.arange(1, len(kept))
-    path = np.abs(np.cumsum(kept - kept.mean())[:-1]) / np.sqrt(n * (len(kept) - n))
-    return int(len(newest) - places[int(path.argmax()) + 1])
-
-
-def newest_levels(
-    reference: Reference, newest: Floats32, end_ms: int, chosen: NDArray[np.int64]
-) -> tuple[Floats, Floats]:
-    """Return what is usual for the newest hours of some series and what they were, native units.
-
-    Args:
-        newest: (bin, series) values up to `end_ms`, oldest first, NaN = absent.
-        chosen: rows of the series asked for.
-    """
-    if not len(chosen):
-        return np.empty(0), np.empty(0)
-    clock, bins = reference.clock, len(newest)
-    local_bins = clock.local_bins(end_ms - bins * reference.bin_ms, bins)
-    usual = reference.shape.rows(chosen).expected(clock, local_bins).astype(np.float64)
-    own = newest[:, chosen].astype(np.float64)
-    known = np.isfinite(own)
-    n = known.sum(axis=0)
-    actual = np.where(known, own, 0).sum(axis=0) / np.maximum(n, 1)
-    return usual.mean(axis=1), np.where(n > 0, actual, np.nan)
-
-
-def why_not_compared(
-    reference: Reference, judged: NDArray[np.bool_], watch: SensorWatch, is_young: bool
-) -> dict[str, int]:
-    """Return why -> how many series are not judged; no entry where there is none."""
-    unjudged = ~reference.is_compared
-    short = unjudged & (reference.n_days < MIN_DAYS)
-    unknown = unjudged & ~short
-    out = np.repeat(watch.is_out, len(reference.metrics))
-    rest = ~judged & ~short & ~unknown
-    reasons = {
-        "too few days in the reference": short,
-        "reference without limits": unknown,
-        "server is silent": rest & out,
-        "sensor stands still": rest & ~out & watch.is_frozen,
-    }
-    last = "window not full yet" if is_young else "too few values in the window"
-    reasons[last] = rest & ~out & ~watch.is_frozen
-    return {reason: int(mask.sum()) for reason, mask in reasons.items() if mask.any()}
-
-
-_NEVER = -1
 
 
 class SeasonalDetector:
@@ -399,3 +309,82 @@ class SeasonalDetector:
                 )
             )
         return tuple(sorted(found, key=lambda item: (-item.ratio, item.server_name, item.metric)))
+
+
+def worst_statistic(statistics: Floats32, limits: Floats32, held: Floats32) -> int:
+    """Return the index of the statistic that carries one series' alarm.
+
+    Args:
+        statistics, limits: (statistic,) of that series.
+        held: (family,) its held ratios.
+    """
+    ratios = np.nan_to_num(statistics / limits, nan=0.0)
+    supported = np.where(NEEDS_SUPPORT, np.minimum(ratios, ratios[IS_SHORT].max() / SUPPORT), ratios)
+    return int(np.where(held.argmax() == FAMILY_OF, supported, -1.0).argmax())
+
+
+def change_bin(sums: RunningSums, series: int, statistic: int) -> int:
+    """Return how many bins before now the newest day of a series splits best into before and after.
+
+    The largest excursion of the cumulated deviations from their mean (CUSUM), in standard errors
+    of that place, of what the statistic looks at. 1 = only the newest bin is different.
+    """
+    ring: NDArray[Any] = sums.values
+    if statistic in _BY_SIZE:
+        ring = sums.size
+    elif statistic in _BY_MOVES:
+        ring = sums.innovations
+    elif statistic == INDEX["error_3h"]:
+        ring = sums.errors
+    newest = sums.newest(ring, sums.long)[:, series].astype(np.float64)
+    known = sums.newest(sums.values, sums.long)[:, series] != ABSENT
+    if ring.dtype == np.uint8:
+        known &= newest != ABSENT
+    places = np.flatnonzero(known)
+    if len(places) < 2:
+        return 1
+    kept = newest[places]
+    n = np.arange(1, len(kept))
+    path = np.abs(np.cumsum(kept - kept.mean())[:-1]) / np.sqrt(n * (len(kept) - n))
+    return int(len(newest) - places[int(path.argmax()) + 1])
+
+
+def newest_levels(
+    reference: Reference, newest: Floats32, end_ms: int, chosen: NDArray[np.int64]
+) -> tuple[Floats, Floats]:
+    """Return what is usual for the newest hours of some series and what they were, native units.
+
+    Args:
+        newest: (bin, series) values up to `end_ms`, oldest first, NaN = absent.
+        chosen: rows of the series asked for.
+    """
+    if not len(chosen):
+        return np.empty(0), np.empty(0)
+    clock, bins = reference.clock, len(newest)
+    local_bins = clock.local_bins(end_ms - bins * reference.bin_ms, bins)
+    usual = reference.shape.rows(chosen).expected(clock, local_bins).astype(np.float64)
+    own = newest[:, chosen].astype(np.float64)
+    known = np.isfinite(own)
+    n = known.sum(axis=0)
+    actual = np.where(known, own, 0).sum(axis=0) / np.maximum(n, 1)
+    return usual.mean(axis=1), np.where(n > 0, actual, np.nan)
+
+
+def why_not_compared(
+    reference: Reference, judged: NDArray[np.bool_], watch: SensorWatch, is_young: bool
+) -> dict[str, int]:
+    """Return why -> how many series are not judged; no entry where there is none."""
+    unjudged = ~reference.is_compared
+    short = unjudged & (reference.n_days < MIN_DAYS)
+    unknown = unjudged & ~short
+    out = np.repeat(watch.is_out, len(reference.metrics))
+    rest = ~judged & ~short & ~unknown
+    reasons = {
+        "too few days in the reference": short,
+        "reference without limits": unknown,
+        "server is silent": rest & out,
+        "sensor stands still": rest & ~out & watch.is_frozen,
+    }
+    last = "window not full yet" if is_young else "too few values in the window"
+    reasons[last] = rest & ~out & ~watch.is_frozen
+    return {reason: int(mask.sum()) for reason, mask in reasons.items() if mask.any()}

@@ -16,9 +16,9 @@ from fleetcast.clock import DAY_MS, HOUR_MS
 from fleetcast.drift.seasonal.detector import SeasonalDetector
 from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.drift.seasonal.renewal import ReferenceRenewal, quorum_rule
-from fleetcast.drift.seasonal.settled import ReadForecasts, bins_at_once, settled_grid
+from fleetcast.drift.seasonal.settled import bins_at_once, settled_grid
 from fleetcast.forecast.registry import Version
-from fleetcast.schema import Floats32, SettledForecasts
+from fleetcast.schema import Floats32, ReadForecasts, SettledForecasts
 from fleetcast.settings import DriftSettings
 
 HISTORY_H = 24  # a replay begins a day before: it gives the same ratios after a restart

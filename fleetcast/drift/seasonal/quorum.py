@@ -30,7 +30,8 @@ from fleetcast.schema import Floats32
 SUPPORT = 0.6
 MIN_SERVERS = 3  # fleets this large never move for one server
 
-# As the specification prints them; drift_monitor.py hands in its own.
+# The scale of the scores, as the specification prints it. It stays when thresholds or weights are
+# edited in drift_monitor.py or in the settings: a threshold twice as high asks for twice the limit.
 THRESHOLDS: Mapping[str, float] = {PER: 0.10, DSS: 0.20, FDS: 0.15, ANOMALY: 0.05}
 WEIGHTS: Mapping[str, float] = {PER: 0.40, DSS: 0.30, FDS: 0.20, ANOMALY: 0.10}
 COMBINED_THRESHOLD = 0.12

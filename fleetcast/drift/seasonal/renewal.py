@@ -30,10 +30,10 @@ from fleetcast.drift.seasonal.reference import (
     servers_without_errors,
 )
 from fleetcast.drift.seasonal.season import DayClock
-from fleetcast.drift.seasonal.settled import FleetGrid, ReadForecasts, read_grid
+from fleetcast.drift.seasonal.settled import FleetGrid, read_grid
 from fleetcast.errors import CorruptFile
 from fleetcast.forecast.registry import REFERENCE_FILE, Version
-from fleetcast.schema import Floats, Floats32, Longs
+from fleetcast.schema import Floats, Floats32, Longs, ReadForecasts
 from fleetcast.settings import DriftSettings
 
 logger = logging.getLogger(__name__)

@@ -5,15 +5,14 @@ settled never changes, so the same stretch gives the same grid whenever it is re
 may still come late. Does not know: drift.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetcast.schema import Floats32, SettledForecasts
+from fleetcast.schema import Floats32, ReadForecasts, SettledForecasts
 
-ReadForecasts = Callable[[int, int], SettledForecasts]  # one bin ahead; start_ms, end_ms of the target
 MOST_CELLS = 1_000_000  # (server, metric, bin) asked for at once
 DAY_BINS_LEAST = 12  # read at once, however large the fleet
 

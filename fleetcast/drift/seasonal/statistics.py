@@ -1,17 +1,13 @@
 """Statistics of the newest 3 and 24 hours of a series against its reference.
 
-Owns: which statistics there are, to which of the four metrics each belongs, and their formulas
-over window sums. The sums may come from a running window (`SeasonalDrift`) or from a whole
-stretch at once (`sums_over`): the formulas are the same. Does not know: limits, alarms.
+Owns: which statistics there are, to which of the four metrics each belongs, their formulas over
+window sums, and the sums: of a whole stretch at once (`sums_over`), or of a fleet kept up to date
+bin by bin (`RunningSums`), where adding a bin costs the same however long the history is. Sums are
+of integers and so exact: a window reached bin by bin equals one summed at once. Does not know:
+limits, alarms.
 
 Measured on recorded fleets (docs/decisions/drift-quality.md): short windows find sudden changes
 within hours and let go of short disturbances; long windows find the slow ones.
-
-Window sums of a whole fleet, kept up to date bin by bin.
-
-Owns: rings of the last day and the integer sums over them. Adding a bin costs the same however
-long the reference or the history is; integers make the sums exact, so that a window reached
-bin by bin equals one summed at once. Does not know: what the sums say.
 """
 
 from dataclasses import dataclass
@@ -144,7 +140,7 @@ class BinCodes:
     innovations: Bytes
     errors: Bytes
     traits: Traits
-    moved: Shorts  # (distance, series, bin), as `residuals.moves`
+    moved: Shorts  # (distance, series, bin), as `moves`
     day_bins: Longs  # (bin,) bin of the day
 
 
