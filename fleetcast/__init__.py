@@ -1,3 +1,3 @@
-"""fleetcast: keep forecasts of a server fleet's metrics accurate with nobody watching."""
+"""fleetcast: forecast the metrics of a server fleet, find drift, and retrain the model."""
 
 __version__ = "1.0.0"

@@ -63,7 +63,7 @@ def _usage() -> str:
         [
             "usage: fleetcast COMMAND [flags]",
             "",
-            "Keep forecasts of a server fleet's metrics accurate with nobody watching.",
+            "Forecast the metrics of a server fleet, find drift, and retrain the model.",
             "",
             "commands:",
             *lines,

@@ -139,7 +139,7 @@ class TrainerSettings:
         86_400.0, "longest tail kept out of training, for the gate", unit="s", low=3600.0
     )
     keep_versions: int = setting(
-        20, "newest versions kept; what serves, the one before and the baseline's are kept besides", low=1
+        20, "newest versions kept, besides the one in service, the one before it and the baseline's", low=1
     )
     threads: int = setting(1, "torch threads of a training (2 on busy cores were slower)", low=1, high=64)
     seed: int = setting(7, "seed of weights and sampling", low=0)

@@ -1,1 +1,1 @@
-"""The demo: the whole loop on bundled real data, with nobody helping it (`make demo`)."""
+"""The demo: the whole loop on bundled real data, without any help (`make demo`)."""
