@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from fleetcast.clock import SystemClock, iso_z, monotonic
-from fleetcast.errors import CannotStart, CorruptFile, DaemonAway, ExitCode, FleetcastError
+from fleetcast.errors import CannotStart, CorruptFile, DaemonAway, ExitCode
 from fleetcast.files import read_json
 from fleetcast.loop import Stop
+from fleetcast.program import run_program
 from fleetcast.sources.client import DaemonClient
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +41,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Child:
-    """One process; its output goes to `<name>.console`, its end is ours to notice."""
+    """One process, whose output goes to `<name>.console`."""
 
     def __init__(self, name: str, command: Sequence[str], folder: Path) -> None:
         self.name = name
@@ -111,14 +112,7 @@ class LiveLoop:
         self._add("inference", "tft_inference_daemon.py", "--port", port)
         self._await_ready()
         self._add("retraining", "adaptive_retraining_daemon.py", "--daemon-url", self._url)
-        agent = [
-            "-m",
-            "fleetcast.sources.agent",
-            "--url",
-            self._url,
-            "--server-name",
-            self._server_name,
-        ]
+        agent = ["-m", "fleetcast.sources.agent", "--url", self._url, "--server-name", self._server_name]
         self._children.append(Child("agent", agent, self._folder))
 
     def run(self) -> None:
@@ -192,12 +186,16 @@ def _fleet(status: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the loop on this machine until Ctrl+C."""
+    """Run the loop on this machine until Ctrl+C; return the exit code."""
     parser = argparse.ArgumentParser(prog="fleetcast.live", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("run"), help="where state lies (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port of the inference daemon (%(default)s)")
     parser.add_argument("--status", type=float, default=10.0, help="seconds between lines (%(default)s)")
     options = parser.parse_args(argv)
+    return run_program("live", lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
     options.folder.mkdir(parents=True, exist_ok=True)
     config = options.folder / "fleetcast.toml"
     if not config.exists():
@@ -207,17 +205,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     loop = LiveLoop(options.folder, options.port, stop, status_interval_s=options.status)
     try:
         loop.start()
-        print(
-            f"live on http://127.0.0.1:{options.port}/docs, state in {options.folder}/, Ctrl+C ends it",
-            flush=True,
-        )
+        url = f"http://127.0.0.1:{options.port}/docs"
+        print(f"live on {url}, state in {options.folder}/, Ctrl+C ends it", flush=True)
         loop.run()
-        return ExitCode.OK
-    except FleetcastError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
     finally:
         loop.end()
+    return ExitCode.OK
 
 
 if __name__ == "__main__":

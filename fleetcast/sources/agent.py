@@ -2,18 +2,15 @@
 
     python -m fleetcast.sources.agent --url http://127.0.0.1:8000 --interval 5
 
-Owns: psutil, and how its counters become rates. Does not know: what the daemon does with them.
-Runs alone on any host; the key comes from `TFT_API_KEY`. While the daemon is away the records
-wait in memory (a day of them by default) and are delivered afterwards; a restart of the agent
-itself loses the waiting ones.
+Owns: psutil, how its counters become rates, and the records that wait for a daemon that is away.
+Does not know: what the daemon does with them. Runs alone on any host; the key comes from
+`TFT_API_KEY`.
 
-Records that wait for a daemon that is away: bounded, oldest first, and sent again until taken.
-
-Owns: the waiting records and the rhythm of tries: unlike `RecordSender`, which blocks its
-caller until a batch is taken, it never keeps the next reading waiting and gives nothing up but
-the oldest records. Does not know: where records come from (`post` is handed in).
-A record leaves the backlog only after the daemon answered for it; sending one twice is
-harmless, since the daemon keeps one row per (server, timestamp).
+Waiting records are kept in memory (a day of them by default), oldest first, and sent again until
+the daemon takes them; a restart of the agent loses them. Unlike `RecordSender`, which blocks its
+caller, a delivery never delays the next reading and gives nothing up but the oldest records. A
+record leaves the backlog only after the daemon answered for it. Sending one twice is harmless: the
+daemon keeps one row per (server, timestamp).
 """
 
 import argparse
@@ -29,18 +26,28 @@ from typing import Any
 import psutil
 
 from fleetcast.clock import Clock, SystemClock, iso_z, monotonic
-from fleetcast.errors import DaemonAway, ExitCode, FleetcastError
+from fleetcast.errors import BadData, DaemonAway, ExitCode, SettingsError
 from fleetcast.loop import Stop, SystemdNotifier, configure_logging, run_every
+from fleetcast.program import run_program
 from fleetcast.settings import LoggingSettings
 from fleetcast.sources.client import DaemonClient, FeedAnswer, RequestRefused
 
 logger = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
+BYTES_PER_MB = 1e6
+BACKLOG_RECORDS = 17_280  # a day at 5 s
 BATCH_RECORDS = 500  # a day of one host at 5 s is delivered in 35 requests
+DELIVERY_TICK_S = 0.5
+FIRST_SPAN_S = 1.0  # a rate over a few milliseconds would be noise
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 30.0
+REQUEST_TIMEOUT_S = 10.0
+SHUTDOWN_S = 10.0
 TOO_LARGE = 413
+# Devices whose bytes pass through another device too (or are memory) would be counted twice.
+_VIRTUAL_DISKS = ("loop", "ram", "zram", "dm-", "md", "sr", "fd", "nbd")
+_VIRTUAL_NICS = ("lo", "docker", "br-", "veth", "virbr", "ifb", "cni", "flannel", "cali", "tun", "tap")
 
 
 class Backlog:
@@ -66,7 +73,7 @@ class Backlog:
                 self.displaced += 1
 
     def oldest(self, count: int) -> tuple[list[Record], int]:
-        """Return up to `count` records and the mark that tells `delivered` about them."""
+        """Return up to `count` records, and the mark up to which `forget` forgets them."""
         with self._lock:
             chosen = [self._records[i] for i in range(min(count, len(self._records)))]
         return [record for _, record in chosen], chosen[-1][0] if chosen else 0
@@ -103,7 +110,7 @@ class Delivery:
         return self._away_since_s is not None
 
     def run_due(self) -> None:
-        """Deliver everything that waits, unless a failed try asked for patience."""
+        """Deliver everything that waits, unless the pause after a failed try is not over."""
         while self._wall_s() >= self._next_try_s:
             records, mark = self._backlog.oldest(self._batch)
             if not records:
@@ -141,22 +148,11 @@ class Delivery:
             logger.info("delivery works again after_s=%.0f waiting=%d", away_s, len(self._backlog))
 
 
-BYTES_PER_MB = 1e6
-BACKLOG_RECORDS = 17_280  # a day at 5 s
-DELIVERY_TICK_S = 0.5
-FIRST_SPAN_S = 1.0  # a rate over a few milliseconds would be noise
-REQUEST_TIMEOUT_S = 10.0
-SHUTDOWN_S = 10.0
-# Devices whose bytes pass through another one too (or are memory) would be counted twice.
-_VIRTUAL_DISKS = ("loop", "ram", "zram", "dm-", "md", "sr", "fd", "nbd")
-_VIRTUAL_NICS = ("lo", "docker", "br-", "veth", "virbr", "ifb", "cni", "flannel", "cali", "tun", "tap")
-
-
 class CounterRate:
     """Bytes per second out of growing counters, one per device.
 
-    A counter that fell (device reset, driver reloaded, wrapped) or that is new says nothing
-    about its rate this time and is left out; with nothing left the rate is None, not 0.
+    A counter that fell (device reset, driver reloaded, wrapped) or that is new has no rate this
+    time and is left out; with no counter left the rate is None, not 0.
 
     >>> rate = CounterRate()
     >>> rate.update({"vda": 1_000}, at_s=10.0) is None
@@ -178,7 +174,7 @@ class CounterRate:
 
 
 class HostMeter:
-    """Reads one host. What the host does not have (no disk in a container) is absent."""
+    """Reads one host. A metric that the host does not have (no disk in a container) is absent."""
 
     def __init__(self, disk_path: Path = Path("/"), wall_s: Callable[[], float] = monotonic) -> None:
         self._disk_path = disk_path
@@ -291,7 +287,7 @@ class LocalAgent:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="local_agent", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m fleetcast.sources.agent", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the inference daemon (%(default)s)")
     parser.add_argument("--interval", type=float, default=5.0, help="seconds between readings (%(default)s)")
     parser.add_argument("--server-name", default=socket.gethostname(), help="name of this host (%(default)s)")
@@ -308,26 +304,46 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the agent until SIGTERM or SIGINT."""
-    parser = _parser()
-    options = parser.parse_args(argv)
-    if not 0.1 <= options.interval <= 3600:
-        parser.error(f"--interval must be in 0.1..3600 seconds, got {options.interval:g}")
-    if options.backlog < 1:
-        parser.error(f"--backlog must be at least 1, got {options.backlog}")
-    name = options.server_name
-    if not 1 <= len(name) <= 128 or not name.isprintable():
-        parser.error(f"--server-name must be 1 to 128 printable characters, got {name!r}")
-    try:
-        client = DaemonClient(options.url, timeout_s=REQUEST_TIMEOUT_S)
-    except FleetcastError as error:
-        parser.error(str(error))
+    """Run the agent until SIGTERM or SIGINT; return the exit code."""
+    options = _parser().parse_args(argv)
+    return run_program("agent", lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    client = _client(options)
     configure_logging(None, LoggingSettings())
     stop = Stop()
     stop.install()
-    agent = LocalAgent(name, HostMeter(options.disk_path), client, backlog_records=options.backlog)
-    logger.info("agent starts url=%s server_name=%s interval_s=%g", options.url, name, options.interval)
+    meter = HostMeter(options.disk_path)
+    agent = LocalAgent(options.server_name, meter, client, backlog_records=options.backlog)
+    logger.info(
+        "agent starts url=%s server_name=%s interval_s=%g",
+        *(options.url, options.server_name, options.interval),
+    )
     return ExitCode.OK if agent.run(options.interval, stop) else ExitCode.FAILED
+
+
+def _client(options: argparse.Namespace) -> DaemonClient:
+    """Return a client of the daemon.
+
+    Raises:
+        SettingsError: names every flag that makes no sense.
+    """
+    problems = []
+    if not 0.1 <= options.interval <= 3600:
+        problems.append(f"--interval must be in 0.1..3600 seconds, got {options.interval:g}")
+    if options.backlog < 1:
+        problems.append(f"--backlog must be at least 1, got {options.backlog}")
+    name = options.server_name
+    if not 1 <= len(name) <= 128 or not name.isprintable():
+        problems.append(f"--server-name must be 1 to 128 printable characters, got {name!r}")
+    try:
+        client = DaemonClient(options.url, timeout_s=REQUEST_TIMEOUT_S)
+    except BadData as error:
+        problems.append(str(error))
+    if problems:
+        raise SettingsError(problems)
+    return client
 
 
 if __name__ == "__main__":

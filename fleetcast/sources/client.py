@@ -168,11 +168,11 @@ def _seconds(text: str | None) -> float | None:
 
 
 class RecordSender:
-    """Delivers records through a client until the daemon took them or there is no more hope.
+    """Delivers records through a client until the daemon took them or the sender gives up.
 
-    A busy daemon (429, 503) is waited for as long as it stays busy: under the data clock it
-    holds its feeders through a whole training. One that does not answer, or fails, is given
-    up after `give_up_s` without an answer. A body that is too large is sent in halves.
+    The sender waits for a busy daemon (429, 503) as long as it stays busy: under the data clock the
+    daemon holds its feeders through a whole training. It gives up a daemon that fails or does not
+    answer for `give_up_s`. It sends a body that is too large in halves.
     """
 
     def __init__(self, client: DaemonClient, stop: Stop, *, give_up_s: float = 120.0) -> None:
@@ -186,9 +186,9 @@ class RecordSender:
         """Deliver records; None when the stop was requested before the daemon took them.
 
         Raises:
-            DaemonAway: it does not answer, or refuses for good; the hint says what to do.
+            DaemonAway: the daemon does not answer, or refuses for good; the hint says what to do.
         """
-        hopeless_at = monotonic() + self._give_up_s
+        give_up_at = monotonic() + self._give_up_s
         wait_s = FIRST_WAIT_S
         while not self._stop.is_requested:
             self.requests += 1
@@ -200,13 +200,13 @@ class RecordSender:
                 if not error.can_pass:
                     raise
                 if error.is_busy:
-                    hopeless_at = monotonic() + self._give_up_s
+                    give_up_at = monotonic() + self._give_up_s
                 pause_s = wait_s if error.retry_after_s is None else max(SHORTEST_WAIT_S, error.retry_after_s)
                 last: DaemonAway = error
             except DaemonAway as error:
                 pause_s = wait_s
                 last = error
-            if monotonic() + pause_s > hopeless_at:
+            if monotonic() + pause_s > give_up_at:
                 raise last
             self.retries += 1
             logger.debug("trying again in_s=%.1f error=%s", pause_s, last)

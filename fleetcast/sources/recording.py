@@ -1,11 +1,9 @@
 """A recording of a fleet: rows of a Parquet file or folder, in the order of their time.
 
-Owns: reading, mapping, cutting and time shift. Does not know: who the records are sent to.
-A recording is held in memory: 12 bytes per row plus 8 per metric and row.
+Owns: reading, mapping columns to metrics, cutting and time shift. Does not know: where the records
+are sent. A recording is held in memory: 12 bytes per row plus 8 per metric and row.
 
-How columns of a recording become metrics: `cpu_pct=cpu_r_norm01*100`.
-
-Owns: the grammar of `--map`. Does not know: where columns come from.
+The grammar of `--map`, for example `cpu_pct=cpu_r_norm01*100`:
 
     MAP    = METRIC | METRIC "=" TERM { "+" TERM }
     TERM   = COLUMN [ "*" FACTOR ]
@@ -31,11 +29,13 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 METRIC_NAME = re.compile(r"[a-z][a-z0-9_]*")
+TIME_COLUMN = "timestamp"
+SERVER_COLUMN = "server_name"
 
 
 @dataclass(frozen=True)
 class Formula:
-    """One metric as a weighted sum of columns. Where one of them is absent, so is the metric."""
+    """One metric as a weighted sum of columns; it is absent where one of them is."""
 
     metric: str
     terms: tuple[tuple[str, float], ...]  # (column, factor)
@@ -50,7 +50,7 @@ class Formula:
 
 
 def parse_formula(text: str) -> Formula:
-    """Return the formula a `--map` argument means.
+    """Return the formula that a `--map` argument means.
 
     >>> parse_formula("disk_io_mb_s=disk_read_mb_s+disk_write_mb_s")
     Formula(metric='disk_io_mb_s', terms=(('disk_read_mb_s', 1.0), ('disk_write_mb_s', 1.0)))
@@ -60,7 +60,7 @@ def parse_formula(text: str) -> Formula:
     (('mem_pct', 1.0),)
 
     Raises:
-        SettingsError: it is none; says what would be one.
+        SettingsError: it is no formula; the message says what would be one.
     """
     metric, _, right = text.partition("=")
     metric = metric.strip()
@@ -94,13 +94,9 @@ def check_distinct(formulas: Sequence[Formula]) -> None:
         raise SettingsError([f"--map gives {name} twice" for name in doubled])
 
 
-TIME_COLUMN = "timestamp"
-SERVER_COLUMN = "server_name"
-
-
 @dataclass(frozen=True)
 class Cut:
-    """Which part of a file is wanted; None means all of it."""
+    """Which part of a file to read; None means all of it."""
 
     servers: frozenset[str] | None = None
     start: datetime | None = None
@@ -166,7 +162,7 @@ def load_recording(path: Path, formulas: Sequence[Formula] = (), cut: Cut | None
     """Read a recording; without formulas every numeric column is a metric of its own name.
 
     Raises:
-        BadData: the file is not there, is no Parquet, misses a column, or has no such rows.
+        BadData: the file is missing, is no Parquet, lacks a column, or has no such rows.
     """
     cut = cut or Cut()
     table = _read(path, formulas)

@@ -3,14 +3,10 @@
     python -m fleetcast.sources.replay --data samples/smd_fleet.parquet \
         --url http://127.0.0.1:8000 --speed max --map cpu_pct=cpu_r_norm01*100
 
-Owns: the command line. Does not know: how a recording is read (`recording.py`) or paced
-(`player.py`).
-Exit codes: 0 everything was accepted (or Ctrl+C ended it cleanly), 1 something was rejected
-or the daemon gave up on us, 2 wrong usage.
-
-Plays a recording to a daemon: the order, the pace, and the waiting while a training runs.
-
-Owns: pacing and holding. Does not know: files, the command line, or HTTP (`client.py`).
+Owns: the command line, the order and pace of sending, and the waiting while a training runs.
+Does not know: how a recording is read (`recording`), HTTP (`client`).
+Exit codes: 0 the daemon accepted everything (or Ctrl+C ended the replay), 1 the daemon rejected a
+record or stopped answering, 2 wrong usage.
 """
 
 import argparse
@@ -23,8 +19,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fleetcast.clock import Clock, SystemClock, from_ms, iso_z, monotonic, parse_plain_utc
-from fleetcast.errors import BadData, DaemonAway, ExitCode, FleetcastError, SettingsError
+from fleetcast.errors import BadData, DaemonAway, ExitCode, SettingsError
 from fleetcast.loop import Stop, configure_logging
+from fleetcast.program import run_program
 from fleetcast.settings import LoggingSettings
 from fleetcast.sources.client import DaemonClient, RecordSender
 from fleetcast.sources.recording import Cut, Formula, Recording, check_distinct, load_recording, parse_formula
@@ -39,7 +36,7 @@ SHOWN_ERRORS = 5
 
 @dataclass
 class Tally:
-    """What a replay did, for its summary."""
+    """What a replay has done so far, for its summary."""
 
     sent: int = 0
     accepted: int = 0
@@ -90,7 +87,7 @@ class Player:
         self._batch_s = batch_s
         self._speed = speed
         self._polled_s = -math.inf
-        self._told_s = monotonic()
+        self._logged_s = monotonic()
         self.sender = RecordSender(client, stop, give_up_s=give_up_s)
         self.tally = Tally()
 
@@ -98,7 +95,7 @@ class Player:
         """Send everything, or up to the requested stop.
 
         Raises:
-            DaemonAway: the daemon did not take a batch; the tally says how far we came.
+            DaemonAway: the daemon did not take a batch; the tally says how far the replay came.
         """
         recording = self._recording
         pace = Pace(self._speed, int(recording.timestamps_ms[0]), monotonic())
@@ -109,7 +106,7 @@ class Player:
             pace.pause(self._hold())
             if not self._send(rows):
                 return
-            self._tell(last_ms)
+            self._log_progress(last_ms)
 
     def _send(self, rows: slice) -> bool:
         records = self._recording.records(rows)
@@ -130,7 +127,7 @@ class Player:
             return 0.0
         is_training = self._training_runs()
         if is_training:
-            logger.info("a training runs, replay waits")
+            logger.info("replay waits while a training runs")
         while is_training and not self._stop.wait(STATUS_POLL_S / 4):
             is_training = self._training_runs()
         self._polled_s = monotonic()
@@ -146,10 +143,10 @@ class Player:
             return False
         return isinstance(training, dict) and training.get("running") is True
 
-    def _tell(self, data_ms: int) -> None:
+    def _log_progress(self, data_ms: int) -> None:
         now_s = monotonic()
-        if now_s - self._told_s >= PROGRESS_S:
-            self._told_s = now_s
+        if now_s - self._logged_s >= PROGRESS_S:
+            self._logged_s = now_s
             share = 100 * self.tally.sent / len(self._recording)
             logger.info(
                 "replay at=%s records=%d done_percent=%.0f", iso_z(from_ms(data_ms)), self.tally.sent, share
@@ -159,31 +156,28 @@ class Player:
 def main(argv: Sequence[str] | None = None) -> int:
     """Replay from the command line; return the exit code."""
     options = _parser().parse_args(argv)
+    return run_program("replay", lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
     configure_logging(None, LoggingSettings())
     stop = Stop()
     stop.install()
+    speed = _speed(options.speed)
+    batch_s = _positive("--batch-s", options.batch_s)
     try:
-        speed = _speed(options.speed)
         recording = _prepare(options, speed, SystemClock())
-        with DaemonClient(options.url) as client:
-            player = Player(
-                recording,
-                client,
-                speed=speed,
-                batch_s=_positive("--batch-s", options.batch_s),
-                stop=stop,
-                give_up_s=options.give_up_s,
-            )
-            return _run(player, recording, stop)
-    except (SettingsError, BadData) as error:
-        print(f"replay: {error}", file=sys.stderr)
-        return ExitCode.BAD_SETTINGS
-    except FleetcastError as error:
-        print(f"replay: {error}", file=sys.stderr)
-        return error.exit_code
+        client = DaemonClient(options.url)
+    except BadData as error:  # of what the flags name
+        raise SettingsError([str(error)]) from error
+    with client:
+        player = Player(
+            recording, client, speed=speed, batch_s=batch_s, stop=stop, give_up_s=options.give_up_s
+        )
+        return _play(player, recording, stop)
 
 
-def _run(player: Player, recording: Recording, stop: Stop) -> int:
+def _play(player: Player, recording: Recording, stop: Stop) -> int:
     began_s = monotonic()
     failure = ""
     try:
@@ -221,15 +215,15 @@ def _parser() -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="METRIC=COLUMN*FACTOR+...",
-        help="what is sent: cpu_pct=cpu_r*100, io=read+write, or a column's own name; default: all",
+        help="metrics to send: cpu_pct=cpu_r*100, io=read+write, or a column's own name; default: all",
     )
-    parser.add_argument("--servers", help="only these, comma separated")
-    parser.add_argument("--start", type=_moment, help="leave out what is older (ISO 8601, UTC)")
-    parser.add_argument("--days", type=float, help="leave out what is this many days after the start")
+    parser.add_argument("--servers", help="send only these, comma separated")
+    parser.add_argument("--start", type=_moment, help="leave out older records (ISO 8601, UTC)")
+    parser.add_argument("--days", type=float, help="leave out records from this many days after the start on")
     parser.add_argument(
         "--shift-to",
-        help="move all times by one step: ISO = the first record falls there; now = the last one "
-        "(up to --speed 1: the first one) does",
+        help="move all times by one step: to ISO for the first record, or to now for the last one "
+        "(up to --speed 1: the first one)",
     )
     parser.add_argument("--batch-s", type=float, default=300.0, help="data seconds per request (300)")
     parser.add_argument(
