@@ -29,7 +29,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def storage_error(path: Path, error: OSError) -> StorageFull | StorageBroken:
-    """Return the error of our tree that an `OSError` of a write means."""
+    """Return the error of our tree for an `OSError` of a write."""
     if error.errno in _FULL:
         return StorageFull(f"no space to write {path}: {error.strerror}", hint="free disk space")
     return StorageBroken(f"cannot write {path}: {error}")
@@ -45,7 +45,7 @@ def fsync_dir(folder: Path) -> None:
 
 
 def fsync_file(path: Path) -> None:
-    """Make the bytes of a file that somebody else wrote durable."""
+    """Make the bytes of a file durable that another library wrote."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -59,7 +59,7 @@ def temp_beside(path: Path) -> Path:
 
 
 def remove_stale_temps(folder: Path) -> int:
-    """Delete what a crash left half written in `folder`; only its single writer may call this."""
+    """Delete the half-written files that a crash left in `folder`; only its single writer may call this."""
     stale = [p for p in folder.glob(f".*{TEMP_MARK}*") if p.is_file() or p.is_symlink()]
     for path in stale:
         path.unlink(missing_ok=True)
@@ -238,7 +238,7 @@ class OwnerLock:
         return self
 
     def fileno(self) -> int:
-        """Return the descriptor, to be passed to a child that shall keep the lock alive."""
+        """Return the descriptor, for a child that must keep the lock alive."""
         assert self._descriptor is not None, "the lock is not held"
         return self._descriptor
 
@@ -261,7 +261,7 @@ class OwnerLock:
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Lock, trying for a moment: `is_locked` of somebody else holds the lock for microseconds."""
+    """Try to lock for a moment: `is_locked` in another process holds the lock for microseconds."""
     for attempt in range(_LOCK_ATTEMPTS):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

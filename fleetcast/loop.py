@@ -1,19 +1,8 @@
-"""How a daemon stops and how it repeats: `Stop` and `run_every`.
+"""How a daemon repeats, stops, tells systemd, and logs.
 
-Owns: signal handling and the tick. Does not know: what a cycle does.
+Owns: `Stop` and the signals behind it, the tick (`run_every`), the notify protocol of systemd
+(`SystemdNotifier`), log handlers and the line format. Does not know: what a cycle does.
 Learned from: huey `consumer.py` (skipped ticks), uvicorn `server.py` (second signal).
-
-What a daemon tells systemd: READY, STOPPING, WATCHDOG and one line of status.
-
-Owns: the notify protocol (sd_notify(3)), a datagram to the socket named in `NOTIFY_SOCKET`.
-Does not know: what the daemon does. Not started by systemd, every call does nothing, so that
-callers need no condition. `alive()` belongs into the working loop and nowhere else: fed from a
-thread of its own it would vouch for a loop that hangs.
-
-How a program logs: configured once, in `main`, to a rotating file and stderr.
-
-Owns: handlers and the line format. Control characters in messages are escaped, so that no
-record sent by a client can forge a log line.
 """
 
 import logging
@@ -33,7 +22,12 @@ from fleetcast.settings import LoggingSettings
 
 logger = logging.getLogger(__name__)
 
-ALIVE_S = 60.0
+ALIVE_S = 60.0  # between two signs of life to systemd
+_FORMAT = "%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s"
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {
+    0x2028: "\\u2028",
+    0x2029: "\\u2029",
+}
 
 
 class Stop:
@@ -120,7 +114,7 @@ def run_every(
         except FleetcastError as error:
             failures += 1
             logger.error("cycle failed error=%s failures=%d", error, failures)
-        except Exception:  # the loop boundary: whatever it was, the daemon must live on
+        except Exception:  # the loop boundary: the daemon must live on
             failures += 1
             logger.exception("cycle failed failures=%d", failures)
         if failures >= max_failures:
@@ -143,7 +137,11 @@ def _wait_until(due: float, stop: Stop, alive: Callable[[], None]) -> bool:
 
 
 class SystemdNotifier:
-    """Sends notifications; losing one is never an error of the daemon.
+    """Sends sd_notify(3) datagrams to the socket named in `NOTIFY_SOCKET`; a lost one is no error.
+
+    A daemon that systemd did not start has no such socket: every call does nothing, so that callers
+    need no condition. Call `alive()` from the working loop only: a thread of its own would vouch for
+    a loop that hangs.
 
     >>> SystemdNotifier(environ={}).is_listening
     False
@@ -156,7 +154,7 @@ class SystemdNotifier:
 
     @property
     def is_listening(self) -> bool:
-        """Whether systemd (or a container runtime in its place) asked to be told."""
+        """Whether systemd (or a container runtime in its place) listens."""
         return bool(self._address)
 
     def ready(self, status: str = "") -> None:
@@ -184,18 +182,14 @@ class SystemdNotifier:
                 link.settimeout(1.0)  # a stuck supervisor must not stall the loop
                 link.sendto(message.encode(), self._address)
         except OSError as error:
-            logger.warning("systemd was not told state=%s error=%s", state, error)
-
-
-_FORMAT = "%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s"
-_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {
-    0x2028: "\\u2028",
-    0x2029: "\\u2029",
-}
+            logger.warning("cannot notify systemd state=%s error=%s", state, error)
 
 
 class _OneLineFormatter(logging.Formatter):
-    """UTC times; a message is one line, a traceback follows on lines of its own."""
+    """UTC times; a message is one line, and a traceback follows on lines of its own.
+
+    Control characters are escaped, so that no record sent by a client can forge a log line.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         record.message = record.getMessage().translate(_ESCAPES)
@@ -212,7 +206,6 @@ def configure_logging(path: Path | None, settings: LoggingSettings) -> None:
     Raises:
         CannotStart: the log file cannot be opened.
     """
-
     formatter = _OneLineFormatter(_FORMAT, datefmt="%Y-%m-%dT%H:%M:%S")
     formatter.converter = utc_struct_time
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]

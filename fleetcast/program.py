@@ -1,7 +1,7 @@
-"""How a program of this project runs: errors to exit codes, and the files that are shipped with it.
+"""How a program of this project runs: its errors become exit codes; where its shipped files are.
 
-Owns: what a person reads on stderr when a program ends badly, and where `models/` and `samples/` are
-in a checkout and in an installed package. Does not know: what the programs do.
+Owns: the lines on stderr when a program ends badly, and where `models/` and `samples/` lie in a
+checkout and in an installed package. Does not know: what the programs do.
 """
 
 import sys
@@ -16,7 +16,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def run_program(name: str, work: Callable[[], int]) -> int:
-    """Do the work of a program and return its exit code; an error of ours is a line, not a traceback.
+    """Do the work of a program and return its exit code; print an error of ours without a traceback.
 
     Args:
         name: what the lines on stderr begin with.

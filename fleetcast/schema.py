@@ -11,6 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 QUANTILES = (0.1, 0.5, 0.9)
+SOURCE_WARMING_UP = "warming_up"
+SOURCE_FALLBACK = "fallback"
+SOURCE_MODEL = "model"
 
 Floats = NDArray[np.float64]
 Floats32 = NDArray[np.float32]
@@ -45,7 +48,7 @@ class RecordBatch:
         return len(self.timestamps_ms)
 
     def where(self, is_chosen: NDArray[np.bool_]) -> "RecordBatch":
-        """Return the chosen rows; names and metrics that none of them has are left out."""
+        """Return the chosen rows, without the names and metrics that none of them has."""
         codes, places = np.unique(self.server_codes[is_chosen], return_inverse=True)
         chosen = {name: values[is_chosen] for name, values in self.metrics.items()}
         return RecordBatch(
@@ -69,7 +72,7 @@ class HistoryWindow:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ClosedBin:
-    """What one closed bin held: the servers that sent something in it."""
+    """One closed bin, with the servers that sent something in it."""
 
     bin_ms: int  # start of the bin
     server_names: tuple[str, ...]
@@ -84,11 +87,6 @@ class ChangedSeries:
     server: int  # row of the grid
     metric: int  # column
     since_bin: int
-
-
-SOURCE_WARMING_UP = "warming_up"
-SOURCE_FALLBACK = "fallback"
-SOURCE_MODEL = "model"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,8 +111,8 @@ class FleetForecast:
 class SettledForecasts:
     """Settled forecasts in columns, one row per (origin, horizon, server, metric).
 
-    p10, p50 and p90 are what clients were given; `model_p50` is what the version itself said,
-    before feedback from settled forecasts: by that a version is judged. Not given, it is p50.
+    p10, p50 and p90 are what clients got; `model_p50` is the version's own median, before feedback
+    from settled forecasts, and the measure of that version. Where it is not given, it is p50.
     """
 
     origin_ms: Longs

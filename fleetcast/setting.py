@@ -1,12 +1,8 @@
-"""One setting: how it is declared, named, parsed from text and checked.
+"""One setting: how it is declared, where its value is read from, and how it is checked.
 
-Owns: the metadata of a field (help, unit, bounds, choices) and what a valid value is.
-Does not know: which settings there are (`settings.py`).
-
-Where values of settings stand: a TOML file, the environment.
-
-Owns: reading both, and naming the nearest setting when a name is unknown.
-Does not know: what a valid value is (`setting.py`).
+Owns: the metadata of a field (help, unit, bounds, choices), what a valid value is, reading the TOML
+file and the environment, the nearest name to an unknown one, and how a setting overrides a literal
+of a program. Does not know: which settings there are (`settings`).
 """
 
 import difflib
@@ -20,6 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 ENV_PREFIX = "FLEETCAST_"
+DEFAULT_CONFIG = Path("fleetcast.toml")
+
+Number = TypeVar("Number", int, float)
 
 
 def setting(
@@ -36,11 +35,8 @@ def setting(
     return field(default=default, metadata=meta)
 
 
-Number = TypeVar("Number", int, float)
-
-
 def override(literals: Mapping[str, Number], part: object) -> dict[str, Number]:
-    """Return literals of a program, each replaced by the setting of its name where that is given.
+    """Return the literals of a program, each replaced by the setting of its name where that is given.
 
     >>> from fleetcast.settings import DriftSettings
     >>> override({"per_threshold": 0.10, "dss_threshold": 0.20}, DriftSettings(dss_threshold=0.3))
@@ -93,7 +89,7 @@ def _plain_kind(kind: Any) -> Any:
 
 
 def check(info: SettingInfo, value: Any) -> Any:
-    """Return the value as the program uses it; raises ValueError with what would be right."""
+    """Return the value as the program uses it, or raise a ValueError that says what would be right."""
     kind = _plain_kind(info.kind)
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)) or not value:
@@ -119,13 +115,10 @@ def _check_scalar(info: SettingInfo, kind: Any, value: Any) -> Any:
     return value
 
 
-DEFAULT_CONFIG = Path("fleetcast.toml")
-
-
 def from_file(
     config: Path | None, known: Mapping[str, SettingInfo], problems: list[str]
 ) -> Iterator[tuple[str, Any, str]]:
-    """Yield (key, value, where it stands) of a TOML file; what is wrong with it joins `problems`."""
+    """Yield (key, value, where it stands) for a TOML file; add what is wrong with it to `problems`."""
     path = config or DEFAULT_CONFIG
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -151,7 +144,7 @@ def from_file(
 def from_environment(
     environ: Mapping[str, str], known: Mapping[str, SettingInfo], problems: list[str]
 ) -> Iterator[tuple[str, Any, str]]:
-    """Yield the same of the environment: every variable of our prefix must be a setting."""
+    """Yield the same for the environment, where every variable of our prefix must be a setting."""
     names = {info.environment: key for key, info in known.items()}
     for name, value in environ.items():
         if not name.startswith(ENV_PREFIX):

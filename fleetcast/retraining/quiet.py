@@ -25,8 +25,9 @@ from typing import Any
 
 import psutil
 
-from fleetcast.clock import DAY_MS, monotonic, parse_plain_utc, sleep
+from fleetcast.clock import monotonic, parse_plain_utc, sleep
 from fleetcast.files import read_json_lines
+from fleetcast.retraining.decision import WEEK_S
 from fleetcast.retraining.inquiry import FleetLoad
 from fleetcast.schema import QuietVerdict
 from fleetcast.settings import DecisionSettings
@@ -35,7 +36,6 @@ FIRST_SAMPLE_S = 0.2  # the first measurement has no earlier one to take the dif
 OLDEST_SAMPLE_S = 900.0
 BYTES_PER_GB = 1e9
 FIXED = "fixed"  # of the setting quiet_window
-WEEK_S = 7 * DAY_MS / 1000
 SPACING_S = 300.0  # a check this soon after the last one adds nothing to the picture of a week
 MIN_CHECKS = 84  # one every two hours; fewer give no picture of a week
 QUARTILE = 0.25

@@ -287,7 +287,8 @@ class LocalAgent:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fleetcast.sources.agent", description=(__doc__ or "").splitlines()[0])
+    description = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m fleetcast.sources.agent", description=description)
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the inference daemon (%(default)s)")
     parser.add_argument("--interval", type=float, default=5.0, help="seconds between readings (%(default)s)")
     parser.add_argument("--server-name", default=socket.gethostname(), help="name of this host (%(default)s)")
