@@ -5,7 +5,7 @@
 
 Owns: flags, signals, exit codes, and where the buffer and the model's code come from. HTTP runs
 in a thread of its own; the main thread closes bins and forecasts (`fleetcast/inference.py`).
-Does not know: drift, decisions, training: that is the retraining daemon's work.
+Does not know: drift, decisions, training: those belong to the retraining daemon.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ from fleetcast.program import run_program, with_models_dir
 from fleetcast.settings import Settings, load_settings
 
 if TYPE_CHECKING:
+    from fleetcast.inference import InferenceService
     from fleetcast.serving.model_loader import Predictor
 
 logger = logging.getLogger(Path(__file__).stem)  # not "__main__": people read this
@@ -36,82 +38,96 @@ logger = logging.getLogger(Path(__file__).stem)  # not "__main__": people read t
 LOG_FILE = Path("inference_daemon.log")
 KEY_VARIABLE = "TFT_API_KEY"
 TICK_S = 0.25
-RESTORE_TIMEOUT_S = 600.0  # asked of systemd: 3M stored rows a second, 8 days of 2,000 servers are 276M
+RESTORE_TIMEOUT_S = (
+    600.0  # start-up time we ask of systemd: 3M stored rows a second, 8 days of 2,000 servers are 276M
+)
 LOADER_JOIN_S = 2.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run until told to stop; return the exit code."""
+    """Run until a stop is requested; return the exit code."""
     options = _parser().parse_args(argv)
 
     def work() -> int:
         settings = _settings(options)
         configure_logging(LOG_FILE, settings.logging)
-        return run(settings, os.environ.get(KEY_VARIABLE, ""), Stop())
+        return InferenceDaemon(settings, os.environ.get(KEY_VARIABLE, "")).run()
 
     return run_program("tft_inference_daemon", work)
 
 
-def run(settings: Settings, api_key: str, stop: Stop) -> int:
-    """Start, work, and stop in good order.
+class InferenceDaemon:
+    """One process: it takes the buffer and the port, works in cycles, and gives both back in good order."""
 
-    Raises:
-        AlreadyRunning, CannotStart, SettingsError, StorageFull, StorageBroken: it did not start.
-    """
-    # pandas, pyarrow and the HTTP library are for --help to do without; pyarrow would import pandas
-    # at its first array, half a second into the first request
-    import pandas  # noqa: F401
+    def __init__(self, settings: Settings, api_key: str) -> None:
+        self._settings = settings
+        self._api_key = api_key
+        self._stop = Stop()
+        self._notifier = SystemdNotifier()
 
-    from fleetcast.api.listener import HttpListener
-    from fleetcast.inference import InferenceService
-    from fleetcast.storage.store import DataBuffer
+    def run(self) -> int:
+        """Start, work until the stop, end; return the exit code.
 
-    notifier = SystemdNotifier()
-    stop.install()
-    is_data_clock = settings.clock.mode == "data"
-    buffer = DataBuffer(settings.paths.data_buffer_dir, settings=settings.buffer, expire=not is_data_clock)
-    notifier.extend_timeout(RESTORE_TIMEOUT_S)
-    with ExitStack() as undo:
-        try:
-            buffer.open()  # first of all: two daemons must not even begin
-            undo.callback(buffer.close)
-            listener = HttpListener(settings.server.host, settings.server.port)
-            undo.callback(listener.stop, 0.0)
-            service = InferenceService(
-                settings, buffer, listener, lambda path: _load_model(path, settings), api_key, stop
-            )
-        except (StorageFull, StorageBroken) as error:
-            raise CannotStart(f"cannot start: {error}") from error
-        undo.pop_all()  # from here on `service.close` does it, in its order
-    service.start()
-    notifier.ready(service.status_line())
+        Raises:
+            AlreadyRunning, CannotStart, SettingsError, StorageFull, StorageBroken: it did not start.
+        """
+        self._stop.install()
+        service = self._build_service()
+        service.start()
+        self._notifier.ready(service.status_line())
 
-    def cycle() -> None:
-        service.cycle()
-        notifier.alive(service.status_line())
+        def cycle() -> None:
+            service.cycle()
+            self._notifier.alive(service.status_line())
 
-    is_stop_requested = run_every(cycle, TICK_S, stop)
-    notifier.stopping()
-    logger.info("stopping reason=%s", stop.reason or "too many failures in a row")
-    service.close()
-    logger.info("stopped")
-    code = ExitCode.OK if is_stop_requested else ExitCode.FAILED
-    if not service.wait_for_loader(LOADER_JOIN_S):
-        _exit_past_loader(code)
-    return int(code)
+        is_stop_requested = run_every(cycle, TICK_S, self._stop)
+
+        self._notifier.stopping()
+        logger.info("stopping reason=%s", self._stop.reason or "too many failures in a row")
+        service.close()
+        logger.info("stopped")
+        code = ExitCode.OK if is_stop_requested else ExitCode.FAILED
+        if not service.wait_for_loader(LOADER_JOIN_S):
+            _exit_past_loader(code)
+        return int(code)
+
+    def _build_service(self) -> "InferenceService":
+        """Lock the buffer, bind the port, wire the parts; on a failure nothing stays taken."""
+        # --help does without pandas, pyarrow and the HTTP library; pyarrow would import pandas at
+        # its first array, half a second into the first request
+        import pandas  # noqa: F401
+
+        from fleetcast.api.listener import HttpListener
+        from fleetcast.inference import InferenceService
+        from fleetcast.storage.store import DataBuffer
+
+        settings = self._settings
+        expire = settings.clock.mode != "data"
+        buffer = DataBuffer(settings.paths.data_buffer_dir, settings=settings.buffer, expire=expire)
+        self._notifier.extend_timeout(RESTORE_TIMEOUT_S)
+        with ExitStack() as undo:
+            try:
+                buffer.open()  # first of all: two daemons must not even begin
+                undo.callback(buffer.close)
+                listener = HttpListener(settings.server.host, settings.server.port)
+                undo.callback(listener.stop, 0.0)
+                load_model = partial(_load_model, settings)
+                service = InferenceService(settings, buffer, listener, load_model, self._api_key, self._stop)
+            except (StorageFull, StorageBroken) as error:
+                raise CannotStart(f"cannot start: {error}") from error
+            undo.pop_all()  # from here on `service.close` does it, in its order
+        return service
 
 
 def _exit_past_loader(code: ExitCode) -> None:
-    """End without the interpreter's farewell: a thread in the middle of importing torch may abort in it."""
+    """End without the interpreter's clean-up, which may abort a thread in the middle of importing torch."""
     logging.shutdown()
     os._exit(code)
 
 
-def _load_model(path: Path, settings: Settings) -> "Predictor":
-    from fleetcast.forecast.predictor import (  # torch: seconds, so not before it is needed
-        Forecaster,
-        set_threads,
-    )
+def _load_model(settings: Settings, path: Path) -> "Predictor":
+    # torch takes seconds to import, so not before it is needed
+    from fleetcast.forecast.predictor import Forecaster, set_threads
 
     set_threads(settings.forecast.torch_threads)
     return Forecaster.load(

@@ -92,7 +92,7 @@ class Lanes:
                 post = self._posts.get_nowait()
             except queue.Empty:
                 break
-            if post is None:  # the end is meant for every lane, and comes after all posts
+            if post is None:  # the end is for every lane, and comes after all posts
                 self._posts.put(None)
                 break
             group.append(post)

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 65_536  # request line and headers; the longest useful ones are a few hundred bytes
 _BACKLOG = 2048
-_KEEP_ALIVE_S = 75  # agents send every 5 s and shall not connect anew each time
+_KEEP_ALIVE_S = 75  # agents send every 5 s: they should not connect anew each time
 _MAX_CONNECTIONS = 2048
 _START_TIMEOUT_S = 30.0
 _TOO_LARGE = (

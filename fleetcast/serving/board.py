@@ -1,8 +1,8 @@
 """The answer to `GET /predictions/current`, kept as encoded pieces.
 
 Owns: the shape of that document. A sweep encodes each server's forecast once; a request joins
-pieces. `current` and `stale` move between sweeps and are encoded again when that is cheap; a
-document that is costly to join may be some of its joining times old.
+pieces. `current` and `stale` change between sweeps, so a new request encodes them again when that is
+cheap; a document that is costly to join may be as old as some of its joins took.
 Does not know: how forecasts are made, HTTP.
 """
 
@@ -87,7 +87,7 @@ class PredictionBoard:
         """Encode a sweep; from the next request on it is the answer."""
         self._sweep = _encode(forecast, model)
         self._n_sweeps += 1
-        self._joined = {}  # a large fleet's document is not kept until somebody asks again
+        self._joined = {}  # frees a large fleet's document at once, not at the next request
 
     def document(self, servers: Sequence[str] = (), *, only_current: bool = False) -> bytes:
         """Return the JSON document, narrowed to `servers` where any are given.
@@ -164,7 +164,7 @@ def _server_pieces(
 
 
 def _encode(forecast: FleetForecast, model: ModelInfo | None) -> _Sweep:
-    """Encode each server's part of a sweep; servers without any forecast are left out."""
+    """Encode each server's part of a sweep; leave out servers without any forecast."""
     encoder = msgspec.json.Encoder()
     steps = np.arange(1, forecast.quantiles.shape[2] + 1)
     targets = [iso_z(from_ms(forecast.origin_ms + int(step) * forecast.bin_ms)) for step in steps]
@@ -180,11 +180,11 @@ def _encode(forecast: FleetForecast, model: ModelInfo | None) -> _Sweep:
         digits = to_significant(
             forecast.quantiles[row, columns].transpose(0, 2, 1).astype(np.float64), SIGNIFICANT_DIGITS
         ).tolist()
-        told = {
+        by_metric = {
             forecast.metrics[column]: dict(zip(_QUANTILE_NAMES, quantiles, strict=True))
             for column, quantiles in zip(columns, digits, strict=True)
         }
         source = (SOURCE_MODEL if is_model[row] else SOURCE_FALLBACK).encode()
         sources[name] = source
-        forecasts[name] = b'"forecast":' + encoder.encode(told)
+        forecasts[name] = b'"forecast":' + encoder.encode(by_metric)
     return _Sweep(model, forecasts, sources, timestamps)

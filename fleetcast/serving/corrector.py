@@ -15,8 +15,6 @@ array; nothing in it is pickled.
 
 import io
 import logging
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +31,7 @@ from fleetcast.forecast.feedback import Feedback
 from fleetcast.forecast.naive import last_known, same_time_yesterday
 from fleetcast.schema import Floats, Floats32, HistoryWindow, Longs, SettledForecasts
 from fleetcast.serving.history import BinHistory
-from fleetcast.serving.ledger import bytes_of, unpack_lines
+from fleetcast.serving.ledger import open_npz, pack_lines, unpack_lines
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +54,7 @@ class Corrector:
         self._saved_at = monotonic()
         self._is_changed = False
         self._begin()
-        self._take_up()
+        self._load()
 
     def _begin(self) -> None:
         is_percents = np.array([is_percent(metric) for metric in self._history.metrics], np.bool_)
@@ -159,13 +157,13 @@ class Corrector:
         self._feedback.keep_rows(np.array([row for _, row in kept], np.int64))
         self._rows = {name: row for row, (name, _) in enumerate(kept)}
 
-    def _take_up(self) -> None:
+    def _load(self) -> None:
+        if not self._path.exists():
+            return
         try:
             kept = read_feedback(self._path, self._feedback)
             if (kept.metrics, kept.bin_ms) != (self._history.metrics, self._history.bin_ms):
                 raise CorruptFile(self._path, "made for other metrics or bins")
-        except FileNotFoundError:
-            return
         except CorruptFile as error:
             logger.warning("feedback starts afresh: %s", error)
             self._begin()
@@ -203,9 +201,9 @@ def write_feedback(path: Path, kept: KeptFeedback, feedback: Feedback) -> None:
         counts=feedback.counts[:n_row],
         widen=feedback.widen[:n_row],
         fleet_widen=feedback.fleet_widen,
-        servers=bytes_of("\n".join(kept.server_names)),
-        metrics=bytes_of("\n".join(kept.metrics)),
-        version=bytes_of(kept.version or ""),
+        servers=pack_lines(kept.server_names),
+        metrics=pack_lines(kept.metrics),
+        version=pack_lines([kept.version or ""]),
     )
     files.write_atomic(path, stream.getvalue())
 
@@ -214,33 +212,27 @@ def read_feedback(path: Path, feedback: Feedback) -> KeptFeedback:
     """Fill `feedback` with what `write_feedback` wrote, and return what it belongs to.
 
     Raises:
-        FileNotFoundError: nothing was kept.
         CorruptFile: it is damaged, foreign, or for other horizons or metrics; `feedback` is as before.
     """
-    try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-            if int(arrays["format"]) != FORMAT:
-                raise CorruptFile(path, f"format {int(arrays['format'])}, expected {FORMAT}")
-            kept = KeptFeedback(
-                unpack_lines(arrays["servers"]),
-                unpack_lines(arrays["metrics"]),
-                int(arrays["bin_ms"]),
-                arrays["version"].tobytes().decode() or None,
-                int(arrays["through_ms"]),
-            )
-            horizons = tuple(arrays["horizons"].tolist())
-            loaded = {name: arrays[name] for name in ("losses", "counts", "widen", "fleet_widen")}
-    except FileNotFoundError:
-        raise
-    except (OSError, EOFError, ValueError, LookupError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise CorruptFile(path, f"not a file of feedback: {error}") from error
-    _check(path, kept, horizons, loaded, feedback)
+    with open_npz(path, "a file of feedback") as arrays:
+        if int(arrays["format"]) != FORMAT:
+            raise CorruptFile(path, f"format {int(arrays['format'])}, expected {FORMAT}")
+        kept = KeptFeedback(
+            unpack_lines(arrays["servers"]),
+            unpack_lines(arrays["metrics"]),
+            int(arrays["bin_ms"]),
+            arrays["version"].tobytes().decode() or None,
+            int(arrays["through_ms"]),
+        )
+        horizons = tuple(arrays["horizons"].tolist())
+        loaded = {name: arrays[name] for name in ("losses", "counts", "widen", "fleet_widen")}
+    _check_arrays(path, kept, horizons, loaded, feedback)
     for name, array in loaded.items():
         setattr(feedback, name, array)
     return kept
 
 
-def _check(
+def _check_arrays(
     path: Path,
     kept: KeptFeedback,
     horizons: tuple[int, ...],

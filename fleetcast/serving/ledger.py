@@ -1,29 +1,28 @@
-"""The account of forecasts: opened by a sweep, then settled with their actual, or expired.
+"""The account of forecasts: a sweep opens them, then they settle with their actual, or expire.
 
-Owns: `open_forecasts/` (one immutable file per sweep origin) and `ledger.json` (the counters,
-and per open origin how many forecasts wait for which bin), both in the buffer's folder.
+Owns: `ledger.json` (the counters, and per open origin how many forecasts wait for which bin) and
+`open_forecasts/` (one immutable file per sweep origin), both in the buffer's folder.
 Does not know: where settled rows are stored; the caller stores them, then says so:
 
     rows = ledger.settle(closed); store(rows); ledger.mark_settled(closed.bin_ms, len(rows))
 
 At every moment, and after a kill at any point: opened = settled + expired + open. A kill between
 storing and marking settles the same bin again, with the same keys: the store keeps one of them.
-Not thread safe but for `counts`: one thread owns a ledger.
 
-One sweep's open forecasts as a file: written once, read back at each settle horizon.
-
-Owns: the format, `open_forecasts/<origin_ms>.npz`: `format`, `bin_ms`, `horizons` (horizon,),
-`quantiles` (server, metric, horizon, quantile) float32, `is_model` (server, metric),
-`model_median` (server, metric, horizon) float32 before feedback (absent in format 1), and the
-names as UTF-8 lines in byte arrays (`servers`, `metrics`, `model_version`, empty = fallback).
-The zip's own CRC-32 guards every array; nothing in it is pickled.
-Does not know: when a forecast is due, or what became of it.
+`open_forecasts/<origin_ms>.npz` is written once and read back at each settle horizon. It holds
+`format`, `origin_ms`, `bin_ms`, `horizons` (horizon,), `quantiles` (server, metric, horizon,
+quantile) float32, `is_model` (server, metric), `model_median` (server, metric, horizon) float32
+before feedback (absent in format 1), and the names as UTF-8 lines in byte arrays (`servers`,
+`metrics`, `model_version`, empty = fallback). The zip's own CRC-32 guards every array; nothing in
+it is pickled.
 """
 
 import io
 import logging
 import zipfile
 import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -35,150 +34,13 @@ from fleetcast import files
 from fleetcast.errors import CorruptFile, SettingsError, UnknownFormat
 from fleetcast.schema import ClosedBin, Codes, FleetForecast, Floats32, SettledForecasts
 
-ORIGIN_FORMAT = 2
-_KNOWN_FORMATS = (1, 2)  # format 1: no feedback, the model's median is the one given
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class OpenForecasts:
-    """The forecasts of one origin at the settle horizons."""
-
-    origin_ms: int
-    bin_ms: int
-    horizons: Codes  # (horizon,)
-    server_names: tuple[str, ...]
-    metrics: tuple[str, ...]
-    quantiles: Floats32  # (server, metric, horizon, quantile)
-    is_model: NDArray[np.bool_]  # (server, metric)
-    model_version: str | None
-    model_median: Floats32  # (server, metric, horizon)
-
-    def counts(self) -> dict[int, int]:
-        """Return how many forecasts there are by target bin."""
-        n_made = np.isfinite(self.quantiles[..., 1]).sum(axis=(0, 1))
-        targets = self.origin_ms + self.horizons.astype(np.int64) * self.bin_ms
-        return {int(target): int(n) for target, n in zip(targets, n_made, strict=True) if n}
-
-
-def cut_to_horizons(forecast: FleetForecast, settle_horizons: tuple[int, ...]) -> OpenForecasts:
-    """Return the part of a forecast that will be settled."""
-    horizons = np.array(sorted(set(settle_horizons)), dtype=np.int32)
-    horizons = horizons[horizons <= forecast.quantiles.shape[2]]
-    median = forecast.quantiles[..., 1] if forecast.model_median is None else forecast.model_median
-    return OpenForecasts(
-        forecast.origin_ms,
-        forecast.bin_ms,
-        horizons,
-        forecast.server_names,
-        forecast.metrics,
-        np.ascontiguousarray(forecast.quantiles[:, :, horizons - 1]),
-        forecast.sources,
-        forecast.model_version,
-        np.ascontiguousarray(median[:, :, horizons - 1]),
-    )
-
-
-def write_origin(path: Path, kept: OpenForecasts) -> None:
-    """Write one origin durably.
-
-    Raises:
-        StorageFull, StorageBroken: no file of that name was left.
-    """
-    stream = io.BytesIO()
-    np.savez(
-        stream,
-        format=np.int64(ORIGIN_FORMAT),
-        origin_ms=np.int64(kept.origin_ms),
-        bin_ms=np.int64(kept.bin_ms),
-        horizons=kept.horizons,
-        quantiles=kept.quantiles,
-        is_model=kept.is_model,
-        model_median=kept.model_median,
-        servers=bytes_of("\n".join(kept.server_names)),
-        metrics=bytes_of("\n".join(kept.metrics)),
-        model_version=bytes_of(kept.model_version or ""),
-    )
-    files.write_atomic(path, stream.getvalue())
-
-
-def read_origin(path: Path) -> OpenForecasts:
-    """Return what `write_origin` wrote.
-
-    Raises:
-        CorruptFile: it is missing, damaged or not ours.
-    """
-    try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-            if int(arrays["format"]) not in _KNOWN_FORMATS:
-                raise UnknownFormat(path, f"format {int(arrays['format'])}", hint=f"expected {ORIGIN_FORMAT}")
-            quantiles = arrays["quantiles"]
-            kept = OpenForecasts(
-                int(arrays["origin_ms"]),
-                int(arrays["bin_ms"]),
-                arrays["horizons"],
-                unpack_lines(arrays["servers"]),
-                unpack_lines(arrays["metrics"]),
-                quantiles,
-                arrays["is_model"],
-                arrays["model_version"].tobytes().decode() or None,
-                arrays["model_median"] if "model_median" in arrays else quantiles[..., 1],
-            )
-    except (OSError, EOFError, ValueError, LookupError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise CorruptFile(path, f"not a file of open forecasts: {error}") from error
-    shape = (len(kept.server_names), len(kept.metrics), len(kept.horizons), 3)
-    if kept.quantiles.shape != shape or kept.is_model.shape != shape[:2]:
-        raise CorruptFile(path, f"quantiles of shape {kept.quantiles.shape}, expected {shape}")
-    if kept.model_median.shape != shape[:3]:
-        raise CorruptFile(path, f"medians of shape {kept.model_median.shape}, expected {shape[:3]}")
-    return kept
-
-
-def match_actuals(kept: OpenForecasts, closed: ClosedBin) -> SettledForecasts:
-    """Return the forecasts for `closed` that have an actual value, one row each."""
-    row_of = {name: row for row, name in enumerate(closed.server_names)}
-    column_of = {name: column for column, name in enumerate(closed.metrics)}
-    rows = np.array([row_of.get(name, -1) for name in kept.server_names], dtype=np.int64)
-    columns = np.array([column_of.get(name, -1) for name in kept.metrics], dtype=np.int64)
-    targets = kept.origin_ms + kept.horizons.astype(np.int64) * kept.bin_ms
-    step = int(np.flatnonzero(targets == closed.bin_ms)[0])
-    actual = np.full(kept.is_model.shape, np.nan)
-    known = np.ix_(rows >= 0, columns >= 0)
-    actual[known] = closed.values[np.ix_(rows[rows >= 0], columns[columns >= 0])]
-    quantiles = kept.quantiles[:, :, step].astype(np.float64)  # (server, metric, quantile)
-    server, metric = np.nonzero(np.isfinite(actual) & np.isfinite(quantiles[..., 1]))
-    versions = np.full(kept.is_model.shape, None, dtype=object)
-    versions[kept.is_model] = kept.model_version
-    return SettledForecasts(
-        origin_ms=np.full(len(server), kept.origin_ms, dtype=np.int64),
-        target_ms=np.full(len(server), closed.bin_ms, dtype=np.int64),
-        horizon=np.full(len(server), kept.horizons[step], dtype=np.int32),
-        server_name=np.array(kept.server_names, dtype=object)[server],
-        metric=np.array(kept.metrics, dtype=object)[metric],
-        p10=quantiles[server, metric, 0],
-        p50=quantiles[server, metric, 1],
-        p90=quantiles[server, metric, 2],
-        actual=actual[server, metric],
-        model_version=versions[server, metric],
-        model_p50=kept.model_median[server, metric, step].astype(np.float64),
-    )
-
-
-def bytes_of(text: str) -> NDArray[np.uint8]:
-    """Return text as an array that an npz file holds without pickling."""
-    return np.frombuffer(text.encode(), dtype=np.uint8)
-
-
-def unpack_lines(array: NDArray[np.uint8]) -> tuple[str, ...]:
-    """Return the lines of such a text; none for an empty one."""
-    text = array.tobytes().decode()
-    return tuple(text.split("\n")) if text else ()
-
-
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
 FOLDER = "open_forecasts"
 STATE_FILE = "ledger.json"
+FORMAT = 1  # of ledger.json
+ORIGIN_FORMAT = 2
+_KNOWN_FORMATS = (1, 2)  # format 1: no feedback, the model's median is the one given
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +55,10 @@ class LedgerCounts:
 
 
 class Ledger:
-    """Open forecasts that survive their process, and counters that always add up."""
+    """Open forecasts that survive their process, and counters that always add up.
+
+    Not thread safe but for `counts`: one thread owns a ledger.
+    """
 
     def __init__(
         self, buffer_dir: Path, settle_horizons: tuple[int, ...], bin_ms: int, clock_mode: str = "system"
@@ -245,7 +110,7 @@ class Ledger:
         if self.newest_origin_ms is not None and origin <= self.newest_origin_ms:
             return 0
         kept = cut_to_horizons(forecast, self._settle_horizons)
-        counts = kept.counts()
+        counts = kept.count_by_target()
         if counts:
             write_origin(self._path(origin), kept)
         self._note_opened(origin, counts)
@@ -334,8 +199,6 @@ class Ledger:
         )
         self._recorded_ms = self.newest_origin_ms
 
-    # start-up
-
     def _recover(self) -> None:
         """Read the account; add what was opened after its last write, drop what it retired."""
         files.remove_stale_temps(self._folder)
@@ -350,10 +213,10 @@ class Ledger:
                 continue
             try:
                 kept = read_origin(self._path(origin))
-            except CorruptFile as error:  # never counted: nobody was told of it
+            except CorruptFile as error:  # no counter includes it yet
                 _set_aside(self._path(origin), error)
                 continue
-            self._note_opened(origin, kept.counts())
+            self._note_opened(origin, kept.count_by_target())
             if kept.bin_ms != self._bin_ms:
                 foreign.add(origin)
         if foreign:
@@ -403,6 +266,152 @@ def _set_aside(path: Path, error: Exception) -> None:
     aside = path.with_name(path.name + ".corrupt")
     path.rename(aside)
     logger.error("damaged file set aside path=%s reason=%s", aside, error)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpenForecasts:
+    """The forecasts of one origin at the settle horizons."""
+
+    origin_ms: int
+    bin_ms: int
+    horizons: Codes  # (horizon,)
+    server_names: tuple[str, ...]
+    metrics: tuple[str, ...]
+    quantiles: Floats32  # (server, metric, horizon, quantile)
+    is_model: NDArray[np.bool_]  # (server, metric)
+    model_version: str | None
+    model_median: Floats32  # (server, metric, horizon)
+
+    def count_by_target(self) -> dict[int, int]:
+        """Return how many forecasts there are for each target bin."""
+        n_made = np.isfinite(self.quantiles[..., 1]).sum(axis=(0, 1))
+        targets = self.origin_ms + self.horizons.astype(np.int64) * self.bin_ms
+        return {int(target): int(n) for target, n in zip(targets, n_made, strict=True) if n}
+
+
+def cut_to_horizons(forecast: FleetForecast, settle_horizons: tuple[int, ...]) -> OpenForecasts:
+    """Return the part of a forecast that will be settled."""
+    horizons = np.array(sorted(set(settle_horizons)), dtype=np.int32)
+    horizons = horizons[horizons <= forecast.quantiles.shape[2]]
+    median = forecast.quantiles[..., 1] if forecast.model_median is None else forecast.model_median
+    return OpenForecasts(
+        forecast.origin_ms,
+        forecast.bin_ms,
+        horizons,
+        forecast.server_names,
+        forecast.metrics,
+        np.ascontiguousarray(forecast.quantiles[:, :, horizons - 1]),
+        forecast.sources,
+        forecast.model_version,
+        np.ascontiguousarray(median[:, :, horizons - 1]),
+    )
+
+
+def write_origin(path: Path, kept: OpenForecasts) -> None:
+    """Write one origin durably.
+
+    Raises:
+        StorageFull, StorageBroken: no file of that name was left.
+    """
+    stream = io.BytesIO()
+    np.savez(
+        stream,
+        format=np.int64(ORIGIN_FORMAT),
+        origin_ms=np.int64(kept.origin_ms),
+        bin_ms=np.int64(kept.bin_ms),
+        horizons=kept.horizons,
+        quantiles=kept.quantiles,
+        is_model=kept.is_model,
+        model_median=kept.model_median,
+        servers=pack_lines(kept.server_names),
+        metrics=pack_lines(kept.metrics),
+        model_version=pack_lines([kept.model_version or ""]),
+    )
+    files.write_atomic(path, stream.getvalue())
+
+
+def read_origin(path: Path) -> OpenForecasts:
+    """Return what `write_origin` wrote.
+
+    Raises:
+        CorruptFile: it is missing, damaged or not ours.
+    """
+    with open_npz(path, "a file of open forecasts") as arrays:
+        if int(arrays["format"]) not in _KNOWN_FORMATS:
+            raise UnknownFormat(path, f"format {int(arrays['format'])}", hint=f"expected {ORIGIN_FORMAT}")
+        quantiles = arrays["quantiles"]
+        kept = OpenForecasts(
+            int(arrays["origin_ms"]),
+            int(arrays["bin_ms"]),
+            arrays["horizons"],
+            unpack_lines(arrays["servers"]),
+            unpack_lines(arrays["metrics"]),
+            quantiles,
+            arrays["is_model"],
+            arrays["model_version"].tobytes().decode() or None,
+            arrays["model_median"] if "model_median" in arrays else quantiles[..., 1],
+        )
+    shape = (len(kept.server_names), len(kept.metrics), len(kept.horizons), 3)
+    if kept.quantiles.shape != shape or kept.is_model.shape != shape[:2]:
+        raise CorruptFile(path, f"quantiles of shape {kept.quantiles.shape}, expected {shape}")
+    if kept.model_median.shape != shape[:3]:
+        raise CorruptFile(path, f"medians of shape {kept.model_median.shape}, expected {shape[:3]}")
+    return kept
+
+
+def match_actuals(kept: OpenForecasts, closed: ClosedBin) -> SettledForecasts:
+    """Return the forecasts for `closed` that have an actual value, one row each."""
+    row_of = {name: row for row, name in enumerate(closed.server_names)}
+    column_of = {name: column for column, name in enumerate(closed.metrics)}
+    rows = np.array([row_of.get(name, -1) for name in kept.server_names], dtype=np.int64)
+    columns = np.array([column_of.get(name, -1) for name in kept.metrics], dtype=np.int64)
+    targets = kept.origin_ms + kept.horizons.astype(np.int64) * kept.bin_ms
+    step = int(np.flatnonzero(targets == closed.bin_ms)[0])
+    actual = np.full(kept.is_model.shape, np.nan)
+    known = np.ix_(rows >= 0, columns >= 0)
+    actual[known] = closed.values[np.ix_(rows[rows >= 0], columns[columns >= 0])]
+    quantiles = kept.quantiles[:, :, step].astype(np.float64)  # (server, metric, quantile)
+    server, metric = np.nonzero(np.isfinite(actual) & np.isfinite(quantiles[..., 1]))
+    versions = np.full(kept.is_model.shape, None, dtype=object)
+    versions[kept.is_model] = kept.model_version
+    return SettledForecasts(
+        origin_ms=np.full(len(server), kept.origin_ms, dtype=np.int64),
+        target_ms=np.full(len(server), closed.bin_ms, dtype=np.int64),
+        horizon=np.full(len(server), kept.horizons[step], dtype=np.int32),
+        server_name=np.array(kept.server_names, dtype=object)[server],
+        metric=np.array(kept.metrics, dtype=object)[metric],
+        p10=quantiles[server, metric, 0],
+        p50=quantiles[server, metric, 1],
+        p90=quantiles[server, metric, 2],
+        actual=actual[server, metric],
+        model_version=versions[server, metric],
+        model_p50=kept.model_median[server, metric, step].astype(np.float64),
+    )
+
+
+@contextmanager
+def open_npz(path: Path, what: str) -> Iterator[Any]:
+    """Give the arrays of a file.
+
+    Raises:
+        CorruptFile: it is missing, damaged, or lacks an array the block asks for.
+    """
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+            yield arrays
+    except (OSError, EOFError, ValueError, LookupError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise CorruptFile(path, f"not {what}: {error}") from error
+
+
+def pack_lines(lines: Iterable[str]) -> NDArray[np.uint8]:
+    """Return lines as an array that an npz file holds without pickling."""
+    return np.frombuffer("\n".join(lines).encode(), dtype=np.uint8)
+
+
+def unpack_lines(array: NDArray[np.uint8]) -> tuple[str, ...]:
+    """Return what `pack_lines` was given; nothing for an empty array."""
+    text = array.tobytes().decode()
+    return tuple(text.split("\n")) if text else ()
 
 
 def _concatenate(parts: list[SettledForecasts]) -> SettledForecasts:

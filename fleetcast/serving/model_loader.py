@@ -1,9 +1,9 @@
 """Which model is in service, and how the next one gets there.
 
 Owns: the reference that sweeps use, and the thread that loads and warms a new version beside
-the old one. A bad version leaves the old in service, is shown in `/status`, and is not tried
-again until `last.ckpt` points elsewhere.
-Does not know: what a model is made of: it is given `load`, so that importing this is cheap.
+the old one. A bad version leaves the old one in service and appears in `/status`; the loader does
+not try it again until `last.ckpt` points elsewhere.
+Does not know: what a model is made of. It is given `load`, so that importing this file is cheap.
 """
 
 import logging
@@ -37,7 +37,7 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Champion:
-    """One loaded and warmed model."""
+    """The model in service, loaded and warmed."""
 
     predictor: Predictor
     info: ModelInfo
@@ -45,7 +45,7 @@ class Champion:
 
 
 class ModelLoader:
-    """Swaps models without making anybody wait; `champion` may be read from any thread."""
+    """Swaps models while sweeps go on; `champion` may be read from any thread."""
 
     def __init__(
         self,
@@ -73,11 +73,11 @@ class ModelLoader:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self) -> None:
-        """Begin to load what serves, in the background."""
+        """Begin to load the champion in the background."""
         self._begin(self._registry.current_id())
 
     def notice(self) -> None:
-        """Begin a reload if `last.ckpt` points elsewhere than before; cheap, never waits."""
+        """Begin a reload if `last.ckpt` points elsewhere than before; cheap, does not wait."""
         if self.is_loading:
             return
         pointer = self._registry.current_id()
@@ -92,18 +92,18 @@ class ModelLoader:
 
     def report(self) -> dict[str, Any]:
         """Return the model's part of `/status`."""
-        serving = self.champion
+        champion = self.champion
         return {
-            **(serving.info.as_dict() if serving else {"version": None, "trained_at": None, "base": None}),
-            "metrics": list(serving.predictor.metrics) if serving else [],
-            "specialised_series": serving.n_specialised if serving else 0,
+            **(champion.info.as_dict() if champion else {"version": None, "trained_at": None, "base": None}),
+            "metrics": list(champion.predictor.metrics) if champion else [],
+            "specialised_series": champion.n_specialised if champion else 0,
             "loading": self.is_loading,
             "problems": list(self._problems),
         }
 
     def _begin(self, pointer: str | None) -> None:
         self._pointer = pointer
-        # daemon: a process that is told to stop does not wait for an import of torch
+        # daemon: a stop does not wait for an import of torch
         self._thread = threading.Thread(target=self._run, name="model-loader", daemon=True)
         self._thread.start()
 
@@ -116,9 +116,9 @@ class ModelLoader:
         else:
             versions = iter(self._pointed_to())
         for version in versions:
-            serving = self._try(version)
-            if serving:
-                self.champion = serving
+            champion = self._try(version)
+            if champion:
+                self.champion = champion
                 self.n_failures = 0
                 logger.info("model in service version=%s took_s=%.3f", version.id, monotonic() - started)
                 self._on_load(True)
@@ -169,5 +169,5 @@ class ModelLoader:
             raise BadCheckpoint(
                 path,
                 f"forecasts of shape {quantiles.shape}, expected finite {expected}",
-                hint="train with the settings that serve",
+                hint="train with the settings of the inference daemon",
             )

@@ -68,7 +68,7 @@ class Roster:
             self._changes += 1
 
     def add(self, batch: RecordBatch) -> None:
-        """Take durable records in; records older than what is known change nothing."""
+        """Take durable records in; a record older than its server's newest changes nothing."""
         if not len(batch):
             return
         order = np.argsort(batch.timestamps_ms, kind="stable")
@@ -78,9 +78,9 @@ class Roster:
             is_news = times >= self._last_seen_ms[rows]
             for metric, column in batch.metrics.items():
                 cells = column[order]
-                is_told = is_news & ~np.isnan(cells)
-                if is_told.any():  # numpy assigns in order: of repeated rows the newest stays
-                    self._values[rows[is_told], self._columns[metric]] = cells[is_told]
+                is_new = is_news & ~np.isnan(cells)
+                if is_new.any():  # numpy assigns in order: of repeated rows the newest stays
+                    self._values[rows[is_new], self._columns[metric]] = cells[is_new]
             np.maximum.at(self._last_seen_ms, rows, times)
             self._changes += 1
 

@@ -1,4 +1,4 @@
-"""The way of remote-write requests into the daemon: decoded, mapped, then taken as records.
+"""The way of remote-write requests into the daemon: decode, map, then take as records.
 
 Owns: the order of requests that touch the same counters, and records that could not be stored.
 Does not know: HTTP, files. Safe from any thread.
@@ -29,7 +29,7 @@ class WriteReceipt:
     n_records: int  # durable now
     samples: Mapping[str, int]  # by outcome
     reasons: Sequence[str]  # why records were refused
-    problems: Sequence[str]  # what the sender should know; the rest was taken
+    problems: Sequence[str]  # what the sender should know; the intake took the rest
 
 
 class WriteIntake:
@@ -57,7 +57,7 @@ class WriteIntake:
 
     @property
     def n_series(self) -> int:
-        """Return how many series are kept in mind."""
+        """Return how many series the mapping remembers."""
         return self._mapping.n_series
 
     def take(self, body: bytes) -> WriteReceipt:
