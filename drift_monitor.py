@@ -167,7 +167,7 @@ class DriftMonitor:
     def report(self) -> DriftReport:
         """Score the window as it is now."""
         limits, scores, is_seasonal = self._limits(), self._scores(slice(None)), self._is_seasonal
-        literal = {**scores.by_name(), "combined_score": self._combined(scores)}
+        literal = {**scores.by_name(), "combined_score": self._combined_score(scores)}
         verdict = self._verdict(limits)
         metrics = _seasonal_metrics(verdict) if is_seasonal else literal
         exceeded = tuple(name for name, limit in limits.items() if metrics[name] > limit)
@@ -206,7 +206,7 @@ class DriftMonitor:
     def _weights(self) -> dict[str, float]:
         return {name: _entry(self.weights, f"{short}_weight") for name, short in _SPELLED.items()}
 
-    def _combined(self, scores: MetricScores) -> float:
+    def _combined_score(self, scores: MetricScores) -> float:
         values = scores.by_name()
         return sum(weight * values[name] for name, weight in self._weights().items())
 

@@ -9,7 +9,7 @@ from matplotlib.dates import date2num
 from matplotlib.figure import Figure
 from rhythm_fleet import BIN_MS, START_MS, Grid, made_grid
 from seasonal_store import VERSION, source_of, store_of
-from test_calibrated_monitor import CHANGE, END, changed_grid, monitor_of, report_of
+from test_seasonal_monitor import CHANGE, END, changed_grid, monitor_of, report_of
 
 import drift_monitor
 from drift_monitor import DriftMonitor

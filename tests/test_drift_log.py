@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rhythm_fleet import SERVERS, made_grid
-from test_calibrated_monitor import END, changed_grid, report_of
+from test_seasonal_monitor import END, changed_grid, report_of
 
 from drift_monitor import DriftMonitor
 from fleetcast.retraining.report import DriftLog

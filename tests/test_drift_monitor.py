@@ -15,6 +15,7 @@ from fleetcast.clock import FakeClock
 from fleetcast.drift.evidence import DriftEvidence
 from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.drift.literal.window import DriftWindow, PairWindow
+from fleetcast.drift.seasonal.quorum import COMBINED_THRESHOLD, THRESHOLDS, WEIGHTS
 from fleetcast.errors import BadData
 from fleetcast.settings import DriftSettings
 
@@ -193,6 +194,13 @@ def test_without_a_model_nothing_is_judged() -> None:
     monitor = DriftMonitor()
     monitor.observe(DriftEvidence(PairWindow(size=1000), None, grid_baseline()))
     assert monitor.report().status_reason == "no model in service yet"
+
+
+def test_the_scale_of_the_seasonal_scores_is_what_the_literals_say_as_printed() -> None:
+    printed = DriftMonitor()
+    assert list(printed.thresholds.values()) == list(THRESHOLDS.values())
+    assert list(printed.weights.values()) == list(WEIGHTS.values())
+    assert printed.combined_threshold == COMBINED_THRESHOLD
 
 
 def test_the_file_names_what_the_contract_names(tmp_path: Path) -> None:

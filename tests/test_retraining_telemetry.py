@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from test_calibrated_monitor import changed_grid, report_of
+from test_seasonal_monitor import changed_grid, report_of
 
 from fleetcast.clock import FakeClock
 from fleetcast.drift.report import DriftReport

@@ -1,6 +1,6 @@
 """The season-matched detector over whole stretches at once: the same formulas as bin by bin.
 
-`tests/test_seasonal_drift.py` proves that `SeasonalDetector` gives the same scores.
+`tests/test_detector.py` proves that `SeasonalDetector` gives the same scores.
 """
 
 from dataclasses import dataclass

@@ -73,7 +73,7 @@ class Baseline:
             start_ms: start of the first bin.
         """
         n_server, n_metric, n_bin = values.shape
-        pooled = [_pooled(values[:, index]) for index in range(n_metric)]
+        pooled = [_pool(values[:, index]) for index in range(n_metric)]
         counts, means, stds, quantiles = _sketch(values, SERIES_POINTS)
         hours = ((start_ms + np.arange(n_bin) * bin_ms) // HOUR_MS) % HOURS
         by_hour = [_sketch(values[..., hours == hour], 0)[:3] for hour in range(HOURS)]
@@ -139,7 +139,7 @@ def _check(path: Path, loaded: Baseline) -> None:
     check_shapes(path, ((name, getattr(loaded, name), shape) for name, shape in expected.items()))
 
 
-def _pooled(values: Floats32 | Floats) -> tuple[int, float, float, Floats]:
+def _pool(values: Floats32 | Floats) -> tuple[int, float, float, Floats]:
     """Return count, mean, std and quantiles of (series, value), each series weighing alike."""
     present = np.isfinite(values)
     counts = present.sum(axis=-1)

@@ -234,13 +234,13 @@ class SeasonalDetector:
         found = fleet_ratios(
             self.held_ratios(),
             self._sustained_shares(),
-            int(self._judged().sum()),
+            int(self._is_judged().sum()),
             len(self.reference.metrics),
             self.rule,
         )
         return np.asarray(found / self.reference.fleet.factor, np.float32)
 
-    def _judged(self) -> NDArray[np.bool_]:
+    def _is_judged(self) -> NDArray[np.bool_]:
         return np.asarray(np.isfinite(self._statistics).any(axis=0) & self._is_compared)
 
     def _sustained_shares(self) -> Floats32:
@@ -258,7 +258,7 @@ class SeasonalDetector:
             thresholds, weights: by per, dss, fds, anomaly_rate.
         """
         reference, held = self.reference, self.held_ratios()
-        judged = self._judged()
+        judged = self._is_judged()
         n_judged = int(judged.sum())
         sustained, ratios = self._sustained_shares(), self.fleet_ratios()
         scores = scale_scores(ratios, thresholds)

@@ -10,7 +10,7 @@ import pytest
 from rhythm_fleet import BIN_MS, DAY, START_MS, fitted, made_grid, usual_reference
 from seasonal_store import FIRST_TEST_BIN, SERVERS, VERSION, Grid, registry_with, rows_of
 from small_fleet import quiet_answers, settings
-from test_calibrated_monitor import END, changed_grid
+from test_seasonal_monitor import END, changed_grid
 from told_daemon import Told
 
 from adaptive_retraining_daemon import AdaptiveRetrainingDaemon
