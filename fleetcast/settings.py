@@ -1,25 +1,10 @@
 """Every setting of every part: one frozen dataclass each, the only source of defaults.
 
-Owns: names, defaults, units, bounds and help of settings; the order of their sources (TOML, then
-the environment, then flags); reporting all problems at once. Does not know: what a part does
-with its settings. `docs/settings.md` is made from here.
-
-The settings of drift detection: which scores decide, how rarely they may be wrong, and of whom.
-
-Owns: names, defaults and bounds. They stand apart from `settings.py` only for their length.
-
-Settings of the trainer; `settings.py` puts them beside the others.
-
-The settings of Prometheus remote-write: where it is taken and how series become metrics.
-
-Owns: the default rules for node_exporter (grammar: docs/ingest.md). They stand apart from
-`settings.py` only for their length.
-
-Prints docs/settings.md from the dataclasses in settings.py.
-
     python -m fleetcast.settings > docs/settings.md
 
-Owns: the layout of that page. Does not know: any setting by name.
+Owns: names, defaults, units, bounds and help of the settings, in the order of `Settings`; the order
+of their sources (TOML, then the environment, then flags); the report of all problems at once; the
+layout of docs/settings.md. Does not know: what a part does with its settings.
 """
 
 import dataclasses
@@ -31,119 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fleetcast.clock import DAY_MS
 from fleetcast.errors import SettingsError
 from fleetcast.setting import ENV_PREFIX, SettingInfo, check, from_environment, from_file, setting
 
-CALIBRATED, LITERAL = "calibrated", "literal"
-
-
-@dataclass(frozen=True)
-class DriftSettings:
-    """DriftMonitor. A threshold or weight left out keeps the literal in drift_monitor.py."""
-
-    basis: str = setting(
-        CALIBRATED,
-        "which scores decide: season-matched and calibrated on the fleet's own days, or the literal four",
-        choices=(CALIBRATED, LITERAL),
-    )
-    false_alarms_per_month: float = setting(
-        1.0, "how often an unchanged fleet may ask for a training (calibrated)", low=0.01, high=30
-    )
-    quorum: float = setting(
-        0.25, "share of the series that must be in alarm at once (calibrated)", low=0, high=1
-    )
-    sustained_quorum: float = setting(
-        0.10, "share that is enough when in alarm most of a day (calibrated)", low=0, high=1
-    )
-    timezone: str = setting("UTC", "where the fleet's day begins, for example Europe/Berlin (calibrated)")
-    min_reference_days: int = setting(
-        5,
-        "days a series is known before it is judged; fewer make false alarms likelier (calibrated)",
-        unit="days",
-        low=3,
-        high=30,
-    )
-    reference_days: int = setting(
-        30, "newest days a reference is learned from (calibrated)", unit="days", low=3, high=100
-    )
-    window_size: int = setting(1000, "newest (server, bin) pairs looked at, at least", low=1)
-    window_bins_per_server: int = setting(12, "bins of every server the window holds, at least", low=1)
-    min_pairs: int = setting(300, "pairs of the version in service before a verdict", low=1)
-    min_span_s: float = setting(7200.0, "span of those pairs before a verdict", unit="s", low=0)
-    min_values: int = setting(50, "values of a metric needed in window and baseline", low=2)
-    per_floor_points: float = setting(20.0, "PER's smallest divisor for percents", low=0.01)
-    per_floor_share: float = setting(
-        0.2, "PER's smallest divisor for others, as a share of the baseline's p95", low=0.001
-    )
-    baseline_days: float = setting(7.0, "newest days of the training data in the baseline", low=0.1)
-    per_threshold: float | None = setting(None, "overrides the literal", low=0)
-    dss_threshold: float | None = setting(None, "overrides the literal", low=0)
-    fds_threshold: float | None = setting(None, "overrides the literal", low=0)
-    anomaly_threshold: float | None = setting(None, "overrides the literal", low=0)
-    combined_threshold: float | None = setting(None, "overrides the literal", low=0)
-    per_weight: float | None = setting(None, "overrides the literal", low=0)
-    dss_weight: float | None = setting(None, "overrides the literal", low=0)
-    fds_weight: float | None = setting(None, "overrides the literal", low=0)
-    anomaly_weight: float | None = setting(None, "overrides the literal", low=0)
-
-
-@dataclass(frozen=True)
-class TrainerSettings:
-    """How a model is trained."""
-
-    epochs: int = setting(5, "epochs of an incremental training", low=1, high=1000)
-    base_epochs: int = setting(
-        16, "epochs of a fleet's first training, and of one from scratch", low=1, high=1000
-    )
-    patience_epochs: int = setting(
-        4, "epochs without a better one after which a training from scratch stops; 0: never", low=0
-    )
-    steps_per_epoch: int = setting(100, "batches sampled per epoch", low=1)
-    batch_size: int = setting(128, "windows per batch", low=1)
-    hidden_size: int = setting(32, "width of a network trained from scratch", low=4, high=512)
-    learning_rate: float = setting(5e-3, "peak of the cosine schedule", low=1e-6, high=1.0)
-    incremental_learning_rate: float = setting(
-        4e-3, "the same for an incremental training", low=1e-6, high=1.0
-    )
-    incremental_batch_size: int = setting(64, "windows per batch of an incremental training", low=1)
-    changed_share: float = setting(
-        0.35, "share of a batch drawn from drifting series after their change", low=0.0, high=0.9
-    )
-    specialist_max_share: float = setting(
-        0.5,
-        "share of the series up to which a change is learned by a specialist, the others' forecasts "
-        "staying as they are; 0: never",
-        low=0.0,
-        high=1.0,
-    )
-    specialist_changed_share: float = setting(
-        0.6, "changed_share in a training of a specialist", low=0.0, high=0.9
-    )
-    specialist_learning_rate: float = setting(
-        8e-3, "the same for a specialist, which can spoil nothing but its own series", low=1e-6, high=1.0
-    )
-    keep_weight: float = setting(
-        1.0, "weight in the loss of moving away from the old answers to replayed windows", low=0.0
-    )
-    recent_share: float = setting(
-        0.5,
-        "share of a batch drawn from the newest days, where no change is known",
-        low=0.0,
-        high=1.0,
-    )
-    recent_days: float = setting(3.0, "what counts as the newest days", unit="days", low=0.1)
-    holdout_share: float = setting(
-        0.1, "newest share of the data kept out of training, for the gate", low=0.02, high=0.5
-    )
-    holdout_max_s: float = setting(
-        86_400.0, "longest tail kept out of training, for the gate", unit="s", low=3600.0
-    )
-    keep_versions: int = setting(
-        20, "newest versions kept, besides the one in service, the one before it and the baseline's", low=1
-    )
-    threads: int = setting(1, "torch threads of a training (2 on busy cores were slower)", low=1, high=64)
-    seed: int = setting(7, "seed of weights and sampling", low=0)
-
+CALIBRATED, LITERAL = "calibrated", "literal"  # of drift.basis
+DAY_S = DAY_MS // 1000
+OVERRIDES = "overrides the literal"  # the program prints its default, to be edited there
 
 # Devices whose bytes pass through another device too (or are memory) would be counted twice.
 _VIRTUAL_DISKS = r"(loop|ram|zram|dm-|md|sr|fd|nbd).*"
@@ -163,38 +42,32 @@ NODE_EXPORTER_RULES = (
     ' + max(node_filesystem_avail_bytes{mountpoint="/"}))',
 )
 
+HEAD = f"""# Settings
 
-@dataclass(frozen=True)
-class RemoteWriteSettings:
-    """Prometheus remote-write. Lists of rules come from the TOML file: the environment splits at commas."""
+Made by `python -m fleetcast.settings > docs/settings.md`; do not edit (a test compares them).
 
-    path: str = setting("/api/v1/write", "where remote-write is taken")
-    server_label: str = setting("instance", "label that names the server")
-    server_pattern: str = setting(
-        r"(.+?)(?::\d+)?", "regular expression for that label; its first group is the server's name"
-    )
-    ignored_labels: tuple[str, ...] = setting(
-        ("job", "prometheus", "prometheus_replica", "replica", "receive_replica"),
-        "labels that do not tell two series apart, so that two scrapers of one host count once",
-    )
-    rules: tuple[str, ...] = setting(
-        NODE_EXPORTER_RULES,
-        "our metrics out of series; yours are added to these, or replace the one for the same metric",
-    )
-    max_unpacked_bytes: int = setting(
-        16 * 2**20, "largest request, unpacked (senders make them of 0.1 to 8 MB)", low=1024
-    )
-    max_gap_s: float = setting(
-        300.0, "longest time between two samples of a counter that still makes a rate", unit="s", low=1
-    )
-    max_series: int = setting(
-        200_000, "most series kept in mind, about 1 KB each; further ones are refused", low=1
-    )
+Order: default, then the TOML file (`--config FILE`, else `./fleetcast.toml` if there is one), then the
+environment (`{ENV_PREFIX}<PART>_<NAME>`, for example `{ENV_PREFIX}SERVER_PORT=8001`; lists are comma
+separated), then flags. An unknown name or a value out of bounds ends a program with exit code 2 and
+every problem in one message.
+
+```toml
+# fleetcast.toml
+[server]
+port = 8001
+
+[bins]
+forecast_metrics = ["cpu_pct", "mem_pct", "net_in_mb_s"]
+```
+
+The API key is no setting: it comes from the environment variable `TFT_API_KEY` only, so that it
+stands in no file.
+"""
 
 
 @dataclass(frozen=True)
 class PathSettings:
-    """Folders shared by the two daemons, relative to the working directory."""
+    """Folders that the two daemons share, relative to the working directory."""
 
     data_buffer_dir: str = setting("./data_buffer", "folder of the DataBuffer")
     checkpoint_dir: str = setting("./checkpoints", "folder of the model versions")
@@ -226,17 +99,45 @@ class ServerSettings:
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "TCP port to listen on", low=1, high=65535)
     allowed_hosts: tuple[str, ...] = setting(
-        ("localhost",), "names in `Host` that are answered without a key, beside addresses"
+        ("localhost",), "names in `Host` that the daemon answers without a key, besides addresses"
     )
     max_body_bytes: int = setting(32 * 2**20, "largest accepted request body", low=1024)
     max_server_names: int = setting(20_000, "most distinct servers accepted", low=1)
     max_metric_names: int = setting(512, "most distinct metrics accepted", low=1)
-    max_server_labels: int = setting(50, "most servers given a label of their own in /metrics", low=0)
-    max_pending_posts: int = setting(64, "POSTs at work at once before 503", low=1)
+    max_server_labels: int = setting(50, "most servers with a label of their own in /metrics", low=0)
+    max_pending_posts: int = setting(64, "POSTs at work at once; further ones get 503", low=1)
     hold_s: float = setting(
         1.0, "how long a POST waits for a due sweep before 429 (data clock)", unit="s", low=0, high=60
     )
     quarantine_max_bytes: int = setting(5_000_000, "bound of the quarantine file", low=10_000)
+
+
+@dataclass(frozen=True)
+class RemoteWriteSettings:
+    """Prometheus remote-write. Set `rules` in the TOML file: the environment splits lists at commas."""
+
+    path: str = setting("/api/v1/write", "path that takes remote-write")
+    server_label: str = setting("instance", "label that names the server")
+    server_pattern: str = setting(
+        r"(.+?)(?::\d+)?", "regular expression for that label; its first group is the server's name"
+    )
+    ignored_labels: tuple[str, ...] = setting(
+        ("job", "prometheus", "prometheus_replica", "replica", "receive_replica"),
+        "labels that do not tell two series apart, so that two scrapers of one host count once",
+    )
+    rules: tuple[str, ...] = setting(
+        NODE_EXPORTER_RULES,
+        "rules that make metrics of series; yours join these, or replace the rule for the same metric",
+    )
+    max_unpacked_bytes: int = setting(
+        16 * 2**20, "largest request, unpacked (senders make them of 0.1 to 8 MB)", low=1024
+    )
+    max_gap_s: float = setting(
+        300.0, "longest time between two samples of a counter that still makes a rate", unit="s", low=1
+    )
+    max_series: int = setting(
+        200_000, "most series kept in memory, about 1 KB each; the daemon refuses further ones", low=1
+    )
 
 
 @dataclass(frozen=True)
@@ -245,14 +146,17 @@ class BufferSettings:
 
     retention_days: int = setting(60, "days of records kept", unit="days", low=1, high=3650)
     retention_max_mb: int = setting(
-        0, "size of records (or forecasts) beyond which the oldest days go; 0: no limit", unit="MB", low=0
+        0,
+        "from this size of records (or forecasts) on, the oldest days go; 0: no limit",
+        unit="MB",
+        low=0,
     )
     flush_records: int = setting(10_000, "records after which the log becomes a part", low=1)
     flush_interval_s: float = setting(
-        45.0, "longest time an accepted record stays outside its day file", unit="s", low=0.05, high=60
+        45.0, "longest time that an accepted record stays outside its day file", unit="s", low=0.05, high=60
     )
-    percent_decimals: int = setting(2, "decimals kept of `_pct` metrics", low=0, high=12)
-    significant_digits: int = setting(4, "significant digits kept of other metrics", low=1, high=17)
+    percent_decimals: int = setting(2, "decimals of `_pct` metrics", low=0, high=12)
+    significant_digits: int = setting(4, "significant digits of other metrics", low=1, high=17)
 
 
 @dataclass(frozen=True)
@@ -262,7 +166,7 @@ class BinSettings:
     bin_s: int = setting(300, "length of a bin; must divide a day", unit="s", low=1, high=3600)
     close_grace_s: float = setting(30.0, "wait for stragglers after a bin's end", unit="s", low=0)
     forecast_metrics: tuple[str, ...] = setting(
-        ("cpu_pct", "mem_pct", "disk_io_mb_s", "latency_ms"), "metrics that are forecast, if they arrive"
+        ("cpu_pct", "mem_pct", "disk_io_mb_s", "latency_ms"), "metrics to forecast, if they arrive"
     )
 
 
@@ -271,26 +175,137 @@ class ForecastSettings:
     """What the inference daemon forecasts, and when a server counts as gone."""
 
     horizon_bins: int = setting(96, "bins ahead", low=1, high=2016)
-    settle_horizons: tuple[int, ...] = setting((1, 12, 96), "horizons that are settled, in bins")
+    settle_horizons: tuple[int, ...] = setting((1, 12, 96), "horizons of the forecasts to settle, in bins")
     stale_after_s: float = setting(1800.0, "silence after which a server is stale", unit="s", low=1)
     gone_after_s: float = setting(86_400.0, "silence after which a server is gone", unit="s", low=1)
     model_min_history_s: float = setting(
-        3600.0, "history a server needs before the model forecasts it", unit="s", low=0
+        3600.0, "history that a server needs before the model forecasts it", unit="s", low=0
     )
-    feedback: str = setting("on", "correct the model's forecasts by settled ones", choices=("on", "off"))
+    feedback: str = setting("on", "settled forecasts correct the model's next ones", choices=("on", "off"))
     torch_threads: int = setting(1, "threads of a sweep (2 on busy cores were slower)", low=1, high=64)
 
 
 @dataclass(frozen=True)
-class DecisionSettings:
-    """RetrainingDecisionEngine and the quiet period; left out, the literals in
-    adaptive_retraining_daemon.py hold."""
+class TrainerSettings:
+    """How a model is trained."""
 
-    min_hours_between_training: float | None = setting(None, "overrides the literal", unit="h", low=0)
-    max_days_without_training: float | None = setting(None, "overrides the literal", unit="days", low=0)
-    max_trainings_per_week: int | None = setting(None, "overrides the literal", low=0)
-    quiet_cpu_percent: float | None = setting(None, "overrides the literal", low=0)
-    quiet_mem_percent: float | None = setting(None, "overrides the literal", low=0)
+    epochs: int = setting(5, "epochs of an incremental training", low=1, high=1000)
+    base_epochs: int = setting(
+        16, "epochs of a fleet's first training, and of one from scratch", low=1, high=1000
+    )
+    patience_epochs: int = setting(
+        4, "a training from scratch stops after this many epochs without a better one; 0: never", low=0
+    )
+    steps_per_epoch: int = setting(100, "batches sampled per epoch", low=1)
+    batch_size: int = setting(128, "windows per batch", low=1)
+    hidden_size: int = setting(32, "width of a network trained from scratch", low=4, high=512)
+    learning_rate: float = setting(5e-3, "peak of the cosine schedule", low=1e-6, high=1.0)
+    incremental_learning_rate: float = setting(
+        4e-3, "the same for an incremental training", low=1e-6, high=1.0
+    )
+    incremental_batch_size: int = setting(64, "windows per batch of an incremental training", low=1)
+    changed_share: float = setting(
+        0.35, "share of a batch that is drawn from drifting series after their change", low=0.0, high=0.9
+    )
+    specialist_max_share: float = setting(
+        0.5,
+        "up to this share of the series, a specialist learns a change and leaves the forecasts of the "
+        "others as they are; 0: never",
+        low=0.0,
+        high=1.0,
+    )
+    specialist_changed_share: float = setting(
+        0.6, "changed_share in a training of a specialist", low=0.0, high=0.9
+    )
+    specialist_learning_rate: float = setting(
+        8e-3,
+        "the same for a specialist, which changes only its own series",
+        low=1e-6,
+        high=1.0,
+    )
+    keep_weight: float = setting(
+        1.0, "weight in the loss of moves away from the old answers to replayed windows", low=0.0
+    )
+    recent_share: float = setting(
+        0.5,
+        "share of a batch that is drawn from the newest days, where no change is known",
+        low=0.0,
+        high=1.0,
+    )
+    recent_days: float = setting(3.0, "how many days count as the newest", unit="days", low=0.1)
+    holdout_share: float = setting(
+        0.1, "newest share of the data, kept out of training for the gate", low=0.02, high=0.5
+    )
+    holdout_max_s: float = setting(
+        86_400.0, "longest tail that is kept out of training for the gate", unit="s", low=3600.0
+    )
+    keep_versions: int = setting(
+        20, "newest versions kept, besides the one in service, the one before it and the baseline's", low=1
+    )
+    threads: int = setting(1, "torch threads of a training (2 on busy cores were slower)", low=1, high=64)
+    seed: int = setting(7, "seed of weights and sampling", low=0)
+
+
+@dataclass(frozen=True)
+class DriftSettings:
+    """DriftMonitor. A threshold or weight left out keeps the literal in drift_monitor.py."""
+
+    basis: str = setting(
+        CALIBRATED,
+        "which scores decide: matched by season and calibrated on the fleet's own days, or the literal four",
+        choices=(CALIBRATED, LITERAL),
+    )
+    false_alarms_per_month: float = setting(
+        1.0, "how often an unchanged fleet may ask for a training (calibrated)", low=0.01, high=30
+    )
+    quorum: float = setting(
+        0.25, "share of the series that must be in alarm at once (calibrated)", low=0, high=1
+    )
+    sustained_quorum: float = setting(
+        0.10, "share that is enough if it stays in alarm for most of a day (calibrated)", low=0, high=1
+    )
+    timezone: str = setting("UTC", "time zone of the fleet's day, for example Europe/Berlin (calibrated)")
+    min_reference_days: int = setting(
+        5,
+        "days of a series before the detector judges it; fewer make false alarms likelier (calibrated)",
+        unit="days",
+        low=3,
+        high=30,
+    )
+    reference_days: int = setting(
+        30, "newest days that a reference learns from (calibrated)", unit="days", low=3, high=100
+    )
+    window_size: int = setting(1000, "newest (server, bin) pairs in the window, at least", low=1)
+    window_bins_per_server: int = setting(12, "bins of every server in the window, at least", low=1)
+    min_pairs: int = setting(300, "pairs of the version in service before a verdict", low=1)
+    min_span_s: float = setting(7200.0, "span of those pairs before a verdict", unit="s", low=0)
+    min_values: int = setting(50, "values that a metric needs in window and baseline", low=2)
+    per_floor_points: float = setting(20.0, "PER's smallest divisor for percents", low=0.01)
+    per_floor_share: float = setting(
+        0.2, "PER's smallest divisor for other metrics, as a share of the baseline's p95", low=0.001
+    )
+    baseline_days: float = setting(7.0, "newest days of the training data that enter the baseline", low=0.1)
+    per_threshold: float | None = setting(None, OVERRIDES, low=0)
+    dss_threshold: float | None = setting(None, OVERRIDES, low=0)
+    fds_threshold: float | None = setting(None, OVERRIDES, low=0)
+    anomaly_threshold: float | None = setting(None, OVERRIDES, low=0)
+    combined_threshold: float | None = setting(None, OVERRIDES, low=0)
+    per_weight: float | None = setting(None, OVERRIDES, low=0)
+    dss_weight: float | None = setting(None, OVERRIDES, low=0)
+    fds_weight: float | None = setting(None, OVERRIDES, low=0)
+    anomaly_weight: float | None = setting(None, OVERRIDES, low=0)
+
+
+@dataclass(frozen=True)
+class DecisionSettings:
+    """RetrainingDecisionEngine and the quiet period. A limit left out keeps the literal in
+    adaptive_retraining_daemon.py."""
+
+    min_hours_between_training: float | None = setting(None, OVERRIDES, unit="h", low=0)
+    max_days_without_training: float | None = setting(None, OVERRIDES, unit="days", low=0)
+    max_trainings_per_week: int | None = setting(None, OVERRIDES, low=0)
+    quiet_cpu_percent: float | None = setting(None, OVERRIDES, low=0)
+    quiet_mem_percent: float | None = setting(None, OVERRIDES, low=0)
     quiet_window: str = setting(
         "auto",
         "auto: a fleet over the fixed limits for a week is quiet in its own lowest quarter; fixed: never",
@@ -301,18 +316,18 @@ class DecisionSettings:
     )
     follow_up_hours: float = setting(
         24.0,
-        "a training for drift that saw less than half of this is followed by one that sees all, and one that "
-        "learned much by one that sees three times as much; 0: never",
+        "behaviour after a change that is worth a training: one that saw less than half of it is followed by "
+        "one that sees all, one that learned much by one that sees three times as much; 0: never",
         unit="h",
         low=0,
         high=120,
     )
     host_load_per_core: float = setting(
-        0.8, "1-minute load of others per core at which the host is busy", low=0
+        0.8, "1-minute load of others per core from which the host is busy", low=0
     )
     host_min_available_gb: float = setting(4.0, "memory the host must have free", unit="GB", low=0)
     initial_min_span_s: float = setting(172_800.0, "data span an initial training needs", unit="s", low=0)
-    initial_min_windows: int = setting(200, "trainable windows an initial training needs", low=1)
+    initial_min_windows: int = setting(200, "trainable windows that an initial training needs", low=1)
 
 
 @dataclass(frozen=True)
@@ -322,13 +337,13 @@ class RetrainingSettings:
     daemon_url: str = setting("http://localhost:8000", "where the inference daemon answers")
     interval_s: float = setting(300.0, "wall time between checks", unit="s", low=0.1)
     mode: str = setting("auto", "auto: decide and train; advise: only decide", choices=("auto", "advise"))
-    training_script: str = setting("tft_trainer.py", "program started to train")
+    training_script: str = setting("tft_trainer.py", "program that trains")
     training_days: int = setting(30, "days of records exported for a training", unit="days", low=1)
     training_epochs: int = setting(5, "epochs asked of the trainer", low=1, high=1000)
-    training_timeout_s: float = setting(7200.0, "a training is killed after this", unit="s", low=1)
+    training_timeout_s: float = setting(7200.0, "the daemon kills a training after this", unit="s", low=1)
     training_nice: int = setting(10, "priority of the trainer (19 is lowest)", low=0, high=19)
-    request_timeout_s: float = setting(10.0, "wait for the inference daemon", unit="s", low=0.1)
-    max_failures: int = setting(10, "failed checks in a row after which the daemon exits", low=1)
+    request_timeout_s: float = setting(10.0, "longest wait for the inference daemon", unit="s", low=0.1)
+    max_failures: int = setting(10, "the daemon exits after this many failed checks in a row", low=1)
 
 
 @dataclass(frozen=True)
@@ -396,8 +411,8 @@ def load_settings(
 
 def _cross_checks(values: Mapping[str, Any]) -> Iterator[str]:
     bin_s = values.get("bins.bin_s", BinSettings.bin_s)
-    if 86_400 % bin_s:
-        yield f"bins.bin_s must divide a day (86400 s), got {bin_s}"
+    if DAY_S % bin_s:
+        yield f"bins.bin_s must divide a day ({DAY_S} s), got {bin_s}"
     horizon = values.get("forecast.horizon_bins", ForecastSettings.horizon_bins)
     settle = values.get("forecast.settle_horizons", ForecastSettings.settle_horizons)
     if any(not 1 <= item <= horizon for item in settle):
@@ -407,29 +422,6 @@ def _cross_checks(values: Mapping[str, Any]) -> Iterator[str]:
         zoneinfo.ZoneInfo(timezone)
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
         yield f"drift.timezone must name a time zone like Europe/Berlin, got {timezone!r}"
-
-
-HEAD = f"""# Settings
-
-Made by `python -m fleetcast.settings > docs/settings.md`; do not edit (a test compares them).
-
-Order: default, then the TOML file (`--config FILE`, else `./fleetcast.toml` if there is one), then the
-environment (`{ENV_PREFIX}<PART>_<NAME>`, for example `{ENV_PREFIX}SERVER_PORT=8001`; lists are comma
-separated), then flags. An unknown name or a value out of bounds ends a program with exit code 2 and
-every problem in one message.
-
-```toml
-# fleetcast.toml
-[server]
-port = 8001
-
-[bins]
-forecast_metrics = ["cpu_pct", "mem_pct", "net_in_mb_s"]
-```
-
-The API key is no setting: it comes from the environment variable `TFT_API_KEY` only, so that it
-stands in no file.
-"""
 
 
 def page() -> str:
