@@ -1,14 +1,17 @@
-"""The HTTP thread: a taken port is known at once, a stop answers what is at work."""
+"""The HTTP server's thread, and what a connection may cost before and after its request."""
 
+import contextlib
 import socket
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 
-from fleetcast.api.listener import HttpListener
+from fleetcast.api.listener import MAX_HEAD_BYTES, BoundedConnection, HttpListener
+from fleetcast.clock import monotonic
 from fleetcast.errors import CannotStart
 
 
@@ -79,3 +82,113 @@ def test_a_request_that_never_ends_does_not_hold_the_stop_up() -> None:
         release.set()
         with pytest.raises(httpx.HTTPError):
             answer.result().raise_for_status()
+
+
+LARGE = b"x" * 30_000_000  # more than the buffers of both sockets take
+GET = b"GET /small HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.fixture
+def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    monkeypatch.setattr(BoundedConnection, "head_timeout_s", 0.3)
+    monkeypatch.setattr(BoundedConnection, "stalled_answer_s", 0.3)
+    app = FastAPI()
+
+    @app.get("/small")
+    async def small() -> str:
+        return "small"
+
+    @app.post("/refused", status_code=401)
+    async def refused() -> str:
+        return "refused"
+
+    @app.get("/large")
+    async def large() -> Response:
+        return Response(LARGE)
+
+    listener = HttpListener("127.0.0.1", 0)
+    listener.start(app, 1.0)
+    yield int(listener.url.rsplit(":", 1)[1])
+    listener.stop(5.0)
+
+
+def wire(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=20)
+
+
+def rest(connection: socket.socket) -> bytes:
+    """Return what still comes until the daemon closes; a hang is a TimeoutError."""
+    found = bytearray()
+    with contextlib.suppress(ConnectionResetError):
+        while data := connection.recv(1_000_000):
+            found += data
+    return bytes(found)
+
+
+def still_open(connection: socket.socket) -> bool:
+    """Send one more byte of a head; False once the daemon has closed."""
+    try:
+        connection.sendall(b"a")
+        return connection.recv(1) != b""
+    except TimeoutError:
+        return True
+    except (BrokenPipeError, ConnectionResetError):
+        return False
+
+
+@pytest.mark.parametrize(
+    "begun", [b"", b"GET /small HT", GET, GET + b"X-Slow: ", b"\r\n"], ids=lambda begun: repr(begun[-9:])
+)
+def test_a_head_that_does_not_come_ends_the_connection(port: int, begun: bytes) -> None:
+    with wire(port) as connection:
+        connection.sendall(begun)
+        assert rest(connection) == b""
+
+
+def test_a_head_that_trickles_gains_no_time_by_it(port: int) -> None:
+    with wire(port) as connection:
+        connection.settimeout(0.02)
+        connection.sendall(GET + b"X-Slow: ")
+        began_s = monotonic()
+        while still_open(connection):
+            assert monotonic() - began_s < 10
+
+
+def test_after_an_answer_a_lone_line_feed_does_not_keep_the_connection_for_ever(port: int) -> None:
+    with wire(port) as connection:
+        connection.sendall(GET + b"\r\n")
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"\r\n")
+        rest(connection)
+
+
+def test_a_flood_of_headers_is_refused_before_it_costs_memory(port: int) -> None:
+    with wire(port) as connection:
+        connection.sendall(GET + b"X-A: b\r\n" * (MAX_HEAD_BYTES // 8))
+        assert rest(connection).startswith(b"HTTP/1.1 431 ")
+
+
+def test_a_small_request_after_a_long_body_is_not_taken_for_a_flood(port: int) -> None:
+    with wire(port) as connection:
+        length = 3 * MAX_HEAD_BYTES
+        head = b"POST /refused HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % length
+        connection.sendall(head + b"b" * length + GET + b"Connection: close\r\n\r\n")
+        answers = rest(connection)
+    assert answers.count(b"HTTP/1.1 ") == 2
+    assert b"HTTP/1.1 401 " in answers
+    assert answers.endswith(b'"small"')
+
+
+def test_an_answer_that_nobody_reads_is_given_up(port: int) -> None:
+    with wire(port) as connection:
+        connection.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+        for _ in range(3):  # each of these ends after the head's time: together longer than the answer's
+            with wire(port) as other:
+                rest(other)
+        assert len(rest(connection)) < len(LARGE)
+
+
+def test_a_large_answer_that_is_read_arrives_whole(port: int) -> None:
+    with wire(port) as connection:
+        connection.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert rest(connection).endswith(b"\r\n\r\n" + LARGE)

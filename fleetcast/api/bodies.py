@@ -101,7 +101,7 @@ def read_records(body: bytes) -> list[Any]:
     try:
         value = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        value = _lenient(body, error)
+        value = _decode_leniently(body, error)
     records = value.get("records") if isinstance(value, dict) else None
     if not isinstance(records, list):
         found = f'"records" is {_kind(records)}' if isinstance(value, dict) else f"it is {_kind(value)}"
@@ -114,7 +114,7 @@ def encode(answer: Mapping[str, Any]) -> bytes:
     return msgspec.json.encode(answer)
 
 
-def _lenient(body: bytes, error: Exception) -> Any:
+def _decode_leniently(body: bytes, error: Exception) -> Any:
     """Decode what senders write beyond JSON (NaN, 1e999, half a surrogate), to lose only their records."""
     try:
         return json.loads(body.decode(), parse_int=_integer)

@@ -157,7 +157,7 @@ class BoundedConnection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """End the head's time: from here on the body's limits hold."""
         self._is_in_head, self._is_in_body = False, True
-        self._head_arrived()
+        self._end_head()
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -173,19 +173,19 @@ class BoundedConnection(HttpToolsProtocol):
     def resume_writing(self) -> None:
         """Stop watching: it was read."""
         super().resume_writing()
-        self._answer_read()
+        self._end_answer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget both limits."""
-        self._head_arrived()
-        self._answer_read()
+        self._end_head()
+        self._end_answer()
         super().connection_lost(exc)
 
     def _await_head(self) -> None:
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(self.head_timeout_s, self.transport.abort)
 
-    def _head_arrived(self) -> None:
+    def _end_head(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
@@ -201,7 +201,7 @@ class BoundedConnection(HttpToolsProtocol):
         else:
             self._watch_answer(n_waiting)
 
-    def _answer_read(self) -> None:
+    def _end_answer(self) -> None:
         if self._answer_timer is not None:
             self._answer_timer.cancel()
             self._answer_timer = None

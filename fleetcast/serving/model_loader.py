@@ -114,7 +114,7 @@ class ModelLoader:
         if self.champion is None:
             versions = self._registry.usable_versions(self._note)
         else:
-            versions = iter(self._pointed_to())
+            versions = iter(self._find_pointed())
         for version in versions:
             champion = self._try(version)
             if champion:
@@ -126,7 +126,7 @@ class ModelLoader:
         kept = self.champion.info.version if self.champion else "the fallback forecast"
         logger.info("no model to put into service, %s goes on serving", kept)
 
-    def _pointed_to(self) -> list[Version]:
+    def _find_pointed(self) -> list[Version]:
         try:
             version = self._registry.version(self._pointer or "")
             version.verify()

@@ -78,9 +78,9 @@ class Roster:
             is_news = times >= self._last_seen_ms[rows]
             for metric, column in batch.metrics.items():
                 cells = column[order]
-                is_new = is_news & ~np.isnan(cells)
-                if is_new.any():  # numpy assigns in order: of repeated rows the newest stays
-                    self._values[rows[is_new], self._columns[metric]] = cells[is_new]
+                is_sent = is_news & ~np.isnan(cells)
+                if is_sent.any():  # numpy assigns in order: of repeated rows the newest stays
+                    self._values[rows[is_sent], self._columns[metric]] = cells[is_sent]
             np.maximum.at(self._last_seen_ms, rows, times)
             self._changes += 1
 

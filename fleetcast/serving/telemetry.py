@@ -148,7 +148,7 @@ class Telemetry:
             buckets=_LATENCY_BUCKETS_S,
             registry=registry,
         )
-        self._write, self._samples = _of_remote_write(registry)
+        self._write, self._samples = _register_remote_write(registry)
         self._sweep = Histogram(
             "fleetcast_sweep_seconds", "time of one sweep", buckets=_SWEEP_BUCKETS_S, registry=registry
         )
@@ -207,7 +207,7 @@ class Telemetry:
         return generate_latest(self._registry) + generate_latest(states) + self._read_appendix()
 
 
-def _of_remote_write(registry: CollectorRegistry) -> tuple[Histogram, Counter]:
+def _register_remote_write(registry: CollectorRegistry) -> tuple[Histogram, Counter]:
     seconds = Histogram(
         "fleetcast_write_seconds",
         "time from request to answer of remote-write",

@@ -245,7 +245,7 @@ def test_a_dead_http_thread_ends_the_cycle(tmp_path: Path) -> None:
 
 
 def conforms(value: Any, schema: dict[str, Any]) -> bool:
-    """Check the few schema words that `apidocs` uses."""
+    """Check the few schema words that the description uses."""
     kinds: dict[str, type] = {
         "object": dict, "array": list, "string": str, "integer": int, "boolean": bool, "null": type(None),
         "number": float,
