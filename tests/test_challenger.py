@@ -1,4 +1,4 @@
-"""What a challenger is shown of a change: most of a batch, but nothing by heart."""
+"""What a challenger is shown: of a change nothing by heart, of a fleet's history all of it at first."""
 
 from pathlib import Path
 
@@ -29,3 +29,20 @@ def test_no_window_of_a_change_is_shown_more_than_ten_times(
     mix = training._mix(n_window)
     assert mix.changed == changed
     assert mix.changed_share == pytest.approx(share)
+
+
+@pytest.mark.parametrize("is_base", [True, False])
+def test_a_first_training_is_not_held_to_the_shipped_base_and_draws_from_the_whole_history(
+    is_base: bool,
+) -> None:
+    # Given the same weights, once as the base of another fleet and once as a version of this one
+    start = Champion(Version("v1", Path("v1"), {}, is_base), model())
+    # When a training without a known change continues them
+    settings = Settings()
+    training = Training(grid(), (), settings, start, epochs=1)
+    mix = training._mix(1000)
+    # Then only the version of this fleet is kept to, and half of each batch is its newest days
+    trainer = settings.trainer
+    assert training._plan.keep_weight == (0.0 if is_base else trainer.keep_weight)
+    assert mix.recent_share == (0.0 if is_base else trainer.recent_share)
+    assert (mix.recent_weights is None) == is_base

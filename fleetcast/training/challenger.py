@@ -89,6 +89,15 @@ class Training:
         """Return the version that the training continues."""
         return self._start.version.id if self._start else None
 
+    @property
+    def _starts_from_base(self) -> bool:
+        """Return whether this is the fleet's first training: the shipped base knows other fleets only.
+
+        Nothing that it learned has to be kept, and no day of the history is known already
+        (docs/decisions/first-training.md).
+        """
+        return self._start is not None and self._start.version.is_base
+
     def _require_data(self) -> None:
         grid = self._grid
         n_window = count_trainable(grid.values, self._shape.horizon_bins)
@@ -104,6 +113,7 @@ class Training:
     def _make_plan(self, epochs: int, *, shows_progress_bar: bool) -> Fit:
         trainer, makes_specialist = self._settings.trainer, self._scope.makes_specialist
         is_incremental = self._start is not None
+        is_held = is_incremental and not makes_specialist and not self._starts_from_base
         rate = trainer.incremental_learning_rate if is_incremental else trainer.learning_rate
         return Fit(
             epochs=epochs,
@@ -113,7 +123,7 @@ class Training:
             threads=trainer.threads,
             seed=trainer.seed,
             shows_progress_bar=shows_progress_bar,
-            keep_weight=trainer.keep_weight if is_incremental and not makes_specialist else 0.0,
+            keep_weight=trainer.keep_weight if is_held else 0.0,
             patience_epochs=0 if is_incremental else trainer.patience_epochs,
         )
 
@@ -239,6 +249,8 @@ class Training:
     def _mix(self, n_window: int) -> WindowMix:
         """Return what a batch is drawn from: a change that is known, else the recent and badly forecast.
 
+        A first training has seen nothing of the fleet yet: it draws from the whole history alike.
+
         Args:
             n_window: that the training draws in all.
         """
@@ -251,6 +263,8 @@ class Training:
             return WindowMix(scope.shown, share)
         if scope.shown:
             return WindowMix(scope.shown, trainer.changed_share)
+        if self._starts_from_base:
+            return WindowMix()
         recent = round(trainer.recent_days * DAY_MS / self._grid.bin_ms)
         weights = series_weights(self._start.model, self._grid, self._shape, first_held, recent, trainer.seed)
         return WindowMix(recent_share=trainer.recent_share, recent_bins=recent, recent_weights=weights)
