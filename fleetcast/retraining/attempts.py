@@ -1,11 +1,11 @@
-"""One training attempt as a process: started once, followed, adopted after a restart, judged.
+"""One training attempt as a process: started once, followed, adopted after a restart, concluded.
 
-Owns: `attempt.lock`, `checkpoints/runs/<id>.log|.json` (output and end of the process, written
-by `bounded_run`), what an end means. Does not know: when to train, or the state file: its
-caller writes an attempt down before `spawn` and its outcome after `ended`.
+Owns: `attempt.lock`, `checkpoints/runs/<id>.log|.json` (output and end of the process, written by
+`supervisor`), what an end means. Does not know: when to train, or the state file: its caller writes
+an attempt down before `spawn` and its outcome after `conclude`.
 
-The lock is taken before anything starts and inherited by every process of the attempt. As
-long as one of them lives nobody starts another, whichever daemon is there to see it.
+The lock is taken before anything starts, and every process of the attempt inherits it. As long as
+one of them lives, no daemon starts another attempt.
 """
 
 import logging
@@ -34,12 +34,12 @@ from fleetcast.retraining.state import (
 
 logger = logging.getLogger(__name__)
 
-ATTEMPT_ID_VARIABLE = "TFT_ATTEMPT_ID"  # how the trainer learns under which name to leave its verdict
+ATTEMPT_ID_VARIABLE = "TFT_ATTEMPT_ID"  # tells the trainer under which name to leave its verdict
 RUNS_FOLDER = "runs"
 _PROGRAM_DIR = Path(__file__).parents[2]
 _MAX_LOG_BYTES = 1_000_000
 _READ_BYTES = 65_536
-_MAX_LINES_LOGGED = 2_000  # of one attempt; all that was kept stands in its own log
+_MAX_LINES_LOGGED = 2_000  # of one attempt; the rest stands in its own log
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Attempts:
         self._lines_logged = 0
 
     def why_not_free(self) -> str:
-        """Return who trains at the moment, or ""."""
+        """Return which process trains at the moment, or ""."""
         for name, what in ((ATTEMPT_LOCK, "a training attempt"), (TRAINER_LOCK, "a trainer")):
             path = self.folder / name
             if not (name == ATTEMPT_LOCK and self._lock.is_held) and files.is_locked(path):
@@ -72,7 +72,7 @@ class Attempts:
         return ""
 
     def reserve(self) -> bool:
-        """Take the lock for a new attempt; False if somebody else was faster."""
+        """Take the lock for a new attempt; False if another process was faster."""
         try:
             self._lock.acquire()
         except AlreadyRunning:
@@ -120,7 +120,7 @@ class Attempts:
         return replace(attempt, pid=self._process.pid)
 
     def is_running(self, attempt: Attempt) -> bool:
-        """Whether a process of the attempt lives, started by this daemon or by an earlier one."""
+        """Return whether a process of the attempt lives, of this daemon or of an earlier one."""
         if self._process is not None and self._process.pid == attempt.pid:
             return self._process.poll() is None
         return not self._lock.is_held and files.is_locked(self._lock.path)
@@ -141,11 +141,11 @@ class Attempts:
                 logger.info("training attempt=%s | %s", attempt.id, line)
 
     def conclude(self, attempt: Attempt) -> Attempt:
-        """Return the attempt with its outcome, once it does not run any more."""
+        """Return an attempt that has ended with its outcome."""
         self.follow(attempt)
         self._process = None
         self.release()
-        result = _read(self._result_path(attempt))
+        result = _read_result(self._result_path(attempt))
         exit_code = result.get("exit_code")
         code = exit_code if isinstance(exit_code, int) else None
         verdict = read_verdict(self.folder, attempt.id)
@@ -155,7 +155,7 @@ class Attempts:
         return replace(attempt, outcome=outcome, exit_code=code, version=version, why=why)
 
     def _read_verdict(self, attempt: Attempt, verdict: Verdict | None) -> tuple[str, str | None, str] | None:
-        """Return what the trainer's verdict says, if it left one and it is true."""
+        """Return the outcome by the trainer's verdict, if it left one that is true."""
         if verdict is None:
             return self._find_promotion(attempt)
         if not verdict.promoted:
@@ -205,8 +205,8 @@ class Attempts:
         return self.folder / RUNS_FOLDER / f"{attempt.id}.json"
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Return a JSON object somebody else wrote; damaged counts as absent."""
+def _read_result(path: Path) -> dict[str, Any]:
+    """Return a JSON object that the supervisor wrote; a damaged one counts as absent."""
     try:
         return files.read_json(path)
     except FileNotFoundError:

@@ -1,10 +1,8 @@
-"""One check of the retraining daemon, as text for people and as a line of `decisions.jsonl`.
+"""One check of the retraining daemon: as text for people, as a line of `decisions.jsonl`, in the log.
 
-Owns: the layout of both. Does not know: how anything in it was measured or decided.
-
-What the log says about drift: each series and each broken sensor once, when it begins and ends.
-
-Owns: which of them were told already. A restart tells them again. Does not know: scores.
+Owns: the layout of both, and which drifting series and broken sensors the log has named already
+(each once, when it begins and when it ends; after a restart again). Does not know: how anything in
+a check was measured or decided.
 """
 
 import json
@@ -20,38 +18,6 @@ from fleetcast.schema import QuietVerdict
 logger = logging.getLogger(__name__)
 
 MOST_LINES = 20  # a check
-
-
-class DriftLog:
-    """Compares each report with the one before."""
-
-    def __init__(self) -> None:
-        self._drifting: set[tuple[str, str]] = set()
-        self._events: set[tuple[str, str, str | None]] = set()
-
-    def note(self, report: DriftReport) -> None:
-        """Log what began and what ended."""
-        verdict = report.verdict
-        if verdict is None:
-            return
-        drifting = {(item.server_name, item.metric): item.sentence() for item in verdict.drifting}
-        begun = [sentence for key, sentence in drifting.items() if key not in self._drifting]
-        for sentence in begun[:MOST_LINES]:
-            logger.info("series in alarm: %s", sentence)
-        ended = len(self._drifting - drifting.keys())
-        if len(begun) > MOST_LINES or ended:
-            logger.info(
-                "series in alarm=%d begun=%d ended=%d of compared=%d",
-                *(len(drifting), len(begun), ended, verdict.n_compared),
-            )
-        events = {(item.kind, item.server_name, item.metric) for item in verdict.events}
-        for kind, server, metric in sorted(events - self._events, key=str)[:MOST_LINES]:
-            logger.warning(
-                "data quality, not drift: kind=%s server=%s metric=%s", kind, server, metric or "all"
-            )
-        self._drifting, self._events = set(drifting), events
-
-
 STARTED, NOTHING, ADVISED, BESIDE, TRAINING = "started", "nothing", "advised", "beside", "training"
 
 
@@ -114,3 +80,33 @@ class RetrainingCheck:
         if self.action_detail:
             lines.append(self.action_detail)
         return "\n".join(lines)
+
+
+class DriftLog:
+    """Compares each report with the one before, and logs the difference."""
+
+    def __init__(self) -> None:
+        self._drifting: set[tuple[str, str]] = set()
+        self._events: set[tuple[str, str, str | None]] = set()
+
+    def note(self, report: DriftReport) -> None:
+        """Log what began and what ended."""
+        verdict = report.verdict
+        if verdict is None:
+            return
+        drifting = {(item.server_name, item.metric): item.sentence() for item in verdict.drifting}
+        begun = [sentence for key, sentence in drifting.items() if key not in self._drifting]
+        for sentence in begun[:MOST_LINES]:
+            logger.info("series in alarm: %s", sentence)
+        ended = len(self._drifting - drifting.keys())
+        if len(begun) > MOST_LINES or ended:
+            logger.info(
+                "series in alarm=%d begun=%d ended=%d of compared=%d",
+                *(len(drifting), len(begun), ended, verdict.n_compared),
+            )
+        events = {(item.kind, item.server_name, item.metric) for item in verdict.events}
+        for kind, server, metric in sorted(events - self._events, key=str)[:MOST_LINES]:
+            logger.warning(
+                "data quality, not drift: kind=%s server=%s metric=%s", kind, server, metric or "all"
+            )
+        self._drifting, self._events = set(drifting), events

@@ -1,18 +1,14 @@
 """`retraining_state.json`: what the retraining daemon must not forget.
 
-Owns: the file's format and its atomic writing; one value in, one value out.
-Does not know: what the entries mean for a decision (`safeguards`) or a process (`attempts`).
+Owns: the file's format and its atomic writing; what happens to a damaged file; trainings that the
+state does not know (started by hand, or before the file was lost). Does not know: what the entries
+mean for a decision (`decision`) or a process (`attempts`).
 
 Keys for people, as `spec.md` prints them: `last_training_time` (of the last training that ran
 to a verdict: what the 6-hour safeguard counts from), `training_history` and `total_trainings`
 (promoted ones), UTC without offset. Keys of our own: `format`, `trainings` (every verdict, with
 microseconds and uptime), `backoff`, `installed_at`, `clock_mode`, `attempts`, `last_decision`.
 A file with the first three keys only is accepted (as another version of the product wrote it).
-
-The retraining state at a start: read, or rebuilt from what trainings left behind.
-
-Owns: what happens to a damaged state file, and trainings the state does not know (started by
-hand, or before the file was lost). Does not know: limits.
 """
 
 import logging
@@ -27,6 +23,8 @@ from fleetcast.clock import Uptime, parse_plain_utc, plain_utc
 from fleetcast.errors import CorruptFile, SettingsError, UnknownFormat
 from fleetcast.forecast.registry import new_verdicts
 from fleetcast.retraining.decision import Backoff, TrainingLog, TrainingStamp
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "retraining_state.json"
 FORMAT = 1
@@ -56,7 +54,7 @@ class Attempt:
 
     @property
     def is_running(self) -> bool:
-        """Whether its end was not noted yet."""
+        """Whether the daemon has not noted its end yet."""
         return self.outcome == RUNNING
 
 
@@ -72,7 +70,7 @@ class RetrainingState:
 
     @property
     def running(self) -> Attempt | None:
-        """Return the attempt whose end was not noted yet."""
+        """Return the attempt whose end the daemon has not noted yet."""
         return next((attempt for attempt in self.attempts if attempt.is_running), None)
 
     def with_attempt(self, attempt: Attempt) -> "RetrainingState":
@@ -186,14 +184,11 @@ def _text_or_none(value: object) -> str | None:
     return value
 
 
-logger = logging.getLogger(__name__)
-
-
 def state_at_start(path: Path, clock_mode: str, now: datetime) -> RetrainingState:
     """Return the state in `path` for its owner.
 
-    A damaged file is set aside, and a training is taken to have ended now: better one late
-    training than one too many. Those that left a verdict are found again (`with_unknown`).
+    A damaged file is set aside, and one training counts as ended now: better one late training than
+    one too many. `with_unknown` finds the trainings again that left a verdict.
 
     Raises:
         SettingsError: the state was made under the other clock.

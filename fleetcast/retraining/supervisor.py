@@ -2,9 +2,9 @@
 
     python -m fleetcast.retraining.supervisor '{"steps": [{"argv": [...], "cwd": "...", "env": {}}], ...}'
 
-Started by `attempts` in a session of its own, so that a training survives the daemon that
-started it and still has somebody who enforces its time limit, drains its output and knows its
-exit code. Owns: the child's priority, time, output, end. Does not know: what the commands do.
+`attempts` starts it in a session of its own, so that a training survives the daemon, and a process
+is left that enforces the time limit, drains the output and knows the exit code. Owns: the child's
+priority, time, output, end. Does not know: what the commands do.
 
 Leaves two files: `log` (the newest output lines, at most `max_log_bytes`; later lines are
 counted, not kept) and, last and atomically, `result`: {"exit_code", "step", "timed_out",
@@ -35,7 +35,7 @@ LINE_BYTES = 500
 TAIL_LINES = 20
 READ_BYTES = 65_536
 _PR_SET_PDEATHSIG = 1
-_OOM_SCORE = "500"  # short of memory, the kernel shall take a training, not a daemon
+_OOM_SCORE = "500"  # short of memory, the kernel should kill a training, not a daemon
 _KILL_GRACE_S = 10.0
 _POLL_S = 0.1
 _PIPE_BYTES = 2**20  # the most a pipe holds
@@ -97,30 +97,30 @@ class OutputLines:
         self._open = b""
 
     def _take(self, lines: list[bytes]) -> None:
-        """Keep what there is room for, and the last lines; a gigabyte is only counted."""
+        """Keep the lines there is room for, and the last ones; count the others."""
         present = [line[:LINE_BYTES] for line in lines if line]
         self.lines += len(present)
         self.tail.extend(line.decode("utf-8", "replace") for line in present[-TAIL_LINES:])
         for number, line in enumerate(present):
-            if not self._is_kept(line):
+            if not self._keep(line):
                 self._room = 0
                 self.dropped += len(present) - number
                 return
 
-    def _is_kept(self, line: bytes) -> bool:
+    def _keep(self, line: bytes) -> bool:
         if len(line) >= self._room:
             return False
         try:
             self._stream.write(line + b"\n")
             self._stream.flush()
-        except OSError:  # a full disk must not end a training; its own writes will tell
+        except OSError:  # a full disk must not end a training here: its own writes fail
             return False
         self._room -= len(line) + 1
         return True
 
 
 def run_job(job: RunJob) -> dict[str, Any]:
-    """Run the steps until one fails or the time is up; return what `result` shall hold."""
+    """Run the steps until one fails or the time is up; return the content of `result`."""
     started = monotonic()
     deadline = started + job.timeout_s
     exit_code, timed_out, n_begun = 0, False, 0
@@ -184,7 +184,7 @@ def _drain(child: subprocess.Popen[bytes], deadline: float, output: OutputLines)
             elif selector.select(_POLL_S):
                 data = os.read(descriptor, READ_BYTES)
                 output.feed(data)
-                if not data:  # it closed its output and works on
+                if not data:  # it closed its output and goes on working
                     selector.unregister(descriptor)
     return False
 
@@ -195,7 +195,7 @@ def _has_ended(pid: int) -> bool:
 
 
 def _read_rest(descriptor: int, output: OutputLines) -> None:
-    """Take what is left in the pipe of a dead group; somebody who left the group is not waited for."""
+    """Take what is left in the pipe of a dead group, without waiting for a process that left the group."""
     with contextlib.suppress(BlockingIOError):
         for _ in range(_PIPE_BYTES // READ_BYTES):
             data = os.read(descriptor, READ_BYTES)

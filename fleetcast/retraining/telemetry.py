@@ -1,11 +1,11 @@
 """The retraining daemon's numbers for Prometheus: `retraining_metrics.prom`.
 
-Owns: names and labels of these metrics, and the file, rewritten after every check. Does not
-know: how anything in it was measured or decided.
+Owns: names and labels of these metrics, and the file, which every check rewrites. Does not know: how
+anything in it was measured or decided.
 
-A textfile, not a port of its own: there is no second port to guard, the numbers outlive the
-daemon (their age is one of them), node_exporter's textfile collector reads it as it is, and
-the inference daemon shows it at the end of its own `/metrics`
+It is a textfile and not a port of its own: there is no second port to guard, the numbers outlive the
+daemon (their age is one of them), node_exporter's textfile collector reads it unchanged, and the
+inference daemon shows it at the end of its own `/metrics`
 (docs/decisions/retraining-metrics-textfile.md).
 """
 
@@ -35,7 +35,7 @@ MAX_BYTES = 65_536  # what the daemon writes is below 10,000
 
 
 class RetrainingTelemetry:
-    """Writes the textfile; counts the attempts it has seen end, those in the state included."""
+    """Writes the textfile; counts the ended attempts it has seen, those in the state included."""
 
     def __init__(self, path: Path, clock: Clock | None = None) -> None:
         self._path = path
@@ -44,7 +44,7 @@ class RetrainingTelemetry:
         self._ended: Counter[str] = Counter()
 
     def write(self, check: RetrainingCheck, state: RetrainingState) -> None:
-        """Replace the file. A disk that does not take it costs numbers, never a check."""
+        """Replace the file; a failed write costs these numbers, never the check."""
         self._count(state.attempts)
         wall_s = self._clock.now().timestamp()
         families = [*_of_check(check, wall_s), *_of_drift(check.report), *_of_state(state, self._ended)]
@@ -145,7 +145,7 @@ def _of_state(state: RetrainingState, ended: Mapping[str, int]) -> Iterator[Metr
 
 
 def read_textfile(path: Path) -> bytes:
-    """Return the lines of a textfile that are its own; b"" where there is none, or a foreign one."""
+    """Return the lines of a textfile that are ours; b"" where there is no file, or a foreign one."""
     try:
         with path.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
