@@ -27,7 +27,7 @@ ROWS: dict[str, set[str]] = {
     "drift.seasonal": {"forecast"},
     "drift": {"storage", "forecast", "drift.literal", "drift.seasonal"},
     "training": {"forecast", "drift", "drift.literal", "drift.seasonal", "storage"},
-    "serving": {"storage", "ingest", "prometheus", "forecast"},
+    "serving": {"storage", "ingest", "prometheus", "forecast", "forecast.experts"},
     "api": {"serving", "ingest", "prometheus"},
     "retraining": {"storage", "sources", "forecast", "drift", "drift.literal", "drift.seasonal", "training"},
     "inference": {"api", "serving", "storage", "ingest", "prometheus", "forecast", "retraining"},

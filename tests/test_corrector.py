@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fleetcast.errors import StorageBroken
-from fleetcast.schema import Floats32, HistoryWindow, RecordBatch, SettledForecasts
+from fleetcast.schema import Floats32, HistoryWindow, RecordBatch
 from fleetcast.serving.corrector import FILE, Corrector
 from fleetcast.serving.history import BinHistory
 from fleetcast.settings import BinSettings, ForecastSettings
@@ -32,37 +32,24 @@ class Fleet:
         self.corrector.note_version("v1")
 
     def close(self, n_bins: int, version: str | None = "v1") -> None:
+        """Close bins; from each one every server is forecast."""
+        self.corrector.note_version(version)
         for _ in range(n_bins):
             time = T0 + self.n_bins * BIN
             cpu = {"cpu_pct": np.array([LAST, LAST])}
             self.history.add(RecordBatch(("a", "b"), np.array([0, 1], np.int32), np.array([time, time]), cpu))
-            self.history.close(time)
-            self.corrector.learn(self.settled(time, version))
+            self.closed = self.history.close(time)
+            self.corrector.learn(self.closed)
             self.n_bins += 1
-
-    def settled(self, target_ms: int, version: str | None) -> SettledForecasts:
-        """The forecasts made one bin ahead for one bin."""
-        two = np.ones(2)
-        return SettledForecasts(
-            origin_ms=np.full(2, target_ms - BIN),
-            target_ms=np.full(2, target_ms),
-            horizon=np.ones(2, np.int32),
-            server_name=np.array(["a", "b"], object),
-            metric=np.array(["cpu_pct", "cpu_pct"], object),
-            p10=two * (MODEL - 20),
-            p50=two * MODEL,
-            p90=two * (MODEL + 20),
-            actual=two * LAST,
-            model_version=np.array([version, version], object),
-        )
+            self.forecast()
 
     def forecast(self) -> Floats32:
         """Server a's cpu_pct as clients see it, (horizon, quantile)."""
         window = self.history.window(T0 + (self.n_bins - 1) * BIN)
         quantiles = np.full((2, 2, 96, 3), np.nan, np.float32)
         quantiles[:, 0] = np.array([MODEL - 20, MODEL, MODEL + 20], np.float32)
-        self.corrector.correct(window, quantiles, np.array([[True, False], [False, False]]))
-        assert quantiles[1, 0, 0, 1] == MODEL, "forecasts of other rules are left alone"
+        self.corrector.correct(window, quantiles)
+        assert np.isnan(quantiles[:, 1]).all(), "what nobody forecast stays unknown"
         return np.asarray(quantiles[0, 0])
 
 
@@ -71,43 +58,75 @@ def fleet(tmp_path: Path) -> Fleet:
     return Fleet(tmp_path)
 
 
-def test_a_model_that_is_wrong_in_settled_bins_is_corrected_towards_the_last_value(fleet: Fleet) -> None:
-    fleet.close(10)
-    assert fleet.forecast()[0, 1] == pytest.approx(MODEL, abs=0.01), "ten settled bins change nothing yet"
-    fleet.close(290)
-    assert fleet.forecast()[0, 1] < LAST + 3
+def test_a_model_that_is_wrong_in_settled_bins_loses_its_say(fleet: Fleet) -> None:
+    fleet.close(5)
+    assert fleet.forecast()[0, 1] == pytest.approx(MODEL, abs=0.01), "five settled bins change nothing yet"
+    fleet.close(40)
+    assert fleet.forecast()[0, 1] == pytest.approx(LAST, abs=0.5)
     assert fleet.forecast()[95, 1] == pytest.approx(MODEL, abs=0.01), "nothing settled eight hours ahead"
 
 
 def test_what_was_learned_survives_a_restart_and_no_bin_teaches_twice(fleet: Fleet) -> None:
-    fleet.close(200)
+    fleet.close(60)
     before = fleet.forecast()
     fleet.corrector.save(at_once=True)
     fleet.start()
     np.testing.assert_array_equal(fleet.forecast(), before)
     for _ in range(50):  # a kill between storing and marking settles the same bin again
-        fleet.corrector.learn(fleet.settled(T0 + (fleet.n_bins - 1) * BIN, "v1"))
+        fleet.corrector.learn(fleet.closed)
     np.testing.assert_array_equal(fleet.forecast(), before)
 
 
-def test_other_versions_forecasts_teach_nothing(fleet: Fleet) -> None:
-    fleet.close(300, version="v0")
-    fleet.close(1, version=None)
-    assert fleet.forecast()[0, 1] == pytest.approx(MODEL, abs=0.01)
+def test_forecasts_that_are_open_at_a_stop_still_teach_after_the_restart(fleet: Fleet) -> None:
+    fleet.close(20)
+    fleet.corrector.save(at_once=True)
+    fleet.start()
+    fleet.close(14)
+    stopped = fleet.forecast()[11]
+    other = Fleet(fleet.folder / "other")
+    other.folder.mkdir()
+    other.start()
+    other.close(34)
+    np.testing.assert_allclose(stopped, other.forecast()[11], atol=0.05)
 
 
-def test_a_new_version_is_doubted_less_than_the_old_one_was(fleet: Fleet) -> None:
-    fleet.close(100)
-    before = fleet.forecast()[0, 1]
+def test_the_naive_forecast_is_mixed_by_the_same_rule(fleet: Fleet) -> None:
+    fleet.close(60, version=None)
+    assert fleet.forecast()[0, 1] == pytest.approx(LAST, abs=0.5)
+
+
+def test_a_new_version_is_believed_again_before_it_has_shown_anything(fleet: Fleet) -> None:
+    fleet.close(60)
+    layer = fleet.corrector._layer
+    shares = layer.mixture.shares(np.array([0]), np.array([[True, True]]))[0, 0, 0]
     fleet.corrector.note_version("v2")
-    assert before + 1 < fleet.forecast()[0, 1] <= MODEL + 0.01
+    after = layer.mixture.shares(np.array([0]), np.array([[True, True]]))[0, 0, 0]
+    assert after[0] >= shares[0], "old evidence is never held against a new model more than before"
+    assert fleet.forecast()[0, 1] == pytest.approx(LAST, abs=0.5), "the rules keep what they earned"
+
+
+def test_widths_of_format_1_are_taken_over(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    fleet.close(60)
+    fleet.corrector.save(at_once=True)
+    path = fleet.folder / FILE
+    with np.load(path) as archive:
+        arrays = {name: archive[name] for name in archive.files if not name.startswith("pending")}
+    arrays |= {"format": np.int64(1), "losses": np.zeros((2, 2, 3, 9), np.float32)}
+    del arrays["last_losses"], arrays["trend_sums"]
+    np.savez(path, **arrays)
+    with caplog.at_level(logging.INFO):
+        fleet.start()
+    assert "format 1" in caplog.text
+    mixture = fleet.corrector._layer.mixture
+    np.testing.assert_array_equal(mixture.widen[:2], arrays["widen"])
+    assert not mixture.counts.any()
 
 
 @pytest.mark.parametrize("damage", ["empty", "flipped", "cut", "other metrics"])
 def test_a_file_that_cannot_be_used_is_logged_and_learning_starts_afresh(
     fleet: Fleet, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fleet.close(200)
+    fleet.close(30)
     fleet.corrector.save(at_once=True)
     path = fleet.folder / FILE
     content = bytearray(path.read_bytes())
@@ -142,7 +161,7 @@ def test_servers_long_gone_give_up_their_rows(fleet: Fleet) -> None:
     fleet.close(100)
     names = tuple(f"gone-{i}" for i in range(100))
     window = HistoryWindow(names, METRICS, np.full((100, 2, 12), 50, np.float32), 0, BIN)
-    fleet.corrector.correct(window, np.ones((100, 2, 96, 3), np.float32), np.ones((100, 2), bool))
+    fleet.corrector.correct(window, np.ones((100, 2, 96, 3), np.float32))
     before = fleet.forecast()
     fleet.corrector.save(at_once=True)
     assert set(fleet.corrector._rows) == {"a", "b"}

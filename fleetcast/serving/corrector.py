@@ -1,50 +1,51 @@
-"""Feedback in service: settled forecasts in, corrected forecasts out, kept over a restart.
+"""The expert layer in service: closed bins teach it, sweeps ask it, a restart does not forget it.
 
-Owns: which rows of `Feedback` belong to which server, and `feedback.npz` in the buffer's folder.
-Does not know: how the correction is computed (`forecast/feedback.py`), when bins close, the ledger.
+Owns: which rows of the layer belong to which server, and `feedback.npz` in the buffer's folder.
+Does not know: how forecasts are mixed (`forecast/experts/`), when bins close, the ledger.
 
-Only forecasts of the version in service teach it. A kill loses what was learned since the last
-save, at most a minute. A file that cannot be read is logged, and learning starts afresh: until
-there is evidence again, the model's forecasts go out as they are.
+A kill loses what was learned since the last save, at most a minute, and which forecasts were open:
+those teach nothing. A file that cannot be read is logged, and learning starts afresh.
 
-`feedback.npz` (format 1): `format`, `bin_ms`, `through_ms` (newest bin that taught), `horizons`, the
-arrays of `Feedback` (`losses`, `counts`, `widen`: a row per server; `fleet_widen`), and names as
-UTF-8 lines in byte arrays (`servers`, `metrics`, `version`). The zip's own CRC-32 guards every
-array; nothing in it is pickled.
+`feedback.npz` (format 2): `format`, `bin_ms`, `through_ms` (newest bin that taught), `horizons`, the
+arrays of `Mixture` (`losses`, `counts`, `last_losses`, `widen`, `trend_sums`: a row per server;
+`fleet_widen`), after a clean stop the open forecasts (`pending_*`), and names as UTF-8 lines in byte
+arrays (`servers`, `metrics`, `version`). Of format 1, written before there were experts, only the
+widths of intervals are taken over. The zip's own CRC-32 guards every array; nothing in it is pickled.
 """
 
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fleetcast import files
-from fleetcast.bins import RECENT_BINS
 from fleetcast.clock import DAY_MS, monotonic
 from fleetcast.errors import CorruptFile
 from fleetcast.forecast.encoding import is_percent
-from fleetcast.forecast.feedback import Feedback
-from fleetcast.forecast.naive import last_known, same_time_yesterday
-from fleetcast.schema import Floats, Floats32, HistoryWindow, Longs, SettledForecasts
+from fleetcast.forecast.experts.layer import ExpertLayer
+from fleetcast.forecast.experts.mixture import Mixture
+from fleetcast.schema import ClosedBin, Floats32, HistoryWindow, Longs
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.ledger import open_npz, pack_lines, unpack_lines
 
 logger = logging.getLogger(__name__)
 
 FILE = "feedback.npz"
-FORMAT = 1
+FORMAT = 2
 SAVE_S = 60.0  # wall time between two saves
 _FORGET_AT = 64  # servers not seen any more before their rows are given up
+_WIDTHS = ("widen", "fleet_widen")  # what format 1 has in common with ours
 
-Flags = NDArray[np.bool_]
+Arrays = Mapping[str, NDArray[Any]]
 
 
 class Corrector:
-    """Corrects the forecasts of the version in service. Not thread safe."""
+    """Turns the forecasts of the version in service into what clients get. Not thread safe."""
 
     def __init__(self, folder: Path, history: BinHistory, horizons: tuple[int, ...]) -> None:
         """Take up what an earlier process learned on the same bins and metrics."""
@@ -54,52 +55,50 @@ class Corrector:
         self._saved_at = monotonic()
         self._is_changed = False
         self._begin()
-        self._load()
+        self._take_up()
 
     def _begin(self) -> None:
         is_percents = np.array([is_percent(metric) for metric in self._history.metrics], np.bool_)
-        self._feedback = Feedback(is_percents, self._horizons)
+        self._layer = ExpertLayer(is_percents, self._horizons)
         self._rows: dict[str, int] = {}
         self._version: str | None = None
-        self._through_ms = -DAY_MS  # newest bin that taught
+        self._through_ms = -DAY_MS  # newest bin learned from
 
-    def note_version(self, version: str) -> None:
-        """Trust the evidence less when another version came into service."""
-        if self._version not in (None, version):
-            self._feedback.doubt_model()
+    def note_version(self, version: str | None) -> None:
+        """Trust the evidence about the model less when another one, or none, came into service."""
+        if self._version != version and self._rows:
+            self._layer.change_model()
         self._version = version
 
-    def learn(self, rows: SettledForecasts) -> None:
-        """Take in what one closed bin settled; a bin that is settled again after a kill is skipped."""
-        rows = rows.where(np.asarray(rows.model_version == self._version, np.bool_))
-        if self._version is None or not len(rows):
+    def learn(self, closed: ClosedBin) -> None:
+        """Take in a closed bin; one that closes again after a kill is skipped."""
+        if self._through_ms - DAY_MS < closed.bin_ms <= self._through_ms:  # further back: the clock stepped
             return
-        target_ms = int(rows.target_ms[0])
-        if self._through_ms - DAY_MS < target_ms <= self._through_ms:  # further back: the clock stepped
-            return
-        for knot, horizon in enumerate(self._horizons):
-            self._learn_horizon(knot, rows.where(rows.horizon == horizon), target_ms)
-        self._through_ms = target_ms
+        columns = [closed.metrics.index(name) if name in closed.metrics else -1 for name in self._metrics]
+        actual = closed.values[:, columns].astype(np.float32)
+        actual[:, [column < 0 for column in columns]] = np.nan
+        number = closed.bin_ms // self._history.bin_ms
+        self._layer.settle(number, self._rows_of(closed.server_names), actual)
+        self._through_ms = closed.bin_ms
         self._is_changed = True
 
-    def correct(self, part: HistoryWindow, quantiles: Floats32, is_model: Flags) -> None:
-        """Correct the model's forecasts of one part of the fleet in place.
+    def correct(self, part: HistoryWindow, quantiles: Floats32) -> None:
+        """Mix the model's (or the naive) forecasts of one part of the fleet with the experts', in place.
 
         Args:
-            quantiles: (server, metric, horizon, quantile)
-            is_model: (server, metric) the others stay as they are.
+            quantiles: (server, metric, horizon, quantile), NaN = none.
         """
-        n_server, n_metric, n_horizon, _ = quantiles.shape
-        series = part.values.reshape(n_server * n_metric, -1)
-        season = max(1, DAY_MS // part.bin_ms)
-        last = last_known(series[:, -RECENT_BINS:]).reshape(n_server, n_metric)
-        yesterday = same_time_yesterday(series, season, n_horizon).reshape(n_server, n_metric, n_horizon)
-        corrected = self._feedback.apply(self._rows_of(part.server_names), quantiles, last, yesterday)
-        quantiles[is_model] = corrected[is_model]
+        experts = self._layer.experts(part.values, max(1, DAY_MS // part.bin_ms), quantiles.shape[2])
+        origin = part.end_bin_ms // part.bin_ms
+        served = self._layer.serve(self._rows_of(part.server_names), origin, experts, quantiles)
+        is_served = np.isfinite(served.quantiles).all(axis=(2, 3)) & np.isfinite(quantiles).all(axis=(2, 3))
+        quantiles[is_served] = served.quantiles[is_served]
 
     def save(self, *, at_once: bool = False) -> None:
         """Keep what was learned, about once a minute.
 
+        Args:
+            at_once: the daemon stops: keep what is open, too.
         Raises:
             StorageFull, StorageBroken: the older file stands.
         """
@@ -107,63 +106,41 @@ class Corrector:
             return
         self._saved_at = monotonic()
         self._forget_the_gone()
-        kept = KeptFeedback(
-            tuple(self._rows), self._history.metrics, self._history.bin_ms, self._version, self._through_ms
-        )
-        self._feedback.reserve(len(self._rows))
-        write_feedback(self._path, kept, self._feedback)
+        kept = _Kept(tuple(self._rows), self._metrics, self._history.bin_ms, self._version, self._through_ms)
+        mixture = self._layer.mixture
+        mixture.reserve(len(self._rows))
+        arrays = {name: getattr(mixture, name)[: len(self._rows)] for name in Mixture.ROW_ARRAYS}
+        arrays["fleet_widen"] = mixture.fleet_widen
+        arrays |= self._layer.pending_arrays() if at_once else {}
+        files.write_atomic(self._path, _pack(kept, self._horizons, arrays))
         self._is_changed = False
 
-    def _learn_horizon(self, knot: int, rows: SettledForecasts, target_ms: int) -> None:
-        if not len(rows):
-            return
-        horizon, bin_ms = self._horizons[knot], self._history.bin_ms
-        names, servers = np.unique(rows.server_name, return_inverse=True)
-        column_of = {metric: column for column, metric in enumerate(self._history.metrics)}
-        columns = np.fromiter((column_of.get(metric, -1) for metric in rows.metric), np.int64)
-        known = columns >= 0
-        cells = (servers[known], columns[known])
-
-        def table(values: Floats) -> Floats32:
-            whole = np.full((len(names), len(column_of)), np.nan, np.float32)
-            whole[cells] = values[known]
-            return whole
-
-        asked = names.tolist()
-        season = max(1, DAY_MS // bin_ms)
-        back = season * -(-horizon // season)
-        before = self._history.recent(asked, target_ms - horizon * bin_ms, RECENT_BINS)
-        self._feedback.learn(
-            knot,
-            self._rows_of(asked),
-            np.stack([table(rows.p10), table(rows.p50), table(rows.p90)], axis=-1),
-            table(rows.model_p50),
-            last_known(before.reshape(-1, RECENT_BINS)).reshape(before.shape[:2]),
-            self._history.recent(asked, target_ms - back * bin_ms, 1)[..., 0],
-            table(rows.actual),
-        )
+    @property
+    def _metrics(self) -> tuple[str, ...]:
+        return self._history.metrics
 
     def _rows_of(self, server_names: Sequence[str]) -> Longs:
         rows = self._rows
         return np.fromiter((rows.setdefault(name, len(rows)) for name in server_names), np.int64)
 
     def _forget_the_gone(self) -> None:
-        """Give up the rows of servers the history no longer knows."""
+        """Give up the rows of servers that the history no longer knows."""
         gone = set(self._history.unknown(self._rows))
         if len(gone) < _FORGET_AT:
             return
         kept = [(name, row) for name, row in self._rows.items() if name not in gone]
-        self._feedback.reserve(len(self._rows))
-        self._feedback.keep_rows(np.array([row for _, row in kept], np.int64))
+        self._layer.mixture.reserve(len(self._rows))
+        self._layer.keep_rows(np.array([row for _, row in kept], np.int64))
         self._rows = {name: row for row, (name, _) in enumerate(kept)}
 
-    def _load(self) -> None:
+    def _take_up(self) -> None:
         if not self._path.exists():
             return
         try:
-            kept = read_feedback(self._path, self._feedback)
-            if (kept.metrics, kept.bin_ms) != (self._history.metrics, self._history.bin_ms):
+            kept, arrays = _unpack(self._path)
+            if (kept.metrics, kept.bin_ms) != (self._metrics, self._history.bin_ms):
                 raise CorruptFile(self._path, "made for other metrics or bins")
+            self._fill(kept, arrays)
         except CorruptFile as error:
             logger.warning("feedback starts afresh: %s", error)
             self._begin()
@@ -171,10 +148,33 @@ class Corrector:
         self._rows = {name: row for row, name in enumerate(kept.server_names)}
         self._version, self._through_ms = kept.version, kept.through_ms
 
+    def _fill(self, kept: "_Kept", arrays: Arrays) -> None:
+        """Give the layer the arrays of a file, checked."""
+        mixture, n_row = self._layer.mixture, len(kept.server_names)
+        if tuple(arrays["horizons"].tolist()) != self._horizons:
+            raise CorruptFile(self._path, f"made for horizons {arrays['horizons'].tolist()}")
+        names: tuple[str, ...] = (*Mixture.ROW_ARRAYS, "fleet_widen")
+        if int(arrays["format"]) < FORMAT:
+            names = _WIDTHS
+            logger.info("feedback of format 1: widths are taken over, the evidence about experts begins anew")
+        mixture.reserve(n_row)
+        for name in names:
+            own, found = getattr(mixture, name), arrays.get(name)
+            shape = own.shape if name == "fleet_widen" else (n_row, *own.shape[1:])
+            if found is None or found.shape != shape or found.dtype != own.dtype:
+                raise CorruptFile(self._path, f"{name} is not {own.dtype} of shape {shape}")
+            if not np.isfinite(found).all():
+                raise CorruptFile(self._path, f"{name} is not finite")
+            if name == "fleet_widen":
+                mixture.fleet_widen = found
+            else:
+                own[:n_row] = found
+        self._layer.restore_pending(arrays)
+
 
 @dataclass(frozen=True, slots=True)
-class KeptFeedback:
-    """What the arrays of a `Feedback` belong to."""
+class _Kept:
+    """What the arrays of a file belong to."""
 
     server_names: tuple[str, ...]  # by row
     metrics: tuple[str, ...]
@@ -183,67 +183,39 @@ class KeptFeedback:
     through_ms: int
 
 
-def write_feedback(path: Path, kept: KeptFeedback, feedback: Feedback) -> None:
-    """Replace the file in one durable step.
-
-    Raises:
-        StorageFull, StorageBroken: the older file stands.
-    """
-    n_row = len(kept.server_names)
+def _pack(kept: _Kept, horizons: tuple[int, ...], arrays: Arrays) -> bytes:
     stream = io.BytesIO()
     np.savez(
         stream,
+        allow_pickle=False,
         format=np.int64(FORMAT),
         bin_ms=np.int64(kept.bin_ms),
         through_ms=np.int64(kept.through_ms),
-        horizons=np.array(feedback.horizons, np.int64),
-        losses=feedback.losses[:n_row],
-        counts=feedback.counts[:n_row],
-        widen=feedback.widen[:n_row],
-        fleet_widen=feedback.fleet_widen,
+        horizons=np.array(horizons, np.int64),
         servers=pack_lines(kept.server_names),
         metrics=pack_lines(kept.metrics),
         version=pack_lines([kept.version or ""]),
+        **arrays,
     )
-    files.write_atomic(path, stream.getvalue())
+    return stream.getvalue()
 
 
-def read_feedback(path: Path, feedback: Feedback) -> KeptFeedback:
-    """Fill `feedback` with what `write_feedback` wrote, and return what it belongs to.
+def _unpack(path: Path) -> tuple[_Kept, dict[str, NDArray[Any]]]:
+    """Return what a file holds.
 
     Raises:
-        CorruptFile: it is damaged, foreign, or for other horizons or metrics; `feedback` is as before.
+        CorruptFile: the file is damaged or foreign.
     """
-    with open_npz(path, "a file of feedback") as arrays:
-        if int(arrays["format"]) != FORMAT:
+    with open_npz(path, "a file of feedback") as archive:
+        arrays = {name: archive[name] for name in archive.files}
+        if int(arrays["format"]) not in (1, FORMAT):
             raise CorruptFile(path, f"format {int(arrays['format'])}, expected {FORMAT}")
-        kept = KeptFeedback(
+        kept = _Kept(
             unpack_lines(arrays["servers"]),
             unpack_lines(arrays["metrics"]),
             int(arrays["bin_ms"]),
             arrays["version"].tobytes().decode() or None,
             int(arrays["through_ms"]),
         )
-        horizons = tuple(arrays["horizons"].tolist())
-        loaded = {name: arrays[name] for name in ("losses", "counts", "widen", "fleet_widen")}
-    _check_arrays(path, kept, horizons, loaded, feedback)
-    for name, array in loaded.items():
-        setattr(feedback, name, array)
-    return kept
-
-
-def _check_arrays(
-    path: Path,
-    kept: KeptFeedback,
-    horizons: tuple[int, ...],
-    loaded: dict[str, Floats32],
-    feedback: Feedback,
-) -> None:
-    if horizons != feedback.horizons:
-        raise CorruptFile(path, f"made for horizons {horizons}, expected {feedback.horizons}")
-    for name, array in loaded.items():
-        expected = getattr(feedback, name).shape
-        if name != "fleet_widen":
-            expected = (len(kept.server_names), *expected[1:])
-        if array.shape != expected or array.dtype != np.float32 or not np.isfinite(array).all():
-            raise CorruptFile(path, f"{name} of shape {array.shape}, expected finite {expected}")
+        arrays["horizons"].tolist()
+    return kept, arrays

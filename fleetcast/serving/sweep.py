@@ -149,10 +149,10 @@ class Sweeper:
         )
 
     def _forecast_fleet(self, origin_ms: int, champion: Champion | None) -> FleetForecast:
-        """Forecast the fleet part by part; in each the model's own medians are kept, then corrected."""
+        """Forecast the fleet part by part; in each the model's own medians are kept, then mixed."""
         version = champion.info.version if champion else None
-        if champion and self._corrector:
-            self._corrector.note_version(champion.info.version)
+        if self._corrector:
+            self._corrector.note_version(version)
         names: list[str] = []
         made: list[tuple[Floats32, Flags, Floats32]] = []  # quantiles, sources, medians of each part
         for part in self._history.parts(origin_ms, CHUNK_SERVERS):
@@ -163,8 +163,8 @@ class Sweeper:
                 champion = self._fill_by_model(champion, part, quantiles, sources)
             self._fill_by_naive_rules(part, quantiles, sources)
             medians = quantiles[..., 1].copy()
-            if self._corrector and sources.any():
-                self._corrector.correct(part, quantiles, sources)
+            if self._corrector:
+                self._corrector.correct(part, quantiles)
             names += part.server_names
             made.append((quantiles, sources, medians))
         quantiles, sources, medians = (
@@ -223,8 +223,8 @@ class Sweeper:
         rows = self._ledger.settle(closed)
         if len(rows):
             self._buffer.append_predictions(rows)
-            if self._corrector:
-                self._corrector.learn(rows)
+        if self._corrector:
+            self._corrector.learn(closed)
         self._ledger.mark_settled(closed.bin_ms, len(rows))
         after = self._ledger.counts()
         self._telemetry.count_outcomes(after.settled - before.settled, after.expired - before.expired)

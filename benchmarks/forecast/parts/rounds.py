@@ -9,7 +9,6 @@ It is told of a forecast every `every` bins; a daemon tells it of one every bin.
 How forecasts are scored: relative MAE, WAPE, MASE, pinball, coverage, per metric and horizon.
 """
 
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,9 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetcast.bins import DAY_BINS, HISTORY_BINS, RECENT_BINS
+from fleetcast.bins import DAY_BINS, HISTORY_BINS
 from fleetcast.forecast.encoding import is_percent
-from fleetcast.forecast.feedback import Feedback
+from fleetcast.forecast.experts.layer import ExpertLayer
 from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.schema import QUANTILES, Floats, Floats32, HistoryWindow
 from fleetcast.training.grid import TrainingGrid
@@ -148,7 +147,7 @@ def measured(
     shape = (*grid.values.shape[:2], HORIZON)
     prefers_yesterday = _prefers_yesterday(grid.values[:, :, :split])
     naive = NaiveForecaster(HORIZON)
-    feedback = _Fed(grid)
+    served = _Served(grid)
     names = ("last", "yesterday", "better", "fallback", *peers, OURS, OURS_FED)
     sums = {name: Sums.empty(shape) for name in names}
     counts, sizes = np.zeros(shape), np.zeros(shape)
@@ -156,7 +155,7 @@ def measured(
     for number, origin in enumerate(walk.origins.tolist()):
         window = _window(grid, origin)
         ours = model.predict(window)
-        fed = feedback.corrected(origin, ours)
+        fed = served.serve(origin, ours)
         if number % walk.scored_every:
             continue
         last = np.repeat(grid.values[:, :, origin, None], HORIZON, axis=2)
@@ -189,28 +188,22 @@ def measured(
     return table
 
 
-class _Fed:
-    """Feedback over a grid: settles what was forecast, corrects what is forecast next."""
+class _Served:
+    """The expert layer over a grid: learns from each bin as it closes, serves one origin after the other."""
 
     def __init__(self, grid: TrainingGrid) -> None:
-        percents = np.array([is_percent(metric) for metric in grid.metrics])
-        self._grid, self._feedback = grid, Feedback(percents, SETTLED)
+        self._grid = grid
+        self._layer = ExpertLayer(np.array([is_percent(metric) for metric in grid.metrics]), SETTLED)
         self._rows = np.arange(len(grid.server_names))
-        self._open: list[deque[tuple[int, tuple[Floats32, ...]]]] = [deque() for _ in SETTLED]
+        self._closed = -1  # newest bin that was settled
 
-    def corrected(self, origin: int, quantiles: Floats32) -> Floats32:
-        """Return the forecasts of one origin as they would be served, and keep them until they settle."""
-        for knot, waiting in enumerate(self._open):
-            while waiting and waiting[0][0] <= origin:
-                target, made = waiting.popleft()
-                self._feedback.learn(knot, self._rows, *made, self._grid.values[:, :, target])
-        last, yesterday = _newest(self._grid, origin), _yesterday(self._grid, origin)
-        fed = self._feedback.apply(self._rows, quantiles, last, yesterday)
-        for knot, ahead in enumerate(SETTLED):
-            at = ahead - 1
-            made = (fed[:, :, at], quantiles[:, :, at, 1], last, yesterday[:, :, at])
-            self._open[knot].append((origin + ahead, made))
-        return fed
+    def serve(self, origin: int, quantiles: Floats32) -> Floats32:
+        """Return the forecasts of one origin as clients get them."""
+        for number in range(max(self._closed, origin - HORIZON) + 1, origin + 1):
+            self._layer.settle(number, self._rows, self._grid.values[:, :, number])
+        self._closed = origin
+        experts = self._layer.experts(_window(self._grid, origin).values, DAY_BINS, HORIZON)
+        return self._layer.serve(self._rows, origin, experts, quantiles).quantiles
 
 
 def _window(grid: TrainingGrid, origin: int) -> HistoryWindow:
@@ -221,13 +214,6 @@ def _window(grid: TrainingGrid, origin: int) -> HistoryWindow:
 
 def _yesterday(grid: TrainingGrid, origin: int) -> Floats32:
     return grid.values[:, :, origin + 1 - DAY_BINS : origin + 1 - DAY_BINS + HORIZON]
-
-
-def _newest(grid: TrainingGrid, origin: int) -> Floats32:
-    """Return the newest value of the last hour (server, metric), NaN where there is none."""
-    hour = grid.values[:, :, origin + 1 - RECENT_BINS : origin + 1][..., ::-1]
-    newest = np.argmax(np.isfinite(hour), axis=-1)
-    return np.asarray(np.take_along_axis(hour, newest[..., None], axis=-1)[..., 0])
 
 
 def _prefers_yesterday(past: Floats32) -> NDArray[np.bool_]:

@@ -17,14 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetcast.forecast.experts.mixture import EXPERTS, LAST, MODEL, Mixture, MixtureRates
-from fleetcast.forecast.experts.rules import RuleForecasts, from_scale, rule_forecasts, to_scale
+from fleetcast.forecast.experts.rules import NORMAL_90, RuleForecasts, from_scale, rule_forecasts, to_scale
 from fleetcast.schema import Floats32, Longs
 
 SPARSE_EVERY = 3  # origins: forecasts for the far horizons are remembered from every third only
 SPARSE_FROM = 24  # bins ahead
 _LEAST_SHARE = 0.1  # of the model's half of an interval: the analogues' may not make it smaller
 _TREND_SPREAD = 0.15  # of a trend's move: how uncertain it is
-_NORMAL_90 = 1.2816
 _MOST_OFFSET = 6e4  # of half precision
 # places in what is remembered, after the experts: where the trend ends, and the interval served
 _TREND, _LOW, _HIGH, _N_KEPT = (len(EXPERTS) + place for place in range(4))
@@ -156,7 +155,8 @@ class ExpertLayer:
             other = analogue.reshape(shape)
             both = np.sqrt(np.maximum(model, 0) * np.maximum(other, _LEAST_SHARE * model))
             alone = np.where(has_model[..., None], model, other)
-            halves.append(np.where(np.isfinite(both), both, np.nan_to_num(alone)).astype(np.float32))
+            half = np.where(np.isfinite(both), both, np.nan_to_num(alone))
+            halves.append(np.maximum(half, experts.least_half.reshape(shape)).astype(np.float32))
         return halves[0], halves[1]
 
     def _bound(
@@ -191,7 +191,7 @@ class ExpertLayer:
             belief = self.mixture.belief(rows, loose).reshape(n_row * n_metric, -1)[clear]
             belief = belief @ self.mixture.interpolation(n_horizon)  # (series, horizon)
             move = np.stack([trend.move(lead)[clear] for lead in range(1, n_horizon + 1)], axis=-1)
-            spread = _NORMAL_90 * trend.scatter[clear, None] + _TREND_SPREAD * np.abs(move)
+            spread = NORMAL_90 * trend.scatter[clear, None] + _TREND_SPREAD * np.abs(move)
             line = trend.level[clear, None] + belief * move
             flat = native.reshape(n_row * n_metric, n_horizon, 3)
             own = flat[clear]

@@ -12,11 +12,15 @@ from numpy.typing import NDArray
 from fleetcast.forecast.experts.analogues import analogue_forecast
 from fleetcast.forecast.experts.trend import Trend, find_trend
 from fleetcast.forecast.naive import last_known, same_time_yesterday
-from fleetcast.schema import Floats32, Longs
+from fleetcast.schema import Floats, Floats32, Longs
 
 RULES = ("last", "yesterday", "usual", "near", "far")
 USUAL_DAYS = 7
 RANGE_MARGIN = 0.1  # of the known range: how far beyond it an analogue may go
+YOUNG_BINS = 24
+YOUNG_HALF, LEAST_HALF = (0.5, 0.1), (0.05, 0.005)  # of a percent, of a rate's logarithm
+STEP_SPREAD = 1.25  # standard deviation over mean absolute value, of a normal distribution
+NORMAL_90 = 1.2816
 RATE_UNIT = 0.02  # of a rate's usual size: what a movement must be to matter
 Flags = NDArray[np.bool_]
 
@@ -30,6 +34,7 @@ class RuleForecasts:
     above: Floats32
     lowest: Floats32  # (series,) of the known past
     highest: Floats32
+    least_half: Floats32  # (series, horizon) of an interval that claims to know something
     trend: Trend  # native units
 
 
@@ -81,7 +86,26 @@ def rule_forecasts(history: Floats32, is_percent: Flags, day_bins: int, n_horizo
     above = (analogues.high - analogues.median).mean(axis=0)
     size = np.abs(np.nan_to_num(native[:, -day_bins:])).mean(axis=1)
     unit = np.where(is_percent, 1.0, RATE_UNIT * size + 1e-6).astype(np.float32)
-    return RuleForecasts(median, below, above, lowest, highest, find_trend(native, unit))
+    least = _least_half(z[:, -day_bins:], n_known, is_percent, n_horizon)
+    return RuleForecasts(median, below, above, lowest, highest, least, find_trend(native, unit))
+
+
+def _least_half(day: Floats32, n_known: Longs, is_percent: Flags, n_horizon: int) -> Floats32:
+    """Return (series, horizon) the least that half an interval may be wide.
+
+    A series of the first two hours has shown little: its half is that of a random walk of its steps so
+    far, and never less than `YOUNG_HALF`. Later a quarter of a step is enough, and `LEAST_HALF`.
+    """
+    steps = np.abs(np.nan_to_num(np.diff(day, axis=1)))
+    step = steps.sum(axis=1) / np.maximum(np.minimum(n_known, day.shape[1]) - 1, 1)
+    leads = np.sqrt(np.arange(1, n_horizon + 1))
+    young = np.maximum(NORMAL_90 * STEP_SPREAD * step[:, None] * leads, _by_kind(YOUNG_HALF, is_percent))
+    grown = np.maximum(0.25 * step[:, None], _by_kind(LEAST_HALF, is_percent))
+    return np.asarray(np.where((n_known < YOUNG_BINS)[:, None], young, grown), np.float32)
+
+
+def _by_kind(halves: tuple[float, float], is_percent: Flags) -> Floats:
+    return np.where(is_percent, *halves)[:, None]
 
 
 def usual_day(z: Floats32, day_bins: int, n_horizon: int) -> Floats32:
