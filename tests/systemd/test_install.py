@@ -73,7 +73,7 @@ def test_the_code_is_roots_and_the_base_model_lies_beside_it(installed: NestedSy
 
 
 def test_the_questions_an_operator_asks_afterwards_are_answered(installed: NestedSystemd) -> None:
-    questions = _block_after("**Is it well?**").replace("journalctl", "true")  # no journal in here
+    questions = _block_after("**Does it work?**").replace("journalctl", "true")  # no journal in here
 
     code, output = installed.run("bash", "-euc", questions)
 
@@ -82,7 +82,7 @@ def test_the_questions_an_operator_asks_afterwards_are_answered(installed: Neste
 
 
 def test_the_classes_can_be_imported_in_the_state_folder_as_its_user(installed: NestedSystemd) -> None:
-    lines = _block_after("run as `tft` in the state folder").replace("sudo -u tft bash\n", "")
+    lines = _block_after("as `tft` in the state folder").replace("sudo -u tft bash\n", "")
     program = "from data_buffer import DataBuffer; print(DataBuffer().get_stats()['total_records'] > 0)"
 
     code, output = installed.run(
