@@ -4,8 +4,8 @@
 
 Every shape runs with noise of 0, 0.5 and 2 points (standard deviation), several start levels and 5 to 8
 days of history; all of them are one fleet, forecast with the shipped base model and the expert layer
-every 5 minutes of the last three days. Errors are taken from 14 origins against the path without noise, 1 hour and
-5 to 8 hours ahead; whether the 80 % band held is taken from what was recorded.
+every 5 minutes of the last three days. Errors are taken from 14 origins against the path without noise,
+1 hour and 5 to 8 hours ahead; whether the 80 % band held is taken from what was recorded.
 
 Requirements, answered with figures:
 
@@ -238,10 +238,8 @@ def _answer(is_met: bool, n_cells: int, failed: dict[str, Any]) -> dict[str, Any
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the table: error in points served / last value / model, on trends, and the band."""
-    lines = [
-        f"| shape | noise | {' | '.join(f'{n}: served / last / model | on the trend | inside, width' for n in LEADS)} |",
-        "|---|---|" + "---|" * (3 * len(LEADS)),
-    ]
+    heads = [f"{name}: served / last / model | on the trend | inside, width" for name in LEADS]
+    lines = [f"| shape | noise | {' | '.join(heads)} |", "|---|---|" + "---|" * (3 * len(LEADS))]
     for row in rows:
         parts = [row["shape"], f"{row['noise']:g}"]
         for name in LEADS:
