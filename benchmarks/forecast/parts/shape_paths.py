@@ -136,7 +136,7 @@ def _swap(random: Random, seed: int) -> Path:
     own = random.uniform(15, 35) + random.uniform(3, 10) * np.sin(angle)
     other = random.uniform(50, 75) + random.uniform(5, 15) * np.sin(angle + random.uniform(1, 3))
     moment = -random.uniform(-3, 30) * HOUR
-    return np.where(_TIME < moment, *((own, other) if seed % 2 else (other, own))), None
+    return np.where(moment > _TIME, *((own, other) if seed % 2 else (other, own))), None
 
 
 def _plateau(random: Random, seed: int) -> Path:
