@@ -304,9 +304,10 @@ class RetrainingDecisionEngine:
         wall_clock: Clock | None = None,
         uptime: Callable[[], Uptime | None] | None = None,
     ) -> None:
-        self.limits = SafeguardLimits(
-            min_hours_between_training, max_days_without_training, max_trainings_per_week
-        )
+        SafeguardLimits(min_hours_between_training, max_days_without_training, max_trainings_per_week)
+        self.min_hours_between_training = min_hours_between_training
+        self.max_days_without_training = max_days_without_training
+        self.max_trainings_per_week = max_trainings_per_week
         self._wall_clock = wall_clock or SystemClock()
         self.use_clock(clock or SystemClock(), uptime)
         self.log = TrainingLog()
@@ -318,9 +319,17 @@ class RetrainingDecisionEngine:
         self._clock = clock
         self._uptime = uptime or (clocks.uptime if is_system else lambda: None)
 
+    @property
+    def limits(self) -> SafeguardLimits:
+        """Return the limits in force; each can be assigned to."""
+        return SafeguardLimits(
+            self.min_hours_between_training, self.max_days_without_training, self.max_trainings_per_week
+        )
+
     def override(self, settings: DecisionSettings) -> None:
         """Replace each limit by the setting of its name where that is given."""
-        self.limits = SafeguardLimits(**override(asdict(self.limits), settings))
+        for name, limit in override(asdict(self.limits), settings).items():
+            setattr(self, name, limit)
 
     def should_retrain(
         self, drift_metrics: Mapping[str, Any], is_quiet_period: bool = True, *, initial_due: bool = False
@@ -358,7 +367,7 @@ class RetrainingDecisionEngine:
     def trainings_left(self) -> int:
         """Return how many trainings the last 7 days leave."""
         in_week = sum(age_s < WEEK_S for age_s in self.log.ages_s(self._clock.now(), self._uptime()))
-        return max(0, self.limits.max_trainings_per_week - in_week)
+        return max(0, self.max_trainings_per_week - in_week)
 
     def settle(self) -> None:
         """Adjust the record to the clocks: no entry of the future, every age known to this boot."""

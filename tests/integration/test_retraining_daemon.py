@@ -242,6 +242,7 @@ def forget_the_back_off(folder: Path) -> None:
 def test_a_check_does_not_wait_for_what_it_does_not_need(
     tmp_path: Path, arguments: list[str], absent: set[str]
 ) -> None:
+    (tmp_path / "data_buffer" / "log").mkdir(parents=True)  # an empty buffer: there is somewhere to look
     done = subprocess.run(
         [sys.executable, "-X", "importtime", str(ROOT / arguments[0]), *arguments[1:]],
         cwd=tmp_path,

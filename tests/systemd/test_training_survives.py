@@ -54,7 +54,7 @@ def trainer(machine: NestedSystemd) -> str:
     found = [
         line.split()[0]
         for line in output.splitlines()
-        if "bad_trainer.py" in line and "bounded_run" not in line
+        if "bad_trainer.py" in line and "retraining.supervisor" not in line
     ]
     return found[-1] if found else ""
 

@@ -154,7 +154,7 @@ def training_processes(work: Path) -> list[psutil.Process]:
     for process in psutil.process_iter(["cmdline", "cwd"]):
         words = " ".join(process.info["cmdline"] or ())
         is_ours = process.info["cwd"] == str(work) or str(work) in words
-        if is_ours and any(name in words for name in ("bounded_run", "tft_trainer.py", "--export")):
+        if is_ours and any(name in words for name in ("retraining.supervisor", "tft_trainer.py", "--export")):
             found.append(process)
     return found
 
