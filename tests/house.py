@@ -1,15 +1,16 @@
 """The house in figures: files, lines, classes, importers, and which folder imports which.
 
     python tests/house.py [CHECKOUT]     print them, of this checkout or another one
+    python tests/house.py --index        write the rows and the file list of docs/architecture.md
 
 Owns: how the package is measured. `__init__.py`, `demo/` and the command-line entry are not counted.
 Does not know: which figures are allowed (`test_architecture.py`).
 """
 
+import argparse
 import ast
-import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -92,7 +93,8 @@ class House:
 
     def n_classes(self) -> int:
         """Return how many classes the package and the programs define."""
-        return sum(isinstance(node, ast.ClassDef) for tree in self.trees.values() for node in ast.walk(tree))
+        trees = [self.trees[name] for name in (*self.counted, *self.program_lines())]
+        return sum(isinstance(node, ast.ClassDef) for tree in trees for node in ast.walk(tree))
 
 
 def folder_of(name: str) -> str:
@@ -138,13 +140,58 @@ def ring(needs: Mapping[str, set[str]]) -> set[str]:
     return set(waiting)
 
 
-def main() -> int:
-    """Print the figures of one checkout."""
-    house = House(Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else ROOT)
+def rows_table(rows: Mapping[str, set[str]]) -> str:
+    """Return which folder may import which, as a table."""
+    lines = ["| folder | imports |", "|---|---|"]
+    for folder, wanted in rows.items():
+        names = ", ".join(f"`{name}`" for name in sorted(wanted)) or "the ground floor alone"
+        lines += [f"| `{folder}` | {names} |"] if folder != "ground" else []
+    return "\n".join(lines)
+
+
+def file_list(house: House) -> str:
+    """Return one line for every folder and file, out of their docstrings."""
+    by_folder: dict[str, list[str]] = {}
+    for name, path in house.modules.items():
+        docstring = (ast.get_docstring(house.trees[name]) or "").split("\n")[0]
+        folder = path.parent.relative_to(house.root).as_posix()
+        lines = by_folder.setdefault(folder, [])
+        if path.stem == "__init__":
+            lines.insert(0, f"| **{folder}/** | **{docstring}** |")
+        else:
+            lines.append(f"| `{path.name}` | {docstring} |")
+    lines = [line for folder in sorted(by_folder) for line in by_folder[folder]]
+    return "\n".join(["| file | what it is |", "|---|---|", *lines])
+
+
+def with_index(document: str, house: House, rows: Mapping[str, set[str]]) -> str:
+    """Return a document with its generated sections made anew."""
+    for section, text in (("rows", rows_table(rows)), ("files", file_list(house))):
+        begin, end = document.index(f"<!-- {section}:"), document.index(f"<!-- end {section} -->")
+        head = document[begin : document.index("\n", begin)]
+        document = f"{document[:begin]}{head}\n{text}\n{document[end:]}"
+    return document
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the figures of one checkout, or write the index of this one."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("checkout", nargs="?", type=Path, default=ROOT, help="default: this one")
+    parser.add_argument(
+        "--index", action="store_true", help="write docs/architecture.md's rows and file list"
+    )
+    options = parser.parse_args(argv)
+    if options.index:
+        from test_architecture import ROWS
+
+        page = ROOT / "docs" / "architecture.md"
+        page.write_text(with_index(page.read_text("utf-8"), House(ROOT), ROWS), encoding="utf-8")
+        return 0
+    house = House(options.checkout.resolve())
     lines = house.lines()
     single = sorted(name for name, count in house.importers().items() if count == 1)
-    print(f"files            {len(lines)}")
     n_lines = sum(lines.values())
+    print(f"files            {len(lines)}")
     print(f"lines            {n_lines} (median {median(lines.values()):.0f}, longest {max(lines.values())})")
     print(f"with programs    {n_lines + sum(house.program_lines().values())}")
     print(f"classes          {house.n_classes()}")

@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from house import House, with_index
+from test_architecture import ROWS
 
 from fleetcast.cli import COMMANDS
 from fleetcast.errors import ExitCode
@@ -192,3 +194,15 @@ def test_every_settings_part_is_used_by_the_code_that_it_is_for() -> None:
 
     unused = [info.key for info in every_setting() if not re.search(rf"\b{info.name}\b", text)]
     assert unused == []
+
+
+def test_the_architecture_lists_every_row_and_every_file_as_its_docstring_says() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert page == with_index(page, House(ROOT), ROWS), "run `python tests/house.py --index`"
+
+
+def test_every_question_of_the_architecture_is_answered_by_one_file() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    questions = re.findall(r"^\| (.*\?) \| `(.*?)` \|$", page, re.M)
+    assert len(questions) >= 10
+    assert [answer for _, answer in questions if not (ROOT / "fleetcast" / answer).is_file()] == []
