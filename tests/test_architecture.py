@@ -1,6 +1,7 @@
 """The rows of the picture, the owners of third-party libraries, and the house rules a machine can check."""
 
 import ast
+import re
 import subprocess
 import sys
 import warnings
@@ -64,6 +65,7 @@ MAX_SINGLE_IMPORTERS = 25
 MAX_FUNCTION_LINES = 40
 MAX_PARAMETERS = 7
 SHORT_FUNCTION_LINES = 5  # says what it does without a docstring
+NOUNS_IN_ED = ("feed", "speed", "need", "seed")
 VAGUE_NAMES = ("util", "helper", "common", "manager", "misc")
 every_module = pytest.mark.parametrize("name", sorted(MODULES))
 
@@ -190,6 +192,26 @@ def test_a_file_is_a_chapter_of_readable_length(name: str) -> None:
 def test_functions_are_short(name: str) -> None:
     long = {node.name: n for node in functions(name) if (n := body_lines(node)) > MAX_FUNCTION_LINES}
     assert long == {}
+
+
+@every_module
+def test_functions_take_few_parameters(name: str) -> None:
+    def count(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+        given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        return sum(item.arg not in ("self", "cls") for item in given)
+
+    crowded = {node.name: n for node in functions(name) if (n := count(node)) > MAX_PARAMETERS}
+    assert crowded == {}
+
+
+@every_module
+def test_a_function_is_a_verb_or_what_it_returns_not_a_participle(name: str) -> None:
+    participles = {
+        node.name
+        for node in functions(name)
+        if re.fullmatch(r"_*[a-z]+ed(_of)?", node.name) and node.name.strip("_") not in NOUNS_IN_ED
+    }
+    assert participles == set()
 
 
 @every_module

@@ -113,7 +113,7 @@ def test_what_means_hide_is_found(kind: str, families: set[str]) -> None:
     part = grid[:, :, CHANGE : CHANGE + DAY]
     if kind == "wider":
         bins = usual.clock.local_bins(START_MS + CHANGE * BIN_MS, DAY)
-        profile = usual.shape.expected(usual.clock, bins).reshape(part.shape)
+        profile = usual.shape.usual_values(usual.clock, bins).reshape(part.shape)
         part[:] = profile + 3 * (part - profile)
     elif kind == "turned":
         part[:] = grid[:, :, CHANGE - DAY // 4 : CHANGE + DAY - DAY // 4].copy()

@@ -177,7 +177,7 @@ def exported_metrics() -> set[str]:
                     found.add(first.value)
     found |= {f"fleetcast_{name}" for name in GAUGES}
     text = (ROOT / "fleetcast" / "retraining" / "telemetry.py").read_text()
-    named = re.findall(r'(?:_gauge|_labelled)\(\s*"(\w+)"|PREFIX \+ "(\w+)"', text)
+    named = re.findall(r'(?:_gauge|_label)\(\s*"(\w+)"|PREFIX \+ "(\w+)"', text)
     return found | {PREFIX + (one or other) for one, other in named}
 
 

@@ -41,7 +41,7 @@ def flat_shape(level: float = 10.0) -> Shape:
 
 
 def test_a_series_with_a_weekly_profile_expects_its_own_weekday() -> None:
-    usual = flat_shape().expected(CLOCK, np.array([0, 288]))  # a Thursday, a Friday
+    usual = flat_shape().usual_values(CLOCK, np.array([0, 288]))  # a Thursday, a Friday
 
     assert usual.tolist() == [[10, 10], [20, 10]]
 
@@ -50,7 +50,7 @@ def test_rows_of_a_shape_keep_their_weekday_profiles() -> None:
     picked = flat_shape().rows(np.array([1, 1]))
 
     assert picked.weekly_rows.tolist() == [0, 1]
-    assert picked.expected(CLOCK, np.array([0])).ravel().tolist() == [20, 20]
+    assert picked.usual_values(CLOCK, np.array([0])).ravel().tolist() == [20, 20]
 
 
 def test_traits_are_in_spreads_and_shares_of_the_range() -> None:

@@ -128,7 +128,7 @@ def _draw_series(axes: "Axes", server: str, metric: str, verdict: DriftVerdict, 
     row = reference.server_names.index(server) * len(reference.metrics) + reference.metrics.index(metric)
     bins = reference.clock.local_bins(start_ms, len(actual))
     shape = reference.shape.rows(np.array([row]))
-    usual = shape.expected(reference.clock, bins)[0]
+    usual = shape.usual_values(reference.clock, bins)[0]
     spread = shape.spreads[0, reference.clock.slots(bins)]
     starts_ms = start_ms + np.arange(len(actual), dtype=np.int64) * reference.bin_ms
     times = [from_ms(int(moment)) for moment in starts_ms]

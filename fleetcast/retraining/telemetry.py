@@ -76,7 +76,7 @@ def _gauge(name: str, text: str, value: float | None) -> Iterator[Metric]:
         yield GaugeMetricFamily(PREFIX + name, text, value=float(value))
 
 
-def _labelled(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+def _label(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
     family = GaugeMetricFamily(PREFIX + name, text, labels=[label])
     for key, value in values.items():
         family.add_metric([key], float(value))
@@ -90,7 +90,7 @@ def _of_check(check: RetrainingCheck, wall_s: float) -> Iterator[Metric]:
     )
     yield from _gauge("quiet_period", "1 when it was quiet at the newest check", check.quiet.is_quiet)
     passed = {item.name: float(item.passed) for item in check.decision.safeguards}
-    yield _labelled("safeguard_passed", "1 when a safeguard lets a training pass", "safeguard", passed)
+    yield _label("safeguard_passed", "1 when a safeguard lets a training pass", "safeguard", passed)
 
 
 def _of_drift(report: DriftReport) -> Iterator[Metric]:
@@ -98,11 +98,11 @@ def _of_drift(report: DriftReport) -> Iterator[Metric]:
     yield from _gauge(
         "needs_retraining", "1 when the drift scores ask for a training", report.needs_retraining
     )
-    yield _labelled("drift_score", "drift of the window against the baseline", "score", report.metrics)
-    yield _labelled("drift_threshold", "score at which a training is asked for", "score", report.thresholds)
-    yield _labelled("drift_basis_info", "what the scores are taken on", "basis", {report.basis: 1})
+    yield _label("drift_score", "drift of the window against the baseline", "score", report.metrics)
+    yield _label("drift_threshold", "score at which a training is asked for", "score", report.thresholds)
+    yield _label("drift_basis_info", "what the scores are taken on", "basis", {report.basis: 1})
     by_horizon = {str(horizon): per for horizon, per in report.per_by_horizon.items()}
-    yield _labelled(
+    yield _label(
         "prediction_error_ratio", "PER of the version in service, by bins ahead", "horizon_bins", by_horizon
     )
     yield from _of_calibration(report)
@@ -113,13 +113,13 @@ def _of_calibration(report: DriftReport) -> Iterator[Metric]:
     verdict = report.verdict
     if verdict is None:
         return
-    yield _labelled("drift_literal_score", "the literal metrics, reported only", "score", report.literal)
+    yield _label("drift_literal_score", "the literal metrics, reported only", "score", report.literal)
     yield from _gauge("drift_series_in_alarm", "series over their calibrated limit", len(verdict.drifting))
     yield from _gauge("drift_series_compared", "series that are judged", verdict.n_compared)
     yield from _gauge("data_quality_events", "outages, restarts and frozen sensors", len(verdict.events))
     fleet = verdict.reference.fleet
     rates = {"target": fleet.false_alarms_per_month, "shown": fleet.shown_per_month}
-    yield _labelled("drift_false_alarms_per_month", "meant, and on days left out", "kind", rates)
+    yield _label("drift_false_alarms_per_month", "meant, and on days left out", "kind", rates)
 
 
 def _of_state(state: RetrainingState, ended: Mapping[str, int]) -> Iterator[Metric]:

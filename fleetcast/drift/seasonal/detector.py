@@ -362,7 +362,7 @@ def newest_levels(
         return np.empty(0), np.empty(0)
     clock, bins = reference.clock, len(newest)
     local_bins = clock.local_bins(end_ms - bins * reference.bin_ms, bins)
-    usual = reference.shape.rows(chosen).expected(clock, local_bins).astype(np.float64)
+    usual = reference.shape.rows(chosen).usual_values(clock, local_bins).astype(np.float64)
     own = newest[:, chosen].astype(np.float64)
     known = np.isfinite(own)
     n = known.sum(axis=0)

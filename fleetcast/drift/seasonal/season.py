@@ -286,7 +286,7 @@ class Shape(PerSeries):
     highs: Floats32
     template: Shorts  # (series, bin of day) the usual value of each bin alone, as `places`
 
-    def expected(self, clock: DayClock, local_bins: Longs) -> Floats32:
+    def usual_values(self, clock: DayClock, local_bins: Longs) -> Floats32:
         """Return (series, bin): the usual value of each series at each bin."""
         slots = clock.slots(local_bins)
         usual = self.profiles[:, slots]
@@ -333,7 +333,7 @@ class Traits:
 
 def traits(shape: Shape, clock: DayClock, local_bins: Longs, values: Floats32) -> Traits:
     """Measure values (series, bin) against their shape."""
-    usual = shape.expected(clock, local_bins)
+    usual = shape.usual_values(clock, local_bins)
     residual = values - usual
     present = np.isfinite(residual)
     ranges = shape.ranges[:, None]
