@@ -43,7 +43,7 @@ class BufferLife(RuleBasedStateMachine):
         super().__init__()
         self.place = tempfile.TemporaryDirectory()
         self.folder = Path(self.place.name)
-        self.usual_values: dict[Key, Values] = {}
+        self.expected: dict[Key, Values] = {}
         self.owner = self.open()
 
     def open(self) -> DataBuffer:
@@ -54,7 +54,7 @@ class BufferLife(RuleBasedStateMachine):
     def append(self, some: list[tuple[str, int, Values]]) -> None:
         self.owner.append_batch(batch(some))
         for server, time, values in some:
-            self.usual_values.setdefault((server, time), {}).update(values)
+            self.expected.setdefault((server, time), {}).update(values)
 
     @rule()
     def flush(self) -> None:
@@ -88,10 +88,10 @@ class BufferLife(RuleBasedStateMachine):
     @invariant()
     def holds_one_row_per_key_with_the_last_values(self) -> None:
         reader = DataBuffer(self.folder)
-        assert rows_of(reader.iter_batches(0, 2**45)) == self.usual_values
+        assert rows_of(reader.iter_batches(0, 2**45)) == self.expected
         stats = reader.get_stats()
-        assert stats["total_records"] == len(self.usual_values)
-        newest = max((time for _, time in self.usual_values), default=None)
+        assert stats["total_records"] == len(self.expected)
+        newest = max((time for _, time in self.expected), default=None)
         expected = None if newest is None else from_ms(newest)
         assert self.owner.newest_record_time() == reader.newest_record_time() == expected
 
@@ -100,7 +100,7 @@ class BufferLife(RuleBasedStateMachine):
         found: dict[Key, Values] = {}
         for path in self.folder.glob("metrics_*.parquet"):
             found |= rows_of_frame(pd.read_parquet(path))
-        assert found == self.usual_values
+        assert found == self.expected
         self.owner.close()
         self.place.cleanup()
 
