@@ -16,7 +16,6 @@ of the checks, the lowest quarter of the week in 25 %, longest wait 13 h.
 """
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -163,12 +162,6 @@ def quiet_verdict(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Look:
-    at_s: float
-    load: float
-
-
 class QuietWeek:
     """Remembers a week of checks and relaxes a verdict by it. Not thread safe."""
 
@@ -180,7 +173,7 @@ class QuietWeek:
         """
         self._settings = settings
         self._decisions: Path | None = decisions  # None: read
-        self._looks: list[_Look] = []  # by time
+        self._load_at: dict[float, float] = {}  # seconds since 1970 -> load, by time
         self._waiting_since_s: float | None = None
 
     def note(self, at: datetime, quiet: QuietVerdict, *, reason: str) -> None:
@@ -229,11 +222,11 @@ class QuietWeek:
         if self._settings.quiet_window == FIXED:
             return False
         self._forget(now_s)
-        watched = len(self._looks) >= MIN_CHECKS and now_s - self._looks[0].at_s >= 0.95 * WEEK_S
-        return watched and all(look.load >= 1 for look in self._looks)
+        watched = len(self._load_at) >= MIN_CHECKS and now_s - next(iter(self._load_at)) >= 0.95 * WEEK_S
+        return watched and all(load >= 1 for load in self._load_at.values())
 
     def _lowest_quartile(self) -> float:
-        ordered = sorted(look.load for look in self._looks)
+        ordered = sorted(self._load_at.values())
         return ordered[math.ceil(QUARTILE * len(ordered)) - 1]
 
     def _waited_h(self, now_s: float) -> float:
@@ -244,11 +237,12 @@ class QuietWeek:
             self._waiting_since_s = None
         elif self._waiting_since_s is None:
             self._waiting_since_s = at_s
-        if load is not None and (not self._looks or at_s - self._looks[-1].at_s >= SPACING_S):
-            self._looks.append(_Look(at_s, load))
+        if load is not None and at_s - next(reversed(self._load_at), -math.inf) >= SPACING_S:
+            self._load_at[at_s] = load
 
     def _forget(self, now_s: float) -> None:
-        del self._looks[: bisect_left(self._looks, now_s - WEEK_S, key=lambda look: look.at_s)]
+        for at_s in [at_s for at_s in self._load_at if at_s < now_s - WEEK_S]:
+            del self._load_at[at_s]
 
 
 def load_of(quiet: Mapping[str, Any]) -> float | None:

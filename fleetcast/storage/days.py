@@ -15,7 +15,6 @@ import re
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -230,15 +229,6 @@ def _options(kind: TableKind, schema: pa.Schema, is_sealed: bool) -> dict[str, o
 
 
 _RETRIES = 50  # each one means that the writer swapped the day just then
-
-
-@dataclass(frozen=True, slots=True)
-class DayEntry:
-    """What the folder shows of one day without opening a file."""
-
-    day: date
-    path: Path
-    is_sealed: bool
 
 
 def day_path(folder: Path, kind: TableKind, day: date) -> Path:
