@@ -1,1 +1,1 @@
-"""Forecasting: windows to tensors, the network, naive forecasts, feedback, the versions on disk."""
+"""Forecasting: windows to tensors, the network, naive forecasts, the versions on disk."""
