@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Sequence
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from benchmarks.faults.parts.trainings import RetrainingDaemon
 from benchmarks.programs import ROOT, InferenceDaemon, Program, wait_for
 from fleetcast.clock import iso_z, monotonic, plain_utc, sleep
 from fleetcast.files import read_json, read_json_lines, write_json
+from fleetcast.storage.store import DataBuffer
 
 JUMPS_S = (3600, 0, -3600, 0, 86_400, 0, -86_400, 0)
 QUICK_BINS = "[bins]\nbin_s = 1\nclose_grace_s = 0.2\n"
@@ -170,6 +172,8 @@ def _sees_fleet(folder: Path, before: int) -> bool:
 def history_in_the_future(folder: Path) -> Tally:
     """A state whose trainings lie ahead (the clock was set back): read, warned of, not believed."""
     tally = Tally()
+    with closing(DataBuffer(folder / "data_buffer")) as buffer:  # with neither it could not look
+        buffer.append([{"timestamp": datetime.now(UTC), "server_name": "a", "cpu_pct": 1.0}])
     ahead = plain_utc(datetime.now(UTC) + timedelta(days=1))
     state = {"last_training_time": ahead, "training_history": [ahead], "total_trainings": 1}
     write_json(folder / "retraining_state.json", state)
