@@ -28,7 +28,8 @@ def test_the_wheel_holds_every_package_and_every_program() -> None:
     setuptools = PROJECT["tool"]["setuptools"]
     folders = sorted(path.parent for path in (ROOT / "fleetcast").rglob("__init__.py"))
     packages = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
-    assert set(setuptools["packages"]) == packages | {"fleetcast.models", "fleetcast.samples"}
+    wanted = packages | {"fleetcast.models", "fleetcast.samples"}
+    assert setuptools["packages"] == sorted(wanted), "pyproject.toml lists each package once, in order"
     assert sorted(setuptools["py-modules"]) == sorted(PROGRAMS)
 
 
