@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from benchmarks.forecast.parts.new_dynamics import inject
 from fleetcast.bins import bin_means
 from fleetcast.clock import to_ms
-from fleetcast.schema import ChangedSeries
+from fleetcast.schema import ChangedSeries, Longs
 from fleetcast.sources.recording import Cut, load_recording, parse_formula
 from fleetcast.training.grid import TrainingGrid
 
@@ -35,6 +35,13 @@ class ReplayFleet:
     grid: TrainingGrid
     begin: int  # first bin of the replay
     changes: tuple[tuple[ChangedSeries, ...], ...]  # sets of one moment each, by time
+
+    def changed_since(self) -> Longs:
+        """Return (server, metric) the bin of a series' first change, past the end where it has none."""
+        since = np.full(self.grid.values.shape[:2], self.grid.n_bins)
+        for item in (item for changed in self.changes for item in changed):
+            since[item.server, item.metric] = min(since[item.server, item.metric], item.since_bin)
+        return since
 
     def until(self, end: int, days: int) -> TrainingGrid:
         """Return the newest `days` before bin `end`: what a training is given."""
@@ -75,15 +82,18 @@ def natural(grid: TrainingGrid, begin: int, regimes: Path | None) -> ReplayFleet
     return ReplayFleet(NATURAL, grid, begin, tuple(tuple(found[since]) for since in sorted(found)))
 
 
-def injected(grid: TrainingGrid, begin: int) -> ReplayFleet:
-    """Return the fleet with new dynamics: at one moment of each of the first weeks, drawn by seed."""
-    moments = np.random.default_rng(SEED).integers(0, 7 * DAY, CHANGED_WEEKS)
+def injected(grid: TrainingGrid, begin: int, seed: int = SEED) -> ReplayFleet:
+    """Return the fleet with new dynamics that repeat, from one moment of each of the first weeks on."""
     changes = []
-    for week, moment in enumerate(moments.tolist()):
-        since = begin + week * 7 * DAY + moment
-        if since >= grid.n_bins - DAY:
-            break
-        changed = inject(grid, since, PER_KIND, SEED + week)
+    for week, since in enumerate(moments(grid, begin, seed)):
+        changed = inject(grid, since, PER_KIND, seed + week)
         grid = changed.grid
         changes.append(changed.changed)
     return ReplayFleet(INJECTED, grid, begin, tuple(changes))
+
+
+def moments(grid: TrainingGrid, begin: int, seed: int) -> list[int]:
+    """Return the bins of the changes, one in each of the first weeks, drawn by seed."""
+    drawn = np.random.default_rng(seed).integers(0, 7 * DAY, CHANGED_WEEKS).tolist()
+    found = [begin + week * 7 * DAY + moment for week, moment in enumerate(drawn)]
+    return [since for since in found if since < grid.n_bins - DAY]

@@ -30,7 +30,6 @@ from benchmarks.loop.parts.policies import (
     Policy,
 )
 from benchmarks.loop.parts.record import ReplayRecord, forecast_stretch
-from benchmarks.loop.parts.scores import SCORED_EVERY
 from data_buffer import DataBuffer
 from fleetcast.clock import from_ms, iso_z, to_ms
 from fleetcast.forecast.predictor import Forecaster
@@ -83,11 +82,6 @@ class ReplayRun:
             return Engine(self._record, self._registry, settings, self._folder)
         return Oracle(self._fleet) if name == ORACLE else Never()
 
-    @property
-    def every(self) -> int:
-        """Return from which origin bins forecasts are made: who watches drift needs all of them."""
-        return 1 if isinstance(self._policy, Engine) else SCORED_EVERY
-
     def run(self, by_initial: Floats32 | None) -> Floats32:
         """Replay to the end.
 
@@ -103,7 +97,7 @@ class ReplayRun:
             if by_initial is not None and self._model.version == first:
                 made = by_initial[:, :, start - self._fleet.begin : end - self._fleet.begin]
             else:
-                made = forecast_stretch(self._model, self._fleet, start, end, self.every)
+                made = forecast_stretch(self._model, self._fleet, start, end)
             self._record.note(start, made, self._model.version)
             context = self._policy.wants(end)
             if context is not None:
@@ -116,7 +110,7 @@ class ReplayRun:
         share = looked.in_alarm / max(looked.checks, 1) if looked else None
         return {
             "trainings": [asdict(item) for item in self.trainings],
-            "forecast_every": self.every,
+            "model_changes": [item.bin for item in self.trainings if item.promoted],
             "checks_in_alarm_pct": None if share is None else round(100 * share, 2),
         }
 

@@ -4,13 +4,11 @@ Owns: the definitions of the figures of `loop_replay.py`. numpy only. Does not k
 
 *Error* at a horizon: per series the mean |p50 - actual| over every third origin of the replay,
 divided by that of the last value on the same forecasts; over series the geometric mean.
-*Recovered* after a change: the first bin from which on the changed series' errors at 1 h are as near
-to the oracle's as to those of the policy that never trains, in every 24 h that follow up to a week
-after the change; hours in which the oracle gains nothing say nothing. The three are compared on the
-same hours, so that easy ones are no recovery.
+*Recovered* after a change: the first hour from which the changed series' errors at 5 minutes, over six
+hours, are at most 1.3 times their later level: that from the third to the seventh day after the change.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,9 +20,11 @@ from fleetcast.schema import ChangedSeries, Floats, Floats32
 
 NAMES = {1: "5min", 12: "1h", 96: "8h"}
 SCORED_EVERY = 3  # origin bins: a quarter of an hour
-LOOK_AHEAD = DAY  # bins over which "recovered" is judged
-WATCHED = 7 * DAY  # bins after a change in which a policy may recover
-LOOK_EVERY = 6
+HOUR, SPAN = 12, 72  # bins
+LATER = (3 * DAY, 7 * DAY)  # bins after a change: its later level
+RECOVERED = 1.3  # times the later level
+# 97.5 % quantiles of the t distribution for 1, 2, 3 ... degrees of freedom
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def error_pair(fleet: ReplayFleet, p50: Floats32, horizon: int) -> tuple[Floats, Floats]:
@@ -55,9 +55,7 @@ def relative(ours: Floats, naive: Floats, chosen: NDArray[np.bool_]) -> float | 
 
 def errors(fleet: ReplayFleet, p50: Floats32) -> dict[str, Any]:
     """Return the errors by horizon: of all series, of changed ones from their change on, of the others."""
-    since = np.full(fleet.grid.values.shape[:2], fleet.grid.n_bins)
-    for item in (item for changed in fleet.changes for item in changed):
-        since[item.server, item.metric] = min(since[item.server, item.metric], item.since_bin)
+    since = fleet.changed_since()
     has_changed = since < fleet.grid.n_bins
     is_after = np.arange(fleet.begin, fleet.grid.n_bins) >= since[..., None]
     table: dict[str, Any] = {"all": {}, "changed": {}, "others": {}}
@@ -74,36 +72,35 @@ def errors(fleet: ReplayFleet, p50: Floats32) -> dict[str, Any]:
     return table
 
 
-def recovery_hours(
-    fleet: ReplayFleet, by_policy: Mapping[str, Floats32], never: str, oracle: str
-) -> dict[str, list[float | None]]:
-    """Return hours from each set of changes to recovered errors; None = not within a week.
+def recovery_hours(fleet: ReplayFleet, p50: Floats32) -> list[float | None]:
+    """Return hours from each set of changes to recovered errors; None = not before the later level begins.
 
     Args:
-        by_policy: p50 (server, metric, origin, horizon).
+        p50: (server, metric, origin, horizon).
     """
-    at_1h = {name: error_pair(fleet, p50[..., 1], HORIZONS[1]) for name, p50 in by_policy.items()}
-    found: dict[str, list[float | None]] = {name: [] for name in by_policy}
+    pair = error_pair(fleet, p50[..., 0], HORIZONS[0])
+    found: list[float | None] = []
     for changed in fleet.changes:
         begin = changed[0].since_bin - fleet.begin
-        end = min(begin + WATCHED, fleet.grid.n_bins - fleet.begin - LOOK_AHEAD)
-        spans = [slice(start, start + LOOK_AHEAD) for start in range(begin, end, LOOK_EVERY)]
-        ratios = {
-            name: np.array([_ratio(*pair, changed, span) for span in spans]) for name, pair in at_1h.items()
-        }
-        for name in by_policy:
-            place = _recovered(ratios[name], ratios[never], ratios[oracle])
-            found[name].append(None if place is None else place * LOOK_EVERY * 24 / DAY)
+        later = _ratio(*pair, changed, slice(begin + LATER[0], begin + LATER[1]))
+        starts = range(begin, begin + LATER[0], HOUR)
+        errors = [_ratio(*pair, changed, slice(start, start + SPAN)) for start in starts]
+        good = np.flatnonzero(np.array(errors) <= RECOVERED * later)
+        found.append(float(good[0]) if len(good) else None)
     return found
 
 
-def _recovered(own: Floats, never: Floats, oracle: Floats) -> int | None:
-    """Return the place from which on a policy is as near to the oracle as to never; None for nowhere."""
-    says = oracle < never
-    is_near = ~says | (own <= (never + oracle) / 2)
-    far = np.flatnonzero(~is_near)
-    first = int(far[-1]) + 1 if len(far) else 0
-    return first if says[first:].any() else None
+def daily_errors(fleet: ReplayFleet, p50: Floats32) -> list[float | None]:
+    """Return the error of each day of the replay: the geometric mean over series and horizons."""
+    pairs = [error_pair(fleet, p50[..., place], horizon) for place, horizon in enumerate(HORIZONS)]
+    everything = np.ones(fleet.grid.values.shape[:2], np.bool_)
+    found: list[float | None] = []
+    for begin in range(0, p50.shape[2], DAY):
+        day = slice(begin, begin + DAY)
+        known = [relative(own[..., day], naive[..., day], everything) for own, naive in pairs]
+        values = [value for value in known if value is not None]
+        found.append(round(float(np.exp(np.log(values).mean())), 4) if values else None)
+    return found
 
 
 def _ratio(ours: Floats, naive: Floats, changed: Sequence[ChangedSeries], span: slice) -> float:
@@ -111,3 +108,19 @@ def _ratio(ours: Floats, naive: Floats, changed: Sequence[ChangedSeries], span: 
     rows = ([item.server for item in changed], [item.metric for item in changed])
     sums, others = np.nansum(ours[rows][:, span], axis=1), np.nansum(naive[rows][:, span], axis=1)
     return float(np.mean(sums[others > 0] / others[others > 0])) if (others > 0).any() else float("nan")
+
+
+def mean_with_interval(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Return the mean of the known values and the half of its 95 % interval; None = cannot be told.
+
+    >>> mean_with_interval([0.4, None, 0.6])
+    (0.5, 1.2706)
+    """
+    known = np.array([value for value in values if value is not None])
+    if not len(known):
+        return None, None
+    mean = round(float(known.mean()), 4)
+    if len(known) == 1:
+        return mean, None
+    student = STUDENT[min(len(known) - 2, len(STUDENT) - 1)]
+    return mean, round(float(student * known.std(ddof=1) / np.sqrt(len(known))), 4)

@@ -67,7 +67,9 @@ class ExpertLayer:
         flags = np.tile(self._is_percent, len(history))
         return rule_forecasts(history.reshape(-1, history.shape[2]), flags, day_bins, n_horizon)
 
-    def serve(self, rows: Longs, origin: int, experts: RuleForecasts, model: Floats32) -> Served:
+    def serve(
+        self, rows: Longs, origin: int, experts: RuleForecasts, model: Floats32, leads: Longs | None = None
+    ) -> Served:
         """Mix one origin's forecasts, and remember them until they are settled.
 
         Args:
@@ -75,15 +77,18 @@ class ExpertLayer:
             origin: number of the origin bin.
             experts: of these rows, as `experts` returned them.
             model: (row, metric, horizon, quantile) native units, NaN = the model does not forecast.
+            leads: (horizon,) bins ahead that `experts` and `model` are of; None = 1, 2, 3 and so on. A
+                replay needs the settled horizons only.
         """
         n_row, n_metric, n_horizon, _ = model.shape
+        leads = np.arange(1, n_horizon + 1) if leads is None else leads
         self.mixture.reserve(int(rows.max(initial=-1)) + 1)
         flags = np.tile(self._is_percent, n_row)
         shape = (n_row, n_metric, n_horizon)
         z = to_scale(model.reshape(-1, n_horizon, 3), flags).reshape(*shape, 3)
         has_model: Flags = np.asarray(np.isfinite(z).all(axis=(2, 3)))
         shares = self.mixture.shares(rows, has_model)  # (row, metric, knot, expert)
-        between = self.mixture.interpolation(n_horizon)
+        between = self.mixture.interpolation(leads)
         said = np.concatenate([z[None, ..., 1], experts.median.reshape(-1, *shape)])  # (expert, ...)
         filled = np.where(np.isfinite(said), said, said[LAST])
         median = np.einsum("rmke,kh,ermh->rmh", shares, between, filled, optimize=True)
@@ -92,8 +97,8 @@ class ExpertLayer:
         scaled = np.stack([median - below * factors[0], median, median + above * factors[1]], axis=-1)
         self._bound(scaled, z, experts, shape)
         native = from_scale(scaled.reshape(-1, n_horizon, 3), flags).reshape(*shape, 3)
-        moves = self._follow_trend(rows, experts, native)
-        self._remember(rows, origin, said, native, moves)
+        moves = self._follow_trend(rows, experts, native, leads)
+        self._remember(rows, origin, said, native, moves, leads)
         return Served(native, shares[..., MODEL].mean(axis=2))
 
     def settle(self, number: int, rows: Longs, actual: Floats32) -> None:
@@ -176,7 +181,7 @@ class ExpertLayer:
         ceiling = np.maximum(np.nan_to_num(ceiling, nan=np.inf), scaled[..., 1:2])
         np.clip(scaled, floor, ceiling, out=scaled)
 
-    def _follow_trend(self, rows: Longs, experts: RuleForecasts, native: Floats32) -> Floats32:
+    def _follow_trend(self, rows: Longs, experts: RuleForecasts, native: Floats32, leads: Longs) -> Floats32:
         """Move forecasts onto a clear trend, in place; return what each trend says, clear or not.
 
         Returns:
@@ -189,8 +194,8 @@ class ExpertLayer:
         clear = np.flatnonzero(trend.is_clear)
         if len(clear):
             belief = self.mixture.belief(rows, loose).reshape(n_row * n_metric, -1)[clear]
-            belief = belief @ self.mixture.interpolation(n_horizon)  # (series, horizon)
-            move = np.stack([trend.move(lead)[clear] for lead in range(1, n_horizon + 1)], axis=-1)
+            belief = belief @ self.mixture.interpolation(leads)  # (series, horizon)
+            move = np.stack([trend.move(lead)[clear] for lead in leads.tolist()], axis=-1)
             spread = NORMAL_90 * trend.scatter[clear, None] + _TREND_SPREAD * np.abs(move)
             line = trend.level[clear, None] + belief * move
             flat = native.reshape(n_row * n_metric, n_horizon, 3)
@@ -206,17 +211,20 @@ class ExpertLayer:
         floor = np.minimum(own.min(axis=(1, 2), keepdims=True), 0.0)
         return np.clip(line, floor, np.maximum(ceiling, own.max(axis=(1, 2), keepdims=True)))
 
-    def _remember(self, rows: Longs, origin: int, said: Floats32, native: Floats32, moves: Floats32) -> None:
+    def _remember(
+        self, rows: Longs, origin: int, said: Floats32, native: Floats32, moves: Floats32, leads: Longs
+    ) -> None:
         n_row, n_metric = native.shape[:2]
         flags = np.tile(self._is_percent, n_row)
         last = from_scale(said[LAST, :, :, :1].reshape(-1, 1), flags).reshape(n_row, n_metric)
         for knot, horizon in enumerate(self.mixture.horizons):
-            if origin % self._steps[knot] or horizon > native.shape[2]:
+            if origin % self._steps[knot] or horizon > leads[-1]:
                 continue
+            place = int(np.searchsorted(leads, horizon))
             kept = np.empty((n_row, n_metric, _N_KEPT), np.float32)
-            kept[..., : len(EXPERTS)] = np.moveaxis(said[..., horizon - 1], 0, -1)
+            kept[..., : len(EXPERTS)] = np.moveaxis(said[..., place], 0, -1)
             kept[..., _TREND] = last + moves[..., knot]
-            kept[..., _LOW], kept[..., _HIGH] = native[:, :, horizon - 1, 0], native[:, :, horizon - 1, 2]
+            kept[..., _LOW], kept[..., _HIGH] = native[:, :, place, 0], native[:, :, place, 2]
             sides = to_scale(kept[..., _TREND:].reshape(-1, _N_KEPT - _TREND), flags)
             kept[..., _TREND:] = sides.reshape(n_row, n_metric, -1)
             self._pending[knot].put(origin // self._steps[knot], rows, kept)

@@ -190,9 +190,9 @@ class Mixture:
         widen = np.clip(self.widen[rows] + self.fleet_widen, -_WIDEN_LIMIT, _WIDEN_LIMIT)
         return np.asarray(np.exp(widen), np.float32)
 
-    def interpolation(self, n_horizon: int) -> Floats32:
-        """Return (knot, horizon) the weights of the settled horizons at every horizon."""
-        steps, knots = np.log(np.arange(1, n_horizon + 1)), np.log(self.horizons)
+    def interpolation(self, leads: Longs) -> Floats32:
+        """Return (knot, lead) the weights of the settled horizons at other bins ahead."""
+        steps, knots = np.log(leads), np.log(self.horizons)
         return np.stack([np.interp(steps, knots, unit) for unit in np.eye(len(knots))]).astype(np.float32)
 
     def _relative(self, losses: Floats32, counts: Floats32, last: Floats32) -> tuple[Floats32, Floats32]:
