@@ -1,6 +1,6 @@
 """Is the loop worth it? Four weeks of a recorded fleet under six policies of retraining.
 
-    python -m benchmarks.loop.loop_replay --data FLEET.parquet --regimes CHANGES.csv --groups 0 1 2 --seeds 0 1 2
+    python -m benchmarks.loop.loop_replay --data FLEET.parquet --groups 0 1 2 --seeds 0 1 2 [--regimes CSV]
 
 28 days x 10 servers are replayed after 28 days of history and the training they give rise to: forecasts
 from every bin, a look every hour, trainings as each policy wants them, on the data so far. The policies:
@@ -267,7 +267,8 @@ def _table(runs: Sequence[dict[str, Any]]) -> str:
     """Return one scene as the rows of docs/performance.md."""
     over = ", ".join(f"group {run['group']} seed {run['seed']}" for run in runs)
     lines = [
-        f"| {runs[0]['scene']} ({over}) | trainings | raw | served | raw, changed | served, changed | recovered, h |",
+        f"| {runs[0]['scene']} ({over}) | trainings | raw | served | raw, changed | served, changed "
+        "| recovered, h |",
         "|---|---|---|---|---|---|---|",
     ]
     for policy, found in _summary(runs).items():

@@ -30,7 +30,7 @@ LEADS: Longs = np.array(HORIZONS)
 _ORIGINS_AT_ONCE = 8
 _TREND = ("slope", "level", "scatter", "age_bins", "is_clear", "is_loose")
 # how many numbers of each kind are kept of a series and origin, in this order
-_WIDTHS = (len(RULES) * len(HORIZONS), len(HORIZONS), len(HORIZONS), 1, 1, *[1] * len(_TREND))
+_WIDTHS = (len(RULES) * len(HORIZONS), *[len(HORIZONS)] * 3, 1, 1, *[1] * len(_TREND))
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +74,11 @@ class SceneRules:
     def at(self, origin: int) -> RuleForecasts:
         """Return the rules' forecasts from an origin, at HORIZONS."""
         parts = np.split(self.values[origin - self.first], np.cumsum(_WIDTHS)[:-1], axis=1)
-        median, below, above, lowest, highest, *trend = parts
+        median, below, above, least, lowest, highest, *trend = parts
         lines: dict[str, Any] = {name: part[:, 0] for name, part in zip(_TREND, trend, strict=True)}
         lines |= {name: lines[name] > 0 for name in _TREND if name.startswith("is_")}
         cube = median.reshape(len(median), len(RULES), len(HORIZONS)).transpose(1, 0, 2)
-        return RuleForecasts(cube, below, above, lowest[:, 0], highest[:, 0], Trend(**lines))
+        return RuleForecasts(cube, below, above, lowest[:, 0], highest[:, 0], least, Trend(**lines))
 
     def write(self, path: Path) -> None:
         """Keep them; `read` brings them back."""
@@ -96,14 +96,8 @@ def _pack(said: RuleForecasts) -> Floats32:
     at = LEADS - 1
     trend = np.stack([getattr(said.trend, name) for name in _TREND], axis=1)
     median = said.median[..., at].transpose(1, 0, 2).reshape(len(said.below), -1)
-    columns = [
-        median,
-        said.below[:, at],
-        said.above[:, at],
-        said.lowest[:, None],
-        said.highest[:, None],
-        trend,
-    ]
+    halves = [part[:, at] for part in (said.below, said.above, said.least_half)]
+    columns = [median, *halves, said.lowest[:, None], said.highest[:, None], trend]
     return np.concatenate(columns, axis=1, dtype=np.float32, casting="unsafe")
 
 
