@@ -138,7 +138,7 @@ def sweep(
         quantiles = _timed(took, "network", partial(model.predict, part))
         is_model = np.isfinite(quantiles).all(axis=(2, 3))
         medians = quantiles[..., 1].copy()
-        _timed(took, "correction", partial(corrector.correct, part, quantiles, is_model))
+        _timed(took, "correction", partial(corrector.correct, part, quantiles))
         made.append((quantiles, is_model, medians))
     columns = [np.concatenate(column) for column in zip(*made, strict=True)]
     made.clear()
