@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test run faults bench-peers docs demo clean
+.PHONY: help install check test run faults attacks bench-peers docs demo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,7 +38,7 @@ test: check  ## everything CI runs: check, unit, doctest, contract, integration,
 docs: .venv/.requirements  ## make docs/settings.md again from the dataclasses
 	$(BIN)/python -m fleetcast.settings > docs/settings.md
 
-demo: .venv/.requirements  ## the whole loop on bundled real data, 3-6 minutes; state stays in demo_run/
+demo: .venv/.requirements  ## the whole loop on bundled real data, 6.5 CPU minutes; state stays in demo_run/
 	$(BIN)/python -m fleetcast.demo
 
 run: .venv/.requirements  ## both daemons on this machine's own metrics, live until Ctrl+C; state in run/
@@ -46,6 +46,9 @@ run: .venv/.requirements  ## both daemons on this machine's own metrics, live un
 
 faults: .venv/.requirements-dev  ## every fault many times (about half an hour); the table of docs/reliability.md
 	$(BIN)/python -m benchmarks.faults.faults
+
+attacks: .venv/.requirements-dev  ## every attack of docs/security.md on a real daemon (about fifteen minutes); its table
+	$(BIN)/python -m benchmarks.faults.attacks
 
 bench-peers: .venv/.requirements  ## drift checks beside Evidently, NannyML, Alibi Detect, river (5 GB in .venv-peers/)
 	$(BIN)/python -m benchmarks.drift.peer_environments

@@ -14,43 +14,50 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from drift_monitor import METRICS_FILE, DriftMonitor
-from fleetcast.clock import Clock, DataClock, SystemClock, monotonic
+from fleetcast.clock import Clock, DataClock, SystemClock, monotonic, to_ms
 from fleetcast.drift.evidence import DriftEvidence, DriftSource
 from fleetcast.drift.report import DriftReport
-from fleetcast.errors import AlreadyRunning, BadData, CannotLook, ExitCode, SettingsError
-from fleetcast.files import OwnerLock, read_pid, write_json
+from fleetcast.drift.seasonal.detector import READY
+from fleetcast.errors import AlreadyRunning, BadData, CannotLook, ExitCode, FleetcastError, SettingsError
+from fleetcast.files import write_json
 from fleetcast.forecast.registry import Registry
+from fleetcast.locks import OwnerLock, read_pid
 from fleetcast.loop import Stop, SystemdNotifier, configure_logging, run_every
 from fleetcast.program import models_dir, run_program
+from fleetcast.promotion.audit import TRAINING
+from fleetcast.promotion.desk import Desk
+from fleetcast.promotion.orders import Order
+from fleetcast.retraining import report as done
 from fleetcast.retraining.attempts import Attempts
-from fleetcast.retraining.decision import RetrainingDecisionEngine
+from fleetcast.retraining.decision import OrderedTraining, RetrainingDecisionEngine
 from fleetcast.retraining.inquiry import Inquiry
 from fleetcast.retraining.order import Readiness, export_for_training, training_context, training_steps
 from fleetcast.retraining.quiet import HostProbe, QuietWeek, quiet_verdict
-from fleetcast.retraining.report import ADVISED, BESIDE, NOTHING, STARTED, TRAINING, DriftLog, RetrainingCheck
-from fleetcast.retraining.state import FAILED, STATE_FILE, Attempt
-from fleetcast.retraining.trainings import DECISIONS_FILE, Trainings
+from fleetcast.retraining.report import DriftLog, RetrainingCheck
+from fleetcast.retraining.state import FAILED, STATE_FILE, VERDICTS, Attempt
+from fleetcast.retraining.trainings import DECISIONS_FILE, DataSpan, Trainings, data_span
 from fleetcast.schema import QuietVerdict
 from fleetcast.setting import override
 from fleetcast.settings import CALIBRATED, Settings, load_settings
 
 __all__ = ["AdaptiveRetrainingDaemon", "RetrainingDecisionEngine"]
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("adaptive_retraining_daemon")  # not "__main__": people read this
 
 LOG_FILE = "retraining_daemon.log"
 LOCK_FILE = ".retraining_daemon.lock"
 WATCH_S = 0.5  # between looks at a running training
+ORDERS_S = 1.0  # between looks at what people order
 WATCHED_SHARE = 0.9  # of the interval: a training is followed until shortly before the next check
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Run the daemon, or one check, or one export; return the exit code."""
-    options = _parser().parse_args(argv)
+    options = _parser(prog).parse_args(argv)
     return run_program("adaptive_retraining_daemon", lambda: _run(options))
 
 
@@ -98,7 +105,13 @@ class AdaptiveRetrainingDaemon:
         self._clock = clock or (DataClock(self._newest_seen) if is_data else SystemClock())
         self._store = DataBuffer(own.paths.data_buffer_dir, settings=own.buffer, expire=False)
         self._registry = Registry(Path(own.paths.checkpoint_dir), models_dir(own))
-        self._source = DriftSource(self._store, self._registry, own.drift, own.bins.bin_s * 1000)
+        self._source = DriftSource(
+            self._store,
+            self._registry,
+            own.drift,
+            own.bins.bin_s * 1000,
+            correct_within_s=own.bins.correct_within_s,
+        )
         self._monitor = DriftMonitor(own.drift.window_size, settings=own.drift, clock=self._clock)
         self._drift_log = DriftLog()
         self._readiness = Readiness(self._store, own)
@@ -109,9 +122,14 @@ class AdaptiveRetrainingDaemon:
         self.engine = self._make_engine()
         timeout_s, nice = own.retraining.training_timeout_s, own.retraining.training_nice
         attempts = Attempts(self._registry, timeout_s=timeout_s, nice=nice)
-        self._trainings = Trainings(self.engine, attempts, Path(STATE_FILE), own.clock.mode, self._clock)
-        self._lock = OwnerLock(Path(LOCK_FILE), "the retraining of this folder")
-        self._is_owner = False
+        self._desk = Desk(self._registry)
+        self._trainings = Trainings(
+            self.engine, attempts, Path(STATE_FILE), own.clock.mode, self._clock, self._audit_end
+        )
+        is_buffer = Path(own.paths.data_buffer_dir).resolve() == Path.cwd()  # the inference daemon's to lock
+        folder = None if is_buffer else Path()
+        self._lock = OwnerLock(Path(LOCK_FILE), "the retraining of this folder", folder)
+        self._is_owner, self._may_write = False, True
         self._notifier, self.stop = SystemdNotifier(), Stop()
 
     def run(self) -> ExitCode:
@@ -122,7 +140,7 @@ class AdaptiveRetrainingDaemon:
         """
         limits = self._settings.retraining
         self.stop = Stop()
-        self.stop.install()
+        self.stop.install(survives_hangup=True)
         with self.ownership(strict=True):
             logger.info("retraining daemon started interval_s=%g", limits.interval_s)
             self._notifier.ready()
@@ -133,10 +151,26 @@ class AdaptiveRetrainingDaemon:
         return ExitCode.OK if has_stopped else ExitCode.FAILED
 
     def _tick(self) -> None:
-        """Check, then follow a training, so that its verdict is noted at once."""
+        """Check, then follow a training and what people order, so that both are dealt with at once."""
         until = monotonic() + WATCHED_SHARE * self._settings.retraining.interval_s
         self.run_check_cycle()
-        self.wait_for_training(until)
+        while monotonic() < until and not self.stop.is_requested:
+            self.wait_for_training(until)
+            if self._has_order(until):
+                self.run_check_cycle()
+
+    def _has_order(self, until: float) -> bool:
+        """Wait for a training that a person orders, and carry other orders out meanwhile."""
+        while monotonic() < until and not self.stop.wait(min(ORDERS_S, max(0.0, until - monotonic()))):
+            self._notifier.alive()
+            try:
+                self._desk.look_after()
+                if self._desk.training_order() is not None:
+                    return True
+            except FleetcastError as error:  # the next check tries again
+                logger.error("orders wait: %s", error)
+                self.stop.wait(max(0.0, until - monotonic()))
+        return False
 
     def run_once(self) -> ExitCode:
         """Check, print, and wait for a training that this check started.
@@ -145,13 +179,14 @@ class AdaptiveRetrainingDaemon:
             CannotLook: there is neither an inference daemon to ask nor a buffer to read.
         """
         self._require_sight()
-        is_owner = self.own(strict=False)
+        self._may_write = self._store.exists  # in another folder than the daemon's nothing is left behind
+        is_owner = self._may_write and self.own(strict=False)
         configure_logging(Path(LOG_FILE) if is_owner else None, self._settings.logging)
         with self.ownership():
             self.stop.install()
             check = self.run_check_cycle()
-            print(check.as_text(), flush=True)
-            if check.action != STARTED:
+            print(f"{self._looked_at()}\n{check.as_text()}", flush=True)
+            if check.action != done.STARTED:
                 return ExitCode.OK
             ended = self.wait_for_training()
             goes_on = "This check stopped waiting: the training goes on, and the next start adopts it."
@@ -162,14 +197,23 @@ class AdaptiveRetrainingDaemon:
         """Check once; start a training that is due and return without waiting for it.
 
         Beside a running retraining daemon nothing is started or written.
+
+        Raises:
+            OwnershipLost: another daemon works in this folder, since a person deleted the lock file.
         """
         with self.ownership() as is_owner:
             self._newest = self._store.newest_record_time()
             if is_owner:
+                self._lock.check()
+                self._desk.look_after()  # first: a switch that a kill broke off is finished, then counted
                 self._trainings.note()
             now = self._clock.now()
-            evidence, report = self._measure_drift(may_renew=is_owner)
-            check = self._act(self._decide(report, now), evidence, is_owner=is_owner)
+            # a rejected first candidate is no model either
+            missing = self._readiness.why_not() if self._registry.current_id() is None else ""
+            evidence, report = self._measure_drift(missing, may_renew=is_owner)
+            order = self._find_order() if is_owner else None
+            check = self._decide(report, missing, now, order)
+            check = self._act(check, evidence, order, is_owner=is_owner)
             logger.info(
                 "checked should_retrain=%s action=%s reason=%s",
                 *(check.decision.should_retrain, check.action, check.decision.reason),
@@ -209,7 +253,7 @@ class AdaptiveRetrainingDaemon:
         """Own the folder's state; yields False where another daemon owns it."""
         if self._is_owner:
             yield True
-        elif not self.own(strict=strict):
+        elif not self._may_write or not self.own(strict=strict):
             self._trainings.look()
             yield False
         else:
@@ -231,50 +275,108 @@ class AdaptiveRetrainingDaemon:
                 return ended
         return None
 
-    def _measure_drift(self, *, may_renew: bool) -> tuple[DriftEvidence, DriftReport]:
+    def _measure_drift(self, missing: str, *, may_renew: bool) -> tuple[DriftEvidence, DriftReport]:
         self._inquiry.look(self.stop)
-        evidence = self._source.evidence(self._inquiry.served_version, may_renew=may_renew)
+        served = self._inquiry.served_version
+        evidence = self._source.evidence(served, may_renew=may_renew, first_training=missing)
         self._monitor.observe(evidence)
         report = self._monitor.report()
         self._drift_log.note(report)
         return evidence, report
 
-    def _decide(self, report: DriftReport, now: datetime) -> RetrainingCheck:
-        has_model = self._registry.current_id() is not None  # a rejected first candidate is none either
-        missing = "" if has_model else self._readiness.why_not()
-        initial_due = not has_model and not missing
+    def _find_order(self) -> Order | None:
+        """Return a training that a person orders; one that a kill broke off after its start is done."""
+        order = self._desk.training_order()
+        begun = self._trainings.attempt_of(order.id) if order else None
+        if order is None or begun is None:
+            return order
+        self._desk.end_training_order(order, begun.id)
+        return None
+
+    def _decide(
+        self, report: DriftReport, missing: str, now: datetime, order: Order | None
+    ) -> RetrainingCheck:
+        initial_due = self._registry.current_id() is None and not missing
         is_quiet = self.check_quiet_period() or (initial_due and self.quiet.is_host_quiet)
         hours = self._settings.decision.follow_up_hours if report.basis == CALIBRATED else 0.0
+        learning = self._learning(report)
         decision = self.engine.decide(
             report.current_metrics(),
             is_quiet,
             initial_due=initial_due,
             collecting=report.status_reason,
             follow_up=self._trainings.follow_up(hours, self.engine.trainings_left()),
+            learning=learning,
+            ordered=OrderedTraining(f"{order.by} ordered it: {order.reason}", order.force) if order else None,
         )
         self._quiet_week.note(now, self.quiet, reason=decision.reason)
-        return RetrainingCheck(now, report, self.quiet, decision, missing, NOTHING)
+        standing = self._desk.standing()
+        standing = replace(standing, paused=standing.pause_at(self._desk.clock))
+        check = RetrainingCheck(now, report, self.quiet, decision, missing, done.NOTHING)
+        return replace(check, learning=learning, standing=standing)
 
-    def _act(self, check: RetrainingCheck, evidence: DriftEvidence, *, is_owner: bool) -> RetrainingCheck:
+    def _learning(self, report: DriftReport) -> str:
+        """Return why a training would pay although nothing drifted, or ""."""
+        is_on = self._settings.decision.learning == "on" and report.basis == CALIBRATED
+        oldest, newest = self._store.oldest_record_time(), self._newest
+        if not is_on or report.status != READY or oldest is None or newest is None:
+            return ""
+        days = timedelta(days=self._settings.retraining.training_days)
+        history = DataSpan(to_ms(max(oldest, newest - days)), to_ms(newest))
+        return self._trainings.learning(data_span(self._source.last_trained), history)
+
+    def _act(
+        self, check: RetrainingCheck, evidence: DriftEvidence, order: Order | None, *, is_owner: bool
+    ) -> RetrainingCheck:
         """Do what was decided, as far as it is ours to do."""
+        if not self._may_write:
+            return check.with_action(done.BESIDE, "no buffer here: only checked, nothing trained or written")
         if not is_owner:
             other = f"another retraining daemon (pid {read_pid(Path(LOCK_FILE))}) is running"
-            return check.with_action(BESIDE, f"{other}: only checked, nothing trained or written")
+            return check.with_action(done.BESIDE, f"{other}: only checked, nothing trained or written")
         write_json(Path(METRICS_FILE), check.report.as_json(check.at))
+        check = self._train(check, evidence, order)
+        if order is not None and check.action == done.STARTED and check.attempt_id:
+            self._desk.end_training_order(order, check.attempt_id)
+        elif order is not None:
+            self._desk.refuse_training(order, check.action_detail or check.decision.reason)
+        return check
+
+    def _train(self, check: RetrainingCheck, evidence: DriftEvidence, order: Order | None) -> RetrainingCheck:
+        """Start the training that was decided on, if nothing else stands in its way."""
+        paused = check.standing.paused
         if not check.decision.should_retrain:
             return check
         if self._settings.retraining.mode == "advise":
-            return check.with_action(ADVISED, "advise mode: nothing is trained")
+            return check.with_action(done.ADVISED, "advise mode: nothing is trained")
+        if paused and not (order and order.force):
+            return check.with_action(
+                done.PAUSED, f"trainings are paused until {paused.until} by {paused.by}: {paused.why}"
+            )
         busy = self._trainings.why_not_free()
-        attempt = None if busy else self._start(check, evidence)
+        attempt = None if busy else self._start(check, evidence, order)
         if attempt is None:
-            return check.with_action(TRAINING, busy or "a training is running")
-        return check.with_action(STARTED, f"training {attempt.id} started", attempt.id)
+            return check.with_action(done.TRAINING, busy or "a training is running")
+        return check.with_action(done.STARTED, f"training {attempt.id} started", attempt.id)
 
-    def _start(self, check: RetrainingCheck, evidence: DriftEvidence) -> Attempt | None:
+    def _start(self, check: RetrainingCheck, evidence: DriftEvidence, order: Order | None) -> Attempt | None:
         steps = training_steps(self._settings, Path(__file__).resolve(), self._config)
         context = training_context(check, evidence, self._source)
-        return self._trainings.start(check.decision, self._registry.current_id(), steps, context)
+        before = self._registry.current_id()
+        if order is not None:
+            self._desk.begin_training(order)  # before the act
+        try:
+            return self._trainings.start(check.decision, before, steps, context, order)
+        except FleetcastError as error:
+            if order is not None:
+                self._desk.refuse_training(order, f"it could not be started: {error}")
+            raise
+
+    def _audit_end(self, ended: Attempt) -> None:
+        """Write down how a training ended, unless its trainer did."""
+        if ended.outcome not in VERDICTS and not self._desk.audit.knows_attempt(ended.id):
+            why = f"{ended.outcome}: {ended.why}"
+            self._desk.note(TRAINING, "the retraining daemon", why, attempt=ended.id)
 
     def _make_engine(self) -> RetrainingDecisionEngine:
         # fmt: off
@@ -289,20 +391,31 @@ class AdaptiveRetrainingDaemon:
         return engine
 
     def _require_sight(self) -> None:
-        folder = Path(self._settings.paths.data_buffer_dir)
-        if folder.is_dir() and any(folder.iterdir()):
+        if self._store.exists:
             return
         away = self._inquiry.why_away(self.stop)
         if away:
             hint = "name the buffer's folder with --data-buffer-dir, or start the inference daemon"
-            raise CannotLook(f"nothing to look at: no buffer in {folder}, and {away}", hint=hint)
+            raise CannotLook(f"nothing to look at: no buffer in {self._store.folder}, and {away}", hint=hint)
+
+    def _looked_at(self) -> str:
+        """Name what a check looked at, and say so where the daemon's buffer is another one."""
+        theirs = self._inquiry.buffer_folder
+        is_other = theirs not in ("", str(self._store.folder))
+        other = f" (it keeps its buffer in {theirs}: see --data-buffer-dir)" if is_other else ""
+        return f"Looked at {self._store.describe()} and {self._settings.retraining.daemon_url}{other}"
 
     def _newest_seen(self) -> datetime | None:
         return self._newest
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Watch drift and retrain the model when it is due.")
+def _parser(prog: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Watch drift and retrain the model when it is due.",
+        epilog="exit codes: 0 ended or checked, 1 failed, 2 bad settings, 3 cannot start, 4 already running, "
+        "5 not enough data for the export, 6 nothing to look at",
+    )
     parser.add_argument("--daemon-url", help="inference daemon (default: http://localhost:8000)")
     parser.add_argument("--interval", type=float, help="seconds between checks (default: 300)")
     parser.add_argument("--data-buffer-dir", help="folder of the buffer (default: ./data_buffer)")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fleetcast.errors import ExitCode, StorageBroken
-from fleetcast.program import run_program
+from fleetcast.program import buffer_folder, run_program
 from fleetcast.settings import load_settings
 
 if TYPE_CHECKING:
@@ -29,9 +29,13 @@ def __getattr__(name: str) -> Any:
     return getattr(store, name)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Print the statistics of the buffer."""
-    parser = argparse.ArgumentParser(description="Print what the data buffer holds.")
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Print what the data buffer holds.",
+        epilog="exit codes: 0 printed, 1 failed, 2 bad settings, 6 no such folder",
+    )
     parser.add_argument("--data-buffer-dir", help="folder of the buffer (default: ./data_buffer)")
     parser.add_argument("--config", type=Path, help="settings file (default: ./fleetcast.toml, if present)")
     options = parser.parse_args(argv)
@@ -43,7 +47,7 @@ def _print_stats(config: Path | None, folder: str | None) -> int:
 
     settings = load_settings(config, {"paths.data_buffer_dir": folder})
     try:
-        stats = DataBuffer(settings.paths.data_buffer_dir, settings=settings.buffer).get_stats()
+        stats = DataBuffer(buffer_folder(settings), settings=settings.buffer).get_stats()
     except OSError as error:  # a folder that may not be read
         raise StorageBroken(str(error)) from error
     print(f"buffer       {settings.paths.data_buffer_dir}")

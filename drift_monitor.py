@@ -1,6 +1,6 @@
 """Has the fleet drifted away from what its model was trained on? `DriftMonitor` judges and reports.
 
-    python drift_monitor.py [--config FILE] [--plot PNG]     prints the report of the present state
+    python drift_monitor.py [--data-buffer-dir DIR] [--plot PNG]     print the report of the present state
 
 Owns: thresholds and weights (literals below, to be edited; settings override them), the combined
 rule, and which scores decide: those of the seasonal detector where the evidence has one, else the
@@ -32,7 +32,7 @@ from fleetcast.drift.literal.scores import (
     score_window,
     trend,
 )
-from fleetcast.drift.literal.series import SeriesDrift, series_drift
+from fleetcast.drift.literal.series import RelativeErrors, SeriesDrift, relative_to_last, series_drift
 from fleetcast.drift.literal.window import PairWindow
 from fleetcast.drift.report import DriftReport
 from fleetcast.drift.seasonal.detector import COLLECTING, READY, DriftVerdict
@@ -41,7 +41,7 @@ from fleetcast.drift.seasonal.statistics import FAMILIES
 from fleetcast.errors import BadData, ExitCode
 from fleetcast.files import write_atomic, write_json
 from fleetcast.forecast.registry import Registry
-from fleetcast.program import models_dir, run_program
+from fleetcast.program import buffer_folder, models_dir, run_program
 from fleetcast.setting import override
 from fleetcast.settings import CALIBRATED, LITERAL, DriftSettings, load_settings
 
@@ -170,7 +170,7 @@ class DriftMonitor:
         literal = {**scores.by_name(), "combined_score": self._combined_score(scores)}
         verdict = self._verdict(limits)
         metrics = _seasonal_metrics(verdict) if is_seasonal else literal
-        exceeded = tuple(name for name, limit in limits.items() if metrics[name] > limit)
+        exceeded = tuple(name for name, limit in limits.items() if (metrics[name] or 0.0) > limit)
         waiting_for = self._why_no_verdict(verdict)
         collecting = self._why_collecting(scores, waiting_for)
         return DriftReport(
@@ -190,6 +190,7 @@ class DriftMonitor:
             evidence=self._evidence,
             not_compared=scores.not_compared,
             per_by_horizon=self._per_by_horizon(),
+            relative_errors=self._relative_errors(),
             top=() if is_seasonal else self._top_series(),
             literal=literal,
             basis=CALIBRATED if is_seasonal else LITERAL,
@@ -206,33 +207,40 @@ class DriftMonitor:
     def _weights(self) -> dict[str, float]:
         return {name: _entry(self.weights, f"{short}_weight") for name, short in _SPELLED.items()}
 
-    def _combined_score(self, scores: MetricScores) -> float:
-        values = scores.by_name()
-        return sum(weight * values[name] for name, weight in self._weights().items())
+    def _combined_score(self, scores: MetricScores) -> float | None:
+        known = {name: value for name, value in scores.by_name().items() if value is not None}
+        if not known:
+            return None
+        return sum(weight * known.get(name, 0.0) for name, weight in self._weights().items())
 
     def _scores(self, rows: slice) -> MetricScores:
         tables = (self._predictions, self._actuals, self._features)
         cut = [{name: column[rows] for name, column in table.items()} for table in tables]
         return score_window(cut[0], cut[1], cut[2], self._metric_baselines, self._settings)
 
-    def _literal_trends(self, limits: Mapping[str, float]) -> dict[str, str]:
+    def _literal_trends(self, limits: Mapping[str, float]) -> dict[str, str | None]:
         """Compare the older half of the window with the newer: a restart sees the same trend."""
         middle = self._n_rows // 2
         older, newer = self._scores(slice(0, middle)), self._scores(slice(middle, None))
         before, after = older.by_name(), newer.by_name()
-        comparable = bool(older.compared and newer.compared)
-        return {
-            name: trend(before[name], after[name], limits[name]) if comparable or name == "per" else "stable"
-            for name in before
-        }
+        trends: dict[str, str | None] = {}
+        for name in before:
+            was, is_now = before[name], after[name]
+            trends[name] = None if was is None or is_now is None else trend(was, is_now, limits[name])
+        return trends
 
     def _per_by_horizon(self) -> dict[int, float]:
+        found = {
+            horizon: error_rate(columns, self._actuals, self._metric_baselines, self._settings)
+            for horizon, columns in (self._evidence.window.forecasts.items() if self._evidence else ())
+        }
+        return {horizon: per for horizon, per in found.items() if per is not None}
+
+    def _relative_errors(self) -> dict[int, RelativeErrors]:
         if self._evidence is None:
             return {}
-        return {
-            horizon: error_rate(columns, self._actuals, self._metric_baselines, self._settings)
-            for horizon, columns in self._evidence.window.forecasts.items()
-        }
+        window = self._evidence.window
+        return {horizon: relative_to_last(window, horizon) for horizon in window.served}
 
     def _top_series(self) -> tuple[SeriesDrift, ...]:
         if self._evidence is None or self._baseline is None:
@@ -249,14 +257,14 @@ class DriftMonitor:
             return None
         return self._evidence.detector.check(THRESHOLDS, self._weights(), limits["combined_score"])
 
-    def _seasonal_trends(self, limits: Mapping[str, float]) -> dict[str, str]:
+    def _seasonal_trends(self, limits: Mapping[str, float]) -> dict[str, str | None]:
         """Compare the older half of the last hours with the newer."""
         evidence = self._evidence
         n_bins = max(2, TREND_H * HOUR_MS // evidence.window.bin_ms) if evidence else 0
         ratios = evidence.fleet_ratios[-n_bins:] if evidence else ()
         middle = len(ratios) // 2
         if not middle:
-            return dict.fromkeys(FAMILIES, "stable")
+            return dict.fromkeys(FAMILIES)
         older, newer = (np.mean(half, axis=0) for half in (ratios[:middle], ratios[middle:]))
         return {
             name: trend(
@@ -276,11 +284,13 @@ class DriftMonitor:
         if verdict.reference.is_compared.any():
             return "not enough bins of the newest hours yet"
         days = int(verdict.reference.n_days.max(initial=0))
-        return f"{days} days known of any series, {self._settings.min_reference_days} needed"
+        return f"{days} of {self._settings.min_reference_days} days known of any series"
 
     def _why_collecting(self, scores: MetricScores, waiting_for: str) -> str:
         """Return what is missing for a verdict by the scores that decide, or ""."""
         evidence = self._evidence
+        if self._is_seasonal and evidence is not None and evidence.missing:
+            return evidence.missing  # what takes longest
         if evidence is not None and evidence.model_version is None:
             return "no model in service yet"
         if not self._is_seasonal and not self._metric_baselines:
@@ -294,10 +304,14 @@ class DriftMonitor:
     def _why_too_short(self, window: PairWindow) -> str:
         needed = min(self._settings.min_pairs, window.size)
         if len(window) < needed:
-            return f"{len(window)} pairs of the model in service, {needed} needed"
+            found = f"{len(window)} of {needed} (server, bin) pairs of the model in service"
+            if not window.n_servers:
+                return found
+            more_h = (needed - len(window)) / window.n_servers * window.bin_ms / HOUR_MS
+            return f"{found}, about {more_h:.1f} h more"
         span_s, needed_s = window.span_ms / 1000, self._settings.min_span_s
         if span_s < needed_s:
-            return f"{span_s / 3600:.1f} h of the model in service, {needed_s / 3600:.1f} h needed"
+            return f"{span_s / 3600:.1f} of {needed_s / 3600:g} h of the model in service"
         return ""
 
 
@@ -307,34 +321,54 @@ def _entry(table: Mapping[str, float], key: str) -> float:
     return float(table[key])
 
 
-def _seasonal_metrics(verdict: DriftVerdict | None) -> dict[str, float]:
-    """Return a verdict's scores, all 0 where there is none."""
-    if verdict is None:
-        return dict.fromkeys((*FAMILIES, "combined_score"), 0.0)
+def _seasonal_metrics(verdict: DriftVerdict | None) -> dict[str, float | None]:
+    """Return a verdict's scores, all None where there is none."""
+    if verdict is None or verdict.status != READY:
+        return dict.fromkeys((*FAMILIES, "combined_score"))
     return {**verdict.scores, "combined_score": verdict.combined}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Print the report of the present state, read from the buffer and the model's baseline."""
-    parser = argparse.ArgumentParser(description="Print the drift report of the present state.")
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Print the drift report of the present state.",
+        epilog="exit codes: 0 printed, 1 failed, 2 bad settings, 6 no such folder",
+    )
+    parser.add_argument("--data-buffer-dir", help="folder of the buffer (default: ./data_buffer)")
+    parser.add_argument("--checkpoint-dir", help="folder of the models (default: ./checkpoints)")
     parser.add_argument("--config", type=Path, help="settings file (default: ./fleetcast.toml, if present)")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the scores and the worst series, too")
     options = parser.parse_args(argv)
-    return run_program("drift_monitor", lambda: _print_report(options.config, options.plot))
+    return run_program("drift_monitor", lambda: _print_report(options))
 
 
-def _print_report(config: Path | None, plot: Path | None) -> int:
-    from fleetcast.storage.store import DataBuffer  # pyarrow: nothing else of this file needs the buffer
+def _print_report(options: argparse.Namespace) -> int:
+    # pyarrow: nothing else of this file needs the buffer
+    from fleetcast.retraining.order import Readiness
+    from fleetcast.storage.store import DataBuffer
 
-    settings = load_settings(config)
-    store = DataBuffer(settings.paths.data_buffer_dir, settings.buffer.retention_days)
+    folders = {
+        "paths.data_buffer_dir": options.data_buffer_dir,
+        "paths.checkpoint_dir": options.checkpoint_dir,
+    }
+    settings = load_settings(options.config, folders)
+    store = DataBuffer(buffer_folder(settings), settings.buffer.retention_days)
     registry = Registry(Path(settings.paths.checkpoint_dir), models_dir(settings))
-    source = DriftSource(store, registry, settings.drift, settings.bins.bin_s * 1000)
+    source = DriftSource(
+        store,
+        registry,
+        settings.drift,
+        settings.bins.bin_s * 1000,
+        correct_within_s=settings.bins.correct_within_s,
+    )
     monitor = DriftMonitor(settings.drift.window_size, settings=settings.drift)
-    monitor.observe(source.evidence())
+    waits = Readiness(store, settings).why_not() if registry.current_id() is None else ""
+    monitor.observe(source.evidence(first_training=waits))
+    print(f"Buffer: {store.describe()}")
     print(monitor.generate_report())
-    if plot:
-        write_atomic(plot, drift_png(monitor.report(), source.one_ahead))
+    if options.plot:
+        write_atomic(options.plot, drift_png(monitor.report(), source.one_ahead))
     return ExitCode.OK
 
 

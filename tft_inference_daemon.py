@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from fleetcast.errors import (
     CannotStart,
     ExitCode,
+    OwnershipLost,
     SettingsError,
     StorageBroken,
     StorageFull,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from fleetcast.inference import InferenceService
     from fleetcast.serving.model_loader import Predictor
 
-logger = logging.getLogger(Path(__file__).stem)  # not "__main__": people read this
+logger = logging.getLogger("tft_inference_daemon")  # not "__main__": people read this
 
 LOG_FILE = Path("inference_daemon.log")
 KEY_VARIABLE = "TFT_API_KEY"
@@ -44,9 +45,9 @@ RESTORE_TIMEOUT_S = (
 LOADER_JOIN_S = 2.0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Run until a stop is requested; return the exit code."""
-    options = _parser().parse_args(argv)
+    options = _parser(prog).parse_args(argv)
 
     def work() -> int:
         settings = _settings(options)
@@ -70,8 +71,9 @@ class InferenceDaemon:
 
         Raises:
             AlreadyRunning, CannotStart, SettingsError, StorageFull, StorageBroken: it did not start.
+            OwnershipLost: the buffer's folder was taken away; it has stopped.
         """
-        self._stop.install()
+        self._stop.install(survives_hangup=True)
         service = self._build_service()
         service.start()
         self._notifier.ready(service.status_line())
@@ -80,8 +82,11 @@ class InferenceDaemon:
             service.cycle()
             self._notifier.alive(service.status_line())
 
-        is_stop_requested = run_every(cycle, TICK_S, self._stop)
-
+        try:
+            is_stop_requested = run_every(cycle, TICK_S, self._stop)
+        except OwnershipLost:
+            service.close()
+            raise
         self._notifier.stopping()
         logger.info("stopping reason=%s", self._stop.reason or "too many failures in a row")
         service.close()
@@ -167,9 +172,9 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="tft_inference_daemon.py",
+        prog=prog,
         description="Take metrics in, forecast them, answer on HTTP.",
         epilog="exit codes: 0 stopped, 1 failed, 2 bad settings, 3 cannot start, 4 already running",
     )

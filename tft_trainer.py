@@ -4,10 +4,11 @@
     python tft_trainer.py --data FILE --incremental --epochs 5            continue the model in service
     python tft_trainer.py --rollback                                      back to the version before
 
-Owns: flags, the lock, the order of writing: version → last.ckpt → baseline.npz → old versions
+Owns: flags, the lock, the order of writing: audit → version → last.ckpt → baseline.npz → old versions
 deleted → attempt. Each step is one rename, so a kill leaves the old state or the new one. A training
 from scratch notes each epoch: started again with the same data and settings, a killed one resumes.
-Does not know: when to train.
+Does not know: when to train, how a version is put into service (`promotion/desk`). While a person holds
+new models back, a version that passed the gate waits.
 
 Without a model of this fleet, --incremental trains the fleet's first for `trainer.base_epochs`; it
 continues the shipped base, or fresh weights where there is none. Exit codes: 0 reached a verdict,
@@ -26,19 +27,24 @@ from typing import TYPE_CHECKING, Any
 
 from fleetcast import files
 from fleetcast.clock import SystemClock, iso_z, monotonic
-from fleetcast.errors import ExitCode, FleetcastError, SettingsError
-from fleetcast.files import OwnerLock
+from fleetcast.errors import ExitCode, FleetcastError, OrderRefused, SettingsError
 from fleetcast.forecast.registry import (
     ATTEMPTS_FOLDER,
     BASELINE_FILE,
     MODEL_FILE,
+    PROMOTED_BASELINE_FILE,
     REFERENCE_FILE,
     TRAINER_LOCK,
     Registry,
+    lock_of,
     new_version_id,
 )
+from fleetcast.locks import OwnerLock
 from fleetcast.loop import configure_logging
 from fleetcast.program import models_dir, run_program
+from fleetcast.promotion.audit import REFUSED, ROLLBACK, TRAINING, VERDICT
+from fleetcast.promotion.desk import Desk
+from fleetcast.promotion.orders import new_order, this_user
 from fleetcast.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -55,17 +61,19 @@ BASE_STATE_FILE = "base_training.state"  # after each epoch of a training from s
 _ATTEMPT_ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Run one training, or one rollback; return the exit code."""
-    options = _parser().parse_args(argv)
+    options = _parser(prog).parse_args(argv)
 
     def work() -> int:
         settings = _settings(options)
         configure_logging(None, settings.logging)
         folder = Path(settings.paths.checkpoint_dir)
         registry = Registry(folder, models_dir(settings))
-        with OwnerLock(folder / TRAINER_LOCK, f"the trainer's lock {folder / TRAINER_LOCK}"):
-            return _roll_back(registry) if options.rollback else Attempt(options, settings, registry).run()
+        with lock_of(folder, TRAINER_LOCK, f"the trainer's lock {folder / TRAINER_LOCK}") as lock:
+            if options.rollback:
+                return _roll_back(registry)
+            return Attempt(options, settings, registry, lock).run()
 
     return run_program("tft_trainer", work)
 
@@ -73,12 +81,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 class Attempt:
     """One training from its data to its verdict; the caller holds the trainer's lock."""
 
-    def __init__(self, options: argparse.Namespace, settings: Settings, registry: Registry) -> None:
-        self._options, self._settings, self._registry = options, settings, registry
+    def __init__(
+        self, options: argparse.Namespace, settings: Settings, registry: Registry, lock: OwnerLock
+    ) -> None:
+        self._options, self._settings, self._registry, self._lock = options, settings, registry, lock
+        self._desk = Desk(registry)
         self._clock = SystemClock()
         self._started_at = self._clock.now()
         self._started = monotonic()
-        self._id = _safe_id(os.environ.get(ATTEMPT_ID_VARIABLE)) or new_version_id(self._started_at)
+        told = _safe_id(os.environ.get(ATTEMPT_ID_VARIABLE))
+        self._id = told or new_version_id(self._started_at)
+        self._by = "the retraining daemon" if told else this_user()
+        self._champion_before: str | None = None
 
     def run(self) -> int:
         """Load, train, judge, write; the attempt's file is written whatever the outcome.
@@ -89,16 +103,19 @@ class Attempt:
         try:
             grid, context = self._load()
             training, challenger = self._train(grid, context.changed_series(grid))
-            self._keep(training, challenger, self._reference(grid, context.all_changes(grid)))
+            held = self._keep(training, challenger, self._reference(grid, context.all_changes(grid)))
         except FleetcastError as error:
+            self._note_failure(error)
             self._report({"why": str(error)}, error.exit_code)
             raise
         version_id, verdict = challenger.model.version, challenger.verdict
-        outcome = {"promoted": verdict.promoted, "version": version_id, "parent": training.parent_id}
-        self._report({**outcome, "why": verdict.why, "figures": verdict.figures}, ExitCode.OK)
+        promoted, why = verdict.promoted and not held, verdict.why + (f"; {held}" if held else "")
+        outcome = {"promoted": promoted, "passed_gate": verdict.promoted, "version": version_id}
+        outcome |= {"parent": training.parent_id, "why": why, "figures": verdict.figures}
+        self._report(outcome, ExitCode.OK)
         logger.info(
             "verdict version=%s promoted=%s why=%s took_s=%.0f",
-            *(version_id, verdict.promoted, verdict.why, monotonic() - self._started),
+            *(version_id, promoted, why, monotonic() - self._started),
         )
         return int(ExitCode.OK)
 
@@ -121,6 +138,7 @@ class Attempt:
         from fleetcast.training.challenger import Training, find_champion
 
         settings = self._settings
+        self._champion_before = self._registry.current_id()
         champion = find_champion(self._registry, grid.bin_ms, settings.forecast.horizon_bins)
         start = champion if self._options.incremental else None
         epochs = self._epochs(start)
@@ -162,22 +180,55 @@ class Attempt:
             return {}
         return {REFERENCE_FILE: reference.to_bytes()}
 
-    def _keep(self, training: "Training", challenger: "Challenger", reference: Mapping[str, bytes]) -> None:
-        """Write the version, then put it into service if the gate let it through."""
-        model, registry = challenger.model, self._registry
-        contents = {
-            MODEL_FILE: model.to_bytes(),
-            BASELINE_FILE: challenger.baseline.to_bytes(),
-            **reference,
-        }
-        manifest = training.manifest(challenger, self._id, monotonic() - self._started)
-        registry.add(model.version, contents, manifest)
-        if challenger.verdict.promoted:
-            registry.promote(model.version)
-        registry.set_baseline(model.version)
-        pruned = registry.prune(self._settings.trainer.keep_versions)
+    def _keep(self, training: "Training", challenger: "Challenger", reference: Mapping[str, bytes]) -> str:
+        """Write the verdict down, then the version; then put it into service if the gate let it through.
+
+        Returns:
+            what holds a version back that passed the gate, or "".
+        Raises:
+            OwnershipLost: the folder of the versions was moved or deleted meanwhile.
+            StorageFull: the audit cannot be written, so nothing goes into service.
+        """
+        self._lock.check()
+        registry, desk, version_id = self._registry, self._desk, challenger.model.version
+        with desk.lock():
+            desk.settle()  # what a person ordered meanwhile goes first
+            held = self._what_holds() if challenger.verdict.promoted else ""
+            self._note_verdict(challenger, held)
+            manifest = training.manifest(challenger, self._id, monotonic() - self._started)
+            manifest |= {"promoted": challenger.verdict.promoted and not held}
+            registry.add(version_id, {**_contents(challenger, is_held=bool(held)), **reference}, manifest)
+            if challenger.verdict.promoted and not held:
+                desk.promote(version_id, self._by, challenger.verdict.why, attempt=self._id)
+            elif held and desk.standing().held:
+                desk.keep_waiting(version_id, self._by, held, attempt=self._id)
+            registry.set_baseline(version_id)
+            pruned = registry.prune(self._settings.trainer.keep_versions, desk.standing().protects)
         if pruned:
             logger.info("old versions deleted count=%d newest=%s", len(pruned), pruned[-1])
+        return held
+
+    def _what_holds(self) -> str:
+        """Return why a version that passed the gate does not go into service by itself, or ""."""
+        hold, current = self._desk.standing().held, self._registry.current_id()
+        if hold:
+            return f"it waits: {hold.by} holds new models back since {hold.since}: {hold.why}"
+        if current != self._champion_before:
+            return f"not put into service: it was compared with {self._champion_before}, now {current} serves"
+        return ""
+
+    def _note_verdict(self, challenger: "Challenger", held: str) -> None:
+        verdict, attempt = challenger.verdict, self._id
+        about = {"source": self._champion_before, "target": challenger.model.version, "attempt": attempt}
+        passed = "it passed" if verdict.promoted else "it did not pass"
+        why = f"{passed}: {verdict.why}" + (f"; {held}" if held else "")
+        self._desk.note(VERDICT, self._by, why, figures=verdict.figures, **about)
+
+    def _note_failure(self, error: FleetcastError) -> None:
+        try:
+            self._desk.note(TRAINING, self._by, str(error), attempt=self._id)
+        except FleetcastError as unwritten:  # the error itself is what counts
+            logger.error("the end of the training is not in the audit error=%s", unwritten)
 
     def _report(self, outcome: Mapping[str, Any], exit_code: ExitCode) -> None:
         """Write the attempt's file, which the daemon reads."""
@@ -193,16 +244,31 @@ class Attempt:
         files.write_json(folder / f"{self._id}.json", content)
 
 
+def _contents(challenger: "Challenger", *, is_held: bool) -> dict[str, bytes]:
+    """Return the files of a version; one that is held back leaves the errors to expect as they are."""
+    own = challenger.baseline.to_bytes()
+    held = {BASELINE_FILE: challenger.baseline_if_held.to_bytes(), PROMOTED_BASELINE_FILE: own}
+    baselines = held if is_held else {BASELINE_FILE: own}
+    return {MODEL_FILE: challenger.model.to_bytes(), **baselines}
+
+
 def _roll_back(registry: Registry) -> int:
-    taken_out, put_back = registry.rollback(SystemClock().now())
-    print(f"rolled back from {taken_out} to {put_back}; the daemon reloads at its next forecast")
+    """Give the order and carry it out; one that cannot be done leaves none waiting."""
+    order = new_order(ROLLBACK, "tft_trainer.py --rollback", this_user(), SystemClock().now())
+    ended = Desk(registry).give(order)
+    if ended is None:
+        raise OrderRefused("another process moves models just now; the order waits")
+    if ended.phase == REFUSED:
+        raise OrderRefused(ended.why)
+    print(f"rolled back from {ended.source} to {ended.target}; the daemon reloads at its next forecast")
     return int(ExitCode.OK)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="tft_trainer.py",
+        prog=prog,
         description="Train a forecasting model; a gate decides whether it goes into service.",
+        epilog="exit codes: 0 done, 1 failed, 2 bad settings, 4 already running, 5 not enough data",
     )
     parser.add_argument("--data", metavar="FILE", help="parquet of timestamp, server_name and metrics")
     parser.add_argument("--incremental", action="store_true", help="continue the model in service")

@@ -1,14 +1,16 @@
-"""A frozen dataclass of arrays as a file: `baseline.npz`, `reference.npz`. Never pickled.
+"""Arrays in a file, and a frozen dataclass of them: `baseline.npz`, `reference.npz`. Never pickled.
 
-Owns: the layout. One array per field, fields of fields under dotted names (`shape.profiles`), names
-as fixed-width unicode, scalars as 0-d arrays, and `format`, the version of the file. Does not know:
+Owns: how any `.npz` is opened (a regular file, unpacked within bounds), and the layout of a
+dataclass: one array per field, fields of fields under dotted names (`shape.profiles`), names as
+fixed-width unicode, scalars as 0-d arrays, and `format`, the version of the file. Does not know:
 what the arrays mean; each owner checks their shapes.
 """
 
 import io
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -19,6 +21,11 @@ from fleetcast.errors import BadData, CorruptFile, UnknownFormat
 from fleetcast.files import read_regular
 
 Kind = TypeVar("Kind")
+PACKED_MAX_BYTES, UNPACKED_MAX_BYTES = 2**29, 2**30  # 10,000 servers need some 80 MB
+_DAMAGES = (
+    *(ValueError, LookupError, TypeError, OSError, EOFError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError),
+)  # fmt: skip
 
 
 def pack(value: Any, version: int) -> bytes:
@@ -26,6 +33,26 @@ def pack(value: Any, version: int) -> bytes:
     stream = io.BytesIO()
     np.savez_compressed(stream, **{"format": np.int64(version), **_flatten(value, "")})
     return stream.getvalue()
+
+
+@contextmanager
+def open_arrays(path: Path, what: str) -> Iterator[Any]:
+    """Give the arrays of a file; what goes wrong in the block makes the file a damaged one.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CorruptFile: it is damaged, would unpack to too much, or lacks an array the block asks for.
+    """
+    content = read_regular(path, PACKED_MAX_BYTES)
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as packed:
+            size = sum(entry.file_size for entry in packed.infolist())
+        if size > UNPACKED_MAX_BYTES:
+            raise CorruptFile(path, f"unpacks to {size} bytes, at most {UNPACKED_MAX_BYTES} are read")
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            yield arrays
+    except _DAMAGES as error:
+        raise CorruptFile(path, f"not {what}: {error}") from error
 
 
 def unpack(path: Path, kind: type[Kind], what: str, version: int) -> Kind:
@@ -38,14 +65,8 @@ def unpack(path: Path, kind: type[Kind], what: str, version: int) -> Kind:
         UnknownFormat: another format version wrote it.
         CorruptFile: it is something else.
     """
-    content = read_regular(path)
-    try:
-        archive = np.load(io.BytesIO(content), allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise CorruptFile(path, f"a bare array, not a {what} archive")
+    with open_arrays(path, f"a {what}") as archive:
         arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
-        raise CorruptFile(path, f"not a {what}: {error}") from error
     found = arrays.get("format")
     if found is None or found.shape or found != version:
         raise UnknownFormat(path, f"{what} format {found}", hint=f"expected {version}")

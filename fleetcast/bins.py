@@ -118,12 +118,12 @@ def enough_to_train(span_s: float, n_windows: int, settings: DecisionSettings) -
     """Return why there is not enough data for a training, or "" if there is.
 
     >>> enough_to_train(3600.0, 500, DecisionSettings())
-    'data span 1.0 h, a training needs 48.0 h'
+    'data span 1.0 h of 48 h'
     >>> enough_to_train(200_000.0, 500, DecisionSettings())
     ''
     """
     if span_s < settings.initial_min_span_s:
-        return f"data span {span_s / 3600:.1f} h, a training needs {settings.initial_min_span_s / 3600:.1f} h"
+        return f"data span {span_s / 3600:.1f} h of {settings.initial_min_span_s / 3600:g} h"
     if n_windows < settings.initial_min_windows:
-        return f"{n_windows} trainable windows, a training needs {settings.initial_min_windows}"
+        return f"{n_windows} of {settings.initial_min_windows} trainable windows"
     return ""

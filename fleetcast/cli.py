@@ -8,7 +8,6 @@ included, belongs to that module's `main`, and so does the exit code. Does not k
 what the programs do: a module is imported only when it is run, so that `fleetcast --help` stays light.
 """
 
-import difflib
 import importlib
 import json
 import platform
@@ -18,7 +17,9 @@ from importlib import metadata
 
 from fleetcast import __version__
 from fleetcast.errors import ExitCode
+from fleetcast.setting import nearest
 
+_PROMOTION = "fleetcast.promotion.command"
 # subcommand: the module whose main(argv) runs it, and what it is for
 COMMANDS = {
     "infer": ("tft_inference_daemon", "take metrics in, forecast them, answer on port 8000"),
@@ -30,6 +31,16 @@ COMMANDS = {
     "replay": ("fleetcast.sources.replay", "send recorded metrics, in their own time or faster"),
     "live": ("fleetcast.live", "both daemons and the agent on this machine until Ctrl+C"),
     "demo": ("fleetcast.demo.play", "the whole loop on bundled real data, in minutes"),
+    "models": (_PROMOTION, "list the versions, which one serves, and their verdicts"),
+    "history": (_PROMOTION, "print in words what put models into service, and who"),
+    "rollback": (_PROMOTION, "put the version before, or another one, back into service"),
+    "promote": (_PROMOTION, "put a version into service"),
+    "approve": (_PROMOTION, "put the version into service that waits"),
+    "veto": (_PROMOTION, "let a version never go into service by itself"),
+    "hold": (_PROMOTION, "let no training put a model into service until resume"),
+    "resume": (_PROMOTION, "end a hold and a pause"),
+    "pause": (_PROMOTION, "start no training until a time"),
+    "train-now": (_PROMOTION, "order a training"),
 }
 VERSION = "version"
 LIBRARIES = (
@@ -47,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if command in COMMANDS:
-        return int(importlib.import_module(COMMANDS[command][0]).main(rest))
+        program = importlib.import_module(COMMANDS[command][0])
+        return int(program.main(rest, prog=f"fleetcast {command}"))
     if command in (VERSION, "--version"):
         return _tell_version(rest)
     if command in ("-h", "--help"):
@@ -69,14 +81,16 @@ def _usage() -> str:
             *lines,
             f"  {VERSION:<9} print the release; --json adds what it runs on",
             "",
-            "fleetcast COMMAND --help shows the flags and exit codes of one command.",
+            "fleetcast COMMAND --help shows the flags of one command.",
         ]
     )
 
 
 def _refusal(command: str) -> str:
-    nearest = difflib.get_close_matches(command, [*COMMANDS, VERSION], n=1, cutoff=0.0)[0]
-    return f"fleetcast: unknown command {command}, nearest is {nearest} (fleetcast --help lists them)"
+    return (
+        f"fleetcast: unknown command {command}{nearest(command, [*COMMANDS, VERSION])} "
+        "(fleetcast --help lists them)"
+    )
 
 
 def _tell_version(flags: Sequence[str]) -> int:

@@ -76,12 +76,19 @@ class StorageBroken(FleetcastError):
     """Raised when a write could not be made durable for another reason than a full disk."""
 
 
+class OwnershipLost(StorageBroken):
+    """Raised when this process is no longer the one writer of its folder: the program ends at once."""
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"{what} is lost: {why}", hint="nothing more was written; move it back, or restart")
+
+
 class CorruptFile(FleetcastError):
     """Raised when bytes on disk are not what was written there."""
 
     def __init__(self, path: Path, why: str, *, hint: str = "") -> None:
         super().__init__(f"{path}: {why}", hint=hint)
-        self.path = path
+        self.path, self.why = path, why
 
 
 class UnknownFormat(CorruptFile):
@@ -96,11 +103,21 @@ class OtherBins(BadCheckpoint):
     """Raised when an intact model was made for other bins or horizons than those in service."""
 
 
+class BadOrder(FleetcastError):
+    """Raised when what a person orders is not of the documented form; nothing was written."""
+
+    exit_code = ExitCode.BAD_SETTINGS
+
+
+class OrderRefused(FleetcastError):
+    """Raised when an order cannot be carried out as things stand; the audit says why."""
+
+
 class DaemonAway(FleetcastError):
     """Raised when the inference daemon cannot be asked, or answers with an error."""
 
 
 class CannotLook(FleetcastError):
-    """Raised when a single check finds neither an inference daemon to ask nor a buffer to read."""
+    """Raised when a program finds nothing to look at: no buffer in the folder and no daemon to ask."""
 
     exit_code = ExitCode.COULD_NOT_LOOK

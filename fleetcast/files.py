@@ -1,31 +1,37 @@
-"""Durable small files, atomic swaps and owner locks.
+"""Durable small files, files of other processes, atomic swaps and careful removal.
 
-Owns: `fsync`, `os.replace`, `flock`, `renameat2`. After `write_atomic` returns, a power cut
-leaves either the old file or the new one, never a mixture and never nothing.
+Owns: `fsync`, `os.replace`, `renameat2`, and the one way to open a file of another process.
+After `write_atomic` returns, a power cut leaves either the old file or the new one, never a
+mixture and never nothing.
 Does not know: what the files mean.
 Learned from: litestream `file/replica_client.go`, prometheus/client_python.
 """
 
+import contextlib
 import ctypes
 import errno
-import fcntl
 import json
+import logging
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO
 
-from fleetcast.clock import sleep
-from fleetcast.errors import AlreadyRunning, CannotStart, CorruptFile, StorageBroken, StorageFull
+from fleetcast.errors import CorruptFile, StorageBroken, StorageFull
+
+logger = logging.getLogger(__name__)
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # linux/fs.h: swap two paths in one step
 TEMP_MARK = ".tmp-"
-_LOCK_ATTEMPTS, _LOCK_PAUSE_S = 5, 0.01
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of ours: they say nothing about the file
+READ_MAX_BYTES = 2**30  # what is read in one piece; each kind of file has a closer bound of its own
+JSON_MAX_BYTES = 64 * 2**20
+_LINE_MAX_BYTES = 2**24
 
 
 def storage_error(path: Path, error: OSError) -> StorageFull | StorageBroken:
@@ -58,12 +64,28 @@ def temp_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}{TEMP_MARK}{secrets.token_hex(4)}")
 
 
+def remove_leftover(path: Path) -> bool:
+    """Delete what nothing refers to any more, file, link or folder; return whether it is gone.
+
+    A link goes and what it points to stays, at any depth. What will not go is logged and stays: a leftover
+    must stop no work.
+    """
+    refused: list[BaseException] = []
+    try:
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(path, onerror=lambda _act, _path, failure: refused.append(failure[1]))
+    except OSError as error:
+        refused.append(error)
+    if refused:
+        logger.warning("cannot delete a leftover path=%s error=%s", path, refused[0])
+    return not refused
+
+
 def remove_stale_temps(folder: Path) -> int:
-    """Delete the half-written files that a crash left in `folder`; only its single writer may call this."""
-    stale = [p for p in folder.glob(f".*{TEMP_MARK}*") if p.is_file() or p.is_symlink()]
-    for path in stale:
-        path.unlink(missing_ok=True)
-    return len(stale)
+    """Delete what a crash left half written in `folder`; only its single writer may call this."""
+    return sum(remove_leftover(path) for path in folder.glob(f".*{TEMP_MARK}*"))
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -78,9 +100,11 @@ def write_atomic(path: Path, data: bytes) -> None:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
+        if path.is_dir() and not path.is_symlink():  # no rename replaces a folder by a file
+            set_aside(path, "a folder where a file belongs")
         publish(temp, path)
     except OSError as error:
-        temp.unlink(missing_ok=True)
+        remove_leftover(temp)
         raise storage_error(path, error) from error
 
 
@@ -90,18 +114,56 @@ def publish(temp: Path, path: Path) -> None:
     fsync_dir(path.parent)
 
 
-def read_regular(path: Path) -> bytes:
-    """Return the bytes of a regular file; a pipe or a device in its place never blocks the reader.
+def set_aside(path: Path, why: object) -> Path:
+    """Rename what cannot be read: its place is free, and people can look at it; return its new name."""
+    aside = path.with_name(f"{path.name}.corrupt")
+    if aside.is_dir():
+        aside = path.with_name(f"{path.name}.corrupt-{secrets.token_hex(4)}")
+    publish(path, aside)
+    logger.error("damaged file set aside path=%s reason=%s", aside, why)
+    return aside
 
+
+def open_regular(path: Path, *, max_bytes: int | None = None) -> BinaryIO:
+    """Open a file that another process may have written, to be read: the only way this project does it.
+
+    A pipe, a socket, a device or a folder in its place never blocks the reader and is no surprise:
+    it is a damaged file, as one without permission to read is.
+
+    Args:
+        max_bytes: a longer file is refused; None leaves the bound to a caller that reads in pieces.
     Raises:
-        OSError: it cannot be opened.
-        CorruptFile: it is not a regular file.
+        FileNotFoundError: there is none.
+        CorruptFile: it is not a regular file, too long, or cannot be opened.
+        OSError: this process is short of handles or memory.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise CorruptFile(path, "not a regular file")
-        return stream.read()
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno in _SHORTAGES:
+            raise
+        raise CorruptFile(path, f"cannot be opened: {error.strerror}") from error
+    found = os.fstat(descriptor)
+    is_regular = stat.S_ISREG(found.st_mode)
+    if not is_regular or (max_bytes is not None and found.st_size > max_bytes):
+        os.close(descriptor)
+        size = f"{found.st_size} bytes, at most {max_bytes} are read"
+        raise CorruptFile(path, size if is_regular else "not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: Path, max_bytes: int = READ_MAX_BYTES) -> bytes:
+    """Return the bytes of a regular file; raises what `open_regular` raises."""
+    with open_regular(path, max_bytes=max_bytes) as stream:
+        try:
+            data = stream.read(max_bytes + 1)
+        except OSError as error:  # a disk that cannot read its own bytes
+            raise CorruptFile(path, f"cannot be read: {error.strerror}") from error
+    if len(data) > max_bytes:
+        raise CorruptFile(path, f"grew past {max_bytes} bytes while it was read")
+    return data
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -109,7 +171,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, max_bytes: int = JSON_MAX_BYTES) -> dict[str, Any]:
     """Return the JSON object in `path`.
 
     Raises:
@@ -117,7 +179,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CorruptFile: it is not a JSON object.
     """
     try:
-        value = json.loads(read_regular(path))
+        value = json.loads(read_regular(path, max_bytes))
     except (ValueError, RecursionError) as error:
         raise CorruptFile(path, f"not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -125,17 +187,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def append_line(path: Path, line: str, *, max_bytes: int, keep: int = 1) -> None:
-    """Append one line, fsynced; past `max_bytes` the file first moves to `path.1` .. `path.keep`.
+def append_line(path: Path, line: str, *, max_bytes: int) -> None:
+    """Append one line, fsynced; past `max_bytes` the file first moves to `path.1`, over the last one.
 
-    A crash can leave a torn last line, which readers drop (`read_lines`).
+    A crash can leave a torn last line, which readers drop (`read_json_lines`).
+
+    Raises:
+        StorageFull, StorageBroken: the line is not in the file.
     """
+    size = None
     try:
         size = path.stat().st_size if path.exists() else 0
         if size + len(line) + 1 > max_bytes and size > 0:
-            _rotate(path, keep)
+            os.replace(path, path.with_name(f"{path.name}.1"))
             size = 0
-        with path.open("ab+") as stream:
+        # without O_NONBLOCK a pipe of that name would hold the writer until a reader opens it
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+        with os.fdopen(os.open(path, flags, 0o644), "ab+") as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", str(path))
             if size > 0:
                 stream.seek(-1, os.SEEK_END)
                 if stream.read(1) != b"\n":  # a torn line must not swallow the next one
@@ -144,23 +214,30 @@ def append_line(path: Path, line: str, *, max_bytes: int, keep: int = 1) -> None
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
+        if size is not None:
+            _cut_back(path, size)
         raise storage_error(path, error) from error
 
 
-def _rotate(path: Path, keep: int) -> None:
-    for number in range(keep, 0, -1):
-        older = path.with_name(f"{path.name}.{number}")
-        newer = path.with_name(f"{path.name}.{number - 1}") if number > 1 else path
-        if newer.exists():
-            os.replace(newer, older)
+def _cut_back(path: Path, size: int) -> None:
+    """Take back what a refused write left of a line: it was reported as not written."""
+    with contextlib.suppress(OSError):
+        if path.stat().st_size > size:
+            os.truncate(path, size)
 
 
 def read_json_lines(path: Path) -> Iterable[dict[str, Any]]:
-    """Yield the JSON objects of a file of lines; torn or damaged lines are skipped."""
-    if not path.exists():
+    """Yield the JSON objects of a file of lines; torn or damaged lines are skipped.
+
+    Raises:
+        CorruptFile: it is no file that can be read.
+    """
+    try:
+        stream = open_regular(path)
+    except FileNotFoundError:
         return
-    with path.open("rb") as stream:
-        for line in stream:
+    with stream:
+        while line := stream.readline(_LINE_MAX_BYTES):
             try:
                 value = json.loads(line)
             except ValueError:
@@ -196,100 +273,3 @@ def exchange(first: Path, second: Path) -> bool:
     os.rename(aside, first)
     fsync_dir(second.parent)
     return False
-
-
-class OwnerLock:
-    """An advisory lock (`flock`) that makes one process the writer of a resource.
-
-    The kernel frees it when its last holder dies, so a crash never leaves it stuck. The file
-    holds the owner's pid for people and for error messages.
-    """
-
-    def __init__(self, path: Path, what: str) -> None:
-        self.path = path
-        self._what = what
-        self._descriptor: int | None = None
-
-    @property
-    def is_held(self) -> bool:
-        """Whether this object holds the lock."""
-        return self._descriptor is not None
-
-    def acquire(self) -> Self:
-        """Take the lock.
-
-        Raises:
-            AlreadyRunning: another process has it.
-            CannotStart: the lock file cannot be opened.
-        """
-        if self.is_held:
-            return self
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise CannotStart(f"cannot open {self.path}: {error.strerror}") from error
-        if not _try_lock(descriptor):
-            os.close(descriptor)
-            raise AlreadyRunning(self._what, read_pid(self.path))
-        self._descriptor = descriptor
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        return self
-
-    def fileno(self) -> int:
-        """Return the descriptor, for a child that must keep the lock alive."""
-        assert self._descriptor is not None, "the lock is not held"
-        return self._descriptor
-
-    def release(self) -> None:
-        """Give the lock up; a child that inherited it keeps it held."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    def __enter__(self) -> Self:
-        return self.acquire()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()
-
-
-def _try_lock(descriptor: int) -> bool:
-    """Try to lock for a moment: `is_locked` in another process holds the lock for microseconds."""
-    for attempt in range(_LOCK_ATTEMPTS):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if attempt < _LOCK_ATTEMPTS - 1:
-                sleep(_LOCK_PAUSE_S)
-    return False
-
-
-def read_pid(path: Path) -> int | None:
-    """Return the pid written in a lock file, None if there is none to read."""
-    try:
-        return int(path.read_text().strip() or 0) or None
-    except (OSError, ValueError):
-        return None
-
-
-def is_locked(path: Path) -> bool:
-    """Return whether some process holds the lock at `path`, without taking or creating it."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)

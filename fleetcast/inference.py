@@ -7,7 +7,7 @@ exit codes; how the buffer recovers its own log (it has, before a service is bui
 
 import logging
 from collections.abc import Callable, Iterator
-from datetime import datetime
+from datetime import date, datetime
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -15,21 +15,28 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from fleetcast.api.listener import HttpListener
-from fleetcast.api.server import create_app
+from fleetcast.api.page import Desk as PageDesk
+from fleetcast.api.page import add_page
+from fleetcast.api.promotion import add_promotion
+from fleetcast.api.server import Door, create_app
 from fleetcast.bins import HISTORY_BINS
 from fleetcast.clock import Clock, DataClock, SystemClock, from_ms, iso_z, monotonic, to_ms
-from fleetcast.errors import CannotStart, FleetcastError, StorageBroken, StorageFull
+from fleetcast.errors import CannotStart, FleetcastError, OwnershipLost, StorageBroken, StorageFull
 from fleetcast.forecast.registry import Registry
 from fleetcast.ingest.rules import FUTURE_LIMIT
-from fleetcast.loop import Stop
+from fleetcast.loop import FreeMemory, Stop
+from fleetcast.promotion.desk import Desk
 from fleetcast.retraining.telemetry import TEXTFILE, read_textfile
 from fleetcast.schema import RecordBatch
 from fleetcast.serving.board import PredictionBoard
 from fleetcast.serving.corrector import Corrector
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.intake import Intake, RejectedRecords
+from fleetcast.serving.journal import Journal
 from fleetcast.serving.ledger import Ledger
 from fleetcast.serving.model_loader import ModelLoader, Predictor
+from fleetcast.serving.overview import Overview
+from fleetcast.serving.past import Past
 from fleetcast.serving.roster import Fleet, Roster
 from fleetcast.serving.status import StatusReport
 from fleetcast.serving.sweep import Sweeper
@@ -69,6 +76,8 @@ class InferenceService:
         self._listener = listener
         self._stop = stop
         self._maintained_at = float("-inf")
+        self._memory = FreeMemory()
+        self._first_day: date | None = None
         wall_clock = wall_clock or SystemClock()
         folder = Path(settings.paths.data_buffer_dir)
         self._fleet = build_fleet(settings, wall_clock)
@@ -76,8 +85,9 @@ class InferenceService:
         self._ledger = Ledger(
             folder, settings.forecast.settle_horizons, self._fleet.history.bin_ms, settings.clock.mode
         )
+        registry = Registry(Path(settings.paths.checkpoint_dir), Path(settings.paths.models_dir))
         self._model = ModelLoader(
-            Registry(Path(settings.paths.checkpoint_dir), Path(settings.paths.models_dir)),
+            registry,
             load_model,
             bin_ms=self._fleet.history.bin_ms,
             horizon_bins=settings.forecast.horizon_bins,
@@ -99,37 +109,64 @@ class InferenceService:
         )
         writes = WriteIntake(settings.remote_write, intake.take, intake.rules)
         self._app = create_app(intake, board, self._report, self._telemetry, settings.server, api_key, writes)
+        self._page_desk = self._add_routes(board, registry, api_key)
+
+    def _add_routes(self, board: PredictionBoard, registry: Registry, api_key: str) -> PageDesk:
+        """Add what is not about records and forecasts: the page, and which model is in service."""
+        past = Past(self._fleet, self._buffer, self._settings.forecast.settle_horizons)
+        overview = Overview(self._fleet, board, past, self._report, Journal())
+        door = Door(api_key, self._telemetry)
+        add_promotion(self._app, Desk(registry), door, api_key)
+        return add_page(self._app, overview, past, door)
 
     def start(self) -> None:
         """Serve at once, load a model beside, then bring back what a restart has to."""
-        self._listener.start(self._app, DRAIN_S)
+        self._listener.start(
+            self._app,
+            DRAIN_S,
+            max_answer_bytes=self._settings.server.max_answer_bytes,
+            on_end=self._telemetry.count_connection_end,
+        )
         logger.info("listening url=%s clock=%s", self._listener.url, self._settings.clock.mode)
         self._model.start()
         self._restore()
         self._report.not_ready = ""
 
     def cycle(self) -> None:
-        """Do what is due: sweeps first, then the buffer's upkeep."""
+        """Do what is due: sweeps first, then the buffer's upkeep.
+
+        Raises:
+            OwnershipLost: the buffer's folder is another's; only `close` may follow.
+        """
         if not self._listener.is_alive:
             raise CannotStart("the HTTP server's thread ended; see the log")
         if not self._fleet.is_data_clock and self._is_ahead_of_the_clock():
             logger.warning("the system's clock stepped back: the history is read again")
             self._fleet.clear()
             self._restore()
+        self._buffer.check_ownership()
         self._sweeper.cycle(lambda: self._stop.is_requested)
         if monotonic() - self._maintained_at >= MAINTAIN_S:
             self._maintained_at = monotonic()
+            self._telemetry.unwelcome.log_when_due()
+            self._memory.give_back()
             try:
                 self._buffer.maintain(self._fleet.clock.now())
             except FleetcastError as error:  # a full disk passes; what is durable stays in the log
                 self._telemetry.errors.note("buffer", error)
+            self._free_metric_names()
 
     def close(self) -> None:
         """Stop in order: no new request, those at work answered, then everything into its day."""
         self._report.not_ready = "the daemon is stopping"
         if not self._listener.stop(DRAIN_S + 2.0):
             logger.warning("requests were still at work after %.0f s", DRAIN_S)
-        self._sweeper.keep_feedback(at_once=True)
+        self._page_desk.close()
+        try:
+            self._buffer.check_ownership()
+            self._sweeper.keep_feedback(at_once=True)
+        except OwnershipLost as error:
+            logger.error("nothing more is written: %s", error)
         try:
             self._buffer.close()
         except (StorageFull, StorageBroken) as error:  # durable in the log: the next start moves it
@@ -147,7 +184,18 @@ class InferenceService:
             f"{self._fleet.history.n_servers} servers, {self._sweeper.counts.sweeps} sweeps, model {version}"
         )
 
+    def _free_metric_names(self) -> None:
+        """Let a metric's place go with its last stored row: when days were dropped."""
+        first_day = self._buffer.first_day()
+        if first_day == self._first_day:
+            return
+        before = set(self._fleet.roster.metric_names())
+        self._fleet.roster.forget_metrics(before.difference(self._buffer.metric_names()))
+        self._first_day = first_day
+
     def _restore(self) -> None:
+        self._fleet.roster.note_metrics(self._buffer.metric_names())  # a restart frees no place
+        self._first_day = self._buffer.first_day()
         newest_bin = restore(self._buffer, self._fleet, self._ledger, lambda: self._stop.is_requested)
         if newest_bin is not None and not self._stop.is_requested:
             self._sweeper.forecast_again(newest_bin)
@@ -171,11 +219,11 @@ def restore(
 ) -> int | None:
     """Fill history and roster from stored records.
 
-    Bins after the last one the ledger worked off are open again: the next sweeps take them. What was
-    stored by a system clock that was ahead of the present one is left for its time.
+    Bins after the last one the ledger worked off are open again: the next sweeps take them. Rows of a
+    time that is yet to come (the system's clock was ahead) wait until then.
 
     Args:
-        should_stop: asked between batches; what was read by then is all there is.
+        should_stop: asked between batches; True ends the reading with what is there.
     Returns:
         the newest bin worked off, to be forecast again for readers; None for an empty buffer.
     """

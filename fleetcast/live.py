@@ -158,7 +158,7 @@ class LiveLoop:
         except (OSError, CorruptFile):
             return "drift: not checked yet"
         is_ready = drift.get("status") == "ready"
-        return f"drift: {drift.get('recommendation') if is_ready else drift.get('status')}"
+        return f"drift: {drift['recommendation'] if is_ready else drift.get('status_reason')}"
 
     def _add(self, name: str, script: str, *flags: str) -> None:
         self._children.append(Child(name, [str(ROOT / script), *flags], self._folder))
@@ -185,9 +185,11 @@ def _fleet(status: dict[str, Any]) -> str:
     return f"newest record {str(status.get('newest_record_time'))[11:19]}, backlog {status.get('backlog')}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Run the loop on this machine until Ctrl+C; return the exit code."""
-    parser = argparse.ArgumentParser(prog="fleetcast.live", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog=prog or "python -m fleetcast.live", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--folder", type=Path, default=Path("run"), help="where state lies (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port of the inference daemon (%(default)s)")
     parser.add_argument("--status", type=float, default=10.0, help="seconds between lines (%(default)s)")

@@ -1,15 +1,17 @@
 """How a program of this project runs: its errors become exit codes; where its shipped files are.
 
-Owns: the lines on stderr when a program ends badly, and where `models/` and `samples/` lie in a
-checkout and in an installed package. Does not know: what the programs do.
+Owns: the lines on stderr when a program ends badly, which folder a program reads as the buffer, and
+where `models/` and `samples/` lie in a checkout and in an installed package. Does not know: what the
+programs do.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from fleetcast.errors import FleetcastError, SettingsError
+from fleetcast.errors import CannotLook, FleetcastError, SettingsError
 from fleetcast.settings import Settings
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -22,6 +24,7 @@ def run_program(name: str, work: Callable[[], int]) -> int:
         name: what the lines on stderr begin with.
         work: returns the exit code.
     """
+    os.umask(os.umask(0o027) | 0o027)  # what a program writes is for its user and its group
     try:
         return int(work())
     except FleetcastError as error:
@@ -37,6 +40,19 @@ def shipped_folder(name: str) -> Path:
     """Return a folder that is shipped with the program: package data, else beside the package."""
     installed = _PACKAGE / name
     return installed if installed.is_dir() else _PACKAGE.parent / name
+
+
+def buffer_folder(settings: Settings) -> Path:
+    """Return the folder of the buffer, for a program that only reads.
+
+    Raises:
+        CannotLook: there is no such folder; an empty one is a buffer without records.
+    """
+    folder = Path(settings.paths.data_buffer_dir)
+    if not folder.is_dir():
+        hint = "name the buffer's folder with --data-buffer-dir, or start the inference daemon"
+        raise CannotLook(f"{folder} is no folder of a buffer", hint=hint)
+    return folder
 
 
 def models_dir(settings: Settings) -> Path:

@@ -1,8 +1,14 @@
-"""The value types that travel between parts. Arrays are columns; times are ms since 1970 UTC.
+"""The value types that travel between parts, and what a host's counters and devices mean to all of them.
 
-Owns: shapes and units. Does not know: where values come from or go to.
+Owns: shapes and units (arrays are columns, times are ms since 1970 UTC); which devices count, the
+default rules for node_exporter, and the share below which a fall of a counter is a reset. A counter
+that began again (a reboot, a reloaded driver) starts near zero. A small fall is a reading that went
+back a little (a clock was set, a second scraper was read out of turn), and a fall to somewhere in
+between is another device under the same name: then nothing is known of that time. Does not know:
+where values come from or go to.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +26,7 @@ Floats32 = NDArray[np.float32]
 Longs = NDArray[np.int64]
 Series = tuple[str, str]  # (server, metric)
 Codes = NDArray[np.int32]
+Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +40,19 @@ class Rejection:
     def as_dict(self) -> dict[str, Any]:
         """Return the plain form the HTTP interface answers with."""
         return {"index": self.index, "field": self.field, "reason": self.reason}
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedField:
+    """A field that was left out of some records of a request; their other fields were taken."""
+
+    field: str
+    n_records: int
+    reason: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plain form the HTTP interface answers with."""
+        return {"field": self.field, "records": self.n_records, "reason": self.reason}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,3 +182,47 @@ class QuietVerdict:
     measured: Mapping[str, float | None] = field(default_factory=dict)
     limits: Mapping[str, float] = field(default_factory=dict)
     is_host_quiet: bool = True
+
+
+# Devices whose bytes pass through another device too (or are memory) would be counted twice.
+VIRTUAL_DISKS = ("loop", "ram", "zram", "dm-", "md", "sr", "fd", "nbd")
+VIRTUAL_NICS = ("lo", "docker", "br-", "veth", "virbr", "ifb", "cni", "flannel", "cali", "tun", "tap")
+_DISKS = f"({'|'.join(VIRTUAL_DISKS)}).*"
+_NICS = f"lo|({'|'.join(VIRTUAL_NICS[1:])}).*"
+
+NODE_EXPORTER_RULES = (
+    'cpu_pct = clamp(100 * (1 - avg(rate(node_cpu_seconds_total{mode="idle"}))), 0, 100)',
+    "mem_pct = 100 * (1 - sum(node_memory_MemAvailable_bytes) / sum(node_memory_MemTotal_bytes))",
+    f'disk_io_mb_s = (sum(rate(node_disk_read_bytes_total{{device!~"{_DISKS}"}}))'
+    f' + sum(rate(node_disk_written_bytes_total{{device!~"{_DISKS}"}}))) / 1e6',
+    f'net_in_mb_s = sum(rate(node_network_receive_bytes_total{{device!~"{_NICS}"}})) / 1e6',
+    f'net_out_mb_s = sum(rate(node_network_transmit_bytes_total{{device!~"{_NICS}"}})) / 1e6',
+    "load_average = max(node_load1)",
+    'disk_usage_pct = 100 * (max(node_filesystem_size_bytes{mountpoint="/"})'
+    ' - max(node_filesystem_free_bytes{mountpoint="/"}))'
+    ' / (max(node_filesystem_size_bytes{mountpoint="/"}) - max(node_filesystem_free_bytes{mountpoint="/"})'
+    ' + max(node_filesystem_avail_bytes{mountpoint="/"}))',
+)
+
+RESET_SHARE = 0.01  # of the value before: at or below it the counter began again at zero
+
+
+def increase(before: float, after: float) -> float:
+    """Return by how much a counter grew, NaN where that is unknown.
+
+    >>> increase(1e9, 1.5e9), increase(1e9, 40.0), increase(1e9, 1e9 - 512), increase(1e9, 2e8)
+    (500000000.0, 40.0, nan, nan)
+    """
+    grown = after - before
+    if not grown >= 0:
+        grown = after if 0 <= after <= before * RESET_SHARE < math.inf else math.nan
+    return grown if math.isfinite(grown) else math.nan
+
+
+def increases(before: Floats, after: Floats) -> Floats:
+    """Return the same for many pairs; what is not finite has no increase."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        grown = after - before
+        is_reset = (after >= 0) & (after <= before * RESET_SHARE) & (before < np.inf)
+        found = np.where(grown >= 0, grown, np.where(is_reset, after, np.nan))
+    return np.where(np.isfinite(found), found, np.nan)

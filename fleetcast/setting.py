@@ -10,13 +10,16 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 ENV_PREFIX = "FLEETCAST_"
 DEFAULT_CONFIG = Path("fleetcast.toml")
+_CLOSE = (
+    0.75  # share of equal letters from which a name is suggested: server.prot is close, server.zzz is not
+)
 
 Number = TypeVar("Number", int, float)
 
@@ -94,8 +97,15 @@ def check(info: SettingInfo, value: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)) or not value:
             raise ValueError(f"must be a non-empty list, got {value!r}")
-        return tuple(_check_scalar(info, typing.get_args(kind)[0], item) for item in value)
+        return tuple(_check_item(info, kind, value, place) for place in range(len(value)))
     return _check_scalar(info, kind, value)
+
+
+def _check_item(info: SettingInfo, kind: Any, value: Sequence[Any], place: int) -> Any:
+    try:
+        return _check_scalar(info, typing.get_args(kind)[0], value[place])
+    except ValueError as error:
+        raise ValueError(f"(element {place + 1} of {len(value)}) {error}") from error
 
 
 def _check_scalar(info: SettingInfo, kind: Any, value: Any) -> Any:
@@ -138,7 +148,7 @@ def from_file(
             if key in known:
                 yield key, value, str(path)
             else:
-                problems.append(f"unknown setting {key}{_nearest(key, list(known))} ({path})")
+                problems.append(f"unknown setting {key}{nearest(key, list(known))} ({path})")
 
 
 def from_environment(
@@ -152,9 +162,16 @@ def from_environment(
         if name in names:
             yield names[name], parse(known[names[name]].kind, value), name
         else:
-            problems.append(f"unknown variable {name}{_nearest(name, list(names))}")
+            problems.append(f"unknown variable {name}{nearest(name, list(names))}")
 
 
-def _nearest(name: str, valid: list[str]) -> str:
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.0)
-    return f", nearest is {close[0]}" if close else ""
+def nearest(name: str, valid: list[str]) -> str:
+    """Return the valid name that was probably meant, as the end of a message; "" where none is close.
+
+    >>> nearest("retain", ["infer", "retrain"]), nearest("xyz", ["infer", "retrain"])
+    (', nearest is retrain', '')
+    """
+    shared = len(ENV_PREFIX) if name.startswith(ENV_PREFIX) else 0  # says nothing about the name meant
+    tails = {text[shared:]: text for text in valid}
+    close = difflib.get_close_matches(name[shared:], list(tails), n=1, cutoff=_CLOSE)
+    return f", nearest is {tails[close[0]]}" if close else ""

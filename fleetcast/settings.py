@@ -18,29 +18,14 @@ from typing import Any
 
 from fleetcast.clock import DAY_MS
 from fleetcast.errors import SettingsError
+from fleetcast.schema import NODE_EXPORTER_RULES
 from fleetcast.setting import ENV_PREFIX, SettingInfo, check, from_environment, from_file, setting
 
 CALIBRATED, LITERAL = "calibrated", "literal"  # of drift.basis
 DAY_S = DAY_MS // 1000
-OVERRIDES = "overrides the literal"  # the program prints its default, to be edited there
-
-# Devices whose bytes pass through another device too (or are memory) would be counted twice.
-_VIRTUAL_DISKS = r"(loop|ram|zram|dm-|md|sr|fd|nbd).*"
-_VIRTUAL_NICS = r"lo|(docker|br-|veth|virbr|ifb|cni|flannel|cali|tun|tap).*"
-
-NODE_EXPORTER_RULES = (
-    'cpu_pct = clamp(100 * (1 - avg(rate(node_cpu_seconds_total{mode="idle"}))), 0, 100)',
-    "mem_pct = 100 * (1 - sum(node_memory_MemAvailable_bytes) / sum(node_memory_MemTotal_bytes))",
-    f'disk_io_mb_s = (sum(rate(node_disk_read_bytes_total{{device!~"{_VIRTUAL_DISKS}"}}))'
-    f' + sum(rate(node_disk_written_bytes_total{{device!~"{_VIRTUAL_DISKS}"}}))) / 1e6',
-    f'net_in_mb_s = sum(rate(node_network_receive_bytes_total{{device!~"{_VIRTUAL_NICS}"}})) / 1e6',
-    f'net_out_mb_s = sum(rate(node_network_transmit_bytes_total{{device!~"{_VIRTUAL_NICS}"}})) / 1e6',
-    "load_average = max(node_load1)",
-    'disk_usage_pct = 100 * (max(node_filesystem_size_bytes{mountpoint="/"})'
-    ' - max(node_filesystem_free_bytes{mountpoint="/"}))'
-    ' / (max(node_filesystem_size_bytes{mountpoint="/"}) - max(node_filesystem_free_bytes{mountpoint="/"})'
-    ' + max(node_filesystem_avail_bytes{mountpoint="/"}))',
-)
+# the numbers of the specification stand in these programs, to be edited there; each prints its own
+IN_MONITOR = "overrides the number written in drift_monitor.py"
+IN_RETRAINING = "overrides the number written in adaptive_retraining_daemon.py"
 
 HEAD = f"""# Settings
 
@@ -105,6 +90,10 @@ class ServerSettings:
     max_server_names: int = setting(20_000, "most distinct servers accepted", low=1)
     max_metric_names: int = setting(512, "most distinct metrics accepted", low=1)
     max_server_labels: int = setting(50, "most servers with a label of their own in /metrics", low=0)
+    max_answer_bytes: int = setting(
+        64 * 2**20, "most bytes of answers that clients have not read yet; further ones get 503", low=2**20
+    )
+    max_query_servers: int = setting(500, "most servers that one query may name", low=1)
     max_pending_posts: int = setting(64, "POSTs at work at once; further ones get 503", low=1)
     hold_s: float = setting(
         1.0, "how long a POST waits for a due sweep before 429 (data clock)", unit="s", low=0, high=60
@@ -119,11 +108,18 @@ class RemoteWriteSettings:
     path: str = setting("/api/v1/write", "path that takes remote-write")
     server_label: str = setting("instance", "label that names the server")
     server_pattern: str = setting(
-        r"(.+?)(?::\d+)?", "regular expression for that label; its first group is the server's name"
+        r"([^:]+|.*\]|.+)(?::\d+)?",
+        "regular expression for that label; its first group is the server's name (a port goes after `]` or "
+        "where there is no other colon)",
     )
     ignored_labels: tuple[str, ...] = setting(
-        ("job", "prometheus", "prometheus_replica", "replica", "receive_replica"),
+        ("job", "prometheus", "prometheus_replica", "__replica__", "replica", "receive_replica"),
         "labels that do not tell two series apart, so that two scrapers of one host count once",
+    )
+    own_labels: tuple[str, ...] = setting(
+        ("le", "quantile"),
+        "labels of single series beside those that a known exporter sets; any other label tells scrape "
+        "targets apart",
     )
     rules: tuple[str, ...] = setting(
         NODE_EXPORTER_RULES,
@@ -132,11 +128,29 @@ class RemoteWriteSettings:
     max_unpacked_bytes: int = setting(
         16 * 2**20, "largest request, unpacked (senders make them of 0.1 to 8 MB)", low=1024
     )
+    max_request_samples: int = setting(
+        100_000, "most samples, and most series, of one request (senders put 500 to 10,000 into it)", low=1
+    )
+    max_series_bytes: int = setting(
+        256 * 2**10, "largest series of a request: its labels and samples", low=1024
+    )
     max_gap_s: float = setting(
-        300.0, "longest time between two samples of a counter that still makes a rate", unit="s", low=1
+        300.0,
+        "longest time between two samples of a counter that still makes a rate, and how long a scrape "
+        "target is heard without one of its series before that counts as gone",
+        unit="s",
+        low=1,
+    )
+    reorder_window_s: float = setting(
+        1800.0,
+        "how far behind the newest scrape of its target a sample may come, and how long a scrape waits "
+        "for its missing series",
+        unit="s",
+        low=60,
+        high=86_400,
     )
     max_series: int = setting(
-        200_000, "most series kept in memory, about 1 KB each; the daemon refuses further ones", low=1
+        200_000, "most series kept in memory, about 2 KB each at 15 s; the daemon refuses further ones", low=1
     )
 
 
@@ -164,7 +178,17 @@ class BinSettings:
     """How records become the bins a model sees."""
 
     bin_s: int = setting(300, "length of a bin; must divide a day", unit="s", low=1, high=3600)
-    close_grace_s: float = setting(30.0, "wait for stragglers after a bin's end", unit="s", low=0)
+    close_grace_s: float = setting(
+        30.0, "a bin closes this long after its end, and rows of several senders meet in it", unit="s", low=0
+    )
+    correct_within_s: float = setting(
+        600.0,
+        "rows that arrive up to this long after their bin's end correct its settled forecasts; later ones "
+        "are stored and counted",
+        unit="s",
+        low=0,
+        high=21_600,
+    )
     forecast_metrics: tuple[str, ...] = setting(
         ("cpu_pct", "mem_pct", "disk_io_mb_s", "latency_ms"), "metrics to forecast, if they arrive"
     )
@@ -201,7 +225,7 @@ class TrainerSettings:
     hidden_size: int = setting(32, "width of a network trained from scratch", low=4, high=512)
     learning_rate: float = setting(5e-3, "peak of the cosine schedule", low=1e-6, high=1.0)
     incremental_learning_rate: float = setting(
-        4e-3, "the same for an incremental training", low=1e-6, high=1.0
+        4e-3, "peak of the cosine schedule in an incremental training", low=1e-6, high=1.0
     )
     incremental_batch_size: int = setting(64, "windows per batch of an incremental training", low=1)
     changed_share: float = setting(
@@ -219,12 +243,14 @@ class TrainerSettings:
     )
     specialist_learning_rate: float = setting(
         8e-3,
-        "the same for a specialist, which changes only its own series",
+        "the same peak in a training of a specialist, which changes only its own series",
         low=1e-6,
         high=1.0,
     )
     keep_weight: float = setting(
-        1.0, "weight in the loss of moves away from the old answers to replayed windows", low=0.0
+        1.0,
+        "how much the loss counts each move away from the old model's answers to replayed windows",
+        low=0.0,
     )
     recent_share: float = setting(
         0.5,
@@ -285,15 +311,15 @@ class DriftSettings:
         0.2, "PER's smallest divisor for other metrics, as a share of the baseline's p95", low=0.001
     )
     baseline_days: float = setting(7.0, "newest days of the training data that enter the baseline", low=0.1)
-    per_threshold: float | None = setting(None, OVERRIDES, low=0)
-    dss_threshold: float | None = setting(None, OVERRIDES, low=0)
-    fds_threshold: float | None = setting(None, OVERRIDES, low=0)
-    anomaly_threshold: float | None = setting(None, OVERRIDES, low=0)
-    combined_threshold: float | None = setting(None, OVERRIDES, low=0)
-    per_weight: float | None = setting(None, OVERRIDES, low=0)
-    dss_weight: float | None = setting(None, OVERRIDES, low=0)
-    fds_weight: float | None = setting(None, OVERRIDES, low=0)
-    anomaly_weight: float | None = setting(None, OVERRIDES, low=0)
+    per_threshold: float | None = setting(None, IN_MONITOR, low=0)
+    dss_threshold: float | None = setting(None, IN_MONITOR, low=0)
+    fds_threshold: float | None = setting(None, IN_MONITOR, low=0)
+    anomaly_threshold: float | None = setting(None, IN_MONITOR, low=0)
+    combined_threshold: float | None = setting(None, IN_MONITOR, low=0)
+    per_weight: float | None = setting(None, IN_MONITOR, low=0)
+    dss_weight: float | None = setting(None, IN_MONITOR, low=0)
+    fds_weight: float | None = setting(None, IN_MONITOR, low=0)
+    anomaly_weight: float | None = setting(None, IN_MONITOR, low=0)
 
 
 @dataclass(frozen=True)
@@ -301,11 +327,11 @@ class DecisionSettings:
     """RetrainingDecisionEngine and the quiet period. A limit left out keeps the literal in
     adaptive_retraining_daemon.py."""
 
-    min_hours_between_training: float | None = setting(None, OVERRIDES, unit="h", low=0)
-    max_days_without_training: float | None = setting(None, OVERRIDES, unit="days", low=0)
-    max_trainings_per_week: int | None = setting(None, OVERRIDES, low=0)
-    quiet_cpu_percent: float | None = setting(None, OVERRIDES, low=0)
-    quiet_mem_percent: float | None = setting(None, OVERRIDES, low=0)
+    min_hours_between_training: float | None = setting(None, IN_RETRAINING, unit="h", low=0)
+    max_days_without_training: float | None = setting(None, IN_RETRAINING, unit="days", low=0)
+    max_trainings_per_week: int | None = setting(None, IN_RETRAINING, low=0)
+    quiet_cpu_percent: float | None = setting(None, IN_RETRAINING, low=0)
+    quiet_mem_percent: float | None = setting(None, IN_RETRAINING, low=0)
     quiet_window: str = setting(
         "auto",
         "auto: a fleet over the fixed limits for a week is quiet in its own lowest quarter; fixed: never",
@@ -316,11 +342,16 @@ class DecisionSettings:
     )
     follow_up_hours: float = setting(
         24.0,
-        "behaviour after a change that is worth a training: one that saw less than half of it is followed by "
-        "one that sees all, one that learned much by one that sees three times as much; 0: never",
+        "a training that saw less than half of this much of a change is followed by one that sees all; "
+        "one that learned much is followed by one that sees three times as much; 0: never",
         unit="h",
         low=0,
         high=120,
+    )
+    learning: str = setting(
+        "on",
+        "on: after a week without trainings, train on what is new where that promises to pay (calibrated)",
+        choices=("on", "off"),
     )
     host_load_per_core: float = setting(
         0.8, "1-minute load of others per core from which the host is busy", low=0

@@ -4,7 +4,7 @@ import numpy as np
 
 from fleetcast.forecast.encoding import GridShape
 from fleetcast.schema import ChangedSeries, HistoryWindow
-from fleetcast.training.gate import GateVerdict, judge
+from fleetcast.training.gate import GateVerdict, Sides, judge
 from fleetcast.training.grid import TrainingGrid
 from fleetcast.training.holdout import HoldOut, Sample, first_held_bins
 
@@ -43,4 +43,5 @@ def verdict(
     hold_out = HoldOut(
         fleet, SHAPE, first_held_bins(fleet, changed, 0.1, 288), changed, (1, 12, 96), Sample(1)
     )
-    return judge(hold_out.losses(candidate), hold_out.losses(serving), hold_out.is_changed, fleet.metrics, 1)  # type: ignore[arg-type]
+    sides = Sides(hold_out.losses(candidate), hold_out.losses(serving))  # type: ignore[arg-type]
+    return judge(sides, hold_out.is_changed, fleet.metrics, 1)

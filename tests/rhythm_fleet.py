@@ -71,10 +71,17 @@ def usual_reference() -> Reference:
     return fitted(made_grid()[:, :, : REFERENCE_DAYS * DAY])
 
 
+def replay(drift: SeasonalDetector, grid: Grid, start_ms: int = START_MS, errors: Grid | None = None) -> None:
+    """Give a detector a stretch of bins, (server, metric, bin) in the reference's order."""
+    for index in range(grid.shape[2]):
+        missed = None if errors is None else errors[:, :, index]
+        drift.update(grid[:, :, index], start_ms + index * BIN_MS, missed)
+
+
 def following(
     grid: Grid, first_day: int = REFERENCE_DAYS - 3, reference: Reference | None = None
 ) -> SeasonalDetector:
     """Return a detector that has seen a grid from a day on."""
     drift = SeasonalDetector(reference or usual_reference())
-    drift.replay(grid[:, :, first_day * DAY :], START_MS + first_day * DAY * BIN_MS)
+    replay(drift, grid[:, :, first_day * DAY :], START_MS + first_day * DAY * BIN_MS)
     return drift

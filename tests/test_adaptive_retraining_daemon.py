@@ -20,7 +20,8 @@ import adaptive_retraining_daemon as program
 from adaptive_retraining_daemon import AdaptiveRetrainingDaemon
 from fleetcast.clock import FakeClock, from_ms
 from fleetcast.errors import AlreadyRunning, BadData, ExitCode
-from fleetcast.files import OwnerLock, read_json
+from fleetcast.files import read_json
+from fleetcast.locks import OwnerLock
 from fleetcast.retraining.state import RetrainingState, save_state
 from fleetcast.settings import Settings
 
@@ -101,7 +102,11 @@ def test_the_first_cycle_of_an_empty_folder_writes_its_files_too(
     monkeypatch.chdir(tmp_path)
     check = AdaptiveRetrainingDaemon(daemon_url="http://127.0.0.1:9").run_check_cycle()
     assert check.report.status == "collecting"
-    assert check.initial_missing == "no data"
+    assert check.initial_missing == f"no records in {tmp_path / 'data_buffer'} (there is no buffer)"
+    assert check.decision.reason == f"collecting: {check.report.status_reason}"
+    assert check.initial_missing in check.decision.reason, "what is missing, not that something is"
+    assert metrics()["recommendation"] is None
+    assert "drift_score{" not in Path("retraining_metrics.prom").read_text()
     assert not check.quiet.is_quiet
     assert {path.name for path in tmp_path.iterdir()} >= FILES
     assert not (tmp_path / "data_buffer").exists()
@@ -112,9 +117,10 @@ def test_a_restart_between_any_two_cycles_gives_the_same_metrics(fleet: SmallFle
     for n_bins, value in ((1, None), (7, None), (30, shifted_from(55)), (1, shifted_from(55)), (90, None)):
         fleet.grow(n_bins, *([value] if value else []))
         running.run_check_cycle()
-        of_running = metrics()["current_metrics"]
+        of_running = metrics()
         daemon(told, settings(retraining={"mode": "advise"})).run_check_cycle()
-        assert metrics()["current_metrics"] == of_running
+        for key in ("current_metrics", "served_error"):
+            assert metrics()[key] == of_running[key]
 
 
 @pytest.mark.slow
@@ -390,7 +396,8 @@ def test_once_with_neither_a_daemon_nor_a_buffer_is_exit_6_and_leaves_nothing_be
     monkeypatch.chdir(tmp_path)
     flags = ["--once", "--daemon-url", "http://127.0.0.1:9", "--data-buffer-dir", "mistyped"]
     assert program.main(flags) == ExitCode.COULD_NOT_LOOK == 6
-    assert "no buffer in mistyped, and http://127.0.0.1:9 does not answer" in capsys.readouterr().err
+    where = f"no buffer in {tmp_path / 'mistyped'}, and http://127.0.0.1:9 does not answer"
+    assert where in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -401,6 +408,22 @@ def test_once_looks_where_there_is_a_daemon_or_a_buffer(
     fleet: SmallFleet, told: Told, missing: tuple[str, str]
 ) -> None:
     assert once(told, *missing) == 0
+
+
+def test_once_in_another_folder_than_the_daemons_names_both_and_leaves_nothing_behind(
+    tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told.answers = quiet_answers("v1")
+    told.answers["/status"]["buffer"] = {"folder": "/var/lib/fleetcast/data_buffer"}
+    other = tmp_path / "other"
+    other.mkdir()
+    monkeypatch.chdir(other)
+    assert program.main(["--once", "--daemon-url", told.url]) == 0
+    shown = capsys.readouterr().out
+    assert f"Looked at {other / 'data_buffer'} (there is no buffer) and {told.url} (it keeps" in shown
+    assert "/var/lib/fleetcast/data_buffer: see --data-buffer-dir" in shown
+    assert "no buffer here: only checked, nothing trained or written" in shown
+    assert list(other.iterdir()) == []
 
 
 def test_the_other_clock_mode_is_exit_2_with_a_hint(

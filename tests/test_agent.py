@@ -1,4 +1,4 @@
-"""The agent: real readings of this machine, delivered by real HTTP, kept while nobody answers."""
+"""The agent: real readings of this machine, delivered by real HTTP, kept while no daemon answers."""
 
 import signal
 import socket
@@ -10,10 +10,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from scripted_daemon import ScriptedDaemon
 
 from fleetcast.errors import DaemonAway
+from fleetcast.schema import VIRTUAL_DISKS
 from fleetcast.sources.agent import BATCH_RECORDS, LONGEST_WAIT_S, Backlog, CounterRate, Delivery, HostMeter
 from fleetcast.sources.client import FeedAnswer, RequestRefused
 
@@ -29,12 +31,53 @@ def test_a_rate_is_the_growth_of_every_device_over_the_elapsed_time() -> None:
     assert rate.update({"vda": 600, "vdb": 2_500}, at_s=14.0) == 500.0
 
 
-def test_a_counter_that_fell_is_left_out_and_counts_again_afterwards() -> None:
+def test_a_counter_that_fell_to_near_zero_began_again_there() -> None:
     rate = CounterRate()
     rate.update({"vda": 5_000, "vdb": 0}, at_s=0.0)
 
-    assert rate.update({"vda": 10, "vdb": 200}, at_s=2.0) == 100.0
+    assert rate.update({"vda": 10, "vdb": 200}, at_s=2.0) == 105.0
     assert rate.update({"vda": 30, "vdb": 200}, at_s=4.0) == 10.0
+
+
+@pytest.mark.parametrize("fallen", [4_999, 1_000, 51])
+def test_after_any_other_fall_the_sum_is_absent_once(fallen: int) -> None:
+    rate = CounterRate()
+    rate.update({"vda": 5_000, "vdb": 0}, at_s=0.0)
+
+    assert rate.update({"vda": fallen, "vdb": 200}, at_s=2.0) is None
+    assert rate.update({"vda": fallen + 20, "vdb": 200}, at_s=4.0) == 10.0
+
+
+def test_a_disk_replaced_under_its_name_has_no_rate_through_psutils_own_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a made /proc; psutil hides a fall from its caller unless told not to
+    (tmp_path / "net").mkdir()
+    (tmp_path / "self").mkdir()
+    for name in ("stat", "meminfo", "vmstat", "filesystems", "self/mounts"):
+        (tmp_path / name).write_text(Path("/proc", name).read_text())
+    whole = [one.name for one in Path("/sys/block").glob("*") if not one.name.startswith(VIRTUAL_DISKS)]
+    if not whole:
+        pytest.skip("this machine has no physical disk")
+    clock = [0.0]
+
+    def turn(sectors: int, received: int) -> None:
+        numbers = f"100 0 {sectors} 0 100 0 0 0 0 0 0 0 0 0 0 0 0"
+        (tmp_path / "diskstats").write_text(f"   8       0 {whole[0]} {numbers}\n")
+        nic = f"  eth0: {received} 1 0 0 0 0 0 0 1000 1 0 0 0 0 0 0\n"
+        (tmp_path / "net/dev").write_text("a|b\nc|d\n" + nic)
+        clock[0] += 5
+
+    turn(10**9, 10**12)
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+    meter = HostMeter(Path("/"), lambda: clock[0])
+    found = []
+    for sectors, received in ((10**9 + 20_000, 10**12 + 5 * 10**6), (2 * 10**8, 10**11)):
+        turn(sectors, received)
+        reading = meter.read()
+        found.append((reading.get("disk_io_mb_s"), reading.get("net_in_mb_s")))
+    # Then
+    assert found == [(2.048, 1.0), (None, None)]
 
 
 def test_a_device_that_just_appeared_does_not_bring_its_whole_past() -> None:
@@ -180,7 +223,7 @@ def _free_port() -> int:
 
 @pytest.fixture
 def agent_port() -> Iterator[int]:
-    """A port that nobody answers on yet, and an agent that already sends to it."""
+    """A port without a listener yet, and an agent that already sends to it."""
     port = _free_port()
     process = subprocess.Popen(
         [

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fleetcast.files import OwnerLock, is_locked, read_json, write_json
+from fleetcast.files import read_json, write_json
 from fleetcast.forecast.registry import ATTEMPT_LOCK, Registry
+from fleetcast.locks import OwnerLock, is_locked
 from fleetcast.retraining.attempts import Attempts, Step
 from fleetcast.retraining.state import Attempt
 
@@ -196,3 +198,70 @@ def test_old_runs_are_deleted() -> None:
     ended("silent")
     assert len(list(runs.glob("*.log"))) == 50
     assert read_json(runs / "20260115T100000Z-aaaa.json")["exit_code"] == 0
+
+
+ORPHAN = """
+import os, time
+if os.fork() == 0:
+    os.setsid()  # a session of its own, as a daemon has
+    if os.fork() == 0:
+        open("orphan", "w").write(str(os.getpid()))
+        time.sleep(600)
+    os._exit(0)
+while not os.path.exists("orphan") or not open("orphan").read():
+    time.sleep(0.02)
+"""
+
+
+def test_a_process_that_a_training_left_behind_stops_no_later_training(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    Path("leaves_orphan.py").write_text(ORPHAN)
+    own = attempts()
+    assert own.reserve()
+    attempt = Attempt("20260115T100000Z-aaaa", "drift", "", "2026-01-15T10:00:00")
+    attempt = own.spawn(attempt, steps(Path("leaves_orphan.py").absolute()))
+    until(lambda: not own.is_running(attempt))
+    own.conclude(attempt)
+    orphan = int(Path("orphan").read_text())
+    try:
+        assert own.why_not_free() == ""
+        assert own.reserve(), "the next training can start"
+        own.release()
+        until(lambda: not Path(f"/proc/{orphan}").exists(), 5.0)
+        assert "left behind" in caplog.text
+    finally:
+        if Path(f"/proc/{orphan}").exists():
+            os.kill(orphan, signal.SIGKILL)
+
+
+def test_a_stuck_lock_is_said_with_the_process_that_holds_it(caplog: pytest.LogCaptureFixture) -> None:
+    # Given a process that inherited the lock from an attempt of an earlier release
+    lock = OwnerLock(FOLDER / ATTEMPT_LOCK, "an attempt").acquire()
+    sleeper = subprocess.Popen(["sleep", "600"], pass_fds=lock.filenos())
+    lock.release()
+    own = attempts(timeout_s=0.0)
+    try:
+        # When a training is due, twice
+        assert own.why_not_free().startswith(f"a training attempt is running (pid {sleeper.pid}, for 0.0 h")
+        own.why_not_free()
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    # Then the log names it, as an error
+    said = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(said) == 1
+    assert f"pid={sleeper.pid}" in said[0]
+    assert "sleep 600" in said[0]
+    assert own.why_not_free() == ""
+
+
+def test_a_deleted_lock_file_lets_no_second_attempt_start() -> None:
+    first, second = attempts(), attempts()
+    assert first.reserve()
+    (FOLDER / ATTEMPT_LOCK).unlink()
+    assert not second.reserve()
+    assert second.why_not_free().startswith("a training attempt is running")
+    first.release()
+    assert second.reserve()
+    second.release()

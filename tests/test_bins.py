@@ -90,6 +90,6 @@ def test_gaps_are_not_trainable() -> None:
 
 def test_too_little_data_says_how_much_is_needed() -> None:
     settings = DecisionSettings()
-    assert "48.0 h" in enough_to_train(47 * 3600, 10_000, settings)
-    assert "200" in enough_to_train(49 * 3600, 199, settings)
+    assert "47.0 h of 48 h" in enough_to_train(47 * 3600, 10_000, settings)
+    assert "199 of 200" in enough_to_train(49 * 3600, 199, settings)
     assert enough_to_train(48 * 3600, 200, settings) == ""

@@ -47,14 +47,14 @@ def forecast(clock: FakeClock, names: tuple[str, ...] = ("web-01", "web-02")) ->
 
 
 def document(board: PredictionBoard, *servers: str, **kwargs: bool) -> dict[str, Any]:
-    value = json.loads(board.document(servers, **kwargs))
+    value = json.loads(b"".join(board.document(servers, **kwargs)))
     assert isinstance(value, dict)
     return value
 
 
 def test_before_any_record_the_document_is_valid_and_empty(clock: FakeClock) -> None:
     board = PredictionBoard(Roster(ForecastSettings()), clock)
-    assert board.document() == b'{"timestamp":"2026-01-15T10:00:00Z","model":null,"predictions":{}}'
+    assert b"".join(board.document()) == b'{"timestamp":"2026-01-15T10:00:00Z","model":null,"predictions":{}}'
 
 
 def test_before_a_sweep_servers_are_warming_up(clock: FakeClock, roster: Roster) -> None:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from fleetcast.api.bodies import Refusal, encode, read_records
+from fleetcast.api import bodies
+from fleetcast.api.bodies import ITEMS_MAX, RECORDS_MAX, Refusal, check_unpacked, encode, read_records
 
 
 def test_the_documented_shape_is_read() -> None:
@@ -50,3 +51,34 @@ def test_anything_else_is_refused_with_what_would_be_right(body: bytes, said: st
 
 def test_answers_never_hold_nan() -> None:
     assert encode({"a": float("nan"), "b": [float("inf")]}) == b'{"a":null,"b":[null]}'
+
+
+@pytest.mark.parametrize("item", [b"0,", b"{},", b"[],", b'"",', b"NaN,", b'{"a":1},'])
+def test_a_body_of_too_many_items_is_refused_before_any_is_made(
+    item: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = b'{"records":[' + item * (ITEMS_MAX + 1) + b"0]}"
+
+    def decode(_body: bytes) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(bodies.msgspec.json, "decode", decode)
+    with pytest.raises(Refusal, match=r"at most .* are taken") as caught:
+        read_records(body)
+    assert caught.value.code == 413
+
+
+def test_as_many_records_as_an_arrow_stream_may_have_are_read_and_not_one_more() -> None:
+    assert len(read_records(b'{"records":[' + b"0," * (RECORDS_MAX - 1) + b"0]}")) == RECORDS_MAX
+    with pytest.raises(Refusal, match=f"{RECORDS_MAX + 1} records"):
+        read_records(b'{"records":[' + b"0," * RECORDS_MAX + b"0]}")
+
+
+def test_a_snappy_block_is_judged_by_what_it_says_before_it_is_unpacked() -> None:
+    check_unpacked(b"\xe8\x07" + b"x" * 100, 1000)
+    with pytest.raises(Refusal, match="unpacks to 1000 bytes") as caught:
+        check_unpacked(b"\xe8\x07" + b"x" * 100, 999)
+    assert caught.value.code == 413
+    with pytest.raises(Refusal, match="impossible size") as caught:
+        check_unpacked(b"\xe8\x07" + b"x" * 10, 10_000)
+    assert caught.value.code == 400

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from fleetcast.clock import from_ms
 from fleetcast.errors import AlreadyRunning, StorageBroken
-from fleetcast.files import is_locked
+from fleetcast.locks import is_locked
 from fleetcast.storage import upkeep
 from fleetcast.storage.days import list_days
 from fleetcast.storage.store import LOCK_NAME, DataBuffer

@@ -34,8 +34,9 @@ def test_the_rest_of_the_line_and_the_exit_code_are_the_programs(
 ) -> None:
     seen: list[Sequence[str]] = []
 
-    def run(argv: Sequence[str]) -> int:
+    def run(argv: Sequence[str], *, prog: str) -> int:
         seen.append(argv)
+        assert prog == f"fleetcast {command}"
         return 4
 
     monkeypatch.setitem(sys.modules, cli.COMMANDS[command][0], SimpleNamespace(main=run))  # type: ignore[arg-type]
@@ -53,14 +54,20 @@ def test_every_command_leads_to_a_main_that_takes_the_flags(command: str) -> Non
 
 
 @pytest.mark.parametrize("command", FIVE)
-def test_the_help_of_a_command_is_the_help_of_its_program(command: str) -> None:
-    def help_of(*program: str) -> str:
+def test_the_help_of_a_command_is_the_help_of_its_program_under_the_name_that_was_typed(command: str) -> None:
+    def help_of(*program: str) -> tuple[str, str]:
         done = subprocess.run(
             [sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
         )
-        return done.stdout.partition("\n\n")[2]  # after the usage, which names the program
+        usage, _, rest = done.stdout.partition("\n\n")
+        return usage, rest
 
-    assert help_of("-m", "fleetcast", command) == help_of(f"{FIVE[command]}.py") != ""
+    usage, rest = help_of("-m", "fleetcast", command)
+    program_usage, program_rest = help_of(f"{FIVE[command]}.py")
+    assert usage.startswith(f"usage: fleetcast {command} ")
+    assert program_usage.startswith(f"usage: {FIVE[command]}.py ")
+    assert rest == program_rest
+    assert "exit codes: 0" in rest
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,6 +91,13 @@ def test_an_unknown_command_is_answered_with_the_nearest(
 ) -> None:
     assert cli.main([typed]) == 2
     assert f"unknown command {typed}, nearest is {meant}" in capsys.readouterr().err
+
+
+def test_a_word_that_is_close_to_no_command_is_answered_without_a_guess(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["xyz"]) == 2
+    assert "unknown command xyz (fleetcast --help lists them)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["version"], ["--version"]])

@@ -9,7 +9,7 @@ RECORDS = [
     {"timestamp": f"2026-01-15T10:00:{second:02d}Z", "server_name": "web-01", "cpu_pct": 1.0}
     for second in range(8)
 ]
-NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens there
+CLOSED_PORT = "http://127.0.0.1:9"  # the discard port: nothing listens there
 
 
 def sender(daemon: ScriptedDaemon, *, give_up_s: float = 5.0) -> RecordSender:
@@ -44,7 +44,7 @@ def test_without_a_key_no_header_is_sent(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_proxy_of_the_environment_is_not_asked_for_a_daemon_on_this_host(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("HTTP_PROXY", NOBODY)
+    monkeypatch.setenv("HTTP_PROXY", CLOSED_PORT)
     with ScriptedDaemon() as daemon, DaemonClient(daemon.url) as client:
         assert client.post_records(RECORDS).received == 8
 
@@ -94,7 +94,7 @@ def test_a_full_disk_is_tried_again_and_then_named() -> None:
 
 
 def test_a_daemon_that_is_away_is_given_up_after_the_stated_time() -> None:
-    sending = RecordSender(DaemonClient(NOBODY), Stop(), give_up_s=0.5)
+    sending = RecordSender(DaemonClient(CLOSED_PORT), Stop(), give_up_s=0.5)
     with pytest.raises(DaemonAway, match=r"does not answer: .*refused"):
         sending.send(RECORDS)
     assert sending.retries >= 1
@@ -103,7 +103,7 @@ def test_a_daemon_that_is_away_is_given_up_after_the_stated_time() -> None:
 def test_a_stop_ends_the_waiting_without_an_answer() -> None:
     stop = Stop()
     stop.request("test")
-    assert RecordSender(DaemonClient(NOBODY), stop).send(RECORDS) is None
+    assert RecordSender(DaemonClient(CLOSED_PORT), stop).send(RECORDS) is None
 
 
 @pytest.mark.parametrize("body", ["no json", "[]", '{"status": "ok"}', '{"records_received": "x"}'])

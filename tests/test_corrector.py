@@ -45,11 +45,11 @@ class Fleet:
 
     def forecast(self) -> Floats32:
         """Server a's cpu_pct as clients see it, (horizon, quantile)."""
-        window = self.history.window(T0 + (self.n_bins - 1) * BIN)
+        window = next(self.history.parts(T0 + (self.n_bins - 1) * BIN, 99))
         quantiles = np.full((2, 2, 96, 3), np.nan, np.float32)
         quantiles[:, 0] = np.array([MODEL - 20, MODEL, MODEL + 20], np.float32)
         self.corrector.correct(window, quantiles)
-        assert np.isnan(quantiles[:, 1]).all(), "what nobody forecast stays unknown"
+        assert np.isnan(quantiles[:, 1]).all(), "a metric without a forecast stays unknown"
         return np.asarray(quantiles[0, 0])
 
 

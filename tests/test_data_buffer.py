@@ -415,6 +415,17 @@ def test_the_program_prints_what_the_buffer_holds(
     ]
 
 
+def test_the_program_refuses_a_folder_that_is_missing_and_takes_an_empty_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "buffer"
+    assert main(["--data-buffer-dir", str(folder)]) == 6
+    assert f"{folder} is no folder of a buffer (name the buffer's folder" in capsys.readouterr().err
+    folder.mkdir()
+    assert main(["--data-buffer-dir", str(folder)]) == 0
+    assert "0 rows" in capsys.readouterr().out
+
+
 def test_the_program_names_a_wrong_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "fleetcast.toml"
     config.write_text("[buffer]\nretention_dais = 3\n")

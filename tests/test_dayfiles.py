@@ -1,5 +1,6 @@
 """Names of day files, and snapshots of a day that its writer swaps all the time."""
 
+import os
 import threading
 from datetime import date
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 from buffer_rows import DAY_MS, NOON_MS, day_folder, table
 
-from fleetcast.files import exchange
+from fleetcast.files import exchange, remove_leftover
 from fleetcast.storage.days import (
     PartName,
     day_of_ms,
@@ -22,7 +23,6 @@ from fleetcast.storage.days import (
     write_part,
 )
 from fleetcast.storage.tables import METRICS, PREDICTIONS, batch_of_table, times_ms
-from fleetcast.storage.writer import remove_path
 
 DAY = date(2026, 1, 15)
 
@@ -81,7 +81,7 @@ def test_a_day_may_be_a_folder_or_a_file(tmp_path: Path) -> None:
     put_part(path, 2, "b", 2)
     folder = open_day(tmp_path, METRICS, DAY)
     assert ([part.number for part in folder.parts], folder.n_rows, folder.is_sealed) == ([1, 2], 3, False)
-    remove_path(path)
+    remove_leftover(path)
     rows = table(("a", NOON_MS, {}))
     write_part(path, iter([rows]), METRICS, rows.schema, 2, is_sealed=True)
     sealed = open_day(tmp_path, METRICS, DAY)
@@ -134,7 +134,7 @@ def test_a_snapshot_is_one_version_of_the_day_however_often_it_is_swapped(tmp_pa
                 for number, n_rows in ((2, 1), (3, 2), (4, 3)):
                     put_part(built, number, f"s{number}", n_rows)
             exchange(built, path)
-            remove_path(built)
+            remove_leftover(built)
             swaps[0] += 1
 
     thread = threading.Thread(target=swap)
@@ -157,3 +157,14 @@ def test_part_names_of_a_file_or_nothing_are_none(tmp_path: Path) -> None:
     assert part_names(day_folder(tmp_path)) == []
     assert part_names(tmp_path / "missing") == []
     assert batch_of_table(table()).server_names == ()
+
+
+def test_a_pipe_in_the_place_of_a_day_or_a_part_costs_itself_only(tmp_path: Path) -> None:
+    folder = day_folder(tmp_path)
+    folder.mkdir()
+    put_part(folder, 1, "web-1")
+    os.mkfifo(folder / "part-000000000009-1.parquet")
+    snapshot = open_day(tmp_path, METRICS, DAY)
+    assert (snapshot.n_rows, snapshot.damaged) == (1, ("part-000000000009-1.parquet",))
+    os.mkfifo(tmp_path / "metrics_2001-01-01.parquet")
+    assert open_day(tmp_path, METRICS, date(2001, 1, 1)).damaged == ("metrics_2001-01-01.parquet",)

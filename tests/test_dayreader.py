@@ -165,3 +165,38 @@ def test_damage_costs_its_rows_only_and_no_error(store: DayStore, reader: DayRea
     (tmp_path / "metrics_2026-01-18.parquet").mkdir()
     assert len(read(reader)) == 5
     assert reader.newest_ms() == NOON_MS + 2 + DAY_MS
+
+
+def test_one_server_is_read_from_parts_and_log_and_newer_rows_win(store: DayStore, reader: DayReader) -> None:
+    append(store, ("a", NOON_MS, {"x": 1.0}), ("b", NOON_MS, {"x": 2.0}), ("b", NOON_MS + DAY_MS, {"x": 3.0}))
+    store.flush()
+    append(store, ("b", NOON_MS, {"y": 5.0}), ("b", NOON_MS + 1, {"x": 4.0}), ("c", NOON_MS, {"x": 9.0}))
+    for _ in range(2):
+        found = rows_of([batch_of_table(reader.read_server("b", NOON_MS, NOON_MS + DAY_MS))])
+        assert found == {("b", NOON_MS): {"x": 2.0, "y": 5.0}, ("b", NOON_MS + 1): {"x": 4.0}}
+        narrow = rows_of([batch_of_table(reader.read_server("b", NOON_MS, NOON_MS + 1, ["y"]))])
+        assert narrow == {("b", NOON_MS): {"y": 5.0}}
+        assert len(reader.read_server("nowhere", 0, 2**45)) == 0
+        store.flush()
+
+
+def test_only_the_row_groups_of_the_server_asked_for_are_read(
+    tmp_path: Path, reader: DayReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(days, "_PART_GROUP_ROWS", 10)
+    rows = [
+        (f"s{number:02}", NOON_MS + tick, {"x": float(number)}) for number in range(20) for tick in range(10)
+    ]
+    folder = day_folder(tmp_path)
+    folder.mkdir()
+    write_part(folder / PartName(1, 200).text, iter([table(*rows)]), METRICS, table(*rows).schema, 1)
+    read_groups: list[int] = []
+    tables = OpenPart.tables
+
+    def count(part: OpenPart, columns: object = None, groups: list[int] | None = None) -> object:
+        read_groups.extend(groups or [])
+        return tables(part, columns, groups)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(OpenPart, "tables", count)
+    assert len(reader.read_server("s07", 0, 2**45)) == 10
+    assert read_groups == [7]

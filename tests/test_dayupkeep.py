@@ -11,7 +11,7 @@ from buffer_rows import DAY_MS, NOON_MS, day_folder, table
 from fleetcast.settings import BufferSettings
 from fleetcast.storage import upkeep
 from fleetcast.storage.days import folder_bytes, list_days, part_names
-from fleetcast.storage.log import Quarantine
+from fleetcast.storage.quarantine import Quarantine
 from fleetcast.storage.tables import METRICS
 from fleetcast.storage.upkeep import DayUpkeep, UpkeepPace
 from fleetcast.storage.writer import DayWriter, no_step

@@ -12,7 +12,7 @@ from fleetcast import files
 from fleetcast.errors import StorageFull
 from fleetcast.storage import writer as writer_module
 from fleetcast.storage.days import COLUMNS_FILE, PartName, open_day, part_names, write_part
-from fleetcast.storage.log import Quarantine
+from fleetcast.storage.quarantine import Quarantine
 from fleetcast.storage.reader import merge_sources
 from fleetcast.storage.tables import METRICS, batch_of_table
 from fleetcast.storage.writer import DayWriter

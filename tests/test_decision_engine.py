@@ -306,7 +306,7 @@ class TooOften(RuleBasedStateMachine):
 
     @rule(hours=st.floats(-30, 0))
     def the_machine_reboots_and_its_clock_loses_time(self, hours: float) -> None:
-        """A reboot with a clock set forward is the one thing nobody on the machine can know."""
+        """A reboot with a clock set forward is the one thing no program on the machine can know."""
         settled = self.engine.log.without_future(self.world.clock.now())
         ages = [self.world.true_s - at for at in self.trained_s]
         believed = settled.ages_s(self.world.clock.now(), None)

@@ -128,6 +128,17 @@ def test_the_watchdog_of_the_retraining_daemon_outlasts_its_feeding_whatever_the
     assert int(_Unit(unit)["Service"]["WatchdogSec"]) > 3 * ALIVE_S
 
 
+def test_units_and_containers_bound_memory_and_leave_room_for_every_connection() -> None:
+    for unit in UNITS:
+        text = unit.read_text()
+        assert "\nLimitNOFILE=8192\n" in text
+        assert "\nMemoryMax=" in text
+    assert "\nMemoryHigh=" in (ROOT / "deploy" / "systemd" / "tft-inference-daemon.service").read_text()
+    compose = COMPOSE.read_text()
+    assert "mem_limit:" in compose
+    assert "nofile: { soft: 8192, hard: 8192 }" in compose
+
+
 def test_restarting_is_pointless_exactly_for_bad_settings_and_a_second_start() -> None:
     for unit in DAEMON_UNITS:
         codes = {int(code) for code in _Unit(unit)["Service"]["RestartPreventExitStatus"].split()}

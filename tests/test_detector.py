@@ -19,6 +19,7 @@ from rhythm_fleet import (
     fleet_grid,
     following,
     made_grid,
+    replay,
     usual_reference,
 )
 
@@ -174,7 +175,7 @@ def test_nothing_is_judged_before_a_window_is_filled() -> None:
     drift = SeasonalDetector(usual_reference())
     assert drift.check().status == "collecting"
 
-    drift.replay(made_grid()[:, :, :12], START_MS)
+    replay(drift, made_grid()[:, :, :12], START_MS)
 
     verdict = drift.check()
     assert verdict.status == "collecting" and not verdict.needs_retraining
@@ -211,7 +212,7 @@ def test_a_restart_between_any_two_bins_changes_no_score() -> None:
 
     first = grid.shape[2] - ran_through.memory_bins
     restarted = SeasonalDetector(usual_reference())
-    restarted.replay(grid[:, :, first:], START_MS + first * BIN_MS)
+    replay(restarted, grid[:, :, first:], START_MS + first * BIN_MS)
 
     before, after = ran_through.check(), restarted.check()
     assert before.scores == after.scores and before.combined == after.combined
@@ -297,7 +298,7 @@ def test_forecast_errors_twice_as_large_are_drift_where_errors_are_known() -> No
 
     def judged(factor: float) -> DriftVerdict:
         drift = SeasonalDetector(reference)
-        drift.replay(grid[:, :, first:], START_MS + first * BIN_MS, factor * errors[:, :, first:])
+        replay(drift, grid[:, :, first:], START_MS + first * BIN_MS, factor * errors[:, :, first:])
         return drift.check()
 
     assert not judged(1.0).needs_retraining
@@ -333,7 +334,7 @@ def test_a_stricter_quorum_asks_for_more_of_the_fleet() -> None:
     grid = changed_grid(slice(0, 2))
     strict = SeasonalDetector(usual_reference(), QuorumRule(quorum=0.5, sustained_quorum=0.5))
     first = (REFERENCE_DAYS - 2) * DAY
-    strict.replay(grid[:, :, first:], START_MS + first * BIN_MS)
+    replay(strict, grid[:, :, first:], START_MS + first * BIN_MS)
 
     assert following(grid).check().needs_retraining
     assert not strict.check().needs_retraining

@@ -24,7 +24,6 @@ def test_servers_come_worst_first_and_once() -> None:
         not_compared={},
         events=(),
         ratios=np.zeros((4, 3), np.float32),
-        is_alarm=np.ones(3, np.bool_),
         reference=usual_reference(),
     )
 

@@ -22,7 +22,12 @@ ROOT = Path(__file__).parents[1]
 SPEC = ROOT / "docs" / "spec.md"
 DOCUMENTS = sorted(
     path
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("samples/*.md")]
+    for path in [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("models/*.md"),
+        *ROOT.glob("samples/*.md"),
+    ]
     if path != SPEC  # the user's own; tests/contract runs it
 )
 README = ROOT / "README.md"
@@ -118,6 +123,42 @@ def test_no_document_names_a_path_of_the_machine_it_was_written_on(document: Pat
     assert not re.search(r"(?<![\w.])/(work|root|home/\w+)/", document.read_text())
 
 
+def test_every_sentence_names_its_actor() -> None:
+    texts = [
+        *DOCUMENTS,
+        *ROOT.glob("*.py"),
+        *ROOT.glob("fleetcast/**/*.py"),
+        *ROOT.glob("benchmarks/**/*.py"),
+    ]
+    vague = re.compile(
+        r"\b(nobody|anybody|somebody|everybody|whoever|what serves|is told of|learned from by)\b", re.I
+    )
+    found = [
+        f"{path.name}: {hit}" for path in texts for hit in vague.findall(path.read_text(encoding="utf-8"))
+    ]
+    assert found == []
+
+
+def test_git_ignores_every_file_that_a_program_writes_where_it_works() -> None:
+    texts = [
+        path.read_text("utf-8") for path in [*ROOT.glob("*.py"), *ROOT.glob("fleetcast/retraining/*.py")]
+    ]
+    assigned = re.compile(r'^(?:TEXTFILE|[A-Z]+_FILE) = (?:Path\()?"([^"]+)"', re.M)
+    names = {name for text in texts for name in assigned.findall(text)} - {
+        "base_training.state"
+    }  # checkpoints/
+    assert len(names) >= 8
+    answer = subprocess.run(
+        ["git", "check-ignore", "--no-index", *names, "data_buffer/x", "checkpoints/x"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if answer.returncode > 1:
+        pytest.skip("no git checkout")
+    assert names - set(answer.stdout.split()) == set()
+
+
 def test_the_readme_is_short() -> None:
     assert len(README.read_text().splitlines()) <= 150
 
@@ -205,4 +246,6 @@ def test_every_question_of_the_architecture_is_answered_by_one_file() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     questions = re.findall(r"^\| (.*\?) \| `(.*?)` \|$", page, re.M)
     assert len(questions) >= 10
-    assert [answer for _, answer in questions if not (ROOT / "fleetcast" / answer).is_file()] == []
+    files = {path for folder in (ROOT, ROOT / "fleetcast") for path in folder.rglob("*.py")}
+    unknown = [a for _, a in questions if not {ROOT / a, ROOT / "fleetcast" / a} & files]
+    assert unknown == []

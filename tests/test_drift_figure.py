@@ -96,16 +96,18 @@ def test_the_program_refuses_an_empty_folder_with_exit_5_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "data_buffer").mkdir()
     assert drift_monitor.main(["--plot", "out.png"]) == 5
     assert "nothing to draw yet: " in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["data_buffer"]
 
 
 def test_without_matplotlib_the_program_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "data_buffer").mkdir()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert drift_monitor.main(["--plot", "out.png"]) == 1
     assert "--plot needs matplotlib: pip install matplotlib" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["data_buffer"]

@@ -167,8 +167,8 @@ def observed(n_bins: int, value: object = higher, settings: DriftSettings | None
 @pytest.mark.parametrize(
     ("n_bins", "settings", "reason"),
     [
-        (149, DriftSettings(), "298 pairs of the model in service, 300 needed"),
-        (23, DriftSettings(min_pairs=10), "1.9 h of the model in service, 2.0 h needed"),
+        (149, DriftSettings(), "298 of 300 (server, bin) pairs of the model in service, about 0.1 h more"),
+        (23, DriftSettings(min_pairs=10), "1.9 of 2 h of the model in service"),
         (20, DriftSettings(window_size=30, min_span_s=0), ""),
         (150, DriftSettings(), ""),
     ],
@@ -213,6 +213,8 @@ def test_the_file_names_what_the_contract_names(tmp_path: Path) -> None:
     assert (found["status"], found["recommendation"]) == ("ready", "RETRAIN NOW")
     assert found["literal_metrics"].keys() == KEYS - {"needs_retraining"}
     assert found["per_by_horizon"].keys() == {"1"}
+    assert found["served_error"]["fleet"] == found["served_error"]["model"]["fleet"] > 1  # no feedback here
+    assert found["served_error"]["in_alarm"] is not None
     assert (found["window"]["window_size"], found["window"]["size"], found["window"]["pairs"]) == (
         1000,
         1000,
@@ -226,9 +228,34 @@ def test_the_file_names_what_the_contract_names(tmp_path: Path) -> None:
     assert worst["is_drifting"] is True
 
 
+def test_what_was_not_looked_at_yet_is_no_zero_and_no_ok(tmp_path: Path) -> None:
+    missing = "the first training makes the drift reference: data span 0.1 h of 48 h"
+    monitor = DriftMonitor(clock=FakeClock())
+    monitor.observe(DriftEvidence(PairWindow(size=1000), "v1", missing=missing))
+    monitor.save_metrics(tmp_path / "drift_metrics.json")
+    found = json.loads((tmp_path / "drift_metrics.json").read_text())
+    assert found["current_metrics"] == {**dict.fromkeys(KEYS), "needs_retraining": False}
+    assert set(found["literal_metrics"].values()) == {None}
+    assert set(found["trends"].values()) == {None}
+    assert (found["recommendation"], found["status"], found["status_reason"]) == (None, "collecting", missing)
+    text = monitor.generate_report()
+    assert text.count("not yet") == 9
+    assert f"Recommendation: none yet ({missing})" in text
+    assert "OK" not in text
+    assert " ok" not in text
+    assert "0.0%  limit" not in text.replace("20.0%", "").replace("15.0%", "").replace("10.0%", "")
+
+
 def test_the_report_names_the_worst_series_and_the_recommendation() -> None:
     report = observed(200).generate_report()
-    for text in ("Status: ready", "400 of 1000 pairs", "a cpu_pct: drifts", "RETRAIN NOW", "Model: v1"):
+    for text in (
+        "Status: ready",
+        "400 of 1000 pairs",
+        "a cpu_pct: drifts",
+        "RETRAIN NOW",
+        "Model: v1",
+        "clients get",
+    ):
         assert text in report
 
 
@@ -245,9 +272,20 @@ def test_the_program_reports_on_an_empty_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "data_buffer").mkdir()
     assert drift_monitor.main([]) == 0
     assert "collecting" in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == [], "reading creates nothing"
+    assert list(tmp_path.rglob("*")) == [tmp_path / "data_buffer"], "reading creates nothing"
+
+
+def test_the_program_takes_its_folders_as_flags_and_refuses_one_that_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = ["--data-buffer-dir", str(tmp_path / "b"), "--checkpoint-dir", str(tmp_path / "c")]
+    assert drift_monitor.main(folders) == 6
+    assert f"{tmp_path / 'b'} is no folder of a buffer" in capsys.readouterr().err
+    (tmp_path / "b").mkdir()
+    assert drift_monitor.main(folders) == 0
 
 
 def test_bad_settings_are_exit_2(

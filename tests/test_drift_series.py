@@ -7,8 +7,16 @@ import pytest
 from settled_rows import BIN_MS, START_MS, RowStore, joined, settled
 
 from fleetcast.drift.literal.baseline import Baseline
-from fleetcast.drift.literal.series import SeriesDrift, change_times, series_drift, split_point
+from fleetcast.drift.literal.series import (
+    SeriesDrift,
+    change_times,
+    geometric_mean,
+    relative_to_last,
+    series_drift,
+    split_point,
+)
 from fleetcast.drift.literal.window import DriftWindow, PairWindow
+from fleetcast.drift.report import FRESH_BUT_FELT, IN_ORDER, STALE_AND_FELT, STALE_NOT_FELT, ServedError
 from fleetcast.settings import DriftSettings
 
 SERVERS = ("a", "b", "c")
@@ -135,3 +143,71 @@ def test_one_outage_does_not_outweigh_a_day_of_new_values() -> None:
     values = np.concatenate((np.full(161, 1.0), np.full(100, 2.0))) + np.tile([0.1, 0.0, -0.1], 87)
     values[100] = 900.0
     assert split_point(values)[0] == 161
+
+
+def told(served: float, model: float) -> PairWindow:
+    """Return a window in which both sides miss by so many times what the last value misses."""
+    values = {number: daily("a", "cpu_pct", number) for number in range(DAY_BINS + 80)}
+    rows = settled(SERVERS, range(DAY_BINS, DAY_BINS + 80), lambda s, m, n: values[n])
+    step = np.array([abs(values[n] - values[n - 1]) for n in (rows.target_ms - START_MS) // BIN_MS])
+    rows = dataclasses.replace(rows, p50=rows.actual + served * step, model_p50=rows.actual + model * step)
+    return window_of(RowStore(rows))
+
+
+def test_what_clients_get_is_told_apart_from_what_the_model_says() -> None:
+    errors = relative_to_last(told(served=0.5, model=1.5))
+    assert geometric_mean(errors.served.values()) == pytest.approx(0.5, rel=1e-3)
+    assert geometric_mean(errors.model.values()) == pytest.approx(1.5, rel=1e-3)
+    assert errors.n_series == 3
+    assert errors.of({("b", "cpu_pct")}).n_series == 1
+
+
+def test_a_horizon_that_was_not_forecast_has_no_error() -> None:
+    assert relative_to_last(told(served=0.5, model=0.5), 12).n_series == 0
+    assert relative_to_last(PairWindow()).n_series == 0
+
+
+def test_a_series_that_stands_still_has_no_last_value_to_be_compared_with() -> None:
+    rows = settled(SERVERS, range(DAY_BINS, DAY_BINS + 60), lambda s, m, n: 40.0, lambda s, m, n: 41.0)
+    errors = relative_to_last(window_of(RowStore(rows)))
+    assert geometric_mean(errors.served.values()) is None
+
+
+@pytest.mark.parametrize(
+    ("is_stale", "served", "says"),
+    [
+        (False, 0.7, IN_ORDER),
+        (False, 1.1, FRESH_BUT_FELT),
+        (True, 0.7, STALE_NOT_FELT),
+        (True, 1.1, STALE_AND_FELT),
+    ],
+)
+def test_the_report_says_whether_the_model_is_stale_and_whether_it_matters(
+    is_stale: bool, served: float, says: str
+) -> None:
+    error = ServedError({1: relative_to_last(told(served, 1.4))}, frozenset(), is_stale=is_stale)
+    found = error.as_json()
+    assert found["says"] == says
+    assert found["fleet"] == found["by_metric"]["cpu_pct"] == found["by_horizon"]["1"]
+    assert found["fleet"] == pytest.approx(served, rel=1e-3)
+    assert found["model"]["fleet"] == pytest.approx(1.4, rel=1e-3)
+    assert f"fleet: clients get {served:.2f}, the model alone 1.40" in "\n".join(error.lines())
+
+
+def test_series_in_alarm_are_told_apart_and_decide_whether_a_stale_model_matters() -> None:
+    good, bad = relative_to_last(told(0.6, 1.4)), relative_to_last(told(1.2, 1.4))
+    is_b = [name == "b" for name in SERVERS]
+    served = {"cpu_pct": np.where(is_b, bad.served["cpu_pct"], good.served["cpu_pct"])}
+    error = ServedError(
+        {1: dataclasses.replace(good, served=served)}, frozenset({("b", "cpu_pct")}), is_stale=True
+    )
+    found = error.as_json()
+    assert found["fleet"] < 1 < found["in_alarm"]
+    assert found["says"] == STALE_AND_FELT
+    assert "series in alarm: clients get 1.20" in "\n".join(error.lines())
+
+
+def test_without_settled_forecasts_nothing_is_said() -> None:
+    error = ServedError({}, frozenset(), is_stale=False)
+    assert error.lines() == []
+    assert (error.as_json()["fleet"], error.as_json()["says"]) == (None, "")

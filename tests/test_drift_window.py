@@ -36,6 +36,7 @@ def same(first: PairWindow, second: PairWindow) -> bool:
         and columns_equal(first.actuals, second.actuals)
         and first.forecasts.keys() == second.forecasts.keys()
         and all(columns_equal(first.forecasts[h], second.forecasts[h]) for h in first.forecasts)
+        and all(columns_equal(first.served[h], second.served[h]) for h in first.forecasts)
         and (first.size, first.span_ms) == (second.size, second.span_ms)
     )
 
@@ -111,7 +112,7 @@ def test_the_span_goes_back_further_than_a_full_window() -> None:
         window_of(RowStore(settled(servers, range(served), by_bin))).span_ms / 60_000
         for served in (3, 5, 6, 7, 50)
     ]
-    assert spans == [15, 25, 30, 35, 35], "beyond the asked 30 minutes nobody looks"
+    assert spans == [15, 25, 30, 35, 35], "the window never reaches beyond the asked 30 minutes"
 
 
 def test_a_gap_is_bridged_until_the_window_is_full() -> None:

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from fleetcast.errors import SettingsError
 from fleetcast.prometheus.rules import RuleFault, Term, parse_rule, parse_rules
-from fleetcast.settings import NODE_EXPORTER_RULES, RemoteWriteSettings
+from fleetcast.schema import NODE_EXPORTER_RULES
+from fleetcast.settings import RemoteWriteSettings
 
 
 def result(text: str, *values: float) -> float:

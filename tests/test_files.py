@@ -1,29 +1,25 @@
 import errno
-import fcntl
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from fleetcast import files
-from fleetcast.errors import AlreadyRunning, CannotStart, CorruptFile, StorageBroken, StorageFull
+from fleetcast.errors import CorruptFile, StorageBroken, StorageFull
 from fleetcast.files import (
-    OwnerLock,
     append_line,
     exchange,
-    is_locked,
     link_atomic,
     read_json,
     read_json_lines,
-    read_pid,
+    remove_leftover,
     remove_stale_temps,
     temp_beside,
     write_atomic,
     write_json,
 )
+from fleetcast.locks import read_pid
 
 
 def failing(number: int, *_: object) -> None:
@@ -106,11 +102,10 @@ def test_a_missing_json_file_is_a_missing_file(tmp_path: Path) -> None:
 def test_appended_lines_are_read_back_and_rotate_at_the_bound(tmp_path: Path) -> None:
     path = tmp_path / "decisions.jsonl"
     for number in range(10):
-        append_line(path, json.dumps({"n": number}), max_bytes=30, keep=2)
+        append_line(path, json.dumps({"n": number}), max_bytes=30)
     assert [item["n"] for item in read_json_lines(path)] == [9]
     assert [item["n"] for item in read_json_lines(tmp_path / "decisions.jsonl.1")] == [6, 7, 8]
-    assert [item["n"] for item in read_json_lines(tmp_path / "decisions.jsonl.2")] == [3, 4, 5]
-    assert not (tmp_path / "decisions.jsonl.3").exists()
+    assert not (tmp_path / "decisions.jsonl.2").exists()
 
 
 def test_a_torn_last_line_costs_only_itself(tmp_path: Path) -> None:
@@ -191,64 +186,34 @@ def test_what_a_crash_left_half_written_is_removed_and_nothing_else(tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == [".owner.lock", "state.json"]
 
 
-def test_a_second_owner_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:
-    with OwnerLock(tmp_path / "x.lock", "the buffer"), pytest.raises(AlreadyRunning) as caught:
-        OwnerLock(tmp_path / "x.lock", "the buffer").acquire()
-    assert caught.value.pid == os.getpid()
-    assert str(caught.value) == f"the buffer is already held by pid {os.getpid()}"
+def test_a_leftover_is_removed_whatever_it_is_and_no_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").write_text("kept")
+    (tmp_path / ".a.tmp-1").symlink_to(tmp_path / "kept")
+    (tmp_path / ".b.tmp-1").mkdir()
+    (tmp_path / ".b.tmp-1" / "link").symlink_to(tmp_path / "kept")
+    (tmp_path / ".c.tmp-1").write_text("x")
+    assert remove_stale_temps(tmp_path) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert (tmp_path / "kept" / "file").read_text() == "kept"
+    assert remove_leftover(tmp_path / "never there")
 
 
-def test_a_released_lock_can_be_taken_again(tmp_path: Path) -> None:
-    lock = OwnerLock(tmp_path / "sub" / "x.lock", "the buffer")
-    assert lock.acquire() is lock.acquire()  # taking it twice is harmless
-    assert lock.is_held
-    assert is_locked(lock.path)
-    lock.release()
-    lock.release()
-    assert not lock.is_held
-    assert not is_locked(lock.path)
-    with OwnerLock(lock.path, "the buffer"):
-        pass
+def test_what_is_no_plain_file_never_blocks_a_reader_and_is_a_damaged_file(tmp_path: Path) -> None:
+    pipe, folder, loop = tmp_path / "pipe", tmp_path / "folder", tmp_path / "loop"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    loop.symlink_to(loop)
+    for path in (pipe, folder, loop):
+        with pytest.raises(CorruptFile):
+            files.read_regular(path)
+        with pytest.raises(CorruptFile):
+            list(files.read_json_lines(path))
+        assert read_pid(path) is None
 
 
-def test_a_child_that_inherits_the_lock_keeps_it_until_it_ends(tmp_path: Path) -> None:
-    lock = OwnerLock(tmp_path / "attempt.lock", "the training").acquire()
-    child = subprocess.Popen(
-        [sys.executable, "-c", "import sys; sys.stdin.read()"],
-        stdin=subprocess.PIPE,
-        pass_fds=[lock.fileno()],
-    )
-    lock.release()
-    assert is_locked(lock.path)
-    child.communicate()
-    assert not is_locked(lock.path)
-
-
-def test_asking_for_a_lock_that_never_was_creates_nothing(tmp_path: Path) -> None:
-    assert not is_locked(tmp_path / "x.lock")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_lock_file_that_cannot_be_opened_is_a_failed_start(tmp_path: Path) -> None:
-    (tmp_path / "x.lock").mkdir()
-    with pytest.raises(CannotStart, match=r"x\.lock"):
-        OwnerLock(tmp_path / "x.lock", "the buffer").acquire()
-
-
-@pytest.mark.parametrize("content", [None, "", "0\n", "junk", "-"])
-def test_a_pid_that_cannot_be_read_is_none(tmp_path: Path, content: str | None) -> None:
-    if content is not None:
-        (tmp_path / "x.lock").write_text(content)
-    assert read_pid(tmp_path / "x.lock") is None
-
-
-def test_somebody_asking_about_a_lock_does_not_keep_another_from_taking_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "trainer.lock"
-    path.touch()
-    asking = path.open("rb")
-    fcntl.flock(asking, fcntl.LOCK_SH)  # the middle of somebody's `is_locked`
-    monkeypatch.setattr(files, "sleep", lambda _seconds: asking.close())
-    with OwnerLock(path, "the training") as lock:
-        assert lock.is_held
+def test_a_folder_in_the_place_of_a_file_is_set_aside_by_its_writer(tmp_path: Path) -> None:
+    (tmp_path / "state.json").mkdir()
+    files.write_json(tmp_path / "state.json", {"a": 1})
+    assert files.read_json(tmp_path / "state.json") == {"a": 1}
+    assert (tmp_path / "state.json.corrupt").is_dir()

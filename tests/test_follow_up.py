@@ -74,7 +74,7 @@ def test_one_that_learned_much_is_followed_once_three_times_as_much_is_known(
     assert asked(75, changed_loss=0.91) == "", (
         "little was learned: the model knew it, or it cannot be learned"
     )
-    assert asked(75, changed_loss=None) == "", "nobody knows what was learned"
+    assert asked(75, changed_loss=None) == "", "how much was learned is unknown"
     assert asked(75, left=1) == "", "the last one of a week is left to the next change"
 
 

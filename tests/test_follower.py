@@ -121,7 +121,7 @@ def test_without_any_training_there_is_nothing_to_compare_with(tmp_path: Path) -
     source = DriftSource(
         store_of(made_grid(), END), Registry(tmp_path / "checkpoints"), DriftSettings(), BIN_MS, tmp_path
     )
-    assert "no training ran" in source.evidence(VERSION).missing
+    assert "the first training makes the drift reference" in source.evidence(VERSION).missing
 
 
 def test_servers_the_reference_does_not_know_are_named(tmp_path: Path) -> None:

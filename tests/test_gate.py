@@ -8,7 +8,7 @@ from oracle_fleet import N_BIN, Oracle, grid, verdict
 
 from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.schema import ChangedSeries, HistoryWindow
-from fleetcast.training.gate import CONFIDENCE, MIN_BLOCKS, GateVerdict, judge
+from fleetcast.training.gate import CONFIDENCE, MIN_BLOCKS, GateVerdict, Sides, judge
 from fleetcast.training.holdout import Losses
 
 METRICS = ("cpu_pct", "mem_pct")
@@ -44,7 +44,7 @@ def test_a_gain_that_rests_on_chance_is_no_gain() -> None:
     promoted = 0
     for _ in range(40):
         ours, theirs = (losses(random.gamma(2, 1, shape)) for _ in range(2))
-        promoted += judge(ours, theirs, np.zeros((6, 2), np.bool_), METRICS, 1).promoted
+        promoted += judge(Sides(ours, theirs), np.zeros((6, 2), np.bool_), METRICS, 1).promoted
     assert promoted <= 10
 
 
@@ -116,7 +116,7 @@ seeds = st.integers(0, 10_000)
 @given(seeds, st.booleans())
 def test_an_identical_candidate_is_never_better(seed: int, has_change: bool) -> None:
     side = losses(any_losses(seed))
-    answer = judge(side, side, one_changed() & has_change, METRICS, seed)
+    answer = judge(Sides(side, side), one_changed() & has_change, METRICS, seed)
     assert not answer.promoted
     assert answer.why.startswith("not better")
     assert answer.figures["changed" if has_change else "unchanged"]["ratio"] == 1.0
@@ -127,7 +127,7 @@ def test_an_identical_candidate_is_never_better(seed: int, has_change: bool) -> 
 def test_better_on_the_changed_and_equal_elsewhere_serves(seed: int, share: float) -> None:
     theirs = any_losses(seed)
     ours = np.where(one_changed(), theirs * share, theirs)
-    answer = judge(losses(ours), losses(theirs), one_changed(), METRICS, seed)
+    answer = judge(Sides(losses(ours), losses(theirs)), one_changed(), METRICS, seed)
     assert answer.promoted
     assert answer.figures["changed"]["ratio"] == pytest.approx(share, abs=1e-4)
     assert answer.figures["unchanged"]["ratio"] == 1.0
@@ -137,7 +137,7 @@ def test_better_on_the_changed_and_equal_elsewhere_serves(seed: int, share: floa
 def test_harm_to_the_unchanged_is_refused_whatever_is_gained(seed: int, factor: float) -> None:
     theirs = any_losses(seed)
     ours = np.where(one_changed(), 0.0, theirs * factor)
-    answer = judge(losses(ours), losses(theirs), one_changed(), METRICS, seed)
+    answer = judge(Sides(losses(ours), losses(theirs)), one_changed(), METRICS, seed)
     assert not answer.promoted
     assert answer.why.startswith("harms: loss on unchanged series")
 
@@ -149,7 +149,7 @@ def test_harm_to_one_metric_is_not_paid_for_by_another(seed: int) -> None:
     ours[:, :, 1] *= 1.1
     ours[:, 1:, 0] *= 0.8
     ours[:, 0, 0] = 0.5
-    answer = judge(losses(ours), losses(theirs), one_changed(), METRICS, seed)
+    answer = judge(Sides(losses(ours), losses(theirs)), one_changed(), METRICS, seed)
     assert answer.figures["unchanged"]["ratio"] < 1
     assert answer.why.startswith("harms: loss on unchanged mem_pct is 1.100")
 
@@ -157,10 +157,10 @@ def test_harm_to_one_metric_is_not_paid_for_by_another(seed: int) -> None:
 def test_nor_where_no_change_is_known() -> None:
     theirs = np.ones((N_ORIGIN, N_SERVER, 2))
     ours = np.stack([theirs[..., 0] * 0.5, theirs[..., 1] * 1.1], axis=-1)
-    answer = judge(losses(ours), losses(theirs), np.zeros((N_SERVER, 2), np.bool_), METRICS, 1)
+    answer = judge(Sides(losses(ours), losses(theirs)), np.zeros((N_SERVER, 2), np.bool_), METRICS, 1)
     assert answer.why.startswith("harms: loss on unchanged mem_pct is 1.100")
-    told = judge(losses(theirs / 2), losses(theirs), np.zeros((N_SERVER, 2), np.bool_), METRICS, 1)
-    assert told.why == "better: loss on all series is 0.500 of the champion's, confidence 1.00"
+    told = judge(Sides(losses(theirs / 2), losses(theirs)), np.zeros((N_SERVER, 2), np.bool_), METRICS, 1)
+    assert told.why == "better: loss on all series is 0.500 of the champion's, confidence 1.000"
 
 
 @given(seeds, st.integers(1, 8))
@@ -168,7 +168,7 @@ def test_a_tiny_tail_is_said_to_be_too_little(seed: int, n_origin: int) -> None:
     # Given origins of 8 bins, which are at most two blocks of 15 minutes and a rest
     theirs = any_losses(seed, n_origin)
     answer = judge(
-        losses(theirs / 2, every_bins=1), losses(theirs, every_bins=1), one_changed(), METRICS, seed
+        Sides(losses(theirs / 2, every_bins=1), losses(theirs, every_bins=1)), one_changed(), METRICS, seed
     )
     assert answer.promoted == (n_origin > 3 * (MIN_BLOCKS - 1))
     if not answer.promoted:
@@ -178,7 +178,7 @@ def test_a_tiny_tail_is_said_to_be_too_little(seed: int, n_origin: int) -> None:
 def test_a_change_without_a_held_out_window_is_not_judged_by_the_others() -> None:
     theirs = np.ones((N_ORIGIN, N_SERVER, 2))
     theirs[:, 0, 0] = np.nan
-    answer = judge(losses(theirs / 2), losses(theirs), one_changed(), METRICS, 1)
+    answer = judge(Sides(losses(theirs / 2), losses(theirs)), one_changed(), METRICS, 1)
     assert not answer.promoted
     assert answer.why == "nothing to judge by: the held-out tail holds no window of changed series"
 
@@ -188,7 +188,7 @@ def test_one_bad_hour_of_the_fleet_is_one_observation() -> None:
     theirs = np.ones((N_ORIGIN, N_SERVER, 2))
     ours = theirs * 1.01
     ours[4] = 0.5
-    answer = judge(losses(ours), losses(theirs), np.zeros((N_SERVER, 2), np.bool_), METRICS, 1)
+    answer = judge(Sides(losses(ours), losses(theirs)), np.zeros((N_SERVER, 2), np.bool_), METRICS, 1)
     # Then it is better on average, and a resample without that block says otherwise
     assert answer.figures["unchanged"]["ratio"] < 1
     assert answer.figures["unchanged"]["confidence"] < CONFIDENCE
@@ -199,7 +199,7 @@ def test_one_odd_server_is_one_observation() -> None:
     theirs = np.ones((N_ORIGIN, N_SERVER, 2))
     ours = theirs * 1.01
     ours[:, 3] = 0.5
-    answer = judge(losses(ours), losses(theirs), np.zeros((N_SERVER, 2), np.bool_), METRICS, 1)
+    answer = judge(Sides(losses(ours), losses(theirs)), np.zeros((N_SERVER, 2), np.bool_), METRICS, 1)
     assert answer.figures["unchanged"]["ratio"] < 1
     assert not answer.promoted
 
@@ -209,7 +209,7 @@ def test_a_first_model_has_to_beat_the_fallback_beside_the_base() -> None:
     nothing = np.zeros((N_SERVER, 2), np.bool_)
 
     def first(fallback: float) -> GateVerdict:
-        return judge(losses(ones), losses(ones * 2), nothing, METRICS, 1, losses(ones * fallback))
+        return judge(Sides(losses(ones), losses(ones * 2), losses(ones * fallback)), nothing, METRICS, 1)
 
     assert first(1.5).promoted
     answer = first(0.9)
@@ -225,5 +225,5 @@ def test_one_series_that_gains_among_changed_ones_that_stay_as_they_are_serves()
     ours[:, 0, 0] *= 0.7
     is_changed = np.zeros((N_SERVER, 2), np.bool_)
     is_changed[:3, 0] = True
-    assert judge(losses(ours), losses(theirs), is_changed, METRICS, 1).promoted
-    assert not judge(losses(theirs), losses(theirs), is_changed, METRICS, 1).promoted, "nothing gained"
+    assert judge(Sides(losses(ours), losses(theirs)), is_changed, METRICS, 1).promoted
+    assert not judge(Sides(losses(theirs), losses(theirs)), is_changed, METRICS, 1).promoted, "nothing gained"

@@ -1,6 +1,7 @@
 """Bins close, windows show what is closed, and the rolling array keeps every cell in its place."""
 
 import itertools
+import threading
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -40,7 +41,7 @@ def at(seconds: float) -> datetime:
 
 def cells(bins: BinHistory) -> dict[tuple[str, int], float]:
     """The window as {(server, bin start): mean}, absent cells left out."""
-    window = bins.window(bins.taken_bin_ms or 0)
+    window = next(bins.parts(bins.taken_bin_ms or 0, 99))
     n_bins = window.values.shape[2]
     return {
         (name, window.end_bin_ms - (n_bins - 1 - column) * BIN): float(window.values[row, 0, column])
@@ -58,12 +59,49 @@ def close_all(bins: BinHistory, now: datetime) -> list[int]:
     return taken
 
 
-def test_a_bin_closes_when_every_live_server_has_a_later_record() -> None:
+def test_a_record_of_the_next_bin_closes_no_bin_that_still_fills() -> None:
+    """Given several senders of one server, one of which is ahead."""
     bins = history()
-    bins.add(batch_of(("a", 10, 1.0), ("b", 10, 2.0), ("a", 301, 9.0)))
-    assert bins.due(at(301)) == []
-    bins.add(batch_of(("b", 300, 9.0)))
-    assert bins.due(at(301)) == [T0]
+    bins.add(batch_of(("a", 10, 10.0), ("a", 301, 9.0)))
+    assert bins.due(at(329)) == []
+    bins.add(batch_of(("a", 20, 74.0)))
+    assert bins.due(at(330)) == [T0]
+    assert bins.close(T0).values.tolist() == [[42.0]]
+    assert bins.late_rows == 0
+
+
+def test_rows_that_come_soon_after_a_bin_closed_correct_it_and_later_ones_do_not() -> None:
+    bins = history()
+    rows: list[Row] = [("a", 10, 10.0), ("b", 10, 1.0)]
+    bins.add(batch_of(*rows), at(10))
+    close_all(bins, at(330))
+    stored = [batch_of(*rows, ("a", 20, 74.0))]
+    bins.add(batch_of(("a", 20, 74.0)), at(900))
+    assert bins.awaits_correction
+    (corrected,) = bins.refresh(lambda *_: stored, corrections_only=True)
+    assert (corrected.server_names, corrected.values.tolist()) == (("a", "b"), [[42.0], [1.0]])
+    assert not bins.awaits_refresh
+    bins.add(batch_of(("a", 30, 74.0)), at(900.001))
+    assert bins.awaits_refresh
+    assert not bins.awaits_correction
+    assert bins.refresh(lambda *_: stored) == []
+    assert bins.late_rows == 2
+
+
+def test_a_correction_survives_a_read_that_fails() -> None:
+    bins = history()
+    bins.add(batch_of(("a", 10, 10.0)), at(10))
+    close_all(bins, at(330))
+    bins.add(batch_of(("a", 20, 20.0)), at(400))
+
+    def fail(*_: int) -> list[RecordBatch]:
+        raise OSError("the disk is away")
+
+    with pytest.raises(OSError, match="away"):
+        bins.refresh(fail)
+    assert [one.bin_ms for one in bins.refresh(lambda *_: [batch_of(("a", 10, 10.0), ("a", 20, 20.0))])] == [
+        T0
+    ]
 
 
 def test_a_bin_closes_by_the_clock_thirty_seconds_after_its_end() -> None:
@@ -77,7 +115,7 @@ def test_a_server_silent_for_half_an_hour_holds_nobody_up() -> None:
     bins = history()
     bins.add(batch_of(("gone", 0, 1.0)))
     bins.add(batch_of(*(("a", 300.0 * i, 5.0) for i in range(9))))
-    assert close_all(bins, at(0)) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert close_all(bins, at(300 * 8 + 30)) == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
 def test_a_closed_bin_holds_the_mean_of_each_server_that_sent_something() -> None:
@@ -98,7 +136,7 @@ def test_a_repeated_record_counts_once_with_its_last_value() -> None:
 def test_one_batch_over_several_bins_is_taken_oldest_first_and_sees_no_later_value() -> None:
     bins = history()
     bins.add(batch_of(*(("a", 300.0 * i, float(i)) for i in range(4))))
-    due = bins.due(at(900))
+    due = bins.due(at(930))
     assert [(start - T0) // BIN for start in due] == [0, 1, 2]
     bins.close(due[0])
     assert cells(bins) == {("a", T0): 0.0}
@@ -110,7 +148,7 @@ def test_a_gap_leaves_empty_columns_and_no_due_bins() -> None:
     bins = history()
     bins.add(batch_of(("a", 0, 1.0), ("a", 30 * 3600, 2.0)))
     assert close_all(bins, at(31 * 3600)) == [0, 360]
-    window = bins.window(T0 + 360 * BIN)
+    window = next(bins.parts(T0 + 360 * BIN, 99))
     assert window.values.shape == (1, 1, 361)
     assert np.isnan(window.values[0, 0, 1:360]).all()
 
@@ -129,7 +167,7 @@ def test_a_server_unseen_for_a_day_leaves_the_window_and_returns_with_its_past()
     bins.add(batch_of(("a", 0, 1.0), ("b", 0, 1.0)))
     bins.add(batch_of(("a", 24 * 3600, 1.0)))
     close_all(bins, at(24 * 3600 + 400))
-    assert bins.window(bins.taken_bin_ms or 0).server_names == ("a",)
+    assert next(bins.parts(bins.taken_bin_ms or 0, 99)).server_names == ("a",)
     bins.add(batch_of(("a", 24 * 3600 + 600, 1.0), ("b", 24 * 3600 + 600, 3.0)))
     close_all(bins, at(25 * 3600))
     assert cells(bins)[("b", T0)] == 1.0
@@ -168,7 +206,7 @@ def test_refresh_reads_only_the_bins_of_late_rows_again() -> None:
         inside = [row for row in rows + late if start_ms <= T0 + row[1] * 1000 < end_ms]
         return [batch_of(*inside)]
 
-    assert bins.refresh(read) == 2
+    assert bins.refresh(read) == []
     assert asked == [(1, 2), (3, 4)]
     assert not bins.awaits_refresh
     assert cells(bins)[("a", T0 + BIN)] == 2.0
@@ -181,10 +219,10 @@ def test_a_restored_history_goes_on_where_the_old_one_was_killed() -> None:
     rows: list[Row] = [(name, 60.0 * i, i * 0.1) for i in range(60) for name in ("a", "b")]
     old = history()
     old.add(batch_of(*rows))
-    close_all(old, at(0))
+    close_all(old, at(3360))
     new = history()
     new.restore([batch_of(*rows)], T0 + 4 * BIN)
-    assert close_all(new, at(0)) == [5, 6, 7, 8, 9, 10]
+    assert close_all(new, at(3360)) == [5, 6, 7, 8, 9, 10]
     assert cells(new) == cells(old)
     assert new.newest_ms == old.newest_ms
 
@@ -229,7 +267,7 @@ def test_the_window_spans_the_memory_across_many_moves() -> None:
     bins = history(keep_bins=20)
     for i in range(700):
         bins.add(batch_of(("a", 300.0 * i, float(i))))
-        close_all(bins, at(0))
+        close_all(bins, at(300.0 * i + 30))
     assert cells(bins) == {("a", T0 + i * BIN): float(i) for i in range(679, 699)}
 
 
@@ -323,3 +361,51 @@ def test_kept_rows_move_up_in_order() -> None:
     grid.keep_rows(np.array([1, 4], dtype=np.int32))
     assert grid.view(2)[:, 0, 0].tolist() == [1.0, 4.0]
     assert np.isnan(grid.view(5)[2:]).all()
+
+
+def test_a_reader_waits_while_cells_move_and_records_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    bins = history(keep_bins=50)
+    bins.add(batch_of(("a", 0.0, 1.0), ("b", 0.0, 2.0), ("b", 300.0, 3.0)))
+    bins.close(T0)
+    moves, may_go_on = threading.Event(), threading.Event()
+    advance = BinGrid.advance
+
+    def slow(grid: BinGrid, bin_ms: int) -> None:
+        moves.set()
+        assert may_go_on.wait(30.0)
+        advance(grid, bin_ms)
+
+    monkeypatch.setattr(BinGrid, "advance", slow)
+    told: list[list[float]] = []
+
+    def look() -> None:
+        past = bins.past("b", T0 + BIN, 2)
+        assert past is not None
+        told.append(past[0].tolist())
+
+    closer, reader = threading.Thread(target=bins.close, args=(T0 + BIN,)), threading.Thread(target=look)
+    closer.start()
+    assert moves.wait(30.0)
+    reader.start()
+    reader.join(0.2)
+    is_waiting = reader.is_alive()
+    bins.add(batch_of(("c", 600.0, 4.0)))  # does not wait for the one or the other
+    may_go_on.set()
+    closer.join()
+    reader.join()
+    assert (is_waiting, told) == (True, [[2.0, 3.0]])
+    assert bins.past("nowhere", T0, 2) is None
+    assert bins.oldest_kept_ms == T0 + BIN - 49 * BIN
+
+
+def test_a_span_is_empty_where_memory_does_not_reach() -> None:
+    grid = BinGrid(1, BIN, keep_bins=3)
+    assert np.isnan(grid.span(0, 0, 2)).all()
+    for number in range(10):
+        grid.advance(number * BIN)
+        put(grid, 0, number, float(number))
+    assert grid.span(0, 9 * BIN, 2).tolist() == [[8.0, 9.0]]
+    beyond = grid.span(0, 10 * BIN, 5)[0]
+    assert beyond[1:4].tolist() == [7.0, 8.0, 9.0]
+    assert np.isnan(beyond[[0, 4]]).all()
+    assert np.isnan(grid.span(5000, 9 * BIN, 2)).all()

@@ -20,13 +20,13 @@ from fleetcast.forecast.registry import Registry
 from fleetcast.inference import InferenceService
 from fleetcast.loop import Stop
 from fleetcast.schema import Floats32, HistoryWindow
-from fleetcast.settings import ClockSettings, PathSettings, ServerSettings, Settings
+from fleetcast.settings import BinSettings, ClockSettings, PathSettings, ServerSettings, Settings
 
 START = pd.Timestamp("2020-01-01T00:00:00Z")
 
 
 class Sevens:
-    """A model that forecasts 7 for everybody."""
+    """A model that forecasts 7 for every server."""
 
     metrics = ("cpu_pct",)
 
@@ -39,20 +39,32 @@ class Sevens:
 class World:
     """A service, its client, and the means to stop and start it again over the same folder."""
 
-    def __init__(self, folder: Path, mode: str = "data") -> None:
+    def __init__(self, folder: Path, mode: str = "data", api_key: str = "") -> None:
         self.folder = folder
+        self.api_key = api_key
         self.clock = FakeClock(START.to_pydatetime() + timedelta(hours=12))
         self.mode = mode
         self.stop = Stop()
 
     def start(self) -> "World":
         paths = PathSettings(*(str(self.folder / name) for name in ("data", "checkpoints", "models")))
-        settings = Settings(paths=paths, clock=ClockSettings(self.mode), server=ServerSettings(hold_s=0.0))
+        settings = Settings(
+            paths=paths,
+            clock=ClockSettings(self.mode),
+            server=ServerSettings(hold_s=0.0),
+            bins=BinSettings(close_grace_s=0.0),  # a record of the next bin's start moves the clock so far
+        )
         buffer = DataBuffer(paths.data_buffer_dir, expire=self.mode == "system")
         listener = HttpListener("127.0.0.1", 0)
         try:
             self.service = InferenceService(
-                settings, buffer, listener, lambda path: Sevens(), "", self.stop, wall_clock=self.clock
+                settings,
+                buffer,
+                listener,
+                lambda path: Sevens(),
+                self.api_key,
+                self.stop,
+                wall_clock=self.clock,
             )
         except SettingsError:
             listener.stop(1.0)
@@ -158,6 +170,7 @@ def test_the_status_says_how_things_stand(world: World) -> None:
     )
     assert after["bins"] == {
         "bin_s": 300, "newest_closed": "2020-01-01T00:00:00Z", "skipped": 0, "late_records": 0,
+        "corrected_forecasts": 0,
     }  # fmt: skip
     assert after["buffer"]["total_records"] == 2
     assert after["last_errors"] == []
@@ -207,7 +220,7 @@ def test_after_the_system_clock_stepped_back_forecasts_go_on_at_once(tmp_path: P
     right = world.clock.now()
     world.post(("a", 144, 1.0))
     world.service.cycle()
-    world.clock.time = right + timedelta(days=1)  # wrong for a while, and agents with it
+    world.clock.time = right + timedelta(days=1, minutes=5)  # wrong for a while, and agents with it
     world.post(("a", 144 + 288, 2.0), ("a", 145 + 288, 3.0))
     world.service.cycle()
     assert world.get("/status")["bins"]["newest_closed"] == "2020-01-02T12:00:00Z"
@@ -274,3 +287,35 @@ def test_the_answers_are_what_the_interface_describes(world: World) -> None:
     assert conforms(world.get("/predictions/current"), PREDICTIONS)
     assert conforms(world.get("/predictions/current?fields=current"), PREDICTIONS)
     assert not conforms(json.loads('{"timestamp": 7, "model": null, "predictions": {}}'), PREDICTIONS)
+
+
+def test_metric_names_survive_a_restart_and_go_with_their_last_row(tmp_path: Path) -> None:
+    world = World(tmp_path, "system").start()
+    junk = {"timestamp": START.isoformat(), "server_name": "bad"} | {f"junk_{n}": 1.0 for n in range(600)}
+    answer = world.client.post("/feed/data", json={"records": [junk]}).json()
+    assert (answer["records_received"], answer["records_rejected"]) == (1, 0)
+    assert len(answer["fields_refused"]) == 20
+    assert answer["fields_refused"][0]["reason"] == "is one of over 512 different metrics in a request"
+    new = {"timestamp": START.isoformat(), "server_name": "good", "fans": 3.0, "junk_1": 2.0}
+    for _ in range(2):
+        answer = world.client.post("/feed/data", json={"records": [new]}).json()
+        assert answer["records_received"] == 1
+        assert answer["fields_refused"] == [
+            {
+                "field": "fans",
+                "records": 1,
+                "reason": "is a new metric beyond the limit of 512 metrics (server.max_metric_names)",
+            }
+        ]
+        assert world.get("/status")["limits"]["metric_names"] == {"used": 512, "limit": 512}
+        assert "fleetcast_metric_names_limit 512.0" in world.client.get("/metrics").text
+        world.end()
+        world.start()
+    world.service._buffer.open()  # as the program does at its start
+    world.clock.advance(days=61)
+    world.service.cycle()
+    moment = (START + timedelta(days=61)).isoformat()
+    answer = world.client.post("/feed/data", json={"records": [{**new, "timestamp": moment}]}).json()
+    assert "fields_refused" not in answer
+    assert world.get("/status")["limits"]["metric_names"]["used"] == 2
+    world.end()

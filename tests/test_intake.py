@@ -13,6 +13,7 @@ from fleetcast import files
 from fleetcast.clock import FakeClock
 from fleetcast.errors import StorageFull
 from fleetcast.ingest.columns import RowsOf
+from fleetcast.ingest.records import REJECTIONS_KEPT
 from fleetcast.schema import RecordBatch, Rejection
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.intake import Intake, RejectedRecords
@@ -79,7 +80,7 @@ def test_records_that_make_a_bin_due_wake_the_sweep(world: World) -> None:
     world.intake.take([world.record()])
     assert world.n_wakes == 0
     world.intake.take([world.record(seconds=299)])
-    world.clock.advance(seconds=299)
+    world.clock.advance(seconds=331)
     world.intake.take([world.record(seconds=299)])
     assert world.n_wakes == 1
 
@@ -154,10 +155,20 @@ def test_metrics_beyond_the_limit_are_refused_and_leave_no_column(tmp_path: Path
     receipt = world.intake.take(
         [world.record(cpu_pct=1.0), world.record(mem_pct=2.0), world.record("b", cpu_pct=1.0, fans=3.0)]
     )
-    assert receipt.n_received == 2
-    assert [(r.index, r.field) for r in receipt.rejections] == [(2, "fans")]
+    assert (receipt.n_received, receipt.n_rejected) == (3, 0)
+    assert [(one.field, one.n_records) for one in receipt.refused_fields] == [("fans", 1)]
+    assert "limit of 2 metrics (server.max_metric_names)" in receipt.refused_fields[0].reason
     assert set(world.disk.batches[0].metrics) == {"cpu_pct", "mem_pct"}
-    assert world.disk.batches[0].server_names == ("web-01",)
+    assert world.disk.batches[0].server_names == ("web-01", "b")
+
+
+def test_one_bad_client_costs_the_others_a_new_field_and_no_record(world: World) -> None:
+    world.intake.take([world.record("bad") | {f"junk_{number}": 1.0 for number in range(600)}])
+    receipts = world.intake.take_together([[world.record("a", fans=3.0)], [world.record("b")]])
+    assert [one.n_received for one in receipts] == [1, 1]
+    assert [one.field for one in receipts[0].refused_fields] == ["fans"]
+    assert receipts[1].refused_fields == ()
+    assert [batch.server_names for batch in world.disk.batches[1:]] == [("a",), ("b",)]
 
 
 def test_a_record_without_any_metric_makes_its_server_known(world: World) -> None:
@@ -200,8 +211,12 @@ def test_a_hundred_thousand_new_names_leave_nothing_behind_but_the_refusal(tmp_p
         columns = {"timestamp": [moment] * len(names), "server_name": names, "cpu_pct": np.ones(len(names))}
         receipt = world.intake.take(RowsOf(columns))
         assert receipt.n_received == (100 if start == 0 else 0)
-        assert len(receipt.rejections) == 20_000 - receipt.n_received
-        assert receipt.rejections[-1].reason == "is a new name beyond the limit of 100 servers"
+        assert receipt.by_rule == {"too_many_servers": 20_000 - receipt.n_received}
+        assert len(receipt.rejections) == REJECTIONS_KEPT
+        assert (
+            receipt.rejections[-1].reason
+            == "is a new name beyond the limit of 100 servers (server.max_server_names)"
+        )
     assert world.history.n_servers == 100
     assert len(world.roster.servers(world.clock.now()).server_names) == 100
     assert sum(len(batch.server_names) for batch in world.disk.batches) == 100

@@ -58,10 +58,11 @@ def reopened(tmp_path: Path) -> Callable[[], Ledger]:
     return lambda: Ledger(tmp_path, HORIZONS, BIN)
 
 
-def settle(ledger: Ledger, bin_: ClosedBin) -> SettledForecasts:
-    rows = ledger.settle(bin_)
-    ledger.mark_settled(bin_.bin_ms, len(rows))
-    return rows
+def settle(ledger: Ledger, bin_: ClosedBin, *, is_final: bool = True) -> SettledForecasts:
+    """Settle a bin; where it is final, no later row can correct it or an older one."""
+    done = ledger.settle(bin_)
+    ledger.mark_settled(done, bin_.bin_ms + 1 if is_final else 0)
+    return done.rows
 
 
 def test_only_settle_horizons_of_series_with_a_forecast_are_opened(reopened: Callable[[], Ledger]) -> None:
@@ -104,9 +105,29 @@ def test_a_forecast_is_settled_once_only(reopened: Callable[[], Ledger]) -> None
     ledger = reopened()
     ledger.open(forecast(0))
     settle(ledger, closed(1, a=5.0, b=5.0))
-    assert len(ledger.settle(closed(1, a=5.0, b=5.0))) == 0
-    ledger.mark_settled(bin_ms(1), 0)
+    assert len(settle(ledger, closed(1, a=5.0, b=5.0))) == 0
     assert ledger.counts().settled == 2
+
+
+def test_a_bin_that_is_not_final_is_settled_again_and_counted_once(
+    reopened: Callable[[], Ledger], tmp_path: Path
+) -> None:
+    ledger = reopened()
+    ledger.open(forecast(0))
+    # Given a bin settled without server b, which may still send
+    assert len(settle(ledger, closed(1, a=5.0), is_final=False)) == 1
+    assert ledger.counts() == LedgerCounts(opened=4, due=1, settled=1, expired=0, open=3)
+    # When rows of b arrive, and others change the mean of a; a kill comes before the account is written
+    again = ledger.settle(closed(1, a=6.0, b=7.0))
+    ledger = reopened()
+    assert rows_of(settle(ledger, closed(1, a=6.0, b=7.0), is_final=False)) == rows_of(again.rows)
+    # Then each forecast counts once, with its newest actual
+    assert [row[6] for row in rows_of(again.rows)] == [6.0, 7.0]
+    assert ledger.counts() == LedgerCounts(opened=4, due=2, settled=2, expired=0, open=2)
+    # and the origin's file goes when the last of its bins is final
+    settle(ledger, closed(3, a=1.0), is_final=True)
+    assert ledger.counts() == LedgerCounts(opened=4, due=4, settled=3, expired=1, open=0)
+    assert not list((tmp_path / "open_forecasts").iterdir())
 
 
 def test_a_bin_nobody_forecast_costs_no_write(reopened: Callable[[], Ledger], tmp_path: Path) -> None:
@@ -148,9 +169,10 @@ def test_an_origin_file_goes_when_its_last_horizon_is_done(
 def test_a_kill_at_any_step_keeps_the_account_exact(reopened: Callable[[], Ledger], step: str) -> None:
     ledger = reopened()
     ledger.open(forecast(0))
-    first = rows_of(ledger.settle(closed(1, a=5.0, b=6.0))) if step != "opened" else []
+    done = ledger.settle(closed(1, a=5.0, b=6.0))
+    first = rows_of(done.rows) if step != "opened" else []
     if step == "marked":
-        ledger.mark_settled(bin_ms(1), 2)
+        ledger.mark_settled(done, bin_ms(2))
     ledger = reopened()  # nothing of the killed process but its files
     again = rows_of(settle(ledger, closed(1, a=5.0, b=6.0)))
     assert again == ([] if step == "marked" else [(0, 1, 1, "a", "cpu_pct", 1.0, 5.0, "v1"),
@@ -189,9 +211,9 @@ def test_a_full_disk_opens_nothing_and_settles_later(
         with pytest.raises(StorageFull):
             ledger.open(forecast(1))
         with pytest.raises(StorageFull):
-            ledger.mark_settled(bin_ms(1), 2)
+            settle(ledger, closed(1, a=1.0, b=1.0))
         assert ledger.counts() == before
-    ledger.mark_settled(bin_ms(1), 2)
+    settle(ledger, closed(1, a=1.0, b=1.0))
     assert ledger.open(forecast(1)) == 4
     assert ledger.counts() == LedgerCounts(opened=8, due=2, settled=2, expired=0, open=6)
 
@@ -278,11 +300,10 @@ def test_whatever_happens_nothing_is_lost_or_counted_twice(
         if step != "sweep" or not servers:
             continue
         names = tuple(sorted(servers))
-        rows = ledger.settle(closed(number, **dict.fromkeys(names, 1.0)))
+        rows = settle(ledger, closed(number, **dict.fromkeys(names, 1.0)))
         keys = {row[:5] for row in rows_of(rows)}
         assert not keys & stored
         stored |= keys
-        ledger.mark_settled(bin_ms(number), len(rows))
         opened += ledger.open(forecast(number, names))
         counts = ledger.counts()
         assert counts.opened == opened == counts.settled + counts.expired + counts.open

@@ -1,6 +1,8 @@
 """The HTTP server's thread, and what a connection may cost before and after its request."""
 
+import asyncio
 import contextlib
+import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -8,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 
-from fleetcast.api.listener import MAX_HEAD_BYTES, BoundedConnection, HttpListener
+from fleetcast.api import listener as listener_module
+from fleetcast.api.connection import MAX_FIELDS, MAX_HEAD_BYTES, BoundedConnection
+from fleetcast.api.listener import HttpListener
 from fleetcast.clock import monotonic
 from fleetcast.errors import CannotStart
 
@@ -106,6 +110,14 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     async def large() -> Response:
         return Response(LARGE)
 
+    @app.post("/echo")
+    async def echo(request: Request) -> tuple[int, bool]:
+        return len(await request.body()), "x-late" in request.headers
+
+    @app.get("/slow")
+    async def slow() -> None:
+        await asyncio.sleep(5)
+
     listener = HttpListener("127.0.0.1", 0)
     listener.start(app, 1.0)
     yield int(listener.url.rsplit(":", 1)[1])
@@ -166,6 +178,115 @@ def test_a_flood_of_headers_is_refused_before_it_costs_memory(port: int) -> None
     with wire(port) as connection:
         connection.sendall(GET + b"X-A: b\r\n" * (MAX_HEAD_BYTES // 8))
         assert rest(connection).startswith(b"HTTP/1.1 431 ")
+
+
+CHUNKED = b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("begun", "endless"),
+    [
+        (CHUNKED + b"2\r\nhi\r\n0\r\n", b"x-trailer: 1\r\n" * 100),
+        (CHUNKED + b"2\r\nhi\r\n0\r\nx-trailer: ", b"t" * 1000),
+        (CHUNKED + b"5;name=", b"e" * 1000),
+        (CHUNKED, b"1;" + b"e" * 1000 + b"\r\nx\r\n"),
+        (b"GET /", b"u" * 1000),
+        (GET + b"Connection: keep-alive\r\n\r\n", b"\r\n" * 500),
+        (b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n", GET + b"\r\n"),
+    ],
+    ids=["trailers", "one trailer", "one extension", "extensions", "a line", "line feeds", "a pipeline"],
+)
+def test_no_state_of_the_parser_takes_bytes_without_end(
+    port: int, begun: bytes, endless: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BoundedConnection, "head_timeout_s", 60.0)  # bytes alone end it
+    n_sent = 0
+    with wire(port) as connection, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        connection.sendall(begun)
+        while n_sent < 30_000_000:
+            connection.sendall(endless)
+            n_sent += len(endless)
+    assert n_sent < 10_000_000  # the sockets' buffers among them
+
+
+def test_a_head_of_many_tiny_fields_is_refused_by_their_number(port: int) -> None:
+    with wire(port) as connection:
+        connection.sendall(GET + b"a:b\r\n" * (MAX_FIELDS + 1) + b"\r\n")
+        assert rest(connection).startswith(b"HTTP/1.1 431 ")
+
+
+def test_a_trailer_does_not_become_a_header_and_small_chunks_are_fine(port: int) -> None:
+    with wire(port) as connection:
+        chunks = b"1\r\nx\r\n" * 100_000
+        connection.sendall(CHUNKED + chunks + b"0\r\nx-late: 1\r\n\r\n" + GET + b"Connection: close\r\n\r\n")
+        answers = rest(connection)
+    assert b"[100000,false]" in answers
+    assert answers.endswith(b'"small"')
+
+
+def test_answers_that_nobody_reads_are_bounded_together_and_refused_with_when_to_come_back() -> None:
+    app = FastAPI()
+
+    @app.get("/large")
+    async def large() -> Response:
+        return Response(LARGE)
+
+    @app.get("/small")
+    async def small() -> str:
+        return "small"
+
+    listener = HttpListener("127.0.0.1", 0)
+    listener.start(app, 1.0, max_answer_bytes=2 * len(LARGE))
+    port = int(listener.url.rsplit(":", 1)[1])
+    with contextlib.ExitStack() as stack:
+        readers = [stack.enter_context(wire(port)) for _ in range(3)]
+        for reader in readers:
+            reader.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            head = reader.recv(100)
+            assert head.startswith(b"HTTP/1.1 503" if reader is readers[2] else b"HTTP/1.1 200")
+        assert b"retry-after: 5" in head + rest(readers[2])
+        assert httpx.get(f"{listener.url}/small", trust_env=False).json() == "small"
+        for reader in readers[:2]:
+            assert rest(reader).endswith(LARGE[-1000:])
+        assert httpx.get(f"{listener.url}/large", trust_env=False, timeout=30).content == LARGE
+    assert listener.stop(5.0)
+
+
+def test_where_connections_are_used_up_the_longest_idle_one_makes_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(listener_module, "_MAX_CONNECTIONS", 10)
+    ends: list[str] = []
+    listener = HttpListener("127.0.0.1", 0)
+    app = FastAPI()
+
+    @app.get("/small")
+    async def small() -> str:
+        return "small"
+
+    listener.start(app, 1.0, on_end=ends.append)
+    port = int(listener.url.rsplit(":", 1)[1])
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(wire(port)) for _ in range(30)]
+        for _ in range(5):
+            assert httpx.get(f"{listener.url}/small", trust_env=False).json() == "small"
+        assert rest(idle[0]) == b""
+        idle[29].sendall(GET + b"\r\n")
+        assert idle[29].recv(100).startswith(b"HTTP/1.1 200")
+    assert set(ends) == {"crowded"}
+    assert listener.stop(5.0)
+
+
+def test_the_soft_limit_of_descriptors_is_raised_and_a_low_hard_one_leaves_a_reserve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limits = [(1024, 4096)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _what: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _what, new: limits.append(new))
+    assert listener_module._connections_allowed() == 2048
+    assert limits[-1] == (4096, 4096)
+    limits.append((1024, 1024))
+    assert listener_module._connections_allowed() == 1024 - 256
 
 
 def test_a_small_request_after_a_long_body_is_not_taken_for_a_flood(port: int) -> None:

@@ -1,12 +1,14 @@
 import logging
+import os
 import re
+import signal
 import warnings
 from pathlib import Path
 
 import pytest
 
 from fleetcast.errors import CannotStart
-from fleetcast.loop import configure_logging
+from fleetcast.loop import Stop, configure_logging
 from fleetcast.settings import LoggingSettings
 
 logger = logging.getLogger("fleetcast.test")
@@ -82,3 +84,22 @@ def test_warnings_of_libraries_land_in_the_log(capsys: pytest.CaptureFixture[str
     text = capsys.readouterr().err
     assert "WARNING py.warnings" in text
     assert "old interface" in text
+
+
+def test_the_log_follows_its_name_when_logrotate_moves_it_and_a_hangup_ends_nothing(tmp_path: Path) -> None:
+    log = tmp_path / "own.log"
+    configure_logging(log, LoggingSettings())
+    logging.getLogger("x").info("first")
+    log.rename(tmp_path / "own.log.1")
+    before, stop = signal.getsignal(signal.SIGHUP), Stop()
+    try:
+        stop.install(survives_hangup=True)
+        os.kill(os.getpid(), signal.SIGHUP)
+        logging.getLogger("x").info("second")
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        signal.signal(signal.SIGHUP, before)
+    assert not stop.is_requested
+    assert "second" in log.read_text()
+    assert "second" not in (tmp_path / "own.log.1").read_text()

@@ -241,3 +241,15 @@ def test_while_a_version_loads_the_old_one_serves_and_nobody_waits(tmp_path: Pat
     release.set()
     assert world.model.wait(30)
     assert world.version == "20260116T100000Z-0002"
+
+
+def test_an_error_that_no_one_expected_is_a_problem_in_the_report_and_counted(world: World) -> None:
+    def fail(_path: Path) -> Constant:
+        raise KeyError("surprise")
+
+    world.model = ModelLoader(
+        world.registry, fail, bin_ms=300_000, horizon_bins=4, on_load=world.loads.append
+    )
+    world.add("20260115T100000Z-0001", b"1")
+    assert "surprise" in world.started().report()["problems"][0]
+    assert world.loads == [False]

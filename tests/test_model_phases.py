@@ -36,7 +36,7 @@ def test_per_has_a_floor_of_20_points_for_percents_and_each_model_its_own_time()
             (1, "cpu_pct", 12.0, 10.0, None),  # off by 2 of the floor 20; repeating 10: exact
             (2, "cpu_pct", 10.0, 40.0, "v1"),  # off by 30 of 40; repeating 10: the same
             (3, "cpu_pct", 39.0, 50.0, "v1"),  # off by 11 of 50; repeating 40: off by 10
-            (4, "cpu_pct", 0.0, 50.0, None),  # the fallback for a moment: in nobody's figures
+            (4, "cpu_pct", 0.0, 50.0, None),  # the fallback for a moment: in no version's figures
         ]
     )
     fallback, model = phases_of(settled, [Reload("v1", START + 2 * BIN, 1.0)], START, START + 9 * BIN)

@@ -108,3 +108,9 @@ def test_fresh_weights_forecast_about_the_last_value() -> None:
 def test_a_configuration_survives_a_checkpoint() -> None:
     shape = config(16)
     assert NetworkConfig.from_config(shape.as_config()) == shape
+
+
+@pytest.mark.parametrize("hidden_size", [4, 9, 10, 32])
+def test_the_shapes_a_checkpoint_is_held_to_are_the_librarys(hidden_size: int) -> None:
+    of_library = {name: tuple(part.shape) for name, part in build(config(hidden_size)).state_dict().items()}
+    assert config(hidden_size).weight_shapes() == of_library

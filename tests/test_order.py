@@ -68,12 +68,12 @@ def test_the_export_comes_first_and_is_done_by_a_child_too() -> None:
         assert step.env["FLEETCAST_PATHS_DATA_BUFFER_DIR"] == "/srv/buffer"
 
 
-def context(store: RowStore, *, with_baseline: bool = True) -> dict[str, object]:
+def context(store: RowStore, *, with_baseline: bool = True, rule: str = "drift") -> dict[str, object]:
     source = DriftSource(store, Registry(Path("checkpoints")), DriftSettings(), BIN_MS)
     evidence = DriftEvidence(window_of(store), "v1", baseline() if with_baseline else None)
     monitor = DriftMonitor(settings=DriftSettings(basis="literal"))
     monitor.observe(evidence)
-    quiet, decision = QuietVerdict(True, ""), Decision(True, "drift", "", ())
+    quiet, decision = QuietVerdict(True, ""), Decision(True, rule, "", ())
     check = RetrainingCheck(NOW, monitor.report(), quiet, decision, "", NOTHING)
     return training_context(check, evidence, source)
 
@@ -84,6 +84,13 @@ def test_the_drifting_series_are_named_with_the_time_they_changed() -> None:
     assert found["score"] > 1
     since = datetime.fromisoformat(found["since"])
     assert abs(since.timestamp() * 1000 - (START_MS + CHANGE * BIN_MS)) <= 3 * BIN_MS
+
+
+def test_a_learning_training_is_for_the_whole_fleet_and_its_reference_knows_what_changed() -> None:
+    (drifting,) = context(store_of(changed))["drifting"]  # type: ignore[misc]
+    found = context(store_of(changed), rule="learning")
+    assert found["drifting"] == []
+    assert found["known_changes"] == [{name: drifting[name] for name in ("server", "metric", "changed_ms")}]
 
 
 def test_nobody_is_named_where_nothing_drifts_or_nothing_is_known() -> None:

@@ -33,6 +33,13 @@ def test_the_wheel_holds_every_package_and_every_program() -> None:
     assert sorted(setuptools["py-modules"]) == sorted(PROGRAMS)
 
 
+def test_the_wheel_holds_every_file_of_the_page() -> None:
+    package = ROOT / "fleetcast"
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["fleetcast"]
+    held = {path for pattern in patterns for path in package.glob(pattern) if path.is_file()}
+    assert held == {path for path in (package / "ui").rglob("*") if path.is_file()}
+
+
 def test_the_version_stands_in_one_place_and_the_others_repeat_it() -> None:
     version = fleetcast.__version__
     assert PROJECT["project"]["dynamic"] == ["version"]

@@ -1,6 +1,9 @@
 """Claims about a model in service: what it loads, what it answers, what it refuses."""
 
+import io
 import pickle
+import resource
+import zipfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -170,7 +173,7 @@ def test_training_and_serving_see_the_same_window(forecaster: Forecaster) -> Non
 
 
 def test_a_model_survives_its_file_bit_by_bit(forecaster: Forecaster, tmp_path: Path) -> None:
-    forecaster.save(tmp_path / "model.ckpt")
+    (tmp_path / "model.ckpt").write_bytes(forecaster.to_bytes())
     again = Forecaster.load(tmp_path / "model.ckpt")
     assert again.description == forecaster.description
     np.testing.assert_array_equal(again.predict(window(fleet())), forecaster.predict(window(fleet())))
@@ -265,4 +268,76 @@ def with_weights(**tensors: Any) -> dict[str, Any]:
 def test_a_checkpoint_that_is_not_ours_is_refused(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "model.ckpt")
     with pytest.raises(BadCheckpoint):
+        Forecaster.load(tmp_path / "model.ckpt")
+
+
+def repacked(compress_type: int, **members: bytes) -> bytes:
+    """Return the old checkpoint's archive with some members replaced."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(OLD_CHECKPOINT) as old, zipfile.ZipFile(made, "w", compress_type) as new:
+        for item in old.infolist():
+            short = item.filename.rpartition("/")[2].replace(".", "_")
+            new.writestr(item.filename, members.get(short, old.read(item.filename)))
+    return made.getvalue()
+
+
+BOMB = torch.zeros(1).as_strided((1_200_000_000,), (0,))  # 4.8 GB of one number
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        with_weights(more=BOMB),
+        with_weights(**{"output_layer.bias": BOMB}),
+        with_weights(**{"output_layer.bias": torch.zeros(1).expand(3)}),
+        with_weights(**{"output_layer.bias": torch.zeros(3, dtype=torch.float64)}),
+        with_weights(**{"output_layer.bias": torch.zeros(3, requires_grad=True).to_sparse()}),
+        changed(network={**changed()["network"], "hidden_size": 10**9, "continuous_size": 8}),
+        changed(network={**changed()["network"], "n_heads": 0}),
+        changed(grid={**changed()["grid"], "history_bins": 99_999}),
+        changed(metrics=[["cpu_pct"] * 10]),
+        changed(version=["x"]),
+        changed(format=2, specialists="all"),
+        changed(format=2, specialists=[1, 2]),
+        changed(format=2, specialists=[{"series": [["a", "cpu_pct", "now"]], "state_dict": {}}]),
+        changed(more=bytearray(10)),
+    ],
+)
+def test_a_checkpoint_of_wild_content_is_refused_before_it_takes_memory(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "model.ckpt")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(BadCheckpoint):
+        Forecaster.load(tmp_path / "model.ckpt")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
+
+
+def test_a_packed_or_overlong_archive_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(repacked(zipfile.ZIP_DEFLATED))
+    with pytest.raises(BadCheckpoint, match="packed"):
+        Forecaster.load(path)
+    path.write_bytes(
+        repacked(zipfile.ZIP_STORED, data_pkl=b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.")
+    )
+    with pytest.raises(BadCheckpoint, match="builtins bytearray"):
+        Forecaster.load(path)
+    with path.open("wb") as stream:
+        stream.truncate(2**40)  # a hole takes no disk
+    with pytest.raises(BadCheckpoint, match="at most"):
+        Forecaster.load(path)
+
+
+@pytest.mark.parametrize("how", ["random", "crossed", "huge"])
+def test_weights_that_are_no_trained_network_are_refused(tmp_path: Path, how: str) -> None:
+    torch.manual_seed(1)
+    weights = dict(changed()["state_dict"])
+    if how == "random":
+        weights = {name: torch.randn_like(tensor) for name, tensor in weights.items()}
+    elif how == "crossed":
+        for name in ("output_layer.weight", "output_layer.bias"):
+            weights[name] = weights[name].flip(0)
+    else:
+        weights["output_layer.bias"] = torch.full((3,), 1000.0)
+    torch.save(changed(state_dict=weights), tmp_path / "model.ckpt")
+    with pytest.raises(BadCheckpoint, match=r"spreads from now|not in order"):
         Forecaster.load(tmp_path / "model.ckpt")

@@ -28,20 +28,23 @@ def readiness(buffer: DataBuffer, **limits: float) -> Readiness:
 
 
 def test_an_empty_buffer_has_no_data(tmp_path: Path) -> None:
-    assert readiness(DataBuffer(tmp_path / "none")).why_not() == "no data"
+    assert (
+        readiness(DataBuffer(tmp_path / "none")).why_not()
+        == f"no records in {tmp_path / 'none'} (there is no buffer)"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("hours", "missing"), [(47, "data span 47.0 h, a training needs 48.0 h"), (48, "")])
+@pytest.mark.parametrize(
+    ("hours", "missing"), [(47, "data span 47.0 h of 48 h, complete about 2026-01-12 06:00Z"), (48, "")]
+)
 def test_two_days_are_enough(tmp_path: Path, hours: float, missing: str) -> None:
     assert readiness(filled(tmp_path, hours)).why_not() == missing
 
 
 def test_a_span_with_holes_in_it_is_not_enough(tmp_path: Path) -> None:
     """A row an hour fills one bin in twelve: never half of a horizon."""
-    assert (
-        readiness(filled(tmp_path, 72, step_min=60)).why_not() == "0 trainable windows, a training needs 200"
-    )
+    assert readiness(filled(tmp_path, 72, step_min=60)).why_not() == "0 of 200 trainable windows"
 
 
 def test_a_metric_nobody_forecasts_is_no_training_data(tmp_path: Path) -> None:

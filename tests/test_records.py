@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetcast.ingest.records import METRICS_MAX, RecordRules, accept, accept_columns
+from fleetcast.ingest.records import METRICS_MAX, REJECTIONS_KEPT, RecordRules, accept, accept_columns
 from fleetcast.schema import RecordBatch
 
 RULES = RecordRules(newest_ms=None)
@@ -91,9 +91,40 @@ def test_values_are_rounded_once() -> None:
 def test_a_sender_cannot_make_columns_without_end() -> None:
     raw = [record(f"s{i}", **{f"m_{i}_{j}": 1.0 for j in range(100)}) for i in range(10)]
     accepted = accept(raw, RULES)
-    assert len(accepted.batch.metrics) <= METRICS_MAX
-    assert len(accepted.rejections) == 5
-    assert "512 different metrics" in accepted.rejections[0].reason
+    assert len(accepted.batch.metrics) == METRICS_MAX
+    assert (len(accepted.batch), accepted.rejections) == (10, ())
+    assert sum(one.n_records for one in accepted.refused_fields) == 1000 - METRICS_MAX
+    assert "512 different metrics" in accepted.refused_fields[0].reason
+
+
+def test_many_rows_of_few_numbers_each_make_no_wide_table() -> None:
+    raw = [record("a", **{f"m{number % 500}": 1.0}) for number in range(60_000)]
+    accepted = accept(raw, RULES)
+    assert len(accepted.batch) == 60_000
+    assert len(accepted.batch.metrics) * 60_000 <= 2**23
+
+
+@pytest.mark.parametrize(
+    ("bad", "rule"),
+    [
+        (0, "not_an_object"),
+        ({}, "time_format"),
+        ({"server_name": "a", "cpu_pct": 1.0}, "time_format"),
+        ({**record(), "timestamp": None}, "time_format"),
+        ({**record(), "timestamp": "2999-01-01T00:00:00Z"}, "time_in_future"),
+        ({**record(), "timestamp": "1960-01-01T00:00:00Z"}, "time_too_old"),
+        ({**record(), "server_name": ""}, "server_name"),
+        ({**record(), "cpu_pct": 5000.0}, "out_of_range"),
+    ],
+)
+def test_of_many_refusals_a_few_are_listed_and_all_are_counted(bad: Any, rule: str) -> None:
+    rules = RecordRules(newest_ms=4_000_000_000_000, oldest_ms=0)
+    accepted = accept([record("good")] + [bad] * (REJECTIONS_KEPT + 500), rules)
+    assert len(accepted.batch) == 1
+    assert len(accepted.rejections) == REJECTIONS_KEPT
+    assert [one.index for one in accepted.rejections[:2]] == [1, 2]
+    assert accepted.faults == {rule: REJECTIONS_KEPT + 500}
+    assert accepted.is_kept.tolist() == [True] + [False] * (REJECTIONS_KEPT + 500)
 
 
 def test_columns_of_a_frame_mean_absent_by_nan_and_times_by_ms() -> None:

@@ -58,7 +58,7 @@ def test_with_a_new_ledger_the_newest_bin_is_open_again(tmp_path: Path) -> None:
     assert world.restore() == T0 + 3 * BIN
     assert world.history.due(NOW + timedelta(hours=1)) == [T0 + 4 * BIN]
     assert world.history.close(T0 + 4 * BIN).values.tolist() == [[21.0]]
-    assert world.history.window(T0 + 4 * BIN).values[0, 0].tolist() == [2.0, 7.0, 12.0, 17.0, 21.0]
+    assert next(world.history.parts(T0 + 4 * BIN, 99)).values[0, 0].tolist() == [2.0, 7.0, 12.0, 17.0, 21.0]
     world.buffer.close()
 
 
@@ -90,15 +90,17 @@ def test_records_that_arrive_while_restoring_count_once(tmp_path: Path) -> None:
     world.restore()
     assert world.history.due(NOW + timedelta(hours=1)) == [T0 + 4 * BIN]
     assert world.history.close(T0 + 4 * BIN).values.tolist() == [[21.0]]
-    assert world.history.refresh(world.buffer.iter_batches) == 4
-    assert world.history.window(T0 + 4 * BIN).values[0, 0].tolist() == [2.0, 7.0, 12.0, 17.0, 21.0]
+    corrected = world.history.refresh(world.buffer.iter_batches)
+    assert [(one.bin_ms - T0) // BIN for one in corrected] == [2, 3], "older bins are past their correction"
+    assert [one.values.tolist() for one in corrected] == [[[12.0]], [[17.0]]]
+    assert next(world.history.parts(T0 + 4 * BIN, 99)).values[0, 0].tolist() == [2.0, 7.0, 12.0, 17.0, 21.0]
 
 
 def test_eight_days_come_back_and_nothing_older(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.buffer.append_batch(batch("a", T0 - 12 * 86_400_000, 12 * 288 + 1, step_ms=BIN))
     world.restore()
-    assert world.history.window(T0 - BIN).values.shape == (1, 1, 2304)
+    assert next(world.history.parts(T0 - BIN, 99)).values.shape == (1, 1, 2304)
 
 
 def test_a_stop_ends_the_restore_early(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_junk_is_corrupt(tmp_path: Path, content: bytes) -> None:
 def test_a_bare_array_is_corrupt(tmp_path: Path) -> None:
     np.save(tmp_path / "bare.npy", np.zeros(3))
 
-    with pytest.raises(CorruptFile, match="bare array"):
+    with pytest.raises(CorruptFile, match="not a reference"):
         Reference.load(tmp_path / "bare.npy")
 
 

@@ -12,6 +12,7 @@ from rhythm_fleet import (
     fitted,
     fleet_grid,
     made_grid,
+    replay,
     usual_reference,
 )
 
@@ -45,7 +46,7 @@ def test_a_merged_reference_judges_the_whole_fleet() -> None:
     drift = SeasonalDetector(both)
     grid = np.concatenate([made_grid()[:, :, : 2 * DAY], made_grid(REFERENCE_DAYS, 5, 1)[:, :, : 2 * DAY]])
 
-    drift.replay(grid[:, :, :DAY], START_MS + 30 * DAY * BIN_MS)
+    replay(drift, grid[:, :, :DAY], START_MS + 30 * DAY * BIN_MS)
 
     assert drift.check().n_compared == 6 * len(METRICS)
 

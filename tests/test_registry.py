@@ -1,13 +1,16 @@
-"""Claims about versions, what serves, and what a crash can leave behind."""
+"""Claims about versions, the one in service, and what a crash can leave behind."""
 
 import json
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from fleetcast.errors import BadCheckpoint, FleetcastError
+from fleetcast.errors import BadCheckpoint, OrderRefused
 from fleetcast.forecast.registry import Registry, Version, new_version_id
+from fleetcast.promotion.desk import Desk
+from fleetcast.promotion.orders import new_order
 
 NOW = datetime(2026, 1, 15, 10, 0, 5, tzinfo=UTC)
 
@@ -22,6 +25,15 @@ def add(registry: Registry, version_id: str, *, promoted: bool = True, parent: s
         registry.promote(version_id)
     registry.set_baseline(version_id)
     return version
+
+
+def roll_back(registry: Registry) -> tuple[str | None, str | None]:
+    """Let a person order a rollback; return the version taken out of service and the one put back."""
+    ended = Desk(registry).give(new_order("rollback", "harms", "ann", NOW))
+    assert ended is not None
+    if ended.phase == "refused":
+        raise OrderRefused(ended.why)
+    return ended.source, ended.target
 
 
 @pytest.fixture
@@ -88,6 +100,31 @@ def test_a_version_without_a_sound_manifest_is_passed_over(registry: Registry, d
         registry.current()
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("specialists", [1, 2]),
+        ("specialists", "all"),
+        ("specialists", [[["web-1"]]]),
+        ("promoted", "yes"),
+        ("parent", 7),
+        ("data_range", []),
+        ("data_range", {"end": "tomorrow"}),
+        ("files", {"model.ckpt": 5}),
+    ],
+)
+def test_a_manifest_with_a_field_of_another_kind_is_passed_over(
+    registry: Registry, field: str, value: object
+) -> None:
+    version = add(registry, "20260115T100005Z-0001")
+    manifest = version.folder / "manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**content, field: value}))
+    problems: list[BadCheckpoint] = []
+    assert list(registry.usable_versions(problems.append)) == []
+    assert field in str(problems[0])
+
+
 def test_a_plain_file_in_place_of_the_link_is_reported_and_passed_over(registry: Registry) -> None:
     add(registry, "20260115T100005Z-0001")
     (registry.folder / "last.ckpt").unlink()
@@ -143,20 +180,20 @@ def test_rollback_returns_to_the_parent_and_the_version_rolled_back_never_serves
     add(registry, "20260115T100002Z-0002", parent="20260115T100001Z-0001")
     add(registry, "20260115T100003Z-0003", parent="20260115T100002Z-0002")
     # When it is rolled back twice
-    assert registry.rollback(NOW) == ("20260115T100003Z-0003", "20260115T100002Z-0002")
-    assert registry.rollback(NOW) == ("20260115T100002Z-0002", "20260115T100001Z-0001")
+    assert roll_back(registry) == ("20260115T100003Z-0003", "20260115T100002Z-0002")
+    assert roll_back(registry) == ("20260115T100002Z-0002", "20260115T100001Z-0001")
     # Then the first serves alone, and the newest baseline stays in force
     assert [item.id for item in registry.usable_versions()] == ["20260115T100001Z-0001"]
     in_force = registry.baseline_in_force()
     assert in_force is not None
     assert in_force.id == "20260115T100003Z-0003"
-    with pytest.raises(FleetcastError, match="nothing to roll back to"):
-        registry.rollback(NOW)
+    with pytest.raises(OrderRefused, match="nothing to roll back to"):
+        roll_back(registry)
 
 
 def test_rollback_without_a_model_says_so(registry: Registry) -> None:
-    with pytest.raises(FleetcastError, match="points to no version"):
-        registry.rollback(NOW)
+    with pytest.raises(OrderRefused, match="points to no version"):
+        roll_back(registry)
 
 
 def test_version_ids_sort_by_time() -> None:
@@ -187,7 +224,7 @@ def test_pruning_keeps_the_newest_and_whatever_is_in_use(registry: Registry) -> 
     registry.set_baseline(ids(4)[-1])
     # When all but the newest three are pruned
     pruned = registry.prune(3)
-    # Then what serves, what a rollback needs and the baseline's are still there, whole
+    # Then the champion, the versions a rollback needs and the baseline's are still there, whole
     kept = [ids(10)[index] for index in (0, 1, 3, 7, 8, 9)]
     assert registry.version_ids() == kept
     assert pruned == [version_id for version_id in ids(10) if version_id not in kept]
@@ -196,14 +233,14 @@ def test_pruning_keeps_the_newest_and_whatever_is_in_use(registry: Registry) -> 
         registry.version(version_id).verify()
     # and a second time there is nothing to do
     assert registry.prune(3) == []
-    assert registry.rollback(NOW) == (kept[1], kept[0])
+    assert roll_back(registry) == (kept[1], kept[0])
 
 
 def test_after_a_rollback_what_serves_again_is_kept(registry: Registry) -> None:
     for version_id in ids(5):
         add(registry, version_id)
     for _ in range(3):
-        registry.rollback(NOW)
+        roll_back(registry)
     assert registry.current_id() == ids(2)[-1]
     registry.prune(1)
     assert registry.version_ids() == [ids(5)[index] for index in (0, 1, 4)]
@@ -220,14 +257,14 @@ def test_a_kill_while_pruning_leaves_no_half_version(
     for version_id in ids(6):
         add(registry, version_id)
 
-    def killed(path: Path) -> None:
+    def killed(path: str, **_kwargs: int) -> None:
         raise KeyboardInterrupt(path)
 
     # When the process dies at the first file it deletes
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Path, "unlink", killed)
+        patched.setattr(os, "unlink", killed)
         registry.prune(2)
-    # Then every version that has a name is whole, and what serves does
+    # Then every version that has a name is whole, the champion too
     assert registry.version_ids() == ids(6)[-2:]
     for version_id in registry.version_ids():
         registry.version(version_id).verify()
@@ -235,3 +272,48 @@ def test_a_kill_while_pruning_leaves_no_half_version(
     # and the next training sweeps the rest
     add(registry, "20260115T100005Z-0007")
     assert len(list((registry.folder / "versions").iterdir())) == 3
+
+
+def test_leftovers_are_removed_without_following_links(registry: Registry, tmp_path: Path) -> None:
+    # Given a leftover that is a link to somebody's folder, and one with such a link inside
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    versions = registry.folder / "versions"
+    versions.mkdir(parents=True)
+    (versions / ".x.tmp-1").symlink_to(precious)
+    (versions / ".y.tmp-1" / "deep").mkdir(parents=True)
+    (versions / ".y.tmp-1" / "deep" / "link").symlink_to(precious)
+    (versions / ".z.tmp-1").symlink_to(tmp_path / "nowhere")
+    (versions / ".f.tmp-1").write_text("half a file")
+    # When the next version is stored
+    add(registry, "20260115T100005Z-0001")
+    # Then the leftovers are gone and the folder is as it was
+    assert [path.name for path in versions.iterdir()] == ["20260115T100005Z-0001"]
+    assert (precious / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_pruned_version_that_is_a_link_costs_only_the_link(registry: Registry, tmp_path: Path) -> None:
+    for version_id in ids(6):
+        add(registry, version_id)
+    oldest = registry.folder / "versions" / ids(6)[0]
+    oldest.rename(tmp_path / "elsewhere")
+    oldest.symlink_to(tmp_path / "elsewhere")
+    registry.prune(2)
+    assert not oldest.is_symlink()
+    assert (tmp_path / "elsewhere" / "model.ckpt").exists()
+
+
+def test_a_leftover_that_will_not_go_is_logged_and_stops_nothing(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (registry.folder / "versions" / ".x.tmp-1" / "sub").mkdir(parents=True)
+
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rmdir", refuse)
+        add(registry, "20260115T100005Z-0001")
+    assert registry.version_ids() == ["20260115T100005Z-0001"]
+    assert "cannot delete a leftover" in caplog.text

@@ -52,6 +52,15 @@ def test_everything_arrives_in_order_one_step_of_data_time_per_request(
     assert "records=24 sent=24 accepted=24 rejected=0 requests=3 retries=0" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("flags", "warns"), [((), True), (("--map", "cpu_pct=cpu*100"), False)])
+def test_a_recording_without_a_metric_that_is_forecast_is_warned_of(
+    file: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], warns: bool
+) -> None:
+    with ScriptedDaemon() as daemon:
+        assert run(file, daemon, *flags) == ExitCode.OK
+    assert ("for example --map cpu_pct=cpu" in capsys.readouterr().err) is warns
+
+
 def test_a_rejected_record_is_exit_1_and_its_reason_is_shown(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

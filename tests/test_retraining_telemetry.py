@@ -1,5 +1,6 @@
 """`retraining_metrics.prom`: what it says, how it counts, and what of it `/metrics` repeats."""
 
+import os
 import shutil
 import subprocess
 from dataclasses import replace
@@ -92,6 +93,9 @@ def test_with_the_calibrated_basis_the_literal_scores_and_the_false_alarms_stand
     assert found["drift_score", "dss"] == report.metrics["dss"]
     assert found["drift_literal_score", "dss"] == report.literal["dss"] != report.metrics["dss"]
     assert found["drift_basis_info", "calibrated"] == 1
+    assert {found["error_of_last_value_ratio", side] for side in ("served", "model")} == {
+        report.served_error.as_json()["fleet"]
+    }
     assert (found["drift_series_in_alarm", ""], found["drift_series_compared", ""]) == (6, 10)
     assert (found["drift_false_alarms_per_month", "target"], found["data_quality_events", ""]) == (1, 0)
 
@@ -173,3 +177,8 @@ def test_promtool_has_nothing_to_say(path: Path) -> None:
     done = subprocess.run(command, input=path.read_bytes(), capture_output=True, check=False)
 
     assert (done.returncode, done.stdout + done.stderr) == (0, b"")
+
+
+def test_a_pipe_in_the_place_of_the_textfile_does_not_block_a_scrape(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert read_textfile(tmp_path / "pipe") == b""

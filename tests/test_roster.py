@@ -88,6 +88,18 @@ def test_it_counts_changes_and_knows_its_metrics() -> None:
     assert roster.unknown_metrics(("fans", "disks")) == ["disks"]
 
 
+def test_a_metric_of_which_nothing_is_stored_gives_its_place_free_and_the_others_keep_their_values() -> None:
+    roster = Roster(ForecastSettings())
+    roster.note_metrics(["old", "cpu_pct"])
+    roster.add(batch(("a", 0, {"junk": 1.0, "cpu_pct": 2.0, "fans": 3.0})))
+    assert roster.n_metrics == 4
+    roster.forget_metrics({"junk", "old"})
+    assert roster.metric_names() == ("cpu_pct", "fans")
+    assert current(roster.servers(NOW)) == {"a": {"cpu_pct": 2.0, "fans": 3.0}}
+    roster.add(batch(("a", 0, {"new": 4.0})))
+    assert current(roster.servers(NOW)) == {"a": {"cpu_pct": 2.0, "fans": 3.0, "new": 4.0}}
+
+
 def test_it_grows_with_servers_and_metrics() -> None:
     roster = Roster(ForecastSettings())
     rows = [(f"s{i}", 0.0, {f"metric_{i % 30}": float(i)}) for i in range(100)]

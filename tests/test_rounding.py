@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetcast.ingest.rules import round_values, to_significant
+from fleetcast.ingest.rules import round_rows, to_significant
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
 
 def one(name: str, value: float, decimals: int = 2, digits: int = 4) -> float:
-    return float(round_values(name, np.array([value]), decimals, digits)[0])
+    return float(round_rows([name], np.array([[value]]), decimals, digits)[0, 0])
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,8 @@ def test_negative_zero_is_zero() -> None:
 
 def test_absent_stays_absent() -> None:
     values = np.array([np.nan, 1.23456])
-    assert np.isnan(round_values("cpu_pct", values, 2, 4)[0])
-    assert np.isnan(round_values("load", values, 2, 4)[0])
+    assert np.isnan(round_rows(["cpu_pct"], values[None], 2, 4)[0, 0])
+    assert np.isnan(round_rows(["load"], values[None], 2, 4)[0, 0])
 
 
 def test_seventeen_digits_change_nothing() -> None:

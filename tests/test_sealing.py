@@ -13,7 +13,7 @@ from buffer_rows import NOON_MS, day_folder, rows_of_frame, table
 
 from fleetcast.storage import upkeep
 from fleetcast.storage.days import OpenPart, PartName, write_part
-from fleetcast.storage.log import Quarantine
+from fleetcast.storage.quarantine import Quarantine
 from fleetcast.storage.tables import METRICS
 from fleetcast.storage.upkeep import Sealed, SealProcess, seal
 from fleetcast.storage.writer import DayWriter

@@ -24,9 +24,9 @@ from fleetcast.retraining.report import RetrainingCheck
 ROOT = Path(__file__).parents[1]
 
 
-def lay_out(folder: Path, grid: Grid, reference: Reference) -> None:
+def lay_out(folder: Path, grid: Grid, reference: Reference, end_bin: int = FIRST_TEST_BIN) -> None:
     """Leave behind what a fleet, its inference daemon and a trainer would have."""
-    registry = registry_with(folder, reference)
+    registry = registry_with(folder, reference, end_bin=end_bin)
     registry.promote(VERSION)
     with_owner = DataBuffer(folder / "data_buffer", expire=False)
     newest = {"timestamp": iso_z(from_ms(START_MS + END * BIN_MS)), "server_name": SERVERS[0], "cpu_pct": 1.0}
@@ -83,6 +83,31 @@ def test_a_calm_fleet_is_left_alone_and_the_figure_can_be_drawn(
     assert main(["--plot", "out.png"]) == 0
     assert "Literal, reported only" in capsys.readouterr().out
     assert Path("out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_calm_fleet_learns_a_week_of_new_data_once_and_not_where_that_is_turned_off(folder: Path) -> None:
+    lay_out(folder, made_grid(), usual_reference(), end_bin=END - 7 * DAY)
+    shutil.copy(ROOT / "tests" / "data" / "stand_in_trainer.py", folder / "tft_trainer.py")
+    (folder / "stand_in.txt").write_text("not enough")
+    with Told() as told:
+        told.answers = quiet_answers(VERSION)
+        off = checked(told, decision={"learning": "off"})
+        assert (off.decision.rule, off.decision.should_retrain, off.learning) == ("none", False, "")
+        told.answers = quiet_answers(VERSION, cpu=90.0)
+        waiting = checked(told)
+        assert (waiting.decision.rule, waiting.decision.should_retrain) == ("learning", False)
+        told.answers = quiet_answers(VERSION)
+        started = checked(told, retraining={"mode": "auto"})
+    assert (started.decision.rule, started.action) == ("learning", "started")
+    assert not started.report.needs_retraining
+    assert read_json(Path("drift_metrics.json"))["recommendation"] == "OK"
+    context = read_json(Path("training_context.json"))
+    assert (context["rule"], context["drifting"]) == ("learning", [])
+    line = json.loads(Path("decisions.jsonl").read_text().splitlines()[-1])
+    assert line["learning"].startswith("learning: 7 days of new data")
+    assert line["reason"].startswith(line["learning"])
+    attempt = read_json(Path("retraining_state.json"))["attempts"][0]
+    assert (attempt["rule"], attempt["outcome"]) == ("learning", "not_enough_data")
 
 
 def test_while_it_collects_nobody_says_the_model_is_well(folder: Path) -> None:

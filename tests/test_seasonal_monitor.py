@@ -101,8 +101,8 @@ def test_a_young_reference_collects_and_says_how_much_is_missing(tmp_path: Path)
     registry_with(tmp_path, fitted(made_grid()[:, :, : 3 * DAY]))
     report = monitor_of(tmp_path, store_of(changed_grid(), END)).report()
     assert (report.status, report.needs_retraining) == ("collecting", False)
-    assert report.status_reason == "3 days known of any series, 5 needed"
-    assert report.metrics["dss"] == 0.0
+    assert report.status_reason == "3 of 5 days known of any series"
+    assert report.metrics["dss"] is None, "not looked at yet"
 
 
 def test_the_trend_rises_while_the_fleet_moves_away(tmp_path: Path) -> None:

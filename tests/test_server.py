@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
 
 import httpx
@@ -15,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from fleetcast.api import bodies
 from fleetcast.api.listener import HttpListener
 from fleetcast.api.server import BrowserGuard, create_app
-from fleetcast.clock import FakeClock
+from fleetcast.clock import FakeClock, SystemClock
 from fleetcast.errors import StorageBroken, StorageFull
 from fleetcast.schema import Rejection
 from fleetcast.serving.board import UnknownServer
@@ -44,10 +45,10 @@ class Daemon:
         self.taken += parts
         return [Receipt(len(raw) - len(self.rejections), self.rejections, 0) for raw in parts]
 
-    def document(self, servers: Sequence[str] = (), *, only_current: bool = False) -> bytes:
+    def document(self, servers: Sequence[str] = (), *, only_current: bool = False) -> Sequence[bytes]:
         if "nobody" in servers:
             raise UnknownServer("unknown server 'nobody'")
-        return json.dumps({"servers": list(servers), "only_current": only_current}).encode()
+        return [json.dumps({"servers": list(servers), "only_current": only_current}).encode()]
 
     def is_held(self) -> bool:
         return self.held()
@@ -249,6 +250,13 @@ def test_with_the_key_everything_answers(daemon: Daemon, key: str) -> None:
         assert client.get("/status", headers=headers).status_code == 200
 
 
+def test_the_described_example_is_of_this_moment_so_that_it_can_be_sent(client: httpx.Client) -> None:
+    post = client.get("/openapi.json").json()["paths"]["/feed/data"]["post"]
+    (record,) = post["requestBody"]["content"]["application/json"]["example"]["records"]
+    age = SystemClock().now() - datetime.fromisoformat(record["timestamp"])
+    assert abs(age.total_seconds()) < 60
+
+
 def test_the_interface_describes_itself(client: httpx.Client) -> None:
     described = client.get("/openapi.json").json()["paths"]
     assert set(described) == {
@@ -317,3 +325,38 @@ def test_a_page_of_another_origin_may_not_post(url: str, origin: str) -> None:
 
 def test_the_daemons_own_page_may(url: str) -> None:
     assert httpx.post(url, headers={"Origin": url}, trust_env=False).status_code == 200
+
+
+def test_a_query_names_a_bounded_number_of_servers(daemon: Daemon) -> None:
+    with client_of(daemon, max_query_servers=2) as client:
+        assert client.get("/predictions/current", params={"server": ["a", "b"]}).status_code == 200
+        answer = client.get("/predictions/current", params={"server": ["a", "b", "c"]})
+        assert (answer.status_code, answer.json()["detail"]) == (
+            422, "a query names at most 2 servers; ask for all",
+        )  # fmt: skip
+
+
+def test_requests_refused_at_the_door_are_counted(daemon: Daemon) -> None:
+    with client_of(daemon, api_key="secret") as client:
+        client.post("/feed/data", json=GOOD)
+        client.get("/status", headers={"X-API-Key": "wrong"})
+        assert 'fleetcast_requests_refused_total{reason="key"} 2.0' in client.get("/metrics").text
+    with client_of(daemon) as client:
+        client.get("/status", headers={"Host": "evil.example"})
+        client.get("/status", headers={"Origin": "http://evil.example"})
+        text = client.get("/metrics").text
+    assert 'fleetcast_requests_refused_total{reason="host"} 1.0' in text
+    assert 'fleetcast_requests_refused_total{reason="origin"} 1.0' in text
+
+
+@pytest.mark.parametrize(
+    ("path", "takes"), [("/predictions/current?servers=x", "server, fields"), ("/status?x=1", "none")]
+)
+def test_an_unknown_query_field_is_422_and_names_the_right_ones(
+    client: httpx.Client, path: str, takes: str
+) -> None:
+    answer = client.get(path)
+    assert answer.status_code == 422
+    assert f"this path takes {takes}" in answer.text
+    assert client.get("/health?x=1").status_code == 200
+    assert client.get("/metrics?x=1").status_code == 200

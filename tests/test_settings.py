@@ -74,7 +74,9 @@ def test_every_problem_is_reported_at_once_with_what_would_be_right() -> None:
         ("[server]\nhold_s = nan\n", "server.hold_s must be finite, got nan"),
         ("[server]\nhold_s = 61\n", "server.hold_s must be <= 60, got 61.0"),
         ("[bins]\nforecast_metrics = []\n", "bins.forecast_metrics must be a non-empty list, got []"),
-        ("[bins]\nforecast_metrics = [1]\n", "bins.forecast_metrics must be str, got 1"),
+        ("[bins]\nforecast_metrics = [1]\n", "forecast_metrics (element 1 of 1) must be str, got 1"),
+        ("[bins]\nforecast_metrics = ['a', 3]\n", "forecast_metrics (element 2 of 2) must be str, got 3"),
+        ("[server]\nzzz = 3\n", "unknown setting server.zzz (fleet.toml)"),
         ("[forecast]\nsettle_horizons = [1, 97]\n", "forecast.settle_horizons must be in 1..96"),
         ("[forecast]\nsettle_horizons = [0]\n", "forecast.settle_horizons must be in 1..96"),
         ("port = 8000\n", "port must be a table like [server]"),
@@ -147,7 +149,7 @@ def test_a_value_within_bounds_survives_file_and_environment(info: SettingInfo, 
     low, high = info.meta["low"], info.meta["high"]
     kind = type(info.default)
     source = (
-        st.integers(int(low or 0), int(high or 10**6))
+        st.integers(int(low or 0), int(high or max(10**6, 2 * info.default)))
         if kind is int
         else st.floats(float(low or 0), float(high or 1e6), allow_nan=False)
     )

@@ -14,17 +14,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleetcast.files import OwnerLock, is_locked
+from fleetcast.locks import OwnerLock, is_locked
 from fleetcast.retraining import supervisor
 from fleetcast.retraining.supervisor import LINE_BYTES, OutputLines, RunJob, run_job
 
 ROOT = Path(__file__).parents[1]
 
 
-def job(folder: Path, *codes: str, timeout_s: float = 30.0, lock_fd: int | None = None) -> RunJob:
+def job(folder: Path, *codes: str, timeout_s: float = 30.0, lock_fds: tuple[int, ...] = ()) -> RunJob:
     steps = tuple({"argv": [sys.executable, "-c", code], "cwd": str(folder), "env": {}} for code in codes)
     log, result = str(folder / "run.log"), str(folder / "run.json")
-    return RunJob(steps, timeout_s, 5, log, result, 10_000, lock_fd)
+    return RunJob(steps, timeout_s, 5, log, result, 10_000, lock_fds)
 
 
 def test_the_end_and_the_last_lines_are_noted(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_steps_see_their_own_environment_and_folder(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     code = "import os; print(os.environ['OWN'], os.getcwd())"
     step = {"argv": [sys.executable, "-c", code], "cwd": str(tmp_path / "sub"), "env": {"OWN": "yes"}}
-    run_job(RunJob((step,), 30, 0, str(tmp_path / "log"), str(tmp_path / "r"), 1000, None))
+    run_job(RunJob((step,), 30, 0, str(tmp_path / "log"), str(tmp_path / "r"), 1000, ()))
     assert (tmp_path / "log").read_text().strip() == f"yes {tmp_path / 'sub'}"
 
 
@@ -71,7 +71,7 @@ def test_a_child_that_closes_its_output_is_still_waited_for(tmp_path: Path) -> N
 
 def test_a_command_that_does_not_exist_is_an_end_like_others(tmp_path: Path) -> None:
     step = {"argv": ["/no/such/program"], "cwd": str(tmp_path), "env": {}}
-    result = run_job(RunJob((step,), 5, 0, str(tmp_path / "log"), str(tmp_path / "r"), 1000, None))
+    result = run_job(RunJob((step,), 5, 0, str(tmp_path / "log"), str(tmp_path / "r"), 1000, ()))
     assert result["exit_code"] == 3
     assert "cannot start ['/no/such/program']" in result["tail"][0]
 
@@ -139,10 +139,10 @@ def test_a_supervisor_killed_takes_its_child_along_and_frees_the_lock(tmp_path: 
             sys.executable,
             "-m",
             supervisor.__name__,
-            job(tmp_path, code, lock_fd=lock.fileno()).to_argument(),
+            job(tmp_path, code, lock_fds=lock.filenos()).to_argument(),
         ],
         cwd=ROOT,
-        pass_fds=(lock.fileno(),),
+        pass_fds=lock.filenos(),
     )
     lock.release()
     until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")

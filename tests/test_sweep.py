@@ -24,6 +24,7 @@ from fleetcast.serving.telemetry import Telemetry
 from fleetcast.settings import BinSettings, ForecastSettings
 
 BIN_S = 300
+GRACE_S = BinSettings.close_grace_s
 METRICS = ("cpu_pct", "mem_pct")
 
 
@@ -93,19 +94,19 @@ class World:
     def errors(self) -> list[str]:
         return [f"{error['part']}: {error['error']}" for error in self.telemetry.errors.newest_first()]
 
-    def feed(self, *rows: tuple[str, int, float]) -> None:
-        """Take rows of (server, bin, cpu); the clock stands at the newest."""
+    def feed(self, *rows: tuple[str, float, float]) -> None:
+        """Take rows of (server, bin, cpu); the clock stands where the bin before the newest has closed."""
         names = tuple(dict.fromkeys(row[0] for row in rows))
         batch = RecordBatch(
             names,
             np.array([names.index(row[0]) for row in rows], dtype=np.int32),
-            np.array([to_ms(self.start) + row[1] * BIN_S * 1000 for row in rows], dtype=np.int64),
+            np.array([to_ms(self.start) + round(row[1] * BIN_S * 1000) for row in rows], dtype=np.int64),
             {"cpu_pct": np.array([row[2] for row in rows])},
         )
         self.buffer.append_batch(batch)
         self.roster.add(batch)
-        self.history.add(batch)
-        newest = self.start + timedelta(seconds=BIN_S * max(row[1] for row in rows))
+        self.history.add(batch, self.clock.now())
+        newest = self.start + timedelta(seconds=BIN_S * int(max(row[1] for row in rows)) + GRACE_S)
         self.clock.time = max(self.clock.time, newest)
 
     def settled(self) -> list[tuple[int, int, str, float, float, str | None]]:
@@ -142,7 +143,7 @@ def test_nothing_due_is_a_cycle_without_effect(world: World) -> None:
     world.feed(("a", 0, 1.0))
     world.sweeper.cycle()
     assert world.sweeper.counts.sweeps == 0
-    assert b'"warming_up"' in world.board.document()
+    assert b'"warming_up"' in b"".join(world.board.document())
 
 
 def test_with_the_system_clock_the_newest_bin_is_forecast_and_the_others_count_as_skipped(
@@ -166,7 +167,7 @@ def test_the_model_forecasts_what_it_knows_and_the_fallback_the_rest(world: Worl
     world.sweeper.cycle()
     assert (1, 1, "a", 77.0, 3.0, "v1") in world.settled()
     assert (1, 1, "new", 5.0, 5.0, None) in world.settled()
-    document = world.board.document(["a"])
+    document = b"".join(world.board.document(["a"]))
     assert b'"version":"v1"' in document
     assert b'"source":"model"' in document
 
@@ -277,7 +278,7 @@ def test_late_records_reach_the_window_from_the_buffer(world: World, monkeypatch
     world.feed(("late", 0, 9.0))
     monkeypatch.setattr("fleetcast.serving.sweep.monotonic", lambda: float("inf"))
     world.sweeper.cycle()
-    window = world.history.window(to_ms(world.start) + BIN_S * 1000)
+    window = next(world.history.parts(to_ms(world.start) + BIN_S * 1000, 99))
     assert window.server_names == ("a", "late")
     assert window.values[1, 0, 0] == 9.0
 
@@ -290,3 +291,68 @@ def test_a_large_fleet_is_forecast_in_chunks_that_join_without_a_seam(world: Wor
     world.sweeper.cycle()
     settled = world.settled()
     assert [(row[2], row[3]) for row in settled] == [(name, float(i)) for i, name in enumerate(names)]
+
+
+def actuals(world: World) -> dict[tuple[int, str], float]:
+    """(target bin, server) -> actual of every forecast made one bin ahead; each key is one row."""
+    rows = world.buffer.read_predictions(0, 2**50, 1)
+    targets = ((rows.target_ms - to_ms(world.start)) // (BIN_S * 1000)).tolist()
+    found = list(zip(targets, rows.server_name.tolist(), strict=True))
+    assert len(set(found)) == len(found)
+    return dict(zip(found, rows.actual.tolist(), strict=True))
+
+
+def test_an_actual_is_the_mean_of_all_that_is_stored_though_one_sender_is_ahead(world: World) -> None:
+    for number in range(6):
+        world.feed(("a", number, 10.0))
+        world.clock.time = world.start + timedelta(seconds=BIN_S * number + 280)
+        if number < 5:
+            world.feed(("a", number + 1.0, 10.0))  # one agent's clock is ahead
+        world.clock.time = world.start + timedelta(seconds=BIN_S * number + 290)
+        world.sweeper.cycle()
+        world.feed(("a", number + 0.9, 74.0))
+        world.sweeper.cycle()
+    assert set(actuals(world).values()) == {42.0}
+
+
+def test_rows_that_arrive_soon_after_the_close_replace_the_settled_ones(world: World) -> None:
+    world.feed(("a", 0, 10.0), ("b", 0, 1.0), ("a", 1, 10.0), ("a", 2, 10.0))
+    world.sweeper.cycle()
+    assert actuals(world) == {(1, "a"): 10.0}
+    before = world.ledger.counts()
+    # When rows of the closed bin come, of a server that sent before and of one that did not
+    world.feed(("a", 1.5, 74.0), ("b", 1.5, 8.0))
+    world.feed(("a", 3, 10.0))  # the next bin closes: corrections come first, whatever the pause
+    world.sweeper.cycle()
+    assert actuals(world) == {(1, "a"): 42.0, (1, "b"): 8.0, (2, "a"): 10.0}
+    assert world.sweeper.counts.rows_corrected == 2
+    counts = world.ledger.counts()
+    assert counts.settled - before.settled == 2, "a corrected forecast counts once"
+    assert counts.opened == counts.settled + counts.expired + counts.open
+
+
+def test_rows_that_arrive_later_are_stored_and_counted_only(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.feed(*(("a", number, 10.0) for number in range(6)))
+    world.sweeper.cycle()
+    world.feed(("a", 1.5, 74.0))
+    monkeypatch.setattr("fleetcast.serving.sweep.monotonic", lambda: float("inf"))
+    world.sweeper.cycle()
+    assert actuals(world)[(1, "a")] == 10.0
+    assert world.history.late_rows == 1
+
+
+def test_a_kill_between_a_late_row_and_its_correction_loses_neither(world: World) -> None:
+    from fleetcast.inference import restore
+
+    world.feed(("a", 0, 10.0), ("a", 1, 10.0), ("a", 2, 10.0))
+    world.sweeper.cycle()
+    world.feed(("a", 1.5, 74.0))  # acknowledged; the process dies before it is worked off
+    world.build(every_bin=True)
+    restore(world.buffer, world.sweeper._fleet, world.ledger)
+    world.feed(("a", 3, 10.0))
+    world.sweeper.cycle()
+    assert actuals(world) == {(1, "a"): 42.0, (2, "a"): 10.0}
+    counts = world.ledger.counts()
+    assert counts.opened == counts.settled + counts.expired + counts.open

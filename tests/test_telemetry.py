@@ -1,15 +1,18 @@
 """The scraped numbers (names, bounded labels, states read at the scrape) and the errors that are kept."""
 
 import logging
+from collections import Counter
 
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
+from fleetcast.api.connection import ENDS
 from fleetcast.clock import FakeClock
 from fleetcast.errors import StorageFull
+from fleetcast.ingest.rules import rule_of
 from fleetcast.serving import telemetry as telemetry_module
-from fleetcast.serving.telemetry import ERRORS_KEPT, GAUGES, RecentErrors, Snapshot, Telemetry
+from fleetcast.serving.telemetry import ERRORS_KEPT, GAUGES, PARTS, RecentErrors, Snapshot, Telemetry
 
 CLOCK = FakeClock()
 NOTHING = Snapshot()
@@ -29,9 +32,11 @@ def samples(
 def test_rejections_are_counted_by_rule_and_never_by_the_senders_words() -> None:
     telemetry = Telemetry(CollectorRegistry(), CLOCK)
     reasons = ["must lie in -1..1000, got 1e+06", "must be 1-128 printable characters, got 'a'", "evil", "e"]
-    telemetry.count_records(5, reasons, 3)
+    telemetry.count_records(5, Counter(map(rule_of, reasons)), 3)
     found = samples(telemetry)
-    by_rule = {labels: v for (name, labels), v in found.items() if name == "fleetcast_records_rejected_total"}
+    by_rule = {
+        labels: v for (name, labels), v in found.items() if name == "fleetcast_records_rejected_total" and v
+    }
     assert by_rule == {
         (("reason", "out_of_range"),): 1.0,
         (("reason", "server_name"),): 1.0,
@@ -122,3 +127,39 @@ def test_the_same_error_is_logged_once_a_minute(
     assert [record.getMessage() for record in caplog.records] == [
         "part failed part=buffer error=no space"
     ] * 2
+
+
+def test_every_counter_with_labels_is_there_before_its_first_event() -> None:
+    telemetry = Telemetry(CollectorRegistry(), CLOCK)
+    found = samples(telemetry)
+    for name, label, values in (
+        ("fleetcast_errors_total", "part", PARTS),
+        ("fleetcast_records_rejected_total", "reason", ("time_format", "too_many_servers", "other")),
+        ("fleetcast_feed_seconds_count", "code", ("200", "413", "503")),
+        ("fleetcast_write_seconds_count", "code", ("204", "400", "503")),
+        ("fleetcast_write_samples_total", "outcome", ("taken", "ignored")),
+        ("fleetcast_series_forecast_total", "source", ("model", "fallback")),
+        ("fleetcast_model_loads_total", "outcome", ("ok", "failed")),
+        ("fleetcast_requests_refused_total", "reason", ("key", "host", "origin")),
+        ("fleetcast_connections_ended_total", "reason", ENDS),
+    ):
+        for value in values:
+            assert found[name, ((label, value),)] == 0.0
+
+
+def test_refused_requests_are_logged_once_a_minute_with_peer_and_number(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(telemetry_module, "monotonic", lambda: now[0])
+    telemetry = Telemetry(CollectorRegistry(), CLOCK)
+    for second in range(120):
+        now[0] = 1000.0 + second
+        for number in range(3):
+            telemetry.count_refusal("key", "192.0.2.7" if number else f"198.51.100.{second}")
+        telemetry.unwelcome.log_when_due()
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert "count=180 peers=61" in said[1]
+    assert "192.0.2.7 (key): 120" in said[1]
+    assert samples(telemetry)["fleetcast_requests_refused_total", (("reason", "key"),)] == 360.0

@@ -7,7 +7,7 @@ import pytest
 
 import tft_inference_daemon
 from fleetcast.errors import ExitCode
-from fleetcast.files import OwnerLock
+from fleetcast.locks import OwnerLock
 
 
 @pytest.fixture(autouse=True)
@@ -42,13 +42,13 @@ def test_without_a_key_only_loopback_is_served(host: str, capsys: pytest.Capture
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "localhost", "::1"])
 def test_loopback_needs_no_key(host: str) -> None:
-    options = tft_inference_daemon._parser().parse_args(["--host", host])
+    options = tft_inference_daemon._parser(None).parse_args(["--host", host])
     assert tft_inference_daemon._settings(options).server.host == host
 
 
 def test_with_a_key_every_address_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TFT_API_KEY", "secret")
-    options = tft_inference_daemon._parser().parse_args(["--host", "0.0.0.0"])
+    options = tft_inference_daemon._parser(None).parse_args(["--host", "0.0.0.0"])
     assert tft_inference_daemon._settings(options).server.host == "0.0.0.0"
 
 

@@ -7,7 +7,7 @@ from oracle_fleet import N_BIN, SHAPE, Oracle, grid
 from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.schema import ChangedSeries
 from fleetcast.training.holdout import HoldOut, Sample, first_held_bins
-from fleetcast.training.verdict import training_baseline
+from fleetcast.training.verdict import training_baseline, with_errors
 
 WEEK_BINS = 7 * 288
 
@@ -18,7 +18,7 @@ def made(changed: tuple[ChangedSeries, ...], error: float = 0.0) -> Baseline:
         fleet.values[item.server, item.metric, item.since_bin :] = 77.0
     hold_out = HoldOut(fleet, SHAPE, first_held_bins(fleet, changed, 0.1, 288), changed, (1, 12), Sample(1))
     in_service = hold_out.losses(Oracle(fleet, error))
-    return training_baseline(fleet, changed, 7.0, "v1", in_service, hold_out)
+    return with_errors(training_baseline(fleet, changed, 7.0, "v1"), in_service, hold_out)
 
 
 def test_the_baseline_is_the_newest_week() -> None:

@@ -1,4 +1,4 @@
-"""The record of trainings: nothing is forgotten and nothing counted twice, whoever dies when."""
+"""The record of trainings: a kill at any point forgets none and counts none twice."""
 
 import json
 import logging
@@ -14,8 +14,9 @@ import pytest
 from adaptive_retraining_daemon import RetrainingDecisionEngine
 from fleetcast.clock import BIN_EPOCH, FakeClock, to_ms
 from fleetcast.errors import CorruptFile, FleetcastError, SettingsError, StorageFull, UnknownFormat
-from fleetcast.files import OwnerLock, write_json
+from fleetcast.files import write_json
 from fleetcast.forecast.registry import ATTEMPT_LOCK, Registry
+from fleetcast.locks import OwnerLock
 from fleetcast.retraining.attempts import Attempts, Step
 from fleetcast.retraining.decision import Decision
 from fleetcast.retraining.state import Attempt, RetrainingState, load_state, save_state
@@ -24,7 +25,6 @@ from fleetcast.retraining.trainings import Trainings
 STATE = Path("retraining_state.json")
 CHECKPOINTS = Path("checkpoints")
 DRIFT = Decision(True, "drift", "drift: dss 0.300", ())
-ID = "20260115T100000Z-aaaa"
 
 
 class NoProcess(Attempts):
@@ -200,7 +200,7 @@ def test_an_end_without_a_verdict_pauses_as_its_kind_asks(
 ) -> None:
     started = daemon.start()
     assert started is not None
-    (CHECKPOINTS / "runs").mkdir(parents=True)
+    (CHECKPOINTS / "runs").mkdir(parents=True, exist_ok=True)
     write_json(CHECKPOINTS / "runs" / f"{started.id}.json", {"exit_code": exit_code, "tail": []})
     daemon.attempts.lives = False
     ended = daemon.trainings.note()

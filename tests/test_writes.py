@@ -1,10 +1,11 @@
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-from remote_write_bodies import body, labels
+from remote_write_bodies import body, field, label_bytes, labels, packed, request_bytes, sample_bytes
 
+from fleetcast.clock import monotonic
 from fleetcast.errors import BadData, SettingsError, StorageFull
 from fleetcast.ingest.columns import RowsOf
 from fleetcast.ingest.records import RecordRules
@@ -40,16 +41,16 @@ def disk() -> Disk:
     return Disk()
 
 
-def writes_of(disk: Disk, **changes: object) -> WriteIntake:
+def writes_of(disk: Disk, wall_s: Callable[[], float] = monotonic, **changes: object) -> WriteIntake:
     settings = dataclasses.replace(RemoteWriteSettings(), **changes)  # type: ignore[arg-type]
-    return WriteIntake(settings, disk.take, lambda: RULES)
+    return WriteIntake(settings, disk.take, lambda: RULES, wall_s)
 
 
 def test_what_a_request_completes_is_handed_on_and_counted(disk: Disk) -> None:
     receipt = writes_of(disk).take(body([(LOAD, [(NOW, 1.0)]), (labels("up"), [(NOW, 1.0)])]))
     assert disk.rows == [("web-01", 0)]
     assert receipt.n_records == 1
-    assert receipt.samples == {"taken": 1, "out_of_bounds": 0, "ignored": 1, "refused": 0}
+    assert {name: n for name, n in receipt.samples.items() if n} == {"taken": 1, "ignored": 1}
     assert receipt.problems == []
 
 
@@ -94,6 +95,23 @@ def test_samples_that_cannot_be_taken_are_named_and_the_others_are_stored(disk: 
     ]
 
 
+def test_a_series_with_unusable_labels_costs_no_other_one_and_is_named(disk: Disk) -> None:
+    twice = [("__name__", "custom"), ("host", "a"), ("host", "b"), ("instance", "web-01:9100")]
+    odd = b"".join(field(1, field(1, name.encode()) + field(2, value.encode())) for name, value in twice)
+    nameless = label_bytes({"__name__": "odd", "": "x"})
+    latin = field(1, field(1, b"__name__") + field(2, "caf\u00e9".encode("latin-1")))
+    content = b"".join(field(1, labels + sample_bytes(NOW, 1.0)) for labels in (odd, nameless, latin))
+    receipt = writes_of(disk).take(packed(content + request_bytes([(LOAD, [(NOW, 1.0)])])))
+    assert disk.rows == [("web-01", 0)]
+    assert {name: n for name, n in receipt.samples.items() if n} == {"taken": 1, "invalid": 3}
+    (problem,) = receipt.problems
+    assert problem.startswith(
+        "3 series left out: custom{instance='web-01:9100'} has the label 'host' twice, "
+    )
+    assert "has a label without a name" in problem
+    assert "'__name__', which is not UTF-8" in problem
+
+
 def test_records_beyond_a_limit_are_named_with_the_reason(disk: Disk) -> None:
     disk.rejections = (Rejection(0, "server_name", "is a new name beyond the limit of 1 servers"),)
     receipt = writes_of(disk).take(body([(LOAD, [(NOW, 1.0)])]))
@@ -109,8 +127,10 @@ def test_a_body_that_is_no_request_changes_nothing(disk: Disk) -> None:
 
 def test_series_are_forgotten_and_learnt_anew_without_mixing_them_up(disk: Disk) -> None:
     # Given three servers that fall silent one after the other, over hours
-    writes = writes_of(disk)
+    arrival_s = [0.0]
+    writes = writes_of(disk, lambda: arrival_s[0])
     for minute in range(0, 600, 1):
+        arrival_s[0] = minute * 60.0
         alive = [n for n in range(3) if minute < 200 * (n + 1)]
         series = [
             (labels("node_load1", f"web-{n}:1"), [(NOW - 36_000_000 + minute * 60_000, 1.0)]) for n in alive

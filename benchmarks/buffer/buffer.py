@@ -25,7 +25,7 @@ import pandas as pd
 from benchmarks.results_file import write_results
 from data_buffer import DataBuffer
 from fleetcast.clock import from_ms, monotonic
-from fleetcast.ingest.rules import round_values
+from fleetcast.ingest.rules import round_rows
 from fleetcast.schema import RecordBatch
 
 START_MS = 1_767_225_600_000  # 2026-01-01
@@ -51,7 +51,7 @@ def fleet(servers: int, ticks: int, start_ms: int = START_MS) -> Iterator[Record
         level = np.clip(level + rng.normal(0, 0.02, level.shape), 1, 90)
         rhythm = 5 * np.sin(2 * np.pi * tick / TICKS_PER_DAY + phase)
         values = np.clip(level + rhythm + rng.normal(0, 0.5, level.shape), 0, 100)
-        rows = [round_values("x_pct", row, 2, 4) for row in values]
+        rows = round_rows(["x_pct"] * len(values), values, 2, 4)
         metrics = {f"m{place:02d}_pct": row for place, row in enumerate(rows)}
         yield RecordBatch(names, codes, np.full(servers, start_ms + tick * TICK_MS), metrics)
 

@@ -25,7 +25,7 @@ from benchmarks.buffer.buffer import N_METRICS, START_MS, TICKS_PER_DAY, cpu_s, 
 from benchmarks.results_file import write_results
 from data_buffer import DataBuffer
 from fleetcast.clock import DAY_MS, FakeClock, from_ms, monotonic
-from fleetcast.ingest.rules import round_values
+from fleetcast.ingest.rules import round_rows
 from fleetcast.schema import RecordBatch
 from fleetcast.storage.days import day_of_ms, day_path, split_by_day, write_part
 from fleetcast.storage.reader import bin_table
@@ -110,7 +110,9 @@ def real_sizes(file: Path) -> dict[str, float]:
     """Return the bytes of recorded metrics, rounded as ingest does, one sealed file a day."""
     table = canonical(pq.read_table(file), METRICS)
     for number, name in enumerate(table.column_names[2:], 2):
-        table = table.set_column(number, name, pa.array(round_values(name, floats(table.column(name)), 2, 4)))
+        table = table.set_column(
+            number, name, pa.array(round_rows([name], floats(table.column(name))[None], 2, 4)[0])
+        )
     size = n_rows = n_samples = 0
     days = split_by_day(merge([table], METRICS), METRICS)
     for day in list(days)[:: max(len(days) // 7, 1)]:

@@ -135,12 +135,12 @@ def literal_ms(rows: int) -> float:
 
 
 def sketched_ms(rows: int) -> float:
-    """Return the same against 1,001 quantiles of the reference, as a saved baseline keeps them."""
-    from fleetcast.drift.literal.scores import sketched_ks
+    """Return the same against 1,001 quantiles of the reference: what a baseline keeps and a check reads."""
+    from fleetcast.drift.literal.scores import ks_statistic
 
     quantiles = np.quantile(columns(REFERENCE_ROWS, SEED), np.linspace(0, 1, 1001), axis=1).T
     window = columns(rows, SEED + 1)
-    return best_ms(lambda: [sketched_ks(own, base) for own, base in zip(window, quantiles, strict=True)])
+    return best_ms(lambda: [ks_statistic(own, base) for own, base in zip(window, quantiles, strict=True)])
 
 
 def fleet_figures(n_servers: int) -> dict[str, float]:
@@ -194,10 +194,10 @@ def memory_mb() -> float:
     """
     code = (
         "import sys, numpy as np\n"
-        "from fleetcast.drift.literal.scores import sketched_ks\n"
+        "from fleetcast.drift.literal.scores import ks_statistic\n"
         "base = np.load(sys.argv[1], allow_pickle=False)\n"
         "window = np.random.default_rng(8).gamma(2.0, 3.0, (len(base), 1000))\n"
-        "[sketched_ks(own, ref) for own, ref in zip(window, base, strict=True)]\n"
+        "[ks_statistic(own, ref) for own, ref in zip(window, base, strict=True)]\n"
         "lines = open('/proc/self/status').read().splitlines()\n"
         "print(next(int(line.split()[1]) / 1024 for line in lines if line.startswith('VmHWM')))\n"
     )

@@ -8,8 +8,8 @@ seeded days, from unchanged to moved by one and a half standard deviations; prin
 of equal answers, as JSON.
 """
 
+import argparse
 import json
-import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -97,7 +97,9 @@ CHECKS = {"scipy": _scipy, "evidently": _evidently, "nannyml": _nannyml, "river"
 
 def main() -> int:
     """Print {"answers", "equal_pct", "original_says_drift", "ours_says_drift"} of one library."""
-    said, own = CHECKS[sys.argv[1]](*pairs())
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("library", choices=CHECKS)
+    said, own = CHECKS[parser.parse_args().library](*pairs())
     figures = {
         "answers": len(said),
         "equal_pct": round(100 * float((said == own).mean()), 2),

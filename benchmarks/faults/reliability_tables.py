@@ -6,6 +6,7 @@
 holds the document to the results, so a figure cannot be typed in.
 """
 
+import argparse
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -135,6 +136,7 @@ def write_document(document: Path = DOCUMENT) -> None:
 
 def main() -> int:
     """Rewrite the document."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     write_document()
     print(f"written {DOCUMENT.relative_to(ROOT)}")
     return 0

@@ -112,7 +112,7 @@ def _ours(
     cost[OURS] = round(process_time() - began, 1)
     model = Forecaster(description, weights)
     if options.save:
-        model.save(Path(options.save))
+        Path(options.save).write_bytes(model.to_bytes())
     return model
 
 

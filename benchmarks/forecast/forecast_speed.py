@@ -72,7 +72,7 @@ class RollingArrays:
         return np.full((len(server_names), len(METRICS), n_bins), np.nan, np.float32)
 
     def unknown(self, server_names: Iterable[str]) -> list[str]:
-        """Nobody is gone."""
+        """Return none: every server reports."""
         return []
 
 

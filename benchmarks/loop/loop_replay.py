@@ -6,7 +6,8 @@
 from every bin, a look every hour, trainings as each policy wants them, on the data so far. The policies:
 never, a cron job weekly or daily, the specification's literal rule, ours (calibrated, the default), and
 an oracle told what changed and when. Each is scored twice: what its models say (raw), and what clients
-get (served, with the expert layer). A row `no network` is the layer alone.
+get (served, with the expert layer). A row `no network` is the layer alone. Asked for by name,
+`ours_unspecialised` shows what specialists are worth: it is ours without them.
 
 Scenes: the data as recorded, new dynamics that repeat (`injected`), and those that do not
 (`parts/lasting.py`). A group is ten servers in the order of their names, a seed a draw of changes.
@@ -43,12 +44,13 @@ from benchmarks.loop.parts.fleet import (
     recorded_grid,
 )
 from benchmarks.loop.parts.lasting import LASTING, lasting
-from benchmarks.loop.parts.policies import NEVER, POLICIES
+from benchmarks.loop.parts.policies import ALL_POLICIES, NEVER, POLICIES
 from benchmarks.loop.parts.run import ReplayRun, trained
 from benchmarks.loop.parts.scores import daily_errors, errors, mean_with_interval, recovery_hours
 from benchmarks.loop.parts.served import SceneRules, serve
 from benchmarks.results_file import ROOT, write_results
 from fleetcast.files import read_json, write_json
+from fleetcast.forecast.registry import ATTEMPTS_FOLDER
 from fleetcast.schema import Floats32
 from fleetcast.training.grid import TrainingGrid
 
@@ -95,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--history-days", type=int, default=HISTORY_DAYS)
     parser.add_argument("--days", type=int, default=REPLAY_DAYS)
     parser.add_argument("--scene", nargs="+", choices=SCENES, default=list(SCENES))
-    parser.add_argument("--policy", nargs="+", choices=POLICIES, default=list(POLICIES))
+    parser.add_argument("--policy", nargs="+", choices=ALL_POLICIES, default=list(POLICIES))
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--plot", type=Path, help="draw error over time per policy (needs matplotlib)")
     return parser
@@ -120,7 +122,7 @@ class _Group:
         self._initial = self._folder / "initial" / "checkpoints"
         bins = f"[bins]\nforecast_metrics = {json.dumps(list(self._grid.metrics))}\n"
         self._settings = f"{bins}[trainer]\nsteps_per_epoch = {STEPS_PER_EPOCH}\n"
-        if not (self._initial / "last.ckpt").exists():
+        if not any((self._initial / ATTEMPTS_FOLDER).glob("*.json")):
             _train_initial(self._fleet(NATURAL, 0), self._initial, bins)
 
     def scene(self, name: str, seed: int) -> dict[str, Any]:
@@ -171,7 +173,7 @@ class _Scene:
     def figures(self, recorded: TrainingGrid) -> dict[str, Any]:
         """Score the policies that were run so far."""
         policies: dict[str, Any] = {NO_NETWORK: {"trainings": [], SERVED: self._score(self._serve(None))}}
-        for policy in (policy for policy in POLICIES if self.outcome(policy).exists()):
+        for policy in (policy for policy in ALL_POLICIES if self.outcome(policy).exists()):
             found = {RAW: self._score(self._quantiles(policy)), SERVED: self._score(self._serve(policy))}
             policies[policy] = read_json(self.outcome(policy)) | found
         rules = self.rules()
@@ -242,7 +244,7 @@ def _train_initial(fleet: ReplayFleet, checkpoints: Path, settings: str) -> None
 def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return per policy the mean error over groups and seeds, with its interval."""
     found: dict[str, Any] = {}
-    for policy in (NO_NETWORK, *POLICIES):
+    for policy in (NO_NETWORK, *ALL_POLICIES):
         own = [run["policies"][policy] for run in runs if policy in run["policies"]]
         if not own:
             continue

@@ -1,6 +1,6 @@
 """Request bodies: read within bounds of size, time and memory, and decoded.
 
-Owns: what a body may cost and what shape it must have (owner of the JSON decoder of the hot
+Owns: what a body may cost, in bytes and in values, and its shape (owner of the JSON decoder of the hot
 route). Does not know: what a record must look like inside.
 """
 
@@ -13,10 +13,19 @@ from typing import Any
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
+from fleetcast.ingest.arrow import ROWS_MAX
+
 BODY_TIMEOUT_S = 30.0  # for the whole body, so that slow senders cannot pile up
 _BODIES_IN_MEMORY = 8  # times the largest body: what all requests together may hold
 _DISCARDED_BODIES = 4  # so much of a refused body is read and dropped, for the sender to get its answer
 _DOUBLE_DIGITS = 310
+LIGHT_BYTES = (
+    2**18
+)  # bodies up to here have memory and lanes of their own: large ones cannot take their place
+_LIGHT_SHARE = 8  # one body in so many of what all hold
+RECORDS_MAX = ROWS_MAX  # of one request, in JSON as in Arrow
+ITEMS_MAX = 2**21  # values of one request: what it costs, in time and memory, goes by them and not by bytes
+_UNPACKED_PER_BYTE_MAX = 24  # snappy's densest copy makes 64 bytes out of 3
 _SHAPE = 'the body must be {"records": [...]}'
 
 
@@ -55,7 +64,13 @@ class BodyReader:
             if found != encoding:
                 wanted = "uncompressed" if encoding == "identity" else f"with Content-Encoding {encoding}"
                 raise Refusal(415, f"send the body {wanted}, not with Content-Encoding {found[:40]!r}")
-            yield bytes(body)
+            whole = bytes(body)
+            n_held = len(body)
+            body.clear()  # only the copy is needed from here on
+            try:
+                yield whole
+            finally:
+                self._held_bytes -= n_held
         except TimeoutError as error:
             raise Refusal(408, f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from error
         except ClientDisconnect as error:
@@ -75,7 +90,7 @@ class BodyReader:
                 return refusal
             if refusal is None and n_seen > self._max_bytes:
                 refusal = self._too_large()
-            elif refusal is None and self._held_bytes + len(chunk) > self._max_bytes * _BODIES_IN_MEMORY:
+            elif refusal is None and self._held_bytes + len(chunk) > self._room(len(body) + len(chunk)):
                 refusal = Refusal(503, "too many large requests at once", retry_after_s=1)
             if refusal is None:
                 body += chunk
@@ -85,8 +100,14 @@ class BodyReader:
                 body.clear()
         return refusal
 
+    def _room(self, body_bytes: int) -> int:
+        """Return what all bodies may hold for one of this size; the last part is for small ones."""
+        all_bytes = self._max_bytes * _BODIES_IN_MEMORY
+        return all_bytes if body_bytes <= LIGHT_BYTES else all_bytes - all_bytes // _LIGHT_SHARE
+
     def _too_large(self) -> Refusal:
-        return Refusal(413, f"the body must be at most {self._max_bytes} bytes; send fewer records at once")
+        limit = f"{self._max_bytes} bytes (server.max_body_bytes)"
+        return Refusal(413, f"the body must be at most {limit}; send fewer records at once")
 
 
 def read_records(body: bytes) -> list[Any]:
@@ -98,6 +119,7 @@ def read_records(body: bytes) -> list[Any]:
     >>> read_records(b'{"records": [{"cpu_pct": NaN}]}')
     [{'cpu_pct': nan}]
     """
+    check_items(body)
     try:
         value = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -106,7 +128,46 @@ def read_records(body: bytes) -> list[Any]:
     if not isinstance(records, list):
         found = f'"records" is {_kind(records)}' if isinstance(value, dict) else f"it is {_kind(value)}"
         raise Refusal(422, f"{_SHAPE}; {found}")
+    if len(records) > RECORDS_MAX:
+        raise _too_many(f"{len(records)} records", RECORDS_MAX)
     return records
+
+
+def check_items(body: bytes) -> None:
+    """Refuse JSON of too many values or lists and objects, before any of them is made.
+
+    Counts what begins or parts them, those in texts too: a text of many commas is no record of ours.
+
+    Raises:
+        Refusal: 413.
+    """
+    n_containers = body.count(b"{") + body.count(b"[")
+    if n_containers > RECORDS_MAX + 2:
+        raise _too_many(f"about {n_containers} objects and lists", RECORDS_MAX)
+    n_items = n_containers + body.count(b",")
+    if n_items > ITEMS_MAX:
+        raise _too_many(f"about {n_items} values", ITEMS_MAX)
+
+
+def check_unpacked(body: bytes, max_bytes: int) -> None:
+    """Refuse a snappy block by what it says to unpack to, before any lock is taken.
+
+    Raises:
+        Refusal: 413 where that is too much, 400 where so much cannot be in it.
+    """
+    size = 0
+    for place, byte in enumerate(body[:5]):
+        size |= (byte & 0x7F) << (7 * place)
+        if byte < 0x80:
+            break
+    if size > max_bytes:
+        raise Refusal(413, f"the body unpacks to {size} bytes, at most {max_bytes} are taken")
+    if size > len(body) * _UNPACKED_PER_BYTE_MAX:
+        raise Refusal(400, "the body is not a snappy block: it states an impossible size")
+
+
+def _too_many(what: str, limit: int) -> Refusal:
+    return Refusal(413, f"the body holds {what}, at most {limit} are taken; send fewer records at once")
 
 
 def encode(answer: Mapping[str, Any]) -> bytes:

@@ -1,8 +1,9 @@
 """The routes that take records in: bounded waiting, worker threads, one answer per request.
 
-Owns: content types, what a failure means to each kind of sender, how much work may wait. Reads raw
+Owns: content types, the form of an error for each kind of sender, how much work may wait. Reads raw
 bodies itself (`bodies`) and hands them to threads (`lanes`; remote-write to a pool of its own), so
-that the event loop only ever waits. Does not know: what records are.
+that the event loop only ever waits. Does not know: what records are; what a full or broken disk
+answers (`lanes.storage_refusal`).
 
 `FeedDoor` answers these POSTs before any routing: a web framework's routing, dependencies and exit
 stacks cost a post of 20 records as much as all the rest of the event loop's work. The routes are
@@ -18,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fleetcast.api.bodies import BodyReader, Refusal, encode
+from fleetcast.api.bodies import LIGHT_BYTES, BodyReader, Refusal, check_unpacked, encode
 from fleetcast.api.lanes import Lanes, PostGroups, storage_refusal
 from fleetcast.clock import monotonic
 from fleetcast.errors import BadData, StorageBroken, StorageFull
@@ -34,6 +35,7 @@ PROTOBUF = "application/x-protobuf"
 KEY_HEADER = "x-api-key"
 WRONG_KEY = "X-API-Key is missing or wrong"
 _WORKERS = 32  # threads that wait for the disk together: one fdatasync then serves all of them
+_HEAVY_PENDING = 16  # large bodies at work: they must not use up the places of the small ones
 _HOLD_STEP_S = 0.002
 _REMOTE_WRITE_2 = "io.prometheus.write.v2"
 
@@ -55,7 +57,7 @@ class Feed:
         self._settings = settings
         self._lanes = Lanes(PostGroups(intake, self._count).work)
         self._bodies = BodyReader(settings.max_body_bytes)
-        self._n_pending = 0  # touched by the event loop only
+        self._n_pending = self._n_heavy = 0  # touched by the event loop only
         n_workers = min(_WORKERS, settings.max_pending_posts)
         self._workers = ThreadPoolExecutor(n_workers, thread_name_prefix="ingest")
 
@@ -69,7 +71,7 @@ class Feed:
         started = monotonic()
         is_arrow = _content_type(request) == ARROW
         try:
-            async with self._bodies.read(request) as body, self._turn():
+            async with self._bodies.read(request) as body, self._turn(len(body)):
                 answer = await self._lanes.take(body, is_arrow=is_arrow)
             response = Response(answer, media_type=JSON)
         except Refusal as refusal:
@@ -88,7 +90,9 @@ class Feed:
         try:
             if _content_type(request) != PROTOBUF or _REMOTE_WRITE_2 in request.headers["content-type"]:
                 raise Refusal(415, f"remote-write 1.0 is taken: Content-Type {PROTOBUF}, a WriteRequest")
-            async with self._bodies.read(request, encoding="snappy") as body, self._turn():
+            async with self._bodies.read(request, encoding="snappy") as body, self._turn(len(body)):
+                if self._writes is not None:
+                    check_unpacked(body, self._writes.max_unpacked_bytes)
                 loop = asyncio.get_running_loop()
                 problems = await loop.run_in_executor(self._workers, self._take_write, body)
             response = PlainTextResponse(problems + "\n", 400) if problems else Response(status_code=204)
@@ -99,16 +103,22 @@ class Feed:
         return response
 
     @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
+    async def _turn(self, n_bytes: int) -> AsyncIterator[None]:
         """Let the block run once it may; it is counted as work until it ends."""
+        is_heavy = n_bytes > LIGHT_BYTES
         if self._n_pending >= self._settings.max_pending_posts:
-            raise Refusal(503, "too many requests at work", retry_after_s=1)
+            limit = f"{self._settings.max_pending_posts} (server.max_pending_posts)"
+            raise Refusal(503, f"too many requests at work, at most {limit}", retry_after_s=1)
+        if is_heavy and self._n_heavy >= _HEAVY_PENDING:
+            raise Refusal(503, f"too many large requests at work, at most {_HEAVY_PENDING}", retry_after_s=1)
         self._n_pending += 1
+        self._n_heavy += is_heavy
         try:
             await self._wait_for_the_sweep()
             yield
         finally:
             self._n_pending -= 1
+            self._n_heavy -= is_heavy
 
     async def _wait_for_the_sweep(self) -> None:
         deadline = monotonic() + self._settings.hold_s
@@ -118,8 +128,10 @@ class Feed:
             await asyncio.sleep(_HOLD_STEP_S)
 
     def _count(self, receipt: Receipt) -> None:
-        reasons = (rejection.reason for rejection in receipt.rejections)
-        self._telemetry.count_records(receipt.n_received, reasons, receipt.n_ignored_fields)
+        n_refused = sum(one.n_records for one in receipt.refused_fields)
+        self._telemetry.count_records(
+            receipt.n_received, receipt.by_rule, receipt.n_ignored_fields, n_refused
+        )
 
     def _take_write(self, body: bytes) -> str:
         """Decode, derive records and store them; return what was wrong with some of the samples."""
@@ -134,7 +146,7 @@ class Feed:
         except BadData as error:
             raise Refusal(400, str(error)) from error
         self._telemetry.count_samples(receipt.samples)
-        self._telemetry.count_records(receipt.n_records, receipt.reasons, 0)
+        self._telemetry.count_records(receipt.n_records, receipt.faults, 0, receipt.n_fields_refused)
         return "; ".join(receipt.problems)
 
 
@@ -154,11 +166,17 @@ class FeedDoor:
         app: ASGIApp,
         answers: Mapping[str, Callable[[Request], Awaitable[Response]]],
         is_welcome: Callable[[str | None], bool],
+        on_refusal: Callable[[Scope], None],
     ) -> None:
-        """Take the answering function of each path, and the test of a request's key (None = it has none)."""
+        """Take the answering function of each path, and the test of a request's key (None = it has none).
+
+        Args:
+            on_refusal: told of each request with a wrong key.
+        """
         self._app = app
         self._answers = answers
         self._is_welcome = is_welcome
+        self._on_refusal = on_refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection event of ASGI."""
@@ -171,5 +189,6 @@ class FeedDoor:
         if self._is_welcome(request.headers.get(KEY_HEADER)):
             response = await answer(request)
         else:
+            self._on_refusal(scope)
             response = Response(encode({"detail": WRONG_KEY}), 401, media_type="application/json")
         await response(scope, receive, send)

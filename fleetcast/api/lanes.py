@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fleetcast.api.bodies import Refusal, encode, read_records
+from fleetcast.api.bodies import LIGHT_BYTES, Refusal, check_items, encode, read_records
 from fleetcast.errors import BadData, StorageBroken, StorageFull
 from fleetcast.ingest.arrow import read_columns
 from fleetcast.ingest.columns import RowsOf, layout_of
@@ -25,7 +25,9 @@ from fleetcast.serving.intake import Intake, Receipt
 
 MAX_ERRORS_SHOWN = 20
 GROUP_MAX_BYTES = 2**20  # bodies of one group: larger ones gain nothing, and make the first one wait
-_N_LANES = 2  # one works while the other waits for the disk; more would only make the groups smaller
+_N_LANES = (
+    2  # of each kind: one works while the other waits for the disk; more would only make the groups smaller
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -38,14 +40,22 @@ class Post:
     answer: bytes | Exception | None = field(default=None)
 
 
+Posts = queue.SimpleQueue["Post | None"]
+
+
 class Lanes:
-    """Threads that do `work` on groups of posts; it sets each post's answer and may raise for all."""
+    """Threads that do `work` on groups of posts; it sets each post's answer and may raise for all.
+
+    Large bodies have lanes of their own: a small post never waits for one of them.
+    """
 
     def __init__(self, work: Callable[[Sequence[Post]], None]) -> None:
         self._work = work
-        self._posts: queue.SimpleQueue[Post | None] = queue.SimpleQueue()  # bounded by its caller
+        self._light: Posts = queue.SimpleQueue()  # bounded by its caller
+        self._heavy: Posts = queue.SimpleQueue()
         self._threads = [
-            threading.Thread(target=self._run, name=f"lane-{number}", daemon=True)
+            threading.Thread(target=self._run, args=(posts,), name=f"lane-{kind}-{number}", daemon=True)
+            for kind, posts in (("light", self._light), ("heavy", self._heavy))
             for number in range(_N_LANES)
         ]
         for thread in self._threads:
@@ -54,19 +64,20 @@ class Lanes:
     async def take(self, body: bytes, *, is_arrow: bool) -> bytes:
         """Return the answer to one body, from the event loop; raises what the work raised for it."""
         post = Post(body, is_arrow, asyncio.get_running_loop().create_future())
-        self._posts.put(post)
+        (self._light if len(body) <= LIGHT_BYTES else self._heavy).put(post)
         return await post.done
 
     def close(self) -> None:
         """Finish what waits and end the threads."""
-        for _ in self._threads:
-            self._posts.put(None)
+        for _ in range(_N_LANES):
+            self._light.put(None)
+            self._heavy.put(None)
         for thread in self._threads:
             thread.join()
 
-    def _run(self) -> None:
-        while (post := self._posts.get()) is not None:
-            group = self._group(post)
+    def _run(self, posts: Posts) -> None:
+        while (post := posts.get()) is not None:
+            group = self._group(post, posts)
             try:
                 self._work(group)
             except Exception as error:
@@ -84,16 +95,16 @@ class Lanes:
                 except Exception as own:
                     post.answer = own
 
-    def _group(self, first: Post) -> list[Post]:
+    def _group(self, first: Post, posts: Posts) -> list[Post]:
         group = [first]
         n_bytes = len(first.body)
         while n_bytes < GROUP_MAX_BYTES:
             try:
-                post = self._posts.get_nowait()
+                post = posts.get_nowait()
             except queue.Empty:
                 break
             if post is None:  # the end is for every lane, and comes after all posts
-                self._posts.put(None)
+                posts.put(None)
                 break
             group.append(post)
             n_bytes += len(post.body)
@@ -138,6 +149,7 @@ class PostGroups:
                 return RowsOf(read_columns(post.body))
             except BadData as error:
                 raise Refusal(422, str(error)) from error
+        check_items(post.body)
         columns = self._json.read(post.body)
         if columns is not None:
             return columns
@@ -165,11 +177,12 @@ def storage_refusal(error: StorageFull | StorageBroken) -> Refusal:
 
 
 def _answer(receipt: Receipt) -> bytes:
-    return encode(
-        {
-            "status": "ok",
-            "records_received": receipt.n_received,
-            "records_rejected": len(receipt.rejections),
-            "errors": [rejection.as_dict() for rejection in receipt.rejections[:MAX_ERRORS_SHOWN]],
-        }
-    )
+    answer: dict[str, Any] = {
+        "status": "ok",
+        "records_received": receipt.n_received,
+        "records_rejected": receipt.n_rejected,
+        "errors": [rejection.as_dict() for rejection in receipt.rejections[:MAX_ERRORS_SHOWN]],
+    }
+    if receipt.refused_fields:
+        answer["fields_refused"] = [one.as_dict() for one in receipt.refused_fields[:MAX_ERRORS_SHOWN]]
+    return encode(answer)

@@ -10,20 +10,24 @@ across origins without reading. The first shows in `Host`, the second in `Origin
 refuses both. With a key it is not needed, since a page does not know the key.
 """
 
+import copy
 import hmac
 import ipaddress
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Response
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.security import APIKeyHeader
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fleetcast import __version__
 from fleetcast.api.bodies import encode
+from fleetcast.api.connection import PIECE_BYTES
 from fleetcast.api.feed import ARROW, JSON, PROTOBUF, WRONG_KEY, Feed, FeedDoor
+from fleetcast.clock import SystemClock, iso_z
 from fleetcast.serving.board import PredictionBoard, UnknownServer
 from fleetcast.serving.intake import Intake
 from fleetcast.serving.status import StatusReport
@@ -32,6 +36,7 @@ from fleetcast.serving.writes import WriteIntake
 from fleetcast.settings import ServerSettings
 
 FEED_PATH = "/feed/data"
+_FOREIGN_HOST = 421
 Schema = dict[str, Any]
 
 _NUMBERS: Schema = {"type": "array", "items": {"type": "number"}}
@@ -89,6 +94,20 @@ FEED_ANSWER: Schema = {
                 },
             },
         },
+        "fields_refused": {
+            "type": "array",
+            "maxItems": 20,
+            "description": "metrics too many, left out of records that were received without them",
+            "items": {
+                "type": "object",
+                "required": ["field", "records", "reason"],
+                "properties": {
+                    "field": {"type": "string"},
+                    "records": {"type": "integer"},
+                    "reason": {"type": "string"},
+                },
+            },
+        },
     },
 }
 FEED_BODY: Schema = {
@@ -109,19 +128,55 @@ FEED_BODY: Schema = {
             },
         }
     },
-    "example": {
-        "records": [
-            {"timestamp": "2026-01-15T10:00:05Z", "server_name": "web-01", "cpu_pct": 12.5, "mem_pct": 40.1}
-        ]
-    },
 }
 ERROR: Schema = {
     "type": "object",
     "required": ["detail"],
-    "properties": {"detail": {"type": "string"}},
+    "properties": {
+        "detail": {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "object", "required": ["loc", "msg"]}},
+            ],
+            "description": "why; of fields of the query: a list, each with its place and its message",
+        }
+    },
 }
 OBJECT: Schema = {"type": "object"}
 BINARY: Schema = {"type": "string", "format": "binary"}
+
+
+class Pieces(Response):
+    """A JSON document that is joined piece by piece while it is sent, never as a whole."""
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        super().__init__(media_type=JSON, headers={"content-length": str(sum(map(len, pieces)))})
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it; how fast is for the connection to say."""
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        for block in blocks(self._pieces, PIECE_BYTES):
+            await send({"type": "http.response.body", "body": block, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+def blocks(pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
+    """Yield pieces joined to blocks of about `size` bytes.
+
+    >>> list(blocks([b"ab", b"c", b"defg"], 3))
+    [b'abc', b'defg']
+    """
+    block: list[bytes] = []
+    n_bytes = 0
+    for piece in pieces:
+        block.append(piece)
+        n_bytes += len(piece)
+        if n_bytes >= size:
+            yield b"".join(block)
+            block, n_bytes = [], 0
+    if block:
+        yield b"".join(block)
 
 
 def answers(ok: Schema, **errors: str) -> dict[int | str, dict[str, Any]]:
@@ -157,7 +212,13 @@ WRITE_ANSWERS: dict[int | str, dict[str, Any]] = {
     503: {"description": "busy, or a sweep goes first (data clock); repeat it"},
     507: {"description": "the disk is full; repeat it"},
 }
-PREDICTION_ANSWERS = answers(PREDICTIONS, e401=WRONG_KEY, e404="unknown server")
+PREDICTION_ANSWERS = answers(
+    PREDICTIONS,
+    e401=WRONG_KEY,
+    e404="unknown server",
+    e422="too many servers",
+    e503="too many answers unread",
+)
 STATUS_ANSWERS = answers(OBJECT, e401=WRONG_KEY)
 
 
@@ -185,19 +246,39 @@ def create_app(
 
     app = FastAPI(title="fleetcast inference daemon", version=__version__, lifespan=lifespan)
     answers_by_path = {FEED_PATH: feed.answer}
-    app.include_router(_guarded_routes(board, report, api_key))
+    door = Door(api_key, telemetry)
+    app.include_router(_guarded_routes(board, report, door, settings.max_query_servers))
     if writes is not None:
         answers_by_path[writes.path] = feed.answer_write
-        app.include_router(_write_route(writes.path, api_key))
-    app.add_middleware(FeedDoor, answers=answers_by_path, is_welcome=_key_test(api_key))
+        app.include_router(_write_route(writes.path, door))
+    app.add_middleware(FeedDoor, answers=answers_by_path, is_welcome=door.is_welcome, on_refusal=door.note)
     if not api_key:  # added after the door, so that requests pass it before the door
-        app.add_middleware(BrowserGuard, allowed_hosts=settings.allowed_hosts)
+        app.add_middleware(
+            BrowserGuard, allowed_hosts=settings.allowed_hosts, on_refusal=telemetry.count_refusal
+        )
     app.include_router(_open_routes(report, telemetry))
+    app.openapi = _with_present_example(app.openapi)  # type: ignore[method-assign]
     return app
 
 
-def _guarded_routes(board: PredictionBoard, report: StatusReport, api_key: str) -> APIRouter:
-    router = APIRouter(dependencies=[Depends(_key_check(api_key))])
+def _with_present_example(describe: Callable[[], Schema]) -> Callable[[], Schema]:
+    """Let the description's example record be of this moment: an old one would be refused."""
+
+    def describe_now() -> Schema:
+        description = copy.deepcopy(describe())
+        content = description["paths"][FEED_PATH]["post"]["requestBody"]["content"]
+        now = iso_z(SystemClock().now().replace(microsecond=0))
+        record = {"timestamp": now, "server_name": "web-01", "cpu_pct": 12.5, "mem_pct": 40.1}
+        content[JSON]["example"] = {"records": [record]}
+        return description
+
+    return describe_now
+
+
+def _guarded_routes(
+    board: PredictionBoard, report: StatusReport, door: "Door", max_query_servers: int
+) -> APIRouter:
+    router = APIRouter(dependencies=[Depends(door.check())])
 
     @router.post(
         FEED_PATH,
@@ -215,19 +296,22 @@ def _guarded_routes(board: PredictionBoard, report: StatusReport, api_key: str) 
     @router.get(
         "/predictions/current",
         responses=PREDICTION_ANSWERS,
+        dependencies=[Depends(only("server", "fields"))],
     )
     def predictions_current(
         server: Annotated[list[str], Query(description="narrow to these servers")] = [],  # noqa: B006
         fields: Annotated[Literal["current"] | None, Query(description="leave the forecasts out")] = None,
     ) -> Response:
         """Return the newest values and forecasts of the fleet."""
+        if len(server) > max_query_servers:
+            raise HTTPException(422, f"a query names at most {max_query_servers} servers; ask for all")
         try:
             document = board.document(server, only_current=fields == "current")
         except UnknownServer as error:
             raise HTTPException(404, str(error)) from error
-        return Response(document, media_type=JSON)
+        return Pieces(document)
 
-    @router.get("/status", responses=STATUS_ANSWERS)
+    @router.get("/status", responses=STATUS_ANSWERS, dependencies=[Depends(only())])
     def status() -> Response:
         """Summarise buffer, model, ledger, backlog and the last errors."""
         return Response(encode(report.status()), media_type=JSON)
@@ -235,8 +319,8 @@ def _guarded_routes(board: PredictionBoard, report: StatusReport, api_key: str) 
     return router
 
 
-def _write_route(path: str, api_key: str) -> APIRouter:
-    router = APIRouter(dependencies=[Depends(_key_check(api_key))])
+def _write_route(path: str, door: "Door") -> APIRouter:
+    router = APIRouter(dependencies=[Depends(door.check())])
 
     @router.post(
         path,
@@ -279,28 +363,67 @@ def _open_routes(report: StatusReport, telemetry: Telemetry) -> APIRouter:
     return router
 
 
-def _key_check(api_key: str) -> Callable[..., Awaitable[None]]:
-    header = APIKeyHeader(name="X-API-Key", auto_error=False)
-    is_welcome = _key_test(api_key)
+class Door:
+    """Lets requests with the right key in, and counts the others."""
 
-    async def check(given: Annotated[str | None, Depends(header)]) -> None:
-        if not is_welcome(given):
-            raise HTTPException(401, WRONG_KEY)
+    def __init__(self, api_key: str, telemetry: Telemetry) -> None:
+        self._wanted = api_key.encode()
+        self._telemetry = telemetry
+
+    def is_welcome(self, given: str | None) -> bool:
+        """Return whether a key opens the guarded routes, compared in constant time."""
+        found = (given or "").encode("latin-1", "replace")
+        return not self._wanted or hmac.compare_digest(found, self._wanted)
+
+    def note(self, scope: Scope) -> None:
+        """Count a request that has no right key."""
+        self._telemetry.count_refusal("key", _peer(scope))
+
+    def check(self) -> Callable[..., Awaitable[None]]:
+        """Return the dependency that the framework's routes check the key by."""
+        header = APIKeyHeader(name="X-API-Key", auto_error=False)
+
+        async def check(request: Request, given: Annotated[str | None, Depends(header)]) -> None:
+            if not self.is_welcome(given):
+                self.note(request.scope)
+                raise HTTPException(401, WRONG_KEY)
+
+        return check
+
+
+def _peer(scope: Scope) -> str:
+    client = scope.get("client")
+    return str(client[0]) if client else "unknown"
+
+
+def only(*names: str) -> Callable[[Request], Awaitable[None]]:
+    """Return a dependency that refuses query fields of other names: a mistyped one would widen the answer."""
+
+    async def check(request: Request) -> None:
+        takes = f"this path takes {', '.join(names)}" if names else "this path takes none"
+        unknown = [name for name in request.query_params if name not in names]
+        if unknown:
+            raise RequestValidationError(
+                [
+                    {"type": "extra_forbidden", "loc": ("query", name), "msg": f"unknown field: {takes}"}
+                    for name in unknown
+                ]
+            )
 
     return check
-
-
-def _key_test(api_key: str) -> Callable[[str | None], bool]:
-    """Return whether a given key opens the guarded routes, compared in constant time."""
-    wanted = api_key.encode()
-    return lambda given: not wanted or hmac.compare_digest((given or "").encode("latin-1", "replace"), wanted)
 
 
 class BrowserGuard:
     """Middleware that answers 421 for a foreign `Host` and 403 for a foreign `Origin`."""
 
-    def __init__(self, app: ASGIApp, allowed_hosts: Iterable[str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        allowed_hosts: Iterable[str],
+        on_refusal: Callable[[str, str], None] = lambda _reason, _peer: None,
+    ) -> None:
         self._app = app
+        self._on_refusal = on_refusal
         self._allowed = {name.lower() for name in allowed_hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -308,6 +431,7 @@ class BrowserGuard:
         if scope["type"] == "http":
             status, why = self.refusal(dict(scope["headers"]))
             if status:
+                self._on_refusal("host" if status == _FOREIGN_HOST else "origin", _peer(scope))
                 refusal = Response(json.dumps({"detail": why}), status, media_type=JSON)
                 await refusal(scope, receive, send)
                 return
@@ -325,7 +449,7 @@ class BrowserGuard:
         host = headers.get(b"host", b"").decode("latin-1")
         if not self._is_ours(host):
             return (
-                421,
+                _FOREIGN_HOST,
                 f"this daemon is not known as {host[:80]!r}: set server.allowed_hosts or a TFT_API_KEY",
             )
         origin = headers.get(b"origin", b"").decode("latin-1")

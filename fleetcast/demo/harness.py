@@ -160,7 +160,7 @@ class Loop:
         return codes
 
     def _end_training(self) -> None:
-        """End a training that was under way: it outlives its daemon, and nobody would adopt it here."""
+        """End a training that was under way: it outlives its daemon, and no daemon follows to adopt it."""
         for attempt in self.attempts():
             if attempt["outcome"] == "running" and attempt["pid"]:
                 with suppress(ProcessLookupError):
@@ -194,7 +194,7 @@ class Loop:
 
 
 def free_port() -> int:
-    """Return a port of this host that nobody listens on."""
+    """Return a free port of this host."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -90,11 +90,10 @@ def phase_name(moment: datetime) -> str:
     return "(three servers have changed)" if moment >= splice.CHANGE else "(no server has changed)"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Run the demo; return the exit code."""
-    argparse.ArgumentParser(prog="fleetcast.demo", description=(__doc__ or "").splitlines()[0]).parse_args(
-        argv
-    )
+    about = (__doc__ or "").splitlines()[0]
+    argparse.ArgumentParser(prog=prog or "python -m fleetcast.demo", description=about).parse_args(argv)
     began_s = monotonic()
     teller = Teller(FOLDER, began_s)
     loop = Loop(FOLDER.resolve(), CONFIG)

@@ -15,7 +15,6 @@ from fleetcast.program import shipped_folder
 
 SAMPLE = "smd_fleet.parquet"
 MAPS = ("cpu_pct=cpu_r_norm01*100", "mem_pct=mem_u_norm01*100", "disk_write_pct=disk_wb_norm01*100")
-METRICS = tuple(text.split("=")[0] for text in MAPS)
 START = datetime(2000, 1, 10, tzinfo=UTC)
 CHANGE = datetime(2000, 1, 15, 9, tzinfo=UTC)
 END = datetime(2000, 1, 16, 21, tzinfo=UTC)

@@ -65,10 +65,12 @@ class DriftSource:
         settings: DriftSettings,
         bin_ms: int,
         folder: Path = Path(),
+        correct_within_s: float = 0.0,
     ) -> None:
         """Read nothing yet.
 
         Args:
+            correct_within_s: how long after a bin's end late rows may still correct it.
             folder: the working directory, where a renewed reference lies.
         """
         self._store = store
@@ -76,15 +78,21 @@ class DriftSource:
         self._settings = settings
         self._window = DriftWindow(self.read, settings, bin_ms)
         renewal = ReferenceRenewal(self.one_ahead, settings, bin_ms, folder / REFERENCE_FOLDER)
-        self._follower = SeasonalFollower(self.one_ahead, renewal, settings, bin_ms)
+        self._follower = SeasonalFollower(
+            self.one_ahead, renewal, settings, bin_ms, int(correct_within_s * 1000)
+        )
         self._loaded: tuple[Version, Baseline, int] | None = None  # version, baseline, data end
+        self._unusable = ""  # why the baseline in force is not
 
-    def evidence(self, served: str | None = None, *, may_renew: bool = False) -> DriftEvidence:
+    def evidence(
+        self, served: str | None = None, *, may_renew: bool = False, first_training: str = ""
+    ) -> DriftEvidence:
         """Return what there is now.
 
         Args:
             served: the version the inference daemon says it serves; None asks the registry.
             may_renew: whether this process owns the working directory.
+            first_training: what a fleet's first training still lacks, for people.
         """
         version = served or self.version_by_registry()
         in_force, baseline, floor_ms = self._baseline_in_force()
@@ -94,7 +102,11 @@ class DriftSource:
         if self._settings.basis != CALIBRATED:
             return DriftEvidence(window, version, baseline)
         if in_force is None or newest_ms is None:
-            missing = "no reference of the fleet yet: no training ran to a verdict"
+            missing = (
+                self._unusable or f"the first training makes the drift reference: {first_training or 'due'}"
+            )
+            if in_force is not None:
+                missing = "no records in the buffer"
             return DriftEvidence(window, version, baseline, missing=missing)
         self._follower.follow(in_force, version, newest_ms, may_renew=may_renew)
         return DriftEvidence(
@@ -108,6 +120,11 @@ class DriftSource:
             unknown_servers=self._follower.unknown_servers(),
         )
 
+    @property
+    def last_trained(self) -> Version | None:
+        """Return the version of the last training that ran to a verdict, as of the newest evidence."""
+        return self._loaded[0] if self._loaded else None
+
     def version_by_registry(self) -> str | None:
         """Return the version that should be in service, by what is on disk."""
         current = self._registry.current_id()
@@ -118,6 +135,7 @@ class DriftSource:
 
     def _baseline_in_force(self) -> tuple[Version | None, Baseline | None, int]:
         """Return the version in force, its baseline and the end of its data; read once per version."""
+        self._unusable = ""
         try:
             version = self._registry.baseline_in_force()
             if version is None:
@@ -127,6 +145,7 @@ class DriftSource:
                 self._loaded = (version, baseline, version.data_end_ms or baseline.end_ms)
         except (CorruptFile, FileNotFoundError) as error:
             logger.warning("no baseline can be used reason=%s", error)
+            self._unusable = f"the baseline in force cannot be used: {error}"
             return None, None, 0
         return self._loaded
 

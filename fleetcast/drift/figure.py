@@ -11,7 +11,7 @@ import numpy as np
 
 from fleetcast.clock import DAY_MS, from_ms
 from fleetcast.drift.evidence import DriftEvidence
-from fleetcast.drift.report import OK, RETRAIN, DriftReport
+from fleetcast.drift.report import DriftReport
 from fleetcast.drift.seasonal.detector import DriftingSeries, DriftVerdict
 from fleetcast.drift.seasonal.quorum import THRESHOLDS, combined_ratio
 from fleetcast.drift.seasonal.settled import read_grid
@@ -66,7 +66,7 @@ def drift_figure(report: DriftReport, read: ReadForecasts) -> "Figure":
     heights = [HEAD, *[PANEL] * len(chosen)]
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     top, *panels = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    state = RETRAIN if report.needs_retraining else OK
+    state = report.recommendation or report.status
     figure.suptitle(
         f"Drift at {from_ms(verdict.end_ms):%Y-%m-%d %H:%M} UTC: {state} (status {report.status})\n"
         f"{len(verdict.drifting)} of {verdict.n_compared} compared series in alarm, "
@@ -110,7 +110,7 @@ def _draw_scores(axes: "Axes", report: DriftReport, verdict: DriftVerdict, evide
     ends_ms = verdict.end_ms - np.arange(ratios.shape[1])[::-1] * verdict.reference.bin_ms
     for name, (title, colour) in SCORES.items():
         limit, width = report.thresholds[name], 2.2 if name == "combined_score" else 1.4
-        label = f"{title}: {report.metrics[name]:.3f}, limit {limit:g}"
+        label = f"{title}: {report.metrics[name] or 0.0:.3f}, limit {limit:g}"
         _line(axes, ends_ms, scores[name] / max(limit, 1e-9), colour, label, width)
     axes.axhline(1.0, color=RED, linewidth=1.2, linestyle="--", label="limit")
     axes.set_ylim(bottom=0)

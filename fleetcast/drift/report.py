@@ -15,15 +15,19 @@ import numpy as np
 from fleetcast.clock import from_ms, iso_z
 from fleetcast.drift.evidence import DriftEvidence
 from fleetcast.drift.literal.baseline import Baseline
-from fleetcast.drift.literal.series import SeriesDrift
+from fleetcast.drift.literal.series import RelativeErrors, SeriesDrift, geometric_mean
 from fleetcast.drift.literal.window import PairWindow
-from fleetcast.drift.seasonal.detector import DriftingSeries, DriftVerdict
+from fleetcast.drift.seasonal.detector import COLLECTING, DriftingSeries, DriftVerdict
 from fleetcast.settings import CALIBRATED, LITERAL
 
 MOST_NAMED = 10  # series in the report
 MOST_EVENTS = 50
 OK = "OK"
 RETRAIN = "RETRAIN NOW"
+IN_ORDER = "neither the model nor what clients get is in alarm by error"
+STALE_NOT_FELT = "the model is stale; clients do not feel it: the experts make up for it"
+STALE_AND_FELT = "the model is stale, and clients feel it: the last value would serve them as well"
+FRESH_BUT_FELT = "the model is not stale, but the last value would serve clients as well"
 _NAMES = {
     "per": "Prediction error rate (PER)",
     "dss": "Distribution shift score (DSS)",
@@ -36,12 +40,12 @@ _NAMES = {
 class DriftReport:
     """One check of the drift window: the evidence, the scores, what they say."""
 
-    metrics: Mapping[str, float]  # per, dss, fds, anomaly_rate, combined_score: those that decide
+    metrics: Mapping[str, float | None]  # per, dss, fds, anomaly_rate, combined_score: those that decide
     needs_retraining: bool
     exceeded: tuple[str, ...]  # scores over their threshold
     thresholds: Mapping[str, float]  # by the same names as metrics
     weights: Mapping[str, float]
-    trends: Mapping[str, str]
+    trends: Mapping[str, str | None]
     status: str
     status_reason: str
     n_pairs: int  # rows of the window
@@ -52,8 +56,9 @@ class DriftReport:
     evidence: DriftEvidence | None = None  # None: the caller gave the rows
     not_compared: Mapping[str, str] = field(default_factory=dict)
     per_by_horizon: Mapping[int, float] = field(default_factory=dict)
+    relative_errors: Mapping[int, RelativeErrors] = field(default_factory=dict)  # by bins ahead
     top: tuple[SeriesDrift, ...] = ()
-    literal: Mapping[str, float] = field(default_factory=dict)  # the same names as metrics
+    literal: Mapping[str, float | None] = field(default_factory=dict)  # the same names as metrics
     basis: str = LITERAL
     verdict: DriftVerdict | None = None  # of the seasonal detector
     waiting_for: str = ""  # why the seasonal detector can give no verdict, or ""
@@ -63,18 +68,37 @@ class DriftReport:
         """Return the series in alarm by the seasonal detector, worst first."""
         return self.verdict.drifting if self.verdict else ()
 
+    @property
+    def served_error(self) -> "ServedError":
+        """Return what clients get beside what the model says, one bin ahead."""
+        names = {(item.server_name, item.metric) for item in self.drifting}
+        names |= {(item.server, item.metric) for item in self.top if item.is_drifting}
+        return ServedError(self.relative_errors, frozenset(names), is_stale="per" in self.exceeded)
+
     def current_metrics(self) -> dict[str, Any]:
-        """Return the six keys of `calculate_drift_metrics`."""
+        """Return the six keys of `calculate_drift_metrics`, where what is not known yet counts as 0."""
+        known = {name: value or 0.0 for name, value in self.metrics.items()}
+        return {**known, "needs_retraining": self.needs_retraining}
+
+    def known_metrics(self) -> dict[str, Any]:
+        """Return the same keys as files and people read them: None for what is not known yet."""
         return {**self.metrics, "needs_retraining": self.needs_retraining}
+
+    @property
+    def recommendation(self) -> str | None:
+        """Return what to do; None while nothing can be said."""
+        if self.status == COLLECTING:
+            return None
+        return RETRAIN if self.needs_retraining else OK
 
     def as_json(self, made_at: datetime) -> dict[str, Any]:
         """Return the content of `drift_metrics.json`."""
         is_seasonal = self.basis == CALIBRATED
         top = [drifting_json(item) for item in self.drifting[:MOST_NAMED]]
         return {
-            "current_metrics": self.current_metrics(),
+            "current_metrics": self.known_metrics(),
             "trends": dict(self.trends),
-            "recommendation": RETRAIN if self.needs_retraining else OK,
+            "recommendation": self.recommendation,
             "status": self.status,
             "status_reason": self.status_reason,
             "basis": self.basis,
@@ -83,6 +107,7 @@ class DriftReport:
             "thresholds": dict(self.thresholds),
             "weights": dict(self.weights),
             "per_by_horizon": {str(horizon): value for horizon, value in self.per_by_horizon.items()},
+            "served_error": self.served_error.as_json(),
             "top_drifting": top if is_seasonal else [series_json(item) for item in self.top],
             "not_compared": dict(self.not_compared),
             "window": self._window_json(),
@@ -164,18 +189,19 @@ class DriftReport:
         """Return the report for people."""
         lines = ["DRIFT REPORT", *self._context_lines(), ""]
         for name, title in _NAMES.items():
-            mark = "over" if name in self.exceeded else "ok"
-            trend = self.trends.get(name, "stable")
-            lines.append(
-                f"  {title:<31} {self.metrics[name]:7.1%}  limit {self.thresholds[name]:5.1%}"
-                f"  {mark:<4}  {trend}"
-            )
-        combined, limit = self.metrics["combined_score"], self.thresholds["combined_score"]
-        mark = "over" if "combined_score" in self.exceeded else "ok"
-        lines.append(f"  {'Combined score':<31} {combined:7.4f}  limit {limit:5.2f}  {mark}")
-        lines += [*self._basis_lines(), *self._series_lines(), ""]
-        lines.append(f"Recommendation: {RETRAIN if self.needs_retraining else OK}")
-        return "\n".join(lines)
+            limit = f"limit {self.thresholds[name]:5.1%}"
+            lines.append(f"  {title:<31} {_shown(self.metrics[name], '7.1%')}  {limit}  {self._mark(name)}")
+        combined, limit = self.metrics["combined_score"], f"limit {self.thresholds['combined_score']:5.2f}"
+        mark = self._mark("combined_score")
+        lines.append(f"  {'Combined score':<31} {_shown(combined, '7.4f')}  {limit}  {mark}")
+        lines += [*self._basis_lines(), *self._series_lines(), *self.served_error.lines(), ""]
+        lines.append(f"Recommendation: {self.recommendation or f'none yet ({self.status_reason})'}")
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _mark(self, name: str) -> str:
+        if self.metrics[name] is None:
+            return ""
+        return f"{'over' if name in self.exceeded else 'ok':<4}  {self.trends.get(name) or ''}"
 
     def _context_lines(self) -> list[str]:
         window = self._window()
@@ -193,7 +219,7 @@ class DriftReport:
     def _basis_lines(self) -> list[str]:
         if self.basis != CALIBRATED:
             return []
-        literal = ", ".join(f"{name} {self.literal[name]:.3f}" for name in _NAMES)
+        literal = ", ".join(f"{name} {_shown(self.literal[name], '.3f').strip()}" for name in _NAMES)
         scale = "  Scores are calibrated: at the limit = as unusual as unchanged data get."
         return ["", scale, f"  Literal, reported only: {literal}", *self._seasonal_lines()]
 
@@ -234,6 +260,76 @@ class DriftReport:
             )
         lines += [f"  not compared: {metric}: {why}" for metric, why in self.not_compared.items()]
         return ["", *lines] if lines else []
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "not yet" if value is None else format(value, form)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedError:
+    """Errors as shares of the last value's: of what clients got, and of the model alone.
+
+    The model's tells whether it is stale; that of what clients got tells whether it matters. From 1.0 on
+    clients would get less error from the last value.
+    """
+
+    by_horizon: Mapping[int, RelativeErrors]
+    in_alarm: frozenset[tuple[str, str]]  # (server, metric)
+    is_stale: bool  # the model's error is over its limit
+
+    def as_json(self) -> dict[str, Any]:
+        """Return `served_error` of `drift_metrics.json`."""
+        one = self._one_ahead()
+        alarm = one.of(self.in_alarm)
+        return {
+            "fleet": geometric_mean(one.served.values()),
+            "by_metric": {name: geometric_mean([ratios]) for name, ratios in one.served.items()},
+            "by_horizon": {
+                str(horizon): geometric_mean(errors.served.values())
+                for horizon, errors in self.by_horizon.items()
+            },
+            "in_alarm": geometric_mean(alarm.served.values()),
+            "series": one.n_series,
+            "model": {
+                "fleet": geometric_mean(one.model.values()),
+                "by_metric": {name: geometric_mean([ratios]) for name, ratios in one.model.items()},
+                "by_horizon": {
+                    str(horizon): geometric_mean(errors.model.values())
+                    for horizon, errors in self.by_horizon.items()
+                },
+                "in_alarm": geometric_mean(alarm.model.values()),
+            },
+            "says": self.says(),
+        }
+
+    def says(self) -> str:
+        """Return whether the model is stale and whether it matters to clients, in words; "" = not known."""
+        one = self._one_ahead()
+        asked = one.of(self.in_alarm) if self.is_stale and one.of(self.in_alarm).n_series else one
+        served = geometric_mean(asked.served.values())
+        if served is None:
+            return ""
+        if self.is_stale:
+            return STALE_AND_FELT if served >= 1 else STALE_NOT_FELT
+        return FRESH_BUT_FELT if served >= 1 else IN_ORDER
+
+    def lines(self) -> list[str]:
+        """Return the report's lines."""
+        one = self._one_ahead()
+        groups = {"fleet": one, "series in alarm": one.of(self.in_alarm)}
+        lines = [
+            f"  {name}: clients get {served:.2f}, the model alone {model:.2f}"
+            for name, errors in groups.items()
+            if (served := geometric_mean(errors.served.values())) is not None
+            and (model := geometric_mean(errors.model.values())) is not None
+        ]
+        if not lines:
+            return []
+        return ["", "  Error one bin ahead as a share of the last value's", *lines, f"  {self.says()}"]
+
+    def _one_ahead(self) -> RelativeErrors:
+        return self.by_horizon.get(1, RelativeErrors((), {}, {}))
 
 
 def drifting_json(item: DriftingSeries) -> dict[str, Any]:

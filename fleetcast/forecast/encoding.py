@@ -110,7 +110,7 @@ class GridShape:
     def from_config(cls, config: dict[str, Any]) -> "GridShape":
         """Return the shape a checkpoint was made with; KeyError, TypeError and ValueError on junk."""
         shape = cls(**{name: int(config[name]) for name in ("bin_ms", "horizon_bins", "history_bins")})
-        if not (shape.bin_ms > 0 and 0 < shape.horizon_bins < 10_000 and 0 < shape.history_bins < 100_000):
+        if not (shape.bin_ms > 0 and 0 < shape.horizon_bins < 10_000 and 0 < shape.history_bins <= 10_000):
             raise ValueError(f"{shape} is no grid")
         return shape
 

@@ -20,9 +20,12 @@ from fleetcast.forecast.encoding import AHEAD_REALS, PAST_REALS, STATIC_REALS, G
 from fleetcast.schema import QUANTILES, Longs
 
 METRIC_SLOTS = 32  # slot 0: a metric never seen in training
+WIDEST = 512  # `train.hidden_size` allows no more
 _FIRST_WEIGHT, _FIRST_ANSWER = 0.3, (-0.2, 0.0, 0.2)
 _SMALL = 8  # size of a scalar's vector before it is widened; always smaller than the network's width
 NORM_EPSILON = 1e-5
+_STATIC, _ENCODER, _DECODER = (f"{part}_variable_selection" for part in ("static", "encoder", "decoder"))
+_CONTEXTS = ("variable_selection", "initial_hidden_lstm", "initial_cell_lstm", "enrichment")
 
 
 class GatedResidual:
@@ -201,7 +204,107 @@ class NetworkConfig:
         names = ("past_reals", "ahead_reals", "static_reals")
         values: dict[str, Any] = {name: int(config[name]) for name in numbers}
         values |= {name: tuple(str(item) for item in config[name]) for name in names}
-        return cls(**values)
+        made = cls(**values)
+        is_wide = 4 <= made.hidden_size <= WIDEST and made.continuous_size == min(
+            _SMALL, made.hidden_size // 2
+        )
+        if not is_wide or not 1 <= made.n_heads <= made.hidden_size:
+            raise ValueError(
+                f"{made.hidden_size} wide with {made.n_heads} heads is no network of this program"
+            )
+        return made
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every weight, by the library's names; `build` makes the same.
+
+        >>> shapes = NetworkConfig(n_past=68, n_knots=26, hidden_size=8, continuous_size=4).weight_shapes()
+        >>> len(shapes), shapes["output_layer.weight"]
+        (470, (3, 8))
+        """
+        wide, small = self.hidden_size, self.continuous_size
+        size = wide // self.n_heads
+        heads = [f"{kind}_layers.{head}" for kind in "qk" for head in range(self.n_heads)]
+        shapes: dict[str, tuple[int, ...]] = {
+            "input_embeddings.embeddings.metric.weight": (METRIC_SLOTS, small),
+            "multihead_attn.w_h.weight": (wide, size),
+        }
+        for prefix, reals in _scaled_reals(self):
+            for real in reals:
+                shapes |= _linear_shapes(f"{prefix}prescalers.{real}", 1, small)
+        shapes |= _selection_shapes(self, _STATIC, self.static_reals, has_category=True)
+        shapes |= _selection_shapes(self, _ENCODER, self.past_reals)
+        shapes |= _selection_shapes(self, _DECODER, self.ahead_reals)
+        for context in _CONTEXTS:
+            shapes |= _gated_shapes(f"static_context_{context}", wide, wide)
+        shapes |= _gated_shapes("static_enrichment", wide, wide) | _gated_shapes("pos_wise_ff", wide, wide)
+        shapes["static_enrichment.context.weight"] = (wide, wide)
+        for side in ("encoder", "decoder"):
+            shapes |= _lstm_shapes(f"lstm_{side}", wide)
+            shapes |= _linear_shapes(f"post_lstm_gate_{side}.fc", wide, 2 * wide)
+            shapes |= _norm_shapes(f"post_lstm_add_norm_{side}.norm", wide)
+        for gate in ("post_attn_gate_norm", "pre_output_gate_norm"):
+            shapes |= _gate_shapes(gate, wide, wide)
+        for layer in ("v_layer", *heads):
+            shapes |= _linear_shapes(f"multihead_attn.{layer}", wide, size)
+        return shapes | _linear_shapes("output_layer", wide, len(QUANTILES))
+
+
+def _scaled_reals(config: NetworkConfig) -> list[tuple[str, tuple[str, ...]]]:
+    """Return which scalars have a scaler under which prefix: the library lists them all once more."""
+    return [
+        ("", tuple(real_names(config))),
+        (f"{_STATIC}.", config.static_reals),
+        (f"{_ENCODER}.", config.past_reals),
+        (f"{_DECODER}.", config.ahead_reals),
+    ]
+
+
+def _selection_shapes(
+    config: NetworkConfig, name: str, reals: tuple[str, ...], *, has_category: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a variable selection; the static one has a category and no context."""
+    wide, small = config.hidden_size, config.continuous_size
+    n_variable = len(reals) + has_category
+    inner = min(wide, n_variable)
+    weigher = f"{name}.flattened_grn"
+    shapes = _resample_shapes(f"{weigher}.resample_norm", n_variable)
+    shapes |= _linear_shapes(f"{weigher}.fc1", n_variable * small, inner)
+    shapes |= _linear_shapes(f"{weigher}.fc2", inner, inner)
+    shapes |= _gate_shapes(f"{weigher}.gate_norm", inner, n_variable)
+    if has_category:
+        shapes |= _resample_shapes(f"{name}.single_variable_grns.metric", wide)
+    else:
+        shapes[f"{weigher}.context.weight"] = (inner, wide)
+    for real in reals:
+        variable = f"{name}.single_variable_grns.{real}"
+        shapes |= _resample_shapes(f"{variable}.resample_norm", wide) | _gated_shapes(variable, small, wide)
+    return shapes
+
+
+def _gated_shapes(name: str, inner: int, out: int) -> dict[str, tuple[int, ...]]:
+    layers = _linear_shapes(f"{name}.fc1", inner, inner) | _linear_shapes(f"{name}.fc2", inner, inner)
+    return layers | _gate_shapes(f"{name}.gate_norm", inner, out)
+
+
+def _gate_shapes(name: str, inner: int, out: int) -> dict[str, tuple[int, ...]]:
+    return _linear_shapes(f"{name}.glu.fc", inner, 2 * out) | _norm_shapes(f"{name}.add_norm.norm", out)
+
+
+def _resample_shapes(name: str, out: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.mask": (out,), **_norm_shapes(f"{name}.norm", out)}
+
+
+def _linear_shapes(name: str, n_in: int, n_out: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (n_out, n_in), f"{name}.bias": (n_out,)}
+
+
+def _norm_shapes(name: str, size: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+
+
+def _lstm_shapes(name: str, wide: int) -> dict[str, tuple[int, ...]]:
+    matrices = {f"{name}.weight_{kind}_l0": (4 * wide, wide) for kind in ("ih", "hh")}
+    return matrices | {f"{name}.bias_{kind}_l0": (4 * wide,) for kind in ("ih", "hh")}
 
 
 def build(config: NetworkConfig) -> nn.Module:
@@ -268,13 +371,10 @@ class StaticNetwork:
     def __init__(self, weights: Mapping[str, Tensor], config: NetworkConfig) -> None:
         self._weights = weights
         self._metric = weights["input_embeddings.embeddings.metric.weight"]
-        self._static = VariableSelection(weights, "static_variable_selection", config.static_reals, "metric")
-        self._past = VariableSelection(weights, "encoder_variable_selection", config.past_reals)
-        self._ahead = VariableSelection(weights, "decoder_variable_selection", config.ahead_reals)
-        self._contexts = {
-            name: GatedResidual(weights, f"static_context_{name}")
-            for name in ("variable_selection", "initial_hidden_lstm", "initial_cell_lstm", "enrichment")
-        }
+        self._static = VariableSelection(weights, _STATIC, config.static_reals, "metric")
+        self._past = VariableSelection(weights, _ENCODER, config.past_reals)
+        self._ahead = VariableSelection(weights, _DECODER, config.ahead_reals)
+        self._contexts = {name: GatedResidual(weights, f"static_context_{name}") for name in _CONTEXTS}
         self._enrichment = GatedResidual(weights, "static_enrichment")
         self._feed_forward = GatedResidual(weights, "pos_wise_ff")
         self._n_heads = config.n_heads

@@ -13,6 +13,7 @@ older programs read, too.
 
 import io
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,9 +26,11 @@ import torch
 from numpy.typing import NDArray
 
 from fleetcast.errors import BadCheckpoint, BadData, CorruptFile, OtherBins
-from fleetcast.files import read_regular, write_atomic
+from fleetcast.files import read_regular
 from fleetcast.forecast.encoding import (
     AHEAD_REALS,
+    FINE_PAST,
+    INPUT_LIMIT,
     PAST_REALS,
     STATIC_REALS,
     GridShape,
@@ -41,6 +44,13 @@ from fleetcast.forecast.network import METRIC_SLOTS, NetworkConfig, as_batch
 from fleetcast.schema import QUANTILES, Floats32, HistoryWindow, Longs, Series
 
 FORMAT, FORMAT_WITH_SPECIALISTS = 1, 2
+FILE_MAX_BYTES = 2**29
+_PICKLE_MAX_BYTES = 2**24
+_GLOBALS = ("torch._utils _rebuild_tensor_v2", "torch FloatStorage", "collections OrderedDict")
+# Answers to plain histories, in spreads: targets are cut off at INPUT_LIMIT. The base and every model
+# trained here stay below 9 with no quantiles crossed, fresh weights cross by 0.4; random ones reach
+# 22 and cross by 23, the base's, shuffled, cross by 2 in half of all answers.
+_SANE_ANSWER, _SANE_CROSSING, _SANE_CROSSED_SHARE = 2 * INPUT_LIMIT, 0.5, 0.1
 MOST_SPECIALISTS = 4
 MIN_HISTORY_S = 3600.0
 _CHUNK = 256  # windows per forward pass: the tensors of one stay in a core's cache
@@ -146,11 +156,11 @@ class Forecaster:
             BadCheckpoint: missing, damaged, foreign, unsafe, not finite; OtherBins: for other bins.
         """
         try:
-            content = read_regular(model_ckpt)
+            content = read_regular(model_ckpt, FILE_MAX_BYTES)
         except OSError as error:
             raise BadCheckpoint(model_ckpt, f"cannot be read: {error.strerror}") from error
         except CorruptFile as error:
-            raise BadCheckpoint(model_ckpt, "not a regular file") from error
+            raise BadCheckpoint(model_ckpt, error.why) from error
         loaded = cls.from_bytes(content, model_ckpt, min_history_s=min_history_s)
         grid = loaded.description.grid
         if (bin_ms or grid.bin_ms, horizon_bins or grid.horizon_bins) != (grid.bin_ms, grid.horizon_bins):
@@ -168,7 +178,7 @@ class Forecaster:
         Args:
             path: names it in errors.
         Raises:
-            BadCheckpoint: damaged, foreign, unsafe or not finite.
+            BadCheckpoint: damaged, foreign, unsafe, or its answers are none of a trained network.
         """
         unpickled = _unpickle(content, path)
         try:
@@ -195,10 +205,6 @@ class Forecaster:
         stream = io.BytesIO()
         torch.save(content, stream)
         return stream.getvalue()
-
-    def save(self, path: Path) -> None:
-        """Write a checkpoint in one durable step."""
-        write_atomic(path, self.to_bytes())
 
     def predict(self, window: HistoryWindow) -> Floats32:
         """Forecast every series of one window.
@@ -271,13 +277,36 @@ class Forecaster:
             return np.asarray(self._networks[network](as_batch(arrays, slots)).numpy(), np.float32)
 
     def _try_once(self) -> None:
+        """Let every network answer plain histories; decoding would hide what is wrong with an answer.
+
+        Raises:
+            ValueError: an answer is not one that a trained network gives.
+        """
         grid = self.description.grid
-        history = np.zeros((1, 1), np.float32)
-        arrays = encode(history, np.zeros(1, np.int64), np.zeros(1, np.bool_), grid)
+        history = _plain_histories(grid)
+        arrays = encode(history, np.zeros(len(history), np.int64), np.zeros(len(history), np.bool_), grid)
         for network in range(len(self._networks)):
-            answer = self.answer(arrays, np.zeros(1, np.int64), network)
-            if answer.shape != (1, grid.n_knots, len(QUANTILES)) or not np.isfinite(answer).all():
+            answer = self.answer(arrays, np.zeros(len(history), np.int64), network)
+            if answer.shape != (len(history), grid.n_knots, len(QUANTILES)) or not np.isfinite(answer).all():
                 raise ValueError("its answer is not finite numbers of the expected shape")
+            if (furthest := float(np.abs(answer).max())) > _SANE_ANSWER:
+                raise ValueError(
+                    f"it answers {furthest:.3g} spreads from now, at most {_SANE_ANSWER} are sane"
+                )
+            crossed = float((np.diff(answer, axis=-1) < -_SANE_CROSSING).mean())
+            if crossed > _SANE_CROSSED_SHARE:
+                raise ValueError(f"the quantiles of {crossed:.0%} of its answers are not in order")
+
+
+def _plain_histories(grid: GridShape) -> Floats32:
+    """Return what a sane network has an answer for: nothing, a level, a day's rhythm, a step, a ramp."""
+    bins = np.arange(grid.history_bins)
+    histories = np.zeros((5, grid.history_bins))
+    histories[1] = 50.0
+    histories[2] = 50 + 10 * np.sin(bins * (2 * np.pi / grid.season_bins))
+    histories[3] = np.where(bins < grid.history_bins - FINE_PAST, 20.0, 80.0)
+    histories[4] = 100 * bins / grid.history_bins
+    return histories.astype(np.float32)
 
 
 def _plain(specialist: Specialist) -> dict[str, Any]:
@@ -287,13 +316,40 @@ def _plain(specialist: Specialist) -> dict[str, Any]:
 
 def _unpickle(content: bytes, path: Path) -> Any:
     try:
+        _check_archive(content)
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         why = f"not a checkpoint of plain types: {type(error).__name__} {str(error)[:200]}"
         raise BadCheckpoint(path, why) from error
 
 
+def _check_archive(content: bytes) -> None:
+    """Refuse what would take more memory than its bytes: packed members, types that allocate.
+
+    torch compares the size of every storage with its member, so nothing is read past an end; a
+    tensor's shape and strides are only numbers until `_check_weights` has compared them.
+
+    Raises:
+        ValueError, BadZipFile, LookupError: it is no file that `Forecaster.save` writes.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("a member is packed")
+        if sum(member.file_size for member in members) > len(content):
+            raise ValueError("its members are larger than the file")
+        pickles = [member for member in members if member.filename.endswith(".pkl")]
+        if len(pickles) != 1 or pickles[0].file_size > _PICKLE_MAX_BYTES:
+            raise ValueError("it has not one small pickle")
+        code = archive.read(pickles[0])
+    for operation, argument, _ in pickletools.genops(code):
+        if operation.name == "STACK_GLOBAL" or (operation.name == "GLOBAL" and argument not in _GLOBALS):
+            raise ValueError(f"it names {argument or 'a computed type'}")
+
+
 def _parse(content: Any) -> tuple[ModelDescription, Weights, tuple[Specialist, ...]]:
+    if not isinstance(content, dict):
+        raise TypeError(f"expected a mapping, got {type(content).__name__}")
     if content["format"] not in (FORMAT, FORMAT_WITH_SPECIALISTS):
         raise ValueError(f"format {content['format']!r}, expected {FORMAT} or {FORMAT_WITH_SPECIALISTS}")
     network, grid = NetworkConfig.from_config(content["network"]), GridShape.from_config(content["grid"])
@@ -305,30 +361,57 @@ def _parse(content: Any) -> tuple[ModelDescription, Weights, tuple[Specialist, .
         raise ValueError("its input variables are not the ones this program computes")
     if (network.n_past, network.n_knots) != (grid.n_past, grid.n_knots):
         raise ValueError("its network does not fit its grid")
-    metrics = tuple(str(metric) for metric in content["metrics"])
-    if len(metrics) >= METRIC_SLOTS:
-        raise ValueError(f"{len(metrics)} metrics, at most {METRIC_SLOTS - 1} are possible")
-    description = ModelDescription(
-        str(content["version"]), str(content["trained_at"]), metrics, grid, network
-    )
+    metrics = _texts(content["metrics"], METRIC_SLOTS - 1)
+    version, trained_at = _texts([content["version"], content["trained_at"]], 2)
+    description = ModelDescription(version, trained_at, metrics, grid, network)
+    shapes = network.weight_shapes()
+    weights = _parse_weights(content["state_dict"], shapes)
     has_specialists = content["format"] == FORMAT_WITH_SPECIALISTS
-    specialists = tuple(_parse_specialist(item) for item in content["specialists"]) if has_specialists else ()
-    if len(specialists) > MOST_SPECIALISTS:
-        raise ValueError(f"{len(specialists)} specialists, at most {MOST_SPECIALISTS} are possible")
+    listed = content["specialists"] if has_specialists else []
+    if not isinstance(listed, list) or len(listed) > MOST_SPECIALISTS:
+        raise ValueError(f"not a list of at most {MOST_SPECIALISTS} specialists")
+    specialists = tuple(_parse_specialist(item, shapes) for item in listed)
     if len(series_of(specialists)) < sum(len(item.changed_ms) for item in specialists):
         raise ValueError("two specialists have a series in common")
-    return description, _parse_weights(content["state_dict"]), specialists
+    return description, weights, specialists
 
 
-def _parse_specialist(content: Any) -> Specialist:
-    changed_ms = {(str(server), str(metric)): int(ms) for server, metric, ms in content["series"]}
+def _parse_specialist(content: Any, shapes: Mapping[str, tuple[int, ...]]) -> Specialist:
+    changed_ms: dict[Series, int] = {}
+    for server, metric, ms in content["series"]:
+        if not isinstance(server, str) or not isinstance(metric, str) or not isinstance(ms, int):
+            raise TypeError("a specialist's series is not [server, metric, ms]")
+        changed_ms[server, metric] = ms
     if not changed_ms:
         raise ValueError("a specialist has no series")
-    return Specialist(_parse_weights(content["state_dict"]), changed_ms)
+    return Specialist(_parse_weights(content["state_dict"], shapes), changed_ms)
 
 
-def _parse_weights(content: Any) -> dict[str, torch.Tensor]:
-    weights = {str(name): tensor.to(torch.float32) for name, tensor in content.items()}
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
+def _texts(listed: Any, at_most: int) -> tuple[str, ...]:
+    """Return a list of texts; nothing else is turned into one, since its text may be endless."""
+    if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
+        raise TypeError("a name is not a text")
+    if len(listed) > at_most:
+        raise ValueError(f"{len(listed)} names, at most {at_most} are possible")
+    return tuple(listed)
+
+
+def _parse_weights(content: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Compare names, types, shapes and strides with the network's own before a number is read."""
+    if not isinstance(content, dict) or content.keys() != shapes.keys():
+        raise ValueError("its weights are not the ones of its network")
+    for name, shape in shapes.items():
+        tensor = content[name]
+        if (
+            type(tensor) is not torch.Tensor
+            or tensor.dtype != torch.float32
+            or tensor.layout != torch.strided
+        ):
+            raise TypeError(f"weight {name} is not a float32 tensor")
+        if tuple(tensor.shape) != shape or not tensor.is_contiguous():
+            raise ValueError(
+                f"weight {name} has shape {tuple(tensor.shape)[:9]}, expected {shape} in one piece"
+            )
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in content.values()):
         raise ValueError("its weights are not finite")
-    return weights
+    return dict(content)

@@ -1,6 +1,7 @@
-"""Model versions on disk: the champion, what else may serve, the baseline in force, verdicts.
+"""Model versions on disk: the champion, what else may serve, the baseline in force.
 
     <checkpoints>/last.ckpt     -> versions/<id>/model.ckpt     replaced by rename, never written through
+    <checkpoints>/previous.ckpt -> versions/<id>/model.ckpt     what a rollback puts back
     <checkpoints>/baseline.npz  -> versions/<id>/baseline.npz   moves with a rejected challenger, too
     <checkpoints>/versions/<id>/model.ckpt, baseline.npz, reference.npz, manifest.json   immutable once named
     <checkpoints>/rollbacks.jsonl                               versions taken out of service by hand
@@ -10,9 +11,10 @@ manifest.json (format 1): id, created_at, parent, promoted, files {name: sha256}
 trainer adds: data_range, metrics, verdict, settings, schema.
 
 Owns: this layout and its order of writing: nothing half-written ever has a public name.
-Reading takes no lock. Only the trainer writes, under `trainer.lock`; the shipped base
-(`models/`, the same layout) is only read. Does not know: what a model is (no torch here), how the
-trainer's process ended (`retraining/attempts`).
+Reading takes no lock. The trainer adds and prunes versions, under `trainer.lock`; `promotion/desk`
+moves what is in service, under `promotion.lock`. The shipped base (`models/`, the same layout) is only
+read. Does not know: what a model is (no torch here), how the trainer's process ended
+(`retraining/attempts`), who may move what, and why (`promotion/`).
 """
 
 import hashlib
@@ -20,14 +22,14 @@ import json
 import logging
 import secrets
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fleetcast import files
-from fleetcast.clock import from_ms, iso_z, parse_plain_utc, to_ms
-from fleetcast.errors import BadCheckpoint, CorruptFile, FleetcastError
+from fleetcast import files, locks
+from fleetcast.clock import iso_z, parse_plain_utc, to_ms
+from fleetcast.errors import BadCheckpoint, CorruptFile
 
 logger = logging.getLogger(__name__)
 
@@ -36,17 +38,38 @@ VERSIONS_FOLDER = "versions"
 MODEL_FILE = "model.ckpt"
 BASELINE_FILE = "baseline.npz"
 REFERENCE_FILE = "reference.npz"
+PROMOTED_BASELINE_FILE = "baseline_promoted.npz"  # of a version that waits: the errors to expect of it
 MANIFEST_FILE = "manifest.json"
 LAST_LINK = "last.ckpt"
+PREVIOUS_LINK = "previous.ckpt"
 BASELINE_LINK = "baseline.npz"
 TRAINER_LOCK = "trainer.lock"
 ATTEMPT_LOCK = "attempt.lock"
+RUNS_FOLDER = "runs"  # output and end of each attempt's processes
+ORDERS_FOLDER = "orders"  # what people ask for, one file each
+PROMOTION_LOCK = "promotion.lock"
+_LOCKED_FOLDERS = {  # what the holder of a lock writes
+    TRAINER_LOCK: VERSIONS_FOLDER,
+    ATTEMPT_LOCK: RUNS_FOLDER,
+    PROMOTION_LOCK: ORDERS_FOLDER,
+}
 _ROLLBACKS = "rollbacks.jsonl"
 _ROLLBACKS_MAX_BYTES = 1_000_000
 ATTEMPTS_FOLDER = "attempts"
-_ID_TIME = "%Y%m%dT%H%M%SZ"
+VERSION_FILE_MAX_BYTES = 2**29  # a model of the widest network with all its specialists has 150 MB
+MANIFEST_MAX_BYTES = 2**24
 
 OnProblem = Callable[[BadCheckpoint], None]
+
+
+def lock_of(checkpoint_dir: Path, name: str, what: str) -> locks.OwnerLock:
+    """Return the lock of this name: on its file and on the folder that only it writes."""
+    return locks.OwnerLock(checkpoint_dir / name, what, checkpoint_dir / _LOCKED_FOLDERS[name])
+
+
+def lock_paths(checkpoint_dir: Path, name: str) -> tuple[Path, Path]:
+    """Return what the holder of a lock has locked, for `is_locked`."""
+    return checkpoint_dir / name, checkpoint_dir / _LOCKED_FOLDERS[name]
 
 
 def new_version_id(now: datetime) -> str:
@@ -62,6 +85,7 @@ class Version:
     folder: Path
     manifest: Mapping[str, Any]
     is_base: bool = False
+    baseline_name: str = BASELINE_FILE
 
     @property
     def model_path(self) -> Path:
@@ -71,7 +95,7 @@ class Version:
     @property
     def baseline_path(self) -> Path:
         """Return the path of the baseline saved with it."""
-        return self.folder / BASELINE_FILE
+        return self.folder / self.baseline_name
 
     @property
     def reference_path(self) -> Path:
@@ -80,8 +104,13 @@ class Version:
 
     @property
     def is_promoted(self) -> bool:
-        """Whether the gate let it into service."""
+        """Whether its training put it into service."""
         return bool(self.manifest.get("promoted"))
+
+    @property
+    def has_passed_gate(self) -> bool:
+        """Whether the gate let it through; a hold may still have kept it out of service."""
+        return self.is_promoted or bool(self.manifest.get("passed_gate"))
 
     @property
     def parent(self) -> str | None:
@@ -97,15 +126,22 @@ class Version:
     @property
     def data_end_ms(self) -> int | None:
         """Return the end of the newest bin it was trained on or judged by, in data time."""
+        return self._data_ms("end")
+
+    def _data_ms(self, side: str) -> int | None:
         data_range = self.manifest.get("data_range")
-        end = data_range.get("end") if isinstance(data_range, dict) else None
-        return to_ms(parse_plain_utc(end)) if isinstance(end, str) else None
+        text = data_range.get(side) if isinstance(data_range, dict) else None
+        return to_ms(parse_plain_utc(text)) if isinstance(text, str) else None
+
+    @property
+    def data_start_ms(self) -> int | None:
+        """Return the start of the oldest bin it was trained on, in data time."""
+        return self._data_ms("start")
 
     @property
     def n_specialist_series(self) -> int:
         """Return how many series have weights of their own, by the manifest."""
-        listed = self.manifest.get("specialists")
-        return sum(len(series) for series in listed) if isinstance(listed, list) else 0
+        return sum(len(series) for series in self.manifest.get("specialists") or ())
 
     def verify(self, name: str = MODEL_FILE) -> None:
         """Compare one file's bytes with the sha256 in the manifest.
@@ -115,11 +151,11 @@ class Version:
         """
         path, digest = self.folder / name, str(self.manifest["files"].get(name))
         try:
-            found = hashlib.sha256(files.read_regular(path)).hexdigest()
+            found = hashlib.sha256(files.read_regular(path, VERSION_FILE_MAX_BYTES)).hexdigest()
         except OSError as error:
             raise BadCheckpoint(path, f"cannot be read: {error.strerror}") from error
         except CorruptFile as error:
-            raise BadCheckpoint(path, "not a regular file") from error
+            raise BadCheckpoint(path, error.why) from error
         if found != digest:
             raise BadCheckpoint(path, f"sha256 is {found[:12]}.., the manifest says {digest[:12]}..")
 
@@ -134,6 +170,10 @@ class Registry:
     def current_id(self) -> str | None:
         """Return the version `last.ckpt` points to, cheaply and without checking it."""
         return _linked_id(self.folder / LAST_LINK, MODEL_FILE)
+
+    def previous_id(self) -> str | None:
+        """Return the version `previous.ckpt` points to: the one a rollback puts back."""
+        return _linked_id(self.folder / PREVIOUS_LINK, MODEL_FILE)
 
     def version(self, version_id: str) -> Version:
         """Return one version of the checkpoint folder.
@@ -155,19 +195,22 @@ class Registry:
     def usable_versions(self, on_problem: OnProblem | None = None) -> Iterator[Version]:
         """Yield the intact versions that may serve: current, then the newest, then the base.
 
-        Versions that the gate rejected or an operator rolled back are left out. Damaged ones are
-        skipped and go to `on_problem` (default: a warning in the log).
+        Versions that the gate rejected, that wait for a person, or that were rolled back are left out.
+        Damaged ones are skipped and go to `on_problem` (default: a warning in the log).
         """
         report = on_problem or _log_problem
-        current = self.current_id()
-        if current is None and _exists(self.folder / LAST_LINK):
-            report(BadCheckpoint(self.folder / LAST_LINK, "not a link to versions/<id>/model.ckpt"))
-        others = [
-            item for item in reversed(self.version_ids()) if item not in {current, *self._rolled_back_ids()}
-        ]
+        current, others = self.current_id(), []
+        in_service = {current, self.previous_id()}
+        try:
+            if current is None and _exists(self.folder / LAST_LINK):
+                report(BadCheckpoint(self.folder / LAST_LINK, "not a link to versions/<id>/model.ckpt"))
+            left_out = {current, *self.rolled_back_ids()}
+            others = [item for item in reversed(self.version_ids()) if item not in left_out]
+        except OSError as error:
+            report(BadCheckpoint(self.folder, f"cannot be read: {error.strerror}"))
         for version_id in [current, *others] if current else others:
             version = _read_intact(self.folder, version_id, report, is_base=False)
-            if version and (version.is_promoted or version_id == current):
+            if version and (version.is_promoted or version_id in in_service):
                 yield version
         base = self.base(report)
         if base:
@@ -177,11 +220,14 @@ class Registry:
         """Return the shipped base model, if there is an intact one."""
         if self._models_dir is None:
             return None
-        linked = _linked_id(self._models_dir / LAST_LINK, MODEL_FILE)
-        newest = _version_ids(self._models_dir)[-1:]
-        for version_id in [linked] if linked else newest:
-            return _read_intact(self._models_dir, version_id, on_problem or _log_problem, is_base=True)
-        return None
+        report = on_problem or _log_problem
+        try:
+            linked = _linked_id(self._models_dir / LAST_LINK, MODEL_FILE)
+            found = [linked] if linked else _version_ids(self._models_dir)[-1:]
+        except OSError as error:
+            report(BadCheckpoint(self._models_dir, f"cannot be read: {error.strerror}"))
+            return None
+        return _read_intact(self._models_dir, found[0], report, is_base=True) if found else None
 
     def version_ids(self) -> list[str]:
         """Return the ids of all versions, oldest first."""
@@ -193,14 +239,29 @@ class Registry:
         Raises:
             BadCheckpoint: `baseline.npz` leads nowhere, or its bytes are not what was written.
         """
-        version_id = _linked_id(self.folder / BASELINE_LINK, BASELINE_FILE)
-        if version_id is None:
-            return None
-        version = self.version(version_id)
-        version.verify(BASELINE_FILE)
-        return version
+        for name in (BASELINE_FILE, PROMOTED_BASELINE_FILE):
+            version_id = _linked_id(self.folder / BASELINE_LINK, name)
+            if version_id is not None:
+                version = replace(self.version(version_id), baseline_name=name)
+                version.verify(name)
+                return version
+        return None
 
-    # The rest writes: the caller holds trainer.lock.
+    def rolled_back_ids(self) -> set[str]:
+        """Return the versions that were taken out of service and not put back by a person."""
+        try:
+            lines = list(files.read_json_lines(self.folder / _ROLLBACKS))
+        except (CorruptFile, OSError) as error:
+            logger.warning("the list of rolled-back versions cannot be read: %s", error)
+            return set()
+        found: set[str] = set()
+        for line in lines:
+            if isinstance(line.get("from"), str):
+                found.add(line["from"])
+            found.discard(line.get("returned"))
+        return found
+
+    # The rest writes: the caller holds trainer.lock to add and prune, promotion.lock to move a link.
 
     def add(self, version_id: str, contents: Mapping[str, bytes], manifest: Mapping[str, Any]) -> Version:
         """Write one version: all of it beside, then one rename.
@@ -211,7 +272,7 @@ class Registry:
         """
         versions = self.folder / VERSIONS_FOLDER
         versions.mkdir(parents=True, exist_ok=True)
-        self._sweep_leftovers(versions)
+        files.remove_stale_temps(versions)
         digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
         folder, final = files.temp_beside(versions / version_id), versions / version_id
         folder.mkdir()
@@ -227,72 +288,70 @@ class Registry:
         """Put a version into service, as one rename of `last.ckpt`."""
         files.link_atomic(f"{VERSIONS_FOLDER}/{version_id}/{MODEL_FILE}", self.folder / LAST_LINK)
 
-    def set_baseline(self, version_id: str) -> None:
+    def set_previous(self, version_id: str | None) -> None:
+        """Name the version that a rollback puts back, as one rename of `previous.ckpt`; None: none."""
+        link = self.folder / PREVIOUS_LINK
+        if version_id is not None:
+            files.link_atomic(f"{VERSIONS_FOLDER}/{version_id}/{MODEL_FILE}", link)
+        elif _exists(link):
+            files.remove_leftover(link)
+
+    def set_baseline(self, version_id: str, name: str = BASELINE_FILE) -> None:
         """Put a version's baseline in force, as one rename of `baseline.npz`."""
-        files.link_atomic(f"{VERSIONS_FOLDER}/{version_id}/{BASELINE_FILE}", self.folder / BASELINE_LINK)
+        files.link_atomic(f"{VERSIONS_FOLDER}/{version_id}/{name}", self.folder / BASELINE_LINK)
 
-    def rollback(self, now: datetime) -> tuple[str, str]:
-        """Put the version before the current one back into service.
+    def use_promoted_baseline(self, version_id: str) -> None:
+        """Let a version that waited bring the errors to expect of it along, if its baseline is in force."""
+        is_in_force = _linked_id(self.folder / BASELINE_LINK, BASELINE_FILE) == version_id
+        if is_in_force and (self.folder / VERSIONS_FOLDER / version_id / PROMOTED_BASELINE_FILE).exists():
+            self.set_baseline(version_id, PROMOTED_BASELINE_FILE)
 
-        The baseline in force stays: it describes the newest data, and moving it back would only
-        report the same drift again.
+    def note_rollback(self, taken_out: str, put_back: str, at: datetime) -> None:
+        """Write down that a version was taken out of service: it is no fall-back any more."""
+        if taken_out not in self.rolled_back_ids():
+            self._append({"from": taken_out, "to": put_back, "at": iso_z(at)})
 
-        Returns:
-            the version taken out of service and the one put back.
-        Raises:
-            FleetcastError: there is no intact earlier version.
-        """
-        current = self.current_id()
-        if current is None:
-            raise FleetcastError(f"nothing to roll back: {self.folder / LAST_LINK} points to no version")
-        for version in self._earlier(current):
-            line = json.dumps({"from": current, "to": version.id, "at": iso_z(now)})
-            files.append_line(self.folder / _ROLLBACKS, line, max_bytes=_ROLLBACKS_MAX_BYTES)
-            self.promote(version.id)
-            return current, version.id
-        raise FleetcastError(f"nothing to roll back to: no intact promoted version before {current}")
+    def note_return(self, version_id: str, at: datetime) -> None:
+        """Write down that a person put a version back that was rolled back."""
+        if version_id in self.rolled_back_ids():
+            self._append({"returned": version_id, "at": iso_z(at)})
 
-    def prune(self, keep: int) -> list[str]:
+    def _append(self, content: Mapping[str, Any]) -> None:
+        files.append_line(self.folder / _ROLLBACKS, json.dumps(content), max_bytes=_ROLLBACKS_MAX_BYTES)
+
+    def prune(self, keep: int, besides: Container[str] = ()) -> list[str]:
         """Delete old versions; return their ids.
 
-        Kept are the newest `keep`, the champion, the version a rollback would put back, and the
-        baseline in force. A version loses its name in one rename before its files go, so a kill leaves it
-        whole or as a leftover that the next `add` sweeps.
+        Kept are the newest `keep`, the champion, the version a rollback would put back, the baseline in
+        force, and those of `besides`. A version loses its name in one rename before its files go, so a
+        kill leaves it whole or as a leftover that the next `add` sweeps.
         """
-        current = self.current_id()
-        previous = next(self._earlier(current), None) if current else None
-        baseline = _linked_id(self.folder / BASELINE_LINK, BASELINE_FILE)
-        kept = {*self.version_ids()[-keep:], current, baseline, previous.id if previous else None}
+        current, link = self.current_id(), self.folder / BASELINE_LINK
+        baselines = [_linked_id(link, name) for name in (BASELINE_FILE, PROMOTED_BASELINE_FILE)]
+        previous = self.previous_id() or (next(self.earlier(current), None) if current else None)
+        kept = {*self.version_ids()[-keep:], current, previous, *baselines}
         versions = self.folder / VERSIONS_FOLDER
-        pruned = [version_id for version_id in self.version_ids() if version_id not in kept]
+        pruned = [item for item in self.version_ids() if item not in kept and item not in besides]
         for version_id in pruned:
             files.publish(versions / version_id, files.temp_beside(versions / version_id))
         if pruned:
-            self._sweep_leftovers(versions)
+            files.remove_stale_temps(versions)
         return pruned
 
-    def _earlier(self, current: str) -> Iterator[Version]:
-        """Yield the parent of `current`, then every older promoted version, newest first."""
+    def earlier(self, current: str) -> Iterator[str]:
+        """Yield what an older release would roll back to: the parent, then every older promoted version.
+
+        Only for a folder without a record of what was in service before.
+        """
         older = [item for item in reversed(self.version_ids()) if item < current]
         with_parent = [_parent_id(self.folder, current), *older]
-        skipped = {current, *self._rolled_back_ids()}
+        skipped = {current, *self.rolled_back_ids()}
         for version_id in dict.fromkeys(item for item in with_parent if item in older):
             if version_id in skipped:
                 continue
             version = _read_intact(self.folder, version_id, _log_problem, is_base=False)
             if version and version.is_promoted:
-                yield version
-
-    def _rolled_back_ids(self) -> set[str]:
-        lines = files.read_json_lines(self.folder / _ROLLBACKS)
-        return {line["from"] for line in lines if isinstance(line.get("from"), str)}
-
-    def _sweep_leftovers(self, versions: Path) -> None:
-        """Delete half-written and half-deleted folders; their names are no versions."""
-        for folder in versions.glob(f".*{files.TEMP_MARK}*"):
-            for path in folder.iterdir():
-                path.unlink()
-            folder.rmdir()
+                yield version_id
 
 
 def _exists(path: Path) -> bool:
@@ -313,10 +372,11 @@ def _linked_id(link: Path, file_name: str) -> str | None:
 
 def _version_ids(folder: Path) -> list[str]:
     """Return the ids of all versions in a folder, oldest first."""
-    versions = folder / VERSIONS_FOLDER
-    if not versions.is_dir():
+    try:
+        names = [item.name for item in (folder / VERSIONS_FOLDER).iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(item.name for item in versions.iterdir() if not item.name.startswith("."))
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def _read_version(folder: Path, version_id: str, *, is_base: bool) -> Version:
@@ -327,15 +387,45 @@ def _read_version(folder: Path, version_id: str, *, is_base: bool) -> Version:
     """
     path = folder / VERSIONS_FOLDER / version_id / MANIFEST_FILE
     try:
-        manifest = files.read_json(path)
-    except (OSError, CorruptFile) as error:
-        raise BadCheckpoint(path, f"no readable manifest: {error}") from error
+        manifest = files.read_json(path, MANIFEST_MAX_BYTES)
+    except CorruptFile as error:
+        raise BadCheckpoint(path, f"no readable manifest: {error.why}") from error
+    except OSError as error:
+        raise BadCheckpoint(path, f"no readable manifest: {error.strerror}") from error
     if manifest.get("format") != FORMAT:
         raise BadCheckpoint(path, f"manifest format {manifest.get('format')!r}", hint=f"expected {FORMAT}")
     digests, made = manifest.get("files"), manifest.get("created_at")
     if not isinstance(digests, dict) or MODEL_FILE not in digests or not _is_time(made):
         raise BadCheckpoint(path, "manifest lacks files or created_at")
+    if wrong := _find_wrong_field(manifest):
+        raise BadCheckpoint(path, f"manifest field {wrong} is not of its kind")
     return Version(version_id, path.parent, manifest, is_base)
+
+
+def _find_wrong_field(manifest: Mapping[str, Any]) -> str:
+    """Return the first field of another kind than `tft_trainer.py` writes, "" where all are sound."""
+    data_range = manifest.get("data_range")
+    end = data_range.get("end") if isinstance(data_range, dict) else None
+    kinds: dict[str, bool] = {
+        "promoted": isinstance(manifest.get("promoted"), bool | None),
+        "parent": isinstance(manifest.get("parent"), str | None),
+        "data_range": data_range is None or isinstance(data_range, dict),
+        "data_range.end": end is None or _is_time(end),
+        "specialists": _are_specialists(manifest.get("specialists")),
+        "files": all(isinstance(digest, str) for digest in manifest["files"].values()),
+    }
+    return next((name for name, is_sound in kinds.items() if not is_sound), "")
+
+
+def _are_specialists(listed: object) -> bool:
+    """Whether it lists, per specialist, its series as [server, metric] and whatever follows them."""
+    return listed is None or (
+        isinstance(listed, list)
+        and all(
+            isinstance(series, list) and all(isinstance(pair, list) and len(pair) >= 2 for pair in series)
+            for series in listed
+        )
+    )
 
 
 def _is_time(value: object) -> bool:
@@ -367,55 +457,3 @@ def _parent_id(folder: Path, version_id: str) -> str | None:
 def _log_problem(error: BadCheckpoint) -> None:
     """Log why a version was skipped."""
     logger.warning("version skipped reason=%s", error)
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """How a training ended: an attempt that got as far as a challenger."""
-
-    attempt_id: str
-    promoted: bool
-    version: str
-    why: str
-    at: datetime
-    changed_loss: float | None = None  # on the series that changed, as a share of the champion's
-
-
-def read_verdict(checkpoint_dir: Path, attempt_id: str) -> Verdict | None:
-    """Return the verdict on one attempt; None where there is none, or no challenger was made."""
-    path = checkpoint_dir / ATTEMPTS_FOLDER / f"{attempt_id}.json"
-    try:
-        raw = files.read_json(path)
-        promoted, version, why = raw.get("promoted"), raw.get("version"), raw.get("why")
-        if not isinstance(promoted, bool) or not isinstance(version, str):
-            return None
-        changed_loss = _changed_loss(raw.get("figures"))
-        return Verdict(attempt_id, promoted, version, str(why or ""), _made_at(path), changed_loss)
-    except FileNotFoundError:
-        return None
-    except (CorruptFile, OSError) as error:
-        logger.warning("verdict unreadable error=%s", error)
-        return None
-
-
-def new_verdicts(checkpoint_dir: Path, known: Container[str]) -> Iterator[Verdict]:
-    """Yield the verdicts on attempts that are not known, oldest first."""
-    for path in sorted((checkpoint_dir / ATTEMPTS_FOLDER).glob("*.json")):
-        if path.stem not in known and not path.name.startswith("."):
-            verdict = read_verdict(checkpoint_dir, path.stem)
-            if verdict is not None:
-                yield verdict
-
-
-def _changed_loss(figures: object) -> float | None:
-    changed = figures.get("changed") if isinstance(figures, dict) else None
-    ratio = changed.get("ratio") if isinstance(changed, dict) else None
-    return float(ratio) if isinstance(ratio, int | float) else None
-
-
-def _made_at(path: Path) -> datetime:
-    """Return when an attempt was made: by its id, which is in the Clock's time, else by its file."""
-    try:
-        return datetime.strptime(path.stem.split("-")[0], _ID_TIME).replace(tzinfo=UTC)
-    except ValueError:
-        return from_ms(path.stat().st_mtime_ns // 1_000_000)

@@ -130,7 +130,7 @@ def _field(metadata: bytes, table: int, number: int) -> int:
 
 ROWS_MAX = 2**18
 COLUMNS_MAX = 1024
-CELLS_MAX = 2**23  # 64 MB of doubles
+CELLS_MAX = 2**21  # as many values as a request of JSON may hold
 _ALWAYS_THERE = "each record needs timestamp and server_name"
 
 

@@ -5,6 +5,7 @@ Does not know: HTTP or storage. Whatever looks odd in a column is looked at agai
 `recordrules.check_record`, one record at a time, so both ways give the same answer.
 """
 
+from collections import Counter as Tally
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,13 +39,19 @@ from fleetcast.ingest.rules import (
     check_record,
     is_metric_name,
     round_rows,
+    rule_of,
 )
-from fleetcast.schema import Codes, Floats, Longs, RecordBatch, Rejection
+from fleetcast.schema import Codes, Floats, Longs, RecordBatch, RefusedField, Rejection
 
 __all__ = ["METRICS_MAX", "Accepted", "CodedNames", "Column", "RecordRules", "accept", "accept_columns"]
 
+REJECTIONS_KEPT = 1000  # of one call, with their words; of the others only the number by rule is kept
+_CELLS_MAX = 2**23  # of the columns of one call: a few rows of each of many metrics make them wide
+_OTHER_FIELDS = "(others)"
 METRICS_MAX = 512  # distinct metrics of one call: bounds the columns a sender can make us keep
 _CPU_PARTS = ("cpu_user_pct", "cpu_sys_pct", "cpu_iowait_pct")
+_ANY: tuple[Any, ...] = ("a mapping of its own kind",)
+_LAST_MS = int(np.iinfo(np.int64).max)
 _GROUP_MIN = 4  # fewer records of one shape are faster one by one
 
 
@@ -53,23 +60,34 @@ class Accepted:
     """The good records of one call, in their order, and why the others are not among them."""
 
     batch: RecordBatch
-    rejections: tuple[Rejection, ...]
+    rejections: tuple[Rejection, ...]  # at most as many as were asked for
     ignored_text_fields: int
-    is_crowded: bool = False  # some were refused because of METRICS_MAX
+    is_kept: Flags  # (record of the call,) whether it is in the batch
+    faults: Mapping[str, int]  # all rejections, by rule
+    refused_fields: tuple[RefusedField, ...] = ()  # left out, for want of room for another metric
+
+    @property
+    def is_curtailed(self) -> bool:
+        """Whether there were more rejections than are listed."""
+        return sum(self.faults.values()) > len(self.rejections)
 
 
-def accept(raw: Sequence[object], rules: RecordRules) -> Accepted:
+def accept(raw: Sequence[object], rules: RecordRules, rejections_max: int = REJECTIONS_KEPT) -> Accepted:
     """Check raw records (mappings as in `POST /feed/data`, or columns seen as such).
 
-    One bad record never costs the others: it is reported with index, field and reason.
+    One bad record never costs the others: it is reported with index, field and reason, the first
+    `rejections_max` of them.
     """
     if isinstance(raw, RowsOf):
-        return accept_columns(raw.columns, rules)
-    sheet = _Sheet(len(raw), rules)
-    by_shape: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+        return accept_columns(raw.columns, rules, rejections_max)
+    sheet = _Sheet(len(raw), rules, rejections_max)
+    by_shape: dict[tuple[Any, ...] | None, list[int]] = defaultdict(list)
     for index, record in enumerate(raw):
-        by_shape[tuple(record) if type(record) is dict else ()].append(index)
+        by_shape[_shape(record)].append(index)
     for names, indexes in by_shape.items():
+        if names is None or (names is not _ANY and "timestamp" not in names):
+            sheet.take_faulty(raw, indexes)
+            continue
         if len(indexes) >= _GROUP_MIN and set(REQUIRED) <= set(names):
             rows: Any = raw if len(indexes) == len(raw) else [raw[index] for index in indexes]
             columns = zip(*map(dict.values, rows), strict=True)
@@ -80,14 +98,23 @@ def accept(raw: Sequence[object], rules: RecordRules) -> Accepted:
     return sheet.result()
 
 
-def accept_columns(columns: Mapping[str, Column], rules: RecordRules) -> Accepted:
+def _shape(record: object) -> tuple[Any, ...] | None:
+    """Return the fields of a dict; None for what is no record at all."""
+    if type(record) is dict:
+        return tuple(record)
+    return _ANY if isinstance(record, Mapping) else None
+
+
+def accept_columns(
+    columns: Mapping[str, Column], rules: RecordRules, rejections_max: int = REJECTIONS_KEPT
+) -> Accepted:
     """Check records given in columns of one length.
 
     `timestamp` is text, datetimes or int64 ms; in a float array NaN means absent, as it does
     in a DataFrame.
     """
     n_rows = len(columns["timestamp"])
-    sheet = _Sheet(n_rows, rules)
+    sheet = _Sheet(n_rows, rules, rejections_max)
     sheet.take_columns(np.arange(n_rows), columns)
     return sheet.result()
 
@@ -95,16 +122,19 @@ def accept_columns(columns: Mapping[str, Column], rules: RecordRules) -> Accepte
 class _Sheet:
     """The rows of one call while they are being checked; at first none is kept."""
 
-    def __init__(self, n_rows: int, rules: RecordRules) -> None:
+    def __init__(self, n_rows: int, rules: RecordRules, rejections_max: int) -> None:
         self._rules = rules
+        self._rejections_max = rejections_max
+        self._metrics_max = min(METRICS_MAX, _CELLS_MAX // max(n_rows, 1))
         self._is_kept = np.zeros(n_rows, dtype=np.bool_)
         self._timestamps_ms = np.zeros(n_rows, dtype=np.int64)
         self._codes = np.zeros(n_rows, dtype=np.int32)
         self._names: dict[str, int] = {}
         self._metrics: dict[str, Floats] = {}
         self._rejections: list[Rejection] = []
+        self._faults: Tally[str] = Tally()
+        self._refused: Tally[str] = Tally()
         self._ignored = 0
-        self._is_crowded = False
 
     def result(self) -> Accepted:
         """Return what was kept, derived metrics added, rounded."""
@@ -118,22 +148,37 @@ class _Sheet:
         names, codes = _without_unused(tuple(self._names), self._codes[kept])
         batch = RecordBatch(names, codes, self._timestamps_ms[kept], metrics)
         rejections = tuple(sorted(self._rejections, key=_index_of))
-        return Accepted(batch, rejections, self._ignored, self._is_crowded)
+        reason = f"is one of over {self._metrics_max} different metrics in a request"
+        refused = tuple(RefusedField(name, n, reason) for name, n in self._refused.items())
+        return Accepted(batch, rejections, self._ignored, self._is_kept, self._faults, refused)
 
     def take_one(self, index: int, record: object) -> None:
         """Check one record exactly."""
         try:
             checked = check_record(record, self._rules)
-            self._check_room(checked.values)
         except RecordFault as fault:
-            self._rejections.append(Rejection(index, fault.field, fault.reason))
+            self._faults[rule_of(fault.reason)] += 1
+            if self._n_free:
+                self._rejections.append(Rejection(index, fault.field, fault.reason))
             return
         self._is_kept[index] = True
         self._timestamps_ms[index] = checked.timestamp_ms
         self._codes[index] = self._names.setdefault(checked.server_name, len(self._names))
         for name, value in checked.values.items():
-            self._metric(name)[index] = value
+            if name in self._metrics or len(self._metrics) < self._metrics_max:
+                self._metric(name)[index] = value
+            else:
+                self._refuse_field(name, 1)
         self._ignored += checked.ignored_fields
+
+    def take_faulty(self, raw: Sequence[object], indexes: Sequence[int]) -> None:
+        """Refuse records that all break one rule (no time, or no record); list some and count the others."""
+        n_listed = max(1, self._n_free)
+        for index in indexes[:n_listed]:
+            self.take_one(index, raw[index])
+        if len(indexes) > n_listed:
+            rule = "time_format" if isinstance(raw[indexes[0]], Mapping) else "not_an_object"
+            self._faults[rule] += len(indexes) - n_listed
 
     def take_columns(self, rows: Longs, columns: Mapping[str, Column]) -> None:
         """Check records of one shape together; rows with anything odd are taken one by one."""
@@ -156,8 +201,7 @@ class _Sheet:
                 is_good &= is_number & in_range(name, metrics[name])
         metrics = _without_aliases({name: metrics[name] for name in columns if name in metrics})
         metrics = {name: values for name, values in metrics.items() if not np.isnan(values).all()}
-        if len(self._metrics.keys() | metrics.keys()) > METRICS_MAX:
-            is_good[:] = False
+        self._leave_out_fresh(metrics, is_good)
         self._ignored += int(n_ignored[is_good].sum())
         if is_good.all() and len(rows) == len(self._is_kept):  # all of the call, which is the usual case
             self._is_kept[:] = True
@@ -169,7 +213,7 @@ class _Sheet:
         self._codes[kept] = codes[is_good]
         for name, values in metrics.items():
             self._metric(name)[kept] = values[is_good]
-        for place in np.flatnonzero(~is_good).tolist():
+        for place in self._to_look_at(np.flatnonzero(~is_good), times, codes).tolist():
             self.take_one(
                 int(rows[place]), {name: cell(name, cells, place) for name, cells in columns.items()}
             )
@@ -179,11 +223,39 @@ class _Sheet:
             self._metrics[name] = np.full(len(self._is_kept), np.nan)
         return self._metrics[name]
 
-    def _check_room(self, values: Mapping[str, float]) -> None:
-        fresh = values.keys() - self._metrics.keys()
-        if fresh and len(self._metrics) + len(fresh) > METRICS_MAX:
-            self._is_crowded = True
-            raise RecordFault(min(fresh), f"is one of over {METRICS_MAX} different metrics in a request")
+    @property
+    def _n_free(self) -> int:
+        return max(0, self._rejections_max - len(self._rejections))
+
+    def _leave_out_fresh(self, metrics: dict[str, Floats], is_good: Flags) -> None:
+        """Drop the metrics that there is no room for; the rows keep their other fields."""
+        fresh = [name for name in metrics if name not in self._metrics]
+        for name in fresh[max(0, self._metrics_max - len(self._metrics)) :]:
+            self._refuse_field(name, int((is_good & ~np.isnan(metrics.pop(name))).sum()))
+
+    def _refuse_field(self, name: str, n_records: int) -> None:
+        if n_records:
+            is_listed = name in self._refused or len(self._refused) < METRICS_MAX
+            self._refused[name if is_listed else _OTHER_FIELDS] += n_records
+
+    def _to_look_at(self, places: Longs, times: Longs, codes: Codes) -> Longs:
+        """Return the odd rows to look at one by one; others, whose rule is plain, are counted."""
+        if len(places) <= self._n_free:
+            return places
+        listed, rest = np.split(places, [self._n_free])
+        of_rest = times[rest]
+        newest, oldest = self._rules.newest_ms, self._rules.oldest_ms
+        is_left = np.ones(len(rest), dtype=np.bool_)
+        for rule, is_broken in (
+            ("time_format", of_rest == NO_TIME),
+            ("time_in_future", of_rest > (_LAST_MS if newest is None else newest)),
+            ("time_too_old", of_rest < (NO_TIME if oldest is None else oldest)),
+            ("server_name", codes[rest] == NO_NAME),
+        ):
+            self._faults[rule] += int((is_left & is_broken).sum())
+            is_left &= ~is_broken
+        self._faults = +self._faults  # without zeros
+        return np.concatenate([listed, rest[is_left]])
 
     def _times(self, column: Column) -> tuple[Longs, Flags]:
         """Return times and whether each is one within the bounds."""

@@ -18,7 +18,7 @@ from typing import Self
 
 import numpy as np
 
-from fleetcast.clock import to_ms
+from fleetcast.clock import from_ms, iso_z, to_ms
 from fleetcast.schema import Floats
 from fleetcast.settings import BufferSettings
 
@@ -32,22 +32,15 @@ _EXPONENT_BIAS = 1023
 _LARGEST_TURN = 308  # 1e309 is infinite
 
 
-def round_values(name: str, values: Floats, percent_decimals: int, significant_digits: int) -> Floats:
-    """Return the values of one metric rounded; NaN stays NaN and -0.0 becomes 0.0.
-
-    >>> round_values("cpu_pct", np.array([12.3456]), 2, 4).tolist()
-    [12.35]
-    >>> round_values("latency_ms", np.array([12.3456, 123456.0, 0.00123456]), 2, 4).tolist()
-    [12.35, 123500.0, 0.001235]
-    """
-    row: Floats = round_rows([name], values[None], percent_decimals, significant_digits)[0]
-    return row
-
-
 def round_rows(
     names: Sequence[str], values: Floats, percent_decimals: int, significant_digits: int
 ) -> Floats:
-    """Do the same for many metrics at once; `values` is (metric, row)."""
+    """Return the values (metric, row) rounded; NaN stays NaN and -0.0 becomes 0.0.
+
+    >>> names, values = ["cpu_pct", "latency_ms"], np.array([[12.3456, 0.0], [123456.0, 0.00123456]])
+    >>> round_rows(names, values, 2, 4).tolist()
+    [[12.35, 0.0], [123500.0, 0.001235]]
+    """
     are_percents = np.array([name.endswith(PERCENT_SUFFIX) for name in names], dtype=np.bool_)
     result = np.empty_like(values)
     result[are_percents] = np.round(values[are_percents], percent_decimals)
@@ -118,6 +111,8 @@ REQUIRED = ("timestamp", "server_name")
 ALIASES = {"mem_used_pct": "mem_pct"}
 PERCENT_LOW, PERCENT_HIGH = -1.0, 1000.0  # multi-core tools report over 100
 FUTURE_LIMIT = timedelta(minutes=5)
+_FUTURE_LIMIT_MS = FUTURE_LIMIT // timedelta(milliseconds=1)
+_EXAMPLE_MS = 1_768_471_505_000  # 2026-01-15T10:05:05Z: where no moment is known
 NAME_MAX_CHARS = 128
 METRIC_NAME_MAX_CHARS = 64
 
@@ -126,6 +121,32 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 _SHORT.maxlevel = 2
 
+# A reason quotes what the sender sent; its first words say which rule it was (and `intake`).
+TOO_MANY_SERVERS = "too_many_servers"
+RULES = {
+    "a record must be an object": "not_an_object",
+    "must be ISO 8601": "time_format",
+    "lies more than": "time_in_future",
+    "is older than": "time_too_old",
+    "must be 1-": "server_name",
+    "must be a number": "not_a_number",
+    "must be a finite number": "not_finite",
+    "must lie in": "out_of_range",
+    "is one of over": "too_many_metrics",
+    "is a new metric": "too_many_metrics",
+    "is a new name": TOO_MANY_SERVERS,
+}
+OTHER_RULE = "other"
+
+
+def rule_of(reason: str) -> str:
+    """Return the short name of the rule a rejection's reason comes from.
+
+    >>> rule_of("must lie in -1..1000, got 1e+06")
+    'out_of_range'
+    """
+    return next((rule for start, rule in RULES.items() if reason.startswith(start)), OTHER_RULE)
+
 
 @dataclass(frozen=True, slots=True)
 class RecordRules:
@@ -133,6 +154,7 @@ class RecordRules:
 
     newest_ms: int | None
     oldest_ms: int | None = None
+    oldest_is: str = "the retention"  # what `oldest_ms` is, as messages name it
     percent_decimals: int = BufferSettings.percent_decimals
     significant_digits: int = BufferSettings.significant_digits
 
@@ -143,6 +165,7 @@ class RecordRules:
         return cls(
             newest_ms=to_ms(now + FUTURE_LIMIT),
             oldest_ms=to_ms(now - retention) if expires else None,
+            oldest_is=f"the retention of {settings.retention_days} days (buffer.retention_days)",
             percent_decimals=settings.percent_decimals,
             significant_digits=settings.significant_digits,
         )
@@ -234,13 +257,25 @@ def _check_time(value: object, rules: RecordRules) -> int:
     try:
         moment_ms = parse_timestamp_ms(value)
     except ValueError:
-        reason = f"must be ISO 8601 text such as 2026-01-15T10:00:05Z, got {_SHORT.repr(value)}"
+        reason = f"must be ISO 8601 text such as {_example(rules)}, got {_SHORT.repr(value)}"
         raise RecordFault("timestamp", reason) from None
     if rules.newest_ms is not None and moment_ms > rules.newest_ms:
-        raise RecordFault("timestamp", f"lies more than 5 min in the future: {_SHORT.repr(value)}")
+        limit = f"; by this host's clock the newest accepted is {_z(rules.newest_ms)}"
+        raise RecordFault("timestamp", f"lies more than 5 min in the future: {_SHORT.repr(value)}{limit}")
     if rules.oldest_ms is not None and moment_ms < rules.oldest_ms:
-        raise RecordFault("timestamp", f"is older than the retention: {_SHORT.repr(value)}")
+        limit = f"; the oldest accepted is {_z(rules.oldest_ms)}"
+        raise RecordFault("timestamp", f"is older than {rules.oldest_is}: {_SHORT.repr(value)}{limit}")
     return moment_ms
+
+
+def _example(rules: RecordRules) -> str:
+    """Return the present moment, which nothing refuses as too old."""
+    newest_ms = rules.newest_ms or _EXAMPLE_MS
+    return _z((newest_ms - _FUTURE_LIMIT_MS) // 1000 * 1000)
+
+
+def _z(milliseconds: int) -> str:
+    return iso_z(from_ms(milliseconds))
 
 
 def _check_number(name: str, value: object) -> float:

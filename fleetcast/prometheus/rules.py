@@ -3,9 +3,9 @@
     cpu_pct = clamp(100 * (1 - avg(rate(node_cpu_seconds_total{mode="idle"}))), 0, 100)
 
 Owns: the grammar (a small part of PromQL, one line a metric), its messages, and evaluating a rule
-on arrays. A rule is evaluated per server: `sum`, `avg`, `min` and `max` run over the series of one
-server that the selector matches, `rate` is the increase per second between a counter's two newest
-samples. Does not know: samples.
+on arrays, from sums of contributions. A rule is evaluated per scrape target: `sum`, `avg`, `min` and
+`max` run over the series of one target that the selector matches, `rate` is the increase per second
+between a counter's two newest samples. Does not know: samples.
 """
 
 import re
@@ -16,9 +16,10 @@ import numpy as np
 
 from fleetcast.errors import SettingsError
 from fleetcast.ingest.rules import is_metric_name
-from fleetcast.schema import Floats
+from fleetcast.schema import Codes, Flags, Floats, Longs
 
 AGGREGATES = ("sum", "avg", "min", "max")
+_START = {"sum": 0.0, "avg": 0.0, "min": np.inf, "max": -np.inf}
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,64 @@ class MetricRule:
         """Return the metric; what is not finite is absent."""
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             return self.expression.evaluate(values)
+
+
+class TermSums:
+    """Totals per row and term: how contributions add up, and what the rules make of them."""
+
+    def __init__(self, rules: Sequence[MetricRule], terms: Sequence[Term]) -> None:
+        self._rules = tuple(rules)
+        self._terms = tuple(terms)
+        self._own_terms = [[self._terms.index(term) for term in rule.terms] for rule in self._rules]
+        self.starts: Floats = np.array([_START[term.aggregate] for term in self._terms])
+
+    def sum_up(self, rows: Longs, terms: Codes, values: Floats, n_rows: int) -> tuple[Codes, Floats]:
+        """Return (row, term) counts and totals of contributions."""
+        n_terms = len(self._terms)
+        cells = rows * n_terms + terms
+        n_cells = n_rows * n_terms
+        counts = np.bincount(cells, minlength=n_cells).astype(np.int32).reshape(n_rows, n_terms)
+        totals = np.bincount(cells, values, minlength=n_cells).astype(np.float64).reshape(n_rows, n_terms)
+        for place, term in enumerate(self._terms):
+            if term.aggregate in ("min", "max"):
+                chosen = terms == place
+                totals[:, place] = self.starts[place]
+                extreme = np.minimum if term.aggregate == "min" else np.maximum
+                extreme.at(totals[:, place], rows[chosen], values[chosen])
+        return counts, totals
+
+    def merge(self, kept: Floats, more: Floats) -> Floats:
+        """Return the totals (row, term) of both."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            merged = kept + more
+        for place, term in enumerate(self._terms):
+            if term.aggregate == "min":
+                merged[:, place] = np.minimum(kept[:, place], more[:, place])
+            elif term.aggregate == "max":
+                merged[:, place] = np.maximum(kept[:, place], more[:, place])
+        return merged
+
+    def evaluate(
+        self,
+        counts: Codes,
+        totals: Floats,
+        is_whole: Flags,
+        touched: Flags,
+        is_told: Flags,
+    ) -> Floats:
+        """Return (row, rule) values that are whole, and new or told otherwise; NaN for the others."""
+        columns = {}
+        for place, term in enumerate(self._terms):
+            total = totals[:, place]
+            columns[term] = total / np.maximum(counts[:, place], 1) if term.aggregate == "avg" else total
+        values = np.full(is_told.shape, np.nan)
+        for number, (rule, own) in enumerate(zip(self._rules, self._own_terms, strict=True)):
+            is_due = is_whole[:, own].all(axis=1)
+            is_due &= touched[:, own].any(axis=1) | ~is_told[:, number]
+            result = rule.evaluate(columns)
+            is_due &= np.isfinite(result)
+            values[is_due, number] = result[is_due]
+        return values
 
 
 _NESTING_MAX = 50

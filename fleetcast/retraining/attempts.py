@@ -1,15 +1,15 @@
-"""One training attempt as a process: started once, followed, adopted after a restart, concluded.
+"""One training attempt as a process: started once, followed, concluded.
 
 Owns: `attempt.lock`, `checkpoints/runs/<id>.log|.json` (output and end of the process, written by
-`supervisor`), what an end means. Does not know: when to train, or the state file: its caller writes
-an attempt down before `spawn` and its outcome after `conclude`.
+`supervisor`), what an end means. Does not know: when to train, or the state file. Its caller
+(`trainings`) writes an attempt down before `spawn` and its outcome after `conclude`, and finds a
+running one again after a restart (`Trainings.take_over`).
 
-The lock is taken before anything starts, and every process of the attempt inherits it. As long as
-one of them lives, no daemon starts another attempt.
+The lock is taken before anything starts, and the attempt's supervisor inherits it, no other process. As
+long as it lives, no daemon starts another attempt; at its end it kills whatever its steps started.
 """
 
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,28 +17,40 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fleetcast import files
+from fleetcast import files, locks
+from fleetcast.clock import monotonic
 from fleetcast.errors import AlreadyRunning, BadCheckpoint, CannotStart, CorruptFile, ExitCode
-from fleetcast.forecast.registry import ATTEMPT_LOCK, TRAINER_LOCK, Registry, Verdict, read_verdict
+from fleetcast.forecast.registry import (
+    ATTEMPT_LOCK,
+    RUNS_FOLDER,
+    TRAINER_LOCK,
+    Registry,
+    lock_of,
+    lock_paths,
+)
 from fleetcast.retraining import supervisor
 from fleetcast.retraining.state import (
     BUSY,
     FAILED,
+    HELD,
     INTERRUPTED,
     KEPT_ATTEMPTS,
     NOT_ENOUGH_DATA,
     PROMOTED,
     REJECTED,
     Attempt,
+    Verdict,
+    read_verdict,
 )
 
 logger = logging.getLogger(__name__)
 
 ATTEMPT_ID_VARIABLE = "TFT_ATTEMPT_ID"  # tells the trainer under which name to leave its verdict
-RUNS_FOLDER = "runs"
 _PROGRAM_DIR = Path(__file__).parents[2]
 _MAX_LOG_BYTES = 1_000_000
 _READ_BYTES = 65_536
+_STUCK_S = 60.0  # an attempt's processes may take this long to end
+_COMPLAINT_S = 3600.0
 _MAX_LINES_LOGGED = 2_000  # of one attempt; the rest stands in its own log
 
 
@@ -58,18 +70,43 @@ class Attempts:
         self.folder = registry.folder
         self._timeout_s = timeout_s
         self._nice = nice
-        self._lock = files.OwnerLock(self.folder / ATTEMPT_LOCK, "a training attempt")
+        self._lock = lock_of(self.folder, ATTEMPT_LOCK, "a training attempt")
         self._process: subprocess.Popen[bytes] | None = None
         self._log_offset = 0
         self._lines_logged = 0
+        self._complained_at = float("-inf")
+        self._suspect: int | None = None
 
     def why_not_free(self) -> str:
         """Return which process trains at the moment, or ""."""
         for name, what in ((ATTEMPT_LOCK, "a training attempt"), (TRAINER_LOCK, "a trainer")):
-            path = self.folder / name
-            if not (name == ATTEMPT_LOCK and self._lock.is_held) and files.is_locked(path):
-                return f"{what} is running (pid {files.read_pid(path)})"
+            paths = lock_paths(self.folder, name)
+            if not (name == ATTEMPT_LOCK and self._lock.is_held) and locks.is_locked(*paths):
+                return f"{what} is running ({self._name_holder(name, paths)})"
         return ""
+
+    def _name_holder(self, name: str, paths: tuple[Path, Path]) -> str:
+        """Name the process that holds a lock; where it holds it for no reason, log an error once an hour.
+
+        The caller knows of no attempt that runs, so only the supervisor of another daemon's may have the
+        attempt's lock; a trainer that a person started has as long as one of ours.
+        """
+        holders = locks.lock_holders(*paths)
+        if not holders:
+            return f"pid {locks.read_pid(paths[0])}"
+        oldest = holders[0]
+        rightful = [h for h in holders if name == TRAINER_LOCK or supervisor.__name__ in h.command]
+        is_stuck = not any(holder.age_s <= self._timeout_s + _STUCK_S for holder in rightful)
+        if is_stuck and self._suspect == oldest.pid and monotonic() - self._complained_at > _COMPLAINT_S:
+            self._complained_at = monotonic()
+            logger.error(
+                "a lock is stuck, no training starts: end its process lock=%s pid=%d age_s=%.0f command=%r",
+                *(paths[0], oldest.pid, oldest.age_s, oldest.command),
+            )
+        self._suspect = (
+            oldest.pid
+        )  # at the second look: a daemon has the lock for moments without a supervisor
+        return str(oldest)
 
     def reserve(self) -> bool:
         """Take the lock for a new attempt; False if another process was faster."""
@@ -80,7 +117,7 @@ class Attempts:
         return True
 
     def release(self) -> None:
-        """Give the lock up; processes that inherited it keep it."""
+        """Give the lock up; a supervisor that inherited it keeps it."""
         self._lock.release()
 
     def spawn(self, attempt: Attempt, steps: Sequence[Step]) -> Attempt:
@@ -102,7 +139,7 @@ class Attempts:
             log=str(self._log_path(attempt).absolute()),
             result=str(self._result_path(attempt).absolute()),
             max_log_bytes=_MAX_LOG_BYTES,
-            lock_fd=self._lock.fileno(),
+            lock_fds=self._lock.filenos(),
         )
         try:
             self._process = subprocess.Popen(
@@ -111,7 +148,7 @@ class Attempts:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                pass_fds=(self._lock.fileno(),),
+                pass_fds=self._lock.filenos(),
                 start_new_session=True,  # a stop of this daemon must not waste a running training
             )
         except OSError as error:
@@ -123,7 +160,11 @@ class Attempts:
         """Return whether a process of the attempt lives, of this daemon or of an earlier one."""
         if self._process is not None and self._process.pid == attempt.pid:
             return self._process.poll() is None
-        return not self._lock.is_held and files.is_locked(self._lock.path)
+        if (
+            self._lock.is_held or self._result_path(attempt).exists()
+        ):  # the result is the supervisor's last act
+            return False
+        return locks.is_locked(*lock_paths(self.folder, ATTEMPT_LOCK))
 
     def follow(self, attempt: Attempt) -> None:
         """Copy new output of the attempt to the log, bounded."""
@@ -146,6 +187,10 @@ class Attempts:
         self._process = None
         self.release()
         result = _read_result(self._result_path(attempt))
+        if result.get("orphans"):
+            logger.warning(
+                "killed processes that a training left behind attempt=%s n=%s", attempt.id, result["orphans"]
+            )
         exit_code = result.get("exit_code")
         code = exit_code if isinstance(exit_code, int) else None
         verdict = read_verdict(self.folder, attempt.id)
@@ -159,7 +204,7 @@ class Attempts:
         if verdict is None:
             return self._find_promotion(attempt)
         if not verdict.promoted:
-            return REJECTED, verdict.version, verdict.why
+            return HELD if verdict.passed_gate else REJECTED, verdict.version, verdict.why
         try:
             self._registry.version(verdict.version).verify()
         except BadCheckpoint as error:
@@ -220,5 +265,5 @@ def _drop_old(runs: Path) -> None:
     """Keep the newest attempts' files; the names sort by time."""
     kept = sorted({path.stem for path in runs.iterdir()})[-KEPT_ATTEMPTS + 1 :]
     for path in runs.iterdir():
-        if path.stem not in kept and os.access(path, os.W_OK):
-            path.unlink(missing_ok=True)
+        if path.stem not in kept and path.suffix in (".log", ".json"):
+            files.remove_leftover(path)

@@ -25,11 +25,12 @@ from fleetcast.settings import DecisionSettings
 
 logger = logging.getLogger(__name__)
 
-INITIAL, DRIFT, FOLLOW_UP = "initial", "drift", "follow_up"
+INITIAL, DRIFT, FOLLOW_UP, LEARNING, ORDERED = "initial", "drift", "follow_up", "learning", "ordered"
 OVERDUE, NONE = "max_days_without_training", "none"
 FUTURE_TOLERANCE = timedelta(minutes=5)
 DAY_S = DAY_MS / 1000
 WEEK_S = 7 * DAY_S
+LEFT_FOR_DRIFT = 2  # trainings of a week that a learning one must leave
 KEPT_STAMPS = 1000
 FIRST_BACKOFF_S = 15 * 60.0
 LONGEST_BACKOFF_S = 6 * 3600.0
@@ -44,6 +45,7 @@ class TrainingStamp:
     promoted: bool
     uptime: Uptime | None = None  # None: under the data clock, or recorded elsewhere
     attempt: str | None = None  # which one it was; None: recorded by hand
+    is_counted: bool = True  # by the safeguards; a training that a person forced is not
 
     def age_s(self, now: datetime, uptime: Uptime | None) -> float:
         """Return seconds since the training; never negative."""
@@ -105,8 +107,8 @@ class TrainingLog:
         )
 
     def ages_s(self, now: datetime, uptime: Uptime | None) -> Iterator[float]:
-        """Yield the age of every training."""
-        return (stamp.age_s(now, uptime) for stamp in self.stamps)
+        """Yield the age of every training that the safeguards count."""
+        return (stamp.age_s(now, uptime) for stamp in self.stamps if stamp.is_counted)
 
     def without_training_s(self, now: datetime) -> float | None:
         """Return how long there was no training, from the installation where there never was one."""
@@ -164,6 +166,14 @@ class SafeguardLimits:
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not is_number or not 0 <= value < float("inf"):
                 raise BadData(f"{name} must be a number >= 0, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class OrderedTraining:
+    """A training that a person asks for: the time is theirs to choose, so drift and quiet are not asked."""
+
+    reason: str
+    is_forced: bool = False  # the safeguards are not asked either
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,18 +241,26 @@ def decide(
     initial_due: bool,
     collecting: str = "",
     follow_up: str = "",
+    learning: str = "",
 ) -> Decision:
     """Decide; the reason of a refusal is the first step that failed.
 
     Args:
         collecting: why drift cannot be judged yet, or "".
         follow_up: why the last training asks for a follow-up, or "".
+        learning: why a training would pay although nothing drifted, or "".
     Raises:
         BadData: `drift_metrics` is not what `DriftMonitor.calculate_drift_metrics` returns.
     """
     asked_by = {check.name: check for check in safeguards}
     rule, reason = _demand(drift_metrics, asked_by[OVERDUE], follow_up, initial_due=initial_due)
-    blocking = next((c for c in safeguards if not c.passed and c.name != OVERDUE), None)
+    blocking = _blocking(safeguards)
+    if rule == NONE and learning and not collecting:
+        # a refusal does not begin with "not a quiet period": it must not start the deadline for quiet
+        why_not = "" if is_quiet_period else "it waits for a quiet period"
+        why_not = why_not or (_refusal(blocking) if blocking else _why_not_learn(asked_by))
+        told = f"{reason}; {learning}, refused: {why_not}" if why_not else f"{learning}; {reason}"
+        return Decision(not why_not, LEARNING, told, safeguards)
     if rule == NONE:
         return Decision(False, rule, f"collecting: {collecting}" if collecting else reason, safeguards)
     if not is_quiet_period:
@@ -250,6 +268,17 @@ def decide(
     if blocking:
         return Decision(False, rule, f"{_refusal(blocking)}; {reason}", safeguards)
     return Decision(True, rule, reason, safeguards)
+
+
+def decide_order(ordered: OrderedTraining, safeguards: tuple[SafeguardCheck, ...]) -> Decision:
+    """Decide about a training by order: only the safeguards may refuse it, and not one that is forced."""
+    blocking = None if ordered.is_forced else _blocking(safeguards)
+    reason = f"{_refusal(blocking)}; {ordered.reason}" if blocking else ordered.reason
+    return Decision(blocking is None, ORDERED, reason, safeguards)
+
+
+def _blocking(safeguards: tuple[SafeguardCheck, ...]) -> SafeguardCheck | None:
+    return next((check for check in safeguards if not check.passed and check.name != OVERDUE), None)
 
 
 def _demand(
@@ -279,6 +308,18 @@ def _refusal(check: SafeguardCheck) -> str:
     if check.name == "max_trainings_per_week":
         return f"{check.value} trainings in the last 7 days, limit {check.limit}"
     return f"the last training failed, {check.value:.0f} min to wait"
+
+
+def _why_not_learn(safeguards: Mapping[str, SafeguardCheck]) -> str:
+    """Return why no learning training may start, "" where one may: it comes after drift, and seldom."""
+    since_h = safeguards["min_hours_between_training"].value
+    if since_h is not None and since_h * 3600 < WEEK_S:
+        return f"{since_h / 24:.1f} days since the last training, at least {WEEK_S / DAY_S:g} needed"
+    week = safeguards["max_trainings_per_week"]
+    left = week.limit - (week.value or 0) - 1
+    if left < LEFT_FOR_DRIFT:
+        return f"it would leave {max(0, left):g} trainings of the week for drift, {LEFT_FOR_DRIFT} needed"
+    return ""
 
 
 class RetrainingDecisionEngine:
@@ -332,10 +373,22 @@ class RetrainingDecisionEngine:
             setattr(self, name, limit)
 
     def should_retrain(
-        self, drift_metrics: Mapping[str, Any], is_quiet_period: bool = True, *, initial_due: bool = False
+        self,
+        drift_metrics: Mapping[str, Any],
+        is_quiet_period: bool = True,
+        *,
+        initial_due: bool = False,
+        learning_due: bool = False,
     ) -> dict[str, Any]:
-        """Return {"should_retrain", "reason", "safeguards"}; a refusal's reason is the first failing step."""
-        return self.decide(drift_metrics, is_quiet_period, initial_due=initial_due).as_dict()
+        """Return {"should_retrain", "reason", "safeguards"}; a refusal's reason is the first failing step.
+
+        Args:
+            learning_due: a training would pay although nothing drifted.
+        """
+        learning = "learning: a training would pay" if learning_due else ""
+        return self.decide(
+            drift_metrics, is_quiet_period, initial_due=initial_due, learning=learning
+        ).as_dict()
 
     def decide(
         self,
@@ -345,16 +398,15 @@ class RetrainingDecisionEngine:
         initial_due: bool,
         collecting: str = "",
         follow_up: str = "",
+        learning: str = "",
+        ordered: OrderedTraining | None = None,
     ) -> Decision:
-        """Return the decision with the rule behind it.
-
-        Args:
-            collecting: why drift cannot be judged yet, or "".
-            follow_up: why the last training asks for a follow-up, or "".
-        """
+        """Return the decision with the rule behind it; see `decide` for the reasons that are given."""
         self.settle()
         now, wall_now = self._clock.now(), self._wall_clock.now()
         found = check_safeguards(self.log, self.backoff, self.limits, now, wall_now, self._uptime())
+        if ordered is not None:
+            return decide_order(ordered, found)
         return decide(
             drift_metrics,
             found,
@@ -362,6 +414,7 @@ class RetrainingDecisionEngine:
             initial_due=initial_due,
             collecting=collecting,
             follow_up=follow_up,
+            learning=learning,
         )
 
     def trainings_left(self) -> int:
@@ -378,9 +431,11 @@ class RetrainingDecisionEngine:
         self.log = settled.anchor(now, self._uptime())
         self.backoff = self.backoff.without_future(self._wall_clock.now())
 
-    def record_training(self, promoted: bool = True, *, attempt: str | None = None) -> None:
+    def record_training(
+        self, promoted: bool = True, *, attempt: str | None = None, is_counted: bool = True
+    ) -> None:
         """Note that a training ran to a verdict just now, promoted or not."""
-        stamp = TrainingStamp(self._clock.now(), promoted, self._uptime(), attempt)
+        stamp = TrainingStamp(self._clock.now(), promoted, self._uptime(), attempt, is_counted)
         self.log = self.log.with_training(stamp)
         self.backoff = Backoff()
 

@@ -84,10 +84,11 @@ class Inquiry:
         self._is_on_this_host = urlsplit(url).hostname in LOOPBACK
         self.served_version: str | None = None  # None: not known
         self.pids: tuple[int, ...] = ()  # of the daemon, where it runs on this host
+        self.buffer_folder = ""  # where it keeps its buffer, as it says
 
     def look(self, stop: Stop) -> None:
         """Ask which version is served and by which process; a daemon that is away leaves both unknown."""
-        self.served_version, self.pids = None, ()
+        self.served_version, self.pids, self.buffer_folder = None, (), ""
         try:
             status = self._ask("/status", stop)
         except DaemonAway as error:
@@ -98,14 +99,20 @@ class Inquiry:
         self.served_version = version if isinstance(version, str) else None
         if self._is_on_this_host and isinstance(pid, int) and not isinstance(pid, bool) and pid > 0:
             self.pids = (pid,)
+        self._note_folder(status)
 
     def why_away(self, stop: Stop) -> str:
         """Return why the daemon cannot be asked, or ""."""
         try:
-            self._ask("/status", stop)
+            self._note_folder(self._ask("/status", stop))
         except DaemonAway as error:
             return str(error)
         return ""
+
+    def _note_folder(self, status: Mapping[str, Any]) -> None:
+        buffer = status.get("buffer")
+        folder = buffer.get("folder") if isinstance(buffer, Mapping) else None
+        self.buffer_folder = folder if isinstance(folder, str) else ""
 
     def fleet(self, stop: Stop) -> FleetLoad:
         """Return the load of the live servers, or why it is not known."""

@@ -25,7 +25,7 @@ from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.errors import CorruptFile
 from fleetcast.files import read_json
 from fleetcast.retraining.attempts import Step
-from fleetcast.retraining.decision import FOLLOW_UP
+from fleetcast.retraining.decision import FOLLOW_UP, LEARNING
 from fleetcast.retraining.report import RetrainingCheck
 from fleetcast.schema import RecordBatch
 from fleetcast.settings import CALIBRATED, PathSettings, RetrainingSettings, Settings
@@ -58,16 +58,18 @@ class Readiness:
         """Return what is missing for a first training, or ""."""
         newest, oldest = self._store.newest_record_time(), self._store.oldest_record_time()
         if newest is None or oldest is None:
-            return "no data"
+            return f"no records in {self._store.describe()}"
         if self._was_enough:
             return ""
         oldest = max(oldest, newest - timedelta(days=self._training_days))
         span_s = (newest - oldest).total_seconds()
         enough = self._limits.initial_min_windows
         missing = enough_to_train(span_s, enough, self._limits)  # the span alone, before any reading
-        if not missing:
-            n_windows = self._count(to_ms(oldest), to_ms(newest), enough)
-            missing = enough_to_train(span_s, n_windows, self._limits)
+        if missing:
+            complete = oldest + timedelta(seconds=self._limits.initial_min_span_s)
+            return f"{missing}, complete about {complete:%Y-%m-%d %H:%M}Z"
+        n_windows = self._count(to_ms(oldest), to_ms(newest), enough)
+        missing = enough_to_train(span_s, n_windows, self._limits)
         self._was_enough = not missing
         return missing
 
@@ -150,22 +152,32 @@ def training_context(
 ) -> dict[str, Any]:
     """Return what `training_context.json` says beside the attempt's id: what drifts, since when.
 
-    A follow-up also names what the training before it named.
+    A follow-up also names what the training before it named. A learning training names nothing: it is
+    for the whole fleet. The few series in alarm then count as changes that are known, so that the next
+    drift reference does not mix what they were and what they are.
 
     Args:
         before: the context of the training before.
     """
     drifting = [*_drifting(evidence, source, check.report)]
+    known = known_changes(evidence.reference) if evidence.reference else []
     if check.decision.rule == FOLLOW_UP:
         drifting += drifting_before(before)
+    if check.decision.rule == LEARNING:
+        drifting, known = [], [*known, *_changes(drifting)]
     return {
         "rule": check.decision.rule,
         "made_at": iso_z(check.at),
         "model_version": evidence.model_version,
         "basis": check.report.basis,
         "drifting": drifting,
-        "known_changes": known_changes(evidence.reference) if evidence.reference else [],
+        "known_changes": known,
     }
+
+
+def _changes(drifting: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return drifting series as changes that are known."""
+    return [{name: item[name] for name in ("server", "metric", "changed_ms")} for item in drifting]
 
 
 def known_changes(reference: Reference) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
-"""Whether it is a quiet period: the limits of the fleet and of this host, and the fleet's own week.
+"""The verdict on a quiet period: the fleet's load, this host's load, and the fleet's own week.
 
 Owns: the load of this host (psutil), the verdict with every number it rests on, and the week that
-relaxes it. Does not know: the fleet's limits, which stand in `check_quiet_period()` to be edited
-there; how the fleet's load is asked for (`inquiry`).
+relaxes it. Does not know: the fleet's limits, which are edited in
+`adaptive_retraining_daemon.py`, `check_quiet_period()`; how the fleet's load is asked for (`inquiry`).
 
 **This host.** Load of others = 1-minute load of the system minus the cores that our own processes
 used since the last measurement: this daemon, its children, and the processes that the caller names.
@@ -15,6 +15,7 @@ Measured on a recorded fleet at 89 % memory (docs/decisions/quiet-window.md): fi
 of the checks, the lowest quarter of the week in 25 %, longest wait 13 h.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -25,11 +26,14 @@ from typing import Any
 import psutil
 
 from fleetcast.clock import monotonic, parse_plain_utc, sleep
+from fleetcast.errors import CorruptFile
 from fleetcast.files import read_json_lines
 from fleetcast.retraining.decision import WEEK_S
 from fleetcast.retraining.inquiry import FleetLoad
 from fleetcast.schema import QuietVerdict
 from fleetcast.settings import DecisionSettings
+
+logger = logging.getLogger(__name__)
 
 FIRST_SAMPLE_S = 0.2  # the first measurement has no earlier one to take the difference to
 OLDEST_SAMPLE_S = 900.0
@@ -210,7 +214,12 @@ class QuietWeek:
         if self._decisions is None:
             return
         path, self._decisions = self._decisions, None
-        lines = [*read_json_lines(path.with_name(f"{path.name}.1")), *read_json_lines(path)]
+        lines: list[dict[str, Any]] = []
+        for place in (path.with_name(f"{path.name}.1"), path):
+            try:
+                lines += read_json_lines(place)
+            except (CorruptFile, OSError) as error:
+                logger.warning("earlier decisions cannot be read: %s", error)
         known = [(at_s, line) for line in lines if (at_s := _seconds(line.get("at"))) is not None]
         for at_s, line in sorted(known, key=lambda item: item[0]):
             quiet = line.get("quiet")

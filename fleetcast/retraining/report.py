@@ -7,11 +7,12 @@ a check was measured or decided.
 
 import json
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 
 from fleetcast.clock import iso_z
 from fleetcast.drift.report import DriftReport
+from fleetcast.promotion.audit import Standing
 from fleetcast.retraining.decision import Decision, safeguards_json
 from fleetcast.schema import QuietVerdict
 
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 MOST_LINES = 20  # a check
 STARTED, NOTHING, ADVISED, BESIDE, TRAINING = "started", "nothing", "advised", "beside", "training"
+PAUSED = "paused"  # by a person
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,8 @@ class RetrainingCheck:
     action: str
     action_detail: str = ""
     attempt_id: str | None = None
+    learning: str = ""  # why a training would pay although nothing drifted, or ""
+    standing: Standing = field(default_factory=Standing)  # what a person ordered and did not lift
 
     def with_action(self, action: str, detail: str, attempt_id: str | None = None) -> "RetrainingCheck":
         """Return the check with what was done about it."""
@@ -44,10 +48,11 @@ class RetrainingCheck:
         return json.dumps(
             {
                 "at": iso_z(self.at),
-                "drift": self.report.current_metrics(),
+                "drift": self.report.known_metrics(),
                 "drift_status": self.report.status,
                 "model_version": self.report.model_version,
                 "initial_missing": self.initial_missing,
+                "learning": self.learning,
                 "quiet": asdict(self.quiet),
                 "safeguards": safeguards_json(decision.safeguards),
                 "rule": decision.rule,
@@ -56,6 +61,8 @@ class RetrainingCheck:
                 "outcome": self.action,
                 "outcome_detail": self.action_detail,
                 "attempt_id": self.attempt_id,
+                **({"held_by": self.standing.held.by} if self.standing.held else {}),
+                **({"paused_until": self.standing.paused.until} if self.standing.paused else {}),
             },
             allow_nan=False,
         )
@@ -70,11 +77,18 @@ class RetrainingCheck:
             lines.append(f"  {name:<22} {shown:>12}" + ("" if limit is None else f"  limit {limit:g}"))
         lines += ["", "Safeguards"]
         for check in self.decision.safeguards:
-            shown = "none yet" if check.value is None else f"{check.value:.2f}"
+            form = ".0f" if check.unit == "trainings" else ".2f"
+            shown = "none yet" if check.value is None else format(check.value, form)
             mark = "ok" if check.passed else "reached"
             lines.append(f"  {check.name:<27} {shown:>9}  limit {check.limit:g} {check.unit}  {mark}")
         if self.initial_missing:
             lines.append(f"  initial training: not yet, {self.initial_missing}")
+        if self.standing.held:
+            held = self.standing.held
+            lines += ["", f"Held since {held.since} by {held.by}: no training puts a model into service"]
+        if self.standing.paused:
+            paused = self.standing.paused
+            lines += ["", f"Trainings are paused until {paused.until} by {paused.by}: {paused.why}"]
         answer = "retrain" if self.decision.should_retrain else "do not retrain"
         lines += ["", f"Decision: {answer} ({self.decision.reason})"]
         if self.action_detail:

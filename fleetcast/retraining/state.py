@@ -1,7 +1,8 @@
 """`retraining_state.json`: what the retraining daemon must not forget.
 
-Owns: the file's format and its atomic writing; what happens to a damaged file; trainings that the
-state does not know (started by hand, or before the file was lost). Does not know: what the entries
+Owns: the file's format and its atomic writing; what happens to a damaged file; the verdicts that trainers
+leave (`checkpoints/attempts/<id>.json`), those of trainings that the state does not know (started by
+hand, or before the file was lost) included. Does not know: what the entries
 mean for a decision (`decision`) or a process (`attempts`).
 
 Keys for people, as `spec.md` prints them: `last_training_time` (of the last training that ran
@@ -12,16 +13,16 @@ A file with the first three keys only is accepted (as another version of the pro
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fleetcast import files
-from fleetcast.clock import Uptime, parse_plain_utc, plain_utc
+from fleetcast.clock import Uptime, from_ms, parse_plain_utc, plain_utc
 from fleetcast.errors import CorruptFile, SettingsError, UnknownFormat
-from fleetcast.forecast.registry import new_verdicts
+from fleetcast.forecast.registry import ATTEMPTS_FOLDER
 from fleetcast.retraining.decision import Backoff, TrainingLog, TrainingStamp
 
 logger = logging.getLogger(__name__)
@@ -29,11 +30,12 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "retraining_state.json"
 FORMAT = 1
 KEPT_ATTEMPTS = 50
+_ID_TIME = "%Y%m%dT%H%M%SZ"
 
-RUNNING, PROMOTED, REJECTED = "running", "promoted", "rejected"
+RUNNING, PROMOTED, REJECTED, HELD = "running", "promoted", "rejected", "held"
 FAILED, NOT_ENOUGH_DATA, BUSY, INTERRUPTED = "failed", "not_enough_data", "busy", "interrupted"
-OUTCOMES = (PROMOTED, REJECTED, FAILED, NOT_ENOUGH_DATA, BUSY, INTERRUPTED)
-VERDICTS = (PROMOTED, REJECTED)
+OUTCOMES = (PROMOTED, REJECTED, HELD, FAILED, NOT_ENOUGH_DATA, BUSY, INTERRUPTED)
+VERDICTS = (PROMOTED, REJECTED, HELD)  # held: it passed the gate, and a person holds new models back
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,8 @@ class Attempt:
     exit_code: int | None = None
     version: str | None = None
     why: str = ""
+    order: str | None = None  # a person's, that asked for it
+    is_forced: bool = False
 
     @property
     def is_running(self) -> bool:
@@ -119,7 +123,7 @@ def save_state(path: Path, state: RetrainingState) -> None:
                 "since": None if backoff.since is None else backoff.since.isoformat(),
                 "length_s": backoff.length_s,
             },
-            "attempts": [asdict(attempt) for attempt in state.attempts],
+            "attempts": [_attempt_json(attempt) for attempt in state.attempts],
             "last_decision": state.last_decision,
         },
     )
@@ -132,7 +136,14 @@ def _stamp_json(stamp: TrainingStamp) -> dict[str, Any]:
         "boot": stamp.uptime.boot if stamp.uptime else None,
         "uptime_s": stamp.uptime.seconds if stamp.uptime else None,
         "attempt": stamp.attempt,
+        **({} if stamp.is_counted else {"is_counted": False}),
     }
+
+
+def _attempt_json(attempt: Attempt) -> dict[str, Any]:
+    """Return an attempt; what only an ordered one has is left out elsewhere, for older releases."""
+    of_orders = ("order", "is_forced")
+    return {name: value for name, value in asdict(attempt).items() if value or name not in of_orders}
 
 
 def _parse(raw: Mapping[str, Any]) -> RetrainingState:
@@ -164,7 +175,8 @@ def _stamp(raw: Mapping[str, Any]) -> TrainingStamp:
     boot = _text_or_none(raw["boot"])
     uptime = Uptime(boot, float(raw["uptime_s"])) if boot else None
     attempt = _text_or_none(raw.get("attempt"))
-    return TrainingStamp(parse_plain_utc(raw["at"]), raw["promoted"] is True, uptime, attempt)
+    is_counted = raw.get("is_counted") is not False
+    return TrainingStamp(parse_plain_utc(raw["at"]), raw["promoted"] is True, uptime, attempt, is_counted)
 
 
 def _attempt(raw: Mapping[str, Any]) -> Attempt:
@@ -235,3 +247,59 @@ def with_unknown(state: RetrainingState, checkpoint_dir: Path) -> RetrainingStat
             TrainingStamp(verdict.at, verdict.promoted, attempt=verdict.attempt_id)
         ).in_order()
     return state if log is state.log else replace(state, log=log)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How a training ended: an attempt that got as far as a challenger."""
+
+    attempt_id: str
+    promoted: bool
+    version: str
+    why: str
+    at: datetime
+    changed_loss: float | None = None  # on the series that changed, as a share of the champion's
+    served_loss: float | None = None  # of what clients get, on the unchanged series, as such a share
+    passed_gate: bool = False  # and not promoted: a person holds new models back
+
+
+def read_verdict(checkpoint_dir: Path, attempt_id: str) -> Verdict | None:
+    """Return the verdict on one attempt; None where there is none, or no challenger was made."""
+    path = checkpoint_dir / ATTEMPTS_FOLDER / f"{attempt_id}.json"
+    try:
+        raw = files.read_json(path)
+        promoted, version, why = raw.get("promoted"), raw.get("version"), raw.get("why")
+        if not isinstance(promoted, bool) or not isinstance(version, str):
+            return None
+        figures, has_passed = raw.get("figures"), raw.get("passed_gate") is True
+        losses = (_ratio(figures, "changed"), _ratio(figures, "served", "unchanged"))
+        return Verdict(attempt_id, promoted, version, str(why or ""), _made_at(path), *losses, has_passed)
+    except FileNotFoundError:
+        return None
+    except (CorruptFile, OSError) as error:
+        logger.warning("verdict unreadable error=%s", error)
+        return None
+
+
+def new_verdicts(checkpoint_dir: Path, known: Container[str]) -> Iterator[Verdict]:
+    """Yield the verdicts on attempts that are not known, oldest first."""
+    for path in sorted((checkpoint_dir / ATTEMPTS_FOLDER).glob("*.json")):
+        if path.stem not in known and not path.name.startswith("."):
+            verdict = read_verdict(checkpoint_dir, path.stem)
+            if verdict is not None:
+                yield verdict
+
+
+def _ratio(figures: object, *names: str) -> float | None:
+    """Return the ratio of a comparison that the gate's figures hold, None where it is not there."""
+    for name in (*names, "ratio"):
+        figures = figures.get(name) if isinstance(figures, dict) else None
+    return float(figures) if isinstance(figures, int | float) and not isinstance(figures, bool) else None
+
+
+def _made_at(path: Path) -> datetime:
+    """Return when an attempt was made: by its id, which is in the Clock's time, else by its file."""
+    try:
+        return datetime.strptime(path.stem.split("-")[0], _ID_TIME).replace(tzinfo=UTC)
+    except ValueError:
+        return from_ms(path.stat().st_mtime_ns // 1_000_000)

@@ -8,8 +8,9 @@ priority, time, output, end. Does not know: what the commands do.
 
 Leaves two files: `log` (the newest output lines, at most `max_log_bytes`; later lines are
 counted, not kept) and, last and atomically, `result`: {"exit_code", "step", "timed_out",
-"seconds", "lines", "dropped_lines", "tail"}. No `result` means this process was killed; its
-child is killed with it (PR_SET_PDEATHSIG).
+"seconds", "lines", "dropped_lines", "tail", "orphans"}. No `result` means this process was killed; its
+child is killed with it (PR_SET_PDEATHSIG). What a command leaves running is killed at its end, daemons
+of a session of their own too: they become children of this process (PR_SET_CHILD_SUBREAPER).
 """
 
 import contextlib
@@ -38,6 +39,8 @@ _PR_SET_PDEATHSIG = 1
 _OOM_SCORE = "500"  # short of memory, the kernel should kill a training, not a daemon
 _KILL_GRACE_S = 10.0
 _POLL_S = 0.1
+_ORPHAN_POLL_S = 0.01
+_PR_SET_CHILD_SUBREAPER = 36
 _PIPE_BYTES = 2**20  # the most a pipe holds
 _LIBC = ctypes.CDLL(None)
 
@@ -52,7 +55,7 @@ class RunJob:
     log: str
     result: str
     max_log_bytes: int
-    lock_fd: int | None  # kept open by every child: the lock is held as long as one lives
+    lock_fds: tuple[int, ...]  # held by this process, by no step: a step may leave processes behind
 
     def to_argument(self) -> str:
         """Return the one argument of the command line."""
@@ -62,7 +65,7 @@ class RunJob:
     def from_argument(cls, text: str) -> "RunJob":
         """Read what `to_argument` wrote."""
         raw = json.loads(text)
-        return cls(**{**raw, "steps": tuple(raw["steps"])})
+        return cls(**{**raw, "steps": tuple(raw["steps"]), "lock_fds": tuple(raw["lock_fds"])})
 
 
 class OutputLines:
@@ -127,7 +130,7 @@ def run_job(job: RunJob) -> dict[str, Any]:
     with Path(job.log).open("ab") as stream:
         output = OutputLines(stream, job.max_log_bytes)
         while n_begun < len(job.steps) and exit_code == 0 and not timed_out:
-            exit_code, timed_out = _run_step(job.steps[n_begun], job.lock_fd, deadline, output)
+            exit_code, timed_out = _run_step(job.steps[n_begun], deadline, output)
             n_begun += 1
     return {
         "exit_code": exit_code,
@@ -140,9 +143,7 @@ def run_job(job: RunJob) -> dict[str, Any]:
     }
 
 
-def _run_step(
-    step: Mapping[str, Any], lock_fd: int | None, deadline: float, output: OutputLines
-) -> tuple[int, bool]:
+def _run_step(step: Mapping[str, Any], deadline: float, output: OutputLines) -> tuple[int, bool]:
     try:
         child = subprocess.Popen(
             step["argv"],
@@ -151,7 +152,6 @@ def _run_step(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            pass_fds=() if lock_fd is None else (lock_fd,),
             process_group=0,  # one signal reaches all that it starts
             preexec_fn=partial(_die_with_parent, os.getpid()),
         )
@@ -168,6 +168,35 @@ def _run_step(
     if not has_ended:
         output.feed(b"killed: the time limit is over\n")
     return child.wait(timeout=_KILL_GRACE_S), not has_ended
+
+
+def _end_orphans() -> int:
+    """Kill what the steps left behind outside their process groups; return how many processes that were.
+
+    Orphans become children of this process (PR_SET_CHILD_SUBREAPER), and with each that ends its own do.
+    """
+    deadline = monotonic() + _KILL_GRACE_S
+    killed: set[int] = set()
+    while monotonic() < deadline and (children := _children()):
+        for pid in children:
+            killed.add(pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                continue
+        sleep(_ORPHAN_POLL_S)
+    return len(killed)
+
+
+def _children() -> list[int]:
+    """Return the pids of this process's children: proc(5), field 4 of `stat` is the parent."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            if int((process / "stat").read_text().rsplit(")", 1)[1].split()[1]) == os.getpid():
+                found.append(int(process.name))
+    return found
 
 
 def _drain(child: subprocess.Popen[bytes], deadline: float, output: OutputLines) -> bool:
@@ -220,8 +249,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one job; its own exit code says only whether the result was noted."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     job = RunJob.from_argument(arguments[0])
+    for descriptor in job.lock_fds:
+        os.set_inheritable(descriptor, False)
+    _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     _lower_priority(job.nice)
-    write_json(Path(job.result), run_job(job))
+    Path(job.result).parent.mkdir(parents=True, exist_ok=True)  # a person may have deleted it meanwhile
+    write_json(Path(job.result), {**run_job(job), "orphans": _end_orphans()})
     return int(ExitCode.OK)
 
 

@@ -22,8 +22,8 @@ from prometheus_client.registry import Collector
 from fleetcast.clock import Clock, SystemClock
 from fleetcast.drift.report import DriftReport
 from fleetcast.drift.seasonal.detector import READY
-from fleetcast.errors import FleetcastError
-from fleetcast.files import write_atomic
+from fleetcast.errors import CorruptFile, FleetcastError
+from fleetcast.files import read_regular, write_atomic
 from fleetcast.retraining.report import RetrainingCheck
 from fleetcast.retraining.state import OUTCOMES, Attempt, RetrainingState
 
@@ -76,10 +76,12 @@ def _gauge(name: str, text: str, value: float | None) -> Iterator[Metric]:
         yield GaugeMetricFamily(PREFIX + name, text, value=float(value))
 
 
-def _label(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+def _label(name: str, text: str, label: str, values: Mapping[str, float | None]) -> Metric:
+    """Return a family; what is not known yet (None) has no sample."""
     family = GaugeMetricFamily(PREFIX + name, text, labels=[label])
     for key, value in values.items():
-        family.add_metric([key], float(value))
+        if value is not None:
+            family.add_metric([key], float(value))
     return family
 
 
@@ -90,6 +92,8 @@ def _of_check(check: RetrainingCheck, wall_s: float) -> Iterator[Metric]:
     )
     yield from _gauge("quiet_period", "1 when it was quiet at the newest check", check.quiet.is_quiet)
     passed = {item.name: float(item.passed) for item in check.decision.safeguards}
+    yield from _gauge("held", "1 while a person holds new models back", check.standing.held is not None)
+    yield from _gauge("paused", "1 while a person pauses trainings", check.standing.paused is not None)
     yield _label("safeguard_passed", "1 when a safeguard lets a training pass", "safeguard", passed)
 
 
@@ -105,6 +109,10 @@ def _of_drift(report: DriftReport) -> Iterator[Metric]:
     yield _label(
         "prediction_error_ratio", "PER of the version in service, by bins ahead", "horizon_bins", by_horizon
     )
+    relative = report.served_error.as_json()
+    sides = {"served": relative["fleet"], "model": relative["model"]["fleet"]}
+    known = {side: error for side, error in sides.items() if error is not None}
+    yield _label("error_of_last_value_ratio", "error one bin ahead over the last value's", "side", known)
     yield from _of_calibration(report)
     yield from _gauge("window_pairs", "(server, bin) pairs in the drift window", report.n_pairs)
 
@@ -147,11 +155,10 @@ def _of_state(state: RetrainingState, ended: Mapping[str, int]) -> Iterator[Metr
 def read_textfile(path: Path) -> bytes:
     """Return the lines of a textfile that are ours; b"" where there is no file, or a foreign one."""
     try:
-        with path.open("rb") as stream:
-            data = stream.read(MAX_BYTES + 1)
-    except OSError:
+        data = read_regular(path, MAX_BYTES)
+    except (OSError, CorruptFile):
         return b""
-    if len(data) > MAX_BYTES or not data.isascii():
+    if not data.isascii():
         return b""
     own = (PREFIX, f"# HELP {PREFIX}", f"# TYPE {PREFIX}")
     return b"".join(line + b"\n" for line in data.splitlines() if line.decode().startswith(own))

@@ -2,30 +2,37 @@
 
 Owns: the order of writing around a training: written down, started, ended, counted, each in one
 atomic write of `retraining_state.json`, so that after a kill at any point the next daemon neither
-forgets a training nor counts it twice. Owns also when a training for drift is followed by another.
-Does not know: safeguards and quiet periods, which hold for a follow-up as for any training.
+forgets a training nor counts it twice. Owns also when a training for drift is followed by another,
+and when one without drift would pay. Does not know: safeguards and quiet periods, which hold for
+these as for any training.
 
 **Follow-ups.** Drift is found within hours, when too little of the new behaviour has been seen to
 learn it well. Until the changed series have a reference of their own, the detector does not judge
 them, so nothing else would ask for another training. docs/decisions/follow-up-training.md has the
 figures.
+
+**Learning.** A fleet shows more of itself every week, and no drift says so. A training that nothing
+drifted for is tried after a week of new data, and again as long as such trainings bring clients
+something; each that brings nothing doubles the wait. docs/decisions/learning-training.md.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fleetcast.clock import BIN_EPOCH, HOUR_MS, Clock, from_ms, parse_plain_utc, plain_utc, to_ms
+from fleetcast.clock import BIN_EPOCH, DAY_MS, HOUR_MS, Clock, from_ms, parse_plain_utc, plain_utc, to_ms
 from fleetcast.errors import FleetcastError
 from fleetcast.files import append_line, write_json
-from fleetcast.forecast.registry import new_version_id, read_verdict
+from fleetcast.forecast.registry import Version, new_version_id
+from fleetcast.promotion.orders import Order
 from fleetcast.retraining.attempts import Attempts, Step
 from fleetcast.retraining.decision import (
     DRIFT,
     FOLLOW_UP,
+    LEARNING,
     Decision,
     RetrainingDecisionEngine,
     safeguards_json,
@@ -35,6 +42,7 @@ from fleetcast.retraining.report import RetrainingCheck
 from fleetcast.retraining.state import (
     BUSY,
     FAILED,
+    INTERRUPTED,
     NOT_ENOUGH_DATA,
     PROMOTED,
     REJECTED,
@@ -43,6 +51,7 @@ from fleetcast.retraining.state import (
     RetrainingState,
     check_clock_mode,
     load_state,
+    read_verdict,
     save_state,
     state_at_start,
     with_unknown,
@@ -60,6 +69,22 @@ _ENOUGH_SHARE = 0.5  # of the hours asked for: a training that saw less learned 
 _WORTH = 0.9  # the loss on what changed, as a share of the one before, up to which another pays
 _RESERVED = 1  # trainings of a week that are left to new changes
 _LATEST_DAYS = 14.0
+_LEARN_DAYS = 7.0  # of new data that are worth a training
+_LONGEST_LEARN_DAYS = 28.0  # after learning trainings that brought nothing
+_YOUNG_GROWTH = 1.5  # the history of a young fleet over what its last training saw
+
+
+@dataclass(frozen=True, slots=True)
+class DataSpan:
+    """A stretch of records, in data time."""
+
+    start_ms: int
+    end_ms: int
+
+    @property
+    def days(self) -> float:
+        """Return its length."""
+        return max(0, self.end_ms - self.start_ms) / DAY_MS
 
 
 class Trainings:
@@ -72,7 +97,15 @@ class Trainings:
         path: Path,
         clock_mode: str,
         clock: Clock,
+        on_end: Callable[[Attempt], None] = lambda _ended: None,
     ) -> None:
+        """Remember the parts.
+
+        Args:
+            on_end: takes a training that has ended, before it counts; where it fails, the next
+                `note` tries again.
+        """
+        self._on_end = on_end
         self._engine = engine
         self._attempts = attempts
         self._path = path
@@ -97,6 +130,13 @@ class Trainings:
         verdict = read_verdict(self._attempts.folder, attempts[0].id) if attempts else None
         loss = verdict.changed_loss if verdict else None
         return follow_up(attempts, context, self._clock.now(), hours, changed_loss=loss, left=left)
+
+    def learning(self, last: DataSpan | None, history: DataSpan | None) -> str:
+        """Return why a training would pay although nothing drifted, or ""; see `learning`."""
+        attempts = self._state.attempts
+        done = next((a for a in attempts if a.rule == LEARNING and a.outcome in VERDICTS), None)
+        verdict = read_verdict(self._attempts.folder, done.id) if done else None
+        return learning(attempts, last, history, served_loss=verdict.served_loss if verdict else None)
 
     def take_over(self) -> None:
         """Become the owner: read the state, adopt a training that still runs."""
@@ -123,6 +163,7 @@ class Trainings:
         ended = None
         if attempt is not None:
             ended = replace(self._attempts.conclude(attempt), ended_at=plain_utc(now))
+            self._on_end(ended)
             self._count(ended)
             self._state = self._state.with_attempt(ended)
         self._use(with_unknown(self._current(), self._attempts.folder))
@@ -133,6 +174,11 @@ class Trainings:
                 *(ended.id, ended.outcome, ended.version, ended.exit_code, ended.why),
             )
         return ended
+
+    def attempt_of(self, order_id: str) -> Attempt | None:
+        """Return the training that an order became; one that never began does not count."""
+        found = (attempt for attempt in self._state.attempts if attempt.order == order_id)
+        return next((attempt for attempt in found if attempt.outcome != INTERRUPTED), None)
 
     def why_not_free(self) -> str:
         """Return which training runs at the moment, or ""."""
@@ -146,9 +192,12 @@ class Trainings:
         version_before: str | None,
         steps: Sequence[Step],
         context: Mapping[str, Any],
+        order: Order | None = None,
     ) -> Attempt | None:
         """Start a training; None if another process was faster.
 
+        Args:
+            order: the person's order behind it, if one is.
         Raises:
             FleetcastError: it could not be started, which counts as a failed training.
         """
@@ -158,6 +207,8 @@ class Trainings:
         attempt = Attempt(
             new_version_id(now), decision.rule, decision.reason, plain_utc(now), version_before=version_before
         )
+        if order is not None:
+            attempt = replace(attempt, order=order.id, is_forced=order.force)
         try:
             self._remember(attempt)  # before anything starts: a training is never uncounted
             write_json(Path(CONTEXT_FILE), {"attempt_id": attempt.id, **context})
@@ -190,7 +241,8 @@ class Trainings:
     def _count(self, ended: Attempt) -> None:
         """Let an ended training count for the safeguards."""
         if ended.outcome in VERDICTS:
-            self._engine.record_training(ended.outcome == PROMOTED, attempt=ended.id)
+            is_counted = not ended.is_forced
+            self._engine.record_training(ended.outcome == PROMOTED, attempt=ended.id, is_counted=is_counted)
         elif ended.outcome == FAILED:
             self._engine.record_failure()
         elif ended.outcome == NOT_ENOUGH_DATA:
@@ -253,3 +305,45 @@ def follow_up(
         return ""
     since = f"{from_ms(middle_ms):%Y-%m-%d %H:%M}"
     return f"follow-up: {known_h:.0f} h known of the change of {since}, trained on {seen_h:.0f}"
+
+
+def data_span(version: Version | None) -> DataSpan | None:
+    """Return the data that a version was trained on and judged by; None where that is not known."""
+    if version is None or version.data_start_ms is None or version.data_end_ms is None:
+        return None
+    return DataSpan(version.data_start_ms, version.data_end_ms)
+
+
+def learning(
+    attempts: Sequence[Attempt],
+    last: DataSpan | None,
+    history: DataSpan | None,
+    *,
+    served_loss: float | None = None,
+) -> str:
+    """Return why a training would pay although nothing drifted, or "".
+
+    Args:
+        attempts: newest first.
+        last: the data of the last training that ran to a verdict.
+        history: what a training would be given now.
+        served_loss: of the last learning training that ran to a verdict, as a share of the champion's.
+    """
+    if last is None or history is None:
+        return ""
+    new_days = (history.end_ms - last.end_ms) / DAY_MS
+    if new_days < _LEARN_DAYS:
+        return ""
+    if history.days >= max(_LEARN_DAYS, _YOUNG_GROWTH * last.days):
+        return f"learning: {history.days:.0f} days known, the last training saw {last.days:.0f}"
+    outcomes = [item.outcome for item in attempts if item.rule == LEARNING and item.outcome in VERDICTS]
+    if not outcomes:
+        return f"learning: {new_days:.0f} days of new data, and it was never tried what they bring"
+    in_vain = next((n for n, outcome in enumerate(outcomes) if outcome == PROMOTED), len(outcomes))
+    if not in_vain:
+        brought = "" if served_loss is None else f": loss {served_loss:.3f} of the one before"
+        return f"learning: {new_days:.0f} days of new data, and the last such training paid{brought}"
+    wait_days = min(_LEARN_DAYS * 2.0**in_vain, _LONGEST_LEARN_DAYS)
+    if new_days < wait_days:
+        return ""
+    return f"learning: {new_days:.0f} days of new data, after {in_vain} such trainings in vain"

@@ -1,13 +1,14 @@
 """The answer to `GET /predictions/current`, kept as encoded pieces.
 
-Owns: the shape of that document. A sweep encodes each server's forecast once; a request joins
-pieces. `current` and `stale` change between sweeps, so a new request encodes them again when that is
-cheap; a document that is costly to join may be as old as some of its joins took.
+Owns: the shape of that document. A sweep encodes each server's forecast once; a request gets a list
+of pieces, never joined, so that answers that are read slowly share them. `current` and `stale` change
+between sweeps, so a new request encodes them again when that is cheap; a document that is costly to
+make may be as old as some of its makings took.
 Does not know: how forecasts are made, HTTP.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from fleetcast.clock import Clock, from_ms, iso_z, monotonic
 from fleetcast.errors import FleetcastError
 from fleetcast.ingest.rules import to_significant
-from fleetcast.schema import SOURCE_FALLBACK, SOURCE_MODEL, SOURCE_WARMING_UP, FleetForecast
+from fleetcast.schema import SOURCE_FALLBACK, SOURCE_MODEL, SOURCE_WARMING_UP, FleetForecast, Floats32
 from fleetcast.serving.roster import PresentServers, Roster
 
 SIGNIFICANT_DIGITS = 5  # a forecast is not more precise than that; 10,000 servers are 70 MB of digits
@@ -45,6 +46,16 @@ class ModelInfo:
         return {"version": self.version, "trained_at": self.trained_at, "base": self.is_base}
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Outlook:
+    """What one sweep expects of each server at most, within its horizon."""
+
+    rows: Mapping[str, int]  # by server
+    metrics: tuple[str, ...]
+    peaks: Floats32  # (server, metric) the highest p90; NaN = no forecast
+    origin_ms: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class _Sweep:
     """The encoded pieces of one sweep, by server."""
@@ -53,6 +64,7 @@ class _Sweep:
     forecasts: dict[str, bytes]
     sources: dict[str, bytes]
     timestamps: bytes = b""  # the same for every server: 20 MB less at 10,000
+    outlook: Outlook = Outlook({}, (), np.empty((0, 0), np.float32))
 
     def pieces(self, name: str) -> tuple[bytes, ...]:
         """Return a server's forecast, its time steps and its source, not joined."""
@@ -66,7 +78,7 @@ class _Sweep:
 class _Joined:
     """One whole document and what it was made of."""
 
-    document: bytes
+    document: Sequence[bytes]
     changes: tuple[int, int]
     made_at: float
     cost_s: float
@@ -81,6 +93,7 @@ class PredictionBoard:
         self._sweep = _Sweep(None, {}, {})
         self._n_sweeps = 0
         self._joined: dict[bool, _Joined] = {}
+        self._narrowing = threading.Lock()  # forty at once would only take turns, and the event loop last
         self._lock = threading.Lock()  # one join at a time: others wait for it and share it
 
     def publish(self, forecast: FleetForecast, model: ModelInfo | None) -> None:
@@ -89,14 +102,29 @@ class PredictionBoard:
         self._n_sweeps += 1
         self._joined = {}  # frees a large fleet's document at once, not at the next request
 
-    def document(self, servers: Sequence[str] = (), *, only_current: bool = False) -> bytes:
-        """Return the JSON document, narrowed to `servers` where any are given.
+    @property
+    def model(self) -> ModelInfo | None:
+        """Return the model of the newest sweep."""
+        return self._sweep.model
+
+    @property
+    def outlook(self) -> Outlook:
+        """Return what the newest sweep expects."""
+        return self._sweep.outlook
+
+    def source(self, server_name: str) -> str:
+        """Return where a server's forecast comes from, as the document says it."""
+        return self._sweep.sources.get(server_name, SOURCE_WARMING_UP.encode()).decode()
+
+    def document(self, servers: Sequence[str] = (), *, only_current: bool = False) -> Sequence[bytes]:
+        """Return the JSON document in pieces, narrowed to `servers` where any are given.
 
         Raises:
             UnknownServer: one of them is not in the fleet.
         """
         if servers:
-            return self._join(servers, only_current)
+            with self._narrowing:
+                return self._join(servers, only_current)
         with self._lock:
             joined = self._joined.get(only_current)
             if joined is None or not self._is_fresh(joined):
@@ -119,7 +147,7 @@ class PredictionBoard:
         document = self._join((), only_current)
         return _Joined(document, changes, monotonic(), monotonic() - started)
 
-    def _join(self, servers: Sequence[str], only_current: bool) -> bytes:
+    def _join(self, servers: Sequence[str], only_current: bool) -> Sequence[bytes]:
         now = self._clock.now()
         sweep, present = self._sweep, self._roster.servers(now)
         if servers:
@@ -135,7 +163,7 @@ class PredictionBoard:
             rows = list(range(len(present.server_names)))
         pieces = _server_pieces(present, rows, sweep, only_current)
         head = {"timestamp": iso_z(now), "model": sweep.model.as_dict() if sweep.model else None}
-        return b"".join([msgspec.json.encode(head)[:-1], b',"predictions":{', *pieces, b"}}"])
+        return [msgspec.json.encode(head)[:-1], b',"predictions":{', *pieces, b"}}"]
 
 
 def _server_pieces(
@@ -143,13 +171,13 @@ def _server_pieces(
 ) -> list[bytes]:
     encoder = msgspec.json.Encoder()
     pieces: list[bytes] = []
-    values = present.values.tolist()
-    is_known = ~np.isnan(present.values)
-    for row in rows:
+    chosen = present.values[rows]
+    cells, are_known = chosen.tolist(), ~np.isnan(chosen)
+    for row, values, is_known in zip(rows, cells, are_known, strict=True):
         name = present.server_names[row]
         current = {
             metric: value
-            for metric, value, known in zip(present.metrics, values[row], is_known[row], strict=True)
+            for metric, value, known in zip(present.metrics, values, is_known, strict=True)
             if known
         }
         forecast: tuple[bytes, ...]
@@ -187,4 +215,7 @@ def _encode(forecast: FleetForecast, model: ModelInfo | None) -> _Sweep:
         source = (SOURCE_MODEL if is_model[row] else SOURCE_FALLBACK).encode()
         sources[name] = source
         forecasts[name] = b'"forecast":' + encoder.encode(by_metric)
-    return _Sweep(model, forecasts, sources, timestamps)
+    peaks = np.fmax.reduce(forecast.quantiles[..., 2], axis=2)
+    rows = {name: row for row, name in enumerate(forecast.server_names)}
+    outlook = Outlook(rows, forecast.metrics, peaks, forecast.origin_ms)
+    return _Sweep(model, forecasts, sources, timestamps, outlook)

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetcast import files
+from fleetcast.archive import open_arrays
 from fleetcast.clock import DAY_MS, monotonic
 from fleetcast.errors import CorruptFile
 from fleetcast.forecast.encoding import is_percent
@@ -31,7 +32,7 @@ from fleetcast.forecast.experts.layer import ExpertLayer
 from fleetcast.forecast.experts.mixture import Mixture
 from fleetcast.schema import ClosedBin, Floats32, HistoryWindow, Longs
 from fleetcast.serving.history import BinHistory
-from fleetcast.serving.ledger import open_npz, pack_lines, unpack_lines
+from fleetcast.serving.ledger import pack_lines, unpack_lines
 
 logger = logging.getLogger(__name__)
 
@@ -134,13 +135,13 @@ class Corrector:
         self._rows = {name: row for row, (name, _) in enumerate(kept)}
 
     def _take_up(self) -> None:
-        if not self._path.exists():
-            return
         try:
             kept, arrays = _unpack(self._path)
             if (kept.metrics, kept.bin_ms) != (self._metrics, self._history.bin_ms):
                 raise CorruptFile(self._path, "made for other metrics or bins")
             self._fill(kept, arrays)
+        except FileNotFoundError:
+            return
         except CorruptFile as error:
             logger.warning("feedback starts afresh: %s", error)
             self._begin()
@@ -206,7 +207,7 @@ def _unpack(path: Path) -> tuple[_Kept, dict[str, NDArray[Any]]]:
     Raises:
         CorruptFile: the file is damaged or foreign.
     """
-    with open_npz(path, "a file of feedback") as archive:
+    with open_arrays(path, "a file of feedback") as archive:
         arrays = {name: archive[name] for name in archive.files}
         if int(arrays["format"]) not in (1, FORMAT):
             raise CorruptFile(path, f"format {int(arrays['format'])}, expected {FORMAT}")

@@ -3,21 +3,20 @@
 Owns: the rule by which a bin closes, the rows of bins still open, and the last 8 days of means in
 one rolling array. Does not know: the buffer's files (it is handed batches), forecasts, HTTP.
 
-A server's bin closes at its first record of a later bin; the fleet's bin closes when that is
-so for every live server, or `close_grace_s` after its end by the caller's clock. Rows that come
-later are counted and reopen nothing; their bins are read again from the buffer (`refresh`), so
-that the window is always what a restart, or the trainer, would make of the same records.
+A bin closes `close_grace_s` after its end by the caller's clock, also when a record of a later bin
+came sooner: several senders of one server need not be in step. Rows that come later are counted
+and reopen nothing; their bins are read again from the buffer (`refresh`), so that the window is
+always what a restart, or the trainer, would make of the same records. Those that come within
+`correct_within_s` of their bin's end are handed to the caller again, as corrections.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from datetime import datetime
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fleetcast.bins import HISTORY_BINS, RECENT_BINS, bin_means
+from fleetcast.bins import HISTORY_BINS, bin_means
 from fleetcast.clock import from_ms, to_ms
 from fleetcast.schema import ClosedBin, Codes, Floats, Floats32, HistoryWindow, Longs, RecordBatch
 from fleetcast.settings import BinSettings, ForecastSettings
@@ -35,7 +34,7 @@ _Rows = tuple[Codes, Longs, Floats]  # server rows, times, values (row, metric)
 class BinHistory:
     """Rows in, closed bins and windows out.
 
-    `add` and the questions (`due`, counts) are safe from any thread; `close`,
+    `add` and the questions (`due`, `past`, counts) are safe from any thread; `close`,
     `window`, `restore` and `refresh` belong to the one thread that sweeps.
     """
 
@@ -45,10 +44,13 @@ class BinHistory:
         self.metrics = bins.forecast_metrics
         self.bin_ms = bins.bin_s * 1000
         self._grace_ms = int(bins.close_grace_s * 1000)
-        self._live_ms = int(forecast.stale_after_s * 1000)
+        self.correct_ms = int(bins.correct_within_s * 1000)
         self._gone_ms = int(forecast.gone_after_s * 1000)
         self._keep_bins = keep_bins
         self.late_rows = 0
+        # Guards the cells for readers of other threads. Always taken before `_lock`, never after it: a
+        # large grid moves for a tenth of a second, and `add` must not wait for that.
+        self._grid_lock = threading.Lock()
         self._lock = threading.Lock()
         self._begin()
 
@@ -59,6 +61,7 @@ class BinHistory:
         self._open: dict[int, list[_Rows]] = {}
         self._taken_ms: int | None = None  # the newest closed bin
         self._late_bins: set[int] = set()
+        self._correctable: set[int] = set()  # of these, closed bins whose actuals are to be corrected
         self._grid = BinGrid(len(self.metrics), self.bin_ms, self._keep_bins)
         self._seen_bin_ms: Longs = np.full(64, _UNSEEN, dtype=np.int64)  # newest closed bin with a record
 
@@ -93,8 +96,17 @@ class BinHistory:
         """Whether late rows changed bins that are already closed."""
         return bool(self._late_bins)
 
-    def add(self, batch: RecordBatch) -> None:
-        """Take durable records in; visible to the next question about due bins."""
+    @property
+    def awaits_correction(self) -> bool:
+        """Whether late rows came soon enough to correct what closed bins said."""
+        return bool(self._correctable)
+
+    def add(self, batch: RecordBatch, now: datetime | None = None) -> None:
+        """Take durable records in; visible to the next question about due bins.
+
+        Args:
+            now: when they arrived; without it, late rows correct nothing.
+        """
         if not len(batch):
             return
         values = self._columns(batch)
@@ -106,19 +118,24 @@ class BinHistory:
                 of_bin = starts == start
                 if self._taken_ms is not None and start <= self._taken_ms:
                     self.late_rows += int(np.count_nonzero(of_bin))
-                    if start > self._taken_ms - self._keep_bins * self.bin_ms:
-                        self._late_bins.add(start)
+                    self._note_late(start, now)
                 else:
                     part = (rows[of_bin], batch.timestamps_ms[of_bin], values[of_bin])
                     self._open.setdefault(start, []).append(part)
 
+    def _note_late(self, start: int, now: datetime | None) -> None:
+        """Note a closed bin that has to be read again; caller holds the lock."""
+        assert self._taken_ms is not None
+        if start > self._taken_ms - self._keep_bins * self.bin_ms:
+            self._late_bins.add(start)
+            if now is not None and to_ms(now) <= start + self.bin_ms + self.correct_ms:
+                self._correctable.add(start)
+
     def due(self, now: datetime) -> list[int]:
         """Return the starts of the bins that hold rows and are closed by `now`, oldest first."""
+        last_ms = to_ms(now) - self._grace_ms - self.bin_ms
         with self._lock:
-            if not self._open:
-                return []
-            closed = [start for start in self._open if self._is_closed(start, to_ms(now))]
-            return sorted(start for start in self._open if start <= max(closed)) if closed else []
+            return sorted(start for start in self._open if start <= last_ms)
 
     def close(self, bin_ms: int) -> ClosedBin:
         """Take one due bin; due bins are taken oldest first, and only once."""
@@ -129,23 +146,18 @@ class BinHistory:
             names = list(self._rows)
         rows, times, values = (np.concatenate(column) for column in zip(*parts, strict=True))
         codes, starts, means = bin_means(rows, times, values, self.bin_ms)
-        self._grid.advance(bin_ms)
-        self._grid.put(codes, starts, means)
+        with self._grid_lock:
+            self._grid.advance(bin_ms)
+            self._grid.put(codes, starts, means)
         self._note_seen(codes, starts)
         self._forget_the_long_gone()
         return ClosedBin(bin_ms, tuple(names[code] for code in codes), self.metrics, means.astype(np.float32))
 
-    def window(self, end_bin_ms: int) -> HistoryWindow:
-        """Return the fleet's means up to the newest closed bin; its values hold until the next `close`.
-
-        Servers unseen for `gone_after_s` are left out.
-        """
-        names, rows = self._here(end_bin_ms)
-        return self._part(names, rows, end_bin_ms)
-
     def parts(self, end_bin_ms: int, n_servers: int) -> Iterator[HistoryWindow]:
-        """Yield the same window in parts of at most `n_servers`: a whole fleet's would be copied
-        as soon as one server is gone.
+        """Yield the fleet's means up to the newest closed bin, at most `n_servers` at a time.
+
+        A whole fleet's would be copied as soon as one server is gone. The values hold until the next
+        `close`. Servers unseen for `gone_after_s` are left out.
         """
         names, rows = self._here(end_bin_ms)
         for start in range(0, len(rows), n_servers):
@@ -160,18 +172,28 @@ class BinHistory:
         return names, np.flatnonzero(seen > end_bin_ms - self._gone_ms).astype(np.int64)
 
     def _part(self, names: list[str], rows: Longs, end_bin_ms: int) -> HistoryWindow:
-        view = self._grid.view(len(names))
+        with self._grid_lock:  # a longer array may move
+            view = self._grid.view(len(names))
         is_run = len(rows) and int(rows[-1]) - int(rows[0]) == len(rows) - 1
         values = view[int(rows[0]) : int(rows[-1]) + 1] if is_run else view[rows]
         return HistoryWindow(tuple(names[row] for row in rows), self.metrics, values, end_bin_ms, self.bin_ms)
 
-    def recent(self, server_names: Sequence[str], last_bin_ms: int, n_bins: int = RECENT_BINS) -> Floats32:
-        """Return a few closed bins of some servers, (server, metric, bin); NaN = no record."""
-        with self._lock:
-            rows = np.fromiter((self._rows.get(name, -1) for name in server_names), np.int64)
-        values = np.full((len(rows), len(self.metrics), n_bins), np.nan, dtype=np.float32)
-        values[rows >= 0] = self._grid.span(rows[rows >= 0], last_bin_ms, n_bins)
-        return values
+    def past(self, server_name: str, last_bin_ms: int, n_bins: int) -> Floats32 | None:
+        """Return closed bins of one server, (metric, bin), NaN = no record; None: nothing is remembered.
+
+        Safe from any thread.
+        """
+        with self._grid_lock, self._lock:
+            row = self._rows.get(server_name)
+            if row is None:
+                return None
+            return self._grid.span(row, last_bin_ms, n_bins)
+
+    @property
+    def oldest_kept_ms(self) -> int | None:
+        """Return the oldest bin within the memory's reach, or None before the first closed bin."""
+        taken_ms = self._taken_ms
+        return None if taken_ms is None else taken_ms - (self._keep_bins - 1) * self.bin_ms
 
     def clear(self) -> None:
         """Forget everything, for a `restore` to follow."""
@@ -181,39 +203,69 @@ class BinHistory:
     def restore(self, batches: Iterable[RecordBatch], taken_bin_ms: int) -> None:
         """Fill a history from stored records, before its first `close`.
 
-        Those after `taken_bin_ms` are open again; new records may come in meanwhile.
+        Those after `taken_bin_ms` are open again; new records may come in meanwhile. The newest closed
+        bins are to be corrected: a kill may have come between a late row and its correction.
         """
         with self._lock:
             self._taken_ms = taken_bin_ms
             for start in [start for start in self._open if start <= taken_bin_ms]:
                 del self._open[start]  # records that came before this call: read again by `refresh`
                 self._late_bins.add(start)
-        self._grid.advance(taken_bin_ms)
+        with self._grid_lock:
+            self._grid.advance(taken_bin_ms)
         for batch in batches:
             self._put_closed(batch)
             self.add(batch.where(batch.timestamps_ms >= taken_bin_ms + self.bin_ms))
+        newest_ms = self.newest_ms
+        if newest_ms is not None:
+            newest_bin = newest_ms // self.bin_ms * self.bin_ms
+            first = (newest_ms - self.correct_ms) // self.bin_ms * self.bin_ms
+            recent = range(first, min(taken_bin_ms, newest_bin) + 1, self.bin_ms)
+            with self._lock:
+                self._late_bins.update(recent)
+                self._correctable.update(recent)
 
-    def refresh(self, read: ReadRecords) -> int:
-        """Read bins again that late rows belong to, newest first; return how many were."""
+    def refresh(self, read: ReadRecords, *, corrections_only: bool = False) -> list[ClosedBin]:
+        """Read bins again that late rows belong to, newest first; return the corrected ones, oldest first."""
         with self._lock:
-            late = sorted(self._late_bins, reverse=True)[:_REFRESH_BINS]
+            wanted = self._correctable if corrections_only else self._late_bins
+            late = sorted(wanted, reverse=True)[:_REFRESH_BINS]
+            corrected = self._correctable.intersection(late)
             self._late_bins.difference_update(late)
-        for start, end in _runs(late, self.bin_ms):
-            for batch in read(start, end):
-                self._put_closed(batch)
-        return len(late)
+            self._correctable.difference_update(late)
+        found: dict[int, list[ClosedBin]] = {start: [] for start in sorted(corrected)}
+        try:
+            for start, end in _runs(late, self.bin_ms):
+                for batch in read(start, end):
+                    for part in self._put_closed(batch, corrected):
+                        found[part.bin_ms].append(part)
+        except BaseException:
+            with self._lock:
+                self._late_bins.update(late)
+                self._correctable.update(corrected)
+            raise
+        return [_join(parts) for parts in found.values() if parts]
 
-    def _put_closed(self, batch: RecordBatch) -> None:
-        """Write the cells of a batch that holds whole bins."""
+    def _put_closed(self, batch: RecordBatch, wanted: Container[int] = ()) -> list[ClosedBin]:
+        """Write the cells of a batch that holds whole bins; return its part of the bins asked for."""
         with self._lock:
             taken = self._taken_ms
             rows = self._rows_of(batch)
+            names = list(self._rows) if wanted else []
             if len(batch):
                 np.maximum.at(self._newest_ms, rows, batch.timestamps_ms)
         codes, starts, means = bin_means(rows, batch.timestamps_ms, self._columns(batch), self.bin_ms)
         is_closed = starts <= (_UNSEEN if taken is None else taken)
-        self._grid.put(codes[is_closed], starts[is_closed], means[is_closed])
+        with self._grid_lock:
+            self._grid.put(codes[is_closed], starts[is_closed], means[is_closed])
         self._note_seen(codes[is_closed], starts[is_closed])
+        parts = []
+        for start in np.unique(starts[is_closed]).tolist():
+            if start in wanted:
+                of_bin = starts == start
+                servers = tuple(names[code] for code in codes[of_bin])
+                parts.append(ClosedBin(start, servers, self.metrics, means[of_bin].astype(np.float32)))
+        return parts
 
     def _columns(self, batch: RecordBatch) -> Floats:
         """Return (row, metric) of the metrics that are forecast; NaN where the batch has none."""
@@ -231,26 +283,18 @@ class BinHistory:
         self._newest_ms = _grow(self._newest_ms, len(self._rows))
         return row_of_code[batch.server_codes]
 
-    def _is_closed(self, start: int, now_ms: int) -> bool:
-        """Apply the closing rule to one bin; caller holds the lock."""
-        end = start + self.bin_ms
-        if now_ms >= end + self._grace_ms:
-            return True
-        newest = self._newest_ms[: len(self._rows)]
-        return bool((newest[newest >= end - self._live_ms] >= end).all())
-
     def _note_seen(self, codes: Codes, starts: Longs) -> None:
         self._seen_bin_ms = _grow(self._seen_bin_ms, len(self._rows))
         np.maximum.at(self._seen_bin_ms, codes, starts)
 
     def _forget_the_long_gone(self) -> None:
-        """Drop servers without a value in the whole window, once they are a quarter of the rows."""
-        with self._lock:
+        """Drop servers without a value in the whole window, once they are a sixteenth of the rows."""
+        with self._grid_lock, self._lock:
             assert self._taken_ms is not None
             oldest_kept = self._taken_ms - self._grid.keep_bins * self.bin_ms
             names = list(self._rows)
             kept = np.flatnonzero(self._newest_ms[: len(names)] >= oldest_kept).astype(np.int32)
-            if len(names) - len(kept) < max(16, len(names) // 4):
+            if len(names) - len(kept) < max(16, len(names) // 16):
                 return
             new_row = np.full(len(names), -1, dtype=np.int32)
             new_row[kept] = np.arange(len(kept), dtype=np.int32)
@@ -317,15 +361,15 @@ class BinGrid:
         self._reserve(n_rows)
         return self._values[:n_rows, :, self._end - self._n_used() : self._end]
 
-    def span(self, rows: NDArray[np.integer[Any]], last_bin_ms: int, n_bins: int) -> Floats32:
-        """Return a copy (row, metric, bin) of `n_bins` bins up to `last_bin_ms`; NaN out of reach."""
-        values = np.full((len(rows), self._values.shape[1], n_bins), np.nan, dtype=np.float32)
-        if self.newest_bin_ms is None or not len(rows):
+    def span(self, row: int, last_bin_ms: int, n_bins: int) -> Floats32:
+        """Return a copy (metric, bin) of a row's `n_bins` bins up to `last_bin_ms`; NaN out of reach."""
+        values = np.full((self._values.shape[1], n_bins), np.nan, dtype=np.float32)
+        if self.newest_bin_ms is None or row >= len(self._values):
             return values
         stop = self._end - (self.newest_bin_ms - last_bin_ms) // self.bin_ms
         first, last = max(stop - n_bins, self._end - self.keep_bins), min(stop, self._end)
         if first < last:
-            values[:, :, first - stop + n_bins : last - stop + n_bins] = self._values[rows, :, first:last]
+            values[:, first - stop + n_bins : last - stop + n_bins] = self._values[row, :, first:last]
         return values
 
     def keep_rows(self, rows: Codes) -> None:
@@ -363,6 +407,13 @@ def _grow(array: Longs, size: int) -> Longs:
     longer = np.full(max(size, 2 * len(array)), _UNSEEN, dtype=np.int64)
     longer[: len(array)] = array
     return longer
+
+
+def _join(parts: Sequence[ClosedBin]) -> ClosedBin:
+    """Return one bin of several that hold different servers."""
+    names = tuple(name for part in parts for name in part.server_names)
+    first = parts[0]
+    return ClosedBin(first.bin_ms, names, first.metrics, np.concatenate([part.values for part in parts]))
 
 
 def _runs(starts: list[int], bin_ms: int) -> Iterator[tuple[int, int]]:

@@ -14,8 +14,9 @@ that a full disk refused is only counted.
 import json
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter as Tally
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ import numpy as np
 from fleetcast import files
 from fleetcast.clock import Clock, iso_z
 from fleetcast.errors import StorageBroken, StorageFull
-from fleetcast.ingest.columns import join_rows
-from fleetcast.ingest.records import Accepted, RecordRules, accept
-from fleetcast.schema import RecordBatch, Rejection
+from fleetcast.ingest.columns import Flags, join_rows
+from fleetcast.ingest.records import REJECTIONS_KEPT, RecordRules, accept
+from fleetcast.ingest.rules import TOO_MANY_SERVERS, rule_of
+from fleetcast.schema import RecordBatch, RefusedField, Rejection
 from fleetcast.serving.roster import Fleet
 from fleetcast.settings import BufferSettings, ServerSettings
 from fleetcast.storage.store import DataBuffer
@@ -92,8 +94,20 @@ class Receipt:
     """What became of one request's records."""
 
     n_received: int
-    rejections: tuple[Rejection, ...]
+    rejections: tuple[Rejection, ...]  # the first of them
     n_ignored_fields: int
+    faults: Mapping[str, int] = field(default_factory=dict)  # all of them, by rule, where not all are listed
+    refused_fields: tuple[RefusedField, ...] = ()  # of records that were received without them
+
+    @property
+    def by_rule(self) -> Mapping[str, int]:
+        """Return how many records were refused, by rule."""
+        return self.faults or Tally(rule_of(one.reason) for one in self.rejections)
+
+    @property
+    def n_rejected(self) -> int:
+        """Return how many records were refused."""
+        return sum(self.by_rule.values())
 
 
 class Intake:
@@ -142,72 +156,88 @@ class Intake:
         """
         raw = join_rows(parts)
         accepted = accept(raw, self.rules())
-        if len(parts) > 1 and accepted.is_crowded:
-            return [self.take(part) for part in parts]  # that limit is for each request
-        batch, rejections = self._within_limits(accepted, len(raw))
+        is_whole = len(parts) == 1
+        is_limited = accepted.is_curtailed or accepted.refused_fields or self._lacks_room(accepted.batch)
+        if (
+            not is_whole and is_limited
+        ):  # what was listed, and which fields were left out, is for each request
+            return [self.take(part) for part in parts]
+        batch, fields = self._without_new_metrics(accepted.batch)
+        batch, refused, n_refused = self._without_new_servers(batch, accepted.is_kept, is_whole)
         if len(batch):
             self._buffer.append_batch(batch)
             self._fleet.add(batch)
             if self._fleet.due_bins():
                 self._wake()
+        rejections = sorted((*accepted.rejections, *refused), key=lambda rejection: rejection.index)
         n_ignored = [accepted.ignored_text_fields] + [0] * (len(parts) - 1)
+        if is_whole:
+            faults = Tally(accepted.faults) + Tally({TOO_MANY_SERVERS: n_refused})
+            receipt = Receipt(
+                len(batch), tuple(rejections[:REJECTIONS_KEPT]), n_ignored[0], faults,
+                (*accepted.refused_fields, *fields),
+            )  # fmt: skip
+            self._keep(raw, receipt)
+            return [receipt]
         parted = _by_part(rejections, [len(part) for part in parts])
         return [self._receipt(*of_part) for of_part in zip(parts, parted, n_ignored, strict=True)]
 
     def _receipt(self, raw: Sequence[object], rejections: tuple[Rejection, ...], n_ignored: int) -> Receipt:
-        if rejections:
-            self._rejected.keep(raw, rejections, self._wall_clock.now())
-        return Receipt(len(raw) - len(rejections), rejections, n_ignored)
+        receipt = Receipt(len(raw) - len(rejections), rejections, n_ignored)
+        self._keep(raw, receipt)
+        return receipt
+
+    def _keep(self, raw: Sequence[object], receipt: Receipt) -> None:
+        if receipt.rejections:
+            self._rejected.keep(raw, receipt.rejections, self._wall_clock.now())
 
     def rules(self) -> RecordRules:
         """Return the rules at this moment; recorded data may be old, but not from before 1970."""
         expires = not self._fleet.is_data_clock
         rules = RecordRules.at(self._wall_clock.now(), self._buffer_settings, expires=expires)
-        return rules if expires else replace(rules, oldest_ms=0)
+        return rules if expires else replace(rules, oldest_ms=0, oldest_is="1970")
 
-    def _within_limits(self, accepted: Accepted, n_raw: int) -> tuple[RecordBatch, tuple[Rejection, ...]]:
-        """Refuse the records that would bring in a server or a metric too many."""
-        batch = accepted.batch
-        too_many = {**self._refuse_new_servers(batch), **self._refuse_new_metrics(batch)}
-        if not too_many:
-            return batch, accepted.rejections
-        index_of_row = np.delete(np.arange(n_raw), [rejection.index for rejection in accepted.rejections])
-        refused = tuple(
-            Rejection(int(index_of_row[row]), rejection.field, rejection.reason)
-            for row, rejection in too_many.items()
-        )
-        is_kept = np.ones(len(batch), dtype=np.bool_)
-        is_kept[list(too_many)] = False
-        everything = sorted((*accepted.rejections, *refused), key=lambda rejection: rejection.index)
-        return batch.where(is_kept), tuple(everything)
+    def _without_new_servers(
+        self, batch: RecordBatch, is_kept: Flags, is_whole: bool
+    ) -> tuple[RecordBatch, list[Rejection], int]:
+        """Leave out records of a server too many.
 
-    def _refuse_new_servers(self, batch: RecordBatch) -> dict[int, Rejection]:
+        Returns:
+            the other records, the first refusals (all of them for requests taken together), their number.
+        """
         fresh = self._fleet.history.unknown(batch.server_names)
         room = self._limits.max_server_names - self._fleet.history.n_servers
         if len(fresh) <= room:
-            return {}
-        reason = f"is a new name beyond the limit of {self._limits.max_server_names} servers"
+            return batch, [], 0
+        limit = f"{self._limits.max_server_names} servers (server.max_server_names)"
+        reason = f"is a new name beyond the limit of {limit}"
         codes, first_rows = np.unique(batch.server_codes, return_index=True)
         row_of = {batch.server_names[code]: row for code, row in zip(codes, first_rows, strict=True)}
         in_turn = sorted(fresh, key=row_of.__getitem__)  # the first to come get the last places
-        return self._refuse_rows(batch, set(in_turn[max(room, 0) :]), reason)
+        refused = set(in_turn[max(room, 0) :])
+        beyond = [code for code, name in enumerate(batch.server_names) if name in refused]
+        is_beyond = np.isin(batch.server_codes, beyond)
+        indexes = np.flatnonzero(is_kept)[is_beyond]
+        listed = indexes[:REJECTIONS_KEPT] if is_whole else indexes
+        rejections = [Rejection(index, "server_name", reason) for index in listed.tolist()]
+        return batch.where(~is_beyond), rejections, len(indexes)
 
-    def _refuse_rows(self, batch: RecordBatch, names: set[str], reason: str) -> dict[int, Rejection]:
-        codes = [code for code, name in enumerate(batch.server_names) if name in names]
-        rows = np.flatnonzero(np.isin(batch.server_codes, codes))
-        return {int(row): Rejection(int(row), "server_name", reason) for row in rows}
-
-    def _refuse_new_metrics(self, batch: RecordBatch) -> dict[int, Rejection]:
+    def _lacks_room(self, batch: RecordBatch) -> bool:
         fresh = self._fleet.roster.unknown_metrics(tuple(batch.metrics))
-        room = self._limits.max_metric_names - self._fleet.roster.n_metrics
-        if len(fresh) <= room:
-            return {}
-        reason = f"is a new metric beyond the limit of {self._limits.max_metric_names} metrics"
-        refused: dict[int, Rejection] = {}
-        for metric in fresh[max(room, 0) :]:
-            for row in np.flatnonzero(~np.isnan(batch.metrics[metric])):
-                refused.setdefault(int(row), Rejection(int(row), metric, reason))
-        return refused
+        return len(fresh) > max(0, self._limits.max_metric_names - self._fleet.roster.n_metrics)
+
+    def _without_new_metrics(self, batch: RecordBatch) -> tuple[RecordBatch, list[RefusedField]]:
+        """Leave out metrics one too many; their records keep their other fields."""
+        if not self._lacks_room(batch):
+            return batch, []
+        fresh = self._fleet.roster.unknown_metrics(tuple(batch.metrics))
+        room = max(0, self._limits.max_metric_names - self._fleet.roster.n_metrics)
+        limit = f"{self._limits.max_metric_names} metrics (server.max_metric_names)"
+        reason = f"is a new metric beyond the limit of {limit}"
+        refused = fresh[room:]
+        fields = [RefusedField(name, int((~np.isnan(batch.metrics[name])).sum()), reason) for name in refused]
+        kept = {name: values for name, values in batch.metrics.items() if name not in set(refused)}
+        return replace(batch, metrics=kept), fields
 
 
 def _by_part(rejections: Sequence[Rejection], sizes: Sequence[int]) -> list[tuple[Rejection, ...]]:

@@ -4,10 +4,12 @@ Owns: `ledger.json` (the counters, and per open origin how many forecasts wait f
 `open_forecasts/` (one immutable file per sweep origin), both in the buffer's folder.
 Does not know: where settled rows are stored; the caller stores them, then says so:
 
-    rows = ledger.settle(closed); store(rows); ledger.mark_settled(closed.bin_ms, len(rows))
+    done = ledger.settle(closed); store(done.rows); ledger.mark_settled(done, before_ms)
 
 At every moment, and after a kill at any point: opened = settled + expired + open. A kill between
-storing and marking settles the same bin again, with the same keys: the store keeps one of them.
+storing and marking settles the same bin again, with the same keys: the store keeps one of them. So
+does a bin that late rows correct: an origin is kept, and what has no actual yet waits, until
+`before_ms` has passed its target.
 
 `open_forecasts/<origin_ms>.npz` is written once and read back at each settle horizon. It holds
 `format`, `origin_ms`, `bin_ms`, `horizons` (horizon,), `quantiles` (server, metric, horizon,
@@ -19,10 +21,7 @@ it is pickled.
 
 import io
 import logging
-import zipfile
-import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetcast import files
+from fleetcast.archive import open_arrays
 from fleetcast.errors import CorruptFile, SettingsError, UnknownFormat
 from fleetcast.schema import ClosedBin, Codes, FleetForecast, Floats32, SettledForecasts
 
@@ -116,54 +116,77 @@ class Ledger:
         self._note_opened(origin, counts)
         return sum(counts.values())
 
-    def settle(self, closed: ClosedBin) -> SettledForecasts:
-        """Return the forecasts for a closed bin that have an actual; changes nothing."""
-        found = []
+    def settle(self, closed: ClosedBin) -> "Settlement":
+        """Return the forecasts for a closed bin that have an actual; changes nothing.
+
+        Args:
+            closed: the whole bin, also where only a part of it was corrected.
+        """
+        found, left = [], {}
         for origin, targets in self._waiting.items():
             if closed.bin_ms not in targets:
                 continue
             try:
-                found.append(match_actuals(read_origin(self._path(origin)), closed))
-            except CorruptFile as error:
+                kept = read_origin(self._path(origin))
+            except (CorruptFile, FileNotFoundError) as error:
                 logger.error("open forecasts cannot be read and will expire: %s", error)
-        return _concatenate(found)
+                continue
+            found.append(match_actuals(kept, closed))
+            left[origin] = kept.count_by_target().get(closed.bin_ms, 0) - len(found[-1])
+        return Settlement(closed.bin_ms, _concatenate(found), left)
 
-    def mark_settled(self, bin_ms: int, n_settled: int) -> None:
-        """Note durably that a bin's rows are stored; its other forecasts, and older ones, expire.
+    def mark_settled(self, done: "Settlement", before_ms: int) -> None:
+        """Note durably that a bin's rows are stored; what still waits for bins before `before_ms` expires.
 
         Raises:
             StorageFull, StorageBroken: call it again; until then the bin counts as open.
         """
-        self._retire(bin_ms + 1, n_settled, max(bin_ms, self.settled_through_ms or bin_ms))
+        waiting = {origin: dict(targets) for origin, targets in self._waiting.items()}
+        n_settled = 0
+        for origin, left in done.left.items():
+            targets = waiting.get(origin, {})
+            n_new = max(0, targets.get(done.bin_ms, 0) - left)
+            if done.bin_ms in targets:
+                targets[done.bin_ms] -= n_new
+                n_settled += n_new
+        through = max(done.bin_ms, self.settled_through_ms or done.bin_ms)
+        self._retire(waiting, min(before_ms, through + 1), n_settled, through)
 
     def expire(self, before_ms: int) -> int:
         """Give up forecasts for bins that start before `before_ms`; return how many."""
-        n_due = sum(n for targets in self._waiting.values() for t, n in targets.items() if t < before_ms)
-        if n_due:
-            self._retire(before_ms, 0, self.settled_through_ms)
-        return n_due
+        due = [n for targets in self._waiting.values() for t, n in targets.items() if t < before_ms]
+        if due:
+            self._retire(self._waiting, before_ms, 0, self.settled_through_ms)
+        return sum(due)
 
-    def _retire(self, before_ms: int, n_settled: int, settled_through_ms: int | None) -> None:
-        """Take every forecast for bins before `before_ms` off the account, file first."""
+    def _retire(
+        self,
+        waiting: dict[int, dict[int, int]],
+        before_ms: int,
+        n_settled: int,
+        settled_through_ms: int | None,
+    ) -> None:
+        """Put `waiting` in force without what waits for bins before `before_ms`, file first."""
+        n_waiting = sum(n for targets in waiting.values() for n in targets.values())
         waiting = {
             origin: {target: n for target, n in targets.items() if target >= before_ms}
-            for origin, targets in self._waiting.items()
+            for origin, targets in waiting.items()
         }
-        n_due = self._counts.open - sum(n for targets in waiting.values() for n in targets.values())
-        assert n_settled <= n_due, f"{n_settled} settled of {n_due} due"
-        if not n_due and self._recorded_ms == self.newest_origin_ms:  # a backfill's bins cost no write each
+        n_expired = n_waiting - sum(n for targets in waiting.values() for n in targets.values())
+        is_recorded = self._recorded_ms == self.newest_origin_ms
+        if waiting == self._waiting and is_recorded:  # a backfill's bins cost no write each
             self.settled_through_ms = settled_through_ms
             return
         done = [origin for origin, targets in waiting.items() if not targets]
         for origin in done:
             del waiting[origin]
-        settled, expired = self._settled + n_settled, self._expired + n_due - n_settled
+        settled, expired = self._settled + n_settled, self._expired + n_expired
         self._write(waiting, settled, expired, settled_through_ms)
         self._waiting, self._settled, self._expired = waiting, settled, expired
         self.settled_through_ms = settled_through_ms
         self._count()
         for origin in done:
-            self._path(origin).unlink(missing_ok=True)
+            files.remove_leftover(self._path(origin))
 
     def _note_opened(self, origin: int, counts: dict[int, int]) -> None:
         if counts:
@@ -209,12 +232,12 @@ class Ledger:
             if origin in self._waiting:
                 continue
             if counted_to is not None and origin <= counted_to:  # retired; the kill came before the unlink
-                self._path(origin).unlink()
+                files.remove_leftover(self._path(origin))
                 continue
             try:
                 kept = read_origin(self._path(origin))
             except CorruptFile as error:  # no counter includes it yet
-                _set_aside(self._path(origin), error)
+                files.set_aside(self._path(origin), error)
                 continue
             self._note_opened(origin, kept.count_by_target())
             if kept.bin_ms != self._bin_ms:
@@ -235,7 +258,7 @@ class Ledger:
         except FileNotFoundError:
             return self._bin_ms
         except (CorruptFile, KeyError, TypeError, ValueError, AttributeError) as error:
-            _set_aside(self._state_path, error)
+            files.set_aside(self._state_path, error)
             return self._bin_ms
         if clock_mode != self._clock_mode:
             raise SettingsError(
@@ -255,17 +278,20 @@ class Ledger:
         self._expired += n_expired
         self._write(self._waiting, self._settled, self._expired, self.settled_through_ms)
         for origin in origins:
-            self._path(origin).unlink(missing_ok=True)
+            files.remove_leftover(self._path(origin))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Settlement:
+    """A bin's forecasts with their actuals."""
+
+    bin_ms: int
+    rows: SettledForecasts
+    left: Mapping[int, int]  # origin -> forecasts of this bin that have no actual yet
 
 
 def _optional_int(value: Any) -> int | None:
     return None if value is None else int(value)
-
-
-def _set_aside(path: Path, error: Exception) -> None:
-    aside = path.with_name(path.name + ".corrupt")
-    path.rename(aside)
-    logger.error("damaged file set aside path=%s reason=%s", aside, error)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -334,9 +360,10 @@ def read_origin(path: Path) -> OpenForecasts:
     """Return what `write_origin` wrote.
 
     Raises:
-        CorruptFile: it is missing, damaged or not ours.
+        FileNotFoundError: there is none.
+        CorruptFile: it is damaged or not ours.
     """
-    with open_npz(path, "a file of open forecasts") as arrays:
+    with open_arrays(path, "a file of open forecasts") as arrays:
         if int(arrays["format"]) not in _KNOWN_FORMATS:
             raise UnknownFormat(path, f"format {int(arrays['format'])}", hint=f"expected {ORIGIN_FORMAT}")
         quantiles = arrays["quantiles"]
@@ -387,20 +414,6 @@ def match_actuals(kept: OpenForecasts, closed: ClosedBin) -> SettledForecasts:
         model_version=versions[server, metric],
         model_p50=kept.model_median[server, metric, step].astype(np.float64),
     )
-
-
-@contextmanager
-def open_npz(path: Path, what: str) -> Iterator[Any]:
-    """Give the arrays of a file.
-
-    Raises:
-        CorruptFile: it is missing, damaged, or lacks an array the block asks for.
-    """
-    try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-            yield arrays
-    except (OSError, EOFError, ValueError, LookupError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise CorruptFile(path, f"not {what}: {error}") from error
 
 
 def pack_lines(lines: Iterable[str]) -> NDArray[np.uint8]:

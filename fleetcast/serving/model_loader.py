@@ -104,8 +104,16 @@ class ModelLoader:
     def _begin(self, pointer: str | None) -> None:
         self._pointer = pointer
         # daemon: a stop does not wait for an import of torch
-        self._thread = threading.Thread(target=self._run, name="model-loader", daemon=True)
+        self._thread = threading.Thread(target=self._run_to_the_end, name="model-loader", daemon=True)
         self._thread.start()
+
+    def _run_to_the_end(self) -> None:
+        """Let no error end the thread without a word: it is a problem in `/status`, counted and logged."""
+        try:
+            self._run()
+        except Exception as error:  # the boundary of this thread
+            logger.exception("the model loader failed")
+            self._note(error)
 
     def _run(self) -> None:
         """Load the version pointed to, or with nothing in service the best there is."""

@@ -5,6 +5,7 @@ parts that judge the fleet. Does not know: how bins close (`history`), forecasts
 """
 
 import threading
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -60,6 +61,28 @@ class Roster:
     def n_metrics(self) -> int:
         """Return how many different metrics were sent."""
         return len(self._columns)
+
+    def metric_names(self) -> tuple[str, ...]:
+        """Return the metrics that count against the limit."""
+        return tuple(self._columns)
+
+    def note_metrics(self, names: Iterable[str]) -> None:
+        """Count metrics that are stored and were not sent since the start."""
+        with self._lock:
+            for name in names:
+                self._columns.setdefault(name, len(self._columns))
+            self._grow(len(self._values), max(self._values.shape[1], len(self._columns)))
+            self._changes += 1
+
+    def forget_metrics(self, names: Collection[str]) -> None:
+        """Free the places of metrics of which nothing is stored any more."""
+        with self._lock:
+            kept = [name for name in self._columns if name not in names]
+            values = self._values[:, [self._columns[name] for name in kept]]
+            self._columns = {name: place for place, name in enumerate(kept)}
+            self._values = np.full((len(values), max(8, len(kept))), np.nan)
+            self._values[:, : len(kept)] = values
+            self._changes += 1
 
     def clear(self) -> None:
         """Forget every server."""
@@ -149,8 +172,9 @@ class Fleet:
 
     def add(self, batch: RecordBatch) -> None:
         """Take durable records in; safe from any thread."""
+        now = self.clock.now()  # before the history knows them: they move a data clock
         self.roster.add(batch)
-        self.history.add(batch)
+        self.history.add(batch, now)
 
     def clear(self) -> None:
         """Forget every record, for `restore` to follow."""

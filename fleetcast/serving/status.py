@@ -13,8 +13,8 @@ from typing import Any
 from fleetcast import __version__
 from fleetcast.clock import SystemClock, from_ms, iso_z, monotonic, parse_plain_utc
 from fleetcast.errors import FleetcastError
-from fleetcast.files import is_locked
-from fleetcast.forecast.registry import ATTEMPT_LOCK, TRAINER_LOCK
+from fleetcast.forecast.registry import ATTEMPT_LOCK, TRAINER_LOCK, lock_paths
+from fleetcast.locks import is_locked
 from fleetcast.serving.ledger import Ledger
 from fleetcast.serving.model_loader import ModelLoader
 from fleetcast.serving.roster import Fleet
@@ -31,14 +31,14 @@ class TrainingProbe:
     """Whether a training runs, on this host or in another container with the same folder."""
 
     def __init__(self, checkpoint_dir: Path) -> None:
-        self._locks = tuple(checkpoint_dir / name for name in (ATTEMPT_LOCK, TRAINER_LOCK))
+        self._locks = (*lock_paths(checkpoint_dir, ATTEMPT_LOCK), *lock_paths(checkpoint_dir, TRAINER_LOCK))
         self._asked_at = float("-inf")
         self._is_running = False
 
     def __call__(self) -> bool:
         """Return whether the export, the trainer or its verdict is under way; safe from any thread."""
         if monotonic() - self._asked_at >= _PROBE_S:
-            self._is_running = any(is_locked(path) for path in self._locks)
+            self._is_running = is_locked(*self._locks)
             self._asked_at = monotonic()
         return self._is_running
 
@@ -79,6 +79,11 @@ class StatusReport:
             self._sweeper.is_at_work or bool(self._fleet.due_bins()) or self._is_training()
         )
 
+    @property
+    def origin(self) -> str | None:
+        """Return the bin that the newest forecasts start from, None before the first."""
+        return _time(self._sweeper.counts.last_origin_ms)
+
     def status(self) -> dict[str, Any]:
         """Return the summary for `/status`."""
         counts = self._sweeper.counts
@@ -93,6 +98,7 @@ class StatusReport:
             "newest_record_time": _time(self._fleet.history.newest_ms),
             "backlog": len(self._fleet.due_bins()),
             "servers": len(self._fleet.servers().server_names),
+            "limits": self._limits(),
             "training": {"running": self._is_training()},
             "model": self._model.report(),
             "ledger": asdict(self._ledger.counts()),
@@ -101,20 +107,29 @@ class StatusReport:
                 "newest_closed": _time(taken_ms),
                 "skipped": counts.bins_skipped,
                 "late_records": self._fleet.history.late_rows,
+                "corrected_forecasts": counts.rows_corrected,
             },
             "sweep": {
                 "count": counts.sweeps,
                 "origin": _time(counts.last_origin_ms),
                 "seconds": counts.last_seconds,
             },
-            "buffer": self._buffer_stats(),
+            "buffer": {"folder": str(self._buffer.folder), **self._buffer_stats()},
             "last_errors": self._errors.newest_first(),
+        }
+
+    def _limits(self) -> dict[str, dict[str, int]]:
+        """Return the shared limits that any client can use up, and how much of them is used."""
+        server = self._settings.server
+        return {
+            "metric_names": {"used": self._fleet.roster.n_metrics, "limit": server.max_metric_names},
+            "server_names": {"used": self._fleet.history.n_servers, "limit": server.max_server_names},
         }
 
     def snapshot(self) -> Snapshot:
         """Return the states a scrape reads."""
         present = self._fleet.servers()
-        stats = self._buffer_stats()
+        stats, limits = self._buffer_stats(), self._limits()
         model = self._model.report()
         shown = range(min(len(present.server_names), self._settings.server.max_server_labels))
         newest_ms = self._fleet.history.newest_ms
@@ -122,6 +137,10 @@ class StatusReport:
             gauges={
                 "newest_record_timestamp_seconds": None if newest_ms is None else newest_ms / 1000,
                 "servers": len(present.server_names),
+                "metric_names": limits["metric_names"]["used"],
+                "metric_names_limit": limits["metric_names"]["limit"],
+                "server_names": limits["server_names"]["used"],
+                "server_names_limit": limits["server_names"]["limit"],
                 "backlog_bins": len(self._fleet.due_bins()),
                 "open_forecasts": self._ledger.counts().open,
                 "buffer_bytes": round(stats["disk_usage_mb"] * 1e6) if "disk_usage_mb" in stats else None,

@@ -4,6 +4,9 @@ Owns: the order of these steps, and what happens to them when the disk is full. 
 daemon's main thread; taking records in never waits for it (but see `StatusReport.is_held`).
 Does not know: HTTP, how a model works, how rows are stored.
 
+Rows that come soon after their bin has closed correct what was settled: the bin is settled again, and
+rows of the same key replace the first ones. The expert layer keeps what it learned.
+
 With the data clock every closed bin gets a forecast, oldest first; with the system clock a
 sweep that overran takes the newest closed bin and counts the others as skipped.
 """
@@ -12,17 +15,17 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetcast.clock import monotonic, to_ms
+from fleetcast.clock import from_ms, iso_z, monotonic, to_ms
 from fleetcast.errors import FleetcastError, StorageBroken, StorageFull
 from fleetcast.forecast.naive import NaiveForecaster
-from fleetcast.schema import ClosedBin, FleetForecast, Floats32, HistoryWindow
+from fleetcast.schema import ClosedBin, FleetForecast, Floats32, HistoryWindow, SettledForecasts
 from fleetcast.serving.board import PredictionBoard
 from fleetcast.serving.corrector import Corrector
 from fleetcast.serving.ledger import Ledger
@@ -46,6 +49,7 @@ class SweepCounts:
 
     sweeps: int = 0
     bins_skipped: int = 0
+    rows_corrected: int = 0
     last_seconds: float | None = None
     last_origin_ms: int | None = None
 
@@ -75,6 +79,8 @@ class Sweeper:
         self._naive = NaiveForecaster(self._horizon_bins)
         self._unwritten: deque[ClosedBin | FleetForecast] = deque()  # in order; the disk refused the first
         self._refreshed_at = monotonic()
+        self._now_ms = 0
+        self._settled: dict[int, ClosedBin] = {}  # what the newest bins were settled with
         self._working = threading.Event()
         self.counts = SweepCounts()
 
@@ -85,10 +91,11 @@ class Sweeper:
 
     def cycle(self, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Work off every due bin; between two bins a stop is obeyed."""
-        self._write_what_waits()
-        self._refresh()
         now = self._fleet.clock.now()  # read once: what came in meanwhile must not expire unsettled
+        self._now_ms = to_ms(now)
+        self._write_what_waits()
         due = self._history.due(now)
+        self._refresh(is_due=bool(due))
         if due:
             self._working.set()
             try:
@@ -140,8 +147,12 @@ class Sweeper:
         seconds = monotonic() - started
         n_made = int(np.isfinite(forecast.quantiles[:, :, 0, 1]).sum())
         n_model = int(forecast.sources.sum())
-        self.counts = SweepCounts(
-            self.counts.sweeps + 1, self.counts.bins_skipped + n_skipped, seconds, origin_ms
+        self.counts = replace(
+            self.counts,
+            sweeps=self.counts.sweeps + 1,
+            bins_skipped=self.counts.bins_skipped + n_skipped,
+            last_seconds=seconds,
+            last_origin_ms=origin_ms,
         )
         self._telemetry.count_sweep(seconds, n_model, n_made - n_model, n_skipped)
         logger.debug(
@@ -219,15 +230,32 @@ class Sweeper:
             self._unwritten.popleft()
 
     def _settle(self, closed: ClosedBin) -> None:
+        """Settle a bin that has closed, or again one that late rows changed."""
         before = self._ledger.counts()
-        rows = self._ledger.settle(closed)
+        done = self._ledger.settle(closed)
+        first = self._settled.get(closed.bin_ms)
+        rows = done.rows if first is None else done.rows.where(_is_changed(done.rows, first, closed))
         if len(rows):
             self._buffer.append_predictions(rows)
         if self._corrector:
             self._corrector.learn(closed)
-        self._ledger.mark_settled(closed.bin_ms, len(rows))
+        self._ledger.mark_settled(done, self._final_before_ms)
+        if first is not None and len(rows):
+            self.counts = replace(self.counts, rows_corrected=self.counts.rows_corrected + len(rows))
+            logger.info(
+                "settled forecasts corrected bin=%s rows=%d", iso_z(from_ms(closed.bin_ms)), len(rows)
+            )
+        self._settled = {start: one for start, one in self._settled.items() if start >= self._final_before_ms}
+        self._settled[closed.bin_ms] = closed
         after = self._ledger.counts()
         self._telemetry.count_outcomes(after.settled - before.settled, after.expired - before.expired)
+
+    @property
+    def _final_before_ms(self) -> int:
+        """Return the bin before which nothing is corrected any more: a bin later than the setting says,
+        for rows that are on their way through the daemon at this moment.
+        """
+        return self._now_ms - self._history.correct_ms - 2 * self._history.bin_ms
 
     def _expire(self, now: datetime) -> None:
         """Give up the forecasts of a fleet that fell silent."""
@@ -240,11 +268,30 @@ class Sweeper:
         if n_expired:
             self._telemetry.count_outcomes(0, n_expired)
 
-    def _refresh(self) -> None:
-        """Read the bins of late records again, not more often than every few seconds."""
-        if self._history.awaits_refresh and monotonic() - self._refreshed_at >= _REFRESH_S:
-            self._history.refresh(partial(self._buffer.iter_batches, metrics=self._history.metrics))
+    def _refresh(self, *, is_due: bool) -> None:
+        """Read the bins of late records again, not more often than every few seconds.
+
+        Corrections come before the next bin closes: it ends the time in which an older one waits for them.
+        """
+        is_time = self._history.awaits_refresh and monotonic() - self._refreshed_at >= _REFRESH_S
+        if not is_time and not (is_due and self._history.awaits_correction):
+            return
+        read = partial(self._buffer.iter_batches, metrics=self._history.metrics)
+        self._unwritten.extend(self._history.refresh(read, corrections_only=not is_time))
+        if is_time:
             self._refreshed_at = monotonic()
+        self._write_what_waits()
+
+
+def _is_changed(rows: SettledForecasts, first: ClosedBin, closed: ClosedBin) -> Flags:
+    """Return which rows belong to a server whose values are not what they were at first."""
+    before = dict(zip(first.server_names, first.values, strict=True))
+    changed = {
+        name
+        for name, values in zip(closed.server_names, closed.values, strict=True)
+        if name not in before or not np.array_equal(before[name], values, equal_nan=True)
+    }
+    return np.fromiter((name in changed for name in rows.server_name), np.bool_, len(rows))
 
 
 def _servers(window: HistoryWindow, rows: NDArray[np.intp]) -> HistoryWindow:

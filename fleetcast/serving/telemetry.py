@@ -25,6 +25,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from fleetcast.clock import Clock, iso_z, monotonic
+from fleetcast.ingest.rules import OTHER_RULE, RULES
 
 logger = logging.getLogger(__name__)
 
@@ -32,24 +33,24 @@ ERRORS_KEPT = 20
 _REPEAT_S = 60.0  # the same error again is logged once a minute
 _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _SWEEP_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-# A reason quotes what the sender sent; its first words say which rule it was (recordrules, intake).
-_RULES = {
-    "a record must be an object": "not_an_object",
-    "must be ISO 8601": "time_format",
-    "lies more than": "time_in_future",
-    "is older than": "time_too_old",
-    "must be 1-": "server_name",
-    "must be a number": "not_a_number",
-    "must be a finite number": "not_finite",
-    "must lie in": "out_of_range",
-    "is one of over": "too_many_metrics",
-    "is a new metric": "too_many_metrics",
-    "is a new name": "too_many_servers",
-}
-OTHER_RULE = "other"
+PARTS = ("buffer", "buffer statistics", "feedback", "ledger", "model")  # that report errors they survived
+FEED_CODES = (200, 400, 408, 413, 415, 422, 429, 503, 507)
+WRITE_CODES = (204, 400, 404, 413, 415, 503, 507)
+OUTCOMES = (
+    *("taken", "repeated", "incomplete", "out_of_order"),
+    *("out_of_bounds", "ignored", "refused", "invalid"),
+)
+CLOSURES = ("head_timeout", "too_large", "unread_answer", "crowded")
+REFUSALS = ("key", "host", "origin")
+_PEERS_KEPT = 100
+_PEERS_SHOWN = 5
 GAUGES = {
     "newest_record_timestamp_seconds": "time of the newest record",
     "servers": "servers seen within gone_after_s",
+    "metric_names": "different metrics of the stored records",
+    "metric_names_limit": "most of them (server.max_metric_names)",
+    "server_names": "servers of the last 8 days, which the daemon remembers",
+    "server_names_limit": "most of them (server.max_server_names)",
     "backlog_bins": "closed bins that wait for their sweep",
     "open_forecasts": "forecasts that wait for their actual",
     "buffer_bytes": "bytes of the data buffer on disk",
@@ -79,7 +80,7 @@ class RecentErrors:
         self._clock = clock
         self._lock = threading.Lock()
         self._errors: deque[dict[str, str]] = deque(maxlen=ERRORS_KEPT)
-        self._n_by_part: Tally[str] = Tally()
+        self._n_by_part: Tally[str] = Tally(dict.fromkeys(PARTS, 0))
         self._newest_s: dict[str, float] = {}
         self._logged_at: dict[str, float] = {}
 
@@ -113,6 +114,31 @@ class RecentErrors:
             return list(reversed(self._errors))
 
 
+class Unwelcome:
+    """Requests refused at the door: who sent how many since the log last said so; safe from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n_by_peer: Tally[str] = Tally()
+        self._logged_at = float("-inf")
+
+    def note(self, reason: str, peer: str) -> None:
+        """Take one into account; past some peers, those that come are counted together."""
+        with self._lock:
+            is_known = peer in self._n_by_peer or len(self._n_by_peer) < _PEERS_KEPT
+            self._n_by_peer[f"{peer} ({reason})" if is_known else "others"] += 1
+
+    def log_when_due(self) -> None:
+        """Log them once a minute; called about every second."""
+        with self._lock:
+            if not self._n_by_peer or monotonic() - self._logged_at < _REPEAT_S:
+                return
+            found, self._n_by_peer = self._n_by_peer, Tally()
+            self._logged_at = monotonic()
+        shown = ", ".join(f"{peer}: {n}" for peer, n in found.most_common(_PEERS_SHOWN))
+        logger.warning("requests refused count=%d peers=%d most=%s", found.total(), len(found), shown)
+
+
 class Telemetry:
     """Counts events; every method is safe from any thread."""
 
@@ -138,9 +164,7 @@ class Telemetry:
         self._rejected = Counter(
             "fleetcast_records_rejected", "records refused, by rule", ["reason"], registry=registry
         )
-        self._ignored = Counter(
-            "fleetcast_fields_ignored", "text fields that are no metric", registry=registry
-        )
+        self._ignored, self._fields_refused = _register_fields(registry)
         self._feed = Histogram(
             "fleetcast_feed_seconds",
             "time from request to answer of POST /feed/data",
@@ -163,6 +187,34 @@ class Telemetry:
         self._reloads = Counter(
             "fleetcast_model_loads", "attempts to put a model into service", ["outcome"], registry=registry
         )
+        self._refused, self._ended = _register_door(registry)
+        self.unwelcome = Unwelcome()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Let every counter exist from the start: `increase()` does not see a first sample appear."""
+        starts: tuple[tuple[Counter | Histogram, Iterable[object]], ...] = (
+            (self._rejected, (*dict.fromkeys(RULES.values()), OTHER_RULE)),
+            (self._feed, FEED_CODES),
+            (self._write, WRITE_CODES),
+            (self._samples, OUTCOMES),
+            (self._series, ("model", "fallback")),
+            (self._reloads, ("ok", "failed")),
+            (self._refused, REFUSALS),
+            (self._ended, CLOSURES),
+        )
+        for metric, values in starts:
+            for value in values:
+                metric.labels(str(value))
+
+    def count_refusal(self, reason: str, peer: str) -> None:
+        """Note one request refused at the door, by the address it came from."""
+        self._refused.labels(reason).inc()
+        self.unwelcome.note(reason, peer)
+
+    def count_connection_end(self, reason: str) -> None:
+        """Note one connection that was ended by us."""
+        self._ended.labels(reason).inc()
 
     def count_feed(self, code: int, seconds: float) -> None:
         """Note one answer of POST /feed/data."""
@@ -177,12 +229,15 @@ class Telemetry:
         for outcome, n_samples in n_by_outcome.items():
             self._samples.labels(outcome).inc(n_samples)
 
-    def count_records(self, n_received: int, reasons: Iterable[str], n_ignored: int) -> None:
-        """Note what became of one request's records."""
+    def count_records(
+        self, n_received: int, faults: Mapping[str, int], n_ignored: int, n_fields_refused: int = 0
+    ) -> None:
+        """Note what became of one request's records; `faults` are those refused, by rule."""
         self._received.inc(n_received)
         self._ignored.inc(n_ignored)
-        for reason in reasons:
-            self._rejected.labels(rule_of(reason)).inc()
+        self._fields_refused.inc(n_fields_refused)
+        for rule, n_records in faults.items():
+            self._rejected.labels(rule).inc(n_records)
 
     def count_sweep(self, seconds: float, n_model: int, n_fallback: int, n_skipped: int) -> None:
         """Note one sweep."""
@@ -217,20 +272,35 @@ def _register_remote_write(registry: CollectorRegistry) -> tuple[Histogram, Coun
     )
     samples = Counter(
         "fleetcast_write_samples",
-        "samples of remote-write, by outcome (ignored and refused ones are counted as series)",
+        "samples of remote-write, by outcome; those of a scrape that is not whole yet are in none",
         ["outcome"],
         registry=registry,
     )
     return seconds, samples
 
 
-def rule_of(reason: str) -> str:
-    """Return the short name of the rule a rejection's reason comes from.
+def _register_fields(registry: CollectorRegistry) -> tuple[Counter, Counter]:
+    ignored = Counter("fleetcast_fields_ignored", "text fields that are no metric", registry=registry)
+    refused = Counter(
+        "fleetcast_fields_refused", "fields left out of records, one metric too many", registry=registry
+    )
+    return ignored, refused
 
-    >>> rule_of("must lie in -1..1000, got 1e+06")
-    'out_of_range'
-    """
-    return next((rule for start, rule in _RULES.items() if reason.startswith(start)), OTHER_RULE)
+
+def _register_door(registry: CollectorRegistry) -> tuple[Counter, Counter]:
+    refused = Counter(
+        "fleetcast_requests_refused",
+        "requests refused at the door, by reason",
+        ["reason"],
+        registry=registry,
+    )
+    ended = Counter(
+        "fleetcast_connections_ended",
+        "connections the daemon ended, by reason",
+        ["reason"],
+        registry=registry,
+    )
+    return refused, ended
 
 
 class _States(Collector):

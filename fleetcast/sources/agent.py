@@ -15,6 +15,7 @@ daemon keeps one row per (server, timestamp).
 
 import argparse
 import logging
+import math
 import os
 import socket
 import threading
@@ -29,6 +30,7 @@ from fleetcast.clock import Clock, SystemClock, iso_z, monotonic
 from fleetcast.errors import BadData, DaemonAway, ExitCode, SettingsError
 from fleetcast.loop import Stop, SystemdNotifier, configure_logging, run_every
 from fleetcast.program import run_program
+from fleetcast.schema import VIRTUAL_DISKS, VIRTUAL_NICS, increase
 from fleetcast.settings import LoggingSettings
 from fleetcast.sources.client import DaemonClient, FeedAnswer, RequestRefused
 
@@ -45,9 +47,6 @@ LONGEST_WAIT_S = 30.0
 REQUEST_TIMEOUT_S = 10.0
 SHUTDOWN_S = 10.0
 TOO_LARGE = 413
-# Devices whose bytes pass through another device too (or are memory) would be counted twice.
-_VIRTUAL_DISKS = ("loop", "ram", "zram", "dm-", "md", "sr", "fd", "nbd")
-_VIRTUAL_NICS = ("lo", "docker", "br-", "veth", "virbr", "ifb", "cni", "flannel", "cali", "tun", "tap")
 
 
 class Backlog:
@@ -151,8 +150,9 @@ class Delivery:
 class CounterRate:
     """Bytes per second out of growing counters, one per device.
 
-    A counter that fell (device reset, driver reloaded, wrapped) or that is new has no rate this
-    time and is left out; with no counter left the rate is None, not 0.
+    A counter that fell to near zero began again there. One that fell otherwise (another disk under the
+    name, a reading that went back) has no known rate this time, so the sum over all devices has none
+    either; a device that is new is left out. With no counter left the rate is None, not 0.
 
     >>> rate = CounterRate()
     >>> rate.update({"vda": 1_000}, at_s=10.0) is None
@@ -167,10 +167,12 @@ class CounterRate:
 
     def update(self, counts: Mapping[str, int], at_s: float) -> float | None:
         """Take new counts, return the rate since the last ones."""
-        grown = [n - self._last[name] for name, n in counts.items() if n >= self._last.get(name, n + 1)]
+        grown = [increase(self._last[name], n) for name, n in counts.items() if name in self._last]
         elapsed_s = at_s - self._at_s
         self._last, self._at_s = dict(counts), at_s
-        return sum(grown) / elapsed_s if grown and elapsed_s > 0 else None
+        if not grown or elapsed_s <= 0 or not math.isfinite(sum(grown)):
+            return None
+        return sum(grown) / elapsed_s
 
 
 class HostMeter:
@@ -187,8 +189,8 @@ class HostMeter:
         at_s = self._wall_s()
         nics = {
             name: nic
-            for name, nic in psutil.net_io_counters(pernic=True).items()
-            if not name.startswith(_VIRTUAL_NICS)
+            for name, nic in psutil.net_io_counters(pernic=True, nowrap=False).items()
+            if not name.startswith(VIRTUAL_NICS)
         }
         readings: dict[str, float | None] = {
             "cpu_pct": psutil.cpu_percent(),
@@ -209,8 +211,8 @@ def _disk_bytes() -> dict[str, int]:
     whole = {path.name for path in Path("/sys/block").glob("*")}
     return {
         name: disk.read_bytes + disk.write_bytes
-        for name, disk in psutil.disk_io_counters(perdisk=True).items()
-        if (not whole or name in whole) and not name.startswith(_VIRTUAL_DISKS)
+        for name, disk in psutil.disk_io_counters(perdisk=True, nowrap=False).items()
+        if (not whole or name in whole) and not name.startswith(VIRTUAL_DISKS)
     }
 
 
@@ -286,9 +288,11 @@ class LocalAgent:
                 logger.exception("delivery failed")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str | None) -> argparse.ArgumentParser:
     description = (__doc__ or "").splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m fleetcast.sources.agent", description=description)
+    parser = argparse.ArgumentParser(
+        prog=prog or "python -m fleetcast.sources.agent", description=description
+    )
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the inference daemon (%(default)s)")
     parser.add_argument("--interval", type=float, default=5.0, help="seconds between readings (%(default)s)")
     parser.add_argument("--server-name", default=socket.gethostname(), help="name of this host (%(default)s)")
@@ -304,9 +308,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Run the agent until SIGTERM or SIGINT; return the exit code."""
-    options = _parser().parse_args(argv)
+    options = _parser(prog).parse_args(argv)
     return run_program("agent", lambda: _run(options))
 
 

@@ -22,7 +22,7 @@ from fleetcast.clock import Clock, SystemClock, from_ms, iso_z, monotonic, parse
 from fleetcast.errors import BadData, DaemonAway, ExitCode, SettingsError
 from fleetcast.loop import Stop, configure_logging
 from fleetcast.program import run_program
-from fleetcast.settings import LoggingSettings
+from fleetcast.settings import BinSettings, LoggingSettings
 from fleetcast.sources.client import DaemonClient, RecordSender
 from fleetcast.sources.recording import Cut, Formula, Recording, check_distinct, load_recording, parse_formula
 
@@ -153,9 +153,9 @@ class Player:
             )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Replay from the command line; return the exit code."""
-    options = _parser().parse_args(argv)
+    options = _parser(prog).parse_args(argv)
     return run_program("replay", lambda: _run(options))
 
 
@@ -170,11 +170,23 @@ def _run(options: argparse.Namespace) -> int:
         client = DaemonClient(options.url)
     except BadData as error:  # of what the flags name
         raise SettingsError([str(error)]) from error
+    _warn_of_foreign_names(recording)
     with client:
         player = Player(
             recording, client, speed=speed, batch_s=batch_s, stop=stop, give_up_s=options.give_up_s
         )
         return _play(player, recording, stop)
+
+
+def _warn_of_foreign_names(recording: Recording) -> None:
+    """Say so where the daemon would store every metric and, by its default settings, forecast none."""
+    forecast = BinSettings().forecast_metrics
+    if not set(recording.metrics) & set(forecast):
+        logger.warning(
+            "no metric of this recording is forecast by default: sent=%s forecast=%s; map a column, "
+            "for example --map %s=%s, or name the metrics in the daemon's bins.forecast_metrics",
+            *(",".join(recording.metrics), ",".join(forecast), forecast[0], next(iter(recording.metrics))),
+        )
 
 
 def _play(player: Player, recording: Recording, stop: Stop) -> int:
@@ -200,9 +212,9 @@ def _play(player: Player, recording: Recording, stop: Stop) -> int:
     return ExitCode.FAILED if failure or tally.rejected else ExitCode.OK
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m fleetcast.sources.replay",
+        prog=prog or "python -m fleetcast.sources.replay",
         description="Send a recorded fleet (Parquet: timestamp, server_name, metrics) to the daemon.",
         epilog="TFT_API_KEY is sent as X-API-Key.",
     )

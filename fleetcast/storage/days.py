@@ -114,6 +114,8 @@ class OpenPart:
         """Open `path`, which is only used now; raises one of `READ_ERRORS`."""
         self._kind = kind
         self._label = str(path)
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
+            raise OSError("not a regular file")
         self._file = pq.ParquetFile(
             pa.OSFile(str(path)),
             read_dictionary=list(kind.text_columns),

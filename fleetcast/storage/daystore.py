@@ -9,6 +9,7 @@ crashes in between. One process at a time may own the folder; `DataBuffer` sees 
 
 import logging
 import threading
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from fleetcast.files import fsync_dir, storage_error
 from fleetcast.settings import BufferSettings
 from fleetcast.storage.days import split_by_day
 from fleetcast.storage.log import (
-    Quarantine,
     Segment,
     SegmentContent,
     WriteAheadLog,
@@ -29,6 +29,7 @@ from fleetcast.storage.log import (
     read_segment,
     segments,
 )
+from fleetcast.storage.quarantine import Quarantine
 from fleetcast.storage.reader import log_folder
 from fleetcast.storage.tables import TableKind, merge
 from fleetcast.storage.upkeep import DayUpkeep, UpkeepPace
@@ -49,8 +50,11 @@ class DayStore:
         settings: BufferSettings,
         pace: UpkeepPace | None = None,
         on_step: Step = no_step,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
+        """Remember what to keep where; `guard` raises where the folder is not this process's any more."""
         self.kind = kind
+        self._guard = guard
         self._folder = folder
         self._settings = settings
         self._step = on_step
@@ -67,13 +71,8 @@ class DayStore:
         self._retry_at = 0.0
 
     @property
-    def n_pending(self) -> int:
-        """Rows that are durable in the log but not yet in their day."""
-        return self._n_pending
-
-    @property
     def pending_s(self) -> float:
-        """How long the oldest of these rows has waited; 0.0 where there are none."""
+        """How long the oldest row in the log, durable but not yet in its day, has waited; 0.0: none."""
         with self._pending:
             return monotonic() - self._pending_since if self._n_pending else 0.0
 
@@ -91,7 +90,7 @@ class DayStore:
             raise storage_error(folder, error) from error
         self._writer.recover()
         numbers = [segment.number for segment in segments(folder)]
-        self._log = WriteAheadLog(folder, max([self._writer.newest_number(), *numbers]) + 1)
+        self._log = WriteAheadLog(folder, max([self._writer.newest_number(), *numbers]) + 1, self._guard)
         self._upkeep.load()
         self._apply_segments(self._log.rotate())
 
@@ -100,7 +99,7 @@ class DayStore:
         self.append_payload(encode_table(table), len(table))
 
     def append_payload(self, payload: bytes, n_rows: int) -> None:
-        """Make encoded rows (`log.py`) durable; they are seen by readers when this returns.
+        """Make encoded rows (`log.py`) durable; readers see them when this returns.
 
         Raises:
             StorageFull, StorageBroken: none of them is kept.
@@ -124,6 +123,7 @@ class DayStore:
         """Move every row of the log into its day; return how many rows moved."""
         if self._log is None:
             return 0
+        self._guard()
         with self._structure:
             with self._pending:  # before the rotation: a row counted too late costs an empty flush
                 self._n_pending = 0
@@ -133,6 +133,7 @@ class DayStore:
         """Do what is due: flush, compact, seal, expire. Cheap when nothing is."""
         if self._log is None or monotonic() < self._retry_at:
             return
+        self._guard()
         try:
             if self.is_flush_due:
                 self.flush()
@@ -152,7 +153,7 @@ class DayStore:
             self.flush()
         finally:
             self._upkeep.stop()
-            self._log.rotate()
+            self._log.close()
             self._log = None
 
     def _settle(self) -> None:
@@ -169,7 +170,7 @@ class DayStore:
             raise storage_error(folder, error) from error
 
     def _apply_segments(self, end: int) -> int:
-        """Make parts of all segments with a number below `end`, which nobody writes any more."""
+        """Make parts of all segments with a number below `end`; the log writes to newer ones."""
         n_rows = 0
         for segment in segments(log_folder(self._folder, self.kind)):
             if segment.number >= end:

@@ -1,8 +1,7 @@
 """The append-only log under a day store: bytes are durable before `append` returns.
 
 Owns: segments, frames, payloads, group commit, what happens when a write fails, torn tails and
-damage, and `quarantine/`, the bounded folder for bytes that could not be understood (no program
-reads it). Does not know: what becomes of a closed segment.
+damage. Does not know: what becomes of a closed segment, or of damaged bytes.
 
 A segment `NNNNNNNNNNNN.wal` is a row of frames: magic (4 bytes, its last one is the format version),
 payload length and crc32c of magic + length + payload (little-endian unsigned 32-bit each), payload.
@@ -20,8 +19,6 @@ import errno
 import logging
 import os
 import re
-import secrets
-import shutil
 import struct
 import threading
 from collections.abc import Callable, Sequence
@@ -272,67 +269,6 @@ def _is_torn(data: bytes, offset: int) -> bool:
 
 logger = logging.getLogger(__name__)
 
-MAX_BYTES = 64 * 2**20
-
-
-class Quarantine:
-    """Keeps damaged bytes; beyond `max_bytes` the oldest are deleted.
-
-    Keeping is best effort: a full disk must not stop the repair that it is part of.
-    """
-
-    def __init__(self, folder: Path, max_bytes: int = MAX_BYTES) -> None:
-        self.folder = folder
-        self._max_bytes = max_bytes
-        self.n_kept = 0
-
-    def keep_bytes(self, name: str, data: bytes) -> None:
-        """Keep bytes cut out of a file."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._free_name(name).write_bytes(data[: self._max_bytes])
-        except OSError as error:
-            logger.error("cannot keep damaged bytes name=%s size_bytes=%d error=%s", name, len(data), error)
-        self._note(name, len(data))
-
-    def keep_file(self, path: Path) -> None:
-        """Keep a damaged or foreign file under a second name; the caller removes the first."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            target = self._free_name(f"{path.parent.name}.{path.name}")
-            try:
-                os.link(path, target)
-            except OSError:
-                shutil.copyfile(path, target)
-            fsync_dir(self.folder)
-            self._note(path.name, target.stat().st_size)
-        except OSError as error:
-            logger.error("cannot keep a damaged file path=%s error=%s", path, error)
-
-    def _free_name(self, name: str) -> Path:
-        return self.folder / f"{name.lstrip('.')}.{secrets.token_hex(4)}"
-
-    def _note(self, name: str, size_bytes: int) -> None:
-        self.n_kept += 1
-        logger.warning("quarantined name=%s size_bytes=%d folder=%s", name, size_bytes, self.folder)
-        self._stay_bounded()
-
-    def _stay_bounded(self) -> None:
-        """Delete the oldest until the rest fits; the newest stays in any case."""
-        try:
-            kept = sorted(
-                (entry.stat().st_ctime_ns, entry) for entry in self.folder.iterdir() if entry.is_file()
-            )
-            excess = sum(path.stat().st_size for _, path in kept) - self._max_bytes
-            for _, path in kept[:-1]:
-                if excess <= 0:
-                    break
-                excess -= path.stat().st_size
-                path.unlink()
-        except OSError as error:  # a person tidies up meanwhile, or the disk is full
-            logger.warning("cannot bound the quarantine folder=%s error=%s", self.folder, error)
-
-
 SEGMENT_MAX_BYTES = 64 * 2**20  # a full segment is closed: it is read back as a whole
 _WRITEV_MAX = 512  # buffers of one writev; the kernel's limit is 1024
 
@@ -355,9 +291,11 @@ class WriteAheadLog:
     unless the disk refuses even that; a descriptor whose fsync failed is never written again.
     """
 
-    def __init__(self, folder: Path, next_number: int) -> None:
+    def __init__(self, folder: Path, next_number: int, guard: Callable[[], None] = lambda: None) -> None:
+        """Write to segments from `next_number` on; `guard` raises where the folder is not ours any more."""
         self._folder = folder
         self._next_number = next_number
+        self._guard = guard
         self._turn = threading.Condition()
         self._waiting: list[_Waiter] = []
         self._is_writing = False
@@ -391,8 +329,17 @@ class WriteAheadLog:
         with self._turn:
             while self._is_writing:
                 self._turn.wait()
+            if self._descriptor is not None and not self._is_in_place(self._descriptor):
+                self._save_deleted_segment()
             self._close_segment()
             return self._next_number
+
+    def close(self) -> None:
+        """Close the open segment and write nothing more."""
+        with self._turn:
+            while self._is_writing:
+                self._turn.wait()
+            self._close_segment()
 
     def _lead(self, group: list[_Waiter]) -> None:
         """Write the frames of all that wait; the caller has set `_is_writing`."""
@@ -411,9 +358,34 @@ class WriteAheadLog:
                 self._turn.notify_all()
 
     def _write(self, group: list[_Waiter]) -> None:
+        self._guard()
+        if self._descriptor is not None and not self._is_in_place(self._descriptor):
+            self._save_deleted_segment()
+        self._append([buffer for waiter in group for buffer in waiter.buffers])
+
+    def _is_in_place(self, descriptor: int) -> bool:
+        """Whether the open segment still has its name: what is written to one without goes at its close."""
+        try:
+            found = self._path(self._open_number).stat()
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(found, os.fstat(descriptor))
+
+    def _save_deleted_segment(self) -> None:
+        """Write a segment that another program deleted again, under the next number."""
+        assert self._descriptor is not None
+        self._guard()
+        logger.error(
+            "the open log segment was deleted by another program; it is written again number=%d bytes=%d",
+            *(self._open_number, self._size_bytes),
+        )
+        whole = os.pread(self._descriptor, self._size_bytes, 0)
+        self._close_segment()
+        self._append([whole])
+
+    def _append(self, buffers: list[bytes]) -> None:
         descriptor = self._open_segment()
         number = self._open_number
-        buffers = [buffer for waiter in group for buffer in waiter.buffers]
         try:
             written = _write_all(descriptor, buffers)
         except OSError as error:
@@ -443,7 +415,7 @@ class WriteAheadLog:
             return self._descriptor
         path = self._path(self._next_number)
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
             self._descriptor = os.open(path, flags, 0o644)
             fsync_dir(self._folder)
         except OSError as error:

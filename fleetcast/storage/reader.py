@@ -141,6 +141,27 @@ class DayReader:
             if len(inside):
                 yield inside
 
+    def read_server(
+        self, server_name: str, start_ms: int, end_ms: int, columns: Sequence[str] | None = None
+    ) -> pa.Table:
+        """Return one server's rows with start <= time < end, sorted by key, one row per key.
+
+        Only the row groups that can hold the server are read.
+        """
+        names = (server_name, server_name)
+        log = read_log(self.folder, self.kind)
+        sources = [(rows.number, 1, iter([_narrow(rows.table, self.kind, columns)])) for rows in log]
+        for day in self._days(log, start_ms, end_ms):
+            for part in open_day(self.folder, self.kind, day).parts:
+                if part.may_hold(start_ms, end_ms):
+                    sources.append((part.number, 0, part.tables(columns, part.groups(names))))
+        found = []
+        for _, _, tables in sorted(sources, key=lambda source: source[:2]):
+            for table in tables:
+                own = _servers_between(table, self.kind, *names)
+                found.append(_between(own, self.kind, start_ms, end_ms))
+        return merge(found, self.kind)
+
     def metric_names(self, start_ms: int, end_ms: int) -> list[str]:
         """Return the metrics that occur in days of this range, sorted, from footers and the log."""
         log = read_log(self.folder, self.kind)

@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import date, datetime
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -20,10 +20,11 @@ import pyarrow as pa
 
 from fleetcast.clock import DAY_MS, Clock, SystemClock, from_ms, to_ms
 from fleetcast.errors import BadData, FleetcastError
-from fleetcast.files import OwnerLock
 from fleetcast.ingest.records import Accepted, RecordRules, accept, accept_columns
+from fleetcast.locks import OwnerLock
 from fleetcast.schema import RecordBatch, Rejection, SettledForecasts
 from fleetcast.settings import BufferSettings
+from fleetcast.storage.days import list_days
 from fleetcast.storage.daystore import DayStore
 from fleetcast.storage.log import encode_batch
 from fleetcast.storage.reader import DayReader, buffer_stats, export_records
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".owner.lock"
+_END_OF_TIME_MS = 2**53
 _APPEND_ROWS = 20_000  # records of one iterable that are checked and written together
 
 
@@ -166,6 +168,15 @@ class DataBuffer:
         self._own()
         return self
 
+    def check_ownership(self) -> None:
+        """Make sure that this process still is the folder's only writer; without ownership, do nothing.
+
+        Raises:
+            OwnershipLost: it is not; nothing more may be written.
+        """
+        if self._owned is not None:
+            self._owned.lock.check()
+
     def close(self) -> None:
         """Flush and give the ownership up."""
         with self._opening:
@@ -188,10 +199,15 @@ class DataBuffer:
             return self._owned
 
     def _take_over(self) -> "_Owned":
-        lock = OwnerLock(self._folder / LOCK_NAME, f"the buffer {self._folder}").acquire()
+        lock = OwnerLock(self._folder / LOCK_NAME, f"the buffer {self._folder}", self._folder).acquire()
+
+        def guard() -> None:
+            if not lock.is_in_place:
+                lock.check()
+
         try:
             metrics, predictions = (
-                DayStore(self._folder, kind, self._settings, self._pace, self._on_step)
+                DayStore(self._folder, kind, self._settings, self._pace, self._on_step, guard)
                 for kind in (METRICS, PREDICTIONS)
             )
             metrics.open()
@@ -246,6 +262,16 @@ class DataBuffer:
         for _, table in self._records.read(start_ms, end_ms, metrics):
             yield batch_of_table(table)
 
+    def read_server(
+        self, server_name: str, start_ms: int, end_ms: int, metrics: Sequence[str]
+    ) -> RecordBatch:
+        """Return the records of one server with start <= time < end, sorted by time."""
+        return batch_of_table(self._records.read_server(server_name, start_ms, end_ms, metrics))
+
+    def read_server_predictions(self, server_name: str, start_ms: int, end_ms: int) -> SettledForecasts:
+        """Return the settled forecasts of one server with start <= target < end."""
+        return settled_of_table(self._forecasts.read_server(server_name, start_ms, end_ms))
+
     def read_predictions(self, start_ms: int, end_ms: int, horizon: int | None = None) -> SettledForecasts:
         """Return settled forecasts with start <= target < end, sorted by target."""
         tables = []
@@ -256,6 +282,28 @@ class DataBuffer:
         whole = merge(tables, PREDICTIONS)
         order = np.argsort(times_ms(whole, "target"), kind="stable")
         return settled_of_table(in_order(whole, order))
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder of the buffer, absolute."""
+        return self._folder.resolve()
+
+    @property
+    def exists(self) -> bool:
+        """Whether the folder holds anything."""
+        return self._folder.is_dir() and any(self._folder.iterdir())
+
+    def describe(self) -> str:
+        """Name the folder for people, and say where there is no buffer in it."""
+        return f"{self.folder}" if self.exists else f"{self.folder} (there is no buffer)"
+
+    def metric_names(self) -> list[str]:
+        """Return the metrics of all records, sorted, from footers and the log."""
+        return self._records.metric_names(0, _END_OF_TIME_MS)
+
+    def first_day(self) -> date | None:
+        """Return the oldest day that has files; a later one than before means that days were dropped."""
+        return min(list_days(self._folder, METRICS), default=None)
 
     def newest_record_time(self) -> datetime | None:
         """Return the newest time of all records, None for an empty buffer."""
@@ -290,14 +338,14 @@ class DataBuffer:
             columns = columns_of_frame(records)
             for start in range(0, len(records), _APPEND_ROWS):
                 portion = {name: cells[start : start + _APPEND_ROWS] for name, cells in columns.items()}
-                yield len(portion["timestamp"]), accept_columns(portion, rules)
+                yield len(portion["timestamp"]), accept_columns(portion, rules, _APPEND_ROWS)
             return
         if isinstance(records, (str, bytes, Mapping)) or not isinstance(records, Iterable):
             wanted = "records must be an iterable of mappings or a DataFrame"
             raise BadData(f"{wanted}, got {type(records).__name__}")
         rest = iter(records)
         while rows := list(islice(rest, _APPEND_ROWS)):
-            yield len(rows), accept(rows, rules)
+            yield len(rows), accept(rows, rules, _APPEND_ROWS)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from fleetcast.clock import DAY_MS, monotonic, to_ms
 from fleetcast.errors import FleetcastError
+from fleetcast.files import remove_leftover
 from fleetcast.settings import BufferSettings
 from fleetcast.storage.days import (
     OpenPart,
@@ -80,7 +81,7 @@ class SealProcess:
         output, _ = self._process.communicate()
         if self._process.returncode != 0:
             logger.error("sealing failed day=%s exit=%d", self.day, self._process.returncode)
-            self._target.unlink(missing_ok=True)
+            remove_leftover(self._target)
             return None
         answer = json.loads(output)
         parts = tuple(PartName(number, n_rows) for number, n_rows in answer["parts"])
@@ -90,7 +91,7 @@ class SealProcess:
         """End it; the day stays as it is."""
         self._process.kill()
         self._process.communicate()
-        self._target.unlink(missing_ok=True)
+        remove_leftover(self._target)
 
 
 def seal(folder: Path, kind_name: str, day: date, target: Path) -> Sealed:
@@ -119,10 +120,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sealed = seal(Path(folder), kind_name, date.fromisoformat(day), Path(target))
     except (FleetcastError, OSError) as error:
         print(f"sealing {kind_name} {day}: {error}", file=sys.stderr)
-        Path(target).unlink(missing_ok=True)
+        remove_leftover(Path(target))
         return 1
-    if os.getppid() != int(owner):  # the owner died: nobody will take this file
-        sealed.path.unlink(missing_ok=True)
+    if os.getppid() != int(owner):  # the owner died and cannot take this file
+        remove_leftover(sealed.path)
         return 1
     names = [[name.number, name.n_rows] for name in sealed.parts]
     print(json.dumps({"parts": names, "rejects": sealed.rejects, "n_rows": sealed.n_rows}))
@@ -246,7 +247,7 @@ class DayUpkeep:
         if sealed is None:
             return
         if state.changed_at >= process.started_at or list(sealed.parts) != part_names(path):
-            sealed.path.unlink(missing_ok=True)  # late rows came meanwhile: it lacks them
+            remove_leftover(sealed.path)  # late rows came meanwhile: it lacks them
             return
         self._writer.put_sealed(process.day, sealed.path, sealed.rejects)
         del self._open_days[process.day]

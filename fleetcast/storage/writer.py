@@ -26,6 +26,7 @@ from fleetcast.files import (
     fsync_dir,
     fsync_file,
     publish,
+    remove_leftover,
     remove_stale_temps,
     storage_error,
     temp_beside,
@@ -43,7 +44,7 @@ from fleetcast.storage.days import (
     part_names,
     write_part,
 )
-from fleetcast.storage.log import Quarantine
+from fleetcast.storage.quarantine import Quarantine
 from fleetcast.storage.reader import LogRows, merge_sources
 from fleetcast.storage.tables import Flags, TableKind, choose, has_key, merge, times_ms, union_schema
 
@@ -85,10 +86,10 @@ class DayBuild:
             if error is None:
                 self._finish()
         except OSError as late:
-            remove_path(self._built)
+            remove_leftover(self._built)
             raise storage_error(self._path, late) from late
         if isinstance(error, Exception):
-            remove_path(self._built)
+            remove_leftover(self._built)
             if isinstance(error, OSError):
                 raise storage_error(self._path, error) from error
 
@@ -154,7 +155,7 @@ def swap(built: Path, path: Path, on_step: Step) -> None:
     """Exchange the live day for another version of it and delete the old one."""
     exchange(built, path)
     on_step("day swapped")
-    remove_path(built)  # holds the old version now
+    remove_leftover(built)  # holds the old version now
     on_step("old day removed")
 
 
@@ -177,14 +178,6 @@ def keep_rejects(path: Path, rejects: Iterable[str], quarantine: Quarantine) -> 
 def hidden_name(path: Path) -> Path:
     """Return a name for the next version of a day; what a crash leaves there is removed."""
     return path.with_name(f".{path.name}{NEW_MARK}{secrets.token_hex(4)}")
-
-
-def remove_path(path: Path) -> None:
-    """Delete a file or folder, existing or not."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _update(part: OpenPart, rows: pa.Table, kind: TableKind) -> Iterator[pa.Table]:
@@ -264,9 +257,9 @@ class DayWriter:
             if not live.exists():  # a swap without RENAME_EXCHANGE was cut short
                 publish(aside, live)
             else:
-                remove_path(aside)
+                remove_leftover(aside)
         for built in self._folder.glob(f"{days}{NEW_MARK}*"):
-            remove_path(built)
+            remove_leftover(built)
         for day in list_days(self._folder, self._kind):
             path = self.path(day)
             if path.is_dir():
@@ -339,7 +332,7 @@ class DayWriter:
         if path.is_dir():  # vanishes at once for readers, however many files it has
             doomed = hidden_name(path)
             publish(path, doomed)
-        remove_path(doomed)
+        remove_leftover(doomed)
         fsync_dir(self._folder)
         self._facts.pop(day, None)
 

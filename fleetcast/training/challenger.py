@@ -33,9 +33,9 @@ logger = logging.getLogger(__name__)
 
 _MAX_WINDOWS = 3_000  # forecast to find the badly forecast series: a CPU second of a model of width 32
 _BEST, _WORST = 0.5, 3.0  # shares of the fallback's loss beyond which all are alike
-_VALIDATED = 768  # windows an epoch of a base training is judged by
+_VALIDATED = 768  # windows that judge an epoch of a base training
 _WARMUP_STEPS, _INCREMENTAL_WARMUP_STEPS = 50, 20
-_MOST_SHOWN = 10  # times a specialist sees a window of the change: more is learned by heart
+_MOST_SHOWN = 10  # times a specialist sees a window of the change: seen more often, it is learned by heart
 _EMBEDDING = "input_embeddings.embeddings.metric.weight"
 
 
@@ -183,11 +183,13 @@ class Training:
             "parent": self.parent_id,
             "kind": "incremental" if self._start else "base",
             "promoted": verdict.promoted,
+            "passed_gate": verdict.promoted,
             "verdict": {
                 "why": verdict.why,
                 "compared_with": challenger.compared_with,
                 "figures": verdict.figures,
                 "mean_absolute_errors": challenger.errors,
+                "served_absolute_errors": challenger.served_errors,
             },
             "data_range": {"start": iso_z(from_ms(grid.start_ms)), "end": iso_z(from_ms(grid.end_ms))},
             "servers": len(grid.server_names),
@@ -303,7 +305,7 @@ def series_weights(
     """
     seen = replace(grid, values=grid.values[:, :, : int(first_held.min())])
     first = np.full(first_held.shape, max(1, seen.n_bins - recent_bins), np.int64)
-    lately = HoldOut(seen, shape, first, (), (1,), Sample(seed, _MAX_WINDOWS))
+    lately = HoldOut(seen, shape, first, (), (1,), Sample(seed, _MAX_WINDOWS, replayed_series=0))
     share = _loss_shares(lately.losses(model), lately.losses(lately.fallback))
     known = np.isfinite(share)
     weights = np.ones(first_held.shape)

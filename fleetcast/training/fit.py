@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fleetcast.clock import monotonic
-from fleetcast.files import write_atomic
+from fleetcast.files import remove_leftover, write_atomic
 from fleetcast.forecast.encoding import GridShape
 from fleetcast.forecast.network import Batch, NetworkConfig, StaticNetwork, as_batch, build
 from fleetcast.forecast.predictor import UNREADABLE
@@ -110,7 +110,7 @@ class StateFile:
 
     def remove(self) -> None:
         """Delete the file: the training is over."""
-        self._path.unlink(missing_ok=True)
+        remove_leftover(self._path)
 
 
 class _Fitting(lightning.LightningModule):

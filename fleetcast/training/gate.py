@@ -1,17 +1,20 @@
-"""The gate: a challenger goes into service only if it beats the champion on data it never saw.
+"""The gate: a challenger goes into service only if clients get better forecasts on data it never saw.
 
 Owns: the comparison of two sides' losses, and the rule. Does not know: which data are held out
-(`holdout`), how a model is trained, versions, files.
+(`holdout`), how the expert layer is replayed (`served`), how a model is trained, versions, files.
 
 The champion is the model in service, or the fallback while there is none.
 
-The rule. On the changed series (on all series, where no change is known) the challenger's loss is
-lower than the champion's and stays lower in 9 of 10 resamples. The first model of a fleet has to
-beat the fallback in the same way, besides the shipped base. On the unchanged series the loss is at
-most 2 % higher in all and, metric by metric, not surely more than 5 % higher. Where a change
-decides, series that both sides forecast by the very same weights (a specialist's training leaves
-them alone) are not counted: they would hide harm to others, and one series that gains among three
-that stay is a gain, whichever servers are drawn.
+The rule. On the changed series (on all series, where no change is known) the challenger's *served*
+loss, that of its forecasts once the expert layer has mixed them, is lower than the champion's and
+stays lower in 9 of 10 resamples. The first model of a fleet has to beat the fallback in the same
+way, besides the shipped base. Harm: on the unchanged series neither the served loss nor the raw one
+(what the models alone say) is more than 2 % higher in all or, metric by metric, surely more than 5 %
+higher. The raw figures are reported beside the served ones; where clients get the model's own
+forecasts (`forecast.feedback = "off"`) they decide. Where a change decides, series that both sides
+forecast by the very same weights (a specialist's training leaves them alone) are not counted: they
+would hide harm to others, and one series that gains among three that stay is a gain, whichever
+servers are drawn.
 
 A resample draws blocks of time (up to 2 h of origins) and servers, each with replacement, and
 takes every drawn server in every drawn block: one bad hour of the whole fleet and one odd server
@@ -64,48 +67,43 @@ class Comparison:
         return {"windows": self.windows, "ratio": self.ratio, "confidence": self.confidence}
 
 
+@dataclass(frozen=True, eq=False)
+class Sides:
+    """What each side's forecasts cost, on the same windows."""
+
+    challenger: Losses
+    champion: Losses
+    fallback: Losses | None = None  # has to be beaten, too; None = beating the champion is enough
+
+
 def judge(
-    challenger: Losses,
-    champion: Losses,
+    raw: Sides,
     is_changed: NDArray[np.bool_],
     metrics: Sequence[str],
     seed: int,
-    fallback: Losses | None = None,
+    served: Sides | None = None,
 ) -> GateVerdict:
     """Decide by paired losses on the same windows.
 
     Args:
+        raw: of what the models say.
         is_changed: (server, metric) series that are known to have changed.
-        fallback: has to be beaten, too; None = beating the champion is enough.
+        served: of what clients get; None = they get what the models say.
     """
     unchanged = ~is_changed
     if is_changed.any():
-        touched = ~_is_untouched(challenger, champion)
+        touched = ~_is_untouched(raw.challenger, raw.champion)
         is_changed, unchanged = (_if_any(group & touched, group) for group in (is_changed, unchanged))
-    deciding, where = ("changed", "changed series") if is_changed.any() else ("unchanged", "all series")
-    found = {
-        "changed": compare(challenger, champion, is_changed, seed),
-        "unchanged": compare(challenger, champion, unchanged, seed, limit=MAX_HARM),
-    }
-    by_metric = {
-        metric: compare(challenger, champion, _only(unchanged, column), seed, limit=MAX_METRIC_HARM)
-        for column, metric in enumerate(metrics)
-    }
-    figures: dict[str, Any] = {name: item.as_figures() for name, item in found.items()}
-    figures["unchanged"]["by_metric"] = {metric: item.ratio for metric, item in by_metric.items()}
-    if fallback is not None:
-        found["fallback"] = compare(challenger, fallback, np.ones_like(is_changed), seed)
-        figures["fallback"] = found["fallback"].as_figures()
-    if not challenger.is_finite:
+    question = _Question(is_changed, unchanged, tuple(metrics), seed)
+    by_models = by_clients = question.ask("", raw)
+    figures = by_models.figures()
+    if served is not None:
+        by_clients = question.ask("served ", served)
+        figures["served"] = by_clients.figures()
+    if not raw.challenger.is_finite:
         return GateVerdict(False, "its forecasts are not finite", figures)
-    why = _not_better(found[deciding], where, _OF_CHAMPION)
-    if not why and fallback is not None:
-        why = _not_better(found["fallback"], "all series", _OF_FALLBACK)
-    if not why:
-        why = _harm(found["unchanged"], by_metric)
-    if why:
-        return GateVerdict(False, why, figures)
-    return GateVerdict(True, f"better: {_describe(found[deciding], where, _OF_CHAMPION)}", figures)
+    why = by_clients.why_not_better() or by_clients.harm() or by_models.harm()
+    return GateVerdict(not why, why or f"better: {by_clients.gain()}", figures)
 
 
 def compare(
@@ -128,6 +126,89 @@ def compare(
     )
 
 
+@dataclass(frozen=True, eq=False)
+class _Question:
+    """Which series are compared, and how."""
+
+    is_changed: NDArray[np.bool_]
+    unchanged: NDArray[np.bool_]
+    metrics: tuple[str, ...]
+    seed: int
+
+    def ask(self, kind: str, sides: Sides) -> "_Answers":
+        """Compare the sides.
+
+        Args:
+            kind: of the losses, as the verdict's words name them.
+        """
+        ours, theirs = sides.challenger, sides.champion
+        by_metric = {
+            metric: compare(ours, theirs, _only(self.unchanged, column), self.seed, limit=MAX_METRIC_HARM)
+            for column, metric in enumerate(self.metrics)
+        }
+        everything = np.ones_like(self.is_changed)
+        return _Answers(
+            kind,
+            compare(ours, theirs, self.is_changed, self.seed),
+            compare(ours, theirs, self.unchanged, self.seed, limit=MAX_HARM),
+            by_metric,
+            compare(ours, sides.fallback, everything, self.seed) if sides.fallback else None,
+            has_change=bool(self.is_changed.any()),
+        )
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """How a challenger compares by one kind of loss."""
+
+    kind: str
+    changed: Comparison
+    unchanged: Comparison
+    by_metric: Mapping[str, Comparison]
+    fallback: Comparison | None
+    has_change: bool
+
+    @property
+    def _deciding(self) -> tuple[Comparison, str]:
+        if self.has_change:
+            return self.changed, "changed series"
+        return self.unchanged, "all series"
+
+    def figures(self) -> dict[str, Any]:
+        """Return what the manifest keeps."""
+        found = {"changed": self.changed.as_figures(), "unchanged": self.unchanged.as_figures()}
+        found["unchanged"]["by_metric"] = {metric: item.ratio for metric, item in self.by_metric.items()}
+        if self.fallback:
+            found["fallback"] = self.fallback.as_figures()
+        return found
+
+    def gain(self) -> str:
+        """Return the gain that decides, in words."""
+        found, where = self._deciding
+        return _describe(found, f"{self.kind}loss on {where}", _OF_CHAMPION)
+
+    def why_not_better(self) -> str:
+        """Return why the other sides are not beaten, "" where they are."""
+        found, where = self._deciding
+        why = _not_better(found, self.kind, where, _OF_CHAMPION)
+        if not why and self.fallback:
+            why = _not_better(self.fallback, self.kind, "all series", _OF_FALLBACK)
+        return why
+
+    def harm(self) -> str:
+        """Return what would be harmed, "" where nothing."""
+        ratio = self.unchanged.ratio
+        if ratio is not None and ratio > MAX_HARM:
+            return f"harms: {self.kind}loss on unchanged series is {ratio:.3f}, limit {MAX_HARM}"
+        for metric, found in self.by_metric.items():
+            if found.ratio is None or found.doubt is None or found.blocks < MIN_BLOCKS:
+                continue
+            if found.ratio > MAX_METRIC_HARM and found.doubt >= CONFIDENCE:
+                what = f"{self.kind}loss on unchanged {metric}"
+                return f"harms: {what} is {found.ratio:.3f}, limit {MAX_METRIC_HARM}"
+        return ""
+
+
 def _if_any(chosen: NDArray[np.bool_], otherwise: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return chosen if chosen.any() else otherwise
 
@@ -147,7 +228,7 @@ def _only(mask: NDArray[np.bool_], column: int) -> NDArray[np.bool_]:
     return chosen
 
 
-def _not_better(found: Comparison, where: str, whom: str) -> str:
+def _not_better(found: Comparison, kind: str, where: str, whom: str) -> str:
     """Return why a challenger does not beat the other side, "" where it does."""
     if found.ratio is None or found.confidence is None:
         return f"nothing to judge by: the held-out tail holds no window of {where}"
@@ -157,24 +238,13 @@ def _not_better(found: Comparison, where: str, whom: str) -> str:
             f"of time, needed {MIN_BLOCKS}"
         )
     if found.ratio >= 1 or found.confidence < CONFIDENCE:
-        return f"not better: {_describe(found, where, whom)}, needed < 1 and {CONFIDENCE}"
+        told = _describe(found, f"{kind}loss on {where}", whom)
+        return f"not better: {told}, needed < 1 and {CONFIDENCE}"
     return ""
 
 
-def _describe(found: Comparison, where: str, whom: str) -> str:
-    return f"loss on {where} is {found.ratio:.3f} of {whom}, confidence {found.confidence:.2f}"
-
-
-def _harm(unchanged: Comparison, by_metric: Mapping[str, Comparison]) -> str:
-    """Return what a challenger would harm, "" where nothing."""
-    if unchanged.ratio is not None and unchanged.ratio > MAX_HARM:
-        return f"harms: loss on unchanged series is {unchanged.ratio:.3f}, limit {MAX_HARM}"
-    for metric, found in by_metric.items():
-        if found.ratio is None or found.doubt is None or found.blocks < MIN_BLOCKS:
-            continue
-        if found.ratio > MAX_METRIC_HARM and found.doubt >= CONFIDENCE:
-            return f"harms: loss on unchanged {metric} is {found.ratio:.3f}, limit {MAX_METRIC_HARM}"
-    return ""
+def _describe(found: Comparison, what: str, whom: str) -> str:
+    return f"{what} is {found.ratio:.3f} of {whom}, confidence {found.confidence:.3f}"
 
 
 def _time_blocks(origins: Longs, has_window: NDArray[np.bool_]) -> Longs:

@@ -5,8 +5,9 @@ the rule (`gate`), how a model is trained, versions, files.
 
 Held out are the newest bins of every series: the tail. A series that just changed would leave
 nothing to learn from, so its tail is a share of what came after the change; the others keep a
-tail long enough for the whole horizon. Both sides forecast the same windows. Where a model has no
-forecast, clients get the fallback, so the fallback's loss counts there.
+tail long enough for the whole horizon. Both sides forecast the same windows, spread so that the
+expert layer can be replayed over them (`served`). Where a model has no forecast, clients get the
+fallback, so the fallback's loss counts there.
 
 The loss of a window is the pinball loss over its known bins (weighted as in training), in units
 of its series' usual step from one hour to the next.
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from fleetcast.bins import RECENT_BINS
 from fleetcast.forecast.encoding import GridShape, is_percent
+from fleetcast.forecast.experts.layer import SPARSE_EVERY
 from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.schema import QUANTILES, ChangedSeries, Floats, Floats32, HistoryWindow, Longs, Series
 from fleetcast.training.grid import TrainingGrid
@@ -28,7 +30,7 @@ from fleetcast.training.grid import TrainingGrid
 CHANGED_TAIL_SHARE = 0.4  # of the bins since a change
 MIN_TAIL_BINS = 6
 _MAX_SERVERS, _MIN_ORIGINS, _MAX_ORIGINS = 150, 12, 48
-_CHANGED_ORIGINS = 24  # more of them, for the series that changed alone
+_CHANGED_ORIGINS = 48  # more of them, for the series that changed alone
 _PERCENT_STEP, _QUIET_SHARE = 0.5, 0.25  # smallest steps: points, share of the metric's median
 
 
@@ -57,6 +59,7 @@ class Sample:
     seed: int
     max_windows: int = 12_000  # about as many: 4 CPU seconds of a model of width 32
     always: Set[Series] = frozenset()  # no server of these series is left out
+    replayed_series: int = 200  # that the expert layer is replayed over; 0 = it is not
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,6 +70,8 @@ class Losses:
     errors: Floats  # (origin, server, metric, horizon) |p50 - actual| in native units
     is_finite: bool
     origins: Longs  # (origin,) bins, ascending; both sides of a comparison have the same
+    # (origin, replayed server, metric, horizon, quantile) native units, the fallback's where a side has none
+    quantiles: Floats32 | None = None
 
 
 class HoldOut:
@@ -88,35 +93,77 @@ class HoldOut:
             changed: no server of these is left out either.
             horizons: whose errors are reported, in bins.
         """
-        self._grid, self._shape = grid, shape
+        self._grid, self._shape, self._seed = grid, shape, sample.seed
         self.fallback = NaiveForecaster(shape.horizon_bins)
         self.horizons = tuple(horizons)
         names = {server for server, _ in sample.always}
         wanted = {row for row, server in enumerate(grid.server_names) if server in names}
         wanted |= {item.server for item in changed}
         self.servers = _choose_servers(len(grid.server_names), wanted, sample.seed)
-        self._first_held = first_held[self.servers]
+        self.first_held: Longs = first_held[self.servers]
         is_changed = np.zeros(first_held.shape, np.bool_)
         for item in changed:
             is_changed[item.server, item.metric] = True
         self.is_changed: NDArray[np.bool_] = is_changed[self.servers]
+        self.replayed: Longs = self._choose_replayed(sample)
         self._choose_origins(int(first_held.min()), sample.max_windows)
         self._steps = _usual_steps(grid, self.servers)
+
+    @property
+    def grid(self) -> TrainingGrid:
+        """Return the bins, held out or not."""
+        return self._grid
+
+    @property
+    def horizon_bins(self) -> int:
+        """Return how far ahead the sides forecast."""
+        return self._shape.horizon_bins
+
+    def _choose_replayed(self, sample: Sample) -> Longs:
+        """Return the rows of `servers` that the layer is replayed over: the changed ones, then others."""
+        asked = sample.replayed_series
+        count = max(1, asked // len(self._grid.metrics)) if asked else 0
+        drawn = np.random.default_rng(sample.seed).permutation(len(self.servers))
+        has_changed = np.asarray(self.is_changed.any(axis=1))[drawn]
+        return np.sort(np.concatenate([drawn[has_changed], drawn[~has_changed]])[:count])
 
     def _choose_origins(self, oldest: int, max_windows: int) -> None:
         """Spread origins over the whole tail, and more over the short one of what changed."""
         n_window = len(self.servers) * len(self._grid.metrics)
         count = max(_MIN_ORIGINS, min(_MAX_ORIGINS, max_windows // n_window))
-        self._common = self._spread(oldest, count)
-        own = int(self._first_held[self.is_changed].min()) if self.is_changed.any() else oldest
-        more = self._spread(own, _CHANGED_ORIGINS) if self.is_changed.any() else self._common
-        self.origins: Longs = np.union1d(self._common, more)
+        none = np.empty(0, np.int64)
+        self._common = self.spread(oldest - 1, self._grid.n_bins - 1, count)
+        own = int(self.first_held[self.is_changed].min()) if self.is_changed.any() else oldest
+        more = self.spread(own - 1, self._grid.n_bins - 1, _CHANGED_ORIGINS)
+        self._of_changed = more if self.is_changed.any() else none
+        steady = self.spread(oldest - 1, self._grid.n_bins - 1, _MAX_ORIGINS)
+        self._of_replay = steady if len(self.replayed) else none
+        self.origins: Longs = np.unique(np.concatenate([self._common, self._of_changed, self._of_replay]))
 
-    def _spread(self, first_held: int, count: int) -> Longs:
-        """Return up to `count` origins from the last bin before the tail on."""
-        oldest, newest = first_held - 1, self._grid.n_bins - 2
-        count = min(count, newest - oldest + 1)
-        return np.unique(np.linspace(oldest, newest, count).round().astype(np.int64))
+    def spread(self, start: int, stop: int, count: int) -> Longs:
+        """Return about `count` origins in [start, stop), one at random in each of as many equal parts.
+
+        At a steady stride every job by timetable would be met at the same few of its minutes. Every other
+        origin suits the expert layer's memory of the far horizons, which skips bins (counted from 1970).
+        """
+        if stop - start <= count:
+            return np.arange(start, stop, dtype=np.int64)
+        edges = np.linspace(start, stop, count + 1)
+        chosen = np.floor(np.random.default_rng(self._seed).uniform(edges[:-1], edges[1:])).astype(np.int64)
+        off = (self._grid.start_ms // self._grid.bin_ms + chosen[::2]) % SPARSE_EVERY
+        chosen[::2] -= np.where(chosen[::2] - off >= start, off, 0)
+        return np.unique(chosen)
+
+    def rows_at(self, origin: int) -> Longs:
+        """Return which rows of `servers` are forecast from an origin."""
+        if origin in self._common:
+            return np.arange(len(self.servers))
+        chosen = np.zeros(len(self.servers), np.bool_)
+        if origin in self._of_changed:
+            chosen |= self.is_changed.any(axis=1)
+        if origin in self._of_replay:
+            chosen[self.replayed] = True
+        return np.flatnonzero(chosen)
 
     def places(self, series: Set[Series]) -> NDArray[np.bool_]:
         """Return where some series are among the forecast ones, (server, metric)."""
@@ -131,32 +178,33 @@ class HoldOut:
 
     def losses(self, predictor: Predictor) -> Losses:
         """Forecast every window and compare with what followed."""
-        rows = [self._origin_losses(predictor, int(origin)) for origin in self.origins]
-        return Losses(
-            pinball=np.stack([row[0] for row in rows]),
-            errors=np.stack([row[1] for row in rows]),
-            is_finite=all(row[2] for row in rows),
-            origins=self.origins,
+        n_origin, shape = len(self.origins), self.is_changed.shape
+        pinball = np.full((n_origin, *shape), np.nan)
+        errors = np.full((n_origin, *shape, len(self.horizons)), np.nan)
+        kept = np.full(
+            (n_origin, len(self.replayed), shape[1], self.horizon_bins, len(QUANTILES)), np.nan, np.float32
         )
+        is_finite = True
+        for place, origin in enumerate(self.origins.tolist()):
+            rows = self.rows_at(origin)
+            window = self.window(origin, rows)
+            forecast = predictor.predict(window)
+            is_finite &= bool((np.isfinite(forecast).all(axis=-1) | np.isnan(forecast).all(axis=-1)).all())
+            quantiles = np.where(np.isnan(forecast), self.fallback.predict(window), forecast)
+            pinball[place, rows], errors[place, rows] = self.window_losses(quantiles, origin, rows)
+            if origin not in self._common:  # its other windows are for the replay alone
+                is_left = ~self.is_changed | (origin not in self._of_changed)
+                pinball[place, is_left], errors[place, is_left] = np.nan, np.nan
+            _, from_, to = np.intersect1d(rows, self.replayed, return_indices=True)
+            kept[place, to] = quantiles[from_]
+        return Losses(pinball, errors, is_finite, self.origins, kept)
 
-    def _origin_losses(self, predictor: Predictor, origin: int) -> tuple[Floats, Floats, bool]:
-        """Return one origin's losses, of every server or of what changed alone."""
-        if origin in self._common:
-            return self._window_losses(predictor, origin, np.arange(len(self.servers)))
-        rows = np.flatnonzero(self.is_changed.any(axis=1))
-        few, few_errors, is_finite = self._window_losses(predictor, origin, rows)
-        pinball = np.full(self.is_changed.shape, np.nan)
-        errors = np.full((*pinball.shape, len(self.horizons)), np.nan)
-        pinball[rows], errors[rows] = few, few_errors
-        pinball[~self.is_changed] = np.nan
-        errors[~self.is_changed] = np.nan
-        return pinball, errors, is_finite
+    def window_losses(self, quantiles: Floats32, origin: int, rows: Longs) -> tuple[Floats, Floats]:
+        """Return what forecasts cost, (row, metric), and their errors by horizon.
 
-    def _window_losses(self, predictor: Predictor, origin: int, rows: Longs) -> tuple[Floats, Floats, bool]:
-        window = self._window(origin, self.servers[rows])
-        forecast = predictor.predict(window)
-        is_finite = bool((np.isfinite(forecast).all(axis=-1) | np.isnan(forecast).all(axis=-1)).all())
-        quantiles = np.where(np.isnan(forecast), self.fallback.predict(window), forecast)
+        Args:
+            quantiles: (row, metric, horizon, quantile).
+        """
         missed = self._future(origin, rows)[..., None] - quantiles
         levels = np.array(QUANTILES)
         pinball = np.maximum(levels * missed, (levels - 1) * missed).mean(axis=-1)
@@ -166,10 +214,11 @@ class HoldOut:
             total > 0, (np.nan_to_num(pinball) * weights).sum(axis=-1) / np.maximum(total, 1e-9), np.nan
         )
         at = [horizon - 1 for horizon in self.horizons]
-        return mean / self._steps[rows], np.abs(missed[..., at, 1]), is_finite
+        return mean / self._steps[rows], np.abs(missed[..., at, 1])
 
-    def _window(self, origin: int, servers: Longs) -> HistoryWindow:
-        grid = self._grid
+    def window(self, origin: int, rows: Longs) -> HistoryWindow:
+        """Return what a forecast of some rows from an origin may know."""
+        grid, servers = self._grid, self.servers[rows]
         oldest = max(0, origin + 1 - self._shape.history_bins)
         return HistoryWindow(
             tuple(grid.server_names[index] for index in servers),
@@ -183,7 +232,7 @@ class HoldOut:
         """Return the held-out bins of the horizon (server, metric, horizon), NaN for the others."""
         bins = np.arange(origin + 1, origin + 1 + self._shape.horizon_bins)
         values = self._grid.values[self.servers[rows]][..., np.minimum(bins, self._grid.n_bins - 1)]
-        is_held = (bins < self._grid.n_bins) & (bins >= self._first_held[rows][..., None])
+        is_held = (bins < self._grid.n_bins) & (bins >= self.first_held[rows][..., None])
         return np.asarray(np.where(is_held, values, np.nan), np.float32)
 
 

@@ -132,7 +132,7 @@ def route(
     older = model.specialists[:-1] if is_new else model.specialists
     lost = _no_better(hold_out, own, fleet, series_of(older))
     if not is_new:
-        return _without(model, lost), _replace(own, fleet, hold_out.places(lost))
+        return _without(model, lost), _replace(hold_out, own, fleet, lost)
     made = model.specialists[-1]
     lost |= _not_surely_better(hold_out, own, fleet, made.changed_ms.keys(), seed)
     alone = hold_out.losses(Forecaster(model.description, made.weights))
@@ -144,7 +144,7 @@ def route(
     since_ms = sorted(made.changed_ms.values())[len(made.changed_ms) // 2]
     wider = replace(made, changed_ms={**made.changed_ms, **dict.fromkeys(gained, since_ms)})
     model = Forecaster(model.description, model.weights, (*older, wider))
-    losses = _replace(_replace(own, fleet, hold_out.places(lost)), alone, hold_out.places(gained))
+    losses = _replace(hold_out, _replace(hold_out, own, fleet, lost), alone, gained)
     return _without(model, lost), losses
 
 
@@ -194,10 +194,15 @@ def _without(model: Forecaster, lost: set[Series]) -> Forecaster:
     return Forecaster(model.description, model.weights, _drop_series(model.specialists, lost))
 
 
-def _replace(losses: Losses, side: Losses, places: Bools) -> Losses:
-    """Return losses with another side's in some places (server, metric)."""
+def _replace(hold_out: HoldOut, losses: Losses, side: Losses, series: Set[Series]) -> Losses:
+    """Return losses with another side's for some series."""
+    places, quantiles = hold_out.places(series), losses.quantiles
+    if quantiles is not None and side.quantiles is not None:
+        own = places[hold_out.replayed][..., None, None]
+        quantiles = np.where(own, side.quantiles, quantiles)
     return replace(
         losses,
         pinball=np.where(places, side.pinball, losses.pinball),
         errors=np.where(places[..., None], side.errors, losses.errors),
+        quantiles=quantiles,
     )

@@ -24,9 +24,10 @@ from fleetcast.forecast.predictor import Forecaster, series_of
 from fleetcast.forecast.registry import Version
 from fleetcast.schema import ChangedSeries, Floats32, Longs, ReadForecasts
 from fleetcast.settings import DriftSettings, Settings
-from fleetcast.training.gate import GateVerdict, judge
+from fleetcast.training.gate import GateVerdict, Sides, judge
 from fleetcast.training.grid import TrainingGrid
 from fleetcast.training.holdout import HoldOut, Losses, Sample, mean_errors
+from fleetcast.training.served import served_losses
 from fleetcast.training.specialists import route
 
 # the sides, as the manifest names them
@@ -49,7 +50,9 @@ class Challenger:
     verdict: GateVerdict
     compared_with: str  # the champion's version, or the fallback
     errors: Mapping[str, Any]  # mean |p50 - actual| by side, metric and horizon
-    baseline: Baseline  # of its data
+    served_errors: Mapping[str, Any]  # the same of what clients get; empty where the models' own goes out
+    baseline: Baseline  # of its data, with the errors to expect if the verdict is followed
+    baseline_if_held: Baseline  # the same, if a person holds it back and the champion stays
 
 
 def judge_challenger(
@@ -70,7 +73,9 @@ def judge_challenger(
         has_new_specialist: whether its last specialist was just made, and nothing else.
     """
     seed = settings.trainer.seed
-    sample = Sample(seed, always=series_of(model.specialists))
+    is_layered = settings.forecast.feedback == "on"  # else clients get what the models say
+    always = series_of(model.specialists)
+    sample = Sample(seed, always=always) if is_layered else Sample(seed, always=always, replayed_series=0)
     horizons = settings.forecast.settle_horizons
     hold_out = HoldOut(grid, model.description.grid, first_held, changed, horizons, sample)
     sides = {CHALLENGER: hold_out.losses(model), FALLBACK: hold_out.losses(hold_out.fallback)}
@@ -82,19 +87,41 @@ def judge_challenger(
         model, sides[CHALLENGER] = route(
             model, hold_out, sides[CHALLENGER], fleet, seed, is_new=has_new_specialist
         )
-    opponent = sides[CHAMPION] if champion else sides[FALLBACK]
     # a fleet's first model has to beat both the shipped base and the fallback
     is_first = champion is not None and champion.version.is_base
-    besides = sides[FALLBACK] if is_first else None
-    verdict = judge(sides[CHALLENGER], opponent, hold_out.is_changed, grid.metrics, seed, besides)
-    in_service = sides[CHALLENGER] if verdict.promoted else opponent
+    served = served_losses(hold_out, sides) if is_layered else {}
+    verdict = judge(
+        _against(sides, is_first=is_first),
+        hold_out.is_changed,
+        grid.metrics,
+        seed,
+        _against(served, is_first=is_first) if served else None,
+    )
+    sketch = training_baseline(grid, changed, settings.drift.baseline_days, model.version)
+    in_service = sides[CHALLENGER] if verdict.promoted else _opponent(sides)
     return Challenger(
         model,
         verdict,
         champion.version.id if champion else FALLBACK,
-        {name: _error_table(side, grid.metrics, hold_out.horizons) for name, side in sides.items()},
-        training_baseline(grid, changed, settings.drift.baseline_days, model.version, in_service, hold_out),
+        _error_tables(sides, grid.metrics, hold_out.horizons),
+        _error_tables(served, grid.metrics, hold_out.horizons),
+        with_errors(sketch, in_service, hold_out),
+        with_errors(sketch, _opponent(sides), hold_out),
     )
+
+
+def _opponent(sides: Mapping[str, Losses]) -> Losses:
+    return sides.get(CHAMPION, sides[FALLBACK])
+
+
+def _against(sides: Mapping[str, Losses], *, is_first: bool) -> Sides:
+    return Sides(sides[CHALLENGER], _opponent(sides), sides[FALLBACK] if is_first else None)
+
+
+def _error_tables(
+    sides: Mapping[str, Losses], metrics: tuple[str, ...], horizons: tuple[int, ...]
+) -> dict[str, Any]:
+    return {name: _error_table(side, metrics, horizons) for name, side in sides.items()}
 
 
 def _error_table(
@@ -111,25 +138,25 @@ def _error_table(
 
 
 def training_baseline(
-    grid: TrainingGrid,
-    changed: tuple[ChangedSeries, ...],
-    days: float,
-    version_id: str,
-    in_service: Losses,
-    hold_out: HoldOut,
+    grid: TrainingGrid, changed: tuple[ChangedSeries, ...], days: float, version_id: str
 ) -> Baseline:
-    """Sketch the newest days, a changed series since its change, with the errors to expect.
-
-    Args:
-        in_service: what the forecasts of the model in service from now on cost on `hold_out`.
-    """
+    """Sketch the newest days, a changed series since its change; the errors to expect are not in it."""
     n_bins = min(grid.n_bins, round(days * DAY_MS / grid.bin_ms))
     first = grid.n_bins - n_bins
     values = _since_changes(grid.values[:, :, first:], first, changed)
     start_ms = grid.start_ms + first * grid.bin_ms
-    sketch = Baseline.from_grid(values, start_ms, grid.bin_ms, grid.server_names, grid.metrics, version_id)
+    return Baseline.from_grid(values, start_ms, grid.bin_ms, grid.server_names, grid.metrics, version_id)
+
+
+def with_errors(sketch: Baseline, in_service: Losses, hold_out: HoldOut) -> Baseline:
+    """Return a baseline with the errors to expect.
+
+    Args:
+        in_service: what the forecasts of the model in service from now on cost on `hold_out`.
+    """
     by_metric, by_series = mean_errors(in_service)
-    series_errors = np.full(grid.values.shape[:2], np.nan, np.float32)
+    shape = (len(sketch.server_names), len(sketch.metrics))
+    series_errors = np.full(shape, np.nan, np.float32)
     series_errors[hold_out.servers] = by_series
     horizons: Longs = np.array(hold_out.horizons, np.int64)
     return replace(sketch, error_horizons=horizons, error_mae=by_metric, series_error_mae=series_errors)

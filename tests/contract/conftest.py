@@ -25,7 +25,7 @@ def new_workplace(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], W
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # it holds port 8000, which the README's commands use, too
 def daemons(new_workplace: Callable[[str], Workplace]) -> Iterator[Workplace]:
     """Both daemons, started as "Option 1" prints it and fed with three hours of real records."""
     if not is_free(8000):

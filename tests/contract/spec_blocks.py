@@ -1,7 +1,7 @@
 """The printed blocks of docs/spec.md, and who tests each of them.
 
 Every block is known by its key (heading, number under it, language) and by its content: a block
-that is added or edited has no test until somebody writes one.
+that is added or edited has no test until one is written.
 """
 
 import hashlib
@@ -44,10 +44,6 @@ class Block:
             found[-1:] = [f"{found[-1]}\n{line}"] if is_open else [*found[-1:], line]
             is_open = _goes_on(found[-1])
         return found
-
-    def without_comments(self) -> str:
-        """Return Python source with each comment removed, for comparison with a program's source."""
-        return re.sub(r"\s*#.*$", "", self.text, flags=re.M).strip()
 
 
 def _goes_on(command: str) -> bool:

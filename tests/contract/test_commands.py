@@ -9,7 +9,6 @@ from spec_blocks import BLOCKS, covers
 from workplace import Workplace
 
 pytestmark = pytest.mark.slow
-PLAIN_UTC = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d")
 
 
 @covers("option-1-automated-recommended", "9eee3101")
@@ -32,9 +31,13 @@ def test_the_manual_checks_answer_beside_running_daemons(daemons: Workplace) -> 
 
 
 def test_the_manual_checks_answer_in_an_empty_folder_too(empty: Workplace) -> None:
+    """What cannot look at a buffer says which folder it means (exit 6), and none leaves a file behind."""
+    before = sorted(path.name for path in empty.folder.iterdir())
     for command in BLOCKS["option-2-manual-testing"].commands():
         done = empty.run(command)
-        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        assert done.returncode in (0, 6), (command, done.stdout, done.stderr)
+        assert done.returncode == 0 or "data_buffer" in done.stderr
+    assert sorted({path.name for path in empty.folder.iterdir()} - {"__pycache__"}) == before
 
 
 @covers("adaptive_retraining_daemon.py-400-lines-3", "50419833")
@@ -55,8 +58,14 @@ def test_the_drift_file_reads_as_shown(daemons: Workplace) -> None:
     assert done.returncode == 0, done.stderr
     found, shown = json.loads(done.stdout), json.loads(block.text.split("# Example output:\n")[1])
     assert_same_shape(found, shown)
-    assert found["recommendation"] in ("OK", "RETRAIN NOW")
-    assert set(found["trends"].values()) <= {"increasing", "stable", "decreasing"}
+    assert found["status"] == "collecting", (
+        "three hours: tests/test_drift_monitor.py has a file with a verdict"
+    )
+    assert found["recommendation"] is None
+    assert set(found["trends"].values()) <= {"increasing", "stable", "decreasing", None}
+    assert found["status_reason"].startswith(
+        "the first training makes the drift reference: data span 3.0 h of 48 h"
+    )
 
 
 @covers("check-retraining-state", "10155f6e")
@@ -130,7 +139,7 @@ def test_the_training_data_snippet_describes_the_export(trained: Workplace) -> N
 
 
 def assert_same_shape(found: object, shown: object) -> None:
-    """Check that every printed key is there, with a value of the printed kind."""
+    """Check that every printed key is there, with a value of the printed kind; null is "not yet"."""
     if isinstance(shown, dict):
         assert isinstance(found, dict)
         for key, value in shown.items():
@@ -139,6 +148,6 @@ def assert_same_shape(found: object, shown: object) -> None:
     elif isinstance(shown, bool):
         assert isinstance(found, bool)
     elif isinstance(shown, float):
-        assert isinstance(found, int | float)
+        assert found is None or isinstance(found, int | float)
     else:
-        assert type(found) is type(shown)
+        assert found is None or type(found) is type(shown)

@@ -43,11 +43,13 @@ class Workplace:
 
     folder: Path
     started: list[subprocess.Popen[str]] = field(default_factory=list)
+    more_environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def environment(self) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("FLEETCAST_", "TFT_"))}
-        return kept | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "120"}
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        return kept | {"PATH": path, "COLUMNS": "120"} | self.more_environment
 
     def run(self, command: str, *, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
         """Run a command line as a user's shell does; any failing part of a pipe fails it."""
@@ -61,7 +63,7 @@ class Workplace:
             timeout=timeout_s,
         )
 
-    def start(self, command: str) -> subprocess.Popen[str]:
+    def start(self, command: str, *, new_session: bool = False) -> subprocess.Popen[str]:
         """Start a command line that goes on; `stop` ends it."""
         with (self.folder / f"stdout-{len(self.started)}.txt").open("w") as output:
             process = subprocess.Popen(
@@ -72,6 +74,7 @@ class Workplace:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 text=True,
+                start_new_session=new_session,
             )
         self.started.append(process)
         return process
@@ -100,7 +103,7 @@ class Workplace:
 
 
 def is_free(port: int) -> bool:
-    """Return whether nobody listens on a port of this host."""
+    """Return whether a port of this host is free."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 

@@ -14,8 +14,9 @@ import numpy as np
 from fleetcast.clock import SystemClock, from_ms, iso_z, sleep
 from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.errors import AlreadyRunning
-from fleetcast.files import OwnerLock, write_json
+from fleetcast.files import write_json
 from fleetcast.forecast.registry import BASELINE_FILE, MODEL_FILE, TRAINER_LOCK, Registry, new_version_id
+from fleetcast.locks import OwnerLock
 from fleetcast.settings import BinSettings
 from fleetcast.training.grid import TrainingGrid
 
@@ -57,16 +58,16 @@ def _end(order: str, registry: Registry, attempt_id: str, data: Path) -> int:
         for _ in range(GIGABYTE // len(block)):
             sys.stdout.buffer.write(block)
     if order == "not enough":
-        print("data span 1.0 h, a training needs 48.0 h", flush=True)
+        print("data span 1.0 h of 48 h", flush=True)
         return 5
-    if order in ("promoted", "rejected", "promoted without a word", "promised"):
+    if order in ("promoted", "rejected", "held", "promoted without a word", "promised"):
         _leave_version(order, registry, attempt_id, data)
     return 0
 
 
 def _leave_version(order: str, registry: Registry, attempt_id: str, data: Path) -> None:
     now = SystemClock().now()
-    version, promoted = new_version_id(now), order != "rejected"
+    version, promoted = new_version_id(now), order not in ("rejected", "held")
     if order != "promised":
         baseline, data_range = _baseline(data, version)
         contents = {MODEL_FILE: b"no model", BASELINE_FILE: baseline.to_bytes()}
@@ -81,6 +82,8 @@ def _leave_version(order: str, registry: Registry, attempt_id: str, data: Path) 
     folder = registry.folder / "attempts"
     folder.mkdir(exist_ok=True)
     verdict = {"attempt_id": attempt_id, "promoted": promoted, "version": version, "why": "told so"}
+    if order == "held":
+        verdict["passed_gate"] = True
     write_json(folder / f"{attempt_id}.json", verdict)
 
 

@@ -1,4 +1,4 @@
-"""Real records with holes, through the real daemon: nobody waits for ever, nothing is settled unsent."""
+"""Real records with holes, through the real daemon: no server waits for ever, nothing is settled unsent."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -16,7 +16,7 @@ from fleetcast.sources import replay
 pytestmark = pytest.mark.slow
 SAMPLE = Path(__file__).parents[2] / "samples" / "smd_fleet.parquet"
 START = datetime(2000, 1, 10, tzinfo=UTC)
-GAP = (START + timedelta(hours=20), START + timedelta(hours=50))  # 30 hours without anybody
+GAP = (START + timedelta(hours=20), START + timedelta(hours=50))  # 30 hours without a record
 AWAY = "smd-machine-2-1"
 AWAY_TIME = (START + timedelta(hours=6), START + timedelta(hours=16))
 BIN = pd.Timedelta("5min")

@@ -138,6 +138,8 @@ def test_the_wheel_carries_the_shipped_model_and_the_sample_and_no_program_twice
     expected = {path.relative_to(ROOT) for path in ROOT.glob("models/versions/*/*")}
     assert shipped == expected
     assert (packages / "fleetcast" / "samples" / "smd_fleet.parquet").exists()
+    page = {path.relative_to(packages) for path in (packages / "fleetcast" / "ui").rglob("*")}
+    assert page == {path.relative_to(ROOT) for path in (ROOT / "fleetcast" / "ui").rglob("*")}
     names = {path.name for path in packages.iterdir() if not path.name.startswith("__")}
     programs = {path.name for path in ROOT.glob("*.py")}
     assert names == programs | {"fleetcast", f"fleetcast-{__version__}.dist-info", "borrowed.pth"}

@@ -19,7 +19,8 @@ from small_fleet import SmallFleet, quiet_answers
 from told_daemon import Told
 
 from benchmarks.programs import Program, wait_for
-from fleetcast.files import is_locked, read_json, read_pid
+from fleetcast.files import read_json
+from fleetcast.locks import is_locked, read_pid
 from fleetcast.retraining.state import load_state
 
 ROOT = Path(__file__).parents[2]

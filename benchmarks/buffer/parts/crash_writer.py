@@ -74,6 +74,9 @@ def write(owner: DataBuffer, thread: int, first: int) -> None:
 
 def main() -> None:
     """Write until killed."""
+    if "--help" in sys.argv:
+        print(__doc__)
+        return
     owner = DataBuffer(Path(sys.argv[1]), settings=SETTINGS, expire=False, pace=PACE).open()
     for thread, first in enumerate(sys.argv[2:]):
         threading.Thread(target=write, args=(owner, thread, int(first)), daemon=True).start()

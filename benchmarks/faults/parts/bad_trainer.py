@@ -23,7 +23,7 @@ def hang() -> int:
 
 
 def eat_memory() -> int:
-    """Take memory until somebody puts an end to it."""
+    """Take memory until the kernel or the supervisor ends this process."""
     taken = []
     while True:
         taken.append(bytearray(b"\1") * BLOCK_BYTES)
@@ -67,4 +67,7 @@ MISDEEDS = {
 }
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        print(__doc__)
+        raise SystemExit(0)
     raise SystemExit(MISDEEDS[Path("bad_trainer.txt").read_text().strip()][0]())

@@ -1,7 +1,7 @@
 """A `last.ckpt` that is corrupt, truncated, foreign or malicious, under a running and a starting daemon.
 
-Whatever lies there: nothing in it runs, nobody's request fails, the old model or the fallback
-forecasts, and the next good version is taken up.
+In each case nothing in the file runs, no request fails, the old model or the fallback forecasts,
+and the daemon takes up the next good version.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ def _torch_bytes(value: Any) -> bytes:
 
 
 def bad_files(good: bytes, marker: Path) -> dict[str, bytes | None]:
-    """Return what may lie in the place of a model, by kind; None stands for a pipe nobody writes."""
+    """Return what may lie in the place of a model, by kind; None stands for a pipe without a writer."""
     middle = len(good) // 2
     return {
         "a pipe": None,

@@ -147,7 +147,7 @@ def _n_checks(folder: Path) -> int:
 
 
 def inference_daemon_away(folder: Path, n_checks: int) -> Tally:
-    """`n_checks` checks with nobody to ask (12 are an hour): every one made, none trains, no failure."""
+    """Check `n_checks` times without an inference daemon (12 are an hour): none trains, none fails."""
     tally = Tally()
     inference = InferenceDaemon(folder, "--clock", "data")
     with RetrainingDaemon(folder, inference.url) as daemon:

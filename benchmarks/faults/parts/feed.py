@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from data_buffer import DataBuffer
 from fleetcast.clock import iso_z, monotonic, sleep, to_ms
 from fleetcast.errors import DaemonAway
 from fleetcast.sources.client import DaemonClient
@@ -152,7 +151,7 @@ def count_forecasts(folder: Path, fleet: Fleet, n_steps: int, tally: Tally) -> N
     frame = stored(folder, "predictions")
     key = ["origin", "horizon", "server_name", "metric"]
     tally.doubled += int(frame.duplicated([name for name in key if name in frame.columns]).sum())
-    n_closed = (n_steps - 1) // 5  # the last bin is open: nothing came after it
+    n_closed = (n_steps - 2) // 5  # a bin closes after its grace: a record on its end is too early
     expected = sum(max(0, n_closed - horizon) for horizon in SETTLED) * fleet.n_servers * len(METRICS)
     tally.lost += max(0, expected - len(frame))
     tally.doubled += max(0, len(frame) - expected)
@@ -182,8 +181,3 @@ def timed_recovery(tally: Tally, recover: Callable[[], Any]) -> None:
     began_s = monotonic()
     recover()
     tally.recovered_s.append(monotonic() - began_s)
-
-
-def readable_without_repair(folder: Path) -> int:
-    """Return how many records a reader sees that takes no lock and repairs nothing."""
-    return int(DataBuffer(str(folder / "data_buffer")).get_stats()["total_records"])

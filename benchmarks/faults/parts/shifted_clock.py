@@ -25,6 +25,9 @@ def shift_system_clock(offset: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:  # --help after a program belongs to the program
+        print(__doc__)
+        raise SystemExit(0)
     offset_file, program = Path(sys.argv[1]), Path(sys.argv[2]).resolve()
     shift_system_clock(offset_file.resolve())
     sys.argv = sys.argv[2:]

@@ -21,8 +21,9 @@ from benchmarks.programs import InferenceDaemon, Program, wait_for
 from data_buffer import DataBuffer
 from fleetcast.clock import monotonic, sleep
 from fleetcast.errors import BadCheckpoint
-from fleetcast.files import is_locked, read_json, read_json_lines
+from fleetcast.files import read_json, read_json_lines
 from fleetcast.forecast.registry import ATTEMPT_LOCK, TRAINER_LOCK, Registry
+from fleetcast.locks import is_locked
 
 PREPARED_HOURS = 52
 PREPARED_STEPS = PREPARED_HOURS * 60

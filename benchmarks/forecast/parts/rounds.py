@@ -4,7 +4,7 @@ Owns: the walk, the naive forecasts, how settled forecasts feed back. Does not k
 was trained, how scores are made of sums.
 
 Feedback begins with nothing at the first test day and knows at each origin what has settled by then.
-It is told of a forecast every `every` bins; a daemon tells it of one every bin.
+Here it gets a forecast every `every` bins; in a daemon it gets one every bin.
 
 How forecasts are scored: relative MAE, WAPE, MASE, pinball, coverage, per metric and horizon.
 """
@@ -171,7 +171,7 @@ def measured(
         }
         actual = grid.values[:, :, origin + 1 : origin + 1 + HORIZON]
         known = np.isfinite(actual)
-        for name, forecast in forecasts.items():  # the same windows for everybody
+        for name, forecast in forecasts.items():  # the same windows for each forecaster
             can = np.isfinite(forecast).any(axis=(0, 2, 3))  # (metric,)
             cannot.setdefault(name, np.ones(len(can), np.bool_))
             cannot[name] &= ~can

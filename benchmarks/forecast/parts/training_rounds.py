@@ -107,10 +107,10 @@ def train(
 
 
 def copy_service(checkpoints: Path, folder: Path) -> None:
-    """Give `folder` what serves in another checkpoint folder, its own copy."""
+    """Copy the version in service of another checkpoint folder to `folder`."""
     served = Registry(checkpoints).current()
     if served is None:
-        raise RuntimeError(f"{checkpoints}: nothing serves there")
+        raise RuntimeError(f"{checkpoints}: no version is in service there")
     contents = {name: (served.folder / name).read_bytes() for name in served.manifest["files"]}
     kept = {key: value for key, value in served.manifest.items() if key not in ("format", "id", "files")}
     registry = Registry(folder / "checkpoints")

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.loop.parts.policies import POLICIES
+from benchmarks.loop.parts.policies import ALL_POLICIES
 from fleetcast.errors import FleetcastError
 from fleetcast.schema import Floats
 
 WIDTH, PANEL, DPI = 10.0, 3.0, 110  # inches
-COLOURS = dict(zip(POLICIES, ("#6b6b6b", "#8a56ac", "#d9822b", "#c8281e", "#1f5fa8", "#3a8f4d"), strict=True))
+_COLOURS = ("#6b6b6b", "#8a56ac", "#d9822b", "#c8281e", "#1f5fa8", "#3a8f4d", "#45a5c4")
+COLOURS = dict(zip(ALL_POLICIES, _COLOURS, strict=True))
 
 
 def draw_errors(by_scene: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:

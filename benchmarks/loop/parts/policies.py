@@ -5,6 +5,7 @@ Owns: the policies of the loop replay. The two that look at drift are the produc
 """
 
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,21 +15,25 @@ from adaptive_retraining_daemon import RetrainingDecisionEngine
 from benchmarks.loop.parts.fleet import BIN_MS, DAY, ReplayFleet
 from benchmarks.loop.parts.record import ReplayRecord
 from drift_monitor import DriftMonitor
-from fleetcast.clock import DataClock, from_ms, iso_z, plain_utc
+from fleetcast.clock import DAY_MS, DataClock, from_ms, iso_z, plain_utc, to_ms
 from fleetcast.drift.evidence import DriftSource
-from fleetcast.forecast.registry import Registry, Verdict, new_version_id
+from fleetcast.drift.seasonal.detector import READY
+from fleetcast.forecast.registry import Registry, new_version_id
+from fleetcast.retraining.decision import LEARNING
 from fleetcast.retraining.inquiry import CPU, MEM, FleetLoad
 from fleetcast.retraining.order import CONTEXT_FILE, training_context
 from fleetcast.retraining.quiet import HostLoad, QuietWeek, quiet_verdict
 from fleetcast.retraining.report import NOTHING, RetrainingCheck
-from fleetcast.retraining.state import PROMOTED, REJECTED, Attempt
-from fleetcast.retraining.trainings import follow_up
+from fleetcast.retraining.state import PROMOTED, REJECTED, Attempt, Verdict
+from fleetcast.retraining.trainings import DataSpan, data_span, follow_up, learning
 from fleetcast.schema import Floats32, QuietVerdict
 from fleetcast.setting import override
 from fleetcast.settings import CALIBRATED, Settings
 
 NEVER, WEEKLY, DAILY, LITERAL, OURS, ORACLE = "never", "weekly", "daily", "literal", "ours", "oracle"
 POLICIES = (NEVER, WEEKLY, DAILY, LITERAL, OURS, ORACLE)
+UNSPECIALISED = "ours_unspecialised"  # ours, but every training moves the fleet's weights: run if asked for
+ALL_POLICIES = (*POLICIES, UNSPECIALISED)
 CHECK_BINS = 12  # an hour of data time between two looks
 CRON_BIN = 3 * 12  # 03:00 UTC
 ORACLE_AFTER = (72, 288, 864)  # bins after a change: at 6 h, 24 h and 72 h, each with more to see
@@ -73,7 +78,7 @@ class Cron:
 
 
 class Oracle:
-    """Is told what changed and when; trains at ORACLE_AFTER with exactly that context."""
+    """Knows what changed and when; trains at ORACLE_AFTER with exactly that context."""
 
     def __init__(self, fleet: ReplayFleet) -> None:
         self._fleet = fleet
@@ -116,6 +121,8 @@ class Engine:
         self._context = folder / CONTEXT_FILE
         self._attempts: list[Attempt] = []  # newest first
         self._changed_loss: float | None = None  # of the newest
+        self._served_loss: float | None = None  # of the newest learning training
+        self._training_days = settings.retraining.training_days
         self.in_alarm = self.checks = 0
 
     def wants(self, end: int) -> Context | None:
@@ -124,6 +131,7 @@ class Engine:
         self._monitor.observe(evidence)
         report, quiet = self._monitor.report(), self._week.judge(self._quiet(end), now)
         hours = self._limits.follow_up_hours if report.basis == CALIBRATED else 0.0
+        learns = self._limits.learning == "on" and report.basis == CALIBRATED and report.status == READY
         decision = self._engine.decide(
             report.current_metrics(),
             quiet.is_quiet,
@@ -137,6 +145,7 @@ class Engine:
                 changed_loss=self._changed_loss,
                 left=self._engine.trainings_left(),
             ),
+            learning=self._learning(now) if learns else "",
         )
         self._week.note(now, quiet, reason=decision.reason)
         self.checks += 1
@@ -152,8 +161,20 @@ class Engine:
     def trained(self, verdict: Verdict) -> None:
         self._engine.record_training(verdict.promoted)
         self._changed_loss = verdict.changed_loss
+        if self._attempts[0].rule == LEARNING:
+            self._served_loss = verdict.served_loss
         outcome = PROMOTED if verdict.promoted else REJECTED
         self._attempts[0] = replace(self._attempts[0], outcome=outcome)
+
+    def _learning(self, now: datetime) -> str:
+        """Return why a training would pay although nothing drifted, or ""."""
+        oldest_ms = max(self._record.fleet.grid.start_ms, to_ms(now) - self._training_days * DAY_MS)
+        return learning(
+            self._attempts,
+            data_span(self._source.last_trained),
+            DataSpan(oldest_ms, to_ms(now)),
+            served_loss=self._served_loss,
+        )
 
     def _quiet(self, end: int) -> QuietVerdict:
         """Apply the specification's limits to the newest bin; the host counts as idle."""

@@ -21,6 +21,7 @@ from benchmarks.loop.parts.policies import (
     LITERAL,
     ORACLE,
     OURS,
+    UNSPECIALISED,
     WEEKLY,
     Context,
     Cron,
@@ -29,13 +30,16 @@ from benchmarks.loop.parts.policies import (
     Oracle,
     Policy,
 )
-from benchmarks.loop.parts.record import ReplayRecord, forecast_stretch
+from benchmarks.loop.parts.record import HORIZONS, ReplayRecord, forecast_stretch
 from data_buffer import DataBuffer
 from fleetcast.clock import from_ms, iso_z, to_ms
 from fleetcast.forecast.predictor import Forecaster
-from fleetcast.forecast.registry import ATTEMPTS_FOLDER, Registry, Verdict, read_verdict
+from fleetcast.forecast.registry import ATTEMPTS_FOLDER, Registry
+from fleetcast.program import models_dir
+from fleetcast.retraining.state import Verdict, read_verdict
 from fleetcast.schema import Floats32
 from fleetcast.settings import Settings, load_settings
+from fleetcast.training.challenger import find_champion
 
 TRAINING_DAYS = 30
 
@@ -66,11 +70,14 @@ class ReplayRun:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(initial, folder / "checkpoints", symlinks=True)
         self._fleet, self._folder, self._config = fleet, folder, folder / "fleetcast.toml"
+        if policy == UNSPECIALISED:
+            settings = settings.replace("[trainer]\n", "[trainer]\nspecialist_max_share = 0.0\n")
         self._config.write_text(f'[paths]\ndata_buffer_dir = "{folder}/data_buffer"\n{settings}', "utf-8")
-        self._registry = Registry(folder / "checkpoints")
         self._record = ReplayRecord.begun(fleet)
         literal = {"drift.basis": "literal"} if policy == LITERAL else {}
-        self._policy = self._made(policy, load_settings(self._config, literal))
+        loaded = load_settings(self._config, literal)
+        self._registry = Registry(folder / "checkpoints", models_dir(loaded))
+        self._policy = self._made(policy, loaded)
         self._model = self._loaded()
         self._stored_ms = fleet.grid.start_ms + fleet.begin * fleet.grid.bin_ms
         self.trainings: list[ReplayTraining] = []
@@ -78,7 +85,7 @@ class ReplayRun:
     def _made(self, name: str, settings: Settings) -> Policy:
         if name in (WEEKLY, DAILY):
             return Cron(self._fleet, 7 if name == WEEKLY else 1)
-        if name in (OURS, LITERAL):
+        if name in (OURS, UNSPECIALISED, LITERAL):
             return Engine(self._record, self._registry, settings, self._folder)
         return Oracle(self._fleet) if name == ORACLE else Never()
 
@@ -147,10 +154,11 @@ class ReplayRun:
         self._stored_ms = end_ms
 
     def _loaded(self) -> Forecaster:
-        current = self._registry.current()
-        if current is None:
-            raise RuntimeError("the initial training put nothing into service")
-        return Forecaster.load(current.model_path)
+        """Return the model in service: the shipped base where the gate rejected the first training."""
+        found = find_champion(self._registry, self._fleet.grid.bin_ms, max(HORIZONS))
+        if found is None:
+            raise RuntimeError("no model is in service, not even a base")
+        return found.model
 
 
 def trained(data: Path, checkpoints: Path, config: Path) -> Verdict:

@@ -1,8 +1,8 @@
 """What clients would have got: the expert layer replayed over a scene, beside any model or none.
 
-Owns: the rules' forecasts of a scene, computed once for all policies (they need no model), and the order
-of a replay: settle, change the model, serve. Scenes share what their recorded bins share. The layer is
-the product's own. Does not know: policies, how a model is trained, scores.
+Owns: the rules' forecasts of a scene, computed once for all policies (they need no model), and when
+another model comes. Scenes share what their recorded bins share. The replay is the gate's
+(`fleetcast/training/served.py`). Does not know: policies, how a model is trained, scores.
 
 A fleet's layer has WARM_UP_DAYS of evidence about the rules when the first model comes, and none about
 the model: what a model says of the days that it was trained on is no evidence.
@@ -19,10 +19,10 @@ import numpy as np
 from benchmarks.loop.parts.fleet import DAY, ReplayFleet
 from benchmarks.loop.parts.record import HORIZONS
 from fleetcast.forecast.encoding import is_percent
-from fleetcast.forecast.experts.layer import ExpertLayer
 from fleetcast.forecast.experts.rules import RULES, RuleForecasts, rule_forecasts
 from fleetcast.forecast.experts.trend import Trend
 from fleetcast.schema import QUANTILES, Floats32, Longs
+from fleetcast.training.served import LayerReplay
 
 WARM_UP_DAYS = 7
 HISTORY_BINS = 8 * DAY
@@ -115,18 +115,17 @@ def serve(
     """
     grid, begin = fleet.grid, fleet.begin
     n_server, n_metric, n_bins = grid.values.shape
-    layer = ExpertLayer(np.array([is_percent(name) for name in grid.metrics]), HORIZONS)
-    rows, changes = np.arange(n_server), set(model_changes)
+    replay, changes = LayerReplay(grid.values, grid.metrics, HORIZONS), set(model_changes)
     shape = (n_server, n_metric, len(HORIZONS), len(QUANTILES))
     none = np.full(shape, np.nan, np.float32)
     served = np.empty((n_server, n_metric, n_bins - begin, *shape[2:]), np.float32)
     for origin in range(rules.first, n_bins):
-        layer.settle(origin, rows, grid.values[:, :, origin])
+        replay.settle(origin)
         if origin in changes:
-            layer.change_model()
+            replay.change_model()
         has_model = quantiles is not None and origin >= begin
         model = quantiles[:, :, origin - begin] if quantiles is not None and has_model else none
-        answer = layer.serve(rows, origin, rules.at(origin), model, LEADS).quantiles
+        answer = replay.serve(origin, rules.at(origin), model, LEADS)
         if origin >= begin:
             served[:, :, origin - begin] = answer
     return served

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from fleetcast.archive import check_shapes, pack, unpack
 from fleetcast.clock import HOUR_MS
-from fleetcast.files import write_atomic
 from fleetcast.schema import Floats, Floats32, Longs
 
 FORMAT = 1
@@ -104,10 +103,6 @@ class Baseline:
     def to_bytes(self) -> bytes:
         """Return the content of a baseline file."""
         return pack(self, FORMAT)
-
-    def save(self, path: Path) -> None:
-        """Write the file in one durable step."""
-        write_atomic(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: Path) -> Self:

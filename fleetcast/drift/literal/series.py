@@ -6,9 +6,12 @@ Does not know: the fleet's verdict (a series never decides alone), files.
 A series is compared with itself: its values with the same hours of its own baseline, in
 standard deviations, and its one-bin-ahead error with the model's error on held-out data.
 The score is the larger of the two over its limit; from 1.0 the series counts as drifting.
+
+Beside that: what the model says of each series and what clients get, both as shares of the error of
+repeating the last value. The first tells whether the model is stale, the second whether it matters.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +32,7 @@ _MAD_TO_STD = 1.4826
 _CLIP = 8.0
 _FIRST_CHUNK_BINS = 24  # of a large fleet; small ones read more at a time
 _MAX_ROWS_READ = 5_000_000  # of settled forecasts, for the times of change
+_MOST_TIMES = 20.0  # the last value's error: a series that stood still must not outweigh the fleet
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +126,72 @@ def _describe(
     )
     known_ratio = None if np.isnan(ratio) else ratio
     return SeriesDrift(window.server_names[code], metric, score, shift, known_ratio, ks, n_values)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RelativeErrors:
+    """Mean errors of every series as shares of the last value's, on the same bins; NaN = not known."""
+
+    server_names: tuple[str, ...]
+    model: Mapping[str, Floats]  # metric -> (server,) of the version itself
+    served: Mapping[str, Floats]  # of what clients got
+
+    @property
+    def n_series(self) -> int:
+        """Return how many series are known."""
+        return sum(int(np.isfinite(ratios).sum()) for ratios in self.served.values())
+
+    def of(self, chosen: Container[tuple[str, str]]) -> "RelativeErrors":
+        """Return the errors of some (server, metric) series alone."""
+
+        def keep(side: Mapping[str, Floats]) -> dict[str, Floats]:
+            return {
+                metric: np.where([(name, metric) in chosen for name in self.server_names], ratios, np.nan)
+                for metric, ratios in side.items()
+            }
+
+        return RelativeErrors(self.server_names, keep(self.model), keep(self.served))
+
+
+def relative_to_last(window: PairWindow, horizon: int = 1) -> RelativeErrors:
+    """Compare forecasts so many bins ahead with repeating the value of their origin.
+
+    Counts the bins whose origin is in the window, too, and series with half an hour of them.
+    """
+    sides: list[dict[str, Floats]] = []
+    keys = window.target_ms // window.bin_ms * max(1, len(window.server_names)) + window.servers
+    origins = keys - horizon * max(1, len(window.server_names))
+    place = np.minimum(np.searchsorted(keys, origins), max(0, len(keys) - 1))
+    for columns in (window.forecasts.get(horizon, {}), window.served.get(horizon, {})):
+        found = {}
+        for metric in sorted(columns.keys() & window.actuals.keys()):
+            actual = window.actuals[metric]
+            last = np.where(keys[place] == origins, actual[place], np.nan)
+            ours, naive = np.abs(columns[metric] - actual), np.abs(last - actual)
+            found[metric] = _share(window, ours, naive)
+        sides.append(found)
+    return RelativeErrors(window.server_names, *sides)
+
+
+def _share(window: PairWindow, ours: Floats, naive: Floats) -> Floats:
+    """Return each server's summed error over the other's, NaN where there is too little of it."""
+    n_server, is_known = len(window.server_names), np.isfinite(ours) & np.isfinite(naive)
+    codes = window.servers[is_known]
+    counts = np.bincount(codes, minlength=n_server)
+    sums, others = (np.bincount(codes, weights=side[is_known], minlength=n_server) for side in (ours, naive))
+    ratio = np.clip(sums / np.maximum(others, 1e-12), 1 / _MOST_TIMES, _MOST_TIMES)
+    return np.asarray(np.where((counts >= MIN_VALUES) & (others > 0), ratio, np.nan))
+
+
+def geometric_mean(ratios: Iterable[Floats]) -> float | None:
+    """Return the geometric mean of all known ratios, None where there is none.
+
+    >>> geometric_mean([np.array([0.5, np.nan]), np.array([2.0])])
+    1.0
+    """
+    known = np.concatenate([np.empty(0), *ratios])
+    known = known[np.isfinite(known)]
+    return round(float(np.exp(np.log(known).mean())), 4) if len(known) else None
 
 
 def split_point(values: Floats) -> tuple[int, float]:

@@ -29,7 +29,9 @@ class PairWindow:
     servers: Codes = field(default_factory=lambda: np.empty(0, np.int32))  # (pair,) index of the name
     target_ms: Longs = field(default_factory=lambda: np.empty(0, np.int64))  # (pair,) start of the bin
     actuals: Mapping[str, Floats] = field(default_factory=dict)  # metric -> (pair,) NaN = absent
-    forecasts: Mapping[int, Mapping[str, Floats]] = field(default_factory=dict)  # horizon -> metric -> p50
+    # horizon -> metric -> (pair,): medians of the version itself, and those that clients got
+    forecasts: Mapping[int, Mapping[str, Floats]] = field(default_factory=dict)
+    served: Mapping[int, Mapping[str, Floats]] = field(default_factory=dict)
     size: int = 0  # pairs a full window holds
     bin_ms: int = 1
     span_ms: int = 0  # from the first pair of the version (as far back as it matters) to the last
@@ -109,11 +111,8 @@ class DriftWindow:
             servers=(kept % len(names)).astype(np.int32),
             target_ms=kept // len(names) * self._bin_ms,
             actuals=_pivot(rows, keys, kept, is_pair, rows.actual),
-            forecasts={
-                int(horizon): columns
-                for horizon in np.unique(rows.horizon)
-                if (columns := _pivot(rows, keys, kept, rows.horizon == horizon, rows.model_p50))
-            },
+            forecasts=_by_horizon(rows, keys, kept, rows.model_p50),
+            served=_by_horizon(rows, keys, kept, rows.p50),
             size=size,
             bin_ms=self._bin_ms,
             span_ms=(newest_bin + 1 - first_bin) * self._bin_ms,
@@ -128,6 +127,17 @@ class DriftWindow:
 def _of_version(rows: SettledForecasts, version: str) -> SettledForecasts:
     mask = np.asarray(rows.model_version == version, bool)
     return rows if mask.all() else rows.where(mask)
+
+
+def _by_horizon(
+    rows: SettledForecasts, keys: Longs, kept: Longs, values: Floats
+) -> dict[int, dict[str, Floats]]:
+    """Return one column per horizon and metric, aligned with the kept pairs."""
+    return {
+        int(horizon): columns
+        for horizon in np.unique(rows.horizon)
+        if (columns := _pivot(rows, keys, kept, rows.horizon == horizon, values))
+    }
 
 
 def _pivot(

@@ -10,7 +10,7 @@ through: sums are integers, everything else is a function of the bins. Only an a
 that began before the first bin given has an unknown start.
 
     detector = SeasonalDetector(Reference.load(path))
-    detector.replay(grid, start_ms)          # (server, metric, bin), in the reference's order
+    detector.update(values, bin_ms)          # (server, metric), in the reference's order; bin by bin
     verdict = detector.check()
 """
 
@@ -103,7 +103,6 @@ class DriftVerdict:
     not_compared: Mapping[str, int]  # why -> how many series
     events: tuple[DataQualityEvent, ...]
     ratios: Floats32 = field(repr=False)  # (family, series) held ratios
-    is_alarm: NDArray[np.bool_] = field(repr=False)  # (series,)
     reference: Reference = field(repr=False)  # what was compared with
 
     def drifting_servers(self) -> tuple[str, ...]:
@@ -146,12 +145,6 @@ class SeasonalDetector:
         still = self.reference.still_limits
         known = int(still[still < NEVER_STILL].max(initial=0))
         return self._long + self._hold + self._sustained + known + 2
-
-    def replay(self, grid: Floats32, start_ms: int, errors: Floats32 | None = None) -> None:
-        """Take in a stretch of bins, (server, metric, bin) in the reference's order."""
-        for index in range(grid.shape[2]):
-            missed = None if errors is None else errors[:, :, index]
-            self.update(grid[:, :, index], start_ms + index * self.reference.bin_ms, missed)
 
     def update(self, values: Floats32, bin_ms: int, errors: Floats32 | None = None) -> None:
         """Take in one closed bin.
@@ -280,7 +273,6 @@ class SeasonalDetector:
                 reference.server_names, reference.metrics, self._end_ms or 0, reference.bin_ms
             ),
             ratios=held,
-            is_alarm=alarms,
             reference=reference,
         )
 

@@ -4,7 +4,7 @@ Owns: which bins the detector has seen, starting it anew for another reference o
 keeping the fleet's ratios of the last day. Nothing here is saved: after a
 restart, replaying the newest days gives the same scores. Does not know: thresholds, verdicts.
 
-The detector takes a bin once a later bin is settled, for then the bin grows no more.
+The detector takes a bin once a later bin is settled and no late row can correct it any more.
 """
 
 from collections import deque
@@ -28,8 +28,14 @@ class SeasonalFollower:
     """Follows the fleet again and again, reading no more than is new. Not thread safe."""
 
     def __init__(
-        self, read: ReadForecasts, renewal: ReferenceRenewal, settings: DriftSettings, bin_ms: int
+        self,
+        read: ReadForecasts,
+        renewal: ReferenceRenewal,
+        settings: DriftSettings,
+        bin_ms: int,
+        correct_ms: int = 0,
     ) -> None:
+        self._correct_ms = correct_ms
         self._read, self._renewal = read, renewal
         self._settings, self._bin_ms = settings, bin_ms
         self._key: tuple[str, str] | None = None  # version of the reference, version in service
@@ -90,7 +96,8 @@ class SeasonalFollower:
         """Read on from the last bin taken and take every bin behind which another is settled."""
         bin_ms = self._bin_ms
         start_ms = self._first_ms(newest_ms) if self._next_ms is None else self._next_ms
-        for rows in self._stretches(start_ms, newest_ms // bin_ms * bin_ms + bin_ms):
+        final_ms = (newest_ms - self._correct_ms) // bin_ms * bin_ms
+        for rows in self._stretches(start_ms, final_ms + bin_ms):
             last_ms = int(rows.target_ms.max()) // bin_ms * bin_ms
             first_ms = (
                 int(rows.target_ms.min()) // bin_ms * bin_ms if self._next_ms is None else self._next_ms

@@ -87,17 +87,18 @@ def growth(left_out: Floats32, folds: Longs) -> Floats32:
     return np.asarray(np.concatenate(out, axis=1).T, np.float32)
 
 
-def shared_growth(ratios: Floats32, prior: Floats32 = _PRIOR) -> Floats32:
+def shared_growth(ratios: Floats32) -> Floats32:
     """Return (statistic,): the growth that all but a few unseen blocks stay within.
+
+    The fewer blocks are known, the more the growth of recorded fleets counts.
 
     Args:
         ratios: (block, statistic) of this fleet, NaN = unknown.
-        prior: (statistic,) what recorded fleets showed.
     """
     n = np.isfinite(ratios).sum(axis=0)
-    own = np.where(n > 0, upper_quantile(ratios.T, SHARED_QUANTILE), prior)
+    own = np.where(n > 0, upper_quantile(ratios.T, SHARED_QUANTILE), _PRIOR)
     share = n / (n + PRIOR_WEIGHT)
-    return np.asarray(np.clip(share * own + (1 - share) * prior, 1, GROWTH_CAP), np.float32)
+    return np.asarray(np.clip(share * own + (1 - share) * _PRIOR, 1, GROWTH_CAP), np.float32)
 
 
 def series_limits(own: Floats32, shared: Floats32, n_days: Longs) -> Floats32:

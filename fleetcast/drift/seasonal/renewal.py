@@ -5,7 +5,7 @@
 Owns: which file holds, how settings become a reference, learning a large fleet in parts, and once
 a day learning young and new servers again from what was settled in the meantime. Servers whose
 forecast errors the training could not know (a first model has made none) are learned again, too,
-once there are days enough of them. Never relearn a server that is in alarm, nor anyone while the
+once there are days enough of them. Never relearn a server that is in alarm, nor any server while the
 fleet drifts: the drift would become the new normal. Does not know: verdicts, trainings.
 
 The folder has one writer, the daemon that owns the working directory.
@@ -32,6 +32,7 @@ from fleetcast.drift.seasonal.reference import (
 from fleetcast.drift.seasonal.season import DayClock
 from fleetcast.drift.seasonal.settled import FleetGrid, read_grid
 from fleetcast.errors import CorruptFile
+from fleetcast.files import remove_leftover
 from fleetcast.forecast.registry import REFERENCE_FILE, Version
 from fleetcast.schema import Floats, Floats32, Longs, ReadForecasts
 from fleetcast.settings import DriftSettings
@@ -193,7 +194,7 @@ class ReferenceRenewal:
         reference.save(path)
         for old in self._folder.glob("*.npz"):
             if old != path:
-                old.unlink(missing_ok=True)
+                remove_leftover(old)
 
 
 def _known_days(reference: Reference) -> dict[str, int]:

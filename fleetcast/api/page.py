@@ -1,0 +1,269 @@
+"""The page for operators (`/ui/`), what it asks for (`/ui/api/...`), and `GET /history`.
+
+Owns: these routes, the files of the page as they were when the daemon started, and the headers that
+keep a browser to them: nothing is loaded from elsewhere, no script stands in the page itself, and no
+other site may frame it. One thread answers, so that operators who look cost ingest and sweeps little;
+those that would wait too long are told to come again.
+Does not know: what is shown (`serving/overview.py`), how the page draws it (`fleetcast/ui/`).
+
+The files need no key and hold no data; every answer with data needs it, where one is set. The page
+sends it as a header, never in a URL, and there is no cookie that another site could use.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
+
+from fleetcast.api.bodies import encode
+from fleetcast.api.feed import JSON, WRONG_KEY
+from fleetcast.api.server import Door, Schema, answers, only
+from fleetcast.errors import FleetcastError
+from fleetcast.serving.board import UnknownServer
+from fleetcast.serving.overview import MOST_ROWS, PAGE_ROWS, STATES, FleetQuery, Overview
+from fleetcast.serving.past import Past
+
+UI_FOLDER = Path(__file__).parents[1] / "ui"
+MAX_WAITING = 32
+_RETRY_AFTER = "1"
+_INDEX = "index.html"
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".json": JSON,
+    "": "text/plain; charset=utf-8",
+}
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
+FILE_HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-cache",
+}
+_DATA_HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
+
+_VALUES: Schema = {"type": "array", "items": {"type": ["number", "null"]}}
+_SAID: Schema = {
+    "type": "object",
+    "required": ["p10", "p50", "p90"],
+    "properties": {"p10": _VALUES, "p50": _VALUES, "p90": _VALUES},
+}
+_NUMBER: Schema = {"type": ["number", "null"]}
+_ACCURACY: Schema = {
+    "type": "object",
+    "required": ["bins", "error", "last_value_error", "ratio", "inside"],
+    "properties": {
+        "bins": {"type": "integer", "description": "settled forecasts whose last value is known, too"},
+        "error": {**_NUMBER, "description": "mean |p50 - actual|, in the metric's unit"},
+        "last_value_error": {**_NUMBER, "description": "the same for repeating the last value"},
+        "ratio": {**_NUMBER, "description": "error / last_value_error; below 1 is better"},
+        "inside": {**_NUMBER, "description": "share of actuals from p10 to p90; 0.8 is meant"},
+    },
+}
+HISTORY: Schema = {
+    "type": "object",
+    "required": ["server", "bin_s", "start", "end", "source", "metrics"],
+    "properties": {
+        "server": {"type": "string"},
+        "bin_s": {"type": "integer"},
+        "start": {"type": "string", "format": "date-time", "description": "start of the first bin"},
+        "end": {"type": "string", "format": "date-time", "description": "end of the last bin"},
+        "source": {"type": "string", "enum": ["memory", "buffer"]},
+        "metrics": {
+            "type": "object",
+            "additionalProperties": {
+                "type": "object",
+                "required": ["actual", "said", "accuracy"],
+                "properties": {
+                    "actual": {**_VALUES, "description": "mean of each bin; null = no record"},
+                    "said": {
+                        "type": "object",
+                        "additionalProperties": _SAID,
+                        "description": "by bins ahead: what was forecast for each bin that long before",
+                    },
+                    "accuracy": {"type": "object", "additionalProperties": _ACCURACY},
+                },
+            },
+        },
+    },
+}
+HISTORY_ANSWERS = answers(
+    HISTORY,
+    e401=WRONG_KEY,
+    e404="unknown server",
+    e422="no time, too much at once, or an unknown metric",
+    e503="too many questions wait; Retry-After says when to try again",
+)
+Ask = Callable[[Callable[[], Any]], Awaitable[Response]]
+
+
+class Desk:
+    """Answers questions one after another, in a thread of its own; used on the event loop only."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "page")
+        self._n_waiting = 0
+
+    async def ask(self, question: Callable[[], Any]) -> Response:
+        """Answer a question as JSON.
+
+        Raises:
+            HTTPException: 503 too many wait; 404 an unknown server; 422 a question that cannot be answered.
+        """
+        if self._n_waiting >= MAX_WAITING:
+            raise HTTPException(503, "too many questions wait", headers={"retry-after": _RETRY_AFTER})
+        self._n_waiting += 1
+        try:
+            body = await asyncio.get_running_loop().run_in_executor(self._pool, lambda: encode(question()))
+        except UnknownServer as error:
+            raise HTTPException(404, str(error)) from error
+        except FleetcastError as error:
+            raise HTTPException(422, str(error)) from error
+        finally:
+            self._n_waiting -= 1
+        return Response(body, media_type=JSON, headers=_DATA_HEADERS)
+
+    def close(self) -> None:
+        """Let the question at work finish; those that wait are dropped."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class PageFile:
+    """One file of the page."""
+
+    body: bytes
+    media_type: str
+    tag: str  # of its bytes
+
+    @classmethod
+    def read(cls, path: Path) -> "PageFile":
+        """Return the file at `path`."""
+        body = path.read_bytes()
+        return cls(body, _TYPES[path.suffix], f'"{hashlib.sha256(body).hexdigest()[:16]}"')
+
+
+def read_files(folder: Path = UI_FOLDER) -> dict[str, PageFile]:
+    """Return the page's files by their paths below /ui/."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix in _TYPES)
+    return {path.relative_to(folder).as_posix(): PageFile.read(path) for path in paths}
+
+
+def add_page(app: FastAPI, overview: Overview, past: Past, door: Door) -> Desk:
+    """Add the page's routes; the caller closes what is returned."""
+    desk = Desk()
+    guard = [Depends(door.check())]
+    app.include_router(_history_route(past, desk.ask, guard))
+    app.include_router(_data_routes(overview, desk.ask, guard))
+    app.include_router(_file_routes(read_files()))
+    return desk
+
+
+def _history_route(past: Past, ask: Ask, guard: list[Any]) -> APIRouter:
+    router = APIRouter(dependencies=guard)
+    fields = [Depends(only("server", "metric", "start", "end"))]
+
+    @router.head("/history", dependencies=fields, include_in_schema=False)
+    @router.get("/history", responses=HISTORY_ANSWERS, dependencies=fields)
+    async def history(
+        server: Annotated[str, Query(description="one server's name")],
+        metric: Annotated[list[str], Query(description="narrow to these metrics")] = [],  # noqa: B006
+        start: Annotated[str | None, Query(description="ISO 8601; 48 h before the end")] = None,
+        end: Annotated[str | None, Query(description="ISO 8601; the newest closed bin")] = None,
+    ) -> Response:
+        """Return one server's past in bins, what was forecast for them, and how good that was."""
+        return await ask(lambda: past.answer(server, metric, start, end))
+
+    return router
+
+
+def _data_routes(overview: Overview, ask: Ask, guard: list[Any]) -> APIRouter:
+    """Return what the page asks for; it may change with the page, so it is not in the description."""
+    router = APIRouter(prefix="/ui/api", dependencies=guard, include_in_schema=False)
+
+    @router.get("/pulse", dependencies=[Depends(only())])
+    async def pulse(request: Request) -> Response:
+        answer = await ask(overview.pulse)
+        tag = f'"{hashlib.sha256(answer.body).hexdigest()[:16]}"'
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers={"etag": tag, **_DATA_HEADERS})
+        answer.headers["etag"] = tag
+        return answer
+
+    @router.get("/strip", dependencies=[Depends(only())])
+    async def strip() -> Response:
+        return await ask(overview.strip)
+
+    @router.get("/fleet", dependencies=[Depends(only("sort", "order", "filter", "state", "offset", "limit"))])
+    async def fleet(
+        sort: str = "name",
+        order: Literal["asc", "desc"] = "asc",
+        text: Annotated[str, Query(alias="filter", max_length=128)] = "",
+        state: Literal["", *STATES] = "",  # type: ignore[valid-type]
+        offset: Annotated[int, Query(ge=0, le=10_000_000)] = 0,
+        limit: Annotated[int, Query(ge=1, le=MOST_ROWS)] = PAGE_ROWS,
+    ) -> Response:
+        query = FleetQuery(sort, order == "desc", text, state, offset, limit)
+        return await ask(lambda: overview.table(query))
+
+    @router.get("/server", dependencies=[Depends(only("name", "hours"))])
+    async def server(name: str, hours: Annotated[int, Query(ge=1, le=168)] = 48) -> Response:
+        return await ask(lambda: overview.server(name, hours))
+
+    _add_watch_routes(router, overview, ask)
+    return router
+
+
+def _add_watch_routes(router: APIRouter, overview: Overview, ask: Ask) -> None:
+    """Add the routes about the loop as a whole."""
+
+    @router.get("/drift", dependencies=[Depends(only("days"))])
+    async def drift(days: Annotated[float, Query(gt=0, le=60)] = 7.0) -> Response:
+        return await ask(lambda: overview.drift(days))
+
+    @router.get("/trainings", dependencies=[Depends(only())])
+    async def trainings() -> Response:
+        return await ask(overview.trainings)
+
+    @router.get("/health", dependencies=[Depends(only())])
+    async def health() -> Response:
+        return await ask(overview.health)
+
+
+def _file_routes(files: Mapping[str, PageFile]) -> APIRouter:
+    router = APIRouter(include_in_schema=False)
+
+    @router.api_route("/", methods=["GET", "HEAD"])
+    async def root(request: Request) -> Response:
+        """Lead a browser to the page; programs get what they always got."""
+        if "text/html" not in request.headers.get("accept", ""):
+            raise HTTPException(404)
+        return Response(status_code=307, headers={"location": "ui/", "vary": "accept"})
+
+    @router.api_route("/ui", methods=["GET", "HEAD"])
+    async def without_slash() -> Response:
+        return Response(status_code=307, headers={"location": "ui/"})
+
+    @router.api_route("/ui/{name:path}", methods=["GET", "HEAD"])
+    async def page_file(name: str, request: Request) -> Response:
+        found = files.get(name or _INDEX)
+        if found is None:
+            raise HTTPException(404)
+        headers = {**FILE_HEADERS, "etag": found.tag}
+        if request.headers.get("if-none-match") == found.tag:
+            return Response(status_code=304, headers=headers)
+        return Response(found.body, media_type=found.media_type, headers=headers)
+
+    return router

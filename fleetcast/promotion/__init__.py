@@ -1,0 +1,1 @@
+"""Promotion: which version is in service, what people order, and the audit of both."""

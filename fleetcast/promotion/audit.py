@@ -1,0 +1,270 @@
+"""The audit: `promotions.jsonl`, one line for everything that decides which model is in service.
+
+Owns: the form of a line, its writing (fsynced before the act it announces), what a line says in words,
+and what stands after it until it is lifted (`Standing`, kept in `promotion.json`). Does not know: how an
+act is done (`desk`), or what may be ordered (`orders`).
+
+An act is a pair of lines with one id: `intent` before it, `done` after it. After a kill in between, the
+intent says what to finish. A verdict or an ended training is one line, `note`; an order that cannot be
+carried out is one line, `refused`. Only the holder of `promotion.lock` writes. A line that cannot be
+written stops the act. 5 MB, then one older file; a torn last line is skipped.
+"""
+
+import json
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from fleetcast import __version__, files
+from fleetcast.clock import Clock, iso_z, parse_plain_utc
+
+AUDIT = "promotions.jsonl"
+MAX_BYTES = 5_000_000
+INTENT, DONE, REFUSED, NOTE = "intent", "done", "refused", "note"
+PROMOTE, ROLLBACK, ADOPT = "promote", "rollback", "adopt"  # move what is in service, or find it moved
+HOLD, RESUME, PAUSE, VETO, WAIT = "hold", "resume", "pause", "veto", "wait"  # stand until they are lifted
+TRAIN_NOW, VERDICT, TRAINING = "train-now", "verdict", "training"
+APPROVE = "approve"  # the order; the act is a promotion
+MOVES = (PROMOTE, ROLLBACK, RESUME, ADOPT)
+FORMAT = 1  # of promotion.json
+_REMEMBERED = 50
+_LONGEST = 1000  # characters of a reason
+_TEXTS = ("id", "event", "phase", "at", "by", "why", "revision")
+_NAMES = {"source": "from", "target": "to"}  # of our fields, in the file
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line."""
+
+    id: str
+    event: str
+    phase: str
+    at: str
+    by: str
+    why: str
+    source: str | None = None  # the version in service before
+    target: str | None = None  # the version that the event is about, or puts into service
+    until: str | None = None  # of a pause
+    order: str | None = None
+    attempt: str | None = None
+    is_forced: bool = False
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    revision: str = __version__
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the line as it is written and shown."""
+        return {
+            _NAMES.get(name, name): getattr(self, name)
+            for name in self.__dataclass_fields__
+            if name in (*_TEXTS, "source", "target") or getattr(self, name)
+        }
+
+
+def new_entry(event: str, now: datetime, by: str, why: str, **more: Any) -> Entry:
+    """Return a line with an id of its own, by default the intent of an act."""
+    entry_id = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+    given = {"phase": INTENT, **more}
+    return Entry(entry_id, event, at=iso_z(now), by=by, why=why[:_LONGEST], **given)
+
+
+class Audit:
+    """The lines of one checkpoint folder. Reading takes no lock and skips what is damaged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / AUDIT
+
+    def append(self, entry: Entry) -> None:
+        """Write one line durably; the caller holds `promotion.lock`.
+
+        Raises:
+            StorageFull, StorageBroken: it is not written, so what it announces must not happen.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(entry.as_json(), allow_nan=False)
+        files.append_line(self.path, line, max_bytes=MAX_BYTES)
+
+    def finish(self, entry: Entry, now: datetime, phase: str = DONE, why: str = "") -> Entry:
+        """Write the second line of a pair and return it."""
+        ended = replace(entry, phase=phase, at=iso_z(now), why=why or entry.why)
+        self.append(ended)
+        return ended
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield every line that is whole, oldest first."""
+        older = self.path.with_name(f"{AUDIT}.1")
+        lines = chain.from_iterable(files.read_json_lines(path) for path in (older, self.path))
+        return (entry for entry in map(_parse, lines) if entry is not None)
+
+    def open_intents(self) -> list[Entry]:
+        """Return the intents whose act has no second line, oldest first."""
+        waiting: dict[str, Entry] = {}
+        for entry in self.entries():
+            if entry.phase == INTENT:
+                waiting[entry.id] = entry
+            else:
+                waiting.pop(entry.id, None)
+        return list(waiting.values())
+
+    def outcome(self, order_id: str) -> Entry | None:
+        """Return the line that ended an order, or None."""
+        ended = (e for e in self.entries() if e.order == order_id and e.phase in (DONE, REFUSED))
+        return next(ended, None)
+
+    def knows_attempt(self, attempt_id: str) -> bool:
+        """Return whether a line tells how this training ended."""
+        return any(e.attempt == attempt_id and e.event in (VERDICT, TRAINING) for e in self.entries())
+
+    def ended_orders(self) -> set[str]:
+        """Return the orders that were carried out or refused."""
+        return {e.order for e in self.entries() if e.order and e.phase in (DONE, REFUSED)}
+
+    def signature(self) -> tuple[int, int]:
+        """Return what changes with every line, cheaply."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            return 0, 0
+        return found.st_size, found.st_mtime_ns
+
+
+def _parse(raw: Mapping[str, Any]) -> Entry | None:
+    """Return a line of the file as an entry, None for one of another form."""
+    figures = raw.get("figures") or {}
+    texts = {name: raw.get(name) for name in _TEXTS}
+    optional = {
+        name: raw.get(_NAMES.get(name, name)) for name in ("source", "target", "until", "order", "attempt")
+    }
+    if not all(isinstance(text, str) for text in texts.values()) or not isinstance(figures, dict):
+        return None
+    if not all(text is None or isinstance(text, str) for text in optional.values()):
+        return None
+    return Entry(**texts, **optional, is_forced=raw.get("is_forced") is True, figures=figures)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """That something stands, since when, by whom, why."""
+
+    since: str
+    by: str
+    why: str
+    until: str | None = None  # of a pause
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A version that passed the gate while models were held back."""
+
+    version: str
+    champion: str | None  # that it was compared with
+    since: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What stands until it is lifted."""
+
+    held: Mark | None = None
+    paused: Mark | None = None
+    waiting: Waiting | None = None
+    served: tuple[str, ...] = ()  # versions in service, newest first: the champion, the previous one, ...
+    vetoed: tuple[str, ...] = ()
+
+    @property
+    def protects(self) -> set[str]:
+        """Return the versions that must not be pruned, besides those that links point to."""
+        return {self.waiting.version} if self.waiting else set()
+
+    def pause_at(self, clock: Clock) -> Mark | None:
+        """Return the pause that is not over yet."""
+        is_over = self.paused is None or parse_plain_utc(self.paused.until or "") <= clock.now()
+        return None if is_over else self.paused
+
+
+def apply(standing: Standing, entry: Entry) -> Standing:
+    """Return what stands after an act; the same act twice changes nothing more."""
+    mark, target = Mark(entry.at, entry.by, entry.why, entry.until), entry.target
+    if entry.event == HOLD:
+        return replace(standing, held=mark)
+    if entry.event == PAUSE:
+        return replace(standing, paused=mark)
+    if entry.event == WAIT and target:
+        return replace(standing, waiting=Waiting(target, entry.source, entry.at, entry.why))
+    if entry.event == VETO and target:
+        is_waiting = standing.waiting is not None and standing.waiting.version == target
+        vetoed = (target, *(item for item in standing.vetoed if item != target))[:_REMEMBERED]
+        return replace(standing, vetoed=vetoed, waiting=None if is_waiting else standing.waiting)
+    if entry.event == RESUME:
+        standing = replace(standing, held=None, paused=None)
+    if entry.event in MOVES and target:
+        return _with_champion(standing, entry, target)
+    return standing
+
+
+def _with_champion(standing: Standing, entry: Entry, target: str) -> Standing:
+    served = standing.served
+    if entry.event == ROLLBACK:  # what served after the target is never gone back to
+        served = served[served.index(target) :] if target in served else served[1:]
+    before = served or tuple(entry.figures.get("before", ()))
+    served = (target, *(item for item in before if item != target))[:_REMEMBERED]
+    vetoed = tuple(item for item in standing.vetoed if item != target)
+    return replace(standing, served=served, waiting=None, vetoed=vetoed)
+
+
+def parse_standing(raw: Mapping[str, Any]) -> Standing:
+    """Return what `promotion.json` holds; KeyError, TypeError or ValueError where it is damaged."""
+    if raw["format"] != FORMAT:
+        raise ValueError(f"format {raw['format']!r}, this program reads {FORMAT}")
+    held, paused, waiting = raw["held"], raw["paused"], raw["waiting"]
+    found = Standing(
+        Mark(**held) if held else None,
+        Mark(**paused) if paused else None,
+        Waiting(**waiting) if waiting else None,
+        tuple(map(str, raw["served"])),
+        tuple(map(str, raw["vetoed"])),
+    )
+    if found.paused:
+        parse_plain_utc(found.paused.until or "")
+    return found
+
+
+def sentence(entry: Entry) -> str:
+    """Return one line of `fleetcast history`.
+
+    >>> at = {"id": "1", "phase": DONE, "at": "2026-01-15T10:00:05Z", "by": "ann"}
+    >>> sentence(Entry(event=ROLLBACK, why="bad nights", source="B", target="A", **at))
+    '2026-01-15 10:00:05  ann rolled back from B to A: bad nights'
+    >>> sentence(Entry(event=HOLD, why="freeze", **{**at, "phase": REFUSED}))
+    '2026-01-15 10:00:05  refused to ann (hold): freeze'
+    """
+    when = entry.at[:19].replace("T", " ")
+    why = f": {entry.why}" if entry.why else ""
+    if entry.phase == REFUSED:
+        return f"{when}  refused to {entry.by} ({entry.event}){why}"
+    begun = " (begun, not finished yet)" if entry.phase == INTENT else ""
+    forced = ", by force" if entry.is_forced else ""
+    return f"{when}  {_in_words(entry)}{forced}{begun}{why}"
+
+
+def _in_words(entry: Entry) -> str:
+    by, source, target = entry.by, entry.source or "no model", entry.target or "no model"
+    deeds = {
+        PROMOTE: f"{by} put {target} into service instead of {source}",
+        ROLLBACK: f"{by} rolled back from {source} to {target}",
+        ADOPT: f"{by} found {target} in service",
+        HOLD: f"{by} holds: no training puts a model into service until resume",
+        RESUME: f"{by} resumed" + (f" and put {target}, which waited, into service" if entry.target else ""),
+        PAUSE: f"{by} paused trainings until {entry.until}",
+        VETO: f"{by} vetoed {target}",
+        WAIT: f"{target} passed the gate and waits for a person",
+        TRAIN_NOW: f"{by} ordered a training" + (f" (attempt {entry.attempt})" if entry.attempt else ""),
+        VERDICT: f"the gate judged {target}",
+        TRAINING: f"training {entry.attempt} ended without a model",
+    }
+    return deeds.get(entry.event, f"{by}: {entry.event}")

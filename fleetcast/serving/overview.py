@@ -1,0 +1,291 @@
+"""What the page of `/ui/` shows of the fleet: its strip, its table, one server, and what is wrong.
+
+Owns: the states a server can be in (worst first), how a large fleet is sorted, filtered and paged, and
+which problems are told to an operator, in words. Does not know: HTTP; how anything was forecast.
+"""
+
+import base64
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from fleetcast.clock import HOUR_MS, from_ms, iso_z
+from fleetcast.errors import FleetcastError
+from fleetcast.forecast.encoding import is_percent
+from fleetcast.schema import Floats
+from fleetcast.serving.board import PredictionBoard
+from fleetcast.serving.journal import Journal
+from fleetcast.serving.past import Past, numbers
+from fleetcast.serving.roster import Fleet, PresentServers
+from fleetcast.serving.status import StatusReport
+
+PAGE_ROWS = 100
+MOST_ROWS = 200
+HIGH_PERCENT = 90.0  # a percent metric whose p90 gets here within the horizon is worth a look
+STALE, DRIFT, HIGH, WARMING_UP, OK = "stale", "drift", "high", "warming_up", "ok"
+STATES = (OK, WARMING_UP, HIGH, DRIFT, STALE)  # the strip's bytes are places in it: worst last
+_FULL_SHARE = 0.9  # of a limit on names
+_LATE_BINS = 3  # bins that wait for their sweep
+_SILENT_S = 1800.0  # a retraining daemon checks every 300 s
+
+
+class UnknownColumn(FleetcastError):
+    """Raised when the fleet's table is to be sorted by something that it does not have."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Standing:
+    """The fleet at one moment; a row per server, in order of names."""
+
+    present: PresentServers
+    metrics: tuple[str, ...]
+    current: Floats  # (server, metric)
+    peaks: Floats  # (server, metric) the highest p90 ahead
+    states: NDArray[np.uint8]  # (server,) places in STATES
+    order: NDArray[np.intp]  # rows by name
+
+
+@dataclass(frozen=True)
+class FleetQuery:
+    """Which part of the fleet's table is wanted."""
+
+    sort: str = "name"
+    is_descending: bool = False
+    text: str = ""  # part of a name
+    state: str = ""
+    offset: int = 0
+    limit: int = PAGE_ROWS
+
+
+class Overview:
+    """Answers for the page; one thread asks at a time."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        board: PredictionBoard,
+        past: Past,
+        report: StatusReport,
+        journal: Journal,
+    ) -> None:
+        self._fleet = fleet
+        self._board = board
+        self._past = past
+        self._report = report
+        self._journal = journal
+
+    def pulse(self) -> dict[str, Any]:
+        """Return what tells a page whether to ask again for the rest."""
+        check = self._journal.newest_check()
+        return {
+            "origin": self._report.origin,
+            "model": self._board.model.version if self._board.model else None,
+            "check": check.get("made_at"),
+            "trainings": self._journal.trainings_mark(),
+            "problems": len(self.problems()),
+            "now": iso_z(self._fleet.clock.now()),
+            "bin_s": self._fleet.history.bin_ms // 1000,
+        }
+
+    def strip(self) -> dict[str, Any]:
+        """Return one byte a server, in order of names: its state as a place in `states`."""
+        standing = self._standing()
+        ordered = standing.states[standing.order]
+        counts = np.bincount(ordered, minlength=len(STATES)).tolist()
+        return {
+            "servers": len(ordered),
+            "states": list(STATES),
+            "counts": dict(zip(STATES, counts, strict=True)),
+            "bytes": base64.b64encode(ordered.tobytes()).decode(),
+        }
+
+    def table(self, query: FleetQuery) -> dict[str, Any]:
+        """Return one page of the fleet's table.
+
+        Raises:
+            UnknownColumn: it cannot be sorted by that.
+        """
+        standing = self._standing()
+        rows = self._choose(standing, query)
+        rows = self._sort(standing, rows, query)
+        shown = rows[query.offset : query.offset + query.limit]
+        return {
+            "servers": len(standing.order),
+            "matching": len(rows),
+            "offset": query.offset,
+            "horizon_s": self._fleet.settings.horizon_bins * self._fleet.history.bin_ms // 1000,
+            "metrics": list(standing.metrics),
+            "origin": self._report.origin,
+            "rows": [self._row_json(standing, int(row)) for row in shown],
+        }
+
+    def server(self, name: str, hours: int) -> dict[str, Any]:
+        """Return everything that the page of one server shows.
+
+        Raises:
+            UnknownServer: it is not in the fleet.
+        """
+        document = msgspec.json.decode(b"".join(self._board.document([name])))
+        entry = document["predictions"][name]
+        standing = self._standing()
+        row = standing.present.server_names.index(name)
+        end_ms = self._fleet.history.taken_bin_ms
+        start = None if end_ms is None else self._hours_before(end_ms, hours)
+        return {
+            **self._row_json(standing, row),
+            "now": document["timestamp"],
+            "model": document["model"],
+            "values": entry["current"],
+            "forecast": entry["forecast"] or {},
+            "timestamps": entry["timestamps"],
+            "past": self._past.answer(name, start=start),
+            "drifting": [item for item in self._journal.drifting() if item.get("server") == name],
+        }
+
+    def drift(self, days: float) -> dict[str, Any]:
+        """Return the newest drift check and the scores of the days before it."""
+        return self._journal.drift(days)
+
+    def trainings(self) -> dict[str, Any]:
+        """Return the trainings with their verdicts in words."""
+        return self._journal.trainings()
+
+    def health(self) -> dict[str, Any]:
+        """Return the summary of `/status` with the problems in words."""
+        return {"problems": self.problems(), "status": self._report.status()}
+
+    def problems(self) -> list[dict[str, str]]:
+        """Return what an operator has to know, worst first."""
+        found = [
+            {"severity": severity, "text": text}
+            for severity, text in (*self._fleet_problems(), *self._retraining_problems())
+        ]
+        return sorted(found, key=lambda problem: problem["severity"] != "error")
+
+    def _fleet_problems(self) -> list[tuple[str, str]]:
+        status = self._report.status()
+        found = []
+        if status["detail"]:
+            found.append(("error", f"Not ready: {status['detail']}."))
+        if status["backlog"] > _LATE_BINS:
+            found.append(("error", f"{status['backlog']} closed bins wait for their forecast."))
+        for problem in status["model"]["problems"]:
+            found.append(("warning", f"A model version was refused: {problem}"))
+        n_stale = int(self._fleet.servers().is_stale.sum())
+        if n_stale:
+            minutes = round(self._fleet.settings.stale_after_s / 60)
+            verb = "server has" if n_stale == 1 else "servers have"
+            found.append(("warning", f"{n_stale} {verb} sent nothing for {minutes} minutes."))
+        for what, limit in status["limits"].items():
+            if limit["used"] > _FULL_SHARE * limit["limit"]:
+                words = what.replace("_", " ")
+                found.append(("warning", f"{limit['used']} of {limit['limit']} {words} are used."))
+        for error in status["last_errors"]:
+            found.append(("warning", f"{error['time']} {error['part']}: {error['error']}"))
+        return found
+
+    def _retraining_problems(self) -> list[tuple[str, str]]:
+        age_s = self._journal.check_age_s(self._fleet.clock.now())
+        if age_s is None:
+            return [
+                ("warning", "No drift check was made yet: is the retraining daemon running in this folder?")
+            ]
+        found = []
+        if age_s > _SILENT_S:
+            found.append(("warning", f"The newest drift check was written {_span(age_s)} ago."))
+        return found + [("warning", text) for text in self._journal.complaints()]
+
+    def _standing(self) -> _Standing:
+        present, outlook = self._fleet.servers(), self._board.outlook
+        metrics = self._fleet.history.metrics
+        n_servers = len(present.server_names)
+        current, peaks = (np.full((n_servers, len(metrics)), np.nan) for _ in range(2))
+        for column, metric in enumerate(metrics):
+            if metric in present.metrics:
+                current[:, column] = present.values[:, present.metrics.index(metric)]
+        places = np.fromiter(
+            (outlook.rows.get(name, -1) for name in present.server_names), np.int64, n_servers
+        )
+        if outlook.metrics == metrics:
+            peaks[places >= 0] = outlook.peaks[places[places >= 0]]
+        states = self._judge(present, places, peaks, metrics)
+        order = np.array(sorted(range(n_servers), key=present.server_names.__getitem__), dtype=np.intp)
+        return _Standing(present, metrics, current, peaks, states, order)
+
+    def _judge(
+        self, present: PresentServers, places: NDArray[np.int64], peaks: Floats, metrics: Sequence[str]
+    ) -> NDArray[np.uint8]:
+        """Return each server's worst state."""
+        are_percents = np.array([is_percent(metric) for metric in metrics], dtype=np.bool_)
+        drifting = {item.get("server") for item in self._journal.drifting()}
+        is_drifting = np.fromiter((name in drifting for name in present.server_names), np.bool_, len(places))
+        states = np.full(len(places), STATES.index(OK), dtype=np.uint8)
+        states[places < 0] = STATES.index(WARMING_UP)
+        states[(peaks[:, are_percents] >= HIGH_PERCENT).any(axis=1)] = STATES.index(HIGH)
+        states[is_drifting] = STATES.index(DRIFT)
+        states[present.is_stale] = STATES.index(STALE)
+        return states
+
+    def _choose(self, standing: _Standing, query: FleetQuery) -> NDArray[np.intp]:
+        rows, names = standing.order, standing.present.server_names
+        if query.state:
+            rows = rows[standing.states[rows] == STATES.index(query.state)]
+        if query.text:
+            wanted = query.text.casefold()
+            rows = rows[[wanted in names[row].casefold() for row in rows]] if len(rows) else rows
+        return rows
+
+    def _sort(self, standing: _Standing, rows: NDArray[np.intp], query: FleetQuery) -> NDArray[np.intp]:
+        """Return rows sorted by one column; equal ones by name, unknown values last."""
+        if query.sort == "name":
+            return rows[::-1] if query.is_descending else rows
+        keys = self._columns(standing).get(query.sort)
+        if keys is None:
+            raise UnknownColumn(
+                f"cannot sort by {query.sort[:80]!r}",
+                hint=f"one of {', '.join(self._columns(standing))}, name",
+            )
+        values = keys()[rows].astype(np.float64)
+        places = np.argsort(-values if query.is_descending else values, kind="stable")
+        return rows[places]
+
+    def _columns(self, standing: _Standing) -> Mapping[str, Callable[[], NDArray[Any]]]:
+        columns: dict[str, Callable[[], NDArray[Any]]] = {
+            "state": lambda: standing.states,
+            "seen": lambda: standing.present.last_seen_ms,
+        }
+        for column, metric in enumerate(standing.metrics):
+            columns[metric] = lambda column=column: standing.current[:, column]  # type: ignore[misc]
+            columns[f"{metric}.peak"] = lambda column=column: standing.peaks[:, column]  # type: ignore[misc]
+        return columns
+
+    def _row_json(self, standing: _Standing, row: int) -> dict[str, Any]:
+        name = standing.present.server_names[row]
+        return {
+            "server": name,
+            "state": STATES[standing.states[row]],
+            "source": self._board.source(name),
+            "seen": iso_z(from_ms(int(standing.present.last_seen_ms[row]))),
+            "current": dict(zip(standing.metrics, numbers(standing.current[row]), strict=True)),
+            "peak": dict(zip(standing.metrics, numbers(standing.peaks[row]), strict=True)),
+        }
+
+    def _hours_before(self, taken_ms: int, hours: int) -> str:
+        bin_ms = self._fleet.history.bin_ms
+        return iso_z(from_ms(taken_ms + bin_ms - hours * HOUR_MS))
+
+
+def _span(seconds: float) -> str:
+    """Return a length of time as people say it.
+
+    >>> _span(7200.0), _span(200_000.0)
+    ('2 hours', '2 days')
+    """
+    for length, name in ((86_400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
+        if seconds >= 2 * length or name == "minutes":
+            return f"{seconds / length:.0f} {name}"
+    raise AssertionError(seconds)

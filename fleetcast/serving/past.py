@@ -1,0 +1,245 @@
+"""What a server was, and what was said of it before: the answer to `GET /history`.
+
+Owns: the shape of that answer (docs/formats.md), where actuals come from (the daemon's memory as far as
+it reaches, the buffer beyond), how much one question may ask for, and the accuracy of settled forecasts
+beside that of repeating the last value. Does not know: HTTP; how bins close or forecasts settle.
+
+One answer reads files: those who ask take turns (`api/page.py`), and nothing here waits for a sweep.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fleetcast.bins import bin_means
+from fleetcast.clock import DAY_MS, HOUR_MS, from_ms, iso_z, to_ms
+from fleetcast.errors import FleetcastError
+from fleetcast.ingest.rules import parse_timestamp_ms, to_significant
+from fleetcast.schema import Floats, SettledForecasts
+from fleetcast.serving.board import SIGNIFICANT_DIGITS, UnknownServer
+from fleetcast.serving.roster import Fleet
+from fleetcast.storage.store import DataBuffer
+
+DEFAULT_HOURS = 48
+MOST_DAYS = 31
+MOST_VALUES = 100_000  # bins x metrics of one answer
+_MEMORY, _BUFFER = "memory", "buffer"
+_QUANTILES = ("p10", "p50", "p90")
+
+
+class BadQuestion(FleetcastError):
+    """Raised when a question names no time, asks for too much, or for metrics that no server sent."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A stretch of one server's past, on whole bins."""
+
+    server: str
+    metrics: tuple[str, ...]
+    start_ms: int
+    end_ms: int
+    bin_ms: int
+
+    @property
+    def n_bins(self) -> int:
+        """Return how many bins it is about."""
+        return (self.end_ms - self.start_ms) // self.bin_ms
+
+
+class Past:
+    """Answers about servers' pasts; safe from any thread."""
+
+    def __init__(self, fleet: Fleet, buffer: DataBuffer, settle_horizons: Sequence[int]) -> None:
+        self._fleet = fleet
+        self._history = fleet.history
+        self._buffer = buffer
+        self._horizons = tuple(sorted(set(settle_horizons)))
+
+    def answer(
+        self, server: str, metrics: Sequence[str] = (), start: str | None = None, end: str | None = None
+    ) -> dict[str, Any]:
+        """Return the document of one server's past.
+
+        Args:
+            metrics: none means those that are forecast.
+            start: ISO 8601; None is `DEFAULT_HOURS` before the end.
+            end: ISO 8601; None is the end of the newest closed bin.
+        Raises:
+            BadQuestion: with what would be right.
+            UnknownServer: nothing is known of it in this stretch.
+        """
+        return self.tell(self.question(server, metrics, start, end))
+
+    def question(self, server: str, metrics: Sequence[str], start: str | None, end: str | None) -> Question:
+        """Return what is asked for, on whole bins and within bounds.
+
+        Raises:
+            BadQuestion: with what would be right.
+        """
+        bin_ms = self._history.bin_ms
+        closed_ms = self._closed_end_ms()
+        end_ms = closed_ms if end is None else min(_up(_time("end", end), bin_ms), closed_ms)
+        first = end_ms - DEFAULT_HOURS * HOUR_MS if start is None else _time("start", start)
+        start_ms = first // bin_ms * bin_ms
+        names = tuple(dict.fromkeys(metrics)) or self._history.metrics
+        unknown = [name for name in names if name not in self._known_metrics()]
+        if unknown:
+            raise BadQuestion(f"no server sent a metric {unknown[0][:80]!r}", hint="see /predictions/current")
+        if end_ms <= start_ms and start is not None:
+            newest = iso_z(from_ms(closed_ms))
+            raise BadQuestion(
+                "there is no closed bin between start and end", hint=f"the newest ends at {newest}"
+            )
+        if end_ms - start_ms > MOST_DAYS * DAY_MS:
+            raise BadQuestion(f"one question is about at most {MOST_DAYS} days", hint="ask piece by piece")
+        asked = Question(server, names, start_ms, end_ms, bin_ms)
+        if asked.n_bins * len(names) > MOST_VALUES:
+            raise BadQuestion(
+                f"{asked.n_bins} bins of {len(names)} metrics are over the limit of {MOST_VALUES} values",
+                hint="name fewer metrics, or a shorter stretch",
+            )
+        return asked
+
+    def tell(self, asked: Question) -> dict[str, Any]:
+        """Return the answer to a question.
+
+        Raises:
+            UnknownServer: nothing is known of the server in this stretch.
+        """
+        reach = max(self._horizons, default=0) * asked.bin_ms  # a forecast's last value lies so far back
+        actuals, source = self._actuals(asked, asked.start_ms - reach)
+        settled = self._buffer.read_server_predictions(asked.server, asked.start_ms, asked.end_ms)
+        if np.isnan(actuals).all() and not len(settled) and self._is_unknown(asked.server):
+            raise UnknownServer(
+                f"unknown server {asked.server!r}", hint="it sent nothing between start and end"
+            )
+        return {
+            "server": asked.server,
+            "bin_s": asked.bin_ms // 1000,
+            "start": iso_z(from_ms(asked.start_ms)),
+            "end": iso_z(from_ms(asked.end_ms)),
+            "source": source,
+            "metrics": {
+                metric: self._metric_json(asked, actuals[row], settled.where(settled.metric == metric))
+                for row, metric in enumerate(asked.metrics)
+            },
+        }
+
+    def _metric_json(self, asked: Question, actuals: Floats, settled: SettledForecasts) -> dict[str, Any]:
+        """Return one metric's part.
+
+        Args:
+            actuals: the bins asked for, after those that a forecast's last value may lie in.
+        """
+        said, accuracy = {}, {}
+        for horizon in self._horizons:
+            is_ours = (
+                settled.target_ms - settled.origin_ms == horizon * asked.bin_ms
+            )  # bins of another length
+            rows = settled.where((settled.horizon == horizon) & is_ours)
+            if len(rows):
+                said[str(horizon)] = _quantiles(asked, rows)
+                accuracy[str(horizon)] = _accuracy(asked, rows, actuals)
+        n_bins = asked.n_bins
+        return {"actual": numbers(actuals[len(actuals) - n_bins :]), "said": said, "accuracy": accuracy}
+
+    def _actuals(self, asked: Question, first_ms: int) -> tuple[Floats, str]:
+        """Return (metric, bin) from `first_ms` to the question's end, and where they come from."""
+        history = self._history
+        n_bins = (asked.end_ms - first_ms) // asked.bin_ms
+        oldest_ms = history.oldest_kept_ms
+        is_kept = oldest_ms is not None and asked.start_ms >= oldest_ms
+        if is_kept and set(asked.metrics) <= set(history.metrics):
+            kept = history.past(asked.server, asked.end_ms - asked.bin_ms, n_bins)
+            if kept is not None:
+                rows = [history.metrics.index(metric) for metric in asked.metrics]
+                return kept[rows].astype(np.float64), _MEMORY
+        return self._read_means(asked, first_ms, n_bins), _BUFFER
+
+    def _read_means(self, asked: Question, first_ms: int, n_bins: int) -> Floats:
+        """Return the same from the buffer's files."""
+        means = np.full((len(asked.metrics), n_bins), np.nan)
+        batch = self._buffer.read_server(asked.server, first_ms, asked.end_ms, asked.metrics)
+        if len(batch):
+            absent = np.full(len(batch), np.nan)
+            values = np.array([batch.metrics.get(metric, absent) for metric in asked.metrics]).T
+            _, starts, of_bin = bin_means(batch.server_codes, batch.timestamps_ms, values, asked.bin_ms)
+            means[:, (starts - first_ms) // asked.bin_ms] = of_bin.T
+        return means
+
+    def _closed_end_ms(self) -> int:
+        taken_ms = self._history.taken_bin_ms
+        if taken_ms is None:
+            return to_ms(self._fleet.clock.now()) // self._history.bin_ms * self._history.bin_ms
+        return taken_ms + self._history.bin_ms
+
+    def _known_metrics(self) -> set[str]:
+        return {*self._history.metrics, *self._fleet.roster.metric_names()}
+
+    def _is_unknown(self, server: str) -> bool:
+        return bool(self._history.unknown([server]))
+
+
+def numbers(values: Floats) -> list[float | None]:
+    """Return values as JSON has them: as exact as a forecast, null for NaN.
+
+    >>> numbers(np.array([1.234567, np.nan]))
+    [1.2346, None]
+    """
+    rounded = to_significant(np.asarray(values, dtype=np.float64), SIGNIFICANT_DIGITS).tolist()
+    return [None if math.isnan(value) else value for value in rounded]
+
+
+def _quantiles(asked: Question, rows: SettledForecasts) -> dict[str, list[float | None]]:
+    """Return what was forecast for each bin, by quantile."""
+    places = (rows.target_ms - asked.start_ms) // asked.bin_ms
+    told = {}
+    for name in _QUANTILES:
+        values = np.full(asked.n_bins, np.nan)
+        values[places] = getattr(rows, name)
+        told[name] = numbers(values)
+    return told
+
+
+def _accuracy(asked: Question, rows: SettledForecasts, actuals: Floats) -> dict[str, Any]:
+    """Return how far forecasts of one horizon were off, beside repeating the last value, on the same bins."""
+    first_ms = asked.end_ms - len(actuals) * asked.bin_ms
+    last_values = actuals[(rows.origin_ms - first_ms) // asked.bin_ms]
+    is_known = np.isfinite(last_values)
+    actual, said = rows.actual[is_known], rows.p50[is_known]
+    n_bins = int(is_known.sum())
+    if not n_bins:
+        return {"bins": 0, "error": None, "last_value_error": None, "ratio": None, "inside": None}
+    error = float(np.abs(actual - said).mean())
+    repeated = float(np.abs(actual - last_values[is_known]).mean())
+    is_inside = (actual >= rows.p10[is_known]) & (actual <= rows.p90[is_known])
+    return {
+        "bins": n_bins,
+        "error": round(error, 4),
+        "last_value_error": round(repeated, 4),
+        "ratio": round(error / repeated, 4) if repeated else None,
+        "inside": round(float(is_inside.mean()), 4),
+    }
+
+
+def _time(field: str, text: str) -> int:
+    """Return milliseconds of a time in a query.
+
+    Raises:
+        BadQuestion: it is none.
+    """
+    try:  # an unencoded "+" of an offset arrives as a space
+        moment_ms = parse_timestamp_ms(text.replace(" ", "+") if "T" in text else text)
+    except (ValueError, OverflowError):
+        moment_ms = -1
+    if moment_ms < 0:
+        raise BadQuestion(f"{field} must be ISO 8601 such as 2026-01-15T10:00:00Z, got {text[:40]!r}")
+    return moment_ms
+
+
+def _up(moment_ms: int, bin_ms: int) -> int:
+    return -(-moment_ms // bin_ms) * bin_ms

@@ -1,0 +1,209 @@
+// The fleet: counts, a strip with a cell per server, and a table that the daemon sorts and pages.
+
+import { get } from "./ask.js";
+import { STATES, amount, count, fill, isPercent, moment, number, of, serverLink, span, state, unit } from "./text.js";
+
+const ROWS = 100;
+const WORST_FIRST = ["stale", "drift", "high", "warming_up", "ok"];
+
+export function fleet(view, title, fields) {
+  title.textContent = "Fleet";
+  const asked = {
+    sort: fields.get("sort") ?? "name",
+    order: fields.get("order") ?? "asc",
+    filter: fields.get("filter") ?? "",
+    state: fields.get("state") ?? "",
+    offset: Number(fields.get("offset") ?? 0) || 0,
+    limit: ROWS,
+  };
+  const total = of("p", { class: "muted" });
+  const tiles = of("div", { class: "tiles" });
+  const strip = new Strip();
+  const found = of("p", { class: "muted", role: "status" });
+  const search = of("input", { type: "search", "aria-label": "Part of a server's name", placeholder: "Find a server", value: asked.filter, maxlength: 128 });
+  const table = of("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Table of servers" });
+  const pager = of("div", { class: "tools" });
+  let timer = 0;
+
+  function ask(change) {
+    Object.assign(asked, { offset: 0 }, change);
+    const query = new URLSearchParams(Object.entries(asked).filter(([name, value]) => value !== "" && value !== 0 && name !== "limit" && !(name === "sort" && value === "name") && !(name === "order" && value === "asc")));
+    history.replaceState(null, "", `#/${query.size ? `?${query}` : ""}`);
+    return rows();
+  }
+  search.addEventListener("input", () => {
+    clearTimeout(timer);
+    timer = setTimeout(() => ask({ filter: search.value }), 250);
+  });
+
+  let latest = 0;
+  async function rows() {
+    const mine = ++latest;
+    const answer = await get("fleet", asked);
+    if (mine !== latest) return; // a newer question is on its way
+    fill(table, tableOf(answer, asked, ask));
+    const last = answer.offset + answer.rows.length;
+    found.textContent = answer.matching === 0 ? "No server matches." : `${count(answer.offset + 1)} to ${count(last)} of ${count(answer.matching)}`;
+    fill(pager,
+      of("button", { type: "button", disabled: answer.offset === 0, "data-focus": "before", onclick: () => ask({ offset: Math.max(0, answer.offset - ROWS) }) }, "Previous page"),
+      of("button", { type: "button", disabled: last >= answer.matching, "data-focus": "after", onclick: () => ask({ offset: answer.offset + ROWS }) }, "Next page"));
+    pager.hidden = answer.matching <= ROWS;
+  }
+
+  view.replaceChildren(
+    of("div", { class: "head" }, title, total), tiles, strip.card,
+    of("section", { class: "card", "aria-label": "Servers" }, of("div", { class: "tools" }, search, found), table, pager));
+
+  return {
+    refreshEvery: 10000,
+    async refresh() {
+      const [seen] = await Promise.all([get("strip"), rows()]);
+      total.textContent = seen.servers === 1 ? "1 server" : `${seen.servers.toLocaleString("en-US")} servers`;
+      fill(tiles, WORST_FIRST.map((name) => tileOf(name, seen, asked, ask)));
+      strip.show(seen);
+    },
+    end: () => strip.end(),
+  };
+}
+
+function tileOf(name, seen, asked, ask) {
+  const isChosen = asked.state === name;
+  return of("button", { type: "button", class: "tile", "aria-pressed": isChosen, "data-focus": `tile ${name}`, title: isChosen ? "Show all servers again" : "Show only these",
+    onclick: (event) => {
+      for (const tile of event.currentTarget.parentNode.children) tile.setAttribute("aria-pressed", "false");
+      event.currentTarget.setAttribute("aria-pressed", String(asked.state !== name));
+      ask({ state: asked.state === name ? "" : name });
+    } },
+  state(name), of("span", { class: "value" }, seen.counts[name].toLocaleString("en-US")));
+}
+
+function tableOf(answer, asked, ask) {
+  const heads = [["name", "Server"], ["state", "State"], ...answer.metrics.flatMap((metric) => [[metric, metric], [`${metric}.peak`, `peak in ${span(answer.horizon_s)}`]]), ["seen", "Last seen"]];
+  const head = heads.map(([name, word]) => {
+    const isSorted = asked.sort === name;
+    const next = isSorted && asked.order === "desc" ? "asc" : isSorted ? "desc" : name === "name" ? "asc" : "desc";
+    const arrow = isSorted ? (asked.order === "desc" ? " ↓" : " ↑") : "";
+    const hint = name.endsWith(".peak") ? `the highest p90 of ${name.slice(0, -5)} ahead` : name;
+    return of("th", { scope: "col", class: answer.metrics.includes(name.replace(".peak", "")) ? "number" : null, "aria-sort": isSorted ? (asked.order === "desc" ? "descending" : "ascending") : null },
+      of("button", { type: "button", title: `Sort by ${hint}`, "data-focus": `sort ${name}`, onclick: () => ask({ sort: name, order: next }) }, word, of("span", { "aria-hidden": "true" }, arrow)));
+  });
+  const body = answer.rows.map((row) => of("tr", {},
+    of("th", { scope: "row" }, serverLink(row.server)),
+    of("td", {}, state(row.state)),
+    answer.metrics.flatMap((metric) => cellsOf(metric, row)),
+    of("td", {}, moment(row.seen))));
+  if (!body.length) body.push(of("tr", {}, of("td", { class: "empty", colspan: heads.length }, answer.servers ? "No server matches." : "No server has sent anything yet. docs/ingest.md shows how to send the first record.")));
+  return of("table", {}, of("caption", { class: "hidden" }, "Servers, their newest values, and the highest p90 ahead"), of("thead", {}, of("tr", {}, head)), of("tbody", {}, body));
+}
+
+function cellsOf(metric, row) {
+  const now = row.current[metric], peak = row.peak[metric];
+  const cells = [of("td", { class: "number", title: unit(metric)[2] }, amount(metric, now))];
+  const written = of("td", { class: "number muted" }, of("span", { class: "peak" }, isPercent(metric) && peak !== null ? `${number(peak)} %` : number(peak)));
+  if (isPercent(metric)) {
+    const meter = of("span", { class: `meter${peak >= 90 ? " hot" : ""}`, "aria-hidden": "true" }, of("i"), of("b"));
+    meter.firstChild.style.width = `${Math.min(100, peak ?? 0)}%`; // through the DOM: the policy allows no style in the text
+    meter.lastChild.style.width = `${Math.min(100, now ?? 0)}%`;
+    written.append(meter);
+  }
+  return [...cells, written];
+}
+
+/** One cell per server, in order of names, on a canvas; the arrow keys move over it. */
+class Strip {
+  constructor() {
+    this.canvas = of("canvas", { class: "strip", tabindex: "0", role: "img" });
+    this.says = of("p", { class: "strip-says muted", "aria-live": "polite" }, "Point at a cell, or use the arrow keys; Enter opens the server.");
+    this.card = of("section", { class: "card", "aria-label": "One cell per server" }, this.canvas, this.says);
+    this.cells = new Uint8Array();
+    this.chosen = -1;
+    this.resizes = new ResizeObserver(() => this.draw());
+    this.resizes.observe(this.canvas.parentNode);
+    this.scheme = matchMedia("(prefers-color-scheme: dark)");
+    this.recolour = () => this.draw();
+    this.scheme.addEventListener("change", this.recolour);
+    this.canvas.addEventListener("pointermove", (event) => this.choose(this.at(event)));
+    this.canvas.addEventListener("click", (event) => { this.choose(this.at(event)); this.open(); });
+    this.canvas.addEventListener("keydown", (event) => this.press(event));
+  }
+
+  end() {
+    this.resizes.disconnect();
+    this.scheme.removeEventListener("change", this.recolour);
+  }
+
+  show(seen) {
+    this.states = seen.states;
+    this.cells = Uint8Array.from(atob(seen.bytes), (letter) => letter.charCodeAt(0));
+    this.card.hidden = this.cells.length === 0;
+    const words = WORST_FIRST.filter((name) => seen.counts[name]).map((name) => `${seen.counts[name]} ${STATES[name].word}`);
+    this.canvas.setAttribute("aria-label", `One cell per server, in order of names: ${words.join(", ")}. The table below says the same.`);
+    this.draw();
+  }
+
+  draw() {
+    const width = this.canvas.clientWidth, count = this.cells.length;
+    if (!width || !count) return;
+    let side = 22;
+    while (side > 4 && Math.ceil(count / Math.floor(width / side)) * side > 132) side -= 1;
+    this.side = side;
+    this.columns = Math.max(1, Math.floor(width / side));
+    const height = Math.ceil(count / this.columns) * side, scale = devicePixelRatio || 1;
+    this.canvas.width = Math.round(width * scale);
+    this.canvas.height = Math.round(height * scale);
+    this.canvas.style.height = `${height}px`;
+    const paint = this.canvas.getContext("2d"), style = getComputedStyle(document.documentElement);
+    const colours = this.states.map((name) => style.getPropertyValue(name === "warming_up" ? "--warming" : `--${name}`).trim());
+    paint.scale(scale, scale);
+    const gap = side > 8 ? 2 : 1;
+    for (let cell = 0; cell < count; cell += 1) {
+      paint.fillStyle = colours[this.cells[cell]] ?? "#888";
+      paint.fillRect((cell % this.columns) * side, Math.floor(cell / this.columns) * side, side - gap, side - gap);
+    }
+    if (this.chosen >= 0 && this.chosen < count) {
+      paint.strokeStyle = style.getPropertyValue("--text").trim();
+      paint.lineWidth = 2;
+      paint.strokeRect((this.chosen % this.columns) * side - 0.5, Math.floor(this.chosen / this.columns) * side - 0.5, side - gap + 1, side - gap + 1);
+    }
+  }
+
+  at(event) {
+    const box = this.canvas.getBoundingClientRect();
+    const cell = Math.floor((event.clientY - box.top) / this.side) * this.columns + Math.min(this.columns - 1, Math.floor((event.clientX - box.left) / this.side));
+    return cell < this.cells.length ? cell : -1;
+  }
+
+  press(event) {
+    const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: this.columns, ArrowUp: -this.columns };
+    if (event.key === "Enter") return this.open();
+    let cell;
+    if (event.key in steps) cell = Math.max(this.chosen, this.chosen < 0 ? 0 : this.chosen) + (this.chosen < 0 ? 0 : steps[event.key]);
+    else if (event.key === "Home") cell = 0;
+    else if (event.key === "End") cell = this.cells.length - 1;
+    else return;
+    event.preventDefault();
+    this.choose(Math.min(this.cells.length - 1, Math.max(0, cell)));
+  }
+
+  async choose(cell) {
+    if (cell < 0 || cell === this.chosen) return;
+    this.chosen = cell;
+    this.name = null;
+    this.draw();
+    const word = STATES[this.states[this.cells[cell]]].word;
+    clearTimeout(this.timer);
+    this.timer = setTimeout(async () => {
+      const { rows } = await get("fleet", { offset: cell, limit: 1 });
+      if (cell !== this.chosen || !rows.length) return;
+      this.name = rows[0].server;
+      const values = Object.entries(rows[0].current).map(([metric, value]) => `${metric} ${amount(metric, value)}`);
+      this.says.textContent = `${this.name}: ${word}. ${values.join(", ")}`;
+    }, 80);
+  }
+
+  async open() {
+    if (this.chosen < 0) return;
+    const name = this.name ?? (await get("fleet", { offset: this.chosen, limit: 1 })).rows[0]?.server;
+    if (name !== undefined) location.hash = `#/server?name=${encodeURIComponent(name)}`;
+  }
+}

@@ -1,0 +1,105 @@
+// Which page is shown, and when it asks again: a pulse every five seconds, the rest when it changed.
+
+import { get, Refused } from "./ask.js";
+import { drift } from "./drift.js";
+import { fleet } from "./fleet.js";
+import { health } from "./health.js";
+import { server } from "./server.js";
+import { fill, moment, of } from "./text.js";
+import { trainings } from "./trainings.js";
+
+const PULSE_MS = 5000;
+const PAGES = { "": fleet, server, drift, trainings, health };
+const NAMES = { "": "fleet", server: "fleet" };
+const view = document.getElementById("view");
+const pulse = { tag: undefined, last: null, failures: 0 };
+let shown = null; // { refresh, refreshEvery, end }
+let generation = 0;
+
+function place() {
+  const [path, query] = location.hash.replace(/^#\/?/, "").split("?", 2);
+  return { path: path in PAGES ? path : "", fields: new URLSearchParams(query ?? "") };
+}
+
+async function show() {
+  const mine = ++generation;
+  const { path, fields } = place();
+  shown?.end?.();
+  shown = null;
+  const name = NAMES[path] ?? path;
+  for (const link of document.querySelectorAll("nav a")) {
+    if (link.dataset.page === name) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  const title = of("h1", { tabindex: "-1" });
+  const page = PAGES[path](view, title, fields);
+  shown = page;
+  await refresh(page);
+  if (mine !== generation) return;
+  document.title = `${title.textContent || "fleetcast"} · fleetcast`;
+  if (pulse.moved) title.focus({ preventScroll: true });
+  pulse.moved = true;
+}
+
+async function refresh(page) {
+  if (!page || page.isBusy) return;
+  page.isBusy = true;
+  try {
+    await page.refresh();
+    page.refreshedAt = performance.now();
+    complain("");
+  } catch (error) {
+    if (shown === page) complain(explain(error));
+  } finally {
+    page.isBusy = false;
+  }
+}
+
+function explain(error) {
+  if (error instanceof Refused) return error.status === 404 ? `Not found: ${error.message}` : error.message;
+  if (error instanceof TypeError && error.message.includes("fetch")) return "The daemon does not answer. This page shows what it said last and goes on asking.";
+  return `The page failed: ${error.message}`;
+}
+
+function complain(text) {
+  const alert = document.getElementById("alert");
+  if (alert.textContent !== text) alert.textContent = text;
+  alert.hidden = text === "";
+}
+
+async function beat() {
+  if (document.hidden) return;
+  try {
+    const found = await get("pulse", {}, pulse);
+    if (found) {
+      const before = pulse.last;
+      pulse.last = found;
+      tell(found);
+      if (before && ["origin", "check", "trainings", "model", "problems"].some((name) => before[name] !== found[name])) {
+        return refresh(shown);
+      }
+    }
+    const isDue = shown?.refreshEvery && performance.now() - (shown.refreshedAt ?? 0) > shown.refreshEvery;
+    if (pulse.failures || isDue) await refresh(shown);
+    pulse.failures = 0;
+  } catch (error) {
+    pulse.failures += 1;
+    complain(explain(error));
+  }
+}
+
+function tell(found) {
+  const badge = document.getElementById("problems");
+  badge.textContent = found.problems;
+  badge.hidden = !found.problems;
+  badge.setAttribute("aria-label", `${found.problems} problems`);
+  fill(document.getElementById("pulse"),
+    found.origin ? of("span", {}, "Forecast of ", moment(found.origin)) : "No forecast yet",
+    of("span", {}, found.model ? ` · model ${found.model}` : " · no model yet, the naive forecast serves"));
+}
+
+window.addEventListener("hashchange", show);
+document.addEventListener("visibilitychange", beat);
+await show();
+await beat();
+setInterval(beat, PULSE_MS);

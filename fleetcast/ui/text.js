@@ -1,0 +1,111 @@
+// Building elements and writing numbers, times and states. Text only ever becomes a text node.
+
+export const STATES = {
+  stale: { shape: "■", word: "silent" },
+  drift: { shape: "◆", word: "drifts" },
+  high: { shape: "▲", word: "gets high" },
+  warming_up: { shape: "○", word: "warming up" },
+  ok: { shape: "●", word: "calm" },
+};
+const UNITS = [["_pct", " %", "%"], ["_mb_s", " MB/s", "MB/s"], ["_gb", " GB", "GB"], ["_ms", " ms", "ms"], ["_s", " s", "s"]];
+
+/** Make an element: `of("p", { class: "muted" }, "text", another)`. Strings become text nodes. */
+export function of(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (value === undefined || value === null || value === false) continue;
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else element.setAttribute(name, value === true ? "" : String(value));
+  }
+  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  return element;
+}
+
+export function unit(metric) {
+  return UNITS.find(([ending]) => metric.endsWith(ending)) ?? ["", "", ""];
+}
+
+export function isPercent(metric) {
+  return metric.endsWith("_pct");
+}
+
+/** A number with about three digits; a dash where there is none. */
+export function number(value) {
+  if (value === null || value === undefined || !Number.isFinite(value)) return "–";
+  const size = Math.abs(value);
+  if (size >= 1e6) return value.toExponential(2);
+  if (size >= 1000) return Math.round(value).toLocaleString("en-US");
+  return value.toFixed(size >= 100 || size === 0 ? 0 : size >= 10 ? 1 : 2);
+}
+
+/** A count or a limit: whole numbers stay whole. */
+export function count(value) {
+  return Number.isInteger(value) ? value.toLocaleString("en-US") : number(value);
+}
+
+export function amount(metric, value) {
+  const written = number(value);
+  return written === "–" ? written : written + unit(metric)[1];
+}
+
+/** The same on an axis, where whole numbers need no digits behind the point. */
+export function tick(metric, value) {
+  return (Math.abs(value) >= 1e6 ? value.toExponential(1) : String(+value.toPrecision(4))) + unit(metric)[1];
+}
+
+/** What a difference of two values is measured in. */
+export function difference(metric) {
+  return isPercent(metric) ? "points" : unit(metric)[2];
+}
+
+export function percent(share, digits = 0) {
+  return share === null || share === undefined ? "–" : `${(share * 100).toFixed(digits)} %`;
+}
+
+const DAY = new Intl.DateTimeFormat(undefined, { month: "short", day: "numeric", hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
+const CLOCK = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
+
+/** A moment in the reader's own time zone; the element tells UTC as its title. */
+export function moment(iso) {
+  if (!iso) return "–";
+  return of("time", { datetime: iso, title: iso }, DAY.format(new Date(iso)));
+}
+
+export function clock(seconds) {
+  return CLOCK.format(new Date(seconds * 1000));
+}
+
+export function day(seconds) {
+  return DAY.format(new Date(seconds * 1000));
+}
+
+/** "5 min", "8 h", "2 days". */
+export function span(seconds) {
+  if (seconds < 90) return `${Math.round(seconds)} s`;
+  if (seconds < 3600) return `${Math.round(seconds / 60)} min`;
+  if (seconds < 172800) return `${+(seconds / 3600).toFixed(1)} h`;
+  return `${Math.round(seconds / 86400)} days`;
+}
+
+export function state(name) {
+  const { shape, word } = STATES[name] ?? { shape: "?", word: name };
+  return of("span", { class: `state ${name}` }, of("span", { class: "shape", "aria-hidden": "true" }, shape), word);
+}
+
+export function serverLink(name) {
+  return of("a", { href: `#/server?name=${encodeURIComponent(name)}`, "data-focus": `server ${name}` }, name);
+}
+
+/** Replace what stands in `parent`; keep the focus on what has the same `data-focus`. */
+export function fill(parent, ...children) {
+  const focused = parent.contains(document.activeElement) ? document.activeElement.dataset.focus : undefined;
+  parent.replaceChildren(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  if (focused === undefined) return;
+  for (const element of parent.querySelectorAll("[data-focus]")) {
+    if (element.dataset.focus === focused) return element.focus({ preventScroll: true });
+  }
+}
+
+export function facts(pairs) {
+  return of("dl", { class: "facts" }, pairs.filter(Boolean).flatMap(([name, value]) => [of("dt", {}, name), of("dd", {}, value)]));
+}

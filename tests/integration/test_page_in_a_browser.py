@@ -1,0 +1,294 @@
+"""The page in a real Chromium, on a real daemon with a recorded fleet; nothing but the daemon is asked."""
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from benchmarks.browser import CHROMIUM, Browser
+from benchmarks.programs import InferenceDaemon, wait_for
+from fleetcast.clock import iso_z
+from fleetcast.errors import DaemonAway
+from fleetcast.files import write_json
+from fleetcast.sources.replay import main as replay
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
+]
+ROOT = Path(__file__).parents[2]
+SAMPLE = ROOT / "samples" / "smd_fleet.parquet"
+MAPPED = ("cpu_pct=cpu_r_norm01*100", "mem_pct=mem_u_norm01*100", "disk_io_mb_s=disk_wb_norm01*50")
+SERVER = "smd-machine-1-2"
+HOURS = 14  # forecasts of 8 h before have come due
+CONFIG = """
+[clock]
+mode = "data"
+[paths]
+models_dir = "no_models"
+"""
+HOSTILE = "<img src=x onerror=\"document.title='taken'\">"
+LIMITS = {"per": 0.1, "dss": 0.2, "fds": 0.15, "anomaly_rate": 0.05, "combined_score": 0.12}
+
+
+def leave_drift_files(folder: Path, server: str) -> None:
+    """Write what a retraining daemon leaves behind, with one series in alarm."""
+    start = datetime(2000, 1, 10, tzinfo=UTC)
+    scores = dict.fromkeys(LIMITS, 0.11)
+    lines = [
+        json.dumps({"at": iso_z(start + timedelta(minutes=5 * step)), "drift": scores}) for step in range(30)
+    ]
+    (folder / "decisions.jsonl").write_text("\n".join(lines) + "\n")
+    series = {
+        "server": server, "metric": "cpu_pct", "is_drifting": True, "score": 1.5, "usual": 5.0,
+        "actual": 25.0, "says": "has left its usual values", "since": iso_z(start),
+        "in_alarm_since": iso_z(start),
+    }  # fmt: skip
+    check = {
+        "made_at": iso_z(start + timedelta(hours=HOURS)), "status": "ready", "recommendation": "OK",
+        "current_metrics": scores, "thresholds": LIMITS, "top_drifting": [series],
+    }  # fmt: skip
+    write_json(folder / "drift_metrics.json", check)
+    attempt = {
+        "id": "x", "rule": "initial", "reason": "initial training", "outcome": "rejected", "version": None,
+        "started_at": "2000-01-10T00:00:00", "ended_at": "2000-01-10T00:10:00",
+        "why": "loss is 1.2 of the champion's",
+    }  # fmt: skip
+    write_json(folder / "retraining_state.json", {"attempts": [attempt], "total_trainings": 0})
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InferenceDaemon]:
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "fleetcast.toml").write_text(CONFIG)
+    with InferenceDaemon(folder) as daemon:
+        asked = ["--data", str(SAMPLE), "--url", daemon.url, "--days", str(HOURS / 24), "--map", *MAPPED]
+        assert replay(asked) == 0
+        newest = daemon.status()["newest_record_time"]
+        daemon.client.post_records([{"timestamp": newest, "server_name": HOSTILE, "cpu_pct": 1.0}])
+        wait_for("the last sweep", lambda: not daemon.status()["backlog"])
+        leave_drift_files(folder, SERVER)
+        yield daemon
+        assert daemon.stop() == 0
+
+
+@pytest.fixture
+def browser() -> Iterator[Browser]:
+    with Browser() as browser:
+        yield browser
+
+
+def is_local(url: str, daemon: InferenceDaemon) -> bool:
+    return url.startswith((f"{daemon.url}/", "data:", "about:"))
+
+
+def check_quiet(browser: Browser, daemon: InferenceDaemon) -> None:
+    """No script failed, the policy forbade nothing, and no address but the daemon's was asked for."""
+    browser.evaluate("1")
+    assert browser.complaints == []
+    assert [url for url in browser.requests if not is_local(url, daemon)] == []
+
+
+def text(browser: Browser, selector: str) -> str:
+    found: str = browser.evaluate(f"document.querySelector({json.dumps(selector)}).innerText")
+    return found
+
+
+def has_ink(selector: str) -> str:
+    """Return a condition: a canvas is painted."""
+    return (
+        f"(() => {{ const it = document.querySelector({json.dumps(selector)});"
+        " if (!it || !it.width) return false;"
+        " const dots = it.getContext('2d').getImageData(0, 0, it.width, it.height).data;"
+        " let n = 0; for (let i = 3; i < dots.length; i += 4) n += dots[i] > 0; return n > 500; })()"
+    )
+
+
+def test_the_root_leads_to_the_fleet_with_its_strip_and_table(
+    browser: Browser, daemon: InferenceDaemon
+) -> None:
+    browser.open(f"{daemon.url}/")
+    browser.wait("document.querySelectorAll('tbody tr').length > 5")
+    browser.wait(has_ink("canvas.strip"))
+    assert browser.evaluate("location.pathname") == "/ui/"
+    assert SERVER in text(browser, "tbody")
+    assert text(browser, "h1") == "Fleet"
+    check_quiet(browser, daemon)
+
+
+def test_a_hostile_name_stays_text(browser: Browser, daemon: InferenceDaemon) -> None:
+    browser.open(f"{daemon.url}/ui/#/?filter={quote('<img')}")
+    browser.wait("document.querySelectorAll('tbody tr').length === 1")
+    assert HOSTILE in text(browser, "tbody")
+    browser.evaluate("document.querySelector('tbody a').click()")
+    browser.wait("document.querySelector('h1').textContent.startsWith('<img')")
+    browser.wait("document.querySelector('.card')")
+    assert browser.evaluate("document.querySelectorAll('img').length") == 0
+    browser.wait(f"document.title === {json.dumps(f'{HOSTILE} · fleetcast')}")
+    check_quiet(browser, daemon)
+
+
+def test_a_server_s_charts_show_the_past_the_fan_and_what_was_said(
+    browser: Browser, daemon: InferenceDaemon
+) -> None:
+    browser.open(f"{daemon.url}/ui/#/server?name={SERVER}")
+    browser.wait(has_ink(".plot canvas"))
+    points = int(browser.evaluate("document.querySelector('.plot').dataset.points"))
+    assert points == 48 * 12 + 96
+    assert "Ahead" in text(browser, "table.small")
+    assert "8 h" in text(browser, "table.small")
+    assert "Next 8 h" in text(browser, "figcaption")
+    assert "drifts" in text(browser, ".head")
+    browser.evaluate("[...document.querySelectorAll('button.plain')][0].click()")
+    browser.wait("document.querySelectorAll('.scroll.tall tbody tr').length > 600")
+    browser.evaluate("document.querySelector('input[value=\"96\"]').click()")
+    browser.wait("location.hash.includes('said=96')")
+    check_quiet(browser, daemon)
+
+
+def test_the_keyboard_reaches_a_server_and_its_values(browser: Browser, daemon: InferenceDaemon) -> None:
+    browser.open(f"{daemon.url}/ui/")
+    browser.wait(has_ink("canvas.strip"))
+    browser.evaluate("document.querySelector('canvas.strip').focus()")
+    browser.press("ArrowRight")
+    browser.press("ArrowRight")
+    browser.wait("document.querySelector('.strip-says').textContent.includes('smd-machine')")
+    browser.press("Enter")
+    browser.wait(has_ink(".plot canvas"))
+    browser.evaluate("document.querySelector('.plot').focus()")
+    browser.press("ArrowRight")
+    browser.wait("document.querySelector('.reads b')")
+    assert "%" in text(browser, ".reads")
+    check_quiet(browser, daemon)
+
+
+def test_sorting_keeps_the_focus_and_is_told_to_a_screen_reader(
+    browser: Browser, daemon: InferenceDaemon
+) -> None:
+    browser.open(f"{daemon.url}/ui/")
+    browser.wait("document.querySelectorAll('tbody tr').length > 5")
+    press = "document.querySelector('[data-focus=\"sort cpu_pct\"]')"
+    browser.evaluate(f"{press}.focus(); {press}.click()")
+    browser.wait("document.querySelector('th[aria-sort=descending]')")
+    assert browser.evaluate("document.activeElement.dataset.focus") == "sort cpu_pct"
+    values = browser.evaluate(
+        "[...document.querySelectorAll('tbody tr')].map((row) => parseFloat(row.cells[2].textContent))"
+    )
+    assert values == sorted(values, reverse=True)
+    assert "sort=cpu_pct" in browser.evaluate("location.hash")
+
+
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [
+        ("drift", ("Prediction error", "has left its usual values", "over the limit")),
+        ("trainings", ("Did not go into service", "loss is 1.2")),
+        ("health", ("The daemon", "Forecasts settled")),
+    ],
+)
+def test_the_other_pages_say_what_they_are_for(
+    browser: Browser, daemon: InferenceDaemon, page: str, words: tuple[str, ...]
+) -> None:
+    browser.open(f"{daemon.url}/ui/#/{page}")
+    for word in words:
+        browser.wait(f"document.querySelector('main').innerText.includes({json.dumps(word)})")
+    if page == "drift":
+        browser.wait(has_ink(".plot canvas"))
+    check_quiet(browser, daemon)
+
+
+@pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1400])
+def test_text_is_readable_and_nothing_is_wider_than_the_screen(
+    daemon: InferenceDaemon, width: int, is_dark: bool
+) -> None:
+    with Browser(width, 900, is_dark=is_dark) as browser:
+        for place in ("", f"server?name={SERVER}", "drift", "trainings", "health"):
+            browser.open(f"{daemon.url}/ui/#/{place}")
+            browser.wait(
+                "document.querySelector('main .card') && !document.querySelector('main table:empty')"
+            )
+            browser.wait("document.querySelector('main').innerText.length > 120")
+            assert browser.evaluate("document.documentElement.scrollWidth") <= width, place
+            assert browser.evaluate(PALE) == [], place
+            assert browser.evaluate(UNNAMED) == [], place
+            assert browser.evaluate("document.querySelectorAll('h1').length") == 1
+
+
+# Texts whose contrast with what lies behind them is under 4.5 (WCAG 2.2, 1.4.3); the disabled may be pale.
+PALE = """(() => {
+  const parse = (colour) => (colour.match(/[\\d.]+/g) ?? []).map(Number);
+  const line = (c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+  const light = ([r, g, b]) => 0.2126 * line(r / 255) + 0.7152 * line(g / 255) + 0.0722 * line(b / 255);
+  const behind = (it) => {
+    for (; it; it = it.parentElement) {
+      const colour = parse(getComputedStyle(it).backgroundColor);
+      if (colour.length === 3 || colour[3] === 1) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const left_out = '.hidden, :disabled, dialog, noscript, .skip';
+  const bad = [];
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let node; (node = walk.nextNode());) {
+    const it = node.parentElement, text = node.data.trim();
+    if (!text || !it.checkVisibility() || it.closest(left_out)) continue;
+    const both = [light(parse(getComputedStyle(it).color)), light(behind(it))].sort((a, b) => b - a);
+    const contrast = (both[0] + 0.05) / (both[1] + 0.05);
+    if (contrast < 4.5) bad.push(`${text.slice(0, 40)} ${contrast.toFixed(2)}`);
+  }
+  return bad;
+})()"""
+# Things to operate or to look at without a name for a screen reader.
+UNNAMED = """[...document.querySelectorAll('a, button, input, .strip, [role=img], [role=region], section')]
+  .filter((it) => it.checkVisibility() && !it.innerText?.trim() && !it.getAttribute('aria-label'))
+  .filter((it) => !it.labels?.length && !it.title).map((it) => it.outerHTML.slice(0, 120))"""
+
+
+def test_the_key_is_asked_for_once_and_kept_for_the_tab_alone(tmp_path: Path, browser: Browser) -> None:
+    with InferenceDaemon(tmp_path, environ={"TFT_API_KEY": "right-key"}) as daemon:
+        browser.open(f"{daemon.url}/ui/")
+        browser.wait("document.getElementById('ask').open")
+        answer_dialog(browser, "wrong-key")
+        browser.wait("document.getElementById('ask-text').textContent.includes('did not accept')")
+        browser.wait("document.getElementById('ask').open")
+        answer_dialog(browser, "right-key")
+        browser.wait("document.querySelector('main').innerText.includes('No server has sent anything yet')")
+        kept: dict[str, Any] = browser.evaluate(
+            "({ tab: Object.values(sessionStorage), always: { ...localStorage }, cookie: document.cookie })"
+        )
+        assert kept == {"tab": ["right-key"], "always": {}, "cookie": ""}
+        assert [url for url in browser.requests if "key" in url or not is_local(url, daemon)] == []
+        browser.open(f"{daemon.url}/ui/#/health")
+        browser.wait("document.querySelector('main').innerText.includes('The daemon')")
+        assert not browser.evaluate("document.getElementById('ask').open")
+
+
+def answer_dialog(browser: Browser, key: str) -> None:
+    browser.evaluate("document.getElementById('key').focus()")
+    browser.write(key)
+    browser.press("Enter")
+    browser.wait("!document.getElementById('ask').open || document.getElementById('key').value === ''")
+
+
+def test_a_daemon_that_went_away_is_told_and_found_again(tmp_path: Path, browser: Browser) -> None:
+    with InferenceDaemon(tmp_path) as daemon:
+        browser.open(f"{daemon.url}/ui/#/health")
+        browser.wait("document.querySelector('main').innerText.includes('The daemon')")
+        daemon.kill()
+        browser.wait("document.getElementById('alert').innerText.includes('does not answer')")
+        daemon.start()
+        browser.wait("document.getElementById('alert').hidden")
+
+
+def test_a_daemon_without_records_says_what_to_do(tmp_path: Path, browser: Browser) -> None:
+    with InferenceDaemon(tmp_path) as daemon:
+        browser.open(daemon.url + "/ui/")
+        browser.wait("document.querySelector('main').innerText.includes('No server has sent anything yet')")
+        with pytest.raises(DaemonAway):
+            daemon.client.get("/ui/api/server?name=a")
+        check_quiet(browser, daemon)
