@@ -1,4 +1,4 @@
-"""What every test may rely on: a process whose signals, log and environment are as they were."""
+"""What every test may rely on: a process whose signals, log, umask and environment are as they were."""
 
 import logging
 import os
@@ -17,7 +17,10 @@ def unchanged_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     root = logging.getLogger()
     level, log_handlers = root.level, root.handlers[:]
+    umask = os.umask(0o022)
+    os.umask(umask)
     yield
+    os.umask(umask)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     for handler in set(root.handlers) - set(log_handlers):

@@ -74,7 +74,7 @@ def test_a_fresh_install_forecasts_unknown_servers_from_their_first_hour(tmp_pat
         feed(daemon.client, 0, 8)
         wait_for("the sweeps", lambda: daemon.status()["backlog"] == 0)
         young = daemon.client.get("/predictions/current")
-        feed(daemon.client, 8, 6)
+        feed(daemon.client, 8, 7)  # the 13th bin closes with a record of 30 s after its end
         wait_for("the sweeps", lambda: daemon.status()["backlog"] == 0)
         shown = daemon.client.get("/predictions/current")
     assert young["predictions"]["a"]["source"] == "fallback"

@@ -88,7 +88,7 @@ class NestedSystemd:
 
     def _do(self, *steps: str) -> None:
         for step in steps:
-            code, output = self.run("sh", "-c", step)
+            code, output = self.run("sh", "-c", f"umask 022; {step}")
             assert code == 0, f"{step}: {output}"
 
     def run(self, *command: str) -> tuple[int, str]:

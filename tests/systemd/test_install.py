@@ -31,7 +31,8 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NestedSystemd]
 
 @pytest.fixture(scope="module")
 def installed(machine: NestedSystemd) -> NestedSystemd:
-    code, output = machine.run("bash", "-euc", f"cd {TREE}\n{_block_after('## Install')}")
+    hardened = "umask 027"  # of a root that hides what it writes from others
+    code, output = machine.run("bash", "-euc", f"{hardened}; cd {TREE}\n{_block_after('## Install')}")
     assert code == 0, output
     return machine
 
