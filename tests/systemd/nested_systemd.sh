@@ -4,6 +4,7 @@
 #   nested_systemd.sh FOLDER     FOLDER/units comes first in the unit path; FOLDER/pid names process 1
 # Needs root. Killing process 1 ends everything inside; this shell then removes its cgroups.
 set -eu
+umask 022 # folders made here are the machine's own, whoever runs the tests
 folder=$1
 name=fleetcast-nested-$$
 here=$(cat /proc/self/cgroup)
