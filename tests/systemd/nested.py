@@ -104,7 +104,11 @@ class NestedSystemd:
     def write(self, path: str, text: str) -> None:
         """Write a file inside."""
         done = subprocess.run(
-            [*self._inside(), "tee", path], input=text, text=True, capture_output=True, check=False
+            [*self._inside(), "sh", "-c", f"umask 022; cat > {path}"],
+            input=text,
+            text=True,
+            capture_output=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
 
