@@ -3,6 +3,7 @@
 import json
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -78,17 +79,20 @@ def test_the_files_rotate_and_all_of_them_are_read(book: Audit, monkeypatch: pyt
     assert len(found) > 7
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
+    """Limit every file to 700 bytes; not as a fixture, since pytest's own log is such a file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (700, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_line_that_the_disk_refuses_leaves_nothing_of_it(book: Audit, small_files: None) -> None:
+def test_a_line_that_the_disk_refuses_leaves_nothing_of_it(book: Audit) -> None:
     # Given a disk that takes half of the fourth line
-    with pytest.raises(StorageFull):
+    with small_files(), pytest.raises(StorageFull):
         for _ in range(10):
             book.append(entry())
             seen = book.path.read_bytes()
