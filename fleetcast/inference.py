@@ -21,7 +21,7 @@ from fleetcast.api.promotion import add_promotion
 from fleetcast.api.server import Door, create_app
 from fleetcast.bins import HISTORY_BINS
 from fleetcast.clock import Clock, DataClock, SystemClock, from_ms, iso_z, monotonic, to_ms
-from fleetcast.errors import CannotStart, FleetcastError, OwnershipLost, StorageBroken, StorageFull
+from fleetcast.errors import FleetcastError, OwnershipLost, StorageBroken, StorageFull
 from fleetcast.forecast.registry import Registry
 from fleetcast.ingest.rules import FUTURE_LIMIT
 from fleetcast.loop import FreeMemory, Stop
@@ -44,6 +44,7 @@ from fleetcast.serving.telemetry import Telemetry
 from fleetcast.serving.writes import WriteIntake
 from fleetcast.settings import Settings
 from fleetcast.storage.store import DataBuffer
+from fleetcast.workers import Worker, Workers
 
 logger = logging.getLogger(__name__)
 
@@ -86,13 +87,7 @@ class InferenceService:
             folder, settings.forecast.settle_horizons, self._fleet.history.bin_ms, settings.clock.mode
         )
         registry = Registry(Path(settings.paths.checkpoint_dir), Path(settings.paths.models_dir))
-        self._model = ModelLoader(
-            registry,
-            load_model,
-            bin_ms=self._fleet.history.bin_ms,
-            horizon_bins=settings.forecast.horizon_bins,
-            on_load=self._telemetry.count_model_load,
-        )
+        self._model = self._make_loader(registry, load_model)
         corrector = None
         if settings.forecast.feedback != "off":
             corrector = Corrector(folder, self._fleet.history, settings.forecast.settle_horizons)
@@ -110,6 +105,25 @@ class InferenceService:
         writes = WriteIntake(settings.remote_write, intake.take, intake.rules)
         self._app = create_app(intake, board, self._report, self._telemetry, settings.server, api_key, writes)
         self._page_desk = self._add_routes(board, registry, api_key)
+        self._steps = self._make_steps(self._telemetry.workers)
+
+    def _make_loader(self, registry: Registry, load_model: Callable[[Path], Predictor]) -> ModelLoader:
+        return ModelLoader(
+            registry,
+            load_model,
+            bin_ms=self._fleet.history.bin_ms,
+            horizon_bins=self._settings.forecast.horizon_bins,
+            on_load=self._telemetry.count_model_load,
+            workers=self._telemetry.workers,
+        )
+
+    def _make_steps(self, workers: Workers) -> list[tuple[Worker, Callable[[], None]]]:
+        """Return what a cycle does, each step watched apart."""
+        return [
+            (workers.step("history"), self._follow_clock),
+            (workers.step("sweep"), lambda: self._sweeper.cycle(lambda: self._stop.is_requested)),
+            (workers.step("upkeep"), self._maintain),
+        ]
 
     def _add_routes(self, board: PredictionBoard, registry: Registry, api_key: str) -> PageDesk:
         """Add what is not about records and forecasts: the page, and which model is in service."""
@@ -126,6 +140,7 @@ class InferenceService:
             DRAIN_S,
             max_answer_bytes=self._settings.server.max_answer_bytes,
             on_end=self._telemetry.count_connection_end,
+            workers=self._telemetry.workers,
         )
         logger.info("listening url=%s clock=%s", self._listener.url, self._settings.clock.mode)
         self._model.start()
@@ -133,28 +148,35 @@ class InferenceService:
         self._report.not_ready = ""
 
     def cycle(self) -> None:
-        """Do what is due: sweeps first, then the buffer's upkeep.
+        """Do what is due: sweeps first, then the buffer's upkeep; a step that fails costs no other.
 
         Raises:
             OwnershipLost: the buffer's folder is another's; only `close` may follow.
         """
-        if not self._listener.is_alive:
-            raise CannotStart("the HTTP server's thread ended; see the log")
+        self._buffer.check_ownership()
+        for worker, work in self._steps:
+            worker.run(work)
+        self._telemetry.workers.look_after()
+
+    def _follow_clock(self) -> None:
         if not self._fleet.is_data_clock and self._is_ahead_of_the_clock():
             logger.warning("the system's clock stepped back: the history is read again")
             self._fleet.clear()
             self._restore()
-        self._buffer.check_ownership()
-        self._sweeper.cycle(lambda: self._stop.is_requested)
-        if monotonic() - self._maintained_at >= MAINTAIN_S:
-            self._maintained_at = monotonic()
-            self._telemetry.unwelcome.log_when_due()
-            self._memory.give_back()
-            try:
-                self._buffer.maintain(self._fleet.clock.now())
-            except FleetcastError as error:  # a full disk passes; what is durable stays in the log
-                self._telemetry.errors.note("buffer", error)
-            self._free_metric_names()
+
+    def _maintain(self) -> None:
+        if monotonic() - self._maintained_at < MAINTAIN_S:
+            return
+        self._maintained_at = monotonic()
+        self._telemetry.unwelcome.log_when_due()
+        self._memory.give_back()
+        try:
+            self._buffer.maintain(self._fleet.clock.now())
+        except OwnershipLost:
+            raise
+        except FleetcastError as error:  # a full disk passes; what is durable stays in the log
+            self._telemetry.errors.note("buffer", error)
+        self._free_metric_names()
 
     def close(self) -> None:
         """Stop in order: no new request, those at work answered, then everything into its day."""

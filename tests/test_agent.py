@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -12,12 +13,22 @@ from typing import Any
 
 import psutil
 import pytest
+from programs import wait_for
 from scripted_daemon import ScriptedDaemon
 
 from fleetcast.errors import DaemonAway
+from fleetcast.loop import Stop
 from fleetcast.schema import VIRTUAL_DISKS
-from fleetcast.sources.agent import BATCH_RECORDS, LONGEST_WAIT_S, Backlog, CounterRate, Delivery, HostMeter
-from fleetcast.sources.client import FeedAnswer, RequestRefused
+from fleetcast.sources.agent import (
+    BATCH_RECORDS,
+    LONGEST_WAIT_S,
+    Backlog,
+    CounterRate,
+    Delivery,
+    HostMeter,
+    LocalAgent,
+)
+from fleetcast.sources.client import DaemonClient, FeedAnswer, RequestRefused
 
 ROOT = Path(__file__).resolve().parents[1]
 ALWAYS_THERE = {"cpu_pct", "mem_pct", "load_average", "disk_usage_pct"}
@@ -282,3 +293,23 @@ def test_a_flag_that_makes_no_sense_ends_it_with_what_would_be_right(flags: list
 
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_a_delivery_that_ends_begins_again_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = LocalAgent("web-01", HostMeter(Path("/")), DaemonClient("http://127.0.0.1:9"))
+    calls: list[int] = []
+
+    def fail_once() -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise SystemExit
+
+    monkeypatch.setattr(agent._delivery, "run_due", fail_once)
+    stop = Stop()
+    runner = threading.Thread(target=agent.run, args=(60.0, stop))
+    runner.start()
+    wait_for("a second delivery", lambda: len(calls) > 1, 30)
+    assert "problem=delivery failed once" in agent.summary()
+    stop.request("test")
+    runner.join(30)
+    assert not runner.is_alive()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import httpx
 import numpy as np
 import pandas as pd
 import pytest
+from programs import wait_for
 
 from data_buffer import DataBuffer
 from fleetcast.api.listener import HttpListener
@@ -142,6 +144,19 @@ def test_a_due_bin_wakes_the_loop(world: World) -> None:
     assert world.stop.wait(30.0) is False  # came back at once, and not to stop
 
 
+def test_a_model_that_comes_into_service_forecasts_at_once(world: World) -> None:
+    world.post(("a", 0, 1.0), ("a", 1, 1.0))
+    world.service.cycle()
+    assert world.get("/predictions/current")["predictions"]["a"]["source"] == "fallback"
+    world.add_version("20260115T100000Z-0001")
+    world.service.cycle()
+    assert world.service.wait_for_loader(30.0)
+    world.service.cycle()  # no record came meanwhile
+    answer = world.get("/predictions/current")
+    assert answer["predictions"]["a"]["source"] == "model"
+    assert answer["model"]["version"] == "20260115T100000Z-0001"
+
+
 def test_a_new_version_is_in_service_from_the_next_sweep_on(world: World) -> None:
     world.post(("a", 0, 1.0), ("a", 1, 2.0))
     world.service.cycle()
@@ -250,11 +265,44 @@ def test_a_failing_disk_is_an_error_to_be_seen_not_the_end(
     assert (error["part"], error["error"]) == ("buffer", "the disk is on fire")
 
 
-def test_a_dead_http_thread_ends_the_cycle(tmp_path: Path) -> None:
-    world = World(tmp_path).start()
-    world.end()
-    with pytest.raises(CannotStart, match="HTTP"):
+def test_an_http_server_that_ends_unasked_begins_again_on_its_address_and_takes_records(
+    world: World,
+) -> None:
+    assert world.post(("a", 0, 1.0)).status_code == 200
+    server = world.service._listener._server
+    assert server is not None
+    server.should_exit = True
+
+    def answers() -> bool:
+        with suppress(httpx.TransportError):
+            return (
+                world.client.get("/health").status_code == 200
+                and server is not world.service._listener._server
+            )
+        return False
+
+    wait_for("the server to be back", answers, 30)
+    assert world.post(("a", 1, 1.0)).json()["records_received"] == 1
+    status = world.get("/status")
+    assert status["workers"]["http"] == 1
+    assert any("http failed once" in text for text in status["problems"])
+    assert 'fleetcast_errors_total{part="http"} 1.0' in world.client.get("/metrics").text
+
+
+def test_a_step_that_fails_costs_no_other_and_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_should_stop: object) -> None:
+        raise KeyError("surprise")
+
+    maintained: list[object] = []
+    monkeypatch.setattr(world.service._sweeper, "cycle", fail)
+    monkeypatch.setattr(world.service._buffer, "maintain", maintained.append)
+    for _ in range(12):  # more than a loop survives where the error is its own
         world.service.cycle()
+    assert maintained
+    status = world.get("/status")
+    assert status["workers"]["sweep"] == 1  # the others came within its pause
+    assert any("sweep failed once" in text and "surprise" in text for text in status["problems"])
+    assert 'fleetcast_errors_total{part="sweep"} 1.0' in world.client.get("/metrics").text
 
 
 def conforms(value: Any, schema: dict[str, Any]) -> bool:

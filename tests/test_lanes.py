@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from fleetcast.api.lanes import GROUP_MAX_BYTES, Lanes, Post
+from fleetcast.workers import Workers
 
 
 class Work:
@@ -70,6 +71,29 @@ def test_a_post_that_breaks_our_work_costs_no_other() -> None:
     assert [got[0], got[2]] == [b"a", b"b"]
     assert isinstance(got[1], ZeroDivisionError)
     assert groups == [[b"a", b"poison", b"b"], [b"a"], [b"poison"], [b"b"]]
+
+
+def test_whatever_ends_a_lane_its_posts_are_answered_and_it_begins_again() -> None:
+    def end_the_thread(group: Sequence[Post]) -> None:
+        if group[0].body == b"poison":
+            raise SystemExit
+        for post in group:
+            post.answer = post.body
+
+    async def ask() -> list[object]:
+        bad = [await asyncio.gather(lanes.take(b"poison", is_arrow=False), return_exceptions=True)]
+        good = [await lanes.take(b"%d" % number, is_arrow=False) for number in range(5)]
+        return [*bad[0], *good]
+
+    workers = Workers()
+    lanes = Lanes(end_the_thread, workers)
+    try:
+        bad, *good = asyncio.run(ask())
+    finally:
+        lanes.close()
+    assert isinstance(bad, RuntimeError)
+    assert good == [b"%d" % number for number in range(5)]
+    assert workers.failures() == {"lane": 1}
 
 
 def test_closing_finishes_what_waits() -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from fleetcast import loop
-from fleetcast.errors import DaemonAway
+from fleetcast.errors import DaemonAway, OwnershipLost
 from fleetcast.loop import Stop, run_every
+from fleetcast.workers import Workers
 
 ROOT = Path(__file__).parents[1]
 
@@ -173,3 +174,72 @@ def test_cycles_that_were_woken_do_not_move_the_rhythm(monkeypatch: pytest.Monke
 
     run_every(lambda: times.append(wall.now_s), 5.0, Woken(wall, 8))
     assert times == [100.0, 101.0, 102.0, 103.0, 104.0, 105.0, 106.0, 107.0]
+
+
+def test_a_step_that_fails_pauses_longer_each_time_and_is_told_until_it_is_well(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now_s, told, is_broken = 100.0, [], True
+    monkeypatch.setattr("fleetcast.workers.monotonic", lambda: now_s)
+    workers = Workers(lambda name, error: told.append((name, str(error))))
+    step = workers.step("sweep")
+    tries = []
+
+    def work() -> None:
+        tries.append(now_s - 100.0)
+        if is_broken:
+            raise TypeError("surprise")
+
+    for _ in range(160):
+        step.run(work)
+        now_s += 1.0
+    assert tries == [0.0, 1.0, 3.0, 7.0, 15.0, 31.0, 63.0, 123.0]
+    assert workers.failures() == {"sweep": 8}
+    assert workers.problems() == ["sweep failed 8 times in a row, it begins again in 23 s: surprise"]
+    assert told[0] == ("sweep", "surprise")
+    assert "TypeError: surprise" in caplog.text  # with its traceback
+
+    is_broken = False
+    now_s += 30.0
+    assert step.run(work)
+    assert workers.problems() == []
+    assert workers.failures() == {"sweep": 8}
+
+
+def test_a_lost_folder_ends_the_loop_whatever_the_step() -> None:
+    def lose() -> None:
+        raise OwnershipLost("the buffer", "moved")
+
+    with pytest.raises(OwnershipLost):
+        Workers().step("sweep").run(lose)
+
+
+@pytest.mark.parametrize("error", [SystemExit(), KeyboardInterrupt(), MemoryError(), KeyError("x")])
+def test_whatever_ends_a_thread_it_begins_again_until_its_work_is_done(error: BaseException) -> None:
+    workers, tries = Workers(), []
+
+    def work() -> None:
+        tries.append(1)
+        if len(tries) == 1:
+            raise error
+
+    thread = workers.thread("follower", work)
+    thread.start()
+    assert thread.join(30)
+    assert len(tries) == 2
+    assert workers.failures() == {"follower": 1}
+    assert "follower failed once, it was begun again" in workers.problems()[0]
+    workers.look_after()
+    assert not thread.is_alive  # its work is done
+
+
+def test_a_thread_that_is_gone_is_noticed() -> None:
+    release, workers = threading.Event(), Workers()
+    thread = workers.thread("follower", lambda: print(release.wait(30)))
+    thread.start()
+    real, thread._thread = thread._thread, threading.Thread(target=print)  # as if it had died
+    workers.look_after()
+    assert thread.is_alive and thread._thread is not real
+    assert workers.failures() == {"follower": 1}
+    release.set()
+    assert thread.join(30)

@@ -12,6 +12,7 @@ from fleetcast.errors import BadCheckpoint, OtherBins
 from fleetcast.forecast.registry import Registry
 from fleetcast.schema import Floats32, HistoryWindow
 from fleetcast.serving.model_loader import ModelLoader
+from fleetcast.workers import Workers
 
 CLOCK = FakeClock()
 
@@ -86,9 +87,10 @@ def world(tmp_path: Path) -> World:
 
 def test_without_any_version_the_fallback_serves(world: World) -> None:
     report = world.started().report()
+    folders = f"{world.registry.folder} or {world.registry.folder.parent / 'models'}"
     assert report == {
         "version": None, "trained_at": None, "base": None, "metrics": [], "specialised_series": 0,
-        "loading": False, "problems": [],
+        "loading": False, "problems": [f"there is no model version in {folders}"],
     }  # fmt: skip
     assert world.loads == []
 
@@ -112,8 +114,8 @@ def test_how_many_series_have_weights_of_their_own_is_told(world: World) -> None
     assert world.started().report()["specialised_series"] == 3
 
 
-def test_a_shipped_base_made_for_other_bins_is_passed_over_and_is_no_failure(
-    world: World, tmp_path: Path
+def test_a_shipped_base_made_for_other_bins_is_passed_over_and_everybody_is_told(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     base = Registry(tmp_path / "models")
     manifest = {"created_at": iso_z(CLOCK.now()), "parent": None, "promoted": True}
@@ -122,8 +124,11 @@ def test_a_shipped_base_made_for_other_bins_is_passed_over_and_is_no_failure(
 
     report = world.started().report()
 
-    assert (report["version"], report["problems"]) == (None, [])
+    (problem,) = report["problems"]
+    assert report["version"] is None
+    assert "the shipped base model is not used" in problem and "made for 96 bins of 300 s" in problem
     assert (world.loads, world.model.n_failures) == ([], 0)
+    assert any(problem in line.message for line in caplog.records if line.levelname == "WARNING")
 
 
 def test_a_version_of_our_own_made_for_other_bins_is_a_failure(world: World) -> None:
@@ -144,7 +149,9 @@ def test_a_new_version_is_noticed_and_swapped_in(world: World) -> None:
 
 
 @pytest.mark.parametrize("content", [b"junk", b"nan"])
-def test_a_bad_new_version_leaves_the_old_one_and_is_tried_once(world: World, content: bytes) -> None:
+def test_a_bad_new_version_leaves_the_old_one_and_is_not_tried_again_at_once(
+    world: World, content: bytes
+) -> None:
     world.add("20260115T100000Z-0001", b"1")
     world.started()
     world.add("20260116T100000Z-0002", content)
@@ -253,3 +260,114 @@ def test_an_error_that_no_one_expected_is_a_problem_in_the_report_and_counted(wo
     world.add("20260115T100000Z-0001", b"1")
     assert "surprise" in world.started().report()["problems"][0]
     assert world.loads == [False]
+
+
+def test_whatever_one_version_raises_the_next_is_tried(world: World) -> None:
+    def fail_for_the_newest(path: Path) -> Constant:
+        if path.parent.name.endswith("0002"):
+            raise KeyError("surprise")
+        return load(path)
+
+    world.model = ModelLoader(world.registry, fail_for_the_newest, bin_ms=300_000, horizon_bins=4)
+    world.add("20260115T100000Z-0001", b"1")
+    world.add("20260116T100000Z-0002", b"2")
+    assert "surprise" in world.started().report()["problems"][0]
+    assert world.version == "20260115T100000Z-0001"
+
+
+def test_whatever_is_wrong_with_the_checkpoints_the_base_serves(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Registry(tmp_path / "models")
+    manifest = {"created_at": iso_z(CLOCK.now()), "parent": None, "promoted": True}
+    base.add("20260101T000000Z-base", {"model.ckpt": b"5"}, manifest)
+    base.promote("20260101T000000Z-base")
+
+    def fail() -> list[str]:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(world.registry, "version_ids", fail)
+    assert "surprise" in world.started().report()["problems"][0]
+    assert world.version == "20260101T000000Z-base"
+
+
+class Wall:
+    """A monotonic clock that a test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 1000.0
+        for module in ("fleetcast.workers", "fleetcast.serving.model_loader"):
+            monkeypatch.setattr(f"{module}.monotonic", lambda: self.now_s)
+
+
+def test_a_version_that_failed_is_tried_again_after_a_pause_that_grows(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wall = Wall(monkeypatch)
+    world.add("20260115T100000Z-0001", b"1")
+    world.started()
+    world.add("20260116T100000Z-0002", b"2")
+    path = world.registry.folder / "versions" / "20260116T100000Z-0002" / "model.ckpt"
+    path.rename(path.with_name("away"))
+    world.noticed()
+    n_tries = []
+    for _ in range(60):
+        wall.now_s += 1.0
+        world.noticed()
+        n_tries.append(len(world.loads))
+    assert n_tries[3] == 2 and n_tries[6] == 3  # after 5 s
+    assert n_tries[-1] == 5  # and 10, 20
+    assert world.model.report()["problems"]
+
+    path.with_name("away").rename(path)
+    wall.now_s += 900.0
+    world.noticed()
+
+    assert world.version == "20260116T100000Z-0002"
+    assert world.model.report()["problems"] == []
+
+
+def test_a_loader_that_fails_itself_is_begun_again_and_says_so(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wall = Wall(monkeypatch)
+    world.add("20260115T100000Z-0001", b"1")
+    is_broken = True
+
+    def end_the_thread(path: Path) -> Constant:
+        if is_broken:
+            raise SystemExit
+        return load(path)
+
+    workers = Workers()
+    world.model = ModelLoader(world.registry, end_the_thread, bin_ms=300_000, horizon_bins=4, workers=workers)
+    world.started()
+    assert world.model.is_broken
+    assert workers.failures() == {"model loader": 1}
+    assert "model loader failed once" in workers.problems()[0]
+    is_broken = False
+    world.noticed()
+    assert world.version is None
+    wall.now_s += 6.0
+    world.noticed()
+    assert world.version == "20260115T100000Z-0001"
+    assert workers.problems() == []
+
+
+def test_a_load_that_takes_long_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wall, release = Wall(monkeypatch), threading.Event()
+
+    def slow_load(path: Path) -> Constant:
+        release.wait(30)
+        return load(path)
+
+    world = World(tmp_path)
+    world.model = ModelLoader(world.registry, slow_load, bin_ms=300_000, horizon_bins=4)
+    world.add("20260115T100000Z-0001", b"1")
+    world.model.start()
+    assert world.model.report()["problems"] == []
+    wall.now_s += 130.0
+    assert world.model.report()["problems"] == ["a version has been loading for 130 s"]
+    release.set()
+    assert world.model.wait(30)
+    assert world.model.report()["problems"] == []

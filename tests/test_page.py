@@ -186,9 +186,9 @@ def test_the_pulse_costs_nothing_while_nothing_changes(world: World) -> None:
 
 
 def test_problems_are_told_in_words(world: World) -> None:
-    assert [item["text"] for item in world.get("/ui/api/health")["problems"]] == [
-        "No drift check was made yet: is the retraining daemon running in this folder?"
-    ]
+    no_model, no_check = [item["text"] for item in world.get("/ui/api/health")["problems"]]
+    assert no_model.startswith("No model serves: there is no model version in ")
+    assert no_check == "No drift check was made yet: is the retraining daemon running in this folder?"
     world.post(("a", 0, 1.0), ("b", 0, 1.0))
     world.post(("b", 12, 1.0))
     texts = [item["text"] for item in world.get("/ui/api/health")["problems"]]

@@ -12,11 +12,11 @@ from prometheus_client import CollectorRegistry
 from data_buffer import DataBuffer
 from fleetcast.clock import FakeClock, to_ms
 from fleetcast.errors import StorageFull
-from fleetcast.schema import Floats32, HistoryWindow, RecordBatch, SettledForecasts
+from fleetcast.schema import ClosedBin, Floats32, HistoryWindow, RecordBatch, SettledForecasts
 from fleetcast.serving.board import ModelInfo, PredictionBoard
 from fleetcast.serving.corrector import Corrector
 from fleetcast.serving.history import BinHistory
-from fleetcast.serving.ledger import Ledger
+from fleetcast.serving.ledger import Ledger, Settlement
 from fleetcast.serving.model_loader import Champion
 from fleetcast.serving.roster import Fleet, Roster
 from fleetcast.serving.sweep import Sweeper
@@ -192,6 +192,80 @@ def test_a_model_that_fails_costs_no_forecast(world: World) -> None:
     world.sweeper.cycle()
     assert world.settled() == [(0, 1, "a", 1.0, 2.0, None)]
     assert world.errors[0] == "model: no memory"
+
+
+@pytest.mark.parametrize("error", [TypeError("surprise"), IndexError(), AssertionError("ours")])
+def test_whatever_a_model_raises_it_costs_no_forecast_and_is_told(world: World, error: Exception) -> None:
+    model = Model()
+    model.error = error
+    world.service.champion = Champion(model, ModelInfo("v1", "2026-01-15T10:00:00Z", False))
+    world.feed(("a", 0, 1.0), ("a", 1, 2.0), ("a", 2, 3.0))
+    world.sweeper.cycle()
+    assert world.settled() == [(0, 1, "a", 1.0, 2.0, None)]
+    assert "the model v1 failed" in world.sweeper.problems[0]
+    model.error = None
+    world.feed(("a", 3, 3.0))
+    world.sweeper.cycle()
+    assert world.sweeper.problems == []
+
+
+@pytest.mark.parametrize("step", ["learn", "correct", "save"])
+def test_an_expert_layer_that_fails_costs_no_forecast_and_no_actual(
+    world: World, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*_args: object, **_named: object) -> None:
+        raise IndexError("surprise")
+
+    monkeypatch.setattr(world.sweeper._corrector, step, fail)
+    world.feed(("a", 0, 1.0), ("a", 1, 2.0), ("a", 2, 3.0))
+    world.sweeper.cycle()
+    assert world.settled() == [(0, 1, "a", 1.0, 2.0, None)]
+    assert set(world.errors) == {"feedback: surprise"}
+
+
+def test_a_bin_that_cannot_be_settled_does_not_stand_before_the_others(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle, n_calls = world.ledger.settle, 0
+
+    def fail_once(closed: ClosedBin) -> Settlement:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 2:
+            raise KeyError("surprise")
+        return settle(closed)
+
+    monkeypatch.setattr(world.ledger, "settle", fail_once)
+    world.feed(*(("a", number, 10.0 * number) for number in range(5)))
+    world.sweeper.cycle()
+    assert [row[:2] for row in world.settled()] == [(0, 3), (1, 1), (2, 1)]
+    assert world.errors == ["ledger: 'surprise'"]
+
+
+def test_a_model_that_comes_into_service_forecasts_the_newest_bin_at_once(tmp_path: Path) -> None:
+    world = World(tmp_path, every_bin=False)
+    world.feed(("a", 0, 1.0), ("a", 1, 2.0), ("a", 2, 3.0))
+    world.sweeper.cycle()
+    assert b'"fallback"' in b"".join(world.board.document())
+    for version in ("v1", "v2"):  # the second one, too
+        model = Model(70.0 if version == "v1" else 80.0)
+        world.service.champion = Champion(model, ModelInfo(version, "2026-01-15T10:00:00Z", False))
+        world.sweeper.cycle()
+        assert world.board.model == world.service.champion.info
+        assert b'"source":"model"' in b"".join(world.board.document())
+    n_sweeps = world.sweeper.counts.sweeps
+    world.sweeper.cycle()
+    assert world.sweeper.counts.sweeps == n_sweeps == 3
+    world.buffer.close()
+
+
+def test_under_recorded_time_only_the_first_model_forecasts_a_bin_again(world: World) -> None:
+    world.feed(("a", 0, 1.0), ("a", 1, 2.0), ("a", 2, 3.0))
+    world.sweeper.cycle()
+    for version, n_sweeps in (("v1", 3), ("v2", 3)):
+        world.service.champion = Champion(Model(), ModelInfo(version, "2026-01-15T10:00:00Z", False))
+        world.sweeper.cycle()
+        assert world.sweeper.counts.sweeps == n_sweeps
 
 
 def test_a_gap_settles_nothing_falsely_and_blocks_nothing(world: World) -> None:

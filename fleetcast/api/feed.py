@@ -55,14 +55,24 @@ class Feed:
         self._is_held = is_held
         self._telemetry = telemetry
         self._settings = settings
-        self._lanes = Lanes(PostGroups(intake, self._count).work)
+        self._work = PostGroups(intake, self._count).work
         self._bodies = BodyReader(settings.max_body_bytes)
         self._n_pending = self._n_heavy = 0  # touched by the event loop only
-        n_workers = min(_WORKERS, settings.max_pending_posts)
+        self._is_open = False
+        self.open()
+
+    def open(self) -> None:
+        """Begin to work, also again after a server that ended unasked has closed it."""
+        if self._is_open:
+            return
+        self._is_open = True
+        self._lanes = Lanes(self._work, self._telemetry.workers)
+        n_workers = min(_WORKERS, self._settings.max_pending_posts)
         self._workers = ThreadPoolExecutor(n_workers, thread_name_prefix="ingest")
 
     def close(self) -> None:
         """Wait for the requests at work; called once no new one can arrive."""
+        self._is_open = False
         self._lanes.close()
         self._workers.shutdown(wait=True)
 

@@ -9,11 +9,12 @@ so a lone sender waits for no other and groups grow with the load.
 """
 
 import asyncio
+import contextlib
 import queue
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fleetcast.api.bodies import LIGHT_BYTES, Refusal, check_items, encode, read_records
@@ -22,6 +23,7 @@ from fleetcast.ingest.arrow import read_columns
 from fleetcast.ingest.columns import RowsOf, layout_of
 from fleetcast.ingest.json_records import JsonRecords
 from fleetcast.serving.intake import Intake, Receipt
+from fleetcast.workers import Workers
 
 MAX_ERRORS_SHOWN = 20
 GROUP_MAX_BYTES = 2**20  # bodies of one group: larger ones gain nothing, and make the first one wait
@@ -40,23 +42,26 @@ class Post:
     answer: bytes | Exception | None = field(default=None)
 
 
+WORKER = "lane"
 Posts = queue.SimpleQueue["Post | None"]
 
 
 class Lanes:
     """Threads that do `work` on groups of posts; it sets each post's answer and may raise for all.
 
-    Large bodies have lanes of their own: a small post never waits for one of them.
+    Large bodies have lanes of their own: a small post never waits for one of them. Whatever ends a
+    lane, each post gets an answer, and the lane begins again.
     """
 
-    def __init__(self, work: Callable[[Sequence[Post]], None]) -> None:
+    def __init__(self, work: Callable[[Sequence[Post]], None], workers: Workers | None = None) -> None:
         self._work = work
         self._light: Posts = queue.SimpleQueue()  # bounded by its caller
         self._heavy: Posts = queue.SimpleQueue()
+        workers = workers or Workers()
         self._threads = [
-            threading.Thread(target=self._run, args=(posts,), name=f"lane-{kind}-{number}", daemon=True)
-            for kind, posts in (("light", self._light), ("heavy", self._heavy))
-            for number in range(_N_LANES)
+            workers.thread(WORKER, partial(self._run, posts))
+            for posts in (self._light, self._heavy)
+            for _ in range(_N_LANES)
         ]
         for thread in self._threads:
             thread.start()
@@ -73,16 +78,20 @@ class Lanes:
             self._light.put(None)
             self._heavy.put(None)
         for thread in self._threads:
+            thread.stop()
+        for thread in self._threads:
             thread.join()
 
     def _run(self, posts: Posts) -> None:
         while (post := posts.get()) is not None:
-            group = self._group(post, posts)
+            group = [post]
             try:
+                self._fill(group, posts)
                 self._work(group)
             except Exception as error:
                 self._work_alone([post for post in group if post.answer is None], error)
-            group[0].done.get_loop().call_soon_threadsafe(_hand_back, group)
+            finally:  # also before an error that ends the lane
+                _return(group)
 
     def _work_alone(self, posts: Sequence[Post], error: Exception) -> None:
         """After an internal error, retry the posts one by one so that only the faulty one fails."""
@@ -95,9 +104,9 @@ class Lanes:
                 except Exception as own:
                     post.answer = own
 
-    def _group(self, first: Post, posts: Posts) -> list[Post]:
-        group = [first]
-        n_bytes = len(first.body)
+    def _fill(self, group: list[Post], posts: Posts) -> None:
+        """Add what waits to the group."""
+        n_bytes = len(group[0].body)
         while n_bytes < GROUP_MAX_BYTES:
             try:
                 post = posts.get_nowait()
@@ -108,7 +117,16 @@ class Lanes:
                 break
             group.append(post)
             n_bytes += len(post.body)
-        return group
+
+
+def _return(group: Sequence[Post]) -> None:
+    """Take the answers to the event loops that wait for them; a server begun again has another."""
+    posts_of: dict[asyncio.AbstractEventLoop, list[Post]] = defaultdict(list)
+    for post in group:
+        posts_of[post.done.get_loop()].append(post)
+    for loop, posts in posts_of.items():
+        with contextlib.suppress(RuntimeError):  # that server ended, and its clients are gone
+            loop.call_soon_threadsafe(_hand_back, posts)
 
 
 def _hand_back(group: Sequence[Post]) -> None:

@@ -1,4 +1,4 @@
-"""The HTTP server's thread.
+"""The HTTP server's thread; a server that ends unasked begins again on the same address.
 
 Owns: uvicorn, the listening socket, and how many connections there may be: with a reserve of file
 descriptors, or a flood of connections would take the log and the buffer their files. What one
@@ -9,7 +9,6 @@ import asyncio
 import logging
 import resource
 import socket
-import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,6 +19,7 @@ from fleetcast.api.connection import BoundedConnection, Crowd
 from fleetcast.clock import monotonic, sleep
 from fleetcast.errors import CannotStart
 from fleetcast.settings import ServerSettings
+from fleetcast.workers import Workers, WorkerThread
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ _MAX_CONNECTIONS = 2048
 _WANTED_DESCRIPTORS = 8192
 _RESERVED_DESCRIPTORS = 256  # for the log, the buffer's files, and connections taken before they are counted
 _START_TIMEOUT_S = 30.0
+WORKER = "http"
 _SEND_BUFFER_BYTES = 262_144  # of each connection: the kernel's memory counts against the unit's limit
 
 
@@ -43,16 +44,19 @@ class HttpListener:
             CannotStart: the address cannot be bound.
         """
         self._socket = _bind(host, port)
-        bound_host, bound_port = self._socket.getsockname()[:2]
+        self._host, self._port = host, int(self._socket.getsockname()[1])
+        bound_host = self._socket.getsockname()[0]
         shown = f"[{bound_host}]" if ":" in bound_host else bound_host
-        self.url = f"http://{shown}:{bound_port}"
-        self._server: uvicorn.Server | None = None
-        self._thread: threading.Thread | None = None
+        self.url = f"http://{shown}:{self._port}"
+        self._config: Callable[[], uvicorn.Config] | None = None
+        self._server: _Server | None = None
+        self._thread: WorkerThread | None = None
+        self._is_ending = False
 
     @property
     def is_alive(self) -> bool:
-        """Whether requests are being served."""
-        return self._thread is not None and self._thread.is_alive()
+        """Whether requests are being served, or will be after a pause."""
+        return self._thread is not None and self._thread.is_alive
 
     def start(
         self,
@@ -61,6 +65,7 @@ class HttpListener:
         *,
         max_answer_bytes: int = ServerSettings.max_answer_bytes,
         on_end: Callable[[str], None] = lambda _why: None,
+        workers: Workers | None = None,
     ) -> None:
         """Serve `app`; returns once it does.
 
@@ -68,45 +73,70 @@ class HttpListener:
             drain_s: how long requests at work may take once the stop was asked for.
             max_answer_bytes: what answers that are being read may hold together.
             on_end: told why a connection was ended by us, on the server's thread.
+            workers: told when the server ends unasked.
         """
-        crowd = Crowd(_connections_allowed(), max_answer_bytes, on_end)
-        config = uvicorn.Config(
-            app,
-            http=partial(BoundedConnection, crowd=crowd),  # type: ignore[arg-type]  # on httptools: its parser is C, a third of what a post costs the loop
-            log_config=None,  # logging is configured once, in main
-            log_level=logging.ERROR,  # a warning per bad request would let a sender flush the log
-            access_log=False,
-            lifespan="on",
-            server_header=False,
-            proxy_headers=False,
-            ws="none",
-            timeout_keep_alive=_KEEP_ALIVE_S,
-            limit_concurrency=crowd.max_connections + _ACCEPTS_AT_ONCE,
-            backlog=_ACCEPTS_AT_ONCE,
-            timeout_graceful_shutdown=int(drain_s),
-        )
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._serve, name="http", daemon=True)
+        n_connections = _connections_allowed()
+
+        def make_config() -> uvicorn.Config:  # of its own: a server that died left its crowd uncounted
+            return _config(app, Crowd(n_connections, max_answer_bytes, on_end), drain_s)
+
+        self._config = make_config
+        self._thread = (workers or Workers()).thread(WORKER, self._serve)
         self._thread.start()
         deadline = monotonic() + _START_TIMEOUT_S
-        while not self._server.started:
-            if not self.is_alive or monotonic() > deadline:
+        while self._server is None or not self._server.started:
+            if not self.is_alive or self._thread.worker.n_failures or monotonic() > deadline:
                 raise CannotStart("the HTTP server did not start; see the log")
             sleep(0.005)
-        self._socket.listen(_BACKLOG)  # asyncio lowered it to what it takes at once
 
     def stop(self, timeout_s: float) -> bool:
         """Close the port, let requests at work finish, and return whether all did in time."""
-        if self._server is None or self._thread is None:
+        self._is_ending = True
+        if self._thread is None:
             self._socket.close()
             return True
-        self._server.should_exit = True
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        self._thread.stop()
+        if self._server is not None:
+            self._server.should_exit = True
+        return self._thread.join(timeout_s)
 
     def _serve(self) -> None:
-        assert self._server is not None
-        asyncio.run(self._server.serve(sockets=[self._socket]))
+        """Serve until the stop; on the address again after a server that ended unasked."""
+        if self._is_ending or self._config is None:
+            return
+        if self._server is not None:
+            self._socket.close()
+            self._socket = _bind(self._host, self._port)
+        self._server = server = _Server(self._config())
+        asyncio.run(server.serve(sockets=[self._socket]))
+        if not self._is_ending:
+            raise CannotStart("the HTTP server ended by itself")
+
+
+class _Server(uvicorn.Server):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let the kernel queue more than asyncio takes at once."""
+        await super().startup(sockets)
+        for one in sockets or ():
+            one.listen(_BACKLOG)
+
+
+def _config(app: Any, crowd: Crowd, drain_s: float) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=partial(BoundedConnection, crowd=crowd),  # type: ignore[arg-type]  # on httptools: its parser is C, a third of what a post costs the loop
+        log_config=None,  # logging is configured once, in main
+        log_level=logging.ERROR,  # a warning per bad request would let a sender flush the log
+        access_log=False,
+        lifespan="on",
+        server_header=False,
+        proxy_headers=False,
+        ws="none",
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        limit_concurrency=crowd.max_connections + _ACCEPTS_AT_ONCE,
+        backlog=_ACCEPTS_AT_ONCE,
+        timeout_graceful_shutdown=int(drain_s),
+    )
 
 
 def _bind(host: str, port: int) -> socket.socket:

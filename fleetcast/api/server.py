@@ -241,6 +241,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        feed.open()
         yield
         feed.close()
 

@@ -167,6 +167,10 @@ class Registry:
         self.folder = checkpoint_dir
         self._models_dir = models_dir
 
+    def describe(self) -> str:
+        """Name the folders for people."""
+        return " or ".join(str(folder) for folder in (self.folder, self._models_dir) if folder)
+
     def current_id(self) -> str | None:
         """Return the version `last.ckpt` points to, cheaply and without checking it."""
         return _linked_id(self.folder / LAST_LINK, MODEL_FILE)

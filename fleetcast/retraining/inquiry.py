@@ -8,15 +8,16 @@ Does not know: HTTP (`sources.client`), which load is too much (`quiet`).
 import logging
 import math
 import queue
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
 from fleetcast.errors import DaemonAway, FleetcastError
 from fleetcast.loop import Stop
 from fleetcast.sources.client import LOOPBACK, DaemonClient
+from fleetcast.workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class Inquiry:
 
     def _ask(self, path: str, stop: Stop) -> dict[str, Any]:
         answers: queue.SimpleQueue[_Answer] = queue.SimpleQueue()
-        threading.Thread(target=self._get, args=(path, answers), name="inquiry", daemon=True).start()
+        Workers().thread("inquiry", partial(self._get, path, answers), once=True).start()
         while True:
             try:
                 answer = answers.get(timeout=_LOOK_S)
@@ -141,5 +142,6 @@ class Inquiry:
                 answers.put(client.get(path))
         except FleetcastError as error:
             answers.put(error)
-        except Exception as error:  # the thread's boundary: without an answer `_ask` would wait for ever
+        except BaseException as error:  # without an answer `_ask` would wait for ever
             answers.put(DaemonAway(f"{self._url}{path} could not be asked: {error!r}"))
+            raise

@@ -1,14 +1,14 @@
 """Which model is in service, and how the next one gets there.
 
 Owns: the reference that sweeps use, and the thread that loads and warms a new version beside
-the old one. A bad version leaves the old one in service and appears in `/status`; the loader does
-not try it again until `last.ckpt` points elsewhere.
+the old one. A bad version leaves the old one in service and appears in `/status`; the loader tries it
+again after a pause that grows, and at once when `last.ckpt` points elsewhere. Whatever keeps a model
+from serving is a problem in `report`.
 Does not know: what a model is made of. It is given `load`, so that importing this file is cheap.
 """
 
 import logging
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,14 +16,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from fleetcast.clock import DAY_MS, iso_z, monotonic
-from fleetcast.errors import BadCheckpoint, FleetcastError, OtherBins
+from fleetcast.errors import BadCheckpoint, OtherBins
 from fleetcast.forecast.registry import Registry, Version
 from fleetcast.schema import Floats32, HistoryWindow
 from fleetcast.serving.board import ModelInfo
+from fleetcast.workers import GrowingPause, Workers
 
 logger = logging.getLogger(__name__)
 
+WORKER = "model loader"
 _WARM_UP_BINS = 2304
+_RETRY_S, _RETRY_MOST_S = 5.0, 900.0  # reading a version again costs a second
+_LONG_S = 120.0  # a load takes seconds
 
 
 class Predictor(Protocol):
@@ -55,40 +59,55 @@ class ModelLoader:
         bin_ms: int,
         horizon_bins: int,
         on_load: Callable[[bool], None] = lambda _succeeded: None,
+        workers: Workers | None = None,
     ) -> None:
         self._registry = registry
         self._load = load
         self._bin_ms = bin_ms
         self._horizon_bins = horizon_bins
         self._on_load = on_load
-        self._thread: threading.Thread | None = None
+        self._thread = (workers or Workers()).thread(WORKER, self._run, once=True)
+        self._began_at = float("-inf")
+        self._retry = GrowingPause(_RETRY_S, _RETRY_MOST_S)
         self._pointer: str | None = None  # what last.ckpt pointed to when we last looked
-        self._problems: list[str] = []
+        self._problems: list[str] = []  # of the newest whole round
+        self._found: list[str] = []  # in the present round
+        self._may_heal = False  # something went wrong that another try may not meet
         self.champion: Champion | None = None
         self.n_failures = 0
 
     @property
     def is_loading(self) -> bool:
         """Whether a version is being loaded beside the one in service."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._thread.is_alive
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the loader itself failed, with nothing in service."""
+        return self.champion is None and bool(self._thread.worker.problem)
 
     def start(self) -> None:
         """Begin to load the champion in the background."""
         self._begin(self._registry.current_id())
 
     def notice(self) -> None:
-        """Begin a reload if `last.ckpt` points elsewhere than before; cheap, does not wait."""
-        if self.is_loading:
+        """Begin a reload if `last.ckpt` points elsewhere than before, or if it is time to try again what
+        failed; cheap, does not wait.
+        """
+        if self.is_loading or self._thread.worker.rest_s:
             return
         pointer = self._registry.current_id()
         if pointer != self._pointer and pointer is not None:
+            self._retry.reset()
             self._begin(pointer)
+        elif self._may_heal and not self._retry.left_s:
+            can_choose = self.champion is None or self.champion.info.is_base
+            if pointer is not None or can_choose:
+                self._begin(pointer)
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for a load under way; return whether none is left."""
-        if self._thread is not None:
-            self._thread.join(timeout_s)
-        return not self.is_loading
+        return self._thread.join(timeout_s)
 
     def report(self) -> dict[str, Any]:
         """Return the model's part of `/status`."""
@@ -98,32 +117,43 @@ class ModelLoader:
             "metrics": list(champion.predictor.metrics) if champion else [],
             "specialised_series": champion.n_specialised if champion else 0,
             "loading": self.is_loading,
-            "problems": list(self._problems),
+            "problems": self._tell_problems(),
         }
+
+    def _tell_problems(self) -> list[str]:
+        problems = list(self._problems)
+        loading_s = monotonic() - self._began_at
+        if self.is_loading and loading_s > _LONG_S:
+            problems.append(f"a version has been loading for {loading_s:.0f} s")
+        return problems
 
     def _begin(self, pointer: str | None) -> None:
         self._pointer = pointer
-        # daemon: a stop does not wait for an import of torch
-        self._thread = threading.Thread(target=self._run_to_the_end, name="model-loader", daemon=True)
+        self._began_at = monotonic()
         self._thread.start()
 
-    def _run_to_the_end(self) -> None:
-        """Let no error end the thread without a word: it is a problem in `/status`, counted and logged."""
-        try:
-            self._run()
-        except Exception as error:  # the boundary of this thread
-            logger.exception("the model loader failed")
-            self._note(error)
-
     def _run(self) -> None:
-        """Load the version pointed to, or with nothing in service the best there is."""
-        self._problems = []
+        """Load a version, and let whatever kept another from serving be known to the end."""
+        self._found, self._may_heal = [], False
+        try:
+            self._put_into_service()
+        except BaseException as error:  # the worker logs and counts it, and tries again
+            self._note(error)
+            raise
+        finally:
+            self._problems = self._found
+            if self._may_heal:
+                self._retry.begin()
+            else:
+                self._retry.reset()
+
+    def _put_into_service(self) -> None:
+        """Load the version pointed to, or with nothing of its own in service the best there is."""
         started = monotonic()
-        if self.champion is None:
-            versions = self._registry.usable_versions(self._note)
-        else:
-            versions = iter(self._find_pointed())
-        for version in versions:
+        in_service = self.champion.info.version if self.champion else None
+        for version in self._find_versions():
+            if version.id == in_service:
+                return
             champion = self._try(version)
             if champion:
                 self.champion = champion
@@ -131,12 +161,30 @@ class ModelLoader:
                 logger.info("model in service version=%s took_s=%.3f", version.id, monotonic() - started)
                 self._on_load(True)
                 return
-        kept = self.champion.info.version if self.champion else "the fallback forecast"
-        logger.info("no model to put into service, %s goes on serving", kept)
+        if in_service is None:
+            self._say_that_none_serves()
 
-    def _find_pointed(self) -> list[Version]:
+    def _say_that_none_serves(self) -> None:
+        if not self._found:
+            self._may_heal = True
+            self._found.append(f"there is no model version in {self._registry.describe()}")
+        logger.warning("no model serves, the fallback forecast does: %s", "; ".join(self._found))
+
+    def _find_versions(self) -> Iterator[Version]:
+        if self.champion is not None and self._pointer is not None:
+            yield from self._find_pointed(self._pointer)
+            return
         try:
-            version = self._registry.version(self._pointer or "")
+            yield from self._registry.usable_versions(self._note)
+        except Exception as error:  # whatever is wrong with one folder, the base is another
+            self._note(error)
+            base = self._registry.base(self._note)
+            if base:
+                yield base
+
+    def _find_pointed(self, version_id: str) -> list[Version]:
+        try:
+            version = self._registry.version(version_id)
             version.verify()
         except BadCheckpoint as error:
             self._note(error)
@@ -144,25 +192,31 @@ class ModelLoader:
         return [version]
 
     def _try(self, version: Version) -> Champion | None:
+        """Load and warm a version; whatever is wrong with one, the next is tried."""
         try:
             predictor = self._load(version.model_path)
             self._warm_up(predictor, version.model_path)
+            info = ModelInfo(version.id, iso_z(version.created_at), version.is_base)
+            return Champion(predictor, info, version.n_specialist_series)
         except OtherBins as error:
-            if version.is_base:  # shipped for the default bins; nothing is wrong with either
-                logger.info("the shipped base model is not used: %s", error)
-            else:
+            if not version.is_base:
                 self._note(error)
-            return None
-        except (FleetcastError, OSError, RuntimeError, ValueError, ImportError, MemoryError) as error:
+            else:  # intact, and shipped for the default bins: no failure, but worth a word
+                text = f"the shipped base model is not used: {error}"
+                self._found.append(text)
+                logger.warning("%s", text)
+        except Exception as error:
             self._note(error)
-            return None
-        info = ModelInfo(version.id, iso_z(version.created_at), version.is_base)
-        return Champion(predictor, info, version.n_specialist_series)
+        return None
 
-    def _note(self, error: Exception) -> None:
+    def _note(self, error: BaseException) -> None:
         self.n_failures += 1
-        self._problems.append(str(error))
-        logger.error("model version cannot serve: %s", error)
+        self._may_heal |= not isinstance(error, OtherBins)  # neither file nor settings can change
+        text = str(error) or type(error).__name__
+        is_known = text in self._problems
+        self._found.append(text)
+        level = logging.WARNING if is_known else logging.ERROR
+        logger.log(level, "model version cannot serve: %s", text)
         self._on_load(False)
 
     def _warm_up(self, predictor: Predictor, path: Path) -> None:

@@ -28,8 +28,6 @@ MOST_ROWS = 200
 HIGH_PERCENT = 90.0  # a percent metric whose p90 gets here within the horizon is worth a look
 STALE, DRIFT, HIGH, WARMING_UP, OK = "stale", "drift", "high", "warming_up", "ok"
 STATES = (OK, WARMING_UP, HIGH, DRIFT, STALE)  # the strip's bytes are places in it: worst last
-_FULL_SHARE = 0.9  # of a limit on names
-_LATE_BINS = 3  # bins that wait for their sweep
 _SILENT_S = 1800.0  # a retraining daemon checks every 300 s
 
 
@@ -167,24 +165,13 @@ class Overview:
         return sorted(found, key=lambda problem: problem["severity"] != "error")
 
     def _fleet_problems(self) -> list[tuple[str, str]]:
-        status = self._report.status()
-        found = []
-        if status["detail"]:
-            found.append(("error", f"Not ready: {status['detail']}."))
-        if status["backlog"] > _LATE_BINS:
-            found.append(("error", f"{status['backlog']} closed bins wait for their forecast."))
-        for problem in status["model"]["problems"]:
-            found.append(("warning", f"A model version was refused: {problem}"))
+        found = self._report.problems()
         n_stale = int(self._fleet.servers().is_stale.sum())
         if n_stale:
             minutes = round(self._fleet.settings.stale_after_s / 60)
             verb = "server has" if n_stale == 1 else "servers have"
             found.append(("warning", f"{n_stale} {verb} sent nothing for {minutes} minutes."))
-        for what, limit in status["limits"].items():
-            if limit["used"] > _FULL_SHARE * limit["limit"]:
-                words = what.replace("_", " ")
-                found.append(("warning", f"{limit['used']} of {limit['limit']} {words} are used."))
-        for error in status["last_errors"]:
+        for error in self._report.newest_errors():
             found.append(("warning", f"{error['time']} {error['part']}: {error['error']}"))
         return found
 

@@ -24,6 +24,8 @@ from fleetcast.settings import Settings
 from fleetcast.storage.store import DataBuffer
 
 _PROBE_S = 0.1  # asking takes the lock for an instant: not more often than needed
+_LATE_BINS = 3  # bins that wait for their sweep
+_FULL_SHARE = 0.9  # of a limit on names
 _STATS_S = 1.0  # reading the statistics touches every day's footers
 
 
@@ -63,6 +65,7 @@ class StatusReport:
         self._model = model
         self._sweeper = sweeper
         self._errors = telemetry.errors
+        self._workers = telemetry.workers
         self._is_training = TrainingProbe(Path(settings.paths.checkpoint_dir))
         self._started_at = SystemClock().now()
         self._stats: dict[str, Any] = {}
@@ -91,6 +94,8 @@ class StatusReport:
         return {
             "status": "not ready" if self.not_ready else "ready",
             "detail": self.not_ready,
+            "problems": [text for _severity, text in self.problems()],
+            "workers": self._workers.failures(),
             "program": __version__,
             "pid": os.getpid(),
             "started_at": iso_z(self._started_at),
@@ -117,6 +122,29 @@ class StatusReport:
             "buffer": {"folder": str(self._buffer.folder), **self._buffer_stats()},
             "last_errors": self._errors.newest_first(),
         }
+
+    def problems(self) -> list[tuple[str, str]]:
+        """Return what is wrong with this daemon, each with `error` or `warning`."""
+        found = []
+        if self.not_ready:
+            found.append(("error", f"Not ready: {self.not_ready}."))
+        n_late = len(self._fleet.due_bins())
+        if n_late > _LATE_BINS:
+            found.append(("error", f"{n_late} closed bins wait for their forecast."))
+        found += [("error", f"A part of the daemon failed: {text}") for text in self._workers.problems()]
+        model = self._model.report()
+        kept = "A model version was refused, another serves" if model["version"] else "No model serves"
+        found += [("warning", f"{kept}: {text}") for text in model["problems"]]
+        found += [("warning", f"In the newest forecast {text}") for text in self._sweeper.problems]
+        for what, limit in self._limits().items():
+            if limit["used"] > _FULL_SHARE * limit["limit"]:
+                words = what.replace("_", " ")
+                found.append(("warning", f"{limit['used']} of {limit['limit']} {words} are used."))
+        return found
+
+    def newest_errors(self) -> list[dict[str, str]]:
+        """Return the last errors that the daemon survived, newest first."""
+        return self._errors.newest_first()
 
     def _limits(self) -> dict[str, dict[str, int]]:
         """Return the shared limits that any client can use up, and how much of them is used."""

@@ -4,6 +4,9 @@ Owns: the order of these steps, and what happens to them when the disk is full. 
 daemon's main thread; taking records in never waits for it (but see `StatusReport.is_held`).
 Does not know: HTTP, how a model works, how rows are stored.
 
+What fails costs itself only: a model that raises is left out of its sweep, expert layer and ledger that
+raise cost one bin's learning or one bin's rows; each is noted with its traceback.
+
 Rows that come soon after their bin has closed correct what was settled: the bin is settled again, and
 rows of the same key replace the first ones. The expert layer keeps what it learned.
 
@@ -23,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetcast.clock import from_ms, iso_z, monotonic, to_ms
-from fleetcast.errors import FleetcastError, StorageBroken, StorageFull
+from fleetcast.errors import StorageBroken, StorageFull
 from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.schema import ClosedBin, FleetForecast, Floats32, HistoryWindow, SettledForecasts
 from fleetcast.serving.board import PredictionBoard
@@ -80,7 +83,10 @@ class Sweeper:
         self._unwritten: deque[ClosedBin | FleetForecast] = deque()  # in order; the disk refused the first
         self._refreshed_at = monotonic()
         self._now_ms = 0
+        self._waits_for_disk = ""
         self._settled: dict[int, ClosedBin] = {}  # what the newest bins were settled with
+        self._newest_champion: Champion | None = None  # of the newest forecast
+        self.problems: list[str] = []  # what kept the model in service out of the newest forecast
         self._working = threading.Event()
         self.counts = SweepCounts()
 
@@ -89,8 +95,15 @@ class Sweeper:
         """Whether bins are being worked off at this moment."""
         return self._working.is_set()
 
+    @property
+    def waits_for_disk(self) -> str:
+        """Return why settled or new forecasts cannot be written, "" where they can."""
+        return self._waits_for_disk
+
     def cycle(self, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Work off every due bin; between two bins a stop is obeyed."""
+        if not self._fleet.is_data_clock or self._model.champion is None:
+            self._model.notice()  # recorded time: only between two bins, or a replay would not repeat
         now = self._fleet.clock.now()  # read once: what came in meanwhile must not expire unsettled
         self._now_ms = to_ms(now)
         self._write_what_waits()
@@ -102,6 +115,7 @@ class Sweeper:
                 self._work_off(due, should_stop)
             finally:
                 self._working.clear()
+        self._follow_swap()
         self._expire(now)
         self.keep_feedback()
 
@@ -110,12 +124,24 @@ class Sweeper:
         if self._corrector:
             try:
                 self._corrector.save(at_once=at_once)
-            except (StorageFull, StorageBroken) as error:
+            except Exception as error:  # nothing that a forecast needs
                 self._telemetry.errors.note("feedback", error)
 
     def forecast_again(self, origin_ms: int) -> None:
         """Publish the newest closed bin's forecast after a restart; the ledger has it already."""
         self._forecast(origin_ms)
+
+    def _follow_swap(self) -> None:
+        """Forecast again where a model came into service since the newest forecast.
+
+        Under recorded time only where no model served before: replays must repeat.
+        """
+        champion, origin_ms = self._model.champion, self.counts.last_origin_ms
+        if champion is None or champion is self._newest_champion or origin_ms is None:
+            return
+        if not self._fleet.is_data_clock or self._newest_champion is None:
+            logger.info("forecast again, a model came into service version=%s", champion.info.version)
+            self._forecast(origin_ms)
 
     def _work_off(self, due: list[int], should_stop: Callable[[], bool]) -> None:
         self._model.notice()
@@ -140,6 +166,8 @@ class Sweeper:
     def _forecast(self, origin_ms: int, n_skipped: int = 0) -> None:
         started = monotonic()
         champion = self._model.champion  # one reference for the whole sweep
+        self._newest_champion = champion
+        self.problems = []
         forecast = self._forecast_fleet(origin_ms, champion)
         self._unwritten.append(forecast)
         self._write_what_waits()
@@ -174,8 +202,7 @@ class Sweeper:
                 champion = self._fill_by_model(champion, part, quantiles, sources)
             self._fill_by_naive_rules(part, quantiles, sources)
             medians = quantiles[..., 1].copy()
-            if self._corrector:
-                self._corrector.correct(part, quantiles)
+            self._correct(part, quantiles)
             names += part.server_names
             made.append((quantiles, sources, medians))
         quantiles, sources, medians = (
@@ -185,6 +212,22 @@ class Sweeper:
             origin_ms, self._history.bin_ms, tuple(names), self._history.metrics,
             quantiles, sources, version, medians,
         )  # fmt: skip
+
+    def _correct(self, part: HistoryWindow, quantiles: Floats32) -> None:
+        """Let the expert layer mix its forecasts in; where it fails, the uncorrected ones go out."""
+        if not self._corrector:
+            return
+        uncorrected = quantiles.copy()
+        try:
+            self._corrector.correct(part, quantiles)
+        except Exception as error:  # the boundary of what may be left out
+            quantiles[:] = uncorrected
+            self._note_failure("feedback", "the expert layer", error)
+
+    def _note_failure(self, part: str, what: str, error: Exception) -> None:
+        self._telemetry.errors.note(part, error)
+        text = f"{what} failed, forecasts go out without it: {error or type(error).__name__}"
+        self.problems = list(dict.fromkeys([*self.problems, text]))
 
     def _nothing(self) -> tuple[Floats32, Flags, Floats32]:
         shape = (0, len(self._history.metrics), self._horizon_bins, 3)
@@ -206,9 +249,10 @@ class Sweeper:
         """Fill in what the model forecasts; a model that fails is left out of this sweep."""
         try:
             made = champion.predictor.predict(part)
-        except (FleetcastError, RuntimeError, ValueError, MemoryError) as error:
-            logger.exception("the model failed, the naive forecast serves version=%s", champion.info.version)
-            self._telemetry.errors.note("model", error)
+            if made.shape != quantiles.shape:
+                raise ValueError(f"forecasts of shape {made.shape}, expected {quantiles.shape}")
+        except Exception as error:  # the boundary of what may be left out
+            self._note_failure("model", f"the model {champion.info.version}", error)
             return None
         is_made = np.isfinite(made).all(axis=(2, 3))
         quantiles[is_made] = made[is_made]
@@ -224,10 +268,14 @@ class Sweeper:
                     self._settle(item)
                 else:
                     self._ledger.open(item)
-            except (StorageFull, StorageBroken) as error:
+            except (StorageFull, StorageBroken, OSError) as error:
+                self._waits_for_disk = str(error)
                 self._telemetry.errors.note("ledger", error)
                 return
+            except Exception as error:  # it would stand before all others for ever
+                self._telemetry.errors.note("ledger", error)
             self._unwritten.popleft()
+        self._waits_for_disk = ""
 
     def _settle(self, closed: ClosedBin) -> None:
         """Settle a bin that has closed, or again one that late rows changed."""
@@ -237,8 +285,7 @@ class Sweeper:
         rows = done.rows if first is None else done.rows.where(_is_changed(done.rows, first, closed))
         if len(rows):
             self._buffer.append_predictions(rows)
-        if self._corrector:
-            self._corrector.learn(closed)
+        self._learn(closed)
         self._ledger.mark_settled(done, self._final_before_ms)
         if first is not None and len(rows):
             self.counts = replace(self.counts, rows_corrected=self.counts.rows_corrected + len(rows))
@@ -249,6 +296,13 @@ class Sweeper:
         self._settled[closed.bin_ms] = closed
         after = self._ledger.counts()
         self._telemetry.count_outcomes(after.settled - before.settled, after.expired - before.expired)
+
+    def _learn(self, closed: ClosedBin) -> None:
+        if self._corrector:
+            try:
+                self._corrector.learn(closed)
+            except Exception as error:  # what forecasts teach must not keep them from being settled
+                self._telemetry.errors.note("feedback", error)
 
     @property
     def _final_before_ms(self) -> int:

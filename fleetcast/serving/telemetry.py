@@ -25,7 +25,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from fleetcast.clock import Clock, iso_z, monotonic
+from fleetcast.errors import FleetcastError
 from fleetcast.ingest.rules import OTHER_RULE, RULES
+from fleetcast.workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,11 @@ ERRORS_KEPT = 20
 _REPEAT_S = 60.0  # the same error again is logged once a minute
 _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _SWEEP_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-PARTS = ("buffer", "buffer statistics", "feedback", "ledger", "model")  # that report errors they survived
+# that report errors they survived; the second line's are the daemon's workers
+PARTS = (
+    *("buffer", "buffer statistics", "feedback", "ledger", "model"),
+    *("http", "history", "lane", "model loader", "sweep", "upkeep"),
+)
 FEED_CODES = (200, 400, 408, 413, 415, 422, 429, 503, 507)
 WRITE_CODES = (204, 400, 404, 413, 415, 503, 507)
 OUTCOMES = (
@@ -85,18 +91,25 @@ class RecentErrors:
         self._logged_at: dict[str, float] = {}
 
     def note(self, part: str, error: Exception) -> None:
-        """Keep an error, and log it unless it has just been logged."""
+        """Keep an error, and log it unless it has just been logged; one of ours with its traceback."""
+        self.keep(part, error)
         message = f"{part}: {error}"
-        now = self._clock.now()
         with self._lock:
-            self._n_by_part[part] += 1
-            self._newest_s[part] = now.timestamp()
-            self._errors.append({"time": iso_z(now), "part": part, "error": str(error)})
             is_news = monotonic() - self._logged_at.get(message, float("-inf")) >= _REPEAT_S
             if is_news:
                 self._logged_at = {message: monotonic(), **dict(list(self._logged_at.items())[:ERRORS_KEPT])}
         if is_news:
-            logger.error("part failed part=%s error=%s", part, error)
+            trace = None if isinstance(error, (FleetcastError, OSError)) else error
+            logger.error("part failed part=%s error=%s", part, error, exc_info=trace)
+
+    def keep(self, part: str, error: BaseException) -> None:
+        """Keep an error that is logged elsewhere."""
+        now = self._clock.now()
+        text = str(error) or type(error).__name__
+        with self._lock:
+            self._n_by_part[part] += 1
+            self._newest_s[part] = now.timestamp()
+            self._errors.append({"time": iso_z(now), "part": part, "error": text})
 
     def by_part(self) -> dict[str, int]:
         """Return how many there were since the start, also those no longer kept."""
@@ -158,6 +171,7 @@ class Telemetry:
         self._registry = registry
         self._read_appendix = read_appendix
         self.errors = RecentErrors(wall_clock)
+        self.workers = Workers(self.errors.keep)
         self._received = Counter(
             "fleetcast_records_received", "records accepted and durable", registry=registry
         )

@@ -33,6 +33,7 @@ from fleetcast.program import run_program
 from fleetcast.schema import VIRTUAL_DISKS, VIRTUAL_NICS, increase
 from fleetcast.settings import LoggingSettings
 from fleetcast.sources.client import DaemonClient, FeedAnswer, RequestRefused
+from fleetcast.workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -249,23 +250,26 @@ class LocalAgent:
         self._delivery = Delivery(self._backlog, client.post_records)
         self._notifier = SystemdNotifier()
         self._ending = threading.Event()
+        self._workers = Workers()
 
     def cycle(self) -> None:
         """Take one reading."""
         reading = self._meter.read()
         record = {"timestamp": iso_z(self._clock.now()), "server_name": self._server_name, **reading}
         self._backlog.add(record)
+        self._workers.look_after()
         self._notifier.alive(self.summary())
 
     def run(self, interval_s: float, stop: Stop) -> bool:
         """Sample every `interval_s` until the stop; then give the last records a bounded chance."""
-        sender = threading.Thread(target=self._deliver, name="delivery", daemon=True)
+        sender = self._workers.thread("delivery", self._deliver)
         sender.start()
         self._notifier.ready()
         stop.wait(min(FIRST_SPAN_S, interval_s))
         is_fine = run_every(self.cycle, interval_s, stop)
         self._notifier.stopping(stop.reason)
         self._ending.set()
+        sender.stop()
         sender.join(SHUTDOWN_S)
         logger.info("agent ends %s", self.summary())
         return is_fine
@@ -276,16 +280,14 @@ class LocalAgent:
         return (
             f"daemon={state} received={self._delivery.received} rejected={self._delivery.rejected} "
             f"waiting={len(self._backlog)} displaced={self._backlog.displaced}"
+            + "".join(f" problem={text}" for text in self._workers.problems())
         )
 
     def _deliver(self) -> None:
         is_last = False
         while not is_last:
             is_last = self._ending.wait(DELIVERY_TICK_S)
-            try:
-                self._delivery.run_due()
-            except Exception:  # the loop boundary: readings go on, so must deliveries
-                logger.exception("delivery failed")
+            self._delivery.run_due()
 
 
 def _parser(prog: str | None) -> argparse.ArgumentParser:
