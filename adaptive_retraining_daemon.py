@@ -313,7 +313,7 @@ class AdaptiveRetrainingDaemon:
         standing = self._desk.standing()
         standing = replace(standing, paused=standing.pause_at(self._desk.clock))
         check = RetrainingCheck(now, report, self.quiet, decision, missing, done.NOTHING)
-        return replace(check, learning=learning, standing=standing)
+        return replace(check, learning=learning, standing=standing, problems=self._inquiry.problems)
 
     def _learning(self, report: DriftReport) -> str:
         """Return why a training would pay although nothing drifted, or ""."""

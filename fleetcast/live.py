@@ -4,8 +4,8 @@
 
 Owns: starting and ending the three processes in order, and the line of status. Does not know:
 what they do; it asks the daemon over HTTP as any client would.
-State lies in `run/`, with a `fleetcast.toml` of short bins (30 s), so that the first forecast
-comes within a minute; in production the bins are 5 minutes.
+State lies in `run/`, with a `fleetcast.toml` of its own: the bins are the usual 5 minutes, which the shipped
+base model was made for, and it forecasts from the first closed bin on (docs/decisions/make-run.md).
 """
 
 import argparse
@@ -19,20 +19,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fleetcast.clock import SystemClock, iso_z, monotonic
+from fleetcast.clock import SystemClock, from_ms, iso_z, monotonic, to_ms
 from fleetcast.errors import CannotStart, CorruptFile, DaemonAway, ExitCode
 from fleetcast.files import read_json
 from fleetcast.loop import Stop
 from fleetcast.program import run_program
+from fleetcast.schema import SOURCE_WARMING_UP
 from fleetcast.sources.client import DaemonClient
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORT_BINS = """\
-# Made by `make run`: bins of 30 s, so that the first forecast comes within a minute.
-# Delete this file (and data_buffer/) for the usual 5 minutes.
+OWN_SETTINGS = """\
+# Made by `make run`: the base model forecasts from the first closed bin on, at most 5 minutes after the
+# start. Without this file it waits for an hour of data, as in production.
 [bins]
-bin_s = 30
 close_grace_s = 2.0
+
+[forecast]
+model_min_history_s = 300.0
 """
 START_LIMIT_S = 60.0
 STOP_LIMIT_S = 30.0
@@ -138,9 +141,10 @@ class LiveLoop:
             current = self._client.get("/predictions/current")
         except DaemonAway as error:
             return f"no answer: {error}"
-        return " | ".join([_fleet(status), self._forecast(current), self._drift()])
+        parts = [_fleet(status), self._forecast(current, status), self._drift()]
+        return " | ".join([*parts, *(f"problem: {text}" for text in status.get("problems", [])[:1])])
 
-    def _forecast(self, current: dict[str, Any]) -> str:
+    def _forecast(self, current: dict[str, Any], status: dict[str, Any]) -> str:
         mine = current["predictions"].get(self._server_name)
         if mine is None:
             return f"{self._server_name}: no record yet"
@@ -150,6 +154,8 @@ class LiveLoop:
             ahead = mine["forecast"]["cpu_pct"]
             text += f", until {mine['timestamps'][-1][11:16]}Z {ahead['p50'][-1]:.1f} %"
             text += f" (80 %: {ahead['p10'][-1]:.1f} to {ahead['p90'][-1]:.1f})"
+        elif mine["source"] == SOURCE_WARMING_UP:
+            text += f", the first forecast comes soon after {_bin_end(status['bins']['bin_s'])}"
         return text
 
     def _drift(self) -> str:
@@ -181,6 +187,12 @@ class LiveLoop:
                 raise CannotStart(child.last_words())
 
 
+def _bin_end(bin_s: int) -> str:
+    """Return when the present bin ends."""
+    now_ms = to_ms(SystemClock().now())
+    return iso_z(from_ms((now_ms // (bin_s * 1000) + 1) * bin_s * 1000))[11:19] + "Z"
+
+
 def _fleet(status: dict[str, Any]) -> str:
     return f"newest record {str(status.get('newest_record_time'))[11:19]}, backlog {status.get('backlog')}"
 
@@ -201,7 +213,7 @@ def _run(options: argparse.Namespace) -> int:
     options.folder.mkdir(parents=True, exist_ok=True)
     config = options.folder / "fleetcast.toml"
     if not config.exists():
-        config.write_text(SHORT_BINS, encoding="utf-8")
+        config.write_text(OWN_SETTINGS, encoding="utf-8")
     stop = Stop()
     stop.install()
     loop = LiveLoop(options.folder, options.port, stop, status_interval_s=options.status)

@@ -333,9 +333,11 @@ def once(told: Told, *flags: str) -> int:
 def test_once_prints_every_number_and_the_decision(
     fleet: SmallFleet, told: Told, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    told.answers["/status"]["problems"] = ["No model serves: the shipped base is made for other bins"]
     assert once(told) == 0
     shown = capsys.readouterr().out
     for text in (
+        "Inference daemon\n  No model serves: the shipped base is made for other bins",
         "Prediction error rate (PER)",
         "Distribution shift score (DSS)",
         "Feature drift score (FDS)",

@@ -40,6 +40,23 @@ def test_what_the_status_does_not_say_stays_unknown(told: Told, status: dict[str
     assert (inquiry.served_version, inquiry.pids) == (None, ())
 
 
+def test_what_the_daemon_says_is_wrong_is_known_and_logged_once(
+    told: Told, caplog: pytest.LogCaptureFixture
+) -> None:
+    told.answers["/status"] = {"problems": ["No model serves: made for other bins", 7]}
+    inquiry = Inquiry(told.url, 5.0)
+    for _ in range(3):
+        inquiry.look(Stop())
+    assert inquiry.problems == ("No model serves: made for other bins", "7")
+    assert sum("No model serves" in line.message for line in caplog.records) == 1
+    told.answers["/status"] = {"problems": "none"}
+    inquiry.look(Stop())
+    assert inquiry.problems == ()
+    told.close()
+    inquiry.look(Stop())
+    assert "it cannot be asked" in inquiry.problems[0]
+
+
 def test_a_daemon_that_went_away_is_not_believed_any_longer(told: Told) -> None:
     told.answers["/status"] = {"pid": 77, "model": {"version": "v7"}}
     inquiry = Inquiry(told.url, 5.0)

@@ -7,9 +7,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from programs import free_port, wait_for
+
+from fleetcast.forecast.registry import Registry
+from fleetcast.schema import HistoryWindow
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
@@ -80,13 +84,30 @@ def test_a_daemon_that_cannot_start_is_shown_with_its_last_words(tmp_path: Path)
     assert "bins.bin_s must divide a day" in output
 
 
-def test_its_own_settings_give_a_forecast_within_a_minute(tmp_path: Path) -> None:
-    from fleetcast.live import SHORT_BINS
+def test_its_own_settings_let_the_shipped_base_forecast_the_first_closed_bin(tmp_path: Path) -> None:
+    from fleetcast.live import OWN_SETTINGS
     from fleetcast.settings import load_settings
+    from tft_inference_daemon import _load_model
 
     config = tmp_path / "fleetcast.toml"
-    config.write_text(SHORT_BINS)
+    config.write_text(OWN_SETTINGS)
+    settings = load_settings(config, environ={})
+    base = Registry(tmp_path / "none", ROOT / "models").base()
+    assert base is not None
+    model = _load_model(settings, base.model_path)  # refuses other bins
+    values = np.full((1, 1, 12), np.nan, dtype=np.float32)
+    values[..., -1] = 40.0
+    window = HistoryWindow(("a",), ("cpu_pct",), values, 0, settings.bins.bin_s * 1000)
 
-    bins = load_settings(config, environ={}).bins
+    assert np.isfinite(model.predict(window)).all()
+    assert settings.bins.close_grace_s < 5
 
-    assert bins.bin_s + bins.close_grace_s < 45
+
+def test_other_bins_than_the_base_was_made_for_are_a_problem_in_the_line(tmp_path: Path) -> None:
+    (tmp_path / "fleetcast.toml").write_text(QUICK)
+    process = _start(tmp_path, free_port())
+    try:
+        _until(process, r"problem: No model serves: the shipped base model is not used.* 96 bins of 300 s")
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)

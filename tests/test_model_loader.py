@@ -318,6 +318,7 @@ def test_a_version_that_failed_is_tried_again_after_a_pause_that_grows(
     assert n_tries[3] == 2 and n_tries[6] == 3  # after 5 s
     assert n_tries[-1] == 5  # and 10, 20
     assert world.model.report()["problems"]
+    assert world.model.n_failures == 1  # one version, however often it was tried
 
     path.with_name("away").rename(path)
     wall.now_s += 900.0

@@ -209,6 +209,23 @@ def test_whatever_a_model_raises_it_costs_no_forecast_and_is_told(world: World, 
     assert world.sweeper.problems == []
 
 
+def test_a_model_that_forecasts_nothing_of_a_grown_fleet_is_a_problem(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Model()
+    model.metrics = ("latency_ms",)
+    model.predict = lambda window: np.full((*window.values.shape[:2], 4, 3), np.nan, np.float32)  # type: ignore[method-assign]
+    world.service.champion = Champion(model, ModelInfo("v1", "2026-01-15T10:00:00Z", False))
+    world.feed(*(("a", number, 1.0) for number in range(22)))
+    world.sweeper.cycle()
+    assert world.sweeper.problems == []  # an hour and a half: no model need know it
+    world.feed(*(("a", number, 1.0) for number in range(22, 30)))
+    world.sweeper.cycle()
+    (problem,) = world.sweeper.problems
+    assert "the model v1 forecast no series" in problem and "it knows latency_ms" in problem
+    assert [line.levelname for line in caplog.records if problem in line.message] == ["WARNING"]
+
+
 @pytest.mark.parametrize("step", ["learn", "correct", "save"])
 def test_an_expert_layer_that_fails_costs_no_forecast_and_no_actual(
     world: World, monkeypatch: pytest.MonkeyPatch, step: str

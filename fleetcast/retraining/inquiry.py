@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 CPU, MEM = "cpu_pct", "mem_pct"
 _LOOK_S = 0.05  # between two looks for a stop
+_MOST_PROBLEMS, _MOST_CHARS = 10, 500
 
 _Answer = dict[str, Any] | FleetcastError
 
@@ -86,6 +87,8 @@ class Inquiry:
         self.served_version: str | None = None  # None: not known
         self.pids: tuple[int, ...] = ()  # of the daemon, where it runs on this host
         self.buffer_folder = ""  # where it keeps its buffer, as it says
+        self.problems: tuple[str, ...] = ()  # what is wrong with it, in its words or ours
+        self._told: tuple[str, ...] = ()
 
     def look(self, stop: Stop) -> None:
         """Ask which version is served and by which process; a daemon that is away leaves both unknown."""
@@ -94,13 +97,25 @@ class Inquiry:
             status = self._ask("/status", stop)
         except DaemonAway as error:
             logger.warning("inference daemon away error=%s", error)
+            self.problems = (f"it cannot be asked: {error}",)
             return
+        self._note_problems(status)
         model, pid = status.get("model"), status.get("pid")
         version = model.get("version") if isinstance(model, dict) else None
         self.served_version = version if isinstance(version, str) else None
         if self._is_on_this_host and isinstance(pid, int) and not isinstance(pid, bool) and pid > 0:
             self.pids = (pid,)
         self._note_folder(status)
+
+    def _note_problems(self, status: Mapping[str, Any]) -> None:
+        """Take what the daemon says of itself, and log it when it changed."""
+        listed = status.get("problems")
+        texts = listed if isinstance(listed, list) else []
+        self.problems = tuple(str(text)[:_MOST_CHARS] for text in texts[:_MOST_PROBLEMS])
+        for text in self.problems:
+            if text not in self._told:
+                logger.warning("the inference daemon says: %s", text)
+        self._told = self.problems
 
     def why_away(self, stop: Stop) -> str:
         """Return why the daemon cannot be asked, or ""."""

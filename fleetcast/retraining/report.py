@@ -37,6 +37,7 @@ class RetrainingCheck:
     attempt_id: str | None = None
     learning: str = ""  # why a training would pay although nothing drifted, or ""
     standing: Standing = field(default_factory=Standing)  # what a person ordered and did not lift
+    problems: tuple[str, ...] = ()  # of the inference daemon
 
     def with_action(self, action: str, detail: str, attempt_id: str | None = None) -> "RetrainingCheck":
         """Return the check with what was done about it."""
@@ -83,6 +84,8 @@ class RetrainingCheck:
             lines.append(f"  {check.name:<27} {shown:>9}  limit {check.limit:g} {check.unit}  {mark}")
         if self.initial_missing:
             lines.append(f"  initial training: not yet, {self.initial_missing}")
+        if self.problems:
+            lines += ["", "Inference daemon", *(f"  {text}" for text in self.problems)]
         if self.standing.held:
             held = self.standing.held
             lines += ["", f"Held since {held.since} by {held.by}: no training puts a model into service"]

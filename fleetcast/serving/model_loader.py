@@ -72,9 +72,10 @@ class ModelLoader:
         self._pointer: str | None = None  # what last.ckpt pointed to when we last looked
         self._problems: list[str] = []  # of the newest whole round
         self._found: list[str] = []  # in the present round
+        self._n_found = 0  # of them, versions that failed
         self._may_heal = False  # something went wrong that another try may not meet
         self.champion: Champion | None = None
-        self.n_failures = 0
+        self.n_failures = 0  # in the newest whole round
 
     @property
     def is_loading(self) -> bool:
@@ -134,14 +135,14 @@ class ModelLoader:
 
     def _run(self) -> None:
         """Load a version, and let whatever kept another from serving be known to the end."""
-        self._found, self._may_heal = [], False
+        self._found, self._n_found, self._may_heal = [], 0, False
         try:
             self._put_into_service()
         except BaseException as error:  # the worker logs and counts it, and tries again
             self._note(error)
             raise
         finally:
-            self._problems = self._found
+            self._problems, self.n_failures = self._found, self._n_found
             if self._may_heal:
                 self._retry.begin()
             else:
@@ -157,7 +158,6 @@ class ModelLoader:
             champion = self._try(version)
             if champion:
                 self.champion = champion
-                self.n_failures = 0
                 logger.info("model in service version=%s took_s=%.3f", version.id, monotonic() - started)
                 self._on_load(True)
                 return
@@ -210,7 +210,7 @@ class ModelLoader:
         return None
 
     def _note(self, error: BaseException) -> None:
-        self.n_failures += 1
+        self._n_found += 1
         self._may_heal |= not isinstance(error, OtherBins)  # neither file nor settings can change
         text = str(error) or type(error).__name__
         is_known = text in self._problems

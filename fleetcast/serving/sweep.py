@@ -25,7 +25,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetcast.clock import from_ms, iso_z, monotonic, to_ms
+from fleetcast.clock import DAY_MS, from_ms, iso_z, monotonic, to_ms
 from fleetcast.errors import StorageBroken, StorageFull
 from fleetcast.forecast.naive import NaiveForecaster
 from fleetcast.schema import ClosedBin, FleetForecast, Floats32, HistoryWindow, SettledForecasts
@@ -43,6 +43,8 @@ CHUNK_SERVERS = 256  # one chunk keeps a core busy for well under a second
 _MODEL_WAIT_S = 120.0  # data clock: recorded hours must not run past a model that is still loading
 _MODEL_WAIT_STEP_S = 0.25  # between two looks at whether to stop
 _REFRESH_S = 5.0
+_RIPE_S = 7200.0  # of data: a model that forecasts none of such series is no use to the fleet
+_RECENT_BINS = 12  # without a value in them a series is not forecast
 Flags = NDArray[np.bool_]
 
 
@@ -84,6 +86,7 @@ class Sweeper:
         self._refreshed_at = monotonic()
         self._now_ms = 0
         self._waits_for_disk = ""
+        self._said: set[str] = set()
         self._settled: dict[int, ClosedBin] = {}  # what the newest bins were settled with
         self._newest_champion: Champion | None = None  # of the newest forecast
         self.problems: list[str] = []  # what kept the model in service out of the newest forecast
@@ -193,6 +196,7 @@ class Sweeper:
         if self._corrector:
             self._corrector.note_version(version)
         names: list[str] = []
+        has_ripe = False
         made: list[tuple[Floats32, Flags, Floats32]] = []  # quantiles, sources, medians of each part
         for part in self._history.parts(origin_ms, CHUNK_SERVERS):
             shape = (*part.values.shape[:2], self._horizon_bins, 3)
@@ -200,11 +204,14 @@ class Sweeper:
             sources = np.zeros(shape[:2], dtype=np.bool_)
             if champion:
                 champion = self._fill_by_model(champion, part, quantiles, sources)
+                has_ripe |= not sources.any() and self._has_ripe(part)
             self._fill_by_naive_rules(part, quantiles, sources)
             medians = quantiles[..., 1].copy()
             self._correct(part, quantiles)
             names += part.server_names
             made.append((quantiles, sources, medians))
+        if champion and has_ripe and not any(flags.any() for _, flags, _ in made):
+            self._say_that_it_forecasts_none(champion)
         quantiles, sources, medians = (
             [np.concatenate(column) for column in zip(*made, strict=True)] if made else self._nothing()
         )
@@ -212,6 +219,24 @@ class Sweeper:
             origin_ms, self._history.bin_ms, tuple(names), self._history.metrics,
             quantiles, sources, version, medians,
         )  # fmt: skip
+
+    def _has_ripe(self, part: HistoryWindow) -> bool:
+        """Whether a series has enough data, also by the settings, for any model to forecast it."""
+        day = np.isfinite(part.values[..., -max(1, DAY_MS // part.bin_ms) :])
+        wanted_s = min(max(_RIPE_S, self._fleet.settings.model_min_history_s), DAY_MS / 1000)
+        is_long = day.sum(axis=2) >= wanted_s * 1000 // part.bin_ms
+        return bool((is_long & day[..., -_RECENT_BINS:].any(axis=2)).any())
+
+    def _say_that_it_forecasts_none(self, champion: Champion) -> None:
+        known = ", ".join(champion.predictor.metrics)
+        text = (
+            f"the model {champion.info.version} forecast no series, though some have enough data: it knows "
+            f"{known}, and forecast.model_min_history_s is {self._fleet.settings.model_min_history_s:g}"
+        )
+        if text not in self._said:
+            logger.warning("%s", text)
+        self._said = {text}
+        self.problems.append(text)
 
     def _correct(self, part: HistoryWindow, quantiles: Floats32) -> None:
         """Let the expert layer mix its forecasts in; where it fails, the uncorrected ones go out."""

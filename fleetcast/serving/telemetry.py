@@ -65,7 +65,7 @@ GAUGES = {
     "model_age_seconds": "wall time since the model in service was made",
     "training_running": "1 while a training runs",
     "late_records": "records since the start that came after their bin closed",
-    "load_failures": "model versions that could not be loaded since the last one that could",
+    "load_failures": "model versions that should serve and cannot be loaded, as of the newest try",
 }
 
 
