@@ -102,6 +102,7 @@ class InferenceService:
         intake = Intake(
             buffer, self._fleet, rejected, wall_clock, settings.server, settings.buffer, stop.wake
         )
+        self._intake, self._report.why_no_writes = intake, lambda: intake.writes.problem
         writes = WriteIntake(settings.remote_write, intake.take, intake.rules)
         self._app = create_app(intake, board, self._report, self._telemetry, settings.server, api_key, writes)
         self._page_desk = self._add_routes(board, registry, api_key)
@@ -120,6 +121,7 @@ class InferenceService:
     def _make_steps(self, workers: Workers) -> list[tuple[Worker, Callable[[], None]]]:
         """Return what a cycle does, each step watched apart."""
         return [
+            (workers.step("probe"), self._intake.probe),
             (workers.step("history"), self._follow_clock),
             (workers.step("sweep"), lambda: self._sweeper.cycle(lambda: self._stop.is_requested)),
             (workers.step("upkeep"), self._maintain),
@@ -145,7 +147,7 @@ class InferenceService:
         logger.info("listening url=%s clock=%s", self._listener.url, self._settings.clock.mode)
         self._model.start()
         self._restore()
-        self._report.not_ready = ""
+        self._report.phase = ""
 
     def cycle(self) -> None:
         """Do what is due: sweeps first, then the buffer's upkeep; a step that fails costs no other.
@@ -180,7 +182,7 @@ class InferenceService:
 
     def close(self) -> None:
         """Stop in order: no new request, those at work answered, then everything into its day."""
-        self._report.not_ready = "the daemon is stopping"
+        self._report.phase = "the daemon is stopping"
         if not self._listener.stop(DRAIN_S + 2.0):
             logger.warning("requests were still at work after %.0f s", DRAIN_S)
         self._page_desk.close()

@@ -432,3 +432,18 @@ def test_the_program_names_a_wrong_setting(tmp_path: Path, capsys: pytest.Captur
     assert main(["--config", str(config)]) == 2
     assert "retention_days" in capsys.readouterr().err
     assert date(2026, 1, 15) == NOW.date()
+
+
+def test_a_probe_is_durable_and_seen_by_no_reader(tmp_path: Path) -> None:
+    now = datetime.now(UTC)
+    with_rows = [{"timestamp": now.isoformat(), "server_name": "a", "cpu_pct": 1.0}]
+    for n_records in (0, 1):
+        buffer = DataBuffer(tmp_path)
+        buffer.probe()
+        if n_records:
+            buffer.append(with_rows)
+            buffer.probe()
+        assert sum(len(batch) for batch in DataBuffer(tmp_path).iter_batches(0, 2**50)) == n_records
+        buffer.close()
+        assert sum(len(batch) for batch in DataBuffer(tmp_path).iter_batches(0, 2**50)) == n_records
+    assert not list(tmp_path.glob("quarantine/*"))

@@ -1,6 +1,9 @@
 """One whole service in this process, over a real socket: start, cycles, status, stop, restart."""
 
+import errno
 import json
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
@@ -16,7 +19,7 @@ from programs import wait_for
 from data_buffer import DataBuffer
 from fleetcast.api.listener import HttpListener
 from fleetcast.api.server import FEED_ANSWER, PREDICTIONS
-from fleetcast.clock import FakeClock, SystemClock, iso_z
+from fleetcast.clock import FakeClock, SystemClock, iso_z, monotonic
 from fleetcast.errors import CannotStart, SettingsError
 from fleetcast.forecast.registry import Registry
 from fleetcast.inference import InferenceService
@@ -287,6 +290,64 @@ def test_an_http_server_that_ends_unasked_begins_again_on_its_address_and_takes_
     assert status["workers"]["http"] == 1
     assert any("http failed once" in text for text in status["problems"])
     assert 'fleetcast_errors_total{part="http"} 1.0' in world.client.get("/metrics").text
+
+
+def test_ready_follows_the_last_write_and_heals_without_traffic(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert world.client.get("/ready").status_code == 200
+    now_s, real = 1000.0, os.fdatasync
+
+    def refuse(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fleetcast.serving.intake.monotonic", lambda: now_s)
+    monkeypatch.setattr(os, "fdatasync", refuse)
+    assert world.post(("a", 0, 1.0)).status_code == 507
+    answer = world.client.get("/ready")
+    assert answer.status_code == 503
+    detail = answer.json()["detail"]
+    assert "records cannot be stored" in detail and "No space left" in detail
+    world.service.cycle()  # the disk still refuses
+    assert world.client.get("/ready").status_code == 503
+    assert "Not ready: records cannot be stored" in world.get("/status")["problems"][0]
+
+    monkeypatch.setattr(os, "fdatasync", real)
+    now_s += 4.0
+    world.service.cycle()
+    assert world.client.get("/ready").status_code == 503  # a probe every 5 s
+    now_s += 2.0
+    world.service.cycle()
+    assert world.client.get("/ready").status_code == 200
+    assert world.get("/status")["buffer"]["total_records"] == 0  # a probe is no record
+    assert world.post(("a", 0, 1.0)).json()["records_received"] == 1
+
+
+def test_ready_tells_of_a_write_that_waits_and_of_forecasts_that_cannot_be_stored(world: World) -> None:
+    writes = world.service._intake.writes
+    begun, release = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        release.wait(30)
+
+    thread = threading.Thread(target=writes.write, args=(wait,))
+    thread.start()
+    assert begun.wait(30)
+    assert writes.problem == ""
+    writes._begun_at = dict.fromkeys(writes._begun_at, monotonic() - 20)
+    assert "a write has been waiting for the disk for 20 s" in world.client.get("/ready").json()["detail"]
+    release.set()
+    thread.join(30)
+    assert world.client.get("/ready").status_code == 200
+    world.service._sweeper._waits_for_disk = "no space"
+    assert world.client.get("/ready").json()["detail"] == "forecasts cannot be stored: no space"
+
+
+def test_a_loader_that_cannot_work_at_all_is_not_ready(world: World) -> None:
+    world.service._model._thread.worker.note_failure(RuntimeError("no threads left"))
+    answer = world.client.get("/ready")
+    assert (answer.status_code, "no threads left" in answer.json()["detail"]) == (503, True)
 
 
 def test_a_step_that_fails_costs_no_other_and_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

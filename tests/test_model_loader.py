@@ -343,7 +343,7 @@ def test_a_loader_that_fails_itself_is_begun_again_and_says_so(
     workers = Workers()
     world.model = ModelLoader(world.registry, end_the_thread, bin_ms=300_000, horizon_bins=4, workers=workers)
     world.started()
-    assert world.model.is_broken
+    assert "model loader failed once" in world.model.why_broken
     assert workers.failures() == {"model loader": 1}
     assert "model loader failed once" in workers.problems()[0]
     is_broken = False
@@ -353,6 +353,7 @@ def test_a_loader_that_fails_itself_is_begun_again_and_says_so(
     world.noticed()
     assert world.version == "20260115T100000Z-0001"
     assert workers.problems() == []
+    assert world.model.why_broken == ""
 
 
 def test_a_load_that_takes_long_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ it after that, so that no forecast rests on a record that a crash could take bac
 that a full disk refused is only counted.
 """
 
+import contextlib
 import json
 import logging
 import threading
@@ -25,7 +26,7 @@ import msgspec
 import numpy as np
 
 from fleetcast import files
-from fleetcast.clock import Clock, iso_z
+from fleetcast.clock import Clock, iso_z, monotonic
 from fleetcast.errors import StorageBroken, StorageFull
 from fleetcast.ingest.columns import Flags, join_rows
 from fleetcast.ingest.records import REJECTIONS_KEPT, RecordRules, accept
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "quarantine.jsonl"
 RECORD_MAX_CHARS = 2000
+PROBE_S = 5.0
+_STUCK_S = 15.0  # one write takes milliseconds, on a busy disk a second or two
 
 
 class RejectedRecords:
@@ -89,6 +92,54 @@ def _text(record: object) -> str:
         return f"<{type(record).__name__} nested too deeply>"
 
 
+class WriteHealth:
+    """How the last writes of records went; safe from any thread.
+
+    While they fail, a small durable write is tried now and then, so that the daemon is ready again
+    without a client that sends.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._begun_at: dict[int, float] = {}  # of the writes under way, by thread
+        self._refusal = ""
+        self._probed_at = float("-inf")
+
+    @property
+    def problem(self) -> str:
+        """Return why records are not stored, "" where they are."""
+        with self._lock:
+            waits_s = monotonic() - min(self._begun_at.values(), default=float("inf"))
+            if waits_s > _STUCK_S:
+                return f"a write has been waiting for the disk for {waits_s:.0f} s"
+            return self._refusal and f"records cannot be stored: {self._refusal}"
+
+    def write(self, work: Callable[[], None]) -> None:
+        """Do one write and keep how it went; raises what it raises."""
+        thread = threading.get_ident()
+        refusal = "the write was interrupted"
+        with self._lock:
+            self._begun_at[thread] = monotonic()
+        try:
+            work()
+            refusal = ""
+        except Exception as error:
+            refusal = str(error) or type(error).__name__
+            raise
+        finally:
+            with self._lock:
+                del self._begun_at[thread]
+                self._refusal = refusal
+
+    def probe(self, work: Callable[[], None]) -> None:
+        """Try a small write where the last one failed and it is time to; called about every second."""
+        if self._refusal and monotonic() - self._probed_at >= PROBE_S:
+            self._probed_at = monotonic()
+            with contextlib.suppress(StorageFull, StorageBroken):
+                self.write(work)
+                logger.info("records can be stored again")
+
+
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """What became of one request's records."""
@@ -136,6 +187,11 @@ class Intake:
         self._limits = limits
         self._buffer_settings = buffer_settings
         self._wake = wake
+        self.writes = WriteHealth()
+
+    def probe(self) -> None:
+        """Find out whether records can be stored again, where the last ones could not."""
+        self.writes.probe(self._buffer.probe)
 
     def take(self, raw: Sequence[object]) -> Receipt:
         """Check records and make the good ones durable.
@@ -165,7 +221,7 @@ class Intake:
         batch, fields = self._without_new_metrics(accepted.batch)
         batch, refused, n_refused = self._without_new_servers(batch, accepted.is_kept, is_whole)
         if len(batch):
-            self._buffer.append_batch(batch)
+            self.writes.write(lambda: self._buffer.append_batch(batch))
             self._fleet.add(batch)
             if self._fleet.due_bins():
                 self._wake()

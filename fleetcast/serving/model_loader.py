@@ -83,9 +83,9 @@ class ModelLoader:
         return self._thread.is_alive
 
     @property
-    def is_broken(self) -> bool:
-        """Whether the loader itself failed, with nothing in service."""
-        return self.champion is None and bool(self._thread.worker.problem)
+    def why_broken(self) -> str:
+        """Return how the loader itself failed with nothing in service; a bad version is no such failure."""
+        return "" if self.champion else self._thread.worker.problem
 
     def start(self) -> None:
         """Begin to load the champion in the background."""

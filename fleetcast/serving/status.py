@@ -5,6 +5,7 @@ Does not know: HTTP; the parts it asks do not know it.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -70,7 +71,19 @@ class StatusReport:
         self._started_at = SystemClock().now()
         self._stats: dict[str, Any] = {}
         self._stats_at = float("-inf")
-        self.not_ready = "the history is being restored"  # set by the daemon; "" = ready
+        self.phase = "the history is being restored"  # set by the daemon; "" = it is at work
+        self.why_no_writes: Callable[[], str] = str  # set by the daemon, "" = the last ones were done
+
+    @property
+    def not_ready(self) -> str:
+        """Return why the daemon cannot do its work now: start, stop, refused writes, a broken loader."""
+        if self.phase:
+            return self.phase
+        if refusal := self.why_no_writes():
+            return refusal
+        if self._sweeper.waits_for_disk:
+            return f"forecasts cannot be stored: {self._sweeper.waits_for_disk}"
+        return self._model.why_broken
 
     def is_held(self) -> bool:
         """Return whether records have to wait, which only recorded time can (data clock).
@@ -89,11 +102,11 @@ class StatusReport:
 
     def status(self) -> dict[str, Any]:
         """Return the summary for `/status`."""
-        counts = self._sweeper.counts
+        counts, not_ready = self._sweeper.counts, self.not_ready
         taken_ms = self._fleet.history.taken_bin_ms
         return {
-            "status": "not ready" if self.not_ready else "ready",
-            "detail": self.not_ready,
+            "status": "not ready" if not_ready else "ready",
+            "detail": not_ready,
             "problems": [text for _severity, text in self.problems()],
             "workers": self._workers.failures(),
             "program": __version__,
@@ -126,8 +139,8 @@ class StatusReport:
     def problems(self) -> list[tuple[str, str]]:
         """Return what is wrong with this daemon, each with `error` or `warning`."""
         found = []
-        if self.not_ready:
-            found.append(("error", f"Not ready: {self.not_ready}."))
+        if reason := self.not_ready:
+            found.append(("error", f"Not ready: {reason}."))
         n_late = len(self._fleet.due_bins())
         if n_late > _LATE_BINS:
             found.append(("error", f"{n_late} closed bins wait for their forecast."))

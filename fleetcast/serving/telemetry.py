@@ -38,7 +38,7 @@ _SWEEP_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 # that report errors they survived; the second line's are the daemon's workers
 PARTS = (
     *("buffer", "buffer statistics", "feedback", "ledger", "model"),
-    *("http", "history", "lane", "model loader", "sweep", "upkeep"),
+    *("http", "history", "lane", "model loader", "probe", "sweep", "upkeep"),
 )
 FEED_CODES = (200, 400, 408, 413, 415, 422, 429, 503, 507)
 WRITE_CODES = (204, 400, 404, 413, 415, 503, 507)

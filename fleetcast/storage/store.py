@@ -26,7 +26,7 @@ from fleetcast.schema import RecordBatch, Rejection, SettledForecasts
 from fleetcast.settings import BufferSettings
 from fleetcast.storage.days import list_days
 from fleetcast.storage.daystore import DayStore
-from fleetcast.storage.log import encode_batch
+from fleetcast.storage.log import encode_batch, encode_table
 from fleetcast.storage.reader import DayReader, buffer_stats, export_records
 from fleetcast.storage.tables import (
     METRICS,
@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".owner.lock"
 _END_OF_TIME_MS = 2**53
+_EMPTY_PAYLOAD = encode_table(METRICS.schema.empty_table())
 _APPEND_ROWS = 20_000  # records of one iterable that are checked and written together
 
 
@@ -136,6 +137,14 @@ class DataBuffer:
             owned = self._own()
             owned.metrics.append_payload(encode_batch(batch), len(batch))
             owned.note_time(int(batch.timestamps_ms.max()))
+
+    def probe(self) -> None:
+        """Write a frame without rows to the log: durable on the way that records take, and seen by no reader.
+
+        Raises:
+            StorageFull, StorageBroken: records cannot be stored now, either.
+        """
+        self._own().metrics.append_payload(_EMPTY_PAYLOAD, 0)
 
     def append_predictions(self, rows: SettledForecasts) -> None:
         """Make settled forecasts durable; the same (origin, horizon, server, metric) is one row."""
