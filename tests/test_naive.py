@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fleetcast.forecast.naive import NaiveForecaster
+from fleetcast.forecast.naive import NaiveForecaster, widen_young
 from fleetcast.schema import HistoryWindow
 
 BIN_MS = 300_000
@@ -20,10 +20,64 @@ def daily_wave(n_bins: int) -> np.ndarray:
     return 50 + 30 * np.sin(2 * np.pi * np.arange(n_bins) / DAY)
 
 
-def test_one_bin_is_repeated_without_spread() -> None:
-    quantiles = NaiveForecaster(96).predict(window_of(np.array([12.5])))
+def test_one_bin_is_repeated_with_the_spread_of_usual_servers() -> None:
+    quantiles = NaiveForecaster(96).predict(window_of(np.array([42.5])))
     assert quantiles.shape == (1, 1, 96, 3)
-    assert (quantiles == 12.5).all()
+    assert (quantiles[..., 1] == 42.5).all()
+    widths = quantiles[0, 0, :, 2] - quantiles[0, 0, :, 0]
+    assert widths[0] == pytest.approx(3.6) and widths[-1] == pytest.approx(28.1, abs=0.1)
+    assert (np.diff(widths) > 0).all()
+
+
+@pytest.mark.parametrize("metric", ["cpu_pct", "latency_ms"])
+@pytest.mark.parametrize("value", [0.0, 3.0, 100.0])
+@pytest.mark.parametrize("n_bins", [1, 2, 8, 9, 12])
+def test_no_interval_is_without_width_while_fewer_than_eight_errors_are_known(
+    n_bins: int, value: float, metric: str
+) -> None:
+    window = window_of(np.full(n_bins, value), metrics=(metric,))
+    quantiles = NaiveForecaster(96).predict(window)[0, 0]
+    widths = quantiles[:, 2] - quantiles[:, 0]
+    leads = np.arange(1, 97)
+    assert (widths[n_bins - leads < 8] > 0).all()
+    assert (widths[n_bins - leads >= 8] == 0).all()  # eight errors of nothing are known
+    assert (quantiles >= 0).all()
+    assert metric != "cpu_pct" or (quantiles <= 100).all()
+
+
+def test_a_young_series_takes_the_spread_of_its_fleet_and_then_its_own() -> None:
+    rng = np.random.default_rng(3)
+    one = np.array([50.0, 50.5, 50.0])
+    wild = [np.array([20.0, 60.0, 20.0]) + rng.normal(0, 5, 3) for _ in range(8)]
+    calm = [np.array([30.0, 30.2, 30.1]) for _ in range(8)]
+    width = {}
+    for name, others in (("wild", wild), ("calm", calm), ("none", [])):
+        quantiles = NaiveForecaster(12).predict(window_of(one, *others))[0, 0]
+        width[name] = float(quantiles[0, 2] - quantiles[0, 0])
+    assert width["calm"] < width["none"] < width["wild"]
+    busy = NaiveForecaster(12).predict(window_of(np.array([50.0, 60.0, 48.0]), *calm))[0, 0]
+    assert busy[0, 2] - busy[0, 0] > 3 * width["calm"]
+
+
+def test_a_young_series_of_a_long_window_is_measured_by_its_own_errors() -> None:
+    """Targets are thinned over three days; of 20 bins every sixth would be three."""
+    history = np.full(2304, np.nan)
+    history[-20:] = 50 + 5 * (-1.0) ** np.arange(20)
+    quantiles = NaiveForecaster(96).predict(window_of(history))[0, 0, 0]
+    assert quantiles.tolist() == [35.0, 45.0, 55.0]
+
+
+def test_intervals_of_any_forecast_are_widened_and_never_narrowed() -> None:
+    window = window_of(np.array([50.0, 50.0]), np.full(200, 50.0)[-2:])
+    quantiles = np.tile(np.array([50.0, 50.0, 50.0], np.float32), (2, 1, 96, 1))
+    quantiles[1, ..., 0], quantiles[1, ..., 2] = 5.0, 95.0
+    wide = quantiles[1].copy()
+    widen_young(window, quantiles)
+    assert (quantiles[0, 0, :, 2] - quantiles[0, 0, :, 0] > 2).all()
+    assert (quantiles[1] == wide).all()
+    quantiles[:] = np.nan
+    widen_young(window, quantiles)
+    assert np.isnan(quantiles).all()
 
 
 def test_before_a_day_the_last_value_is_the_median() -> None:

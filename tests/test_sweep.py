@@ -1,5 +1,6 @@
 """Cycles over real history, ledger and buffer: what is settled, forecast, kept and skipped."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -283,6 +284,22 @@ def test_under_recorded_time_only_the_first_model_forecasts_a_bin_again(world: W
         world.service.champion = Champion(Model(), ModelInfo(version, "2026-01-15T10:00:00Z", False))
         world.sweeper.cycle()
         assert world.sweeper.counts.sweeps == n_sweeps
+
+
+@pytest.mark.parametrize("with_model", [False, True])
+def test_the_first_forecast_of_a_server_has_an_honest_interval_whoever_makes_it(
+    world: World, with_model: bool
+) -> None:
+    if with_model:
+        info = ModelInfo("v1", "2026-01-15T10:00:00Z", False)
+        world.service.champion = Champion(Model(100.0), info)  # its three quantiles are one
+    world.feed(("a", 0, 100.0), ("a", 1, 100.0), ("a", 2, 100.0))
+    world.sweeper.cycle()
+    answer = json.loads(b"".join(world.board.document()))["predictions"]["a"]
+    assert answer["source"] == ("model" if with_model else "fallback")
+    forecast = answer["forecast"]["cpu_pct"]
+    for p10, p90 in zip(forecast["p10"], forecast["p90"], strict=True):
+        assert p90 - p10 > 1.0
 
 
 def test_a_gap_settles_nothing_falsely_and_blocks_nothing(world: World) -> None:

@@ -4,7 +4,9 @@ Owns: last value, same time yesterday, the choice between the two and the spread
 Does not know: models, files or clocks; it sees one `HistoryWindow` and nothing after its end.
 
 The choice and the spread are made per server, metric and horizon from the errors that both
-rules made for targets of the last three days, all of them settled by now.
+rules made for targets of the last three days, all of them settled by now. Where fewer than
+`MIN_ERRORS` are known, an interval of any source is at least as wide as `widen_young` says: from
+the usual moves of servers, scaled by the fleet's, and with each bin more by the series' own.
 """
 
 from dataclasses import dataclass
@@ -19,6 +21,13 @@ from fleetcast.schema import QUANTILES, Floats32, HistoryWindow, Longs
 ERROR_DAYS = 3  # targets looked back at: long enough for a daily rhythm, short enough to follow a change
 MAX_TARGETS = 144  # targets sampled from them; twice as many moved no quantile by more than 2 % of itself
 MIN_ERRORS = 8  # errors needed for a 10 % quantile that is not an extreme
+# The usual 80 % half-width of the last value so many seconds later, as factor and power of the time over
+# 300 s: points of a percent, and logarithms of a rate. The median machine of samples/ (2026-11-27) has
+# 1.1, 4.0 and 11.9 (cpu), 2.3, 6.3 and 17.6 (memory), 0.49, 0.31 and 0.92 (disk) after 5 min, 1 h and 8 h.
+_USUAL_PERCENT, _USUAL_RATE = (1.8, 0.45), (0.4, 0.2)
+_STEP_HALF = 1.6  # 80 % half-width over mean absolute step, of a normal distribution
+_OWN_GROWTH = 0.25  # of a series' own moves with time: between noise (0) and a random walk (0.5)
+_LEAST_OF_USUAL = 0.25  # that a quiet fleet's moves may make of the usual half-width
 _KNOTS = (1, 2, 3, 6, 12, 24, 48, 72, 96)
 
 
@@ -60,8 +69,7 @@ class NaiveForecaster:
         series = window.values.reshape(n_servers * n_metrics, n_bins)  # (series, bin)
         season = max(1, DAY_MS // window.bin_ms)
         knots = _knots(self.horizon_bins)
-        targets = _sample_targets(n_bins, season)
-        last_errors, yesterday_errors, advantage = _settled_errors(series, season, knots, targets)
+        last_errors, yesterday_errors, advantage = _settled_errors(series, season, knots)
 
         weights = _interpolation(knots, self.horizon_bins)  # (knot, horizon)
         last = np.repeat(last_known(series)[:, None], self.horizon_bins, axis=1)
@@ -71,7 +79,9 @@ class NaiveForecaster:
         low = middle + np.where(is_yesterday, yesterday_errors.low @ weights, last_errors.low @ weights)
         high = middle + np.where(is_yesterday, yesterday_errors.high @ weights, last_errors.high @ weights)
         quantiles = np.stack([low, middle, high], axis=-1).astype(np.float32)
-        return _bound(quantiles, series, window.metrics).reshape(shape)
+        bounded = _bound(quantiles, series, window.metrics).reshape(shape)
+        widen_young(window, bounded)
+        return bounded
 
 
 def _knots(horizon_bins: int) -> Longs:
@@ -99,10 +109,23 @@ def _sample_targets(n_bins: int, season: int) -> Longs:
     return np.arange(n_bins - 1, n_bins - 1 - span, -step, dtype=np.int64)
 
 
-def _settled_errors(
+def _settled_errors(series: Floats32, season: int, knots: Longs) -> tuple[_Errors, _Errors, Floats32]:
+    """Return both rules' errors at the knots and the relative advantage of yesterday (series, knot)."""
+    n_bins = series.shape[1]
+    last, yesterday, advantage = _errors_at(series, season, knots, _sample_targets(n_bins, season))
+    is_young = ~np.isfinite(series[:, : max(0, n_bins - MAX_TARGETS)]).any(axis=1)
+    if is_young.any():  # thinned, their targets would be a handful
+        newest = np.arange(n_bins - 1, max(-1, n_bins - 1 - MAX_TARGETS), -1, dtype=np.int64)
+        own_last, own_yesterday, advantage[is_young] = _errors_at(series[is_young], season, knots, newest)
+        for errors, own in ((last, own_last), (yesterday, own_yesterday)):
+            errors.low[is_young], errors.high[is_young] = own.low, own.high
+    return last, yesterday, advantage
+
+
+def _errors_at(
     series: Floats32, season: int, knots: Longs, targets: Longs
 ) -> tuple[_Errors, _Errors, Floats32]:
-    """Return both rules' errors at the knots and the relative advantage of yesterday (series, knot)."""
+    """Return the same from some targets."""
     last = _Errors(*(np.zeros((len(series), len(knots)), dtype=np.float32) for _ in range(2)))
     yesterday = _Errors(*(np.zeros((len(series), len(knots)), dtype=np.float32) for _ in range(2)))
     advantage = np.full((len(series), len(knots)), -1.0, dtype=np.float32)
@@ -182,3 +205,81 @@ def _bound(quantiles: Floats32, series: Floats32, metrics: tuple[str, ...]) -> F
     floor = np.where(lowest >= 0, 0.0, -np.inf).astype(np.float32)
     ceiling = np.where(percents & (highest <= 100), 100.0, np.inf).astype(np.float32)
     return np.clip(quantiles, floor[:, None, None], ceiling[:, None, None])
+
+
+def widen_young(window: HistoryWindow, quantiles: Floats32) -> None:
+    """Let no interval of a series be narrower than honest while fewer than `MIN_ERRORS` errors are known.
+
+    The half-width is that of the usual moves of servers, scaled by those of the fleet in `window` where it
+    shows enough of them; with each bin more, the series' own moves say more.
+
+    Args:
+        quantiles: (server, metric, horizon, quantile) native units, changed in place; NaN = no forecast.
+    """
+    n_horizon = quantiles.shape[2]
+    n_known = np.isfinite(window.values).sum(axis=2)  # (server, metric)
+    percents = np.array([is_percent(metric) for metric in window.metrics], np.bool_)
+    for column in np.flatnonzero(((n_known > 0) & (n_known < n_horizon + MIN_ERRORS)).any(axis=0)):
+        rows = np.flatnonzero(n_known[:, column] < n_horizon + MIN_ERRORS)
+        scale = _Scale(bool(percents[column]))
+        halves = _honest_halves(window.values[:, column], rows, scale, window.bin_ms, n_horizon)
+        leads = np.arange(1, n_horizon + 1)
+        halves[n_known[rows, column][:, None] - leads >= MIN_ERRORS] = 0.0
+        quantiles[rows, column] = _widen(quantiles[rows, column], halves, scale)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """On which moves of one metric are alike: percents as they are, rates by log(1 + 100 |x|)."""
+
+    is_percent: bool
+
+    def take(self, values: Floats32) -> Floats32:
+        """Return native values on the scale."""
+        if self.is_percent:
+            return values
+        return np.copysign(np.log1p(np.float32(100) * np.abs(values)), values)
+
+    def give_back(self, scaled: Floats32) -> Floats32:
+        """Return them in native units."""
+        if self.is_percent:
+            return scaled
+        native = np.expm1(np.minimum(np.abs(scaled), 80)) / np.float32(100)
+        return np.asarray(np.copysign(native, scaled), np.float32)
+
+
+def _honest_halves(
+    values: Floats32, rows: NDArray[np.intp], scale: _Scale, bin_ms: int, n_horizon: int
+) -> Floats32:
+    """Return (row, horizon) on the scale.
+
+    Args:
+        values: (server, bin) of one metric, the whole part of the fleet.
+    """
+    factor, power = _USUAL_PERCENT if scale.is_percent else _USUAL_RATE
+    leads = np.arange(1, n_horizon + 1)
+    usual = factor * (leads * bin_ms / 300_000) ** power
+    steps = np.abs(np.diff(scale.take(values[:, -MAX_TARGETS:]), axis=1))
+    is_step = np.isfinite(steps)
+    base = usual
+    if is_step.sum() >= MIN_ERRORS:
+        fleet = np.quantile(steps[is_step], 1 - 2 * QUANTILES[0])
+        base = np.maximum(usual * np.clip(fleet / usual[0], _LEAST_OF_USUAL, 1), fleet * leads**_OWN_GROWTH)
+    n_steps = is_step[rows].sum(axis=1)
+    mean_step = np.where(is_step[rows], steps[rows], 0).sum(axis=1) / np.maximum(n_steps, 1)
+    own = _STEP_HALF * mean_step[:, None] * leads**_OWN_GROWTH
+    share = (n_steps / (n_steps + MIN_ERRORS))[:, None]
+    return np.asarray(np.sqrt(share * own**2 + (1 - share) * base**2), np.float32)
+
+
+def _widen(quantiles: Floats32, halves: Floats32, scale: _Scale) -> Floats32:
+    """Return (row, horizon, quantile) with sides at least `halves` from the median, as far as possible."""
+    low, middle, high = np.moveaxis(quantiles, -1, 0)
+    scaled = scale.take(middle)
+    down, up = scale.give_back(scaled - halves), scale.give_back(scaled + halves)
+    down = np.where(middle >= 0, np.maximum(down, 0), down)
+    if scale.is_percent:
+        up = np.where(middle <= 100, np.minimum(up, 100), up)
+    is_told = halves > 0
+    down, up = np.where(is_told, np.minimum(low, down), low), np.where(is_told, np.maximum(high, up), high)
+    return np.stack([down, middle, up], axis=-1)

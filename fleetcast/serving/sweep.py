@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from fleetcast.clock import DAY_MS, from_ms, iso_z, monotonic, to_ms
 from fleetcast.errors import StorageBroken, StorageFull
-from fleetcast.forecast.naive import NaiveForecaster
+from fleetcast.forecast.naive import NaiveForecaster, widen_young
 from fleetcast.schema import ClosedBin, FleetForecast, Floats32, HistoryWindow, SettledForecasts
 from fleetcast.serving.board import PredictionBoard
 from fleetcast.serving.corrector import Corrector
@@ -208,6 +208,7 @@ class Sweeper:
             self._fill_by_naive_rules(part, quantiles, sources)
             medians = quantiles[..., 1].copy()
             self._correct(part, quantiles)
+            widen_young(part, quantiles)
             names += part.server_names
             made.append((quantiles, sources, medians))
         if champion and has_ripe and not any(flags.any() for _, flags, _ in made):
