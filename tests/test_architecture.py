@@ -277,6 +277,18 @@ def test_errors_are_caught_narrowly(name: str) -> None:
             assert "BaseException" not in ast.unparse(node.type) or reraises(node), f"line {node.lineno}"
 
 
+def test_threads_are_watched() -> None:
+    """A thread that `fleetcast.workers` did not begin can end without a word."""
+    found = {
+        name
+        for name in MODULES
+        for node in ast.walk(tree_of(name))
+        if isinstance(node, ast.Attribute | ast.Name)
+        and ast.unparse(node).split(".")[-1] in ("Thread", "Timer")
+    }
+    assert found == {"fleetcast.workers"}
+
+
 def reraises(handler: ast.ExceptHandler) -> bool:
     return any(isinstance(node, ast.Raise) and node.exc is None for node in ast.walk(handler))
 

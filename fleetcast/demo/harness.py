@@ -22,6 +22,7 @@ from fleetcast.clock import monotonic, sleep
 from fleetcast.errors import DaemonAway
 from fleetcast.files import read_json, read_json_lines
 from fleetcast.sources.client import DaemonClient
+from fleetcast.workers import Workers
 
 ROOT = Path(__file__).resolve().parents[2]
 LINKED = (
@@ -60,18 +61,21 @@ class Seen:
     status: dict[str, Any] = field(default_factory=dict)
 
 
-class Watcher(threading.Thread):
+class Watcher:
     """Asks for predictions and status all the time, as a dashboard would."""
 
     def __init__(self, url: str) -> None:
-        super().__init__(daemon=True)
+        self._thread = Workers().thread("watcher", self._poll)
         self.seen = Seen()
         self._client = DaemonClient(url)
         self._began_s = monotonic()
         self._is_over = threading.Event()
 
-    def run(self) -> None:
-        """Poll until `end`."""
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def _poll(self) -> None:
         while not self._is_over.wait(POLL_S):
             began_s = monotonic()
             self.seen.requests += 2
@@ -88,7 +92,8 @@ class Watcher(threading.Thread):
     def end(self) -> Seen:
         """Stop polling and return what was seen."""
         self._is_over.set()
-        self.join(10)
+        self._thread.stop()
+        self._thread.join(10)
         return self.seen
 
     def _note(self, current: Mapping[str, Any]) -> None:
