@@ -49,6 +49,14 @@ def encode_table(table: pa.Table) -> bytes:
     return bytes(sink.getvalue())
 
 
+def encode_nothing(schema: pa.Schema) -> bytes:
+    """Return a stream without rows; `Schema.empty_table` would load pandas."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema):
+        pass
+    return bytes(sink.getvalue())
+
+
 def encode_batch(batch: RecordBatch) -> bytes:
     """Return records as plain columns."""
     every_name = [*batch.metrics, *batch.server_names]

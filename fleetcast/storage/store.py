@@ -26,7 +26,7 @@ from fleetcast.schema import RecordBatch, Rejection, SettledForecasts
 from fleetcast.settings import BufferSettings
 from fleetcast.storage.days import list_days
 from fleetcast.storage.daystore import DayStore
-from fleetcast.storage.log import encode_batch, encode_table
+from fleetcast.storage.log import encode_batch, encode_nothing
 from fleetcast.storage.reader import DayReader, buffer_stats, export_records
 from fleetcast.storage.tables import (
     METRICS,
@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".owner.lock"
 _END_OF_TIME_MS = 2**53
-_EMPTY_PAYLOAD = encode_table(METRICS.schema.empty_table())
+_NO_ROWS = encode_nothing(METRICS.schema)
 _APPEND_ROWS = 20_000  # records of one iterable that are checked and written together
 
 
@@ -144,7 +144,7 @@ class DataBuffer:
         Raises:
             StorageFull, StorageBroken: records cannot be stored now, either.
         """
-        self._own().metrics.append_payload(_EMPTY_PAYLOAD, 0)
+        self._own().metrics.append_payload(_NO_ROWS, 0)
 
     def append_predictions(self, rows: SettledForecasts) -> None:
         """Make settled forecasts durable; the same (origin, horizon, server, metric) is one row."""

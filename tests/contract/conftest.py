@@ -57,7 +57,8 @@ def filled(new_workplace: Callable[[str], Workplace]) -> Workplace:
         f"df = pd.read_parquet({str(SAMPLE)!r})\n"
         "df = df[df.server_name != 'smd-machine-1-5']\n"
         "df = df[df.timestamp < df.timestamp.min() + pd.Timedelta('3D')]\n"
-        "df['timestamp'] += pd.Timestamp.now('UTC').floor('s') - df.timestamp.max()\n"
+        # by whole days: what a training learns, and so its gate, does not depend on the hour of the test
+        "df['timestamp'] += (pd.Timestamp.now('UTC') - df.timestamp.max()).floor('D')\n"
         "df = df.assign(cpu_pct=df.cpu_r_norm01 * 100, mem_pct=df.mem_u_norm01 * 100)\n"
         "b = DataBuffer()\n"
         "b.append(df[['timestamp', 'server_name', 'cpu_pct', 'mem_pct']])\n"

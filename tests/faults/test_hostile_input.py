@@ -203,6 +203,7 @@ def test_a_hundred_thousand_new_server_names_stop_at_the_limit_and_memory_stays_
     for first in range(0, 50_000, 5_000):
         answer = _post(daemon, _fleet(first, 5_000)).json()
         received, rejected = received + answer["records_received"], rejected + answer["records_rejected"]
+    wait_for("the forecasts of the accepted", lambda: daemon.status()["backlog"] == 0)
     memory_full = daemon.memory_bytes
     for first in range(50_000, 100_000, 5_000):
         answer = _post(daemon, _fleet(first, 5_000)).json()
@@ -211,6 +212,7 @@ def test_a_hundred_thousand_new_server_names_stop_at_the_limit_and_memory_stays_
     assert received + rejected == 100_000
     assert 19_000 <= received <= 20_000
     assert "limit of 20000 servers" in answer["errors"][0]["reason"]
+    wait_for("the forecasts", lambda: daemon.status()["backlog"] == 0)
     assert daemon.memory_bytes - memory_full < 60e6
 
 
