@@ -21,7 +21,8 @@ from typing import Any
 
 from fleetcast.clock import SystemClock, from_ms, iso_z, monotonic, to_ms
 from fleetcast.errors import CannotStart, CorruptFile, DaemonAway, ExitCode
-from fleetcast.files import read_json
+from fleetcast.files import open_regular, read_json, write_atomic
+from fleetcast.locks import OwnerLock
 from fleetcast.loop import Stop
 from fleetcast.program import run_program
 from fleetcast.schema import SOURCE_WARMING_UP
@@ -40,16 +41,19 @@ model_min_history_s = 300.0
 START_LIMIT_S = 60.0
 STOP_LIMIT_S = 30.0
 LAST_LINES = 15
+LAST_BYTES = 65_536
+LOCK_FILE = "live.lock"
 _PR_SET_PDEATHSIG = 1
 
 
 class Child:
-    """One process, whose output goes to `<name>.console`."""
+    """One process, whose output goes to `<name>.console`; it keeps the folder's lock for its life."""
 
-    def __init__(self, name: str, command: Sequence[str], folder: Path) -> None:
+    def __init__(self, name: str, command: Sequence[str], folder: Path, lock: OwnerLock) -> None:
         self.name = name
         self._console = folder / f"{name}.console"
-        with self._console.open("wb") as console:
+        write_atomic(self._console, b"")  # whatever had the name
+        with self._console.open("ab") as console:
             # a session of its own: Ctrl+C reaches only us, and we end the three in order
             self._process = subprocess.Popen(
                 [sys.executable, *command],
@@ -60,7 +64,9 @@ class Child:
                 stderr=console,
                 start_new_session=True,
                 preexec_fn=_end_with_parent,
+                pass_fds=lock.filenos(),
             )
+        self.pid = self._process.pid
 
     @property
     def has_ended(self) -> bool:
@@ -79,7 +85,12 @@ class Child:
 
     def last_words(self) -> str:
         """Return the exit code and the last lines it printed."""
-        lines = self._console.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        try:
+            with open_regular(self._console) as stream:
+                stream.seek(max(0, stream.seek(0, os.SEEK_END) - LAST_BYTES))
+                lines = stream.read(LAST_BYTES).decode(errors="replace").splitlines()[-LAST_LINES:]
+        except (OSError, CorruptFile) as error:
+            lines = [f"(no output to show: {error})"]
         return "\n".join([f"{self.name} ended with exit code {self._process.returncode}:", *lines])
 
 
@@ -95,8 +106,11 @@ class LiveLoop:
     decision about a fleet that only seems to be gone, and the buffer is closed last.
     """
 
-    def __init__(self, folder: Path, port: int, stop: Stop, *, status_interval_s: float) -> None:
+    def __init__(
+        self, folder: Path, port: int, stop: Stop, lock: OwnerLock, *, status_interval_s: float
+    ) -> None:
         self._folder = folder
+        self._lock = lock
         self._url = f"http://127.0.0.1:{port}"
         self._port = port
         self._stop = stop
@@ -109,14 +123,15 @@ class LiveLoop:
         """Start the three; the second and third once the first one serves.
 
         Raises:
-            CannotStart: one of them ended; the message holds its last words.
+            CannotStart: the port is taken, or one of them ended; the message holds its last words.
         """
+        self._check_port()
         port = str(self._port)
         self._add("inference", "tft_inference_daemon.py", "--port", port)
         self._await_ready()
         self._add("retraining", "adaptive_retraining_daemon.py", "--daemon-url", self._url)
         agent = ["-m", "fleetcast.sources.agent", "--url", self._url, "--server-name", self._server_name]
-        self._children.append(Child("agent", agent, self._folder))
+        self._children.append(Child("agent", agent, self._folder, self._lock))
 
     def run(self) -> None:
         """Print a line of status now and then until the stop.
@@ -167,17 +182,40 @@ class LiveLoop:
         return f"drift: {drift['recommendation'] if is_ready else drift.get('status_reason')}"
 
     def _add(self, name: str, script: str, *flags: str) -> None:
-        self._children.append(Child(name, [str(ROOT / script), *flags], self._folder))
+        self._children.append(Child(name, [str(ROOT / script), *flags], self._folder, self._lock))
+
+    def _check_port(self) -> None:
+        """Make sure that nobody else answers on the port."""
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", self._port))
+                return
+            except OSError as error:
+                reason = error.strerror
+        raise CannotStart(
+            f"port {self._port} cannot be used: {reason}; {self._tenant()}", hint="choose another with --port"
+        )
+
+    def _tenant(self) -> str:
+        """Return what is known about who answers on our port."""
+        try:
+            status = self._client.status()
+            return f"a fleetcast daemon has it: pid {status['pid']}, buffer {status['buffer']['folder']}"
+        except (DaemonAway, KeyError, TypeError):
+            return "another program has it"
 
     def _await_ready(self) -> None:
+        """Wait until our own daemon serves: another one's answer says nothing about it."""
         deadline_s = monotonic() + START_LIMIT_S
         while monotonic() < deadline_s and not self._stop.wait(0.2):
             self._check_children()
             try:
-                self._client.get("/ready")
-                return
+                status = self._client.status()
             except DaemonAway:
                 continue
+            if status.get("pid") == self._children[0].pid and status.get("status") == "ready":
+                return
         if not self._stop.is_requested:
             raise CannotStart(f"the inference daemon was not ready within {START_LIMIT_S:.0f} s")
 
@@ -210,20 +248,22 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    options.folder.mkdir(parents=True, exist_ok=True)
-    config = options.folder / "fleetcast.toml"
-    if not config.exists():
-        config.write_text(OWN_SETTINGS, encoding="utf-8")
-    stop = Stop()
-    stop.install()
-    loop = LiveLoop(options.folder, options.port, stop, status_interval_s=options.status)
-    try:
-        loop.start()
-        url = f"http://127.0.0.1:{options.port}/docs"
-        print(f"live on {url}, state in {options.folder}/, Ctrl+C ends it", flush=True)
-        loop.run()
-    finally:
-        loop.end()
+    folder: Path = options.folder
+    lock = OwnerLock(folder / LOCK_FILE, f"the live loop of {folder.resolve()}")
+    with lock:  # before anything is written: the files are those of the loop that runs
+        config = folder / "fleetcast.toml"
+        if not config.exists():
+            config.write_text(OWN_SETTINGS, encoding="utf-8")
+        stop = Stop()
+        stop.install()
+        loop = LiveLoop(folder, options.port, stop, lock, status_interval_s=options.status)
+        try:
+            loop.start()
+            url = f"http://127.0.0.1:{options.port}/docs"
+            print(f"live on {url}, state in {folder}/, Ctrl+C ends it", flush=True)
+            loop.run()
+        finally:
+            loop.end()
     return ExitCode.OK
 
 

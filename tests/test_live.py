@@ -1,9 +1,13 @@
 """`make run`: three real processes that start in order, show a forecast, and end in order."""
 
+import contextlib
+import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -111,3 +115,73 @@ def test_other_bins_than_the_base_was_made_for_are_a_problem_in_the_line(tmp_pat
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
+
+
+def test_a_second_loop_says_that_one_runs_and_leaves_its_files_alone(tmp_path: Path) -> None:
+    (tmp_path / "fleetcast.toml").write_text(QUICK)
+    with _start(tmp_path, free_port()) as first:
+        _until(first, r"^live on ")
+        consoles = {path: path.read_bytes() for path in tmp_path.glob("*.console")}
+
+        second = _start(tmp_path, free_port())
+        output, _ = second.communicate(timeout=60)
+
+        first.send_signal(signal.SIGINT)
+        first.communicate(timeout=60)
+    assert second.returncode == 4
+    assert f"the live loop of {tmp_path} is already held by pid {first.pid}" in output
+    assert len(consoles) == 3
+    assert all(path.read_bytes().startswith(text) for path, text in consoles.items())
+
+
+@pytest.mark.parametrize("answer", [b"", b'HTTP/1.1 200 OK\r\nContent-Length: 18\r\n\r\n{"status":"ready"}'])
+def test_a_port_that_a_stranger_has_is_named_and_its_answers_are_not_believed(
+    tmp_path: Path, answer: bytes
+) -> None:
+    def talk(server: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                with server.accept()[0] as connection:
+                    connection.recv(65_536)
+                    connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        threading.Thread(target=talk, args=(server,), daemon=True).start()
+        process = _start(tmp_path, port)
+        output, _ = process.communicate(timeout=60)
+        server.shutdown(socket.SHUT_RDWR)
+
+    assert process.returncode == 3
+    assert f"port {port} cannot be used: Address already in use; another program has it" in output
+    assert "live on" not in output
+    assert not list(tmp_path.glob("*.console"))
+
+
+def test_a_port_that_another_loop_has_is_told_with_its_pid_and_folder(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "fleetcast.toml").write_text(QUICK)
+    port = free_port()
+    with _start(tmp_path / "one", port) as first:
+        _until(first, r"^live on ")
+        second = _start(tmp_path / "two", port)
+        output, _ = second.communicate(timeout=60)
+        first.send_signal(signal.SIGINT)
+        first.communicate(timeout=60)
+
+    assert second.returncode == 3
+    assert re.search(r"a fleetcast daemon has it: pid \d+, buffer .*data_buffer", output)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "loop"])
+def test_something_else_in_a_console_files_place_stops_nothing(tmp_path: Path, kind: str) -> None:
+    console = tmp_path / "inference.console"
+    {"fifo": lambda: os.mkfifo(console), "folder": console.mkdir, "loop": lambda: console.symlink_to(console)}[
+        kind
+    ]()
+    (tmp_path / "fleetcast.toml").write_text("[bins]\nbin_s = 7\n")
+
+    output, _ = _start(tmp_path, free_port()).communicate(timeout=60)
+
+    assert "bins.bin_s must divide a day" in output
