@@ -177,9 +177,12 @@ def test_a_port_that_another_loop_has_is_told_with_its_pid_and_folder(tmp_path: 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "loop"])
 def test_something_else_in_a_console_files_place_stops_nothing(tmp_path: Path, kind: str) -> None:
     console = tmp_path / "inference.console"
-    {"fifo": lambda: os.mkfifo(console), "folder": console.mkdir, "loop": lambda: console.symlink_to(console)}[
-        kind
-    ]()
+    if kind == "fifo":
+        os.mkfifo(console)
+    elif kind == "folder":
+        console.mkdir()
+    else:
+        console.symlink_to(console)
     (tmp_path / "fleetcast.toml").write_text("[bins]\nbin_s = 7\n")
 
     output, _ = _start(tmp_path, free_port()).communicate(timeout=60)
