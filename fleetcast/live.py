@@ -185,7 +185,7 @@ class LiveLoop:
         self._children.append(Child(name, [str(ROOT / script), *flags], self._folder, self._lock))
 
     def _check_port(self) -> None:
-        """Make sure that nobody else answers on the port."""
+        """Make sure that the port is free."""
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -206,7 +206,7 @@ class LiveLoop:
             return "another program has it"
 
     def _await_ready(self) -> None:
-        """Wait until our own daemon serves: another one's answer says nothing about it."""
+        """Wait until our own daemon serves; the answer of another one does not count."""
         deadline_s = monotonic() + START_LIMIT_S
         while monotonic() < deadline_s and not self._stop.wait(0.2):
             self._check_children()
