@@ -247,7 +247,7 @@ def test_every_answer_with_data_needs_the_key_and_no_file_does(
             for headers in ({}, {"x-api-key": "wrong"}):
                 assert world.client.get(path, headers=headers).status_code == 401, path
             assert world.client.get(path, headers={"x-api-key": "right"}).status_code in (200, 404), path
-        for name in read_files():
+        for name in read_files().keys() - {"docs.html"}:
             assert world.client.get(f"/ui/{name}").status_code == 200, name
     finally:
         world.end()
@@ -311,27 +311,45 @@ def test_a_file_names_no_other_address_and_holds_no_script_or_style_in_its_text(
 
 def test_the_files_refer_only_to_each_other() -> None:
     names = {path.relative_to(UI_FOLDER).as_posix() for path in FILES}
-    page = (UI_FOLDER / "index.html").read_text()
-    linked = set(re.findall(r'(?:src|href)="(?!#)([^"]+)"', page))
+    linked = set(re.findall(r'(?:src|href)="(?!#)([^"]+)"', (UI_FOLDER / "index.html").read_text()))
+    docs = set(re.findall(r'(?:src|href)="([^"]+)"', (UI_FOLDER / "docs.html").read_text()))
+    linked |= {name.removeprefix("ui/") for name in docs - {"openapi.json"}}
     for path in OURS:
         if path.suffix == ".js":
             linked |= {name.removeprefix("./") for name in re.findall(r'from "([^"]+)"', path.read_text())}
         if path.suffix == ".css":
             linked |= set(re.findall(r'url\("([^"]+)"\)', path.read_text()))
     assert linked <= names
-    assert names - linked == {"index.html", "vendor/LICENSE-uPlot", "vendor/vendor.json"}
+    assert {name for name in names - linked if "LICENSE" not in name and "NOTICE" not in name} == {
+        *("index.html", "docs.html", "vendor/vendor.json"),
+    }
 
 
-def test_the_vendored_chart_is_byte_for_byte_what_was_released() -> None:
-    vendor: dict[str, Any] = json.loads((UI_FOLDER / "vendor" / "vendor.json").read_text())
+def test_what_is_vendored_is_byte_for_byte_what_was_released() -> None:
+    vendor: list[dict[str, Any]] = json.loads((UI_FOLDER / "vendor" / "vendor.json").read_text())
     sums = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in (UI_FOLDER / "vendor").iterdir()
         if path.name != "vendor.json"
     }
-    assert sums == vendor["sha256"]
-    assert f"v{vendor['version']}" in (UI_FOLDER / "vendor" / "uPlot.iife.min.js").read_text()[:100]
+    assert sums == {name: told for package in vendor for name, told in package["sha256"].items()}
+    chart = next(package for package in vendor if package["name"] == "uplot")
+    assert f"v{chart['version']}" in (UI_FOLDER / "vendor" / "uPlot.iife.min.js").read_text()[:100]
     assert "MIT" in (UI_FOLDER / "vendor" / "LICENSE-uPlot").read_text()
+    assert "Apache License" in (UI_FOLDER / "vendor" / "LICENSE-swagger-ui").read_text()
+
+
+def test_the_interface_is_described_without_a_request_to_others(world: World) -> None:
+    docs = world.client.get("/docs")
+    assert (docs.status_code, docs.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert docs.headers["content-security-policy"] == POLICY
+    for name in re.findall(r'(?:src|href)="([^"]+)"', docs.text):
+        assert "//" not in name
+        assert world.client.get(f"/{name}").status_code == 200, name
+    assert 'validatorUrl: "none"' in world.client.get("/ui/docs.js").text
+    other = world.client.get("/redoc")
+    assert (other.status_code, other.headers["location"]) == (307, "docs")
+    assert (world.client.head("/docs").status_code, world.client.head("/docs").content) == (200, b"")
 
 
 def test_history_is_described(world: World) -> None:

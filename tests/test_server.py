@@ -264,7 +264,27 @@ def test_the_interface_describes_itself(client: httpx.Client) -> None:
     }  # fmt: skip
     codes = set(described["/feed/data"]["post"]["responses"])
     assert codes == {"200", "401", "408", "413", "415", "422", "429", "503", "507"}
-    assert client.get("/docs").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/health", "/ready", "/metrics", "/status", "/predictions/current", "/openapi.json"]
+)
+def test_head_is_answered_as_get_without_the_body(client: httpx.Client, path: str) -> None:
+    told, head = client.get(path), client.head(path)
+    assert (head.status_code, head.content) == (told.status_code, b"")
+    assert head.headers["content-type"] == told.headers["content-type"]
+    assert int(head.headers["content-length"]) > 0
+
+
+def test_head_passes_the_same_door_and_follows_readiness(daemon: Daemon) -> None:
+    with client_of(daemon, "right") as client:
+        assert client.head("/status").status_code == 401
+        assert client.head("/status", headers={"x-api-key": "right"}).status_code == 200
+        assert client.head("/feed/data").status_code == 405
+        daemon.not_ready = "the disk is full"
+        assert client.head("/ready").status_code == 503
+    with client_of(daemon) as client:
+        assert client.head("/status", headers={"host": "evil.example"}).status_code == 421
 
 
 async def _says_hello(_scope: Any, _receive: Any, send: Any) -> None:

@@ -1,4 +1,4 @@
-"""The page for operators (`/ui/`), what it asks for (`/ui/api/...`), and `GET /history`.
+"""The page for operators (`/ui/`), what it asks for (`/ui/api/...`), `/docs`, and `GET /history`.
 
 Owns: these routes, the files of the page as they were when the daemon started, and the headers that
 keep a browser to them: nothing is loaded from elsewhere, no script stands in the page itself, and no
@@ -32,12 +32,14 @@ UI_FOLDER = Path(__file__).parents[1] / "ui"
 MAX_WAITING = 32
 _RETRY_AFTER = "1"
 _INDEX = "index.html"
+_DOCS = "docs.html"  # Swagger UI, served at /docs alone: its links are relative to that
 _TYPES = {
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
     ".json": JSON,
+    ".txt": "text/plain; charset=utf-8",
     "": "text/plain; charset=utf-8",
 }
 POLICY = (
@@ -175,7 +177,6 @@ def _history_route(past: Past, ask: Ask, guard: list[Any]) -> APIRouter:
     router = APIRouter(dependencies=guard)
     fields = [Depends(only("server", "metric", "start", "end"))]
 
-    @router.head("/history", dependencies=fields, include_in_schema=False)
     @router.get("/history", responses=HISTORY_ANSWERS, dependencies=fields)
     async def history(
         server: Annotated[str, Query(description="one server's name")],
@@ -245,25 +246,37 @@ def _add_watch_routes(router: APIRouter, overview: Overview, ask: Ask) -> None:
 def _file_routes(files: Mapping[str, PageFile]) -> APIRouter:
     router = APIRouter(include_in_schema=False)
 
-    @router.api_route("/", methods=["GET", "HEAD"])
+    @router.get("/")
     async def root(request: Request) -> Response:
         """Lead a browser to the page; programs get what they always got."""
         if "text/html" not in request.headers.get("accept", ""):
             raise HTTPException(404)
         return Response(status_code=307, headers={"location": "ui/", "vary": "accept"})
 
-    @router.api_route("/ui", methods=["GET", "HEAD"])
+    @router.get("/ui")
     async def without_slash() -> Response:
         return Response(status_code=307, headers={"location": "ui/"})
 
-    @router.api_route("/ui/{name:path}", methods=["GET", "HEAD"])
+    @router.get("/redoc")
+    async def other_docs() -> Response:
+        return Response(status_code=307, headers={"location": "docs"})
+
+    @router.get("/docs")
+    async def docs(request: Request) -> Response:
+        return _file_answer(files[_DOCS], request)
+
+    @router.get("/ui/{name:path}")
     async def page_file(name: str, request: Request) -> Response:
         found = files.get(name or _INDEX)
-        if found is None:
+        if found is None or name == _DOCS:
             raise HTTPException(404)
-        headers = {**FILE_HEADERS, "etag": found.tag}
-        if request.headers.get("if-none-match") == found.tag:
-            return Response(status_code=304, headers=headers)
-        return Response(found.body, media_type=found.media_type, headers=headers)
+        return _file_answer(found, request)
 
     return router
+
+
+def _file_answer(found: PageFile, request: Request) -> Response:
+    headers = {**FILE_HEADERS, "etag": found.tag}
+    if request.headers.get("if-none-match") == found.tag:
+        return Response(status_code=304, headers=headers)
+    return Response(found.body, media_type=found.media_type, headers=headers)

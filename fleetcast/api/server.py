@@ -1,6 +1,6 @@
 """The HTTP interface of the inference daemon (owner of FastAPI): routes, keys, and its description.
 
-Owns: routes, status codes, authentication, and what `/openapi.json` and `/docs` say (plain OpenAPI;
+Owns: routes, status codes, authentication, and what `/openapi.json` says (plain OpenAPI;
 changes are additive only, and `tests/test_server.py` compares it with the answers). `feed` answers
 the routes that take records in. Does not know: models, bins, how answers are made.
 
@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import APIKeyHeader
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fleetcast import __version__
 from fleetcast.api.bodies import encode
@@ -245,7 +245,8 @@ def create_app(
         yield
         feed.close()
 
-    app = FastAPI(title="fleetcast inference daemon", version=__version__, lifespan=lifespan)
+    title, no_docs = "fleetcast inference daemon", None  # `page` serves /docs
+    app = FastAPI(title=title, version=__version__, lifespan=lifespan, docs_url=no_docs, redoc_url=no_docs)
     answers_by_path = {FEED_PATH: feed.answer}
     door = Door(api_key, telemetry)
     app.include_router(_guarded_routes(board, report, door, settings.max_query_servers))
@@ -258,6 +259,7 @@ def create_app(
             BrowserGuard, allowed_hosts=settings.allowed_hosts, on_refusal=telemetry.count_refusal
         )
     app.include_router(_open_routes(report, telemetry))
+    app.add_middleware(HeadDoor)
     app.openapi = _with_present_example(app.openapi)  # type: ignore[method-assign]
     return app
 
@@ -412,6 +414,24 @@ def only(*names: str) -> Callable[[Request], Awaitable[None]]:
             )
 
     return check
+
+
+class HeadDoor:
+    """Middleware that answers HEAD as GET without the body, on every path: `wget --spider` asks so."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self._app({**scope, "method": "GET"}, receive, send_head)
 
 
 class BrowserGuard:
