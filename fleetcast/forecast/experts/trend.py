@@ -13,8 +13,8 @@ worth following (docs/decisions/expert-layer.md).
 2. A line that bends once: level until the bend, then a slope; the bend with the least squares.
 3. It counts when the slope is 8 standard errors from 0, lasts 3 hours, the newest points lie on the
    line, and the points scatter around it no more than from one to the next (1.25 times).
-4. It is followed for at most 1.5 times as long as it lasts already, times the share of such moves that
-   came true in this series before (`belief`, 1 where nothing of the kind was seen).
+4. It is followed for at most as long as it lasts already, times the share of such moves that came true
+   in this series before (`belief`, 1 where nothing of the kind was seen).
 """
 
 from dataclasses import dataclass
@@ -29,9 +29,10 @@ WINDOW_POINTS = 144  # 36 hours of 5-minute bins
 _LEAST_AGE = 8  # points since the bend
 CLEAR_ERRORS, CLEAR_AGE_BINS, CLEAR_NOISE, CLEAR_SCATTER = 8.0, 36, 1.25, 0.3
 LOOSE_ERRORS, LOOSE_AGE_BINS, LOOSE_SCATTER = 5.0, 12, 0.4  # what counts as seen before
-_ON_THE_LINE, _NEWEST_POINTS = 3.5, 4
-_REACH = 1.5  # followed for at most so many times its age
+_ON_THE_LINE, _NEWEST_POINTS, _NEWEST_ERRORS = 3.5, 4, 2.6
+_REACH = 1.0  # followed for at most so many times its age
 _JUMP_NOISE, _JUMP_RANGE = 8.0, 0.25  # a sudden jump: times the noise, and share of the window's range
+_BEND = 0.5  # of a bin's move: what a bend inside a point adds to the scatter
 _FLAT = 1e-9
 
 Flags = NDArray[np.bool_]
@@ -71,9 +72,10 @@ def find_trend(history: Floats32, unit: Floats32) -> Trend:
     errors = np.abs(slope) / np.maximum(error * scatter, _FLAT)
     share = scatter / np.maximum(moved, _FLAT)
     is_on_line = np.abs(history[:, -1] - level) < _ON_THE_LINE * scatter + 0.1 * unit
-    is_on_line &= np.abs(newest) < 2 * scatter + 0.1 * unit
+    is_on_line &= np.abs(newest) < _NEWEST_ERRORS * scatter / np.sqrt(_NEWEST_POINTS) + 0.1 * unit
     is_clear = (errors >= CLEAR_ERRORS) & (age * POINT_BINS >= CLEAR_AGE_BINS) & (share < CLEAR_SCATTER)
-    is_clear &= is_on_line & (moved > 1.5 * unit) & (scatter <= np.maximum(CLEAR_NOISE * noise, 0.1 * unit))
+    least = np.maximum(0.1 * unit, _BEND * np.abs(slope) / POINT_BINS)
+    is_clear &= is_on_line & (moved > 1.5 * unit) & (scatter <= np.maximum(CLEAR_NOISE * noise, least))
     is_loose = (errors >= LOOSE_ERRORS) & (age * POINT_BINS >= LOOSE_AGE_BINS) & (share < LOOSE_SCATTER)
     return Trend(slope / POINT_BINS, level, scatter, age * POINT_BINS, is_clear, is_loose | is_clear)
 
