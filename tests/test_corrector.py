@@ -15,6 +15,7 @@ from fleetcast.settings import BinSettings, ForecastSettings
 BIN = 300_000
 T0 = 1_768_471_200_000
 METRICS = ("cpu_pct", "mem_pct")
+HOME = np.zeros((1, 2), np.bool_)  # no series has moved
 MODEL, LAST = 60.0, 50.0
 
 
@@ -98,9 +99,11 @@ def test_the_naive_forecast_is_mixed_by_the_same_rule(fleet: Fleet) -> None:
 def test_a_new_version_is_believed_again_before_it_has_shown_anything(fleet: Fleet) -> None:
     fleet.close(60)
     layer = fleet.corrector._layer
-    shares = layer.mixture.shares(np.array([0]), np.array([[True, True]]))[0, 0, 0]
+    shares = layer.mixture.shares(np.array([0]), np.array([[True, True]]), np.zeros((1, 2), np.bool_))[
+        0, 0, 0
+    ]
     fleet.corrector.note_version("v2")
-    after = layer.mixture.shares(np.array([0]), np.array([[True, True]]))[0, 0, 0]
+    after = layer.mixture.shares(np.array([0]), np.array([[True, True]]), HOME)[0, 0, 0]
     assert after[0] >= shares[0], "old evidence is never held against a new model more than before"
     assert fleet.forecast()[0, 1] == pytest.approx(LAST, abs=0.5), "the rules keep what they earned"
 
@@ -112,14 +115,31 @@ def test_widths_of_format_1_are_taken_over(fleet: Fleet, caplog: pytest.LogCaptu
     with np.load(path) as archive:
         arrays = {name: archive[name] for name in archive.files if not name.startswith("pending")}
     arrays |= {"format": np.int64(1), "losses": np.zeros((2, 2, 3, 9), np.float32)}
+    arrays |= {name: arrays[name].take(0, axis=-3) for name in ("widen", "fleet_widen")}
     del arrays["last_losses"], arrays["trend_sums"]
     np.savez(path, **arrays)
     with caplog.at_level(logging.INFO):
         fleet.start()
     assert "format 1" in caplog.text
     mixture = fleet.corrector._layer.mixture
-    np.testing.assert_array_equal(mixture.widen[:2], arrays["widen"])
+    np.testing.assert_array_equal(mixture.widen[:2, :, 0], arrays["widen"])
     assert not mixture.counts.any()
+
+
+def test_what_format_2_learned_is_taken_over_for_series_at_home(fleet: Fleet) -> None:
+    fleet.close(60)
+    before = fleet.corrector._layer.mixture.shares(np.array([0]), np.array([[True, True]]), HOME)
+    fleet.corrector.save(at_once=True)
+    path = fleet.folder / FILE
+    with np.load(path) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    states = ("losses", "counts", "last_losses", "widen", "fleet_widen")
+    arrays |= {"format": np.int64(2)} | {name: arrays[name].take(0, axis=-3) for name in states}
+    del arrays["apart"], arrays["misses"]
+    np.savez(path, **arrays)
+    fleet.start()
+    after = fleet.corrector._layer.mixture.shares(np.array([0]), np.array([[True, True]]), HOME)
+    np.testing.assert_array_equal(after, before)
 
 
 @pytest.mark.parametrize("damage", ["empty", "flipped", "cut", "other metrics"])

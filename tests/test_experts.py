@@ -15,6 +15,7 @@ from fleetcast.schema import Floats32
 DAY = 288
 PERCENT = np.array([True])
 ROW = np.array([0])
+HOME = np.zeros((1, 1), np.bool_)  # no series has moved
 
 
 def sawtooth(n_bins: int, period: int, height: float = 40.0) -> Floats32:
@@ -68,7 +69,7 @@ def test_moments_before_the_first_value_are_no_analogues() -> None:
 def test_a_steady_leak_is_followed(noise: float, age_h: int) -> None:
     trend = find_trend(leak(age_h * 12, 2.0, noise)[None], np.ones(1, np.float32))
     assert trend.is_clear[0]
-    truth = 30 + 2.0 * (age_h + 5)
+    truth = 30 + 2.0 * (age_h + min(age_h, 5))  # followed for as long as it lasts
     assert trend.level[0] + trend.move(60)[0] == pytest.approx(
         truth, abs=(0.4 if noise == 2.0 else 0.15) * 10
     )
@@ -139,8 +140,8 @@ def told(**values: float) -> Floats32:
 def test_the_expert_that_was_right_takes_over_at_its_horizon_only() -> None:
     mixture = Mixture(PERCENT)
     for _ in range(60):
-        mixture.learn(0, ROW, told(near=70.0, last=50.0), np.array([[70.0]], np.float32))
-    shares = mixture.shares(ROW, np.array([[True]]))[0, 0]
+        mixture.learn(0, ROW, told(near=70.0, last=50.0), np.array([[70.0]], np.float32), HOME)
+    shares = mixture.shares(ROW, np.array([[True]]), HOME)[0, 0]
     assert shares[0, EXPERTS.index("near")] > 0.95
     assert shares[2].tolist() == [1, 0, 0, 0, 0, 0], "without evidence the model stays as it is"
 
@@ -148,35 +149,35 @@ def test_the_expert_that_was_right_takes_over_at_its_horizon_only() -> None:
 def test_a_model_that_comes_later_is_compared_on_its_own_occasions() -> None:
     mixture = Mixture(PERCENT)
     for _ in range(200):  # hard times, without a model
-        mixture.learn(0, ROW, told(model=np.nan, last=40.0, near=30.0), np.array([[50.0]], np.float32))
+        mixture.learn(0, ROW, told(model=np.nan, last=40.0, near=30.0), np.array([[50.0]], np.float32), HOME)
     for _ in range(40):  # easy ones: the model is half as wrong as the last value
-        mixture.learn(0, ROW, told(model=50.5, last=51.0, near=52.0), np.array([[50.0]], np.float32))
-    shares = mixture.shares(ROW, np.array([[True]]))[0, 0, 0]
+        mixture.learn(0, ROW, told(model=50.5, last=51.0, near=52.0), np.array([[50.0]], np.float32), HOME)
+    shares = mixture.shares(ROW, np.array([[True]]), HOME)[0, 0, 0]
     assert shares[EXPERTS.index("model")] > 0.9
 
 
 def test_the_model_has_no_share_where_it_does_not_forecast() -> None:
     mixture = Mixture(PERCENT)
     for _ in range(60):
-        mixture.learn(0, ROW, told(model=70.0, last=50.0), np.array([[70.0]], np.float32))
-    assert mixture.shares(ROW, np.array([[False]]))[0, 0, :, 0].max() == 0
+        mixture.learn(0, ROW, told(model=70.0, last=50.0), np.array([[70.0]], np.float32), HOME)
+    assert mixture.shares(ROW, np.array([[False]]), HOME)[0, 0, :, 0].max() == 0
 
 
 def test_a_young_series_borrows_what_the_fleet_learned() -> None:
     mixture = Mixture(PERCENT)
     for _ in range(60):
-        mixture.learn(0, ROW, told(far=70.0, last=50.0), np.array([[70.0]], np.float32))
+        mixture.learn(0, ROW, told(far=70.0, last=50.0), np.array([[70.0]], np.float32), HOME)
     mixture.reserve(2)
-    shares = mixture.shares(np.array([1]), np.array([[True]]))[0, 0, 0]
+    shares = mixture.shares(np.array([1]), np.array([[True]]), HOME)[0, 0, 0]
     assert shares[EXPERTS.index("far")] > 0.9
 
 
 def test_evidence_of_rules_survives_a_new_model() -> None:
     mixture = Mixture(PERCENT)
     for _ in range(60):
-        mixture.learn(0, ROW, told(near=70.0, last=50.0), np.array([[70.0]], np.float32))
+        mixture.learn(0, ROW, told(near=70.0, last=50.0), np.array([[70.0]], np.float32), HOME)
     mixture.doubt_model()
-    assert mixture.shares(ROW, np.array([[True]]))[0, 0, 0, EXPERTS.index("near")] > 0.95
+    assert mixture.shares(ROW, np.array([[True]]), HOME)[0, 0, 0, EXPERTS.index("near")] > 0.95
 
 
 def test_a_trend_is_believed_until_such_moves_did_not_come_true() -> None:
@@ -212,6 +213,47 @@ def test_new_dynamics_are_forecast_within_hours() -> None:
     truth = 20 + 40 * ((DAY + np.arange(24)) % 30) / 30
     error = np.abs(quantiles[:24, 1] - truth).mean()
     assert error < 0.25 * np.abs(series[-1] - truth).mean()
+
+
+@pytest.mark.parametrize("step", [40.0, -25.0])
+def test_a_series_that_moved_hours_ago_is_not_expected_back(step: float) -> None:
+    random = np.random.default_rng(6)
+    series = (50 + random.standard_normal(6 * DAY)).astype(np.float32)
+    series[-3 * 12 :] += step  # three hours ago; no forecast of 8 hours made since is due yet
+    _, quantiles = play(series, 4 * DAY)
+    np.testing.assert_allclose(quantiles[[11, 95], 1], 50 + step, atol=3)
+
+
+def test_a_burst_that_always_ends_is_expected_to_end() -> None:
+    random = np.random.default_rng(7)
+    series = (30 + random.standard_normal(7 * DAY)).astype(np.float32)
+    for start in (0.3, 1.2, 2.6, 3.1, 4.7, 5.5):  # of 3 hours each, at no time of day
+        series[int(start * DAY) : int(start * DAY) + 36] += 30
+    series[-12:] += 30
+    _, quantiles = play(series, 6 * DAY)
+    assert quantiles[95, 1] < 45
+
+
+def test_what_a_series_does_apart_from_usual_teaches_nothing_about_it_at_home() -> None:
+    mixture = Mixture(PERCENT)
+    for has_moved, truth in ((HOME, 30.0), (~HOME, 70.0)):
+        for _ in range(60):
+            said = told(usual=30.0, last=70.0)
+            mixture.learn(0, ROW, said, np.array([[truth]], np.float32), has_moved)
+    for has_moved, right in ((HOME, "usual"), (~HOME, "last")):
+        assert mixture.shares(ROW, np.array([[True]]), has_moved)[0, 0, 0, EXPERTS.index(right)] > 0.9
+
+
+def test_intervals_follow_what_the_series_itself_was_missed_by() -> None:
+    mixture = Mixture(PERCENT)
+    mixture.reserve(1)
+    random = np.random.default_rng(8)
+    served = np.array([[[20.0, 50.0, 80.0]]], np.float32)
+    for error in 2 * random.standard_normal(400):
+        mixture.learn_widths(0, ROW, served, np.array([[50 + error]], np.float32), HOME)
+    halves, say = mixture.own_halves(ROW, HOME)
+    np.testing.assert_allclose(halves[0, 0, 0], 1.28 * 2, rtol=0.2)  # of a normal distribution
+    assert 0.3 < say[0, 0, 0] <= mixture.rates.width_say[0]
 
 
 def test_a_leak_reaches_further_than_the_last_value_and_stays_a_percent() -> None:

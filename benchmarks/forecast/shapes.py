@@ -75,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, answer in figures["answers"].items():
         print(f"{name}: {'yes' if answer['is_met'] else 'NO'}; {answer['why']}")
     if not options.dry:
+        for row in figures["rows"]:  # JSON knows no infinity
+            row["crossing"] = [error if np.isfinite(error) else None for error in row["crossing"]]
         print(write_results(options.name, figures))
     return 0
 

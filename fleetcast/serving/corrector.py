@@ -6,11 +6,12 @@ Does not know: how forecasts are mixed (`forecast/experts/`), when bins close, t
 A kill loses what was learned since the last save, at most a minute, and which forecasts were open:
 those teach nothing. A file that cannot be read is logged, and learning starts afresh.
 
-`feedback.npz` (format 2): `format`, `bin_ms`, `through_ms` (newest bin that taught), `horizons`, the
-arrays of `Mixture` (`losses`, `counts`, `last_losses`, `widen`, `trend_sums`: a row per server;
-`fleet_widen`), after a clean stop the open forecasts (`pending_*`), and names as UTF-8 lines in byte
-arrays (`servers`, `metrics`, `version`). Of format 1, written before there were experts, only the
-widths of intervals are taken over. The zip's own CRC-32 guards every array; nothing in it is pickled.
+`feedback.npz` (format 3): `format`, `bin_ms`, `through_ms` (newest bin that taught), `horizons`, the
+arrays of `Mixture` (`losses`, `counts`, `last_losses`, `widen`, `misses`, `trend_sums`, `apart`: a row per
+server; `fleet_widen`), after a clean stop the open forecasts (`pending_*`), and names as UTF-8 lines in
+byte arrays (`servers`, `metrics`, `version`). Format 2 knew one state of a series, where it usually is:
+its arrays are taken over for that state, open forecasts are not. Of format 1, written before there were
+experts, only the widths of intervals are. The zip's own CRC-32 guards every array; nothing is pickled.
 """
 
 import io
@@ -37,10 +38,15 @@ from fleetcast.serving.ledger import pack_lines, unpack_lines
 logger = logging.getLogger(__name__)
 
 FILE = "feedback.npz"
-FORMAT = 2
+FORMAT = 3
 SAVE_S = 60.0  # wall time between two saves
 _FORGET_AT = 64  # servers not seen any more before their rows are given up
-_WIDTHS = ("widen", "fleet_widen")  # what format 1 has in common with ours
+# what older formats have in common with ours, by format
+_SHARED = {
+    1: ("widen", "fleet_widen"),
+    2: ("losses", "counts", "last_losses", "widen", "trend_sums", "fleet_widen"),
+    FORMAT: (*Mixture.ROW_ARRAYS, "fleet_widen"),
+}
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -154,13 +160,15 @@ class Corrector:
         mixture, n_row = self._layer.mixture, len(kept.server_names)
         if tuple(arrays["horizons"].tolist()) != self._horizons:
             raise CorruptFile(self._path, f"made for horizons {arrays['horizons'].tolist()}")
-        names: tuple[str, ...] = (*Mixture.ROW_ARRAYS, "fleet_widen")
-        if int(arrays["format"]) < FORMAT:
-            names = _WIDTHS
-            logger.info("feedback of format 1: widths are taken over, the evidence about experts begins anew")
+        found_format = int(arrays["format"])
+        if found_format < FORMAT:
+            names = ", ".join(_SHARED[found_format])
+            logger.info("feedback of format %d: taken over is %s, the rest begins anew", found_format, names)
         mixture.reserve(n_row)
-        for name in names:
+        for name in _SHARED[found_format]:
             own, found = getattr(mixture, name), arrays.get(name)
+            if found_format < FORMAT and found is not None:
+                found = _with_states(found, own.ndim)
             shape = own.shape if name == "fleet_widen" else (n_row, *own.shape[1:])
             if found is None or found.shape != shape or found.dtype != own.dtype:
                 raise CorruptFile(self._path, f"{name} is not {own.dtype} of shape {shape}")
@@ -182,6 +190,13 @@ class _Kept:
     bin_ms: int
     version: str | None
     through_ms: int
+
+
+def _with_states(found: NDArray[Any], n_dims: int) -> NDArray[Any]:
+    """Return an array of format 1 or 2 as the first of two states, the second empty."""
+    if found.ndim != n_dims - 1 or found.ndim < 3:
+        return found
+    return np.stack([found, np.zeros_like(found)], axis=-3)
 
 
 def _pack(kept: _Kept, horizons: tuple[int, ...], arrays: Arrays) -> bytes:
@@ -209,7 +224,7 @@ def _unpack(path: Path) -> tuple[_Kept, dict[str, NDArray[Any]]]:
     """
     with open_arrays(path, "a file of feedback") as archive:
         arrays = {name: archive[name] for name in archive.files}
-        if int(arrays["format"]) not in (1, FORMAT):
+        if int(arrays["format"]) not in _SHARED:
             raise CorruptFile(path, f"format {int(arrays['format'])}, expected {FORMAT}")
         kept = _Kept(
             unpack_lines(arrays["servers"]),

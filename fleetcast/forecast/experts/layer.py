@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetcast.forecast.experts.mixture import EXPERTS, LAST, MODEL, Mixture, MixtureRates
+from fleetcast.forecast.experts.mixture import EXPERTS, LAST, MODEL, USUAL, Mixture, MixtureRates
 from fleetcast.forecast.experts.rules import NORMAL_90, RuleForecasts, from_scale, rule_forecasts, to_scale
 from fleetcast.schema import Floats32, Longs
 
@@ -25,8 +25,9 @@ SPARSE_FROM = 24  # bins ahead
 _LEAST_SHARE = 0.1  # of the model's half of an interval: the analogues' may not make it smaller
 _TREND_SPREAD = 0.15  # of a trend's move: how uncertain it is
 _MOST_OFFSET = 6e4  # of half precision
-# places in what is remembered, after the experts: where the trend ends, and the interval served
-_TREND, _LOW, _HIGH, _N_KEPT = (len(EXPERTS) + place for place in range(4))
+# places in what is remembered, after the experts: where the trend ends, the interval served, and 1 above
+# the last value where the series had moved
+_TREND, _LOW, _MEDIAN, _HIGH, _MOVED, _N_KEPT = (len(EXPERTS) + place for place in range(6))
 Flags = NDArray[np.bool_]
 
 
@@ -87,18 +88,20 @@ class ExpertLayer:
         shape = (n_row, n_metric, n_horizon)
         z = to_scale(model.reshape(-1, n_horizon, 3), flags).reshape(*shape, 3)
         has_model: Flags = np.asarray(np.isfinite(z).all(axis=(2, 3)))
-        shares = self.mixture.shares(rows, has_model)  # (row, metric, knot, expert)
+        has_moved = self.mixture.has_moved(rows)
+        shares = self.mixture.shares(rows, has_model, has_moved)  # (row, metric, knot, expert)
         between = self.mixture.interpolation(leads)
         said = np.concatenate([z[None, ..., 1], experts.median.reshape(-1, *shape)])  # (expert, ...)
         filled = np.where(np.isfinite(said), said, said[LAST])
         median = np.einsum("rmke,kh,ermh->rmh", shares, between, filled, optimize=True)
-        below, above = self._halves(z, experts, shape, has_model)
-        factors = np.einsum("rmkc,kh->crmh", self.mixture.factors(rows), between)
+        halves = self._halves(z, experts, shape, has_model)
+        below, above = self._temper(halves, experts, self.mixture.own_halves(rows, has_moved), between)
+        factors = np.einsum("rmkc,kh->crmh", self.mixture.factors(rows, has_moved), between)
         scaled = np.stack([median - below * factors[0], median, median + above * factors[1]], axis=-1)
         self._bound(scaled, z, experts, shape)
         native = from_scale(scaled.reshape(-1, n_horizon, 3), flags).reshape(*shape, 3)
         moves = self._follow_trend(rows, experts, native, leads)
-        self._remember(rows, origin, said, native, moves, leads)
+        self._remember(rows, origin, said, native, (moves, has_moved), leads)
         return Served(native, shares[..., MODEL].mean(axis=2))
 
     def settle(self, number: int, rows: Longs, actual: Floats32) -> None:
@@ -117,11 +120,15 @@ class ExpertLayer:
             own, came = rows[known], actual[known]
             said = pending.recall(origin // self._steps[knot], own)  # (row, metric, kept) mixing scale
             flags = np.tile(self._is_percent, len(own))
-            sides = from_scale(said[..., (_TREND, _LOW, _HIGH, LAST)].reshape(-1, 4), flags)
-            trend, low, high, last = np.moveaxis(sides.reshape(*came.shape, 4), -1, 0)
-            self.mixture.learn(knot, own, np.moveaxis(said[..., : len(EXPERTS)], -1, 0), came)
-            self.mixture.learn_widths(knot, own, np.stack([low, last, high], axis=-1), came)
+            ends = from_scale(said[..., (_TREND, LAST)].reshape(-1, 2), flags)
+            trend, last = np.moveaxis(ends.reshape(*came.shape, 2), -1, 0)
+            scaled = to_scale(came.reshape(-1, 1), flags).reshape(came.shape)
+            had_moved = said[..., _MOVED] - said[..., LAST] > 0.5
+            self.mixture.learn(knot, own, np.moveaxis(said[..., : len(EXPERTS)], -1, 0), came, had_moved)
+            self.mixture.learn_widths(knot, own, said[..., _LOW : _HIGH + 1], scaled, had_moved)
             self.mixture.learn_trend(knot, own, trend - last, came - last)
+            if knot == 0:
+                self.mixture.learn_apart(own, said[..., USUAL], scaled)
 
     def change_model(self) -> None:
         """Another model is in service: what the old one said is no evidence for it."""
@@ -163,6 +170,22 @@ class ExpertLayer:
             half = np.where(np.isfinite(both), both, np.nan_to_num(alone))
             halves.append(np.maximum(half, experts.least_half.reshape(shape)).astype(np.float32))
         return halves[0], halves[1]
+
+    def _temper(
+        self,
+        halves: tuple[Floats32, Floats32],
+        experts: RuleForecasts,
+        own: tuple[Floats32, Floats32],
+        between: Floats32,
+    ) -> list[Floats32]:
+        """Return halves nearer to what the series' own misses ask for."""
+        asked, say = own  # (row, metric, knot, side), (row, metric, knot)
+        weight, found = say @ between, []  # (row, metric, horizon)
+        least = experts.least_half.reshape(weight.shape)
+        for side, half in enumerate(halves):
+            wanted = np.maximum(asked[..., side] @ between, least)
+            found.append(np.asarray(half * (wanted / half) ** weight, np.float32))
+        return found
 
     def _bound(
         self, scaled: Floats32, z: Floats32, experts: RuleForecasts, shape: tuple[int, int, int]
@@ -212,8 +235,15 @@ class ExpertLayer:
         return np.clip(line, floor, np.maximum(ceiling, own.max(axis=(1, 2), keepdims=True)))
 
     def _remember(
-        self, rows: Longs, origin: int, said: Floats32, native: Floats32, moves: Floats32, leads: Longs
+        self,
+        rows: Longs,
+        origin: int,
+        said: Floats32,
+        native: Floats32,
+        state: tuple[Floats32, Flags],
+        leads: Longs,
     ) -> None:
+        moves, has_moved = state
         n_row, n_metric = native.shape[:2]
         flags = np.tile(self._is_percent, n_row)
         last = from_scale(said[LAST, :, :, :1].reshape(-1, 1), flags).reshape(n_row, n_metric)
@@ -224,9 +254,10 @@ class ExpertLayer:
             kept = np.empty((n_row, n_metric, _N_KEPT), np.float32)
             kept[..., : len(EXPERTS)] = np.moveaxis(said[..., place], 0, -1)
             kept[..., _TREND] = last + moves[..., knot]
-            kept[..., _LOW], kept[..., _HIGH] = native[:, :, place, 0], native[:, :, place, 2]
-            sides = to_scale(kept[..., _TREND:].reshape(-1, _N_KEPT - _TREND), flags)
-            kept[..., _TREND:] = sides.reshape(n_row, n_metric, -1)
+            kept[..., _LOW : _HIGH + 1] = native[:, :, place]
+            sides = to_scale(kept[..., _TREND:_MOVED].reshape(-1, _MOVED - _TREND), flags)
+            kept[..., _TREND:_MOVED] = sides.reshape(n_row, n_metric, -1)
+            kept[..., _MOVED] = kept[..., LAST] + has_moved
             self._pending[knot].put(origin // self._steps[knot], rows, kept)
 
 

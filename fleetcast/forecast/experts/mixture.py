@@ -9,11 +9,16 @@ what `learn` was given and nothing else. Does not know: names, files, how an exp
    one's). Losses are relative to the last value's on the same occasions, so a mixture with a model that
    has just come is compared fairly with one that needs none. A series with little evidence borrows the
    fleet's.
-2. Each half of the interval is stretched by a factor of its own, moved up by a miss and down by a hit
-   so that one in ten is missed on either side (adaptive conformal inference, Gibbs and Candes,
-   arXiv:2106.00170, on the logarithm of the factor): a part common to the fleet's metric, which learns
-   from every series at once, and a part of the series.
+2. A half of the interval is drawn towards what the series' own misses ask for, and then stretched by
+   a factor, moved up by a miss and down by a hit so that one in ten is missed on either side (adaptive
+   conformal inference, Gibbs and Candes, arXiv:2106.00170, on the logarithm of the factor): a part
+   common to the fleet's metric, which learns from every series at once, and a part of the series.
 3. The belief in a trend is the slope of what happened on what the trend said, through the origin.
+4. A series that has been apart from its usual day for an hour, by far more than it ever is, has moved:
+   another service runs there, a neighbour failed over. What was learned while it was at home says
+   nothing about it, so evidence and widths are kept for both states apart, and what is known about a
+   series that has just moved is what the fleet's moved ones showed, and before there are any, that the
+   experts that begin at the present value are to be preferred.
 
 Between the settled horizons all of it is interpolated over the logarithm of the horizon.
 """
@@ -30,6 +35,8 @@ from fleetcast.schema import QUANTILES, Floats, Floats32, Longs
 
 EXPERTS = ("model", *RULES)
 MODEL, LAST = 0, 1
+USUAL = EXPERTS.index("usual")
+AT_HOME, MOVED = 0, 1  # states of a series
 _UNIT = np.eye(len(EXPERTS), dtype=np.float32)
 # (mixture, expert): each alone, then all pairs
 MIXTURES: Floats32 = np.array([*_UNIT, *((a + b) / 2 for a, b in combinations(_UNIT, 2))], np.float32)
@@ -38,6 +45,11 @@ _MISS = QUANTILES[0]  # share of actuals that should lie outside on either side
 _WIDEN_LIMIT = 1.5  # logarithm: a half of an interval changes by a factor of 4.5 at most
 _LEAST_LOSS = 1e-6
 _WORST = 10.0  # a loss beyond this many times the best one's says no more
+# experts that know where a moved series usually is, and not that it is no longer there
+_STAYS_BEHIND = (MIXTURES[:, [EXPERTS.index("yesterday"), USUAL]].sum(axis=1) > 0) | NEEDS_MODEL
+_HALF_OF_MISS = 3.21  # of a normal distribution: its 90 % quantile over its mean miss on one side
+LEAST_APART = (0.5, 0.05)  # of a percent, of a rate's logarithm: what to be apart means at least
+DAY_SEEN = 288  # bins before which nobody knows how far from usual a series usually is
 Flags = NDArray[np.bool_]
 
 
@@ -47,13 +59,28 @@ class MixtureRates:
 
     half_life: tuple[float, float] = (400.0, 800.0)  # settled forecasts: at 1 bin, at 96 bins ahead
     sharpness: float = 100.0  # how decidedly the better mixture is preferred
-    doubt: float = 3.0  # settled forecasts after which a series' own evidence has half its say
+    doubt: tuple[float, float] = (
+        3.0,
+        30.0,
+    )  # settled forecasts after which a series' own evidence has half its say
     least: float = 12.0  # settled forecasts of the fleet's metric before which nothing is mixed
+    width_say: tuple[float, float] = (
+        0.4,
+        0.6,
+    )  # of a series' own misses in how wide its intervals are, at most
+    width_doubt: tuple[float, float] = (24.0, 48.0)  # settled forecasts after which it is half of that
     widen_step: tuple[float, float] = (0.05, 0.01)  # of the series' factor: at 1 bin, at 96
     fleet_step: tuple[float, float] = (0.1, 0.05)  # of the fleet's factor
     new_model_share: float = 0.1  # evidence kept when another model comes into service
     trend_half_life: float = 576.0  # bins: two days
     trend_prior: float = 24.0  # how many bins of the present trend its prior belief is worth
+    apart_half_life: tuple[float, float] = (
+        8.0,
+        864.0,
+    )  # bins: of how far from usual, of how far it usually is
+    borrow: float = 0.7  # power of how a series differs from the fleet at a nearer horizon
+    apart_ratio: float = 2.5  # times how far it usually is: the series has moved
+    moved_prior: tuple[float, float] = (1.3, 20.0)  # loss of experts that stay behind, worth so many series
 
 
 class Mixture:
@@ -75,16 +102,21 @@ class Mixture:
         self.horizons = tuple(horizons)
         self.rates = rates or MixtureRates()
         n_metric, n_knot, n_mixture = len(is_percent), len(self.horizons), len(MIXTURES)
-        self.losses: Floats32 = np.zeros((0, n_metric, n_knot, n_mixture), np.float32)
+        # (row, metric, state, knot, ...)
+        self.losses: Floats32 = np.zeros((0, n_metric, 2, n_knot, n_mixture), np.float32)
         # [all, with the model]: how many forecasts the losses are of, and the last value's losses on them
-        self.counts: Floats32 = np.zeros((0, n_metric, n_knot, 2), np.float32)
-        self.last_losses: Floats32 = np.zeros((0, n_metric, n_knot, 2), np.float32)
-        self.widen: Floats32 = np.zeros((0, n_metric, n_knot, 2), np.float32)  # [below, above], logarithms
+        self.counts: Floats32 = np.zeros((0, n_metric, 2, n_knot, 2), np.float32)
+        self.last_losses: Floats32 = np.zeros((0, n_metric, 2, n_knot, 2), np.float32)
+        self.widen: Floats32 = np.zeros((0, n_metric, 2, n_knot, 2), np.float32)  # [below, above], logarithms
+        # [mean miss below, above, forecasts seen] of what was served, mixing scale
+        self.misses: Floats32 = np.zeros((0, n_metric, 2, n_knot, 3), np.float32)
+        self.fleet_widen: Floats32 = np.zeros((n_metric, 2, n_knot, 2), np.float32)
         self.trend_sums: Floats32 = np.zeros((0, n_metric, n_knot, 2), np.float32)  # [said * came, said^2]
-        self.fleet_widen: Floats32 = np.zeros((n_metric, n_knot, 2), np.float32)
+        # [how far from usual lately, how far usually, bins seen], mixing scale
+        self.apart: Floats32 = np.zeros((0, n_metric, 3), np.float32)
         self._pooled: tuple[Floats32, Floats32] | None = None  # of all rows, until they change
 
-    ROW_ARRAYS = ("losses", "counts", "last_losses", "widen", "trend_sums")
+    ROW_ARRAYS = ("losses", "counts", "last_losses", "widen", "misses", "trend_sums", "apart")
 
     def reserve(self, n_rows: int) -> None:
         """Make room for rows without evidence."""
@@ -109,7 +141,7 @@ class Mixture:
         self.last_losses[..., 1] *= share
         self._pooled = None
 
-    def learn(self, knot: int, rows: Longs, said: Floats32, actual: Floats32) -> None:
+    def learn(self, knot: int, rows: Longs, said: Floats32, actual: Floats32, has_moved: Flags) -> None:
         """Take in what one bin settled at one horizon.
 
         Args:
@@ -118,6 +150,7 @@ class Mixture:
             said: (expert, row, metric) on the mixing scale; the model NaN where there was none, all NaN
                 where nothing was forecast.
             actual: (row, metric) native units, NaN = unsettled.
+            has_moved: (row, metric) at the origin.
         """
         self._pooled = None
         self.reserve(int(rows.max(initial=-1)) + 1)
@@ -128,24 +161,59 @@ class Mixture:
         errors = np.abs(mixed - actual[..., None])  # (row, metric, mixture)
         flags = np.stack([is_known, is_known & has_model], axis=-1)  # (row, metric, [all, with the model])
         keep = np.where(flags, np.float32(0.5 ** (1 / self._rate("half_life", knot))), np.float32(1))
-        last = errors[..., LAST : LAST + 1]
+        last, place = errors[..., LAST : LAST + 1], (*self._place(rows, has_moved), knot)
         for sums, new in ((self.counts, flags.astype(np.float32)), (self.last_losses, last)):
-            sums[rows, :, knot] = sums[rows, :, knot] * keep + np.where(flags, new, np.float32(0))
+            sums[place] = sums[place] * keep + np.where(flags, new, np.float32(0))
         which = NEEDS_MODEL.astype(np.int64)  # (mixture,) whose occasions count
-        self.losses[rows, :, knot] = self.losses[rows, :, knot] * keep[..., which] + np.where(
+        self.losses[place] = self.losses[place] * keep[..., which] + np.where(
             flags[..., which], errors, np.float32(0)
         )
 
-    def learn_widths(self, knot: int, rows: Longs, served: Floats32, actual: Floats32) -> None:
-        """Take in whether actuals (row, metric) lay within what was served, (row, metric, quantile)."""
+    def learn_apart(self, rows: Longs, usual: Floats32, actual: Floats32) -> None:
+        """Take in how far actuals were from the usual day, both (row, metric) on the mixing scale."""
+        error, (fast, slow) = actual - usual, (0.5 ** (1 / life) for life in self.rates.apart_half_life)
+        is_known = np.isfinite(error)
+        lately, usually, seen = np.moveaxis(self.apart[rows], -1, 0)
+        moved = fast * lately + (1 - fast) * np.where(is_known, error, 0)
+        size = np.where(seen < DAY_SEEN, np.abs(moved), np.minimum(np.abs(moved), 2 * usually))
+        share = np.maximum(1 - slow, 1 / (seen + 1))  # a plain mean at first
+        new = np.stack([moved, usually + share * (size - usually), seen + 1], axis=-1)
+        self.apart[rows] = np.where(is_known[..., None], new, self.apart[rows])
+
+    def has_moved(self, rows: Longs) -> Flags:
+        """Return (row, metric) whether a series is far from its usual day, and has been for an hour."""
+        lately, usually, seen = np.moveaxis(self.apart[rows], -1, 0)
+        least = np.where(self.is_percent, *LEAST_APART)
+        return np.asarray((np.abs(lately) > self.rates.apart_ratio * usually + least) & (seen >= DAY_SEEN))
+
+    def learn_widths(
+        self, knot: int, rows: Longs, served: Floats32, actual: Floats32, has_moved: Flags
+    ) -> None:
+        """Take in whether actuals (row, metric) lay within what was served, (row, metric, quantile).
+
+        All on the mixing scale.
+        """
         is_known = np.isfinite(actual) & np.isfinite(served).all(axis=-1)
         missed = np.stack([actual < served[..., 0], actual > served[..., 2]], axis=-1)
         excess = np.where(is_known[..., None], missed - np.float32(_MISS), np.float32(0))
-        moved = self.widen[rows, :, knot] + self._rate("widen_step", knot) * excess
-        self.widen[rows, :, knot] = np.clip(moved, -_WIDEN_LIMIT, _WIDEN_LIMIT)
-        mean = excess.sum(axis=0) / np.maximum(is_known.sum(axis=0), 1)[:, None]
-        fleet = self.fleet_widen[:, knot] + self._rate("fleet_step", knot) * mean
-        self.fleet_widen[:, knot] = np.clip(fleet, -_WIDEN_LIMIT, _WIDEN_LIMIT)
+        place = (*self._place(rows, has_moved), knot)
+        self._learn_misses(place, knot, np.where(is_known, actual - served[..., 1], np.float32(np.nan)))
+        moved = self.widen[place] + self._rate("widen_step", knot) * excess
+        self.widen[place] = np.clip(moved, -_WIDEN_LIMIT, _WIDEN_LIMIT)
+        for state, is_there in ((AT_HOME, is_known & ~has_moved), (MOVED, is_known & has_moved)):
+            total = np.where(is_there[..., None], excess, np.float32(0)).sum(axis=0)
+            mean = total / np.maximum(is_there.sum(axis=0), 1)[:, None]
+            fleet = self.fleet_widen[:, state, knot] + self._rate("fleet_step", knot) * mean
+            self.fleet_widen[:, state, knot] = np.clip(fleet, -_WIDEN_LIMIT, _WIDEN_LIMIT)
+
+    def _learn_misses(self, place: tuple[Longs, Longs, Longs, int], knot: int, miss: Floats32) -> None:
+        """Take in actual minus median, (row, metric), NaN = unknown."""
+        old = self.misses[place]
+        share = np.maximum(1 - 0.5 ** (1 / self._rate("half_life", knot)), 1 / (old[..., 2] + 1))
+        sides = np.stack([np.maximum(-miss, 0), np.maximum(miss, 0)], axis=-1)
+        new = old[..., :2] + share[..., None] * (sides - old[..., :2])
+        is_known = np.isfinite(miss)[..., None]
+        self.misses[place] = np.where(is_known, np.concatenate([new, old[..., 2:] + 1], axis=-1), old)
 
     def learn_trend(self, knot: int, rows: Longs, said: Floats32, came: Floats32) -> None:
         """Take in what a trend said, (row, metric) units moved, 0 = no trend, and what came."""
@@ -166,15 +234,17 @@ class Mixture:
         sums = self.trend_sums[rows]
         return np.asarray(np.clip((sums[..., 0] + prior) / (sums[..., 1] + prior), 0, 1), np.float32)
 
-    def shares(self, rows: Longs, has_model: Flags) -> Floats32:
+    def shares(self, rows: Longs, has_model: Flags, has_moved: Flags) -> Floats32:
         """Return the shares (row, metric, knot, expert); they sum to 1.
 
         Args:
             has_model: (row, metric) whether the model forecasts now.
+            has_moved: (row, metric) as `has_moved` says.
         """
-        relative, say = self._relative(self.losses[rows], self.counts[rows], self.last_losses[rows])
+        place = self._place(rows, has_moved)
+        relative, say = self._relative(self.losses[place], self.counts[place], self.last_losses[place])
         fleet, fleet_count = self._of_fleet()
-        relative = say * relative + (1 - say) * fleet
+        relative = self._borrow(relative, say, fleet[place[1:]])
         relative = np.where(has_model[..., None, None] | ~NEEDS_MODEL, relative, np.float32(np.inf))
         relative = np.maximum(relative, np.float32(_LEAST_LOSS))
         over_best = np.minimum(relative / relative.min(axis=-1, keepdims=True), np.float32(_WORST))
@@ -182,13 +252,22 @@ class Mixture:
         weights[~np.isfinite(relative)] = 0
         weights /= weights.sum(axis=-1, keepdims=True)
         alone = np.where(has_model[..., None], _UNIT[MODEL], _UNIT[LAST])[:, :, None]
-        is_known = (np.maximum(self.counts[rows][..., 0], fleet_count) >= self.rates.least)[..., None]
+        count = np.maximum(self.counts[rows][:, :, AT_HOME, :, 0], fleet_count)
+        is_known = (count >= self.rates.least)[..., None]
         return np.asarray(np.where(is_known, weights @ MIXTURES, alone), np.float32)
 
-    def factors(self, rows: Longs) -> Floats32:
+    def factors(self, rows: Longs, has_moved: Flags) -> Floats32:
         """Return (row, metric, knot, [below, above]) by how much to stretch the halves of an interval."""
-        widen = np.clip(self.widen[rows] + self.fleet_widen, -_WIDEN_LIMIT, _WIDEN_LIMIT)
+        place = self._place(rows, has_moved)
+        widen = np.clip(self.widen[place] + self.fleet_widen[place[1:]], -_WIDEN_LIMIT, _WIDEN_LIMIT)
         return np.asarray(np.exp(widen), np.float32)
+
+    def own_halves(self, rows: Longs, has_moved: Flags) -> tuple[Floats32, Floats32]:
+        """Return halves that misses so far ask for, (row, metric, knot, [below, above]), and their say."""
+        found = self.misses[self._place(rows, has_moved)]
+        most, doubt = self._by_knot("width_say"), self._by_knot("width_doubt")
+        say = most * found[..., 2] / (found[..., 2] + doubt)
+        return np.asarray(_HALF_OF_MISS * found[..., :2], np.float32), np.asarray(say, np.float32)
 
     def interpolation(self, leads: Longs) -> Floats32:
         """Return (knot, lead) the weights of the settled horizons at other bins ahead."""
@@ -201,15 +280,39 @@ class Mixture:
         own = np.maximum(last, _LEAST_LOSS * np.maximum(counts, 1))[..., which]
         counts = counts[..., which]
         relative = np.where(counts > 0, losses / own, np.float32(1))
-        return np.minimum(relative, np.float32(_WORST)), counts / (counts + np.float32(self.rates.doubt))
+        doubt = self._by_knot("doubt")[:, None]
+        return np.minimum(relative, np.float32(_WORST)), counts / (counts + doubt)
+
+    def _place(self, rows: Longs, has_moved: Flags) -> tuple[Longs, Longs, Longs]:
+        """Return the index of (row, metric) in arrays of rows, metrics and states."""
+        return rows[:, None], np.arange(len(self.is_percent))[None], has_moved.astype(np.int64)
+
+    def _borrow(self, own: Floats32, say: Floats32, fleet: Floats32) -> Floats32:
+        """Return relative losses, (row, metric, knot, mixture): a series' own as far as they have a say.
+
+        The rest is the fleet's, times what the series differs from the fleet at the next nearer horizon: a
+        mixture that fails an hour ahead is not trusted eight hours ahead before its first forecast is due.
+        """
+        found: Floats32 = np.empty_like(own)
+        nearer: Floats32 = np.ones_like(own[:, :, 0])
+        for knot in range(own.shape[2]):
+            expected = fleet[:, :, knot] * nearer ** np.float32(self.rates.borrow)
+            found[:, :, knot] = say[:, :, knot] * own[:, :, knot] + (1 - say[:, :, knot]) * expected
+            ratio = np.maximum(found, _LEAST_LOSS)[:, :, knot] / np.maximum(fleet, _LEAST_LOSS)[:, :, knot]
+            nearer = np.asarray(ratio, np.float32)
+        return found
 
     def _of_fleet(self) -> tuple[Floats32, Floats32]:
-        """Return the fleet's mean relative losses (metric, knot, mixture), and its count (metric, knot)."""
+        """Return the fleet's mean relative losses (metric, state, knot, mixture), counts (metric, knot)."""
         if self._pooled is None:
             relative, say = self._relative(self.losses, self.counts, self.last_losses)
-            total = say.sum(axis=0)
-            mean = np.where(total > 0, (relative * say).sum(axis=0) / np.maximum(total, 1e-6), 1)
-            self._pooled = np.asarray(mean, np.float32), self.counts[..., 0].sum(axis=0)
+            total: Floats = say.sum(axis=0, dtype=np.float64)
+            sums: Floats = (relative * say).sum(axis=0, dtype=np.float64)
+            behind, worth = self.rates.moved_prior
+            sums[:, MOVED] += worth * np.where(_STAYS_BEHIND, behind, 1.0)
+            total[:, MOVED] += worth
+            mean = np.where(total > 0, sums / np.maximum(total, 1e-6), 1)
+            self._pooled = np.asarray(mean, np.float32), self.counts[:, :, AT_HOME, :, 0].sum(axis=0)
         return self._pooled
 
     def _native(self, scaled: Floats32) -> Floats32:
@@ -220,3 +323,7 @@ class Mixture:
         """Return a rate at a settled horizon, interpolated over the logarithm of the horizon."""
         near, far = getattr(self.rates, name)
         return float(np.exp(np.interp(np.log(self.horizons[knot]), np.log([1, 96]), np.log([near, far]))))
+
+    def _by_knot(self, name: str) -> Floats32:
+        """Return (knot,) a rate at every settled horizon."""
+        return np.array([self._rate(name, knot) for knot in range(len(self.horizons))], np.float32)
