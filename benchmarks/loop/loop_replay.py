@@ -188,7 +188,7 @@ class _Scene:
 
     def rules(self) -> SceneRules:
         """Return the rules' forecasts, computed where they are not kept yet."""
-        path = self.folder / f"rules_{_key('rules', 'analogues', 'trend')}.npz"
+        path = self.folder / f"rules_{experts_key('rules', 'analogues', 'trend')}.npz"
         if path.exists():
             return SceneRules.read(path)
         rules = SceneRules.compute(self.fleet, self.recorded.rules() if self.recorded else None)
@@ -197,7 +197,7 @@ class _Scene:
         return rules
 
     def _serve(self, policy: str | None) -> Floats32:
-        key = _key("rules", "analogues", "trend", "layer", "mixture")
+        key = experts_key("rules", "analogues", "trend", "layer", "mixture")
         path = self.folder / f"served_{policy or 'none'}_{key}.npz"
         if path.exists():
             found: Floats32 = np.load(path)["quantiles"]
@@ -222,7 +222,7 @@ class _Scene:
         }
 
 
-def _key(*chapters: str) -> str:
+def experts_key(*chapters: str) -> str:
     """Return a short name of the experts' code: what it computed is computed anew when it changes."""
     digest = hashlib.sha256()
     for chapter in chapters:
