@@ -49,7 +49,7 @@ _WORST = 10.0  # a loss beyond this many times the best one's says no more
 _STAYS_BEHIND = (MIXTURES[:, [EXPERTS.index("yesterday"), USUAL]].sum(axis=1) > 0) | NEEDS_MODEL
 _HALF_OF_MISS = 3.21  # of a normal distribution: its 90 % quantile over its mean miss on one side
 LEAST_APART = (0.5, 0.05)  # of a percent, of a rate's logarithm: what to be apart means at least
-DAY_SEEN = 288  # bins before which nobody knows how far from usual a series usually is
+DAY_SEEN = 288  # bins that show how far from usual a series usually is
 Flags = NDArray[np.bool_]
 
 
