@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -154,6 +154,31 @@ def open_regular(path: Path, *, max_bytes: int | None = None) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+@contextlib.contextmanager
+def name_regular(path: Path) -> Iterator[str]:
+    """Give a name under which a library may open the file itself; raises what `open_regular` raises.
+
+    The name is that of the open file, so a pipe that takes the path meanwhile holds no one up.
+    """
+    with open_regular(path) as stream:
+        yield f"/proc/self/fd/{stream.fileno()}"
+
+
+def open_append(path: Path, mode: int = 0o666) -> BinaryIO:
+    """Open a file to write at its end, made where there is none; a terminal or /dev/null will do, too.
+
+    Raises:
+        OSError: it cannot be opened, or is a pipe, a socket or a folder: those would hold the writer.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags, mode)
+    kind = os.fstat(descriptor).st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISCHR(kind)):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(descriptor, "ab+" if stat.S_ISREG(kind) else "ab")
+
+
 def read_regular(path: Path, max_bytes: int = READ_MAX_BYTES) -> bytes:
     """Return the bytes of a regular file; raises what `open_regular` raises."""
     with open_regular(path, max_bytes=max_bytes) as stream:
@@ -201,11 +226,7 @@ def append_line(path: Path, line: str, *, max_bytes: int) -> None:
         if size + len(line) + 1 > max_bytes and size > 0:
             os.replace(path, path.with_name(f"{path.name}.1"))
             size = 0
-        # without O_NONBLOCK a pipe of that name would hold the writer until a reader opens it
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
-        with os.fdopen(os.open(path, flags, 0o644), "ab+") as stream:
-            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-                raise OSError(errno.EINVAL, "not a regular file", str(path))
+        with open_append(path, 0o644) as stream:
             if size > 0:
                 stream.seek(-1, os.SEEK_END)
                 if stream.read(1) != b"\n":  # a torn line must not swallow the next one

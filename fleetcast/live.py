@@ -21,7 +21,7 @@ from typing import Any
 
 from fleetcast.clock import SystemClock, from_ms, iso_z, monotonic, to_ms
 from fleetcast.errors import CannotStart, CorruptFile, DaemonAway, ExitCode
-from fleetcast.files import open_regular, read_json, write_atomic
+from fleetcast.files import open_append, open_regular, read_json, write_atomic
 from fleetcast.locks import OwnerLock
 from fleetcast.loop import Stop
 from fleetcast.program import run_program
@@ -53,7 +53,7 @@ class Child:
         self.name = name
         self._console = folder / f"{name}.console"
         write_atomic(self._console, b"")  # whatever had the name
-        with self._console.open("ab") as console:
+        with open_append(self._console) as console:
             # a session of its own: Ctrl+C reaches only us, and we end the three in order
             self._process = subprocess.Popen(
                 [sys.executable, *command],
@@ -253,7 +253,7 @@ def _run(options: argparse.Namespace) -> int:
     with lock:  # before anything is written: the files are those of the loop that runs
         config = folder / "fleetcast.toml"
         if not config.exists():
-            config.write_text(OWN_SETTINGS, encoding="utf-8")
+            write_atomic(config, OWN_SETTINGS.encode())  # over a link that leads nowhere, too
         stop = Stop()
         stop.install()
         loop = LiveLoop(folder, options.port, stop, lock, status_interval_s=options.status)

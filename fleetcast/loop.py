@@ -14,12 +14,14 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from fleetcast.clock import monotonic, utc_struct_time
 from fleetcast.errors import CannotStart, FleetcastError, OwnershipLost
+from fleetcast.files import open_append
 from fleetcast.settings import LoggingSettings
 
 logger = logging.getLogger(__name__)
@@ -253,6 +255,9 @@ class _LogFile(logging.handlers.RotatingFileHandler):
         except OSError:  # moved away, or its folder is
             self._reopen()
         super().emit(record)
+
+    def _open(self) -> TextIOWrapper:
+        return TextIOWrapper(open_append(Path(self.baseFilename)), encoding=self.encoding)
 
     def _reopen(self) -> None:
         if self.stream is not None:

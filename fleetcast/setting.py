@@ -15,8 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fleetcast.errors import CorruptFile
+from fleetcast.files import read_regular
+
 ENV_PREFIX = "FLEETCAST_"
 DEFAULT_CONFIG = Path("fleetcast.toml")
+CONFIG_MAX_BYTES = 2**20
 _CLOSE = (
     0.75  # share of equal letters from which a name is suggested: server.prot is close, server.zzz is not
 )
@@ -131,13 +135,14 @@ def from_file(
     """Yield (key, value, where it stands) for a TOML file; add what is wrong with it to `problems`."""
     path = config or DEFAULT_CONFIG
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(read_regular(path, CONFIG_MAX_BYTES).decode())
     except FileNotFoundError:
         if config is not None:
             problems.append(f"{path} does not exist")
         return
-    except (OSError, ValueError) as error:
-        problems.append(f"{path} cannot be read: {error}")
+    except (OSError, ValueError, CorruptFile) as error:
+        why = error.why if isinstance(error, CorruptFile) else error
+        problems.append(f"{path} cannot be read: {why}")
         return
     for part, table in tables.items():
         if not isinstance(table, dict):

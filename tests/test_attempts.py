@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from odd_files import KINDS, put
 
 from fleetcast.files import read_json, write_json
 from fleetcast.forecast.registry import ATTEMPT_LOCK, Registry
@@ -265,3 +266,16 @@ def test_a_deleted_lock_file_lets_no_second_attempt_start() -> None:
     first.release()
     assert second.reserve()
     second.release()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_something_else_in_the_place_of_an_attempt_s_log_or_result_holds_no_one_up(kind: str) -> None:
+    runs = FOLDER / "runs"
+    for suffix in ("log", "json"):
+        put(kind, runs / f"20260115T100000Z-aaaa.{suffix}")
+    own = attempts()
+    attempt = begun("crash", own)
+    own.follow(attempt)
+    until(lambda: own._process is None or own._process.poll() is not None)
+    own.follow(attempt)
+    assert own.conclude(attempt).outcome == "failed"

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from buffer_rows import Key, Values, batch, rows_of, rows_of_frame
+from odd_files import KINDS, put
 from settled_rows import BIN_MS, START_MS, settled
 
 from data_buffer import DataBuffer, main
@@ -447,3 +448,19 @@ def test_a_probe_is_durable_and_seen_by_no_reader(tmp_path: Path) -> None:
         buffer.close()
         assert sum(len(batch) for batch in DataBuffer(tmp_path).iter_batches(0, 2**50)) == n_records
     assert not list(tmp_path.glob("quarantine/*"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_odd_log_segment_costs_itself_only(
+    tmp_path: Path, clock: FakeClock, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(kind, tmp_path / "buffer" / "log" / "metrics" / "000000000001.wal")
+    made = DataBuffer(tmp_path / "buffer", clock=clock)
+    made.append([record(cpu_pct=1.0)])
+    assert len(content(made)) == 1
+    made.flush()
+    made.close()
+    again = DataBuffer(tmp_path / "buffer", clock=clock).open()
+    assert len(content(again)) == 1
+    again.close()
+    assert ("log segment path=" in caplog.text) == (kind != "unreadable" or os.geteuid() != 0)

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from odd_files import put
 
 from fleetcast import files
 from fleetcast.errors import CorruptFile, StorageBroken, StorageFull
@@ -11,6 +12,8 @@ from fleetcast.files import (
     append_line,
     exchange,
     link_atomic,
+    name_regular,
+    open_append,
     read_json,
     read_json_lines,
     remove_leftover,
@@ -217,3 +220,22 @@ def test_a_folder_in_the_place_of_a_file_is_set_aside_by_its_writer(tmp_path: Pa
     files.write_json(tmp_path / "state.json", {"a": 1})
     assert files.read_json(tmp_path / "state.json") == {"a": 1}
     assert (tmp_path / "state.json.corrupt").is_dir()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket", "folder", "loop"])
+def test_what_is_no_plain_file_is_neither_appended_to_nor_named(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x"
+    put(kind, path)
+    with pytest.raises(OSError):
+        open_append(path)
+    with pytest.raises(CorruptFile), name_regular(path):
+        pass
+
+
+def test_a_named_file_is_that_which_was_opened(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+    with name_regular(path) as name:
+        path.unlink()
+        os.mkfifo(path)
+        assert Path(name).read_bytes() == b"old"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from odd_files import KINDS, put
 
 from fleetcast.training.fit import BestEpoch, StateFile, TrainingState
 
@@ -55,3 +56,12 @@ def test_a_state_is_never_executed(tmp_path: Path, caplog: pytest.LogCaptureFixt
     torch.save({"format": 1, "identity": Evil()}, tmp_path / "s")
     assert StateFile(tmp_path / "s", "x").read() is None
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_state_file_is_replaced(kind: str, tmp_path: Path) -> None:
+    put(kind, tmp_path / "s")
+    file = StateFile(tmp_path / "s", "x")
+    assert file.read() is None
+    file.write(state())
+    assert file.read() is not None

@@ -8,7 +8,9 @@ import crc32c
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from odd_files import KINDS, put
 
+from fleetcast.errors import CorruptFile
 from fleetcast.storage.log import MAGIC, frame, parse_frames, read_segment, segment_path, segments
 
 HEADER_BYTES = 12
@@ -125,3 +127,10 @@ def test_segments_are_listed_by_number_and_foreign_names_are_not(tmp_path: Path)
 def test_a_segment_that_became_parts_is_missing_not_empty(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_segment(segment_path(tmp_path, 1))
+
+
+@pytest.mark.parametrize("kind", KINDS[:4])
+def test_a_segment_that_is_no_file_is_damaged_at_once(tmp_path: Path, kind: str) -> None:
+    put(kind, tmp_path / "000000000001.wal")
+    with pytest.raises(CorruptFile):
+        read_segment(tmp_path / "000000000001.wal")

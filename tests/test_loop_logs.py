@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from odd_files import put
 
 from fleetcast.errors import CannotStart
 from fleetcast.loop import Stop, configure_logging
@@ -103,3 +104,10 @@ def test_the_log_follows_its_name_when_logrotate_moves_it_and_a_hangup_ends_noth
     assert not stop.is_requested
     assert "second" in log.read_text()
     assert "second" not in (tmp_path / "own.log.1").read_text()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket", "folder", "loop"])
+def test_a_log_file_that_is_none_is_said_and_no_hang(tmp_path: Path, kind: str) -> None:
+    put(kind, tmp_path / "daemon.log")
+    with pytest.raises(CannotStart, match=r"cannot open the log file .*daemon\.log"):
+        configure_logging(tmp_path / "daemon.log", LoggingSettings())

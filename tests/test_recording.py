@@ -5,6 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from odd_files import KINDS, put
 
 from fleetcast.errors import BadData
 from fleetcast.sources.recording import Cut, load_recording, parse_formula
@@ -149,3 +150,19 @@ def test_the_bundled_sample_is_complete() -> None:
     cpu = recording.metrics["cpu_pct"]
     assert not np.isnan(cpu).any()
     assert 0.0 <= cpu.min() <= cpu.max() <= 100.0001
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_odd_file_in_a_folder_costs_itself_only(
+    file: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(kind, file.parent / "a.parquet")
+    assert len(load_recording(file.parent)) == len(load_recording(file))
+    assert ("skipped an unreadable file" in caplog.text) == (kind != "folder")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recording_that_is_no_file_is_said_at_once(tmp_path: Path, kind: str) -> None:
+    put(kind, tmp_path / "a.parquet")
+    with pytest.raises(BadData, match=r"a\.parquet"):
+        load_recording(tmp_path / "a.parquet")

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from odd_files import KINDS, put
 
 from fleetcast.errors import SettingsError
 from fleetcast.settings import SettingInfo, Settings, every_setting, load_settings
@@ -159,3 +160,10 @@ def test_a_value_within_bounds_survives_file_and_environment(info: SettingInfo, 
     assert value_of(load_settings(path, flags=others, environ={}), info) == value
     from_environment = load_settings(flags=others, environ={info.environment: repr(value)})
     assert value_of(from_environment, info) == value
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_settings_file_that_is_none_is_a_problem_and_no_hang(tmp_path: Path, kind: str) -> None:
+    put(kind, tmp_path / "fleetcast.toml")
+    with pytest.raises(SettingsError, match=r"fleetcast\.toml cannot be read"):
+        load_settings(tmp_path / "fleetcast.toml", environ={})

@@ -8,6 +8,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from odd_files import KINDS, put
 
 from fleetcast.bins import bin_means
 from fleetcast.errors import BadData
@@ -127,3 +128,10 @@ def test_an_empty_export_is_an_empty_grid(tmp_path: Path) -> None:
     grid = TrainingGrid.read(written(tmp_path / "e.parquet", frame(3, 300).iloc[:0]), ("cpu_pct",), BIN_MS)
     assert grid.values.shape == (0, 1, 0)
     assert grid.span_s == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_export_that_is_no_file_is_bad_data_at_once(tmp_path: Path, kind: str) -> None:
+    put(kind, tmp_path / "export.parquet")
+    with pytest.raises(BadData, match="cannot be read as parquet"):
+        TrainingGrid.read(tmp_path / "export.parquet", ("cpu_pct",), 300_000)

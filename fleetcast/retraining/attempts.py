@@ -169,10 +169,10 @@ class Attempts:
     def follow(self, attempt: Attempt) -> None:
         """Copy new output of the attempt to the log, bounded."""
         try:
-            with self._log_path(attempt).open("rb") as stream:
+            with files.open_regular(self._log_path(attempt)) as stream:
                 stream.seek(self._log_offset)
                 data = stream.read(_READ_BYTES)
-        except FileNotFoundError:
+        except (OSError, CorruptFile):  # not begun yet, or no log: the result says what came of it
             return
         whole = data[: data.rfind(b"\n") + 1]
         self._log_offset += len(whole)

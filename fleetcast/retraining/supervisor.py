@@ -30,7 +30,7 @@ from typing import Any, BinaryIO
 
 from fleetcast.clock import monotonic, sleep
 from fleetcast.errors import ExitCode
-from fleetcast.files import write_json
+from fleetcast.files import open_append, write_json
 
 LINE_BYTES = 500
 TAIL_LINES = 20
@@ -122,12 +122,20 @@ class OutputLines:
         return True
 
 
+def _open_log(path: Path) -> BinaryIO:
+    """Open the attempt's log; a training goes on without one."""
+    try:
+        return open_append(path)
+    except OSError:
+        return open_append(Path(os.devnull))
+
+
 def run_job(job: RunJob) -> dict[str, Any]:
     """Run the steps until one fails or the time is up; return the content of `result`."""
     started = monotonic()
     deadline = started + job.timeout_s
     exit_code, timed_out, n_begun = 0, False, 0
-    with Path(job.log).open("ab") as stream:
+    with _open_log(Path(job.log)) as stream:
         output = OutputLines(stream, job.max_log_bytes)
         while n_begun < len(job.steps) and exit_code == 0 and not timed_out:
             exit_code, timed_out = _run_step(job.steps[n_begun], deadline, output)

@@ -11,6 +11,7 @@ The grammar of `--map`, for example `cpu_pct=cpu_r_norm01*100`:
 """
 
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +23,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fleetcast.clock import DAY_MS, from_ms, iso_z, to_ms
-from fleetcast.errors import BadData, SettingsError
+from fleetcast.errors import BadData, CorruptFile, SettingsError
+from fleetcast.files import name_regular
 from fleetcast.schema import Codes, Floats, Longs
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+logger = logging.getLogger(__name__)
 
 METRIC_NAME = re.compile(r"[a-z][a-z0-9_]*")
 TIME_COLUMN = "timestamp"
@@ -189,7 +193,7 @@ def _read(path: Path, formulas: Sequence[Formula]) -> "pa.Table":
     from pyarrow.lib import ArrowException
 
     try:
-        data = ds.dataset(path, format="parquet")
+        data = ds.dataset([str(file) for file in _files(path)], format="parquet")
         needed = [TIME_COLUMN, SERVER_COLUMN, *(name for f in formulas for name, _ in f.terms)]
         missing = sorted(set(needed) - set(data.schema.names))
         if missing:
@@ -198,8 +202,40 @@ def _read(path: Path, formulas: Sequence[Formula]) -> "pa.Table":
         return data.to_table(columns=list(dict.fromkeys(needed)) if formulas else None)
     except FileNotFoundError as error:
         raise BadData(f"{path} does not exist") from error
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, CorruptFile) as error:
         raise BadData(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def _files(path: Path) -> list[Path]:
+    """Return the file, or the readable ones of a folder in the order of their names.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CorruptFile, ArrowException: it is one that cannot be read.
+    """
+    if not path.is_dir():
+        _check(path)
+        return [path]
+    found = []
+    for file in sorted(path.rglob("*")):
+        hidden = any(part.startswith((".", "_")) for part in file.relative_to(path).parts)
+        if hidden or file.is_dir():
+            continue
+        try:
+            _check(file)
+            found.append(file)
+        except (OSError, CorruptFile, ValueError) as error:
+            logger.warning("skipped an unreadable file of the recording path=%s error=%s", file, error)
+    if not found:
+        raise BadData(f"{path} holds no Parquet file that can be read")
+    return found
+
+
+def _check(path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    with name_regular(path) as name:
+        pq.read_schema(name)
 
 
 def _times_ms(table: "pa.Table", path: Path) -> Longs:

@@ -24,7 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fleetcast.clock import BIN_EPOCH, DAY_MS
-from fleetcast.files import fsync_file, storage_error
+from fleetcast.errors import CorruptFile
+from fleetcast.files import fsync_file, name_regular, storage_error
 from fleetcast.storage.tables import (
     NotThisKind,
     TableKind,
@@ -47,7 +48,7 @@ _PART_GROUP_ROWS = 32_768
 _SEALED_GROUP_ROWS = 131_072
 _SEALED_ZSTD_LEVEL = 9
 _THREADS_ROWS = 50_000  # below, starting threads costs more than it saves
-READ_ERRORS = (pa.ArrowException, OSError, NotThisKind, KeyError, ValueError)
+READ_ERRORS = (pa.ArrowException, OSError, CorruptFile, NotThisKind, KeyError, ValueError)
 
 
 class PartName(NamedTuple):
@@ -114,13 +115,12 @@ class OpenPart:
         """Open `path`, which is only used now; raises one of `READ_ERRORS`."""
         self._kind = kind
         self._label = str(path)
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
-            raise OSError("not a regular file")
-        self._file = pq.ParquetFile(
-            pa.OSFile(str(path)),
-            read_dictionary=list(kind.text_columns),
-            page_checksum_verification=True,
-        )
+        with name_regular(path) as name_of_open_file:
+            self._file = pq.ParquetFile(
+                pa.OSFile(name_of_open_file),
+                read_dictionary=list(kind.text_columns),
+                page_checksum_verification=True,
+            )
         metadata = self._file.metadata
         said = metadata.metadata or {}
         version = int(said.get(_META_FORMAT.encode(), b"0"))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from fleetcast.clock import monotonic
-from fleetcast.errors import FleetcastError, UnknownFormat
+from fleetcast.errors import CorruptFile, FleetcastError, UnknownFormat
 from fleetcast.files import fsync_dir, storage_error
 from fleetcast.settings import BufferSettings
 from fleetcast.storage.days import split_by_day
@@ -177,7 +177,10 @@ class DayStore:
                 continue
             try:
                 content = read_segment(segment.path)
-            except OSError as error:  # must not cost the other segments; the next flush tries again
+            except (
+                OSError,
+                CorruptFile,
+            ) as error:  # must not cost the other segments; the next flush tries again
                 logger.error("cannot read a log segment path=%s error=%s", segment.path, error)
                 continue
             n_rows += self._apply(segment, content)

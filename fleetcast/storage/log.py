@@ -31,7 +31,7 @@ import numpy as np
 import pyarrow as pa
 
 from fleetcast.errors import FleetcastError, StorageBroken
-from fleetcast.files import fsync_dir, storage_error
+from fleetcast.files import fsync_dir, read_regular, storage_error
 from fleetcast.schema import Codes, Floats, Longs, RecordBatch
 from fleetcast.storage.days import READ_ERRORS
 from fleetcast.storage.tables import METRICS, TableKind, canonical, concatenate, table_of_batch
@@ -210,8 +210,9 @@ def read_segment(path: Path) -> SegmentContent:
 
     Raises:
         FileNotFoundError: the segment became parts meanwhile.
+        CorruptFile: it is no file that can be read.
     """
-    return parse_frames(path.read_bytes())
+    return parse_frames(read_regular(path))
 
 
 def parse_frames(data: bytes) -> SegmentContent:

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from fleetcast.bins import bin_means
 from fleetcast.clock import DAY_MS
-from fleetcast.errors import BadData
+from fleetcast.errors import BadData, CorruptFile
 from fleetcast.files import fsync_file, publish, storage_error, temp_beside
 from fleetcast.schema import RecordBatch
 from fleetcast.storage.days import (
@@ -81,7 +81,10 @@ def read_log(folder: Path, kind: TableKind) -> list[LogRows]:
     for segment in segments(log_folder(folder, kind)):
         try:
             content = read_segment(segment.path)
-        except OSError:  # became parts since it was listed; the days are opened later
+        except FileNotFoundError:  # became parts since it was listed; the days are opened later
+            continue
+        except (OSError, CorruptFile) as error:
+            logger.warning("skipped a log segment path=%s error=%s", segment.path, error)
             continue
         table = decode_payloads(content.payloads, kind, _note_bad_frame)
         if len(table):

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from fleetcast.clock import monotonic
-from fleetcast.files import remove_leftover, write_atomic
+from fleetcast.errors import CorruptFile
+from fleetcast.files import read_regular, remove_leftover, write_atomic
 from fleetcast.forecast.encoding import GridShape
 from fleetcast.forecast.network import Batch, NetworkConfig, StaticNetwork, as_batch, build
 from fleetcast.forecast.predictor import UNREADABLE
@@ -87,7 +88,7 @@ class StateFile:
     def read(self) -> TrainingState | None:
         """Return where this training was interrupted; None: never begun, another training's, damaged."""
         try:
-            content = torch.load(io.BytesIO(self._path.read_bytes()), map_location="cpu", weights_only=True)
+            content = torch.load(io.BytesIO(read_regular(self._path)), map_location="cpu", weights_only=True)
             if content["format"] != FORMAT or content["identity"] != self._identity:
                 logger.info("state file is of another training, starting anew path=%s", self._path)
                 return None
@@ -97,7 +98,7 @@ class StateFile:
             )
         except FileNotFoundError:
             return None
-        except UNREADABLE as error:
+        except (CorruptFile, *UNREADABLE) as error:
             logger.warning("training state unusable, starting anew reason=%s", str(error)[:200])
             return None
 

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 
 from fleetcast.bins import bin_means
 from fleetcast.clock import DAY_MS
-from fleetcast.errors import BadData
+from fleetcast.errors import BadData, CorruptFile
+from fleetcast.files import name_regular
 from fleetcast.schema import Codes, Floats, Floats32, Longs
 
 MAX_DAYS = 100  # older rows are left out: one row of 1970 must not make a grid of 50 years
@@ -62,9 +63,9 @@ class TrainingGrid:
             BadData: the file is not of this shape, or holds no wanted metric.
         """
         try:
-            with pq.ParquetFile(path) as source:
+            with name_regular(path) as name, pq.ParquetFile(name) as source:
                 return cls._read(_Export(path, source, metrics), bin_ms)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, CorruptFile) as error:
             raise BadData(f"{path} cannot be read as parquet: {error}") from error
 
     @classmethod
