@@ -158,7 +158,9 @@ class RemoteWriteSettings:
 class BufferSettings:
     """The DataBuffer."""
 
-    retention_days: int = setting(60, "days of records kept", unit="days", low=1, high=3650)
+    retention_days: int = setting(
+        60, "days of records kept; less holds a day later", unit="days", low=1, high=3650
+    )
     retention_max_mb: int = setting(
         0,
         "from this size of records (or forecasts) on, the oldest days go; 0: no limit",

@@ -12,6 +12,7 @@ from fleetcast.settings import BufferSettings
 from fleetcast.storage import upkeep
 from fleetcast.storage.days import folder_bytes, list_days, part_names
 from fleetcast.storage.quarantine import Quarantine
+from fleetcast.storage.retention import Retention
 from fleetcast.storage.tables import METRICS
 from fleetcast.storage.upkeep import DayUpkeep, UpkeepPace
 from fleetcast.storage.writer import DayWriter, no_step
@@ -81,12 +82,12 @@ def wall(monkeypatch: pytest.MonkeyPatch) -> Wall:
 
 
 @pytest.fixture
-def make(tmp_path: Path, wall: Wall) -> Callable[..., Place]:
+def make(tmp_path: Path, wall: Wall, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Place]:
     def build(**settings: int) -> Place:
+        retention = Retention(tmp_path_factory.mktemp("state"), BufferSettings(**settings))
+        retention._put_in_force()  # as if it had been so for long
         writer = DayWriter(tmp_path, METRICS, Quarantine(tmp_path / "quarantine"))
-        upkeep = DayUpkeep(
-            tmp_path, writer, METRICS, BufferSettings(**settings), UpkeepPace(), lambda: None, no_step
-        )
+        upkeep = DayUpkeep(tmp_path, writer, METRICS, retention, UpkeepPace(), lambda: None, no_step)
         upkeep.load()
         return Place(tmp_path, writer, upkeep, wall)
 

@@ -141,6 +141,8 @@ class StatusReport:
         found = []
         if reason := self.not_ready:
             found.append(("error", f"Not ready: {reason}."))
+        if notice := self._buffer.retention_notice:
+            found.append(("warning", notice))
         n_late = len(self._fleet.due_bins())
         if n_late > _LATE_BINS:
             found.append(("error", f"{n_late} closed bins wait for their forecast."))

@@ -31,6 +31,7 @@ from fleetcast.storage.log import (
 )
 from fleetcast.storage.quarantine import Quarantine
 from fleetcast.storage.reader import log_folder
+from fleetcast.storage.retention import Retention
 from fleetcast.storage.tables import TableKind, merge
 from fleetcast.storage.upkeep import DayUpkeep, UpkeepPace
 from fleetcast.storage.writer import DayWriter, Step, no_step
@@ -51,6 +52,7 @@ class DayStore:
         pace: UpkeepPace | None = None,
         on_step: Step = no_step,
         guard: Callable[[], None] = lambda: None,
+        retention: Retention | None = None,
     ) -> None:
         """Remember what to keep where; `guard` raises where the folder is not this process's any more."""
         self.kind = kind
@@ -61,7 +63,13 @@ class DayStore:
         self._quarantine = Quarantine(folder / "quarantine")
         self._writer = DayWriter(folder, kind, self._quarantine, on_step)
         self._upkeep = DayUpkeep(
-            folder, self._writer, kind, settings, pace or UpkeepPace(), self._settle, on_step
+            folder,
+            self._writer,
+            kind,
+            retention or Retention(folder, settings),
+            pace or UpkeepPace(),
+            self._settle,
+            on_step,
         )
         self._structure = threading.RLock()  # held while days change; never while appending
         self._pending = threading.Lock()

@@ -28,6 +28,7 @@ from fleetcast.storage.days import list_days
 from fleetcast.storage.daystore import DayStore
 from fleetcast.storage.log import encode_batch, encode_nothing
 from fleetcast.storage.reader import DayReader, buffer_stats, export_records
+from fleetcast.storage.retention import Retention
 from fleetcast.storage.tables import (
     METRICS,
     PREDICTIONS,
@@ -161,6 +162,11 @@ class DataBuffer:
         """How long the oldest record that is not yet in its day file has waited, 0.0 if none does."""
         return self._owned.metrics.pending_s if self._owned else 0.0
 
+    @property
+    def retention_notice(self) -> str:
+        """What a smaller retention is going to delete, and when; "" while none waits."""
+        return self._owned.retention.notice if self._owned else ""
+
     def maintain(self, now: datetime) -> None:
         """Do what is due at `now`: flush, compact, seal, expire. Call it about every second."""
         for store in self._stores:
@@ -214,14 +220,15 @@ class DataBuffer:
             if not lock.is_in_place:
                 lock.check()
 
+        retention = Retention(self._folder, self._settings)
         try:
             metrics, predictions = (
-                DayStore(self._folder, kind, self._settings, self._pace, self._on_step, guard)
+                DayStore(self._folder, kind, self._settings, self._pace, self._on_step, guard, retention)
                 for kind in (METRICS, PREDICTIONS)
             )
             metrics.open()
             predictions.open()
-            owned = _Owned(lock, metrics, predictions, self._records.newest_ms())
+            owned = _Owned(lock, metrics, predictions, retention, self._records.newest_ms())
         except BaseException:
             lock.release()
             raise
@@ -364,6 +371,7 @@ class _Owned:
     lock: OwnerLock
     metrics: DayStore
     predictions: DayStore
+    retention: Retention
     newest_ms: int | None  # newest time of all records
     _noting: threading.Lock = field(default_factory=threading.Lock)
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from fleetcast.clock import DAY_MS, monotonic, to_ms
 from fleetcast.errors import FleetcastError
 from fleetcast.files import remove_leftover
-from fleetcast.settings import BufferSettings
 from fleetcast.storage.days import (
     OpenPart,
     PartName,
@@ -31,6 +30,7 @@ from fleetcast.storage.days import (
     write_part,
 )
 from fleetcast.storage.reader import merge_sources
+from fleetcast.storage.retention import Retention
 from fleetcast.storage.tables import METRICS, PREDICTIONS, TableKind, union_schema
 from fleetcast.storage.writer import DayWriter, Step, hidden_name
 
@@ -162,7 +162,7 @@ class DayUpkeep:
         folder: Path,
         writer: DayWriter,
         kind: TableKind,
-        settings: BufferSettings,
+        retention: Retention,
         pace: UpkeepPace,
         settle: Callable[[], None],
         on_step: Step,
@@ -171,7 +171,7 @@ class DayUpkeep:
         self._folder = folder
         self._writer = writer
         self._kind = kind
-        self._settings = settings
+        self._retention = retention
         self._pace = pace
         self._settle = settle
         self._step = on_step
@@ -258,18 +258,19 @@ class DayUpkeep:
         )
 
     def _expire(self, now: datetime) -> None:
-        oldest = (now - timedelta(days=self._settings.retention_days)).date()
+        keep_days, max_mb = self._retention.limits(now)
+        oldest = (now - timedelta(days=keep_days)).date()
         days = list_days(self._folder, self._kind)
         for day in days:
             if day < oldest:
                 self._remove(day, "older than the retention")
-        if self._settings.retention_max_mb:
-            self._expire_by_size([day for day in days if day >= oldest])
+        if max_mb:
+            self._expire_by_size([day for day in days if day >= oldest], max_mb)
 
-    def _expire_by_size(self, days: list[date]) -> None:
+    def _expire_by_size(self, days: list[date], max_mb: int) -> None:
         """Remove the oldest days until the rest fits; the newest day always stays."""
         sizes = [folder_bytes(self._writer.path(day)) for day in days]
-        excess = sum(sizes) - self._settings.retention_max_mb * 1_000_000
+        excess = sum(sizes) - max_mb * 1_000_000
         for day, size in list(zip(days, sizes, strict=True))[:-1]:
             if excess <= 0:
                 return
