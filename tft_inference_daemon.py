@@ -28,6 +28,7 @@ from fleetcast.errors import (
 )
 from fleetcast.loop import Stop, SystemdNotifier, configure_logging, run_every
 from fleetcast.program import run_program, with_models_dir
+from fleetcast.setting import weak_key
 from fleetcast.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -160,6 +161,8 @@ def _settings(options: argparse.Namespace) -> Settings:
             [f"server.host {host} is open to others, and {KEY_VARIABLE} is not set"],
             hint=f"set {KEY_VARIABLE}, which clients then send as X-API-Key, or listen on 127.0.0.1",
         )
+    if (problem := weak_key(os.environ.get(KEY_VARIABLE, ""))) and not _is_loopback(host):
+        raise SettingsError([f"server.host {host} is open to others: {problem}"])
     return with_models_dir(settings)
 
 

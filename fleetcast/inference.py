@@ -42,6 +42,7 @@ from fleetcast.serving.status import StatusReport
 from fleetcast.serving.sweep import Sweeper
 from fleetcast.serving.telemetry import Telemetry
 from fleetcast.serving.writes import WriteIntake
+from fleetcast.setting import weak_key
 from fleetcast.settings import Settings
 from fleetcast.storage.store import DataBuffer
 from fleetcast.workers import Worker, Workers
@@ -98,6 +99,9 @@ class InferenceService:
         self._report = StatusReport(
             settings, self._fleet, buffer, self._ledger, self._model, self._sweeper, self._telemetry
         )
+        self._report.weak_key = weak_key(api_key)
+        if self._report.weak_key:
+            logger.warning("the key is easy to guess: %s", self._report.weak_key)
         rejected = RejectedRecords(folder, settings.server.quarantine_max_bytes)
         intake = Intake(
             buffer, self._fleet, rejected, wall_clock, settings.server, settings.buffer, stop.wake

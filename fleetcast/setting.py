@@ -1,8 +1,8 @@
 """One setting: how it is declared, where its value is read from, and how it is checked.
 
 Owns: the metadata of a field (help, unit, bounds, choices), what a valid value is, reading the TOML
-file and the environment, the nearest name to an unknown one, and how a setting overrides a literal
-of a program. Does not know: which settings there are (`settings`).
+file and the environment, how long a key has to be, the nearest name to an unknown one, and how a
+setting overrides a literal of a program. Does not know: which settings there are (`settings`).
 """
 
 import difflib
@@ -20,6 +20,7 @@ from fleetcast.files import read_regular
 
 ENV_PREFIX = "FLEETCAST_"
 DEFAULT_CONFIG = Path("fleetcast.toml")
+KEY_MIN_CHARACTERS = 16
 CONFIG_MAX_BYTES = 2**20
 _CLOSE = (
     0.75  # share of equal letters from which a name is suggested: server.prot is close, server.zzz is not
@@ -127,6 +128,18 @@ def _check_scalar(info: SettingInfo, kind: Any, value: Any) -> Any:
     if info.meta["choices"] and value not in info.meta["choices"]:
         raise ValueError(f"must be one of {', '.join(info.meta['choices'])}, got {value!r}")
     return value
+
+
+def weak_key(key: str) -> str:
+    """Return what is wrong with a key for the HTTP interface, "" for none and for a good one.
+
+    >>> weak_key("secret"), weak_key(""), weak_key("0123456789abcdef")
+    ('TFT_API_KEY has 6 characters, at least 16 are safe (openssl rand -hex 32)', '', '')
+    """
+    if not key or len(key) >= KEY_MIN_CHARACTERS:
+        return ""
+    needed = f"at least {KEY_MIN_CHARACTERS} are safe (openssl rand -hex 32)"
+    return f"TFT_API_KEY has {len(key)} characters, {needed}"
 
 
 def from_file(

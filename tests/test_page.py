@@ -356,3 +356,14 @@ def test_history_is_described(world: World) -> None:
     paths = world.get("/openapi.json")["paths"]
     assert set(paths["/history"]) == {"get"}
     assert not any(path.startswith("/ui") for path in paths)
+
+
+@pytest.mark.parametrize(("key", "n_problems"), [("short", 1), ("0123456789abcdef", 0), ("", 0)])
+def test_a_short_key_is_a_problem_in_the_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, n_problems: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    world = World(tmp_path, api_key=key).start()
+    problems = world.client.get("/status", headers={"x-api-key": key}).json()["problems"]
+    world.end()
+    assert len([text for text in problems if "easy to guess" in text]) == n_problems

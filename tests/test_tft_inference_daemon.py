@@ -47,7 +47,7 @@ def test_loopback_needs_no_key(host: str) -> None:
 
 
 def test_with_a_key_every_address_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TFT_API_KEY", "secret")
+    monkeypatch.setenv("TFT_API_KEY", "0123456789abcdef")
     options = tft_inference_daemon._parser(None).parse_args(["--host", "0.0.0.0"])
     assert tft_inference_daemon._settings(options).server.host == "0.0.0.0"
 
@@ -86,3 +86,12 @@ def test_another_clock_than_the_folders_is_exit_2(capsys: pytest.CaptureFixture[
         port = probe.getsockname()[1]
     assert tft_inference_daemon.main(["--port", str(port)]) == ExitCode.BAD_SETTINGS
     assert "--clock data" in capsys.readouterr().err
+
+
+def test_a_short_key_is_refused_where_others_can_reach_the_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TFT_API_KEY", "0123456789abcde")
+    assert tft_inference_daemon.main(["--host", "0.0.0.0"]) == 2
+    assert "TFT_API_KEY has 15 characters, at least 16 are safe" in capsys.readouterr().err

@@ -72,6 +72,7 @@ class StatusReport:
         self._stats: dict[str, Any] = {}
         self._stats_at = float("-inf")
         self.phase = "the history is being restored"  # set by the daemon; "" = it is at work
+        self.weak_key = ""  # set by the daemon: what is wrong with its key
         self.why_no_writes: Callable[[], str] = str  # set by the daemon, "" = the last ones were done
 
     @property
@@ -141,6 +142,8 @@ class StatusReport:
         found = []
         if reason := self.not_ready:
             found.append(("error", f"Not ready: {reason}."))
+        if self.weak_key:
+            found.append(("warning", f"The key is easy to guess: {self.weak_key}."))
         if notice := self._buffer.retention_notice:
             found.append(("warning", notice))
         n_late = len(self._fleet.due_bins())

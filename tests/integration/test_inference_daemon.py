@@ -182,3 +182,13 @@ def test_killed_at_random_moments_it_loses_no_record_and_counts_no_forecast_twic
     assert status["ledger"]["opened"] == n_bins * per_sweep * 3
     assert ledger["settled"] == len(rows) == sum(max(0, n_bins - h) for h in (1, 12, 96)) * per_sweep
     assert ledger["expired"] == 0
+
+
+def test_what_a_daemon_writes_is_for_its_user_and_group_alone(tmp_path: Path) -> None:
+    with InferenceDaemon(tmp_path / "run") as daemon:
+        daemon.client.post_records([live()])
+    written = [path for path in (tmp_path / "run").rglob("*") if path != daemon.console]
+    assert len(written) > 5
+    assert {
+        path.name: oct(path.stat().st_mode & 0o7777) for path in written if path.stat().st_mode & 0o027
+    } == {}
