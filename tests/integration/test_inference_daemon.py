@@ -185,10 +185,8 @@ def test_killed_at_random_moments_it_loses_no_record_and_counts_no_forecast_twic
 
 
 def test_what_a_daemon_writes_is_for_its_user_and_group_alone(tmp_path: Path) -> None:
-    with InferenceDaemon(tmp_path / "run") as daemon:
+    with InferenceDaemon(tmp_path) as daemon:
         daemon.client.post_records([live()])
-    written = [path for path in (tmp_path / "run").rglob("*") if path != daemon.console]
-    assert len(written) > 5
-    assert {
-        path.name: oct(path.stat().st_mode & 0o7777) for path in written if path.stat().st_mode & 0o027
-    } == {}
+    modes = {path: path.stat().st_mode for path in tmp_path.rglob("*") if path != daemon.console}
+    assert len(modes) > 5
+    assert {path.name: oct(mode) for path, mode in modes.items() if mode & 0o027} == {}
