@@ -38,7 +38,7 @@ test: check  ## everything CI runs: check, unit, doctest, contract, integration,
 docs: .venv/.requirements  ## make docs/settings.md again from the dataclasses
 	$(BIN)/python -m fleetcast.settings > docs/settings.md
 
-demo: .venv/.requirements  ## the whole loop on bundled real data, 6.5 CPU minutes; state stays in demo_run/
+demo: .venv/.requirements  ## the whole loop on bundled real data, 3 CPU minutes; state stays in demo_run/
 	$(BIN)/python -m fleetcast.demo
 
 run: .venv/.requirements  ## both daemons on this machine's own metrics, live until Ctrl+C; state in run/

@@ -1,7 +1,7 @@
 """Forecast errors out of the settled forecasts a run left behind.
 
-Owns: the mean absolute error per group of servers, phase and horizon, ours and that of repeating
-the last value, on the same forecasts. Does not know: how the run was made.
+Owns: the mean absolute error per group of servers, phase and horizon: of what clients got, of the
+network alone, and of repeating the last value, on the same forecasts. Does not know: how the run was made.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,10 +19,9 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Phase:
-    """Settled forecasts of one model version whose target lies in [start, end)."""
+    """Settled forecasts whose target lies in [start, end)."""
 
     name: str
-    version: str | None
     start: datetime
     end: datetime
 
@@ -32,7 +31,8 @@ class ErrorCell:
     """The errors of one group in one phase at one horizon."""
 
     n: int
-    ours: float
+    ours: float  # what clients got
+    model: float
     last_value: float
 
 
@@ -73,9 +73,8 @@ def error_table(
 ) -> dict[tuple[str, int, str], ErrorCell]:
     """Return the errors by (group, horizon, phase)."""
     last = last_values(rows)
-    ours = np.abs(rows.p50 - rows.actual)
-    naive = np.abs(last - rows.actual)
-    is_comparable = np.isfinite(ours) & np.isfinite(naive)
+    sides = [np.abs(said - rows.actual) for said in (rows.p50, rows.model_p50, last)]
+    is_comparable = np.isfinite(np.stack(sides)).all(axis=0)
     table = {}
     for group, servers in groups.items():
         in_group = is_comparable & np.isin(rows.server_name.astype(str), sorted(servers))
@@ -83,18 +82,12 @@ def error_table(
             for phase in phases:
                 chosen = in_group & (rows.horizon == horizon) & in_phase(rows, phase)
                 n = int(chosen.sum())
-                table[group, horizon, phase.name] = ErrorCell(
-                    n,
-                    float(ours[chosen].mean()) if n else float("nan"),
-                    float(naive[chosen].mean()) if n else float("nan"),
-                )
+                means = [float(errors[chosen].mean()) if n else float("nan") for errors in sides]
+                table[group, horizon, phase.name] = ErrorCell(n, *means)
     return table
 
 
 def in_phase(rows: SettledForecasts, phase: Phase) -> Mask:
     """Return which rows belong to a phase."""
     inside: Mask = (rows.target_ms >= to_ms(phase.start)) & (rows.target_ms < to_ms(phase.end))
-    if phase.version is None:
-        return inside
-    of_version: Mask = np.asarray(rows.model_version == phase.version, dtype=bool)
-    return inside & of_version
+    return inside
