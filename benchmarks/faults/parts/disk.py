@@ -142,7 +142,8 @@ def full_disk_under_retraining(folder: Path) -> Tally:
     with small_disk(folder):
         daemon = RetrainingDaemon(folder)
         with daemon:
-            wait_for("the first check", lambda: (folder / "drift_metrics.json").exists())
+            for name in ("drift_metrics.json", "retraining_state.json"):  # written in this order
+                wait_for("the first check", (folder / name).exists)
             _fill(folder / "ballast")
             wait_for("failing checks", lambda: "no space to write" in daemon.output)
             tally.wrong += not isinstance(read_json(folder / "retraining_state.json"), dict)
