@@ -268,6 +268,11 @@ class _LogFile(logging.handlers.RotatingFileHandler):
             self.stream = None
 
 
+def _is_of_use(record: logging.LogRecord) -> bool:
+    """Whether a record is more than torch's figures about itself, which it logs as it ends."""
+    return record.levelno >= logging.WARNING or not record.name.startswith("torch")
+
+
 def configure_logging(path: Path | None, settings: LoggingSettings) -> None:
     """Send the log to stderr and, where `path` is given, to a rotating file.
 
@@ -293,5 +298,6 @@ def configure_logging(path: Path | None, settings: LoggingSettings) -> None:
     root.handlers[:] = handlers
     for handler in handlers:
         handler.setFormatter(formatter)
+        handler.addFilter(_is_of_use)
     root.setLevel(settings.level)
     logging.captureWarnings(capture=True)

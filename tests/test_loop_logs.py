@@ -71,6 +71,15 @@ def test_configuring_twice_does_not_double_lines(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err.count("once") == 1
 
 
+def test_torch_speaks_of_trouble_only(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(None, LoggingSettings())
+    logging.getLogger("torch._subclasses.fake_tensor").info("cache_misses: 0")
+    logging.getLogger("torch.nn").warning("a deprecated call")
+    text = capsys.readouterr().err
+    assert "cache_misses" not in text
+    assert "a deprecated call" in text
+
+
 def test_a_log_file_that_cannot_be_opened_is_a_failed_start(tmp_path: Path) -> None:
     with pytest.raises(CannotStart, match="cannot open the log file"):
         configure_logging(tmp_path / "no" / "x.log", LoggingSettings())
