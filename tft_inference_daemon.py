@@ -85,8 +85,11 @@ class InferenceDaemon:
 
         try:
             is_stop_requested = run_every(cycle, TICK_S, self._stop)
-        except OwnershipLost:
+        except OwnershipLost as error:
             service.close()
+            if not service.wait_for_loader(LOADER_JOIN_S):
+                logger.error("%s", error)
+                _exit_past_loader(ExitCode.FAILED)
             raise
         self._notifier.stopping()
         logger.info("stopping reason=%s", self._stop.reason or "too many failures in a row")

@@ -89,7 +89,9 @@ def _horizons(
     start: datetime,
     end: datetime,
 ) -> tuple[HorizonError, ...]:
-    inside = in_phase(rows, Phase("", version, start, end))
+    inside = in_phase(rows, Phase("", start, end))
+    if version is not None:
+        inside &= np.asarray(rows.model_version == version, dtype=bool)
     if version is None:
         inside &= np.array([item is None for item in rows.model_version], dtype=bool)
     inside &= np.isfinite(rows.p50) & np.isfinite(last)
