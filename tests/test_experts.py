@@ -201,7 +201,7 @@ def play(series: Floats32, n_origins: int, layer: ExpertLayer | None = None) -> 
     for origin in range(len(series) - n_origins, len(series)):
         history = np.ascontiguousarray(series[None, None, max(0, origin - 2303) : origin + 1])
         layer.settle(origin, ROW, series[origin].reshape(1, 1))
-        quantiles = layer.serve(ROW, origin, layer.experts(history, DAY, 96), nothing).quantiles
+        quantiles = layer.serve(ROW, origin, layer.experts(history, DAY, 96), nothing)
     return layer, quantiles[0, 0]
 
 
@@ -270,7 +270,7 @@ def test_quantiles_are_ordered_and_finite_whatever_came_before(values: list[floa
     history = np.array(values, np.float32)[None, None]
     model = np.full((1, 1, 96, 3), np.nan, np.float32)
     if np.isfinite(history).any():
-        quantiles = layer.serve(ROW, 0, layer.experts(history, DAY, 96), model).quantiles
+        quantiles = layer.serve(ROW, 0, layer.experts(history, DAY, 96), model)
         assert np.isfinite(quantiles).all()
         assert (np.diff(quantiles, axis=-1) >= -1e-4).all()
 

@@ -71,7 +71,11 @@ def test_configuring_twice_does_not_double_lines(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err.count("once") == 1
 
 
-def test_torch_speaks_of_trouble_only(capsys: pytest.CaptureFixture[str]) -> None:
+def test_torch_speaks_of_trouble_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("torch"), "propagate", True)  # an imported torch keeps its lines
+    monkeypatch.setattr(logging.getLogger("torch.nn"), "propagate", True)
     configure_logging(None, LoggingSettings())
     logging.getLogger("torch._subclasses.fake_tensor").info("cache_misses: 0")
     logging.getLogger("torch.nn").warning("a deprecated call")

@@ -40,7 +40,7 @@ def test_a_replay_at_three_horizons_serves_what_the_layer_serves_at_all_of_them(
         said = np.full((2, 2, 96, 3), np.nan, np.float32)
         if origin >= BEGIN:
             said[:] = quantiles[:, :, origin - BEGIN, :1]
-        live = layer.serve(rows, origin, layer.experts(history, DAY, 96), said).quantiles
+        live = layer.serve(rows, origin, layer.experts(history, DAY, 96), said)
         if origin >= BEGIN:
             at = [horizon - 1 for horizon in HORIZONS]
             np.testing.assert_allclose(replayed[:, :, origin - BEGIN], live[:, :, at], rtol=2e-3, atol=2e-3)

@@ -7,12 +7,19 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from fleetcast.api.connection import ENDS
 from fleetcast.clock import FakeClock
 from fleetcast.errors import StorageFull
 from fleetcast.ingest.rules import rule_of
 from fleetcast.serving import telemetry as telemetry_module
-from fleetcast.serving.telemetry import ERRORS_KEPT, GAUGES, PARTS, RecentErrors, Snapshot, Telemetry
+from fleetcast.serving.telemetry import (
+    CLOSURES,
+    ERRORS_KEPT,
+    GAUGES,
+    PARTS,
+    RecentErrors,
+    Snapshot,
+    Telemetry,
+)
 
 CLOCK = FakeClock()
 NOTHING = Snapshot()
@@ -141,7 +148,7 @@ def test_every_counter_with_labels_is_there_before_its_first_event() -> None:
         ("fleetcast_series_forecast_total", "source", ("model", "fallback")),
         ("fleetcast_model_loads_total", "outcome", ("ok", "failed")),
         ("fleetcast_requests_refused_total", "reason", ("key", "host", "origin")),
-        ("fleetcast_connections_ended_total", "reason", ENDS),
+        ("fleetcast_connections_ended_total", "reason", CLOSURES),
     ):
         for value in values:
             assert found[name, ((label, value),)] == 0.0

@@ -108,7 +108,7 @@ def play(cases: Sequence[Case], metric: str, model: Path) -> Played:
         answer = layer.serve(rows, origin, layer.experts(history, DAY, N_HORIZON), quantiles)
         if origin - NOW in ORIGINS:
             place = ORIGINS.index(origin - NOW)
-            served[:, place], bare[:, place] = answer.quantiles[:, 0], quantiles[:, 0]
+            served[:, place], bare[:, place] = answer[:, 0], quantiles[:, 0]
     return Played(served, bare, recorded[:, 0, [NOW + origin for origin in ORIGINS]])
 
 

@@ -20,17 +20,13 @@ from benchmarks.loop.loop_replay import BITBRAINS_MAPS, SCENES, experts_key
 from benchmarks.loop.parts.fleet import (
     DAY,
     HISTORY_DAYS,
-    INJECTED,
     NATURAL,
     REPLAY_DAYS,
-    SEED,
     SERVERS,
     ReplayFleet,
-    injected,
-    natural,
     recorded_grid,
 )
-from benchmarks.loop.parts.lasting import lasting
+from benchmarks.loop.parts.lasting import scene_fleet
 from benchmarks.loop.parts.record import HORIZONS, forecast_stretch, last_values
 from benchmarks.loop.parts.scores import NAMES, errors
 from benchmarks.loop.parts.served import SceneRules, serve
@@ -81,11 +77,7 @@ class _Group:
         return {"error": errors(fleet, quantiles[..., 1]), **_bands(fleet, quantiles)}
 
     def _fleet(self, name: str) -> ReplayFleet:
-        if name == NATURAL:
-            return natural(self._grid, self._begin, None)
-        if name == INJECTED:
-            return injected(self._grid, self._begin, SEED)
-        return lasting(name, self._grid, self._begin, SEED)
+        return scene_fleet(name, self._grid, self._begin)
 
     def _rules(self, name: str, fleet: ReplayFleet) -> SceneRules:
         path = self._folder / f"rules_{name}_{experts_key('rules', 'analogues', 'trend')}.npz"

@@ -39,11 +39,9 @@ from benchmarks.loop.parts.fleet import (
     SEED,
     SERVERS,
     ReplayFleet,
-    injected,
-    natural,
     recorded_grid,
 )
-from benchmarks.loop.parts.lasting import LASTING, lasting
+from benchmarks.loop.parts.lasting import LASTING, scene_fleet
 from benchmarks.loop.parts.policies import ALL_POLICIES, NEVER, POLICIES
 from benchmarks.loop.parts.run import ReplayRun, trained
 from benchmarks.loop.parts.scores import daily_errors, errors, mean_with_interval, recovery_hours
@@ -134,12 +132,7 @@ class _Group:
         return {"group": self.number, "seed": seed, **run.figures(self._grid)}
 
     def _fleet(self, name: str, seed: int) -> ReplayFleet:
-        if name == NATURAL:
-            return natural(self._grid, self._begin, self._options.regimes)
-        drawn = SEED + 100 * seed
-        if name == INJECTED:
-            return injected(self._grid, self._begin, drawn)
-        return lasting(name, self._grid, self._begin, drawn)
+        return scene_fleet(name, self._grid, self._begin, SEED + 100 * seed, self._options.regimes)
 
     def _shared(self, name: str) -> "_Scene | None":
         """Return the recorded scene, whose rules' forecasts the others share where nothing changed."""

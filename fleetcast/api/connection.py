@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from fleetcast.serving.telemetry import CROWDED, HEAD_TIMEOUT, TOO_LARGE, UNREAD_ANSWER
+
 MAX_HEAD_BYTES = 65_536  # request line and headers, trailers, chunk extensions, what stands between requests
 MAX_FIELDS = 128  # of one head: tiny ones cost many times their bytes
 MAX_PIPELINED = 16  # requests of one connection that wait for the answer before theirs
@@ -33,9 +35,6 @@ _FULL = (
     b"too many connections\n"
 )
 _UNREAD = b'{"detail":"too many answers are being read slowly"}'
-# why a connection was ended
-HEAD_TIMEOUT, TOO_LARGE, UNREAD_ANSWER, CROWDED = "head_timeout", "too_large", "unread_answer", "crowded"
-ENDS = (HEAD_TIMEOUT, TOO_LARGE, UNREAD_ANSWER, CROWDED)
 
 
 class AnswerAbandoned(OSError):

@@ -98,8 +98,8 @@ class Corrector:
         experts = self._layer.experts(part.values, max(1, DAY_MS // part.bin_ms), quantiles.shape[2])
         origin = part.end_bin_ms // part.bin_ms
         served = self._layer.serve(self._rows_of(part.server_names), origin, experts, quantiles)
-        is_served = np.isfinite(served.quantiles).all(axis=(2, 3)) & np.isfinite(quantiles).all(axis=(2, 3))
-        quantiles[is_served] = served.quantiles[is_served]
+        is_served = np.isfinite(served).all(axis=(2, 3)) & np.isfinite(quantiles).all(axis=(2, 3))
+        quantiles[is_served] = served[is_served]
 
     def save(self, *, at_once: bool = False) -> None:
         """Keep what was learned, about once a minute.

@@ -46,7 +46,9 @@ OUTCOMES = (
     *("taken", "repeated", "incomplete", "out_of_order"),
     *("out_of_bounds", "ignored", "refused", "invalid"),
 )
-CLOSURES = ("head_timeout", "too_large", "unread_answer", "crowded")
+# why a connection was ended
+HEAD_TIMEOUT, TOO_LARGE, UNREAD_ANSWER, CROWDED = "head_timeout", "too_large", "unread_answer", "crowded"
+CLOSURES = (HEAD_TIMEOUT, TOO_LARGE, UNREAD_ANSWER, CROWDED)
 REFUSALS = ("key", "host", "origin")
 _PEERS_KEPT = 100
 _PEERS_SHOWN = 5

@@ -45,7 +45,6 @@ class Derived:
 
     columns: Mapping[str, Column]  # of records that are complete now, not rounded yet
     n_out_of_bounds: int  # samples in the future or older than the retention
-    n_out_of_range: int  # values that a metric of this name cannot have; they are absent
     n_out_of_order: int  # samples that came after the window of their scrape target had passed them
     n_repeated: int  # samples that were there before
     n_taken: int  # samples, also of earlier calls, whose scrape is whole now
@@ -231,14 +230,13 @@ class ExporterMapping:
         for start in range(0, len(usable), _PIECE_SAMPLES):
             piece = usable.where(slice(start, start + _PIECE_SAMPLES))
             whole += self._take(piece, arrival_s, counts)
-        columns, n_out_of_range = self._columns(whole)
+        columns = self._columns(whole)
         fates, self._fates = self._fates, Fates()
         for server, label in fates.unfinished.items():
             logger.warning(_UNFINISHED, server, label or "none")
         return Derived(
             columns,
             n_out_of_bounds=len(samples) - len(usable),
-            n_out_of_range=n_out_of_range,
             n_out_of_order=counts.out_of_order,
             n_repeated=counts.repeated,
             n_taken=fates.n_taken,
@@ -293,19 +291,18 @@ class ExporterMapping:
         self._fates.n_taken += int(np.count_nonzero(samples.are_stale_marks))
         return list(self._window.add(Batch(samples, is_fresh, rates), self._fates))
 
-    def _columns(self, whole: list[WholeScrapes]) -> tuple[dict[str, Column], int]:
-        """Return whole scrapes as columns of records, and how many values were out of range.
+    def _columns(self, whole: list[WholeScrapes]) -> dict[str, Column]:
+        """Return whole scrapes as columns of records.
 
-        A value out of range costs its metric only, not the record: the others are measured apart.
+        A value that a metric of this name cannot have costs its metric only, not the record: the others
+        are measured apart.
         """
         targets = np.concatenate([np.empty(0, np.int64), *(part.targets for part in whole)])
         times = np.concatenate([np.empty(0, np.int64), *(part.timestamps_ms for part in whole)])
         values = np.concatenate([np.empty((0, len(self._rules))), *(part.values for part in whole)])
-        n_out_of_range = 0
         for number, rule in enumerate(self._rules):
             is_out = np.logical_not(in_range(rule.metric, values[:, number]))
             values[is_out, number] = np.nan
-            n_out_of_range += int(np.count_nonzero(is_out))
         is_told = ~np.isnan(values)
         some = is_told.any(axis=1)
         used, codes = np.unique(self._series.servers_of(targets[some]), return_inverse=True)
@@ -316,7 +313,7 @@ class ExporterMapping:
         for number, rule in enumerate(self._rules):
             if is_told[:, number].any():
                 columns[rule.metric] = values[some, number]
-        return columns, n_out_of_range
+        return columns
 
 
 _UNFINISHED = (

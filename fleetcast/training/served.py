@@ -80,7 +80,7 @@ class LayerReplay:
         self.settle(origin)
         chosen = self._rows if rows is None else rows
         number = self._first_number + origin
-        return self.layer.serve(chosen, number, experts, model, leads).quantiles
+        return self.layer.serve(chosen, number, experts, model, leads)
 
 
 def served_losses(hold_out: HoldOut, sides: Mapping[str, Losses]) -> dict[str, Losses]:

@@ -203,7 +203,7 @@ class _Served:
             self._layer.settle(number, self._rows, self._grid.values[:, :, number])
         self._closed = origin
         experts = self._layer.experts(_window(self._grid, origin).values, DAY_BINS, HORIZON)
-        return self._layer.serve(self._rows, origin, experts, quantiles).quantiles
+        return self._layer.serve(self._rows, origin, experts, quantiles)
 
 
 def _window(grid: TrainingGrid, origin: int) -> HistoryWindow:

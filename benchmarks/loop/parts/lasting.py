@@ -13,10 +13,21 @@ stay gaps. Seeded. Does not know: when a training runs, scores.
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from benchmarks.loop.parts.fleet import CHANGED_WEEKS, DAY, SEED, ReplayFleet, moments
+from benchmarks.loop.parts.fleet import (
+    CHANGED_WEEKS,
+    DAY,
+    INJECTED,
+    NATURAL,
+    SEED,
+    ReplayFleet,
+    injected,
+    moments,
+    natural,
+)
 from fleetcast.forecast.encoding import is_percent
 from fleetcast.schema import ChangedSeries, Floats, Floats32, Longs
 from fleetcast.training.grid import TrainingGrid
@@ -29,6 +40,15 @@ _STREAMS = {LEAKS: 1, REGIMES: 2, WALKS: 3, MOVED: 4}  # so that scenes of one s
 
 Random = np.random.Generator
 Shape = Callable[[Floats, Random], Floats]  # (own values, random) -> new values
+
+
+def scene_fleet(
+    name: str, grid: TrainingGrid, begin: int, seed: int = SEED, regimes: Path | None = None
+) -> ReplayFleet:
+    """Return the fleet as recorded, with new dynamics that repeat, or with one of `LASTING`."""
+    if name == NATURAL:
+        return natural(grid, begin, regimes)
+    return injected(grid, begin, seed) if name == INJECTED else lasting(name, grid, begin, seed)
 
 
 def lasting(name: str, grid: TrainingGrid, begin: int, seed: int = SEED) -> ReplayFleet:

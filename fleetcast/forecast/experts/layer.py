@@ -10,7 +10,6 @@ numpy only. Does not know: names of servers, files, clocks, how a model works. N
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,14 +28,6 @@ _MOST_OFFSET = 6e4  # of half precision
 # the last value where the series had moved
 _TREND, _LOW, _MEDIAN, _HIGH, _MOVED, _N_KEPT = (len(EXPERTS) + place for place in range(6))
 Flags = NDArray[np.bool_]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Served:
-    """What clients get."""
-
-    quantiles: Floats32  # (row, metric, horizon, quantile) native units, non-decreasing on the last axis
-    model_share: Floats32  # (row, metric) of the model in the medians, the mean over the settled horizons
 
 
 class ExpertLayer:
@@ -70,7 +61,7 @@ class ExpertLayer:
 
     def serve(
         self, rows: Longs, origin: int, experts: RuleForecasts, model: Floats32, leads: Longs | None = None
-    ) -> Served:
+    ) -> Floats32:
         """Mix one origin's forecasts, and remember them until they are settled.
 
         Args:
@@ -80,6 +71,8 @@ class ExpertLayer:
             model: (row, metric, horizon, quantile) native units, NaN = the model does not forecast.
             leads: (horizon,) bins ahead that `experts` and `model` are of; None = 1, 2, 3 and so on. A
                 replay needs the settled horizons only.
+        Returns:
+            what clients get, (row, metric, horizon, quantile) native units, non-decreasing on the last axis.
         """
         n_row, n_metric, n_horizon, _ = model.shape
         leads = np.arange(1, n_horizon + 1) if leads is None else leads
@@ -102,7 +95,7 @@ class ExpertLayer:
         native = from_scale(scaled.reshape(-1, n_horizon, 3), flags).reshape(*shape, 3)
         moves = self._follow_trend(rows, experts, native, leads)
         self._remember(rows, origin, said, native, (moves, has_moved), leads)
-        return Served(native, shares[..., MODEL].mean(axis=2))
+        return native
 
     def settle(self, number: int, rows: Longs, actual: Floats32) -> None:
         """Learn from a closed bin.
