@@ -140,7 +140,7 @@ class AdaptiveRetrainingDaemon:
         """
         limits = self._settings.retraining
         self.stop = Stop()
-        self.stop.install(survives_hangup=True)
+        self.stop.install()
         with self.ownership(strict=True):
             logger.info("retraining daemon started interval_s=%g", limits.interval_s)
             self._notifier.ready()

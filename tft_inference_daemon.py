@@ -74,7 +74,7 @@ class InferenceDaemon:
             AlreadyRunning, CannotStart, SettingsError, StorageFull, StorageBroken: it did not start.
             OwnershipLost: the buffer's folder was taken away; it has stopped.
         """
-        self._stop.install(survives_hangup=True)
+        self._stop.install()
         service = self._build_service()
         service.start()
         self._notifier.ready(service.status_line())

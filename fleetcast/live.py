@@ -23,9 +23,10 @@ from fleetcast.clock import SystemClock, from_ms, iso_z, monotonic, to_ms
 from fleetcast.errors import CannotStart, CorruptFile, DaemonAway, ExitCode
 from fleetcast.files import open_append, open_regular, read_json, write_atomic
 from fleetcast.locks import OwnerLock
-from fleetcast.loop import Stop
+from fleetcast.loop import Stop, configure_logging
 from fleetcast.program import run_program
 from fleetcast.schema import SOURCE_WARMING_UP
+from fleetcast.settings import LoggingSettings
 from fleetcast.sources.client import DaemonClient
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,6 +95,16 @@ class Child:
         return "\n".join([f"{self.name} ended with exit code {self._process.returncode}:", *lines])
 
 
+def say(text: str, stop: Stop) -> None:
+    """Print a line; where nobody can read it any more (a closed terminal), ask for the end."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        stop.request(f"the output is gone: {error.strerror}")
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # for what is still in the buffer
+
+
 def _end_with_parent() -> None:
     """Let the kernel send SIGTERM to this child when the terminal's process is gone."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -141,13 +152,13 @@ class LiveLoop:
         """
         while not self._stop.wait(self._status_interval_s):
             self._check_children()
-            print(f"{iso_z(SystemClock().now())[:19]}  {self.summary()}", flush=True)
+            say(f"{iso_z(SystemClock().now())[:19]}  {self.summary()}", self._stop)
 
     def end(self) -> None:
         """End all, last one first."""
         while self._children:
             child = self._children.pop()
-            print(f"ending {child.name}: exit code {child.end()}", flush=True)
+            say(f"ending {child.name}: exit code {child.end()}", self._stop)
 
     def summary(self) -> str:
         """Return the state of the loop in one line."""
@@ -249,6 +260,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     folder: Path = options.folder
+    configure_logging(None, LoggingSettings())
     lock = OwnerLock(folder / LOCK_FILE, f"the live loop of {folder.resolve()}")
     with lock:  # before anything is written: the files are those of the loop that runs
         config = folder / "fleetcast.toml"
@@ -260,7 +272,7 @@ def _run(options: argparse.Namespace) -> int:
         try:
             loop.start()
             url = f"http://127.0.0.1:{options.port}/docs"
-            print(f"live on {url}, state in {folder}/, Ctrl+C ends it", flush=True)
+            say(f"live on {url}, state in {folder}/, Ctrl+C ends it", stop)
             loop.run()
         finally:
             loop.end()

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _M_ARENA_MAX, _ARENAS = -8, 2  # mallopt(3); more arenas hold more and make nothing faster under the GIL
 _TRIM_S = 5.0
 _TRIM_FROM_BYTES = 32 * 2**20  # trimming costs milliseconds
+_HANGUP = "signal SIGHUP"
 ALIVE_S = 60.0  # between two signs of life to systemd
 _FORMAT = "%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s"
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {
@@ -56,12 +57,11 @@ class Stop:
         self._note(block=False, timeout_s=0.0)
         return bool(self.reason)
 
-    def install(self, *, survives_hangup: bool = False) -> None:
-        """Let SIGTERM and SIGINT request the stop; a daemon also survives SIGHUP, as logrotate sends it."""
+    def install(self) -> None:
+        """Let SIGTERM and SIGINT request the stop; SIGHUP, which logrotate sends, ends nothing and is logged."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
-        if survives_hangup:
-            signal.signal(signal.SIGHUP, lambda *_: None)  # logs follow their names: nothing to do
+        signal.signal(signal.SIGHUP, lambda *_: self._requests.put(_HANGUP))  # a handler must not log
 
     def request(self, reason: str) -> None:
         """Ask the loop to end; safe from any thread and from a signal handler."""
@@ -73,8 +73,10 @@ class Stop:
 
     def wait(self, timeout_s: float) -> bool:
         """Wait up to `timeout_s`, or until `wake`; return whether the stop was requested."""
-        if not self.is_requested and not self._is_woken and timeout_s > 0:
+        until = monotonic() + timeout_s
+        while not self.is_requested and not self._is_woken and timeout_s > 0:
             self._note(block=True, timeout_s=timeout_s)
+            timeout_s = until - monotonic()
         self._is_woken = False
         return bool(self.reason)
 
@@ -82,12 +84,19 @@ class Stop:
         if self.reason:
             return
         try:
-            self.reason = self._requests.get(block=block, timeout=timeout_s if block else None)
+            self._take(self._requests.get(block=block, timeout=timeout_s if block else None))
             while not self.reason:  # many calls of `wake` are one
-                self._is_woken = True
-                self.reason = self._requests.get_nowait()
+                self._take(self._requests.get_nowait())
         except queue.Empty:
             return
+
+    def _take(self, request: str) -> None:
+        if request == _HANGUP:
+            logger.info("signal SIGHUP ends nothing: a log that was moved is begun anew by itself")
+        elif request:
+            self.reason = request
+        else:
+            self._is_woken = True
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self._signalled:

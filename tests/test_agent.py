@@ -249,10 +249,12 @@ def agent_port() -> Iterator[int]:
     assert process.stderr is not None
     while "delivery failed" not in process.stderr.readline():
         assert process.poll() is None
+    process.send_signal(signal.SIGHUP)
     yield port
     process.send_signal(signal.SIGTERM)
     _, log = process.communicate(timeout=20)
     assert process.returncode == 0, log
+    assert "signal SIGHUP ends nothing" in log
     assert "agent ends daemon=" in log
     assert "secret-key" not in log
 

@@ -77,6 +77,23 @@ def test_nothing_is_left_behind_when_the_terminal_itself_dies(tmp_path: Path) ->
     wait_for("the three to end by themselves", lambda: not any(child.is_running() for child in children), 30)
 
 
+def test_a_hangup_ends_nothing_and_an_output_that_is_gone_ends_all_in_order(tmp_path: Path) -> None:
+    (tmp_path / "fleetcast.toml").write_text(QUICK)
+    with _start(tmp_path, free_port()) as process:
+        _until(process, r"^live on ")
+        process.send_signal(signal.SIGHUP)
+        _until(process, r"signal SIGHUP ends nothing")
+        _until(process, r"newest record")
+        assert process.stdout is not None
+
+        process.stdout.close()  # as when its terminal is closed
+        assert process.wait(60) == 0
+
+    for program in ("inference", "retraining"):
+        assert "reason=signal SIGTERM" in (tmp_path / f"{program}.console").read_text()
+    assert "agent ends" in (tmp_path / "agent.console").read_text()
+
+
 def test_a_daemon_that_cannot_start_is_shown_with_its_last_words(tmp_path: Path) -> None:
     (tmp_path / "fleetcast.toml").write_text("[bins]\nbin_s = 7\n")
     process = _start(tmp_path, free_port())

@@ -174,8 +174,12 @@ def test_ctrl_c_ends_between_requests_with_the_summary_and_exit_0(file: Path) ->
             stderr=subprocess.PIPE,
             text=True,
         )
+        assert process.stderr is not None
         while not daemon.posts and process.poll() is None:
             os.sched_yield()
+        process.send_signal(signal.SIGHUP)
+        while "SIGHUP ends nothing" not in process.stderr.readline():
+            assert process.poll() is None
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=20)
     assert process.returncode == ExitCode.OK

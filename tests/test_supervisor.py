@@ -154,6 +154,16 @@ def test_a_supervisor_killed_takes_its_child_along_and_frees_the_lock(tmp_path: 
     assert not (tmp_path / "run.json").exists()
 
 
+def test_a_hangup_for_the_whole_unit_ends_no_training(tmp_path: Path) -> None:
+    code = "import os, signal; os.kill(os.getppid(), signal.SIGHUP); os.kill(os.getpid(), signal.SIGHUP)"
+    command = ["-m", supervisor.__name__, job(tmp_path, f"{code}; print('goes on')").to_argument()]
+
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, timeout=60, check=False)
+
+    assert done.returncode == 0
+    assert json.loads((tmp_path / "run.json").read_text())["tail"] == ["goes on"]
+
+
 def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"

@@ -255,6 +255,7 @@ def _lower_priority(nice: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one job; its own exit code says only whether the result was noted."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # for the steps, too: `systemctl kill -s HUP` reaches all
     arguments = sys.argv[1:] if argv is None else list(argv)
     job = RunJob.from_argument(arguments[0])
     for descriptor in job.lock_fds:
