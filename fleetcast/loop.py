@@ -58,7 +58,7 @@ class Stop:
         return bool(self.reason)
 
     def install(self) -> None:
-        """Let SIGTERM and SIGINT request the stop; SIGHUP, which logrotate sends, ends nothing and is logged."""
+        """Let SIGTERM and SIGINT request the stop; SIGHUP (logrotate's) ends nothing and is logged."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
         signal.signal(signal.SIGHUP, lambda *_: self._requests.put(_HANGUP))  # a handler must not log

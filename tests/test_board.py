@@ -63,6 +63,7 @@ def test_before_a_sweep_servers_are_warming_up(clock: FakeClock, roster: Roster)
         "forecast": None,
         "timestamps": [],
         "source": "warming_up",
+        "sources": {},
         "stale": False,
     }
 
@@ -79,9 +80,26 @@ def test_after_a_sweep_each_server_has_its_forecast(clock: FakeClock, roster: Ro
         "forecast": {"cpu_pct": {"p10": [10.123] * 3, "p50": [20.0] * 3, "p90": [30.0] * 3}},
         "timestamps": ["2026-01-15T10:05:00Z", "2026-01-15T10:10:00Z", "2026-01-15T10:15:00Z"],
         "source": "model",
+        "sources": {"cpu_pct": "model"},
         "stale": False,
     }
     assert answer["predictions"]["web-02"]["source"] == "fallback"
+    assert answer["predictions"]["web-02"]["sources"] == {"cpu_pct": "fallback"}
+
+
+def test_the_source_is_told_per_metric_where_a_model_knows_some_metrics_only(
+    clock: FakeClock, roster: Roster
+) -> None:
+    board = PredictionBoard(roster, clock)
+    swept = forecast(clock)
+    swept.quantiles[:, 1] = 50.0  # mem_pct, for which no server has a model
+
+    board.publish(swept, MODEL)
+
+    told = document(board)["predictions"]
+    assert told["web-01"]["source"] == "model"
+    assert told["web-01"]["sources"] == {"cpu_pct": "model", "mem_pct": "fallback"}
+    assert told["web-02"]["sources"] == {"cpu_pct": "fallback", "mem_pct": "fallback"}
 
 
 def test_server_narrows_the_document(clock: FakeClock, roster: Roster) -> None:

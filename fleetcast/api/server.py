@@ -53,6 +53,7 @@ _PREDICTION: Schema = {
         "forecast": {"type": ["object", "null"], "additionalProperties": _QUANTILES},
         "timestamps": {"type": "array", "items": {"type": "string", "format": "date-time"}},
         "source": {"type": "string", "enum": ["model", "fallback", "warming_up"]},
+        "sources": {"type": "object", "additionalProperties": {"enum": ["model", "fallback"]}},
         "stale": {"type": "boolean"},
     },
 }

@@ -26,7 +26,7 @@ UNCHANGED_S = 5.0  # staleness comes with time alone
 _CHEAP_S = 0.005
 _COST_FACTOR = 20.0  # costly joins may take 1/20 of the time at most
 _QUANTILE_NAMES = ("p10", "p50", "p90")
-_WARMING_UP = b'"forecast":null,"timestamps":[],"source":"' + SOURCE_WARMING_UP.encode() + b'"'
+_WARMING_UP = b'"forecast":null,"timestamps":[],"source":"' + SOURCE_WARMING_UP.encode() + b'","sources":{}'
 
 
 class UnknownServer(FleetcastError):
@@ -63,15 +63,16 @@ class _Sweep:
     model: ModelInfo | None
     forecasts: dict[str, bytes]
     sources: dict[str, bytes]
+    metric_sources: dict[str, bytes]  # of each metric with a forecast; shared by servers with the same ones
     timestamps: bytes = b""  # the same for every server: 20 MB less at 10,000
     outlook: Outlook = Outlook({}, (), np.empty((0, 0), np.float32))
 
     def pieces(self, name: str) -> tuple[bytes, ...]:
-        """Return a server's forecast, its time steps and its source, not joined."""
+        """Return a server's forecast, its time steps and its sources, not joined."""
         forecast = self.forecasts.get(name)
         if forecast is None:
             return (_WARMING_UP,)
-        return forecast, self.timestamps, self.sources[name], b'"'
+        return forecast, self.timestamps, self.sources[name], self.metric_sources[name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ class PredictionBoard:
     def __init__(self, roster: Roster, clock: Clock) -> None:
         self._roster = roster
         self._clock = clock
-        self._sweep = _Sweep(None, {}, {})
+        self._sweep = _Sweep(None, {}, {}, {})
         self._n_sweeps = 0
         self._joined: dict[bool, _Joined] = {}
         self._narrowing = threading.Lock()  # forty at once would only take turns, and the event loop last
@@ -198,8 +199,9 @@ def _encode(forecast: FleetForecast, model: ModelInfo | None) -> _Sweep:
     targets = [iso_z(from_ms(forecast.origin_ms + int(step) * forecast.bin_ms)) for step in steps]
     timestamps = b',"timestamps":' + encoder.encode(targets) + b',"source":"'
     is_whole = np.asarray(np.isfinite(forecast.quantiles).all(axis=(2, 3)))  # (server, metric)
-    is_model = np.asarray((is_whole & forecast.sources).any(axis=1))
-    forecasts, sources = {}, {}
+    is_model = np.asarray(is_whole & forecast.sources)
+    forecasts, sources, metric_sources = {}, {}, {}
+    shared: dict[tuple[bytes, bytes], bytes] = {}
     for row, name in enumerate(forecast.server_names):
         columns = np.flatnonzero(is_whole[row])
         if not len(columns):
@@ -212,10 +214,16 @@ def _encode(forecast: FleetForecast, model: ModelInfo | None) -> _Sweep:
             forecast.metrics[column]: dict(zip(_QUANTILE_NAMES, quantiles, strict=True))
             for column, quantiles in zip(columns, digits, strict=True)
         }
-        source = (SOURCE_MODEL if is_model[row] else SOURCE_FALLBACK).encode()
-        sources[name] = source
+        sources[name] = _source(is_model[row].any()).encode()
+        told = {metric: _source(is_model[row, column]) for metric, column in zip(by_metric, columns, strict=True)}
+        key = is_whole[row].tobytes(), is_model[row].tobytes()
+        metric_sources[name] = shared.setdefault(key, b'","sources":' + encoder.encode(told))
         forecasts[name] = b'"forecast":' + encoder.encode(by_metric)
     peaks = np.fmax.reduce(forecast.quantiles[..., 2], axis=2)
     rows = {name: row for row, name in enumerate(forecast.server_names)}
     outlook = Outlook(rows, forecast.metrics, peaks, forecast.origin_ms)
-    return _Sweep(model, forecasts, sources, timestamps, outlook)
+    return _Sweep(model, forecasts, sources, metric_sources, timestamps, outlook)
+
+
+def _source(is_model: np.bool_) -> str:
+    return SOURCE_MODEL if is_model else SOURCE_FALLBACK

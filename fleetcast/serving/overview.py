@@ -139,6 +139,7 @@ class Overview:
             "model": document["model"],
             "values": entry["current"],
             "forecast": entry["forecast"] or {},
+            "sources": entry["sources"],
             "timestamps": entry["timestamps"],
             "past": self._past.answer(name, start=start),
             "drifting": [item for item in self._journal.drifting() if item.get("server") == name],

@@ -54,10 +54,12 @@ export function server(view, title, fields) {
 
 function aboutOf(found) {
   const others = Object.keys(found.values).filter((metric) => !(metric in found.past.metrics));
+  const unlike = Object.keys(found.sources).filter((metric) => found.sources[metric] !== found.source);
   return [
     facts([
       ["Last record", moment(found.seen)],
       ["Forecast by", found.source === "model" && found.model ? `${SOURCES.model} (version ${found.model.version})` : SOURCES[found.source]],
+      unlike.length > 0 && ["Except", `${unlike.join(" · ")}: ${SOURCES[found.sources[unlike[0]]]}`],
       ...found.drifting.map((item) => [`${item.metric} drifts`, of("span", { class: "drift" }, `${item.sentence ?? item.says ?? "differs from its training data"}, since `, moment(item.since))]),
       others.length > 0 && ["Other metrics", others.map((metric) => `${metric} ${amount(metric, found.values[metric])}`).join(" · ")],
     ]),
