@@ -96,7 +96,7 @@ class Child:
 
 
 def say(text: str, stop: Stop) -> None:
-    """Print a line; where nobody can read it any more (a closed terminal), ask for the end."""
+    """Print a line; ask for the end where that fails, as in a terminal that was closed."""
     try:
         print(text, flush=True)
     except OSError as error:

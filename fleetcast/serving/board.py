@@ -215,7 +215,7 @@ def _encode(forecast: FleetForecast, model: ModelInfo | None) -> _Sweep:
             for column, quantiles in zip(columns, digits, strict=True)
         }
         sources[name] = _source(is_model[row].any()).encode()
-        told = {metric: _source(is_model[row, column]) for metric, column in zip(by_metric, columns, strict=True)}
+        told = {forecast.metrics[column]: _source(is_model[row, column]) for column in columns}
         key = is_whole[row].tobytes(), is_model[row].tobytes()
         metric_sources[name] = shared.setdefault(key, b'","sources":' + encoder.encode(told))
         forecasts[name] = b'"forecast":' + encoder.encode(by_metric)
