@@ -20,6 +20,7 @@ from fleetcast.errors import ExitCode
 from fleetcast.setting import nearest
 
 _PROMOTION = "fleetcast.promotion.command"
+_CONSOLE = "fleetcast.console.command"
 # subcommand: the module whose main(argv) runs it, and what it is for
 COMMANDS = {
     "infer": ("tft_inference_daemon", "take metrics in, forecast them, answer on port 8000"),
@@ -31,6 +32,12 @@ COMMANDS = {
     "replay": ("fleetcast.sources.replay", "send recorded metrics, in their own time or faster"),
     "live": ("fleetcast.live", "both daemons and the agent on this machine until Ctrl+C"),
     "demo": ("fleetcast.demo.play", "the whole loop on bundled real data, in minutes"),
+    "status": (_CONSOLE, "show fleet, model, drift, trainings and problems on one screen"),
+    "servers": (_CONSOLE, "list the servers, their states, and when each was last seen"),
+    "accuracy": (_CONSOLE, "show forecast errors beside those of repeating the last value"),
+    "doctor": ("fleetcast.console.doctor", "say what is wrong, and what would be right"),
+    "settings": (_CONSOLE, "check the settings; show where each value comes from"),
+    "completion": (_CONSOLE, "print the completion of this command's words for bash"),
     "models": (_PROMOTION, "list the versions, which one serves, and their verdicts"),
     "history": (_PROMOTION, "print in words what put models into service, and who"),
     "rollback": (_PROMOTION, "put the version before, or another one, back into service"),
@@ -70,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<9} {purpose}" for name, (_, purpose) in COMMANDS.items()]
+    lines = [f"  {name:<10} {purpose}" for name, (_, purpose) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: fleetcast COMMAND [flags]",
@@ -79,7 +86,7 @@ def _usage() -> str:
             "",
             "commands:",
             *lines,
-            f"  {VERSION:<9} print the release; --json adds what it runs on",
+            f"  {VERSION:<10} print the release; --json adds what it runs on",
             "",
             "fleetcast COMMAND --help shows the flags of one command.",
         ]

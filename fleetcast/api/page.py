@@ -1,4 +1,4 @@
-"""The page for operators (`/ui/`), what it asks for (`/ui/api/...`), `/docs`, and `GET /history`.
+"""The page for operators (`/ui/`), what it asks for (`/ui/api/...`), `/docs`, `GET /history`, `/accuracy`.
 
 Owns: these routes, the files of the page as they were when the daemon started, and the headers that
 keep a browser to them: nothing is loaded from elsewhere, no script stands in the page itself, and no
@@ -26,10 +26,11 @@ from fleetcast.api.server import Door, Schema, answers, only
 from fleetcast.errors import FleetcastError
 from fleetcast.serving.board import UnknownServer
 from fleetcast.serving.overview import MOST_ROWS, PAGE_ROWS, STATES, FleetQuery, Overview
-from fleetcast.serving.past import Past
+from fleetcast.serving.past import MOST_HOURS, AccuracyQuestion, Past
 
 UI_FOLDER = Path(__file__).parents[1] / "ui"
 MAX_WAITING = 32
+MOST_WORST = 1000  # series named in one answer
 _RETRY_AFTER = "1"
 _INDEX = "index.html"
 _DOCS = "docs.html"  # Swagger UI, served at /docs alone: its links are relative to that
@@ -108,6 +109,20 @@ HISTORY_ANSWERS = answers(
     e422="no time, too much at once, or an unknown metric",
     e503="too many questions wait; Retry-After says when to try again",
 )
+_BY_HORIZON: Schema = {"type": "object", "additionalProperties": _ACCURACY}
+ACCURACY: Schema = {
+    "type": "object",
+    "required": ["server", "servers", "bin_s", "start", "end", "metrics", "worst"],
+    "properties": {
+        "server": {"type": ["string", "null"]},
+        "servers": {"type": "integer"},
+        "bin_s": {"type": "integer"},
+        "start": {"type": "string", "format": "date-time", "description": "later for a large fleet"},
+        "end": {"type": "string", "format": "date-time"},
+        "metrics": {"type": "object", "additionalProperties": _BY_HORIZON},
+        "worst": {"type": "array", "items": {"type": "object"}, "description": "the highest ratios first"},
+    },
+}
 Ask = Callable[[Callable[[], Any]], Awaitable[Response]]
 
 
@@ -186,6 +201,20 @@ def _history_route(past: Past, ask: Ask, guard: list[Any]) -> APIRouter:
     ) -> Response:
         """Return one server's past in bins, what was forecast for them, and how good that was."""
         return await ask(lambda: past.answer(server, metric, start, end))
+
+    @router.get(
+        "/accuracy",
+        responses={**HISTORY_ANSWERS, **answers(ACCURACY)},
+        dependencies=[Depends(only("server", "metric", "hours", "worst"))],
+    )
+    async def accuracy(
+        server: Annotated[str, Query(description="one server; without it: the fleet")] = "",
+        metric: Annotated[list[str], Query(description="narrow to these metrics")] = [],  # noqa: B006
+        hours: Annotated[int, Query(ge=1, le=MOST_HOURS)] = 24,
+        worst: Annotated[int, Query(ge=0, le=MOST_WORST, description="how many series to name")] = 0,
+    ) -> Response:
+        """Return how good settled forecasts were beside repeating the last value."""
+        return await ask(lambda: past.accuracy(AccuracyQuestion(server, tuple(metric), hours, worst)))
 
     return router
 

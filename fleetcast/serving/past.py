@@ -1,6 +1,6 @@
-"""What a server was, and what was said of it before: the answer to `GET /history`.
+"""What a server was, and what was said of it before: the answers to `GET /history` and `GET /accuracy`.
 
-Owns: the shape of that answer (docs/formats.md), where actuals come from (the daemon's memory as far as
+Owns: the shape of these answers (docs/page.md), where actuals come from (the daemon's memory as far as
 it reaches, the buffer beyond), how much one question may ask for, and the accuracy of settled forecasts
 beside that of repeating the last value. Does not know: HTTP; how bins close or forecasts settle.
 
@@ -13,19 +13,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fleetcast.bins import bin_means
 from fleetcast.clock import DAY_MS, HOUR_MS, from_ms, iso_z, to_ms
 from fleetcast.errors import FleetcastError
 from fleetcast.ingest.rules import parse_timestamp_ms, to_significant
-from fleetcast.schema import Floats, SettledForecasts
+from fleetcast.schema import Floats, Floats32, Longs, SettledForecasts
 from fleetcast.serving.board import SIGNIFICANT_DIGITS, UnknownServer
 from fleetcast.serving.roster import Fleet
+from fleetcast.setting import nearest
 from fleetcast.storage.store import DataBuffer
 
 DEFAULT_HOURS = 48
 MOST_DAYS = 31
 MOST_VALUES = 100_000  # bins x metrics of one answer
+MOST_ROWS = 2_000_000  # settled forecasts that one answer about accuracy reads
+MOST_HOURS = 168
+_FEWEST_BINS = 12  # settled forecasts of a series from which it is compared with others
 _MEMORY, _BUFFER = "memory", "buffer"
 _QUANTILES = ("p10", "p50", "p90")
 
@@ -48,6 +53,16 @@ class Question:
     def n_bins(self) -> int:
         """Return how many bins it is about."""
         return (self.end_ms - self.start_ms) // self.bin_ms
+
+
+@dataclass(frozen=True)
+class AccuracyQuestion:
+    """Whose forecasts are to be judged."""
+
+    server: str = ""  # "" = every server
+    metrics: tuple[str, ...] = ()  # none = those that are forecast
+    hours: int = 24
+    n_worst: int = 0
 
 
 class Past:
@@ -114,9 +129,7 @@ class Past:
         actuals, source = self._actuals(asked, asked.start_ms - reach)
         settled = self._buffer.read_server_predictions(asked.server, asked.start_ms, asked.end_ms)
         if np.isnan(actuals).all() and not len(settled) and self._is_unknown(asked.server):
-            raise UnknownServer(
-                f"unknown server {asked.server!r}", hint="it sent nothing between start and end"
-            )
+            raise self._unknown_server(asked.server, "it sent nothing between start and end")
         return {
             "server": asked.server,
             "bin_s": asked.bin_ms // 1000,
@@ -128,6 +141,74 @@ class Past:
                 for row, metric in enumerate(asked.metrics)
             },
         }
+
+    def accuracy(self, asked: "AccuracyQuestion") -> dict[str, Any]:
+        """Return how good settled forecasts were, over the fleet or one server, and where they were worst.
+
+        A large fleet's stretch is shortened to `MOST_ROWS` settled forecasts; the answer says which it is.
+
+        Raises:
+            BadQuestion, UnknownServer: with what would be right.
+        """
+        metrics = tuple(dict.fromkeys(asked.metrics)) or self._history.metrics
+        unknown = [name for name in metrics if name not in self._history.metrics]
+        if unknown:
+            known = ", ".join(self._history.metrics)
+            raise BadQuestion(f"{unknown[0][:80]!r} is not forecast", hint=f"one of {known}")
+        if asked.server and self._is_unknown(asked.server):
+            raise self._unknown_server(asked.server, "it sent nothing within 8 days")
+        names = (asked.server,) if asked.server else self._fleet.servers().server_names
+        bin_ms, end_ms = self._history.bin_ms, self._closed_end_ms()
+        a_bin = max(1, len(names) * len(metrics) * len(self._horizons))
+        n_bins = max(1, min(asked.hours * HOUR_MS // bin_ms, MOST_ROWS // a_bin))
+        start_ms = end_ms - n_bins * bin_ms
+        sums = self._sum_errors(names, metrics, start_ms, end_ms)
+        worst = np.argsort(-sums.ratios().ravel(), kind="stable")[: asked.n_worst]
+        told = [sums.one(names, metrics, self._horizons, int(place)) for place in worst]
+        return {
+            "server": asked.server or None,
+            "servers": len(names),
+            "bin_s": bin_ms // 1000,
+            "start": iso_z(from_ms(start_ms)),
+            "end": iso_z(from_ms(end_ms)),
+            "metrics": sums.by_metric(metrics, self._horizons),
+            "worst": [item for item in told if item["ratio"] is not None and item["bins"] >= _FEWEST_BINS],
+        }
+
+    def _sum_errors(
+        self, names: Sequence[str], metrics: Sequence[str], start_ms: int, end_ms: int
+    ) -> "_ErrorSums":
+        """Add up the errors of the settled forecasts of these series."""
+        bin_ms = self._history.bin_ms
+        reach = max(self._horizons, default=0)
+        n_bins = (end_ms - start_ms) // bin_ms + reach
+        columns = [self._history.metrics.index(metric) for metric in metrics]
+        actuals = np.full((len(names), len(metrics), n_bins), np.nan, dtype=np.float32)
+        for row, name in enumerate(names):
+            kept = self._history.past(name, end_ms - bin_ms, n_bins)
+            if kept is not None:
+                actuals[row] = kept[columns]
+        if len(names) == 1:
+            settled = self._buffer.read_server_predictions(names[0], start_ms, end_ms)
+        else:
+            settled = self._buffer.read_predictions(start_ms, end_ms)
+        codes = (
+            _codes(settled.server_name, names),
+            _codes(settled.metric, metrics),
+            _codes(settled.horizon.tolist(), self._horizons),
+        )
+        is_ours = settled.target_ms - settled.origin_ms == settled.horizon.astype(np.int64) * bin_ms
+        is_chosen = is_ours & (np.minimum.reduce(codes) >= 0)
+        rows, columns_of, horizons = (code[is_chosen] for code in codes)
+        of = (settled.origin_ms[is_chosen] - start_ms) // bin_ms + reach
+        last_values = actuals[rows, columns_of, of]
+        shape = (len(names), len(metrics), len(self._horizons))
+        places = np.ravel_multi_index((rows, columns_of, horizons), shape)
+        return _ErrorSums.of(settled.where(is_chosen), places, last_values, shape)
+
+    def _unknown_server(self, server: str, hint: str) -> UnknownServer:
+        close = nearest(server, list(self._fleet.servers().server_names))
+        return UnknownServer(f"unknown server {server!r}{close}", hint=hint)
 
     def _metric_json(self, asked: Question, actuals: Floats, settled: SettledForecasts) -> dict[str, Any]:
         """Return one metric's part.
@@ -211,18 +292,82 @@ def _accuracy(asked: Question, rows: SettledForecasts, actuals: Floats) -> dict[
     last_values = actuals[(rows.origin_ms - first_ms) // asked.bin_ms]
     is_known = np.isfinite(last_values)
     actual, said = rows.actual[is_known], rows.p50[is_known]
-    n_bins = int(is_known.sum())
+    is_inside = (actual >= rows.p10[is_known]) & (actual <= rows.p90[is_known])
+    repeated = np.abs(actual - last_values[is_known]).sum()
+    return _means(
+        int(is_known.sum()), float(np.abs(actual - said).sum()), float(repeated), float(is_inside.sum())
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _ErrorSums:
+    """Sums over settled forecasts whose last value is known; each (server, metric, horizon)."""
+
+    counts: Floats
+    errors: Floats
+    repeated: Floats  # of repeating the last value
+    inside: Floats  # actuals from p10 to p90
+
+    @classmethod
+    def of(
+        cls, rows: SettledForecasts, places: Longs, last_values: Floats32, shape: tuple[int, int, int]
+    ) -> "_ErrorSums":
+        """Add up rows, each at its place in the flattened shape."""
+        is_known = np.isfinite(last_values)
+        places, size = places[is_known], int(np.prod(shape))
+        actual = rows.actual[is_known]
+        is_inside = (actual >= rows.p10[is_known]) & (actual <= rows.p90[is_known])
+        weights = (
+            None,
+            np.abs(actual - rows.p50[is_known]),
+            np.abs(actual - last_values[is_known]),
+            is_inside.astype(np.float64),
+        )
+        return cls(*(np.bincount(places, weight, size).astype(float).reshape(shape) for weight in weights))
+
+    def ratios(self) -> Floats:
+        """Return each series' error over that of the last value; -1 where there is too little to compare."""
+        is_enough = (self.counts >= _FEWEST_BINS) & (self.repeated > 0)
+        return np.where(is_enough, self.errors / np.where(is_enough, self.repeated, 1.0), -1.0)
+
+    def by_metric(self, metrics: Sequence[str], horizons: Sequence[int]) -> dict[str, Any]:
+        """Return what all servers have together, by metric and bins ahead."""
+        sums = [part.sum(axis=0) for part in (self.counts, self.errors, self.repeated, self.inside)]
+        return {
+            metric: {
+                str(horizon): _means(*(float(part[row, column]) for part in sums))
+                for column, horizon in enumerate(horizons)
+                if sums[0][row, column]
+            }
+            for row, metric in enumerate(metrics)
+        }
+
+    def one(
+        self, names: Sequence[str], metrics: Sequence[str], horizons: Sequence[int], place: int
+    ) -> dict[str, Any]:
+        """Return one series at one horizon."""
+        row, column, step = (int(index) for index in np.unravel_index(place, self.counts.shape))
+        sums = (self.counts, self.errors, self.repeated, self.inside)
+        means = _means(*(float(part[row, column, step]) for part in sums))
+        return {"server": names[row], "metric": metrics[column], "horizon": horizons[step], **means}
+
+
+def _codes(values: Sequence[Any] | NDArray[np.object_], known: Sequence[Any]) -> Longs:
+    """Return the place of each value in `known`, -1 where it is not there."""
+    places = {value: place for place, value in enumerate(known)}
+    return np.fromiter((places.get(value, -1) for value in values), np.int64, len(values))
+
+
+def _means(n_bins: float, errors: float, repeated: float, inside: float) -> dict[str, Any]:
+    """Return the accuracy that sums over `n_bins` forecasts make."""
     if not n_bins:
         return {"bins": 0, "error": None, "last_value_error": None, "ratio": None, "inside": None}
-    error = float(np.abs(actual - said).mean())
-    repeated = float(np.abs(actual - last_values[is_known]).mean())
-    is_inside = (actual >= rows.p10[is_known]) & (actual <= rows.p90[is_known])
     return {
-        "bins": n_bins,
-        "error": round(error, 4),
-        "last_value_error": round(repeated, 4),
-        "ratio": round(error / repeated, 4) if repeated else None,
-        "inside": round(float(is_inside.mean()), 4),
+        "bins": int(n_bins),
+        "error": round(errors / n_bins, 4),
+        "last_value_error": round(repeated / n_bins, 4),
+        "ratio": round(errors / repeated, 4) if repeated else None,
+        "inside": round(inside / n_bins, 4),
     }
 
 

@@ -47,9 +47,12 @@ class FeedAnswer:
 class RequestRefused(DaemonAway):
     """Raised when the daemon answered a request with an error status."""
 
-    def __init__(self, status: int, message: str, *, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, *, detail: str = "", retry_after_s: float | None = None
+    ) -> None:
         super().__init__(message, hint=HINTS.get(status, ""))
         self.status = status
+        self.detail = detail or message  # what the daemon itself said
         self.retry_after_s = retry_after_s
 
     @property
@@ -137,9 +140,11 @@ class DaemonClient:
         except requests.RequestException as error:
             raise DaemonAway(f"{self.url} does not answer: {_short(error)}") from error
         if answer.status_code != 200:
+            detail = _detail(answer)
             raise RequestRefused(
                 answer.status_code,
-                f"{method} {path} answered {answer.status_code}: {answer.text[:300]}",
+                f"{method} {path} answered {answer.status_code}: {detail}",
+                detail=detail,
                 retry_after_s=_seconds(answer.headers.get("Retry-After")),
             )
         try:
@@ -149,6 +154,15 @@ class DaemonClient:
         if not isinstance(value, dict):
             raise DaemonAway(f"{self.url}{path} did not answer with a JSON object")
         return value
+
+
+def _detail(answer: requests.Response) -> str:
+    """Return what a refusal says, without the JSON around it where it is one of the daemon's."""
+    try:
+        detail = answer.json()["detail"]
+    except (ValueError, KeyError, TypeError):
+        detail = answer.text
+    return (detail if isinstance(detail, str) else answer.text)[:300]
 
 
 def _short(error: Exception) -> str:

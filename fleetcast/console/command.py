@@ -1,0 +1,296 @@
+"""What an operator asks at a terminal: `fleetcast status`, `servers`, `accuracy`, `settings`, `completion`.
+
+    fleetcast status                              one screen: fleet, model, drift, trainings, problems
+    fleetcast servers list --state silent         who is there, in which state, since when
+    fleetcast accuracy --worst 10                 errors against repeating the last value
+    fleetcast settings show                       every value, and where it comes from
+
+Owns: flags, the words of the answers, the exit codes. Does not know: how anything is measured; the
+running daemon is asked over HTTP, and `settings` asks no daemon. Exit codes: 0 answered, and no error
+among the problems; 1 `status` found one; 2 bad usage, or a name that the daemon does not know; 6 no
+daemon answers, or it refuses the key.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fleetcast.clock import SystemClock, parse_plain_utc
+from fleetcast.console.daemon import Daemon, add_flags, ago, connect, length, part, some, table, tell
+from fleetcast.errors import ExitCode
+from fleetcast.program import run_program
+from fleetcast.setting import SettingInfo, from_environment, from_file
+from fleetcast.settings import every_setting, load_settings
+
+STATUS, SERVERS, ACCURACY, SETTINGS, COMPLETION = "status", "servers", "accuracy", "settings", "completion"
+PURPOSES = {
+    STATUS: "show the fleet, the model in service, drift, trainings and problems on one screen",
+    SERVERS: "list the servers with their states and when each was last seen",
+    ACCURACY: "show the errors of settled forecasts beside those of repeating the last value",
+    SETTINGS: "check the settings, or show every value and where it comes from",
+    COMPLETION: "print a script that completes this command's words in bash",
+}
+# as an operator and the page call them: the daemon's name of the state
+STATES = {
+    **{"silent": "stale", "drifts": "drift", "high": "high", "warming-up": "warming_up", "calm": "ok"},
+}
+_WORDS = {name: word for word, name in STATES.items()}
+_PAGE = 200  # servers of one answer
+_CODES = (
+    "exit codes: 0 answered; 1 a problem; 2 bad usage or an unknown name; 6 no daemon answers, or the key"
+)
+_DEFAULT, _FLAG = "default", "flag"
+
+
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """Run one of the commands; return the exit code."""
+    named = [prog.split()[-1]] if prog else []
+    given = list(argv) if argv is not None else None
+    options = _parser().parse_args([*named, *given] if given is not None else None)
+    return run_program(f"fleetcast {options.command}", lambda: int(_RUN[options.command](options)))
+
+
+def _tell_status(options: argparse.Namespace) -> int:
+    with connect(options) as daemon:
+        health, strip = daemon.ask("/ui/api/health"), daemon.ask("/ui/api/strip")
+        drift, trainings = daemon.ask("/ui/api/drift", days=1), daemon.ask("/ui/api/trainings")
+    problems = part(health, "problems") or []
+    shown = {
+        "url": daemon.url,
+        "problems": problems,
+        "servers": {_WORDS.get(name, name): count for name, count in strip["counts"].items()},
+        "status": health["status"],
+        "drift": {name: value for name, value in drift.items() if name != "points"},
+        "training": {**trainings, "trainings": trainings["trainings"][:1]},
+    }
+    tell(_screen(shown), shown if options.json else None)
+    is_bad = any(problem["severity"] == "error" for problem in problems)
+    return ExitCode.FAILED if is_bad else ExitCode.OK
+
+
+def _screen(shown: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines of `fleetcast status`."""
+    status = shown["status"]
+    now = parse_plain_utc(status["clock"]["now"])
+    up_s = (SystemClock().now() - parse_plain_utc(status["started_at"])).total_seconds()
+    state = status["status"] + (f": {status['detail']}" if status["detail"] else "")
+    yield f"fleetcast {status['program']} at {shown['url']}, up {length(up_s)}, {state}"
+    counts = ", ".join(f"{count} {word}" for word, count in reversed(shown["servers"].items()) if count)
+    newest = ago(status["newest_record_time"], now)
+    n_servers = sum(shown["servers"].values())
+    yield f"fleet     {some(n_servers, 'server')}{f': {counts}' if counts else ''}; newest record {newest}"
+    yield f"model     {_model_line(status['model'], SystemClock().now())}"
+    yield f"forecast  {_forecast_line(status, now)}"
+    yield from _drift_lines(shown["drift"], now)
+    yield from _training_lines(shown["training"], now)
+    problems = shown["problems"]
+    yield f"problems  {len(problems) or 'none'}"
+    for problem in problems:
+        yield f"  {problem['severity']:<8}{problem['text']}"
+
+
+def _model_line(model: Mapping[str, Any], now: datetime) -> str:
+    if not model["version"]:
+        return "none: the fallback forecasts"
+    return f"{model['version']}{' (base)' if model['base'] else ''}, trained {ago(model['trained_at'], now)}"
+
+
+def _forecast_line(status: Mapping[str, Any], now: datetime) -> str:
+    origin = part(status, "sweep", "origin")
+    made = f"of the bin {origin} ({ago(origin, now)})" if origin else "none yet"
+    return f"{made}; {status['ledger']['settled']} settled, {status['backlog']} closed bins wait"
+
+
+def _drift_lines(drift: Mapping[str, Any], now: datetime) -> Iterator[str]:
+    if not drift.get("status"):
+        yield "drift     no check yet: is the retraining daemon running in the daemon's folder?"
+        return
+    score, limit = (
+        part(drift, "current_metrics", "combined_score"),
+        part(drift, "thresholds", "combined_score"),
+    )
+    combined = "no score yet" if score is None else f"combined {score:.3f} of {limit}"
+    says = drift.get("recommendation") or drift.get("status_reason") or drift["status"]
+    yield f"drift     {says}: {combined}, checked {ago(drift['made_at'], now)}"
+    for item in drift["drifting"][:5]:
+        yield f"          {item['server']} {item['metric']}: {item['sentence']}"
+
+
+def _training_lines(training: Mapping[str, Any], now: datetime) -> Iterator[str]:
+    newest, decision = (training["trainings"] or [None])[0], training["decision"]
+    if newest is None:
+        yield "training  none yet"
+    else:
+        yield f"training  {newest['verdict']} ({newest['cause']}, began {ago(newest['started_at'], now)})"
+    if decision is not None:
+        asks = "asks for a training" if decision["should_retrain"] else "asks for none"
+        yield f"          the newest check {asks}: {decision['reason']}"
+
+
+def _tell_servers(options: argparse.Namespace) -> int:
+    with connect(options) as daemon:
+        found = list(_servers(daemon, options))
+        clock = daemon.ask("/status")["clock"]["now"]
+    now = parse_plain_utc(clock)
+    rows = [(row["server"], row["state"], ago(row["seen"], now), row["source"]) for row in found]
+    tell(table(["server", "state", "last seen", "forecast by"], rows), found if options.json else None)
+    return ExitCode.OK
+
+
+def _servers(daemon: Daemon, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the servers asked for, in order of names."""
+    state, offset, left = STATES.get(options.state, ""), 0, options.limit or None
+    while left is None or left > 0:
+        limit = _PAGE if left is None else min(_PAGE, left)
+        asked = {"state": state, "filter": options.filter, "offset": offset, "limit": limit}
+        rows = daemon.ask("/ui/api/fleet", **asked)["rows"]
+        for row in rows:
+            yield {
+                **{name: row[name] for name in ("server", "seen", "source", "current")},
+                "state": _WORDS.get(row["state"], row["state"]),
+                "stale": row["state"] == STATES["silent"],
+            }
+        offset, left = offset + len(rows), None if left is None else left - len(rows)
+        if len(rows) < limit:
+            return
+
+
+def _tell_accuracy(options: argparse.Namespace) -> int:
+    asked = {
+        "server": options.server,
+        "metric": options.metric,
+        "hours": options.hours,
+        "worst": options.worst,
+    }
+    with connect(options) as daemon:
+        found = daemon.ask("/accuracy", **asked)
+    tell(_accuracy_lines(found), found if options.json else None)
+    return ExitCode.OK
+
+
+def _accuracy_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    whose = found["server"] or some(found["servers"], "server")
+    yield f"{whose}, {found['start']} to {found['end']}; ratio: error / that of repeating the last value"
+    columns = ("bins", "error", "last_value_error", "ratio", "inside")
+    head = ["metric", "ahead", "forecasts", "error", "of last value", "ratio", "p10 to p90"]
+
+    def cells(means: Mapping[str, Any]) -> list[object]:
+        return [means[name] for name in columns]
+
+    rows = [
+        (metric, length(int(horizon) * found["bin_s"]), *cells(means))
+        for metric, by_horizon in found["metrics"].items()
+        for horizon, means in by_horizon.items()
+    ]
+    if not rows:
+        yield "no forecast has settled in this time"
+        return
+    yield from table(head, rows)
+    if found["worst"]:
+        yield ""
+        yield "the highest ratios:"
+        worst = [
+            (item["server"], item["metric"], length(item["horizon"] * found["bin_s"]), *cells(item))
+            for item in found["worst"]
+        ]
+        yield from table(["server", *head], worst)
+
+
+def _tell_settings(options: argparse.Namespace) -> int:
+    config = Path(options.config) if options.config else None
+    settings = load_settings(config)
+    known: dict[str, SettingInfo] = {info.key: info for info in every_setting()}
+    given = [*from_file(config, known, []), *from_environment(os.environ, known, [])]
+    sources = {key: source for key, _, source in given}  # the environment goes before the file
+    shown = {
+        key: {"value": getattr(getattr(settings, info.part), info.name), "from": sources.get(key, _DEFAULT)}
+        for key, info in known.items()
+    }
+    if options.action == "check":
+        changed = [key for key, found in shown.items() if found["from"] != _DEFAULT]
+        words = f"good: {len(changed)} of {len(shown)} settings are not the default"
+        tell([words], {"problems": [], "changed": changed} if options.json else None)
+    else:
+        rows = [(key, found["from"], json.dumps(found["value"])) for key, found in shown.items()]
+        tell(table(["setting", "from", "value"], rows), shown if options.json else None)
+    return ExitCode.OK
+
+
+def _tell_completion(options: argparse.Namespace) -> int:
+    tell([_BASH.strip("\n")])
+    return ExitCode.OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fleetcast", description="What the running daemon says.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    made = {
+        name: commands.add_parser(name, description=purpose.capitalize() + ".", epilog=_CODES)
+        for name, purpose in PURPOSES.items()
+    }
+    for name in (STATUS, SERVERS, ACCURACY):
+        add_flags(made[name])
+    servers, accuracy, settings = made[SERVERS], made[ACCURACY], made[SETTINGS]
+    servers.add_argument("action", choices=("list",), help="list them")
+    servers.add_argument("--state", choices=tuple(STATES), help="only those in this state")
+    servers.add_argument("--filter", metavar="TEXT", help="only those with this in their name")
+    servers.add_argument("--limit", type=_whole, default=0, metavar="N", help="at most N (default: all)")
+    accuracy.add_argument("--server", metavar="NAME", help="one server (default: the fleet)")
+    accuracy.add_argument(
+        "--metric", action="append", metavar="NAME", help="only this metric; may come several times"
+    )
+    accuracy.add_argument("--hours", type=_whole, default=24, metavar="N", help="how far back (default 24)")
+    accuracy.add_argument("--worst", type=_whole, default=0, metavar="N", help="name the N highest ratios")
+    settings.add_argument(
+        "action", choices=("check", "show"), help="check them, or show each with its source"
+    )
+    settings.add_argument("--json", action="store_true", help="answer as JSON")
+    settings.add_argument("--config", metavar="FILE", help="settings (default ./fleetcast.toml if present)")
+    made[COMPLETION].add_argument("shell", choices=("bash",), help="the shell")
+    return parser
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be >= 0, got {value}")
+    return value
+
+
+_RUN = {
+    STATUS: _tell_status,
+    SERVERS: _tell_servers,
+    ACCURACY: _tell_accuracy,
+    SETTINGS: _tell_settings,
+    COMPLETION: _tell_completion,
+}
+# A command's flags are read from its help, once a shell: a list here would grow old.
+_BASH = r"""
+# fleetcast completion bash > /etc/bash_completion.d/fleetcast
+declare -gA _fleetcast_words
+_fleetcast() {
+    local word=${COMP_WORDS[COMP_CWORD]} command=${COMP_WORDS[1]} help
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        command=""
+    fi
+    if [ -z "${_fleetcast_words[-$command]}" ]; then
+        help=$(fleetcast $command --help 2>/dev/null)
+        if [ -z "$command" ]; then
+            _fleetcast_words[-]=$(sed -nE 's/^  ([a-z][a-z-]*) .*/\1/p' <<< "$help")
+        else
+            help=$(grep -oE -- '--[a-z][a-z-]+|\{[a-z,-]+\}' <<< "$help" | tr '{},' '\n' | sort -u)
+            _fleetcast_words[-$command]=$help
+        fi
+    fi
+    COMPREPLY=($(compgen -W "${_fleetcast_words[-$command]}" -- "$word"))
+}
+complete -o default -F _fleetcast fleetcast
+"""
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
