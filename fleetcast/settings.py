@@ -192,7 +192,8 @@ class BinSettings:
         high=21_600,
     )
     forecast_metrics: tuple[str, ...] = setting(
-        ("cpu_pct", "mem_pct", "disk_io_mb_s", "latency_ms"), "metrics to forecast, if they arrive"
+        ("cpu_pct", "mem_pct", "disk_io_mb_s", "latency_ms"),
+        "metrics to forecast, if they arrive; any name will do, `_pct` means percent",
     )
 
 

@@ -53,7 +53,14 @@ def test_an_unknown_server_is_forecast_from_its_first_hour_and_not_before(shippe
 
 
 @pytest.mark.parametrize(
-    ("metric", "size"), [("disk_io_mb_s", 0.05), ("latency_ms", 2000.0), ("mem_pct", 1.0)]
+    ("metric", "size"),
+    [
+        ("disk_io_mb_s", 0.05),
+        ("latency_ms", 2000.0),
+        ("mem_pct", 1.0),
+        ("queue_depth", 40.0),
+        ("disk_usage_pct", 2.0),
+    ],
 )
 def test_a_daily_rhythm_of_any_size_is_forecast_better_than_by_now(
     metric: str, size: float, shipped: Forecaster

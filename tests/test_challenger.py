@@ -1,11 +1,14 @@
 """What a challenger is shown: of a change nothing by heart, of a fleet's history all of it at first."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from oracle_fleet import grid
 from test_specialist_scope import model
 
+from fleetcast.forecast.network import METRIC_SLOTS
 from fleetcast.forecast.registry import Version
 from fleetcast.schema import ChangedSeries
 from fleetcast.settings import Settings
@@ -46,3 +49,13 @@ def test_a_first_training_is_not_held_to_the_shipped_base_and_draws_from_the_who
     assert training._plan.keep_weight == (0.0 if is_base else trainer.keep_weight)
     assert mix.recent_share == (0.0 if is_base else trainer.recent_share)
     assert (mix.recent_weights is None) == is_base
+
+
+def test_a_fleet_of_more_metrics_than_a_model_has_slots_is_trained() -> None:
+    few = grid()
+    names = tuple(f"metric_{number}" for number in range(40))
+    values = np.broadcast_to(few.values[:, :1], (len(few.server_names), len(names), few.n_bins))
+    many = replace(few, metrics=names, values=values)
+    description = Training(many, (), Settings(), None, epochs=1)._description("v1", "")
+    slots = [description.slot(name) for name in names]
+    assert slots == [*range(1, METRIC_SLOTS), *[0] * (len(names) - METRIC_SLOTS + 1)]

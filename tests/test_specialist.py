@@ -77,9 +77,10 @@ def test_servers_keep_their_weights_in_whatever_order_they_come() -> None:
     np.testing.assert_allclose(model.predict(other), found[order], rtol=1e-5)
 
 
-def test_a_metric_the_model_does_not_know_is_not_forecast_by_a_specialist_either() -> None:
-    asked = window(2, ("cpu_pct", "odd_pct"))
-    assert np.isnan(specialised(plain()).predict(asked)[:, 1]).all()
+def test_a_metric_without_a_slot_of_its_own_has_a_specialist_where_one_lists_it() -> None:
+    model, asked = plain(), window(2, ("cpu_pct", "odd_pct"))
+    moves = np.abs(specialised(model).predict(asked) - model.predict(asked)).max(axis=(2, 3))
+    assert (moves > 0.1).tolist() == [[False, True], [False, False]]
 
 
 def test_a_large_fleet_goes_through_in_passes() -> None:

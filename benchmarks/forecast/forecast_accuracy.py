@@ -4,7 +4,8 @@
 
 Trains on the first days of some servers, tests on the days after, and on other servers that no
 training saw. The training is the product's own (`fleetcast.training.fit`) with the default settings,
-all epochs of it; nothing is tuned here. `--model FILE` tests a checkpoint as it is, without a training.
+all epochs of it; nothing is tuned here. `--model FILE` tests a checkpoint as it is, without a training,
+and `--rename odd_{}` under names that no training saw.
 "better" is, per server, metric and horizon, the better of last value and same time yesterday on
 the training days: the baseline to beat. "ours_feedback" is ours after the corrections that
 settled forecasts make in the daemon. Peers: LightGBM where it is installed, the stock recipe with
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     metrics = tuple(options.metrics.split(",")) if options.metrics else PREFERRED
     grid = TrainingGrid.read(Path(options.data), metrics, BIN_MS)
+    grid = replace(grid, metrics=tuple(options.rename.format(metric) for metric in grid.metrics))
     split = (options.skip_days + options.train_days) * DAY_BINS
     train = _part(grid, slice(options.servers), options.skip_days * DAY_BINS, split)
     stop = min(split + options.test_days * DAY_BINS, grid.n_bins)
@@ -150,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="forecast_accuracy", description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, metavar="F", help="parquet: timestamp, server_name, metrics")
     parser.add_argument("--metrics", help="comma separated; default: the usual ones, if present")
+    parser.add_argument("--rename", default="{}", metavar="F", help="of metrics, such as {}_odd")
     parser.add_argument(
         "--servers", type=int, default=40, metavar="N", help="trained on; the others are unseen"
     )

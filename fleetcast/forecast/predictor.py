@@ -103,7 +103,8 @@ class Forecaster:
     """A trained model.
 
     Guarantee: forecasts are finite, non-decreasing over the quantiles and within what the last
-    days make plausible; NaN where a series has too little history or an unknown metric.
+    days make plausible; NaN where a series has too little history. A metric that no training saw is
+    forecast as any other: a window is measured from its own values, and a training shows some as unknown.
     """
 
     def __init__(
@@ -213,8 +214,8 @@ class Forecaster:
             window: bin means, NaN = no record; the last column is the newest closed bin.
         Returns:
             quantiles (server, metric, horizon, quantile) in native units, non-decreasing on the
-            last axis; NaN for a metric the model does not know and a series without an hour of
-            history in the last day or without a value in the last hour (12 bins).
+            last axis; NaN for a series without an hour of history in the last day or without a
+            value in the last hour (12 bins).
         Raises:
             BadData: the window's bins are not the model's.
         """
@@ -247,11 +248,10 @@ class Forecaster:
         return chosen
 
     def _passes(self, servers: Sequence[str], metrics: Sequence[str]) -> Iterator[tuple[Longs, Longs, int]]:
-        """Yield the known series pass by pass: their rows, their columns, the network that forecasts them."""
+        """Yield the series pass by pass: their rows, their columns, the network that forecasts them."""
         networks = self.networks(servers, metrics)
-        is_known = np.array([metric in self.metrics for metric in metrics], np.bool_)
         for network in range(len(self._networks)):
-            rows, columns = np.nonzero((networks == network) & is_known)
+            rows, columns = np.nonzero(networks == network)
             for start in range(0, len(rows), _CHUNK):
                 part = slice(start, start + _CHUNK)
                 yield rows[part], columns[part], network

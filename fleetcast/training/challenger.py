@@ -15,7 +15,7 @@ import numpy as np
 
 from fleetcast.bins import count_trainable, enough_to_train
 from fleetcast.clock import DAY_MS, from_ms, iso_z
-from fleetcast.errors import BadCheckpoint, BadData, NotEnoughData
+from fleetcast.errors import BadCheckpoint, NotEnoughData
 from fleetcast.forecast.encoding import GridShape
 from fleetcast.forecast.network import METRIC_SLOTS, NetworkConfig
 from fleetcast.forecast.predictor import Forecaster, ModelDescription, Specialist, Weights
@@ -209,11 +209,10 @@ class Training:
         old = self._start.model.description if self._start else None
         known = old.metrics if old else ()
         metrics = (*known, *(metric for metric in self._grid.metrics if metric not in known))
-        if len(metrics) >= METRIC_SLOTS:
-            raise BadData(f"{len(metrics)} metrics, a model holds at most {METRIC_SLOTS - 1}")
         width = self._settings.trainer.hidden_size
         network = old.network if old else NetworkConfig.for_grid(self._shape, width)
-        return ModelDescription(version_id, trained_at, metrics, self._shape, network)
+        own_slots = metrics[: METRIC_SLOTS - 1]  # further ones share the slot of the unknown
+        return ModelDescription(version_id, trained_at, own_slots, self._shape, network)
 
     def _identity(self, description: ModelDescription) -> str:
         """Return what a training is: the same data, settings and network give the same weights."""
