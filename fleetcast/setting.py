@@ -148,7 +148,7 @@ def from_file(
     """Yield (key, value, where it stands) for a TOML file; add what is wrong with it to `problems`."""
     path = config or DEFAULT_CONFIG
     try:
-        tables = tomllib.loads(read_regular(path, CONFIG_MAX_BYTES).decode())
+        tables = tomllib.loads(read_regular(path, CONFIG_MAX_BYTES).decode("utf-8-sig"))
     except FileNotFoundError:
         if config is not None:
             problems.append(f"{path} does not exist")

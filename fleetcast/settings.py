@@ -162,10 +162,7 @@ class BufferSettings:
         60, "days of records kept; less holds a day later", unit="days", low=1, high=3650
     )
     retention_max_mb: int = setting(
-        0,
-        "from this size of records (or forecasts) on, the oldest days go; 0: no limit",
-        unit="MB",
-        low=0,
+        0, "from this size of records (or forecasts) on, the oldest days go; 0: no limit", unit="MB", low=0
     )
     flush_records: int = setting(10_000, "records after which the log becomes a part", low=1)
     flush_interval_s: float = setting(
@@ -173,6 +170,10 @@ class BufferSettings:
     )
     percent_decimals: int = setting(2, "decimals of `_pct` metrics", low=0, high=12)
     significant_digits: int = setting(4, "significant digits of other metrics", low=1, high=17)
+    rate_max: float = setting(1e7, "largest `_mb_s` value; a counter that wrapped makes more", low=1)
+    value_max: float = setting(1e18, "largest value of metrics but `_pct` and `_mb_s`", low=1)
+    name_case: str = setting("as_sent", "letter case of server names", choices=("as_sent", "lower"))
+    name_domain: str = setting("as_sent", "the domain in server names", choices=("as_sent", "cut"))
 
 
 @dataclass(frozen=True)

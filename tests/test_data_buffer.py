@@ -111,6 +111,20 @@ def test_what_is_no_iterable_of_records_is_refused(buffer: DataBuffer, shape: An
         buffer.append(shape)
 
 
+def test_a_frame_and_its_records_are_taken_alike(buffer: DataBuffer) -> None:
+    times = pd.to_datetime([NOW_MS, NOW_MS], unit="ms", utc=True)
+    frame = pd.DataFrame(
+        {"timestamp": times, "server_name": ["a", "b"], "cpu_pct": [1.0, np.nan], "load": [2, 3]}
+    )
+    assert buffer.append(frame).accepted == 2
+    by_frame = content(buffer)
+
+    report = buffer.append(frame.to_dict("records"))
+
+    assert (report.accepted, report.rejections) == (2, ())
+    assert content(buffer) == by_frame
+
+
 def test_a_frame_is_taken_with_nan_as_absent(buffer: DataBuffer) -> None:
     frame = pd.DataFrame(
         {

@@ -50,6 +50,16 @@ def test_per_divides_by_the_actual_but_never_by_less_than_the_floor() -> None:
     assert errors.tolist() == [0.1, 0.1, 0.1]
 
 
+def test_one_stray_value_does_not_decide_per() -> None:
+    actual = np.full(1000, 50.0)
+    p50 = actual * 1.05
+    p50[7] = 1.8e19  # a counter that wrapped, and a forecast that followed it
+
+    found = ds.error_rate({"load": p50}, {"load": actual}, {}, SETTINGS)
+
+    assert found == pytest.approx(0.06, abs=0.001)
+
+
 def test_the_floor_of_a_rate_is_a_fifth_of_the_baselines_95th_percentile() -> None:
     assert ds.error_floor("latency_ms", 40.0, SETTINGS) == 8.0
     assert ds.error_floor("latency_ms", 0.0, SETTINGS) > 0

@@ -58,7 +58,7 @@ def test_coded_names_are_read_like_the_names_they_stand_for() -> None:
     names = ["web-01", "", "web-02", "web-01"]
     column = CodedNames(names, np.array([0, 2, 1, NO_NAME, 3], dtype=np.int32))
     known: dict[str, int] = {}
-    codes = server_codes(column, known)
+    codes = server_codes(column, known, RULES)
     assert (codes.tolist(), known) == ([0, 1, NO_NAME, NO_NAME, 0], {"web-01": 0, "web-02": 1})
     assert list(column) == ["web-01", "web-02", "", None, "web-01"]
     assert (cell("server_name", column, 1), cell("server_name", column, 3)) == ("web-02", None)

@@ -99,6 +99,68 @@ def test_printable_names_up_to_128_characters_are_servers(name: str) -> None:
     assert is_server_name(name)
 
 
+@pytest.mark.parametrize("sent", [" web-é", "web-é\u00a0", "\t\nweb-é ", "web-e\u0301"])
+def test_blanks_around_a_name_and_forms_of_one_text_make_no_other_server(sent: str) -> None:
+    assert RULES.server_name(sent) == "web-é"
+    assert check_record({"timestamp": AT, "server_name": sent}, RULES).server_name == "web-é"
+
+
+@pytest.mark.parametrize("sent", [" ", "\u3000", "a\u0301" * 200, "x" * 600, None])
+def test_a_name_of_nothing_but_blanks_or_of_too_much_is_none(sent: object) -> None:
+    assert RULES.server_name(sent) is None
+
+
+def test_case_and_domain_of_names_are_the_operators_choice() -> None:
+    rules = RecordRules.at(NOW, BufferSettings(name_case="lower", name_domain="cut"))
+    names = ("Web-01.Example.org", "web-01", "10.0.0.5", "2001:DB8::1", ".hidden")
+    assert [rules.server_name(name) for name in names] == [
+        "web-01",
+        "web-01",
+        "10.0.0.5",
+        "2001:db8::1",
+        ".hidden",
+    ]
+    assert RULES.server_name("Web-01.Example.org") == "Web-01.Example.org"
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("2026-01-15T10:00:00z", "2026-01-15T10:00:00Z"),
+        ("2026-01-15t10:00:00.25z", "2026-01-15T10:00:00.250Z"),
+        ("2016-12-31T23:59:60Z", "2017-01-01T00:00:00Z"),
+        ("2016-12-31T23:59:60.5+00:00", "2017-01-01T00:00:00.500Z"),
+    ],
+)
+def test_what_rfc_3339_has_beyond_iso_8601_is_a_time(text: str, same: str) -> None:
+    assert parse_timestamp_ms(text) == parse_timestamp_ms(same)
+
+
+@pytest.mark.parametrize(
+    "text", ["2026-01-15T10:00:61Z", "9999-12-31T23:59:60Z", "2026-13-15T10:00:00z", "2026-01-15T10:00:60Zz"]
+)
+def test_and_no_more_than_that(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        parse_timestamp_ms(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "limit"),
+    [
+        ("net_in_mb_s", 1.8e13, r"-1e\+07..1e\+07 \(buffer.rate_max\)"),
+        ("latency_ms", 2.0**64, r"-1e\+18..1e\+18 \(buffer.value_max\)"),
+        ("latency_ms", -(2.0**64), r"-1e\+18..1e\+18 \(buffer.value_max\)"),
+    ],
+)
+def test_what_a_wrapped_counter_makes_is_refused_with_the_limit_named(
+    name: str, value: float, limit: str
+) -> None:
+    with pytest.raises(RecordFault, match=limit):
+        check_record({"timestamp": AT, "server_name": "a", name: value}, RULES)
+    wide = RecordRules.at(NOW, BufferSettings(rate_max=1e20, value_max=1e20))
+    assert check_record({"timestamp": AT, "server_name": "a", name: value}, wide).values == {name: value}
+
+
 @pytest.mark.parametrize(
     "name", ["", "x" * 129, "a\nb", "a\x00", "\ud800", "\u202e", None, 7, ["a"], {"a": 1}]
 )
@@ -129,7 +191,7 @@ def test_numbers_are_metrics_null_is_absent_text_is_ignored() -> None:
     }
     checked = check_record(record, RULES)
     assert checked.values == {"load": 3.0, "x_ms": 1.5}
-    assert checked.ignored_fields == 2, "`state` is text, `Zone` is no metric's name"
+    assert checked.ignored_fields == ["state", "Zone"], "`state` is text, `Zone` is no metric's name"
 
 
 def test_numpy_numbers_are_numbers() -> None:

@@ -102,6 +102,27 @@ def test_rows_long_before_the_others_are_left_out(tmp_path: Path) -> None:
     assert np.isfinite(grid.values).sum() == 9
 
 
+def test_one_row_of_the_year_2262_costs_itself_and_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = frame(500, 60)
+    rows.loc[3, "timestamp"] = pd.Timestamp("2262-01-01T00:00:00Z")
+
+    grid = TrainingGrid.read(written(tmp_path / "raw.parquet", rows, 100), ("cpu_pct",), BIN_MS)
+
+    assert (grid.start_ms, grid.values.shape) == (START.value // 1_000_000, (2, 1, 100))
+    assert "rows of the future left out" in caplog.text
+
+
+def test_a_column_that_holds_no_numbers_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = frame(10, 60).assign(mem_pct="12.5")
+
+    grid = TrainingGrid.read(written(tmp_path / "raw.parquet", rows), ("cpu_pct", "mem_pct"), BIN_MS)
+
+    assert grid.metrics == ("cpu_pct",)
+    assert "column=mem_pct" in caplog.text
+
+
 def test_the_span_and_the_bin_of_a_time_are_known(tmp_path: Path) -> None:
     grid = TrainingGrid.read(written(tmp_path / "a.parquet", frame(24, 300)), ("cpu_pct",), BIN_MS)
     assert grid.span_s == 7200

@@ -9,6 +9,7 @@ so a lone sender waits for no other and groups grow with the load.
 """
 
 import asyncio
+import codecs
 import contextlib
 import queue
 from collections import defaultdict
@@ -22,6 +23,7 @@ from fleetcast.errors import BadData, StorageBroken, StorageFull
 from fleetcast.ingest.arrow import read_columns
 from fleetcast.ingest.columns import RowsOf, layout_of
 from fleetcast.ingest.json_records import JsonRecords
+from fleetcast.ingest.rules import METRIC_NAME_MAX_CHARS, is_metric_name
 from fleetcast.serving.intake import Intake, Receipt
 from fleetcast.workers import Workers
 
@@ -167,12 +169,13 @@ class PostGroups:
                 return RowsOf(read_columns(post.body))
             except BadData as error:
                 raise Refusal(422, str(error)) from error
-        check_items(post.body)
-        columns = self._json.read(post.body)
+        body = post.body.removeprefix(codecs.BOM_UTF8)  # as Windows' tools begin a file
+        check_items(body)
+        columns = self._json.read(body)
         if columns is not None:
             return columns
-        records = read_records(post.body)
-        self._json.learn(post.body, records)
+        records = read_records(body)
+        self._json.learn(body, records)
         return records
 
     def _take(self, posts: Sequence[Post], parts: Sequence[Sequence[Any]]) -> None:
@@ -203,4 +206,12 @@ def _answer(receipt: Receipt) -> bytes:
     }
     if receipt.refused_fields:
         answer["fields_refused"] = [one.as_dict() for one in receipt.refused_fields[:MAX_ERRORS_SHOWN]]
+    if receipt.useless_fields:
+        answer["fields_ignored"] = [_useless_field(name) for name in receipt.useless_fields]
     return encode(answer)
+
+
+def _useless_field(name: str) -> dict[str, str]:
+    """Say why a field of a record without any metric was of no use."""
+    form = f"a metric's name is [a-z][a-z0-9_]* of up to {METRIC_NAME_MAX_CHARS} characters"
+    return {"field": name, "reason": "is text, not a number" if is_metric_name(name) else form}

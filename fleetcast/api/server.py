@@ -45,6 +45,7 @@ _QUANTILES: Schema = {
     "required": ["p10", "p50", "p90"],
     "properties": {"p10": _NUMBERS, "p50": _NUMBERS, "p90": _NUMBERS},
 }
+_SOURCE: Schema = {"type": "string", "enum": ["model", "fallback"]}
 _PREDICTION: Schema = {
     "type": "object",
     "required": ["current", "source", "stale"],
@@ -53,10 +54,18 @@ _PREDICTION: Schema = {
         "forecast": {"type": ["object", "null"], "additionalProperties": _QUANTILES},
         "timestamps": {"type": "array", "items": {"type": "string", "format": "date-time"}},
         "source": {"type": "string", "enum": ["model", "fallback", "warming_up"]},
-        "sources": {"type": "object", "additionalProperties": {"enum": ["model", "fallback"]}},
+        "sources": {"type": "object", "additionalProperties": _SOURCE},
         "stale": {"type": "boolean"},
     },
 }
+
+
+def _fields(description: str) -> Schema:
+    properties = {"field": {"type": "string"}, "records": {"type": "integer"}, "reason": {"type": "string"}}
+    item = {"type": "object", "required": ["field", "reason"], "properties": properties}
+    return {"type": "array", "maxItems": 20, "description": description, "items": item}
+
+
 _MODEL: Schema = {
     "type": ["object", "null"],
     "required": ["version", "trained_at", "base"],
@@ -95,20 +104,8 @@ FEED_ANSWER: Schema = {
                 },
             },
         },
-        "fields_refused": {
-            "type": "array",
-            "maxItems": 20,
-            "description": "metrics too many, left out of records that were received without them",
-            "items": {
-                "type": "object",
-                "required": ["field", "records", "reason"],
-                "properties": {
-                    "field": {"type": "string"},
-                    "records": {"type": "integer"},
-                    "reason": {"type": "string"},
-                },
-            },
-        },
+        "fields_refused": _fields("metrics too many, left out of records that were received without them"),
+        "fields_ignored": _fields("the fields that are no metric, where a record has no other ones"),
     },
 }
 FEED_BODY: Schema = {

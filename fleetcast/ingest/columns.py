@@ -16,12 +16,9 @@ from numpy.typing import NDArray
 
 from fleetcast.clock import from_ms
 from fleetcast.ingest.rules import (
-    PERCENT_HIGH,
-    PERCENT_LOW,
-    PERCENT_SUFFIX,
     REQUIRED,
+    RecordRules,
     is_metric_name,
-    is_server_name,
     parse_timestamp_ms,
 )
 from fleetcast.schema import Codes, Floats, Longs
@@ -153,33 +150,24 @@ def _numbers_one_by_one(column: Column) -> tuple[Floats, Flags]:
     return values, is_number
 
 
-def plain_metrics(columns: Mapping[str, Column]) -> tuple[dict[str, Floats], Flags]:
+def plain_metrics(columns: Mapping[str, Column], rules: RecordRules) -> tuple[dict[str, Floats], Flags]:
     """Return the metrics given as arrays of doubles, and which rows have no bad cell in them.
 
-    What `numbers` and `in_range` say column by column, of all of them at once.
+    What `numbers` and `RecordRules.in_range` say column by column, of all of them at once.
     """
     names = [name for name, column in columns.items() if _is_plain(name, column)]
     n_rows = len(columns["timestamp"])
     if not names:
         return {}, np.ones(n_rows, dtype=np.bool_)
     cells: Floats = np.array([columns[name] for name in names])
-    is_bad = np.isinf(cells)
-    percents = np.array([name.endswith(PERCENT_SUFFIX) for name in names], dtype=np.bool_)
-    shares = cells[percents]
-    is_bad[percents] |= (shares < PERCENT_LOW) | (shares > PERCENT_HIGH)  # an absent cell is neither
+    low, high = np.array([rules.bounds(name) for name in names]).T[:, :, np.newaxis]
+    is_bad = (cells < low) | (cells > high)  # an absent cell is neither
     return dict(zip(names, cells, strict=True)), np.logical_not(is_bad.any(axis=0))
 
 
 def _is_plain(name: str, column: Column) -> bool:
     is_array = isinstance(column, np.ndarray) and column.dtype == np.float64
     return is_array and name not in REQUIRED and is_metric_name(name)
-
-
-def in_range(name: str, values: Floats) -> Flags:
-    """Return which values a metric of this name may have; absent ones do."""
-    if not name.endswith(PERCENT_SUFFIX):
-        return np.ones(len(values), dtype=np.bool_)
-    return np.isnan(values) | ((values >= PERCENT_LOW) & (values <= PERCENT_HIGH))
 
 
 def times_ms(column: Column) -> Longs:
@@ -189,13 +177,12 @@ def times_ms(column: Column) -> Longs:
     return _look_up(column, (str, datetime), _time_of, NO_TIME)
 
 
-def server_codes(column: Column, known: dict[str, int]) -> Codes:
+def server_codes(column: Column, known: dict[str, int], rules: RecordRules) -> Codes:
     """Return the code of each usable name, NO_NAME for the other cells; `known` grows by new names."""
 
-    def code_of(name: object) -> int:
-        if name in known:
-            return known[name]  # only usable names are
-        return known.setdefault(str(name), len(known)) if is_server_name(name) else NO_NAME
+    def code_of(sent: object) -> int:
+        name = rules.server_name(sent)
+        return NO_NAME if name is None else known.setdefault(name, len(known))
 
     if not isinstance(column, CodedNames):
         return _look_up(column, (str,), code_of, NO_NAME).astype(np.int32)

@@ -22,7 +22,6 @@ from fleetcast.ingest.columns import (
     RowsOf,
     cell,
     cell_kinds,
-    in_range,
     is_text,
     numbers,
     plain_metrics,
@@ -32,6 +31,7 @@ from fleetcast.ingest.columns import (
 )
 from fleetcast.ingest.rules import (
     ALIASES,
+    METRIC_NAME_MAX_CHARS,
     PERCENT_HIGH,
     REQUIRED,
     RecordFault,
@@ -48,6 +48,7 @@ __all__ = ["METRICS_MAX", "Accepted", "CodedNames", "Column", "RecordRules", "ac
 REJECTIONS_KEPT = 1000  # of one call, with their words; of the others only the number by rule is kept
 _CELLS_MAX = 2**23  # of the columns of one call: a few rows of each of many metrics make them wide
 _OTHER_FIELDS = "(others)"
+_IGNORED_NAMES_MAX = 20
 METRICS_MAX = 512  # distinct metrics of one call: bounds the columns a sender can make us keep
 _CPU_PARTS = ("cpu_user_pct", "cpu_sys_pct", "cpu_iowait_pct")
 _ANY: tuple[Any, ...] = ("a mapping of its own kind",)
@@ -65,6 +66,7 @@ class Accepted:
     is_kept: Flags  # (record of the call,) whether it is in the batch
     faults: Mapping[str, int]  # all rejections, by rule
     refused_fields: tuple[RefusedField, ...] = ()  # left out, for want of room for another metric
+    useless_fields: tuple[str, ...] = ()  # what was ignored, where a record holds no metric at all
 
     @property
     def is_curtailed(self) -> bool:
@@ -135,6 +137,7 @@ class _Sheet:
         self._faults: Tally[str] = Tally()
         self._refused: Tally[str] = Tally()
         self._ignored = 0
+        self._ignored_names: dict[str, None] = {}
 
     def result(self) -> Accepted:
         """Return what was kept, derived metrics added, rounded."""
@@ -150,7 +153,8 @@ class _Sheet:
         rejections = tuple(sorted(self._rejections, key=_index_of))
         reason = f"is one of over {self._metrics_max} different metrics in a request"
         refused = tuple(RefusedField(name, n, reason) for name, n in self._refused.items())
-        return Accepted(batch, rejections, self._ignored, self._is_kept, self._faults, refused)
+        useless = tuple(self._ignored_names) if self._ignored_names and _has_bare_row(batch) else ()
+        return Accepted(batch, rejections, self._ignored, self._is_kept, self._faults, refused, useless)
 
     def take_one(self, index: int, record: object) -> None:
         """Check one record exactly."""
@@ -169,7 +173,9 @@ class _Sheet:
                 self._metric(name)[index] = value
             else:
                 self._refuse_field(name, 1)
-        self._ignored += checked.ignored_fields
+        self._ignored += len(checked.ignored_fields)
+        for name in checked.ignored_fields:
+            self._note_ignored(name)
 
     def take_faulty(self, raw: Sequence[object], indexes: Sequence[int]) -> None:
         """Refuse records that all break one rule (no time, or no record); list some and count the others."""
@@ -183,10 +189,10 @@ class _Sheet:
     def take_columns(self, rows: Longs, columns: Mapping[str, Column]) -> None:
         """Check records of one shape together; rows with anything odd are taken one by one."""
         times, is_good = self._times(columns["timestamp"])
-        codes = server_codes(columns["server_name"], self._names)
+        codes = server_codes(columns["server_name"], self._names, self._rules)
         is_good &= codes != NO_NAME
         n_ignored = np.zeros(len(rows), dtype=np.int64)
-        metrics, are_usable = plain_metrics(columns)
+        metrics, are_usable = plain_metrics(columns, self._rules)
         is_good &= are_usable
         for name, column in columns.items():
             if name in REQUIRED or name in metrics:
@@ -194,11 +200,13 @@ class _Sheet:
             kinds = cell_kinds(column)
             if not is_metric_name(name):
                 n_ignored += 1
+                self._note_ignored(name)
             elif is_text(kinds):
                 n_ignored += text_cells(column)
+                self._note_ignored(name)
             else:
                 metrics[name], is_number = numbers(column, kinds)
-                is_good &= is_number & in_range(name, metrics[name])
+                is_good &= is_number & self._rules.in_range(name, metrics[name])
         metrics = _without_aliases({name: metrics[name] for name in columns if name in metrics})
         metrics = {name: values for name, values in metrics.items() if not np.isnan(values).all()}
         self._leave_out_fresh(metrics, is_good)
@@ -217,6 +225,10 @@ class _Sheet:
             self.take_one(
                 int(rows[place]), {name: cell(name, cells, place) for name, cells in columns.items()}
             )
+
+    def _note_ignored(self, name: str) -> None:
+        if len(self._ignored_names) < _IGNORED_NAMES_MAX:
+            self._ignored_names.setdefault(str(name)[:METRIC_NAME_MAX_CHARS])
 
     def _metric(self, name: str) -> Floats:
         if name not in self._metrics:
@@ -266,6 +278,14 @@ class _Sheet:
         if self._rules.oldest_ms is not None:
             is_good &= times >= self._rules.oldest_ms
         return times, is_good
+
+
+def _has_bare_row(batch: RecordBatch) -> bool:
+    """Whether a record holds no value of any metric."""
+    is_bare = np.ones(len(batch), dtype=np.bool_)
+    for values in batch.metrics.values():
+        is_bare &= np.isnan(values)
+    return bool(is_bare.any())
 
 
 def _index_of(rejection: Rejection) -> int:

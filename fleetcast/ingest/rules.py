@@ -10,19 +10,22 @@ import math
 import numbers
 import re
 import reprlib
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
+from ipaddress import ip_address
 from typing import Self
 
 import numpy as np
 
 from fleetcast.clock import from_ms, iso_z, to_ms
-from fleetcast.schema import Floats
+from fleetcast.schema import Flags, Floats
 from fleetcast.settings import BufferSettings
 
 PERCENT_SUFFIX = "_pct"
+RATE_SUFFIX = "_mb_s"
 _EXACT_POWER = 22  # 10.0**22 is the largest power of ten a double holds exactly
 _POWERS = 10.0 ** np.arange(_EXACT_POWER + 1)
 _ALL_DIGITS = 17  # a double has no more
@@ -114,9 +117,12 @@ FUTURE_LIMIT = timedelta(minutes=5)
 _FUTURE_LIMIT_MS = FUTURE_LIMIT // timedelta(milliseconds=1)
 _EXAMPLE_MS = 1_768_471_505_000  # 2026-01-15T10:05:05Z: where no moment is known
 NAME_MAX_CHARS = 128
+_SENT_NAME_MAX_CHARS = 4 * NAME_MAX_CHARS  # as sent: with blanks, with its domain, in parts to be composed
 METRIC_NAME_MAX_CHARS = 64
 
 _METRIC_NAME = re.compile(rf"[a-z][a-z0-9_]{{0,{METRIC_NAME_MAX_CHARS - 1}}}", re.ASCII)
+_RFC_3339 = re.compile(r"(\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d):(\d\d)((?:\.\d+)?(?:[zZ]|[+-]\d\d:\d\d))", re.ASCII)
+_TIME_MAX_CHARS = 64
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 _SHORT.maxlevel = 2
@@ -157,6 +163,10 @@ class RecordRules:
     oldest_is: str = "the retention"  # what `oldest_ms` is, as messages name it
     percent_decimals: int = BufferSettings.percent_decimals
     significant_digits: int = BufferSettings.significant_digits
+    rate_max: float = BufferSettings.rate_max
+    value_max: float = BufferSettings.value_max
+    is_lower_case: bool = False
+    is_domain_cut: bool = False
 
     @classmethod
     def at(cls, now: datetime, settings: BufferSettings, *, expires: bool = True) -> Self:
@@ -168,7 +178,46 @@ class RecordRules:
             oldest_is=f"the retention of {settings.retention_days} days (buffer.retention_days)",
             percent_decimals=settings.percent_decimals,
             significant_digits=settings.significant_digits,
+            rate_max=settings.rate_max,
+            value_max=settings.value_max,
+            is_lower_case=settings.name_case == "lower",
+            is_domain_cut=settings.name_domain == "cut",
         )
+
+    def bounds(self, name: str) -> tuple[float, float]:
+        """Return the least and the largest value of a metric.
+
+        >>> RecordRules(None).bounds("cpu_pct"), RecordRules(None).bounds("net_in_mb_s")
+        ((-1.0, 1000.0), (-10000000.0, 10000000.0))
+        """
+        if name.endswith(PERCENT_SUFFIX):
+            return PERCENT_LOW, PERCENT_HIGH
+        most = self.rate_max if name.endswith(RATE_SUFFIX) else self.value_max
+        return -most, most
+
+    def in_range(self, name: str, values: Floats) -> Flags:
+        """Return which values a metric of this name may have; absent ones do."""
+        low, high = self.bounds(name)
+        return np.isnan(values) | ((values >= low) & (values <= high))
+
+    def server_name(self, text: object) -> str | None:
+        """Return the name of the server that a sender means, None where it is no usable name.
+
+        Blanks around it and Unicode's forms of one text make no other server.
+
+        >>> RecordRules(None).server_name(" web-01 "), RecordRules(None).server_name("\\t ")
+        ('web-01', None)
+        """
+        if not isinstance(text, str) or len(text) > _SENT_NAME_MAX_CHARS:
+            return None
+        name = text.strip()
+        if not name.isascii():
+            name = unicodedata.normalize("NFC", name)
+        if self.is_domain_cut:
+            name = _without_domain(name)
+        if self.is_lower_case:
+            name = name.lower()
+        return name if is_server_name(name) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +227,7 @@ class CheckedRecord:
     timestamp_ms: int
     server_name: str
     values: Mapping[str, float]
-    ignored_fields: int
+    ignored_fields: Sequence[str]
 
 
 class RecordFault(Exception):
@@ -199,24 +248,24 @@ def check_record(record: object, rules: RecordRules) -> CheckedRecord:
     if not isinstance(record, Mapping):
         raise RecordFault("", f"a record must be an object, got {_SHORT.repr(record)}")
     timestamp_ms = _check_time(record.get("timestamp"), rules)
-    server_name = record.get("server_name")
-    if not is_server_name(server_name):
+    server_name = rules.server_name(record.get("server_name"))
+    if server_name is None:
         limits = f"must be 1-{NAME_MAX_CHARS} printable characters"
-        raise RecordFault("server_name", f"{limits}, got {_SHORT.repr(server_name)}")
+        raise RecordFault("server_name", f"{limits}, got {_SHORT.repr(record.get('server_name'))}")
     values: dict[str, float] = {}
-    ignored = 0
+    ignored: list[str] = []
     for name, value in record.items():
         if name in REQUIRED:
             continue
         if not is_metric_name(name) or isinstance(value, str):
-            ignored += 1
+            ignored.append(str(name))
         elif value is not None:
-            values[name] = _check_number(name, value)
+            values[name] = _check_number(name, value, rules)
     for alias, name in ALIASES.items():
         if alias in values:
             values.setdefault(name, values[alias])
             del values[alias]
-    return CheckedRecord(timestamp_ms, str(server_name), values, ignored)
+    return CheckedRecord(timestamp_ms, server_name, values, ignored)
 
 
 def is_metric_name(name: object) -> bool:
@@ -234,22 +283,53 @@ def is_server_name(name: object) -> bool:
     return isinstance(name, str) and 1 <= len(name) <= NAME_MAX_CHARS and name.isprintable()
 
 
+def _without_domain(name: str) -> str:
+    """Return the part before the first dot; an address has no domain.
+
+    >>> _without_domain("web-01.example.org"), _without_domain("10.0.0.5")
+    ('web-01', '10.0.0.5')
+    """
+    try:
+        ip_address(name)
+    except ValueError:
+        return name.partition(".")[0] or name
+    return name
+
+
 def parse_timestamp_ms(value: object) -> int:
     """Return milliseconds since 1970 of ISO 8601 text or of a datetime; naive means UTC.
 
-    >>> parse_timestamp_ms("1970-01-01T01:00:01.5+01:00")
-    1500
+    >>> parse_timestamp_ms("1970-01-01T01:00:01.5+01:00"), parse_timestamp_ms("1970-01-01T00:00:60z")
+    (1500, 60000)
 
     Raises:
         ValueError: it is neither.
     """
-    moment = datetime.fromisoformat(value) if isinstance(value, str) else value
+    moment = _read_time(value) if isinstance(value, str) else value
     is_forged = isinstance(value, str) and "\0" in value  # CPython lets a trailing NUL pass
     if is_forged or not isinstance(moment, datetime):
         raise ValueError(f"not a time: {_SHORT.repr(value)}")
     try:
         return to_ms(moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment)
     except (OverflowError, TypeError) as error:  # year 1 or 9999 with an offset; pandas' NaT
+        raise ValueError(str(error)) from error
+
+
+def _read_time(text: str) -> datetime:
+    """Read ISO 8601, and what RFC 3339 has beyond Python's: a small `z`, and the leap second `:60`."""
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        found = _RFC_3339.fullmatch(text) if len(text) <= _TIME_MAX_CHARS else None
+        if found is None:
+            raise
+    start, seconds, rest = found.groups()
+    is_leap = seconds == "60"
+    zone = "Z" if rest[-1] in "zZ" else ""
+    moment = datetime.fromisoformat(f"{start}:{'59' if is_leap else seconds}{rest.rstrip('zZ')}{zone}")
+    try:  # as POSIX clocks count it: the second after :59
+        return moment + timedelta(seconds=1) if is_leap else moment
+    except OverflowError as error:
         raise ValueError(str(error)) from error
 
 
@@ -278,7 +358,7 @@ def _z(milliseconds: int) -> str:
     return iso_z(from_ms(milliseconds))
 
 
-def _check_number(name: str, value: object) -> float:
+def _check_number(name: str, value: object, rules: RecordRules) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise RecordFault(name, f"must be a number, got {_SHORT.repr(value)}")
     try:
@@ -287,6 +367,12 @@ def _check_number(name: str, value: object) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise RecordFault(name, f"must be a finite number, got {_SHORT.repr(value)}")
-    if name.endswith(PERCENT_SUFFIX) and not PERCENT_LOW <= number <= PERCENT_HIGH:
-        raise RecordFault(name, f"must lie in {PERCENT_LOW:g}..{PERCENT_HIGH:g}, got {number:g}")
+    low, high = rules.bounds(name)
+    if not low <= number <= high:
+        setting = "" if name.endswith(PERCENT_SUFFIX) else f" ({_bound_setting(name)})"
+        raise RecordFault(name, f"must lie in {low:g}..{high:g}{setting}, got {number:g}")
     return number
+
+
+def _bound_setting(name: str) -> str:
+    return "buffer.rate_max" if name.endswith(RATE_SUFFIX) else "buffer.value_max"

@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetcast.errors import SettingsError
-from fleetcast.ingest.rules import is_server_name
+from fleetcast.ingest.rules import RecordRules
 from fleetcast.prometheus.rules import Term
 from fleetcast.schema import Codes, Flags, Floats, Longs, increases
 from fleetcast.settings import RemoteWriteSettings
 
 Label = tuple[str, str]
+_NAMES = RecordRules(None)  # case and domain are settled where records are taken
 NEVER = -(2**62)  # far enough from the end of the numbers to calculate with
 STALE_BITS = 0x7FF0000000000002  # the NaN by which Prometheus says that a series has ended
 IGNORED = -1  # the number of a series that no rule wants
@@ -211,7 +212,7 @@ class ExporterSeries:
         text = labels.get(self._settings.server_label, "")
         found = self._server_pattern.fullmatch(text) if len(text) <= _LABEL_MAX_CHARS else None
         name = found[1] if found else None
-        return name if is_server_name(name) else None
+        return _NAMES.server_name(name)
 
     def _split(
         self, labels: Mapping[str, str], server_name: str

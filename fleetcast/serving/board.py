@@ -17,7 +17,7 @@ import numpy as np
 
 from fleetcast.clock import Clock, from_ms, iso_z, monotonic
 from fleetcast.errors import FleetcastError
-from fleetcast.ingest.rules import to_significant
+from fleetcast.ingest.rules import RecordRules, to_significant
 from fleetcast.schema import SOURCE_FALLBACK, SOURCE_MODEL, SOURCE_WARMING_UP, FleetForecast, Floats32
 from fleetcast.serving.roster import PresentServers, Roster
 
@@ -25,6 +25,7 @@ SIGNIFICANT_DIGITS = 5  # a forecast is not more precise than that; 10,000 serve
 UNCHANGED_S = 5.0  # staleness comes with time alone
 _CHEAP_S = 0.005
 _COST_FACTOR = 20.0  # costly joins may take 1/20 of the time at most
+_NAMES = RecordRules(None)
 _QUANTILE_NAMES = ("p10", "p50", "p90")
 _WARMING_UP = b'"forecast":null,"timestamps":[],"source":"' + SOURCE_WARMING_UP.encode() + b'","sources":{}'
 
@@ -153,6 +154,7 @@ class PredictionBoard:
         sweep, present = self._sweep, self._roster.servers(now)
         if servers:
             row_of = {name: row for row, name in enumerate(present.server_names)}
+            servers = [name if name in row_of else _NAMES.server_name(name) or name for name in servers]
             missing = [name for name in servers if name not in row_of]
             if missing:
                 raise UnknownServer(

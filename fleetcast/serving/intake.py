@@ -149,6 +149,7 @@ class Receipt:
     n_ignored_fields: int
     faults: Mapping[str, int] = field(default_factory=dict)  # all of them, by rule, where not all are listed
     refused_fields: tuple[RefusedField, ...] = ()  # of records that were received without them
+    useless_fields: tuple[str, ...] = ()  # ignored, where a record was received without any metric
 
     @property
     def by_rule(self) -> Mapping[str, int]:
@@ -231,15 +232,24 @@ class Intake:
             faults = Tally(accepted.faults) + Tally({TOO_MANY_SERVERS: n_refused})
             receipt = Receipt(
                 len(batch), tuple(rejections[:REJECTIONS_KEPT]), n_ignored[0], faults,
-                (*accepted.refused_fields, *fields),
+                (*accepted.refused_fields, *fields), accepted.useless_fields,
             )  # fmt: skip
             self._keep(raw, receipt)
             return [receipt]
         parted = _by_part(rejections, [len(part) for part in parts])
-        return [self._receipt(*of_part) for of_part in zip(parts, parted, n_ignored, strict=True)]
+        has_useless = bool(accepted.useless_fields)  # the answers name each sender its own
+        useless = [accept(part, self.rules()).useless_fields if has_useless else () for part in parts]
+        return [self._receipt(*of_part) for of_part in zip(parts, parted, n_ignored, useless, strict=True)]
 
-    def _receipt(self, raw: Sequence[object], rejections: tuple[Rejection, ...], n_ignored: int) -> Receipt:
-        receipt = Receipt(len(raw) - len(rejections), rejections, n_ignored)
+    def _receipt(
+        self,
+        raw: Sequence[object],
+        rejections: tuple[Rejection, ...],
+        n_ignored: int,
+        useless_fields: tuple[str, ...],
+    ) -> Receipt:
+        n_received = len(raw) - len(rejections)
+        receipt = Receipt(n_received, rejections, n_ignored, useless_fields=useless_fields)
         self._keep(raw, receipt)
         return receipt
 

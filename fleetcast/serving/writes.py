@@ -23,7 +23,7 @@ import numpy as np
 
 from fleetcast.clock import monotonic
 from fleetcast.errors import SettingsError, StorageBroken, StorageFull
-from fleetcast.ingest.columns import CodedNames, Column, RowsOf, in_range
+from fleetcast.ingest.columns import CodedNames, Column, RowsOf
 from fleetcast.ingest.rules import RecordRules
 from fleetcast.prometheus.rules import parse_rules
 from fleetcast.prometheus.series import REFUSED, ExporterSeries, LivingSeries, Samples
@@ -230,7 +230,7 @@ class ExporterMapping:
         for start in range(0, len(usable), _PIECE_SAMPLES):
             piece = usable.where(slice(start, start + _PIECE_SAMPLES))
             whole += self._take(piece, arrival_s, counts)
-        columns = self._columns(whole)
+        columns = self._columns(whole, rules)
         fates, self._fates = self._fates, Fates()
         for server, label in fates.unfinished.items():
             logger.warning(_UNFINISHED, server, label or "none")
@@ -291,7 +291,7 @@ class ExporterMapping:
         self._fates.n_taken += int(np.count_nonzero(samples.are_stale_marks))
         return list(self._window.add(Batch(samples, is_fresh, rates), self._fates))
 
-    def _columns(self, whole: list[WholeScrapes]) -> dict[str, Column]:
+    def _columns(self, whole: list[WholeScrapes], rules: RecordRules) -> dict[str, Column]:
         """Return whole scrapes as columns of records.
 
         A value that a metric of this name cannot have costs its metric only, not the record: the others
@@ -301,7 +301,7 @@ class ExporterMapping:
         times = np.concatenate([np.empty(0, np.int64), *(part.timestamps_ms for part in whole)])
         values = np.concatenate([np.empty((0, len(self._rules))), *(part.values for part in whole)])
         for number, rule in enumerate(self._rules):
-            is_out = np.logical_not(in_range(rule.metric, values[:, number]))
+            is_out = np.logical_not(rules.in_range(rule.metric, values[:, number]))
             values[is_out, number] = np.nan
         is_told = ~np.isnan(values)
         some = is_told.any(axis=1)

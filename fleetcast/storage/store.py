@@ -7,6 +7,7 @@ models. The files are described in `docs/formats.md`.
 
 import contextlib
 import logging
+import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -361,7 +362,16 @@ class DataBuffer:
             raise BadData(f"{wanted}, got {type(records).__name__}")
         rest = iter(records)
         while rows := list(islice(rest, _APPEND_ROWS)):
-            yield len(rows), accept(rows, rules, _APPEND_ROWS)
+            yield len(rows), accept([_as_in_a_frame(row) for row in rows], rules, _APPEND_ROWS)
+
+
+def _as_in_a_frame(record: object) -> object:
+    """Return a record with None for NaN, as pandas writes what is absent (`to_dict("records")`)."""
+    if not isinstance(record, Mapping):
+        return record
+    return {
+        name: None if isinstance(cell, float) and math.isnan(cell) else cell for name, cell in record.items()
+    }
 
 
 @dataclass

@@ -296,8 +296,9 @@ class Epochs(lightning.Callback):
     def _log(self, loss: float, validation_loss: float | None) -> None:
         elapsed, own = monotonic() - self._started, self.done - self._done_before
         logger.info(
-            "epoch trained epoch=%d/%d loss=%.4f validation_loss=%.4f elapsed_s=%.0f remaining_s=%.0f",
-            *(self.done, self._n_epoch, loss, math.nan if validation_loss is None else validation_loss),
+            "epoch trained epoch=%d/%d loss=%.4f%s elapsed_s=%.0f remaining_s=%.0f",
+            *(self.done, self._n_epoch, loss),
+            "" if validation_loss is None else f" validation_loss={validation_loss:.4f}",
             *(elapsed, elapsed / own * (self._n_epoch - self.done)),
         )
 

@@ -4,6 +4,7 @@ Owns: reading the parquet export (raw rows or bins) into (server, metric, bin), 
 memory and by the same `bin_means` the server uses. Does not know: windows, models, gates.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fleetcast.bins import bin_means
-from fleetcast.clock import DAY_MS
+from fleetcast.clock import DAY_MS, SystemClock, to_ms
 from fleetcast.errors import BadData, CorruptFile
 from fleetcast.files import name_regular
 from fleetcast.schema import Codes, Floats, Floats32, Longs
+
+logger = logging.getLogger(__name__)
 
 MAX_DAYS = 100  # older rows are left out: one row of 1970 must not make a grid of 50 years
 MAX_CELLS = 2_000_000_000  # 8 GB of float32
@@ -124,12 +127,19 @@ class _Export:
     def __init__(self, path: Path, source: pq.ParquetFile, metrics: tuple[str, ...]) -> None:
         schema = source.schema_arrow
         self.path, self._source = path, source
+        self._latest_ms = to_ms(SystemClock().now()) + DAY_MS  # one row of 2262 must not be the whole grid
         missing = [name for name in ("timestamp", "server_name") if name not in schema.names]
         if missing:
             raise BadData(
                 f"{path} has no column {' and no '.join(missing)}; it has {', '.join(schema.names)}"
             )
-        self.metrics = tuple(name for name in metrics if name in schema.names and _is_number(schema, name))
+        there = [name for name in metrics if name in schema.names]
+        self.metrics = tuple(name for name in there if _is_number(schema, name))
+        for name in sorted(set(there) - set(self.metrics)):
+            logger.warning(
+                "column left out: it holds no numbers file=%s column=%s type=%s",
+                *(path, name, schema.field(name).type),
+            )
         if not self.metrics:
             raise BadData(
                 f"{path} holds none of the metrics {', '.join(metrics)}; it has {', '.join(schema.names)}",
@@ -144,7 +154,10 @@ class _Export:
     def time_span(self, group: int) -> tuple[int, int]:
         """Return the oldest and the newest time of a row group."""
         times = _milliseconds(self._source.read_row_group(group, columns=["timestamp"]).column(0))
-        known = times[times >= 0]
+        is_ahead = times > self._latest_ms
+        if is_ahead.any():
+            logger.warning("rows of the future left out file=%s count=%d", self.path, is_ahead.sum())
+        known = times[(times >= 0) & ~is_ahead]
         return (int(known.min()), int(known.max())) if len(known) else (2**62, -1)
 
     def server_names(self) -> tuple[str, ...]:
@@ -166,7 +179,7 @@ class _Export:
             lookup = np.array([codes_of[str(name)] for name in names.dictionary.to_pylist()] + [-1], np.int32)
             codes = lookup[names.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
             columns = [table.column(metric).cast(pa.float64()).to_numpy() for metric in self.metrics]
-            kept = (codes >= 0) & (times >= 0)
+            kept = (codes >= 0) & (times >= 0) & (times <= self._latest_ms)
             values = np.stack(columns, axis=1)[kept] if columns else np.empty((0, 0))
             values[~np.isfinite(values)] = np.nan
             yield codes[kept], times[kept], values
@@ -174,7 +187,7 @@ class _Export:
 
 def _is_number(schema: pa.Schema, name: str) -> bool:
     kind = schema.field(name).type
-    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind))
 
 
 def _milliseconds(column: pa.ChunkedArray) -> Longs:

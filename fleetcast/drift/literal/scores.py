@@ -17,6 +17,7 @@ from fleetcast.errors import BadData
 from fleetcast.schema import Floats
 from fleetcast.settings import DriftSettings
 
+MOST_ERROR = 10.0  # of one forecast, relative: a stray value moves PER by no more than its share of the pairs
 SIGMAS = 3.0  # FDS is full, and a value is an anomaly, at this many standard deviations
 # A metric that stood still has no spread to measure by; its smallest step must not count as drift.
 STD_FLOOR_POINTS = 0.5  # percents: what tools round to
@@ -163,12 +164,12 @@ def std_floor(metric: str, p95: float) -> float:
 
 
 def relative_errors(p50: Floats, actual: Floats, floor: float) -> Floats:
-    """Return |p50 - actual| / max(|actual|, floor); NaN where either is absent.
+    """Return |p50 - actual| / max(|actual|, floor), `MOST_ERROR` at most; NaN where either is absent.
 
     >>> relative_errors(np.array([55.0, 1.0]), np.array([50.0, 0.0]), 20.0).tolist()
     [0.1, 0.05]
     """
-    return np.asarray(np.abs(p50 - actual) / np.maximum(np.abs(actual), floor))
+    return np.minimum(np.abs(p50 - actual) / np.maximum(np.abs(actual), floor), MOST_ERROR)
 
 
 def ks_statistic(window: Floats, sorted_baseline: Floats) -> float:
