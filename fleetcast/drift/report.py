@@ -1,4 +1,4 @@
-"""One drift check as people and files read it: text, and `drift_metrics.json`.
+"""The layout of a drift report: as text, and as `drift_metrics.json`.
 
 Owns: the layout of the report and of the file (format: docs/formats.md), and how a drifting
 series is named there. Does not know: how the figures were computed, which of them decide.

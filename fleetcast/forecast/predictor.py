@@ -1,4 +1,4 @@
-"""A model: load it from its file, forecast a window, save it.
+"""A model file: check its content, load it, forecast a window, save it.
 
 Owns: arrays → tensors → quantiles, which of a model's weights forecast a series, and the bytes of
 a checkpoint. Does not know: which model is in service, where versions live.

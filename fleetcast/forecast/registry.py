@@ -1,4 +1,4 @@
-"""Model versions on disk: the champion, what else may serve, the baseline in force.
+"""Model versions on disk: folders, checksums, which may serve, the baseline in force, pruning.
 
     <checkpoints>/last.ckpt     -> versions/<id>/model.ckpt     replaced by rename, never written through
     <checkpoints>/previous.ckpt -> versions/<id>/model.ckpt     what a rollback puts back

@@ -1,4 +1,4 @@
-"""The rules one record must satisfy, and how its values are rounded.
+"""Which posted records are refused and in which words, and how values are rounded.
 
 Owns: names, types, ranges and times of docs/ingest.md, the words of a rejection, and how many
 digits of a value are kept. Values are rounded once, at acceptance: memory, disk, training and

@@ -1,4 +1,4 @@
-"""Rules: how one of our metrics follows from the series of an exporter.
+"""The mapping grammar: how one of our metrics is computed from an exporter's series.
 
     cpu_pct = clamp(100 * (1 - avg(rate(node_cpu_seconds_total{mode="idle"}))), 0, 100)
 

@@ -1,4 +1,4 @@
-"""The newest scrapes of every scrape target, within a window of time: what they add up to, once whole.
+"""Remote-write samples held for a short time until all of a scrape has come; drift has another window.
 
 Owns: where each sample of the window is kept, the terms' sums per scrape, which scrape is whole, what
 a sample that comes late changes, and what is displaced. Samples of one target are kept as a grid of

@@ -1,4 +1,4 @@
-"""The desk: the one place that moves what is in service, and that carries out what people order.
+"""The one mover of `last.ckpt`, `previous.ckpt` and the baseline; it also carries out people's orders.
 
 Owns: `promotion.lock`, `promotion.json` (what stands until it is lifted: hold, pause, the version that
 waits, what was in service before), the order of writing of an act, and how one that a kill broke off is

@@ -1,4 +1,4 @@
-"""One check of the retraining daemon: as text for people, as a line of `decisions.jsonl`, in the log.
+"""The layout of a retraining check: `--once` text, a line of `decisions.jsonl`, the log.
 
 Owns: the layout of both, and which drifting series and broken sensors the log has named already
 (each once, when it begins and when it ends; after a restart again). Does not know: how anything in

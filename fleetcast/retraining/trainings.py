@@ -1,4 +1,4 @@
-"""The trainings of one fleet: what the state file remembers, kept in step with what runs.
+"""Trainings as the state file counts them, follow-ups, and finding a running one after a restart.
 
 Owns: the order of writing around a training: written down, started, ended, counted, each in one
 atomic write of `retraining_state.json`, so that after a kill at any point the next daemon neither

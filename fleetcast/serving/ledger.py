@@ -1,4 +1,4 @@
-"""The account of forecasts: a sweep opens them, then they settle with their actual, or expire.
+"""Open forecasts on disk, and matching them with actuals; `sweep.py` stores the settled rows in the buffer.
 
 Owns: `ledger.json` (the counters, and per open origin how many forecasts wait for which bin) and
 `open_forecasts/` (one immutable file per sweep origin), both in the buffer's folder.

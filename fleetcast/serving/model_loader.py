@@ -1,4 +1,4 @@
-"""Which model is in service, and how the next one gets there.
+"""A new `last.ckpt` is noticed, loaded and warmed beside the old model, then swapped in.
 
 Owns: the reference that sweeps use, and the thread that loads and warms a new version beside
 the old one. A bad version leaves the old one in service and appears in `/status`; the loader tries it

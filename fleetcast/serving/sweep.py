@@ -1,4 +1,4 @@
-"""One cycle of the inference daemon: close bins, settle, forecast, publish.
+"""One sweep: close a bin, settle forecasts and store them, forecast the fleet, publish.
 
 Owns: the order of these steps, and what happens to them when the disk is full. It runs in the
 daemon's main thread; taking records in never waits for it (but see `StatusReport.is_held`).

@@ -1,4 +1,4 @@
-"""The drift window: the newest (server, bin) pairs with their actuals and the forecasts made for them.
+"""The drift window: the newest settled forecasts with their actuals, 1,000 rows by default.
 
 Owns: which settled rows are in the window, and the cursor from which the next check reads.
 Does not know: how drift is scored; files (its caller gives it `read`).

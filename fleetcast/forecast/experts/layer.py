@@ -1,4 +1,4 @@
-"""The expert layer: what clients get, from what a model and the rules say, and what came of it before.
+"""The expert layer: each forecast a client gets is put together here: median, then trend, interval, bounds.
 
     experts = layer.experts(history, day_bins)        once for every model that is set beside them
     quantiles = layer.serve(rows, origin, experts, model_quantiles)

@@ -1,4 +1,4 @@
-"""The mixture: whose forecast counts how much, learned from what then happened.
+"""What was learned from settled forecasts: each expert's weight, how wide intervals are, trust in trends.
 
 Owns: per (row, metric, settled horizon) how well each mixture of experts did lately, the shares that
 follow, how wide the interval has to be, and how far to believe a trend. numpy only, causal: it knows

@@ -1,4 +1,4 @@
-"""What the experts say that need no training: computed once, for every model that is set beside them.
+"""Forecasts of the experts that need no training (last value, usual day, analogues); not the network.
 
 Owns: the scale on which forecasts are mixed, the rules (last value, yesterday, the usual day, analogues,
 trend), and their order. numpy only. Does not know: evidence, models, files.
