@@ -29,7 +29,9 @@ from fleetcast.promotion.desk import Desk
 from fleetcast.retraining.telemetry import TEXTFILE, read_textfile
 from fleetcast.schema import RecordBatch
 from fleetcast.serving.board import PredictionBoard
+from fleetcast.serving.capacity import Capacity
 from fleetcast.serving.corrector import Corrector
+from fleetcast.serving.fullness import Fullness
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.intake import Intake, RejectedRecords
 from fleetcast.serving.journal import Journal
@@ -93,6 +95,7 @@ class InferenceService:
         if settings.forecast.feedback != "off":
             corrector = Corrector(folder, self._fleet.history, settings.forecast.settle_horizons)
         board = PredictionBoard(self._fleet.roster, self._fleet.clock)
+        self._fullness = Fullness(self._fleet, buffer)
         self._sweeper = Sweeper(
             self._fleet, buffer, self._ledger, self._model, corrector, board, self._telemetry
         )
@@ -128,16 +131,20 @@ class InferenceService:
             (workers.step("probe"), self._intake.probe),
             (workers.step("history"), self._follow_clock),
             (workers.step("sweep"), lambda: self._sweeper.cycle(lambda: self._stop.is_requested)),
+            (workers.step("dates"), self._fullness.step),
             (workers.step("upkeep"), self._maintain),
         ]
 
     def _add_routes(self, board: PredictionBoard, registry: Registry, api_key: str) -> PageDesk:
-        """Add what is not about records and forecasts: the page, and which model is in service."""
+        """Add what is not about records and forecasts: the page, capacity, and which model is in service."""
+        folder, horizon_bins = Path(self._settings.paths.data_buffer_dir), self._fleet.settings.horizon_bins
+        capacity = Capacity(folder, self._fleet.history, horizon_bins)
+        self._sweeper.capacity = self._report.capacity = capacity
         past = Past(self._fleet, self._buffer, self._settings.forecast.settle_horizons)
         overview = Overview(self._fleet, board, past, self._report, Journal())
         door = Door(api_key, self._telemetry)
         add_promotion(self._app, Desk(registry), door, api_key)
-        return add_page(self._app, overview, past, door)
+        return add_page(self._app, overview, past, capacity, self._fullness, door)
 
     def start(self) -> None:
         """Serve at once, load a model beside, then bring back what a restart has to."""

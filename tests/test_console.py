@@ -16,7 +16,7 @@ from fleetcast.sources.client import API_KEY_VARIABLE
 
 KEY = "0123456789abcdef0123456789abcdef"
 ODD = ("<img src=x>", "a/../b?c=d&e#f", "..", "x\"'`${y}", "n" * 128)
-QUESTIONS = (["status"], ["servers", "list"], ["accuracy"])
+QUESTIONS = (["status"], ["servers", "list"], ["accuracy"], ["capacity"])
 
 
 class Terminal:
@@ -112,6 +112,22 @@ def test_accuracy_is_that_of_the_history_and_names_the_worst(world: World, termi
     assert alone["metrics"]["cpu_pct"]["1"] == one
     assert alone["metrics"]["mem_pct"] == {}
     assert "cpu_pct  5 min" in terminal.run("accuracy")
+
+
+def test_capacity_tells_who_is_over_and_why_there_is_no_date(world: World, terminal: Terminal) -> None:
+    for number in range(4):
+        world.post(("high", number, 93.0), ("low", number, 3.0))
+        world.service.cycle()
+    screen = terminal.run("capacity")
+    assert "90 % within 8 hours: 1 of 2 servers" in screen
+    assert "cpu_pct: by the history; no answer has settled yet, so none was checked" in screen
+    line = next(line for line in screen.splitlines() if line.startswith("high"))
+    assert line.split()[:5] == ["high", "cpu_pct", "over", "93.0", "-"]
+    assert "by when: no day of 'disk_usage_pct' is known" in screen
+    told = terminal.json("capacity", "--server", "low", "--limit", "80")
+    assert (told["within"]["limit"], [row["server"] for row in told["within"]["rows"]]) == (80.0, ["low"])
+    assert "limit must be one of" in terminal.run("capacity", "--limit", "85", code=ExitCode.BAD_SETTINGS)
+    assert "nearest is low" in terminal.run("capacity", "--server", "lo", code=ExitCode.BAD_SETTINGS)
 
 
 def test_a_large_fleet_is_judged_over_a_shorter_time_and_says_so(
@@ -253,4 +269,4 @@ def test_a_reader_that_leaves_early_is_no_failure(world: World) -> None:
 
 def test_every_answer_for_operators_has_a_json_form() -> None:
     ours = [name for name, (module, _) in COMMANDS.items() if ".console." in module]
-    assert ours == ["status", "servers", "accuracy", "doctor", "settings", "completion"]
+    assert ours == ["status", "servers", "accuracy", "capacity", "doctor", "settings", "completion"]

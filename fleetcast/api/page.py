@@ -1,4 +1,4 @@
-"""The page for operators (`/ui/`), what it asks for (`/ui/api/...`), `/docs`, `GET /history`, `/accuracy`.
+"""The page for operators (`/ui/`), what it asks for, `/docs`, `/history`, `/accuracy` and `/capacity`.
 
 Owns: these routes, the files of the page as they were when the daemon started, and the headers that
 keep a browser to them: nothing is loaded from elsewhere, no script stands in the page itself, and no
@@ -14,7 +14,7 @@ import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +25,9 @@ from fleetcast.api.feed import JSON, WRONG_KEY
 from fleetcast.api.server import Door, Schema, answers, only
 from fleetcast.errors import FleetcastError
 from fleetcast.serving.board import UnknownServer
+from fleetcast.serving.capacity import MOST_ROWS as MOST_CAPACITY_ROWS
+from fleetcast.serving.capacity import Capacity, CapacityQuestion
+from fleetcast.serving.fullness import DEFAULT_LIMIT, FIRST_METRIC, DatesQuestion, Fullness
 from fleetcast.serving.overview import MOST_ROWS, PAGE_ROWS, STATES, FleetQuery, Overview
 from fleetcast.serving.past import MOST_HOURS, AccuracyQuestion, Past
 
@@ -123,6 +126,34 @@ ACCURACY: Schema = {
         "worst": {"type": "array", "items": {"type": "object"}, "description": "the highest ratios first"},
     },
 }
+_ROWS: Schema = {"type": "array", "items": {"type": "object"}}
+CAPACITY: Schema = {
+    "type": "object",
+    "required": ["origin", "horizon_s", "limit", "servers", "metrics", "matching", "rows"],
+    "properties": {
+        "origin": {"type": ["string", "null"], "description": "the bin that it starts from"},
+        "horizon_s": {"type": "integer"},
+        "limit": {"type": "number"},
+        "servers": {"type": "integer"},
+        "metrics": {"type": "object", "description": "by metric: which source answers, and its scores"},
+        "matching": {"type": "integer"},
+        "rows": _ROWS,
+    },
+}
+DATES: Schema = {
+    "type": "object",
+    "required": ["metric", "limit", "days", "newest_day", "comparisons", "matching", "with_date", "rows"],
+    "properties": {
+        "metric": {"type": "string"},
+        "limit": {"type": "number"},
+        "days": {"type": "integer", "description": "days of this metric that are known"},
+        "newest_day": {"type": "string"},
+        "comparisons": {"type": "integer", "description": "of the record's climbs with what came"},
+        "matching": {"type": "integer"},
+        "with_date": {"type": "integer"},
+        "rows": _ROWS,
+    },
+}
 Ask = Callable[[Callable[[], Any]], Awaitable[Response]]
 
 
@@ -178,11 +209,16 @@ def read_files(folder: Path = UI_FOLDER) -> dict[str, PageFile]:
     return {path.relative_to(folder).as_posix(): PageFile.read(path) for path in paths}
 
 
-def add_page(app: FastAPI, overview: Overview, past: Past, door: Door) -> Desk:
+def add_page(
+    app: FastAPI, overview: Overview, past: Past, capacity: Capacity, fullness: Fullness, door: Door
+) -> Desk:
     """Add the page's routes; the caller closes what is returned."""
     desk = Desk()
     guard = [Depends(door.check())]
     app.include_router(_history_route(past, desk.ask, guard))
+    for prefix, is_shown in (("", True), ("/ui/api", False)):  # the page asks below its own path
+        router = _capacity_routes(past, capacity, fullness, desk.ask, guard)
+        app.include_router(router, prefix=prefix, include_in_schema=is_shown)
     app.include_router(_data_routes(overview, desk.ask, guard))
     app.include_router(_file_routes(read_files()))
     return desk
@@ -217,6 +253,50 @@ def _history_route(past: Past, ask: Ask, guard: list[Any]) -> APIRouter:
         return await ask(lambda: past.accuracy(AccuracyQuestion(server, tuple(metric), hours, worst)))
 
     return router
+
+
+def _capacity_routes(
+    past: Past, capacity: Capacity, fullness: Fullness, ask: Ask, guard: list[Any]
+) -> APIRouter:
+    router = APIRouter(dependencies=guard)
+    rows_limit = Annotated[int, Query(ge=1, le=MOST_CAPACITY_ROWS)]
+
+    @router.get(
+        "/capacity",
+        responses={**HISTORY_ANSWERS, **answers(CAPACITY)},
+        dependencies=[Depends(only("server", "metric", "limit", "min_p", "rows"))],
+    )
+    async def crossings(
+        server: Annotated[str, Query(description="one server; without it: the fleet")] = "",
+        metric: Annotated[list[str], Query(description="narrow to these metrics")] = [],  # noqa: B006
+        limit: Annotated[float, Query(description="70, 80, 90 or 95 percent")] = 90.0,
+        min_p: Annotated[float, Query(ge=0, le=1, description="from which probability on")] = 0.1,
+        rows: rows_limit = 100,
+    ) -> Response:
+        """Return which servers pass a limit within the horizon, how sure that is, and since when or when."""
+        asked = CapacityQuestion(tuple(metric), limit, min_p, server, rows)
+        return await ask(lambda: capacity.answer(asked) if not server else _of_one(past, asked, capacity))
+
+    @router.get(
+        "/capacity/dates",
+        responses={**HISTORY_ANSWERS, **answers(DATES)},
+        dependencies=[Depends(only("server", "metric", "limit", "rows"))],
+    )
+    async def by_when(
+        server: Annotated[str, Query(description="one server; without it: the fleet")] = "",
+        metric: Annotated[str, Query(description="a metric in percent")] = FIRST_METRIC,
+        limit: Annotated[float, Query(description="percent")] = DEFAULT_LIMIT,
+        rows: rows_limit = 100,
+    ) -> Response:
+        """Return by when servers reach a limit, days and weeks ahead, or why there is no date."""
+        return await ask(lambda: fullness.answer(DatesQuestion(metric, limit, server, rows)))
+
+    return router
+
+
+def _of_one(past: Past, asked: CapacityQuestion, capacity: Capacity) -> dict[str, Any]:
+    past.require(asked.server)
+    return capacity.answer(replace(asked, min_p=0.0))
 
 
 def _data_routes(overview: Overview, ask: Ask, guard: list[Any]) -> APIRouter:

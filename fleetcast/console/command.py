@@ -1,8 +1,9 @@
-"""What an operator asks at a terminal: `fleetcast status`, `servers`, `accuracy`, `settings`, `completion`.
+"""What an operator asks at a terminal: `fleetcast status`, `servers`, `accuracy`, `capacity`, `settings`.
 
     fleetcast status                              one screen: fleet, model, drift, trainings, problems
     fleetcast servers list --state silent         who is there, in which state, since when
     fleetcast accuracy --worst 10                 errors against repeating the last value
+    fleetcast capacity                            which pass 90 % within 8 h, which disks are full by when
     fleetcast settings show                       every value, and where it comes from
 
 Owns: flags, the words of the answers, the exit codes. Does not know: how anything is measured; the
@@ -21,16 +22,18 @@ from typing import Any
 
 from fleetcast.clock import SystemClock, parse_plain_utc
 from fleetcast.console.daemon import Daemon, add_flags, ago, connect, length, part, some, table, tell
-from fleetcast.errors import ExitCode
+from fleetcast.errors import BadOrder, ExitCode
 from fleetcast.program import run_program
 from fleetcast.setting import SettingInfo, from_environment, from_file
 from fleetcast.settings import every_setting, load_settings
 
-STATUS, SERVERS, ACCURACY, SETTINGS, COMPLETION = "status", "servers", "accuracy", "settings", "completion"
+STATUS, SERVERS, ACCURACY, CAPACITY = "status", "servers", "accuracy", "capacity"
+SETTINGS, COMPLETION = "settings", "completion"
 PURPOSES = {
     STATUS: "show the fleet, the model in service, drift, trainings and problems on one screen",
     SERVERS: "list the servers with their states and when each was last seen",
     ACCURACY: "show the errors of settled forecasts beside those of repeating the last value",
+    CAPACITY: "show which servers pass a limit within the horizon, and which disks are full by when",
     SETTINGS: "check the settings, or show every value and where it comes from",
     COMPLETION: "print a script that completes this command's words in bash",
 }
@@ -200,6 +203,52 @@ def _accuracy_lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield from table(["server", *head], worst)
 
 
+def _tell_capacity(options: argparse.Namespace) -> int:
+    asked = {"server": options.server, "rows": options.rows}
+    with connect(options) as daemon:
+        soon = daemon.ask(
+            "/capacity", **asked, metric=options.metric, limit=options.limit, min_p=options.min_p
+        )
+        try:
+            dates = daemon.ask("/capacity/dates", **asked, metric=options.disk_metric)
+        except BadOrder as error:  # the first day is not over, or this fleet sends no such metric
+            dates = {"why_none": str(error)}
+    tell(_capacity_lines(soon, dates), {"within": soon, "dates": dates} if options.json else None)
+    return ExitCode.OK
+
+
+def _capacity_lines(soon: Mapping[str, Any], dates: Mapping[str, Any]) -> Iterator[str]:
+    ahead = length(soon["horizon_s"])
+    yield f"{soon['limit']:g} % within {ahead}: {soon['matching']} of {some(soon['servers'], 'server')}"
+    for metric, record in soon["metrics"].items():
+        yield f"  {metric}: {_say_record(record)}"
+    columns = ("server", "metric", "state", "now", "p", "first_possible", "likely", "since")
+    rows = [[row[name] for name in columns] for row in soon["rows"]]
+    if rows:
+        yield from table(["server", "metric", "state", "now", "P", "possible from", "likely", "since"], rows)
+    yield ""
+    if "why_none" in dates:
+        yield f"by when: {dates['why_none']}"
+        return
+    days, found = some(dates["days"], "day"), f"{dates['with_date']} of {dates['matching']} have a date"
+    yield f"{dates['metric']} at {dates['limit']:g} %, of {days} up to {dates['newest_day'][:10]}: {found}"
+    named = ("server", "now", "per_day", "between", "p_within", "within_days", "why_no_date")
+    told = [
+        {**row, "between": " to ".join(row["full_between"]) if row["full_between"] else None}
+        for row in dates["rows"]
+    ]
+    head = ["server", "now", "a day", "full between", "P", "within days", "why no date"]
+    yield from table(head, [[row[name] for name in named] for row in told])
+
+
+def _say_record(record: Mapping[str, Any]) -> str:
+    """Return which source answers, and how good it was, as a clause."""
+    if record["brier"] is None:
+        return f"by the {record['by']}; no answer has settled yet, so none was checked"
+    scores = ", ".join(f"{name} {score:.4f}" for name, score in record["brier"].items())
+    return f"by the {record['by']}; Brier score of {record['windows']:,} settled windows: {scores}"
+
+
 def _tell_settings(options: argparse.Namespace) -> int:
     config = Path(options.config) if options.config else None
     settings = load_settings(config)
@@ -232,8 +281,9 @@ def _parser() -> argparse.ArgumentParser:
         name: commands.add_parser(name, description=purpose.capitalize() + ".", epilog=_CODES)
         for name, purpose in PURPOSES.items()
     }
-    for name in (STATUS, SERVERS, ACCURACY):
+    for name in (STATUS, SERVERS, ACCURACY, CAPACITY):
         add_flags(made[name])
+    _add_capacity_flags(made[CAPACITY])
     servers, accuracy, settings = made[SERVERS], made[ACCURACY], made[SETTINGS]
     servers.add_argument("action", choices=("list",), help="list them")
     servers.add_argument("--state", choices=tuple(STATES), help="only those in this state")
@@ -254,6 +304,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_capacity_flags(capacity: argparse.ArgumentParser) -> None:
+    capacity.add_argument("--server", metavar="NAME", help="one server (default: the fleet)")
+    capacity.add_argument("--metric", action="append", metavar="NAME", help="only this metric, within hours")
+    capacity.add_argument("--limit", type=float, default=90.0, help="70, 80, 90 or 95 percent (default 90)")
+    capacity.add_argument("--min-p", type=float, default=0.1, metavar="P", help="from P on (default 0.1)")
+    capacity.add_argument(
+        "--disk-metric", default="disk_usage_pct", metavar="NAME", help="of days and weeks (%(default)s)"
+    )
+    capacity.add_argument("--rows", type=_whole, default=20, metavar="N", help="most rows (default 20)")
+
+
 def _whole(text: str) -> int:
     value = int(text)
     if value < 0:
@@ -265,6 +326,7 @@ _RUN = {
     STATUS: _tell_status,
     SERVERS: _tell_servers,
     ACCURACY: _tell_accuracy,
+    CAPACITY: _tell_capacity,
     SETTINGS: _tell_settings,
     COMPLETION: _tell_completion,
 }

@@ -155,8 +155,8 @@ class Past:
         if unknown:
             known = ", ".join(self._history.metrics)
             raise BadQuestion(f"{unknown[0][:80]!r} is not forecast", hint=f"one of {known}")
-        if asked.server and self._is_unknown(asked.server):
-            raise self._unknown_server(asked.server, "it sent nothing within 8 days")
+        if asked.server:
+            self.require(asked.server)
         names = (asked.server,) if asked.server else self._fleet.servers().server_names
         bin_ms, end_ms = self._history.bin_ms, self._closed_end_ms()
         a_bin = max(1, len(names) * len(metrics) * len(self._horizons))
@@ -174,6 +174,15 @@ class Past:
             "metrics": sums.by_metric(metrics, self._horizons),
             "worst": [item for item in told if item["ratio"] is not None and item["bins"] >= _FEWEST_BINS],
         }
+
+    def require(self, server: str) -> None:
+        """Make sure that a server is known.
+
+        Raises:
+            UnknownServer: it is not; the message names the nearest.
+        """
+        if self._is_unknown(server):
+            raise self._unknown_server(server, "it sent nothing within 8 days")
 
     def _sum_errors(
         self, names: Sequence[str], metrics: Sequence[str], start_ms: int, end_ms: int

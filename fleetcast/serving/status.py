@@ -16,6 +16,7 @@ from fleetcast.clock import SystemClock, from_ms, iso_z, monotonic, parse_plain_
 from fleetcast.errors import FleetcastError
 from fleetcast.forecast.registry import ATTEMPT_LOCK, TRAINER_LOCK, lock_paths
 from fleetcast.locks import is_locked
+from fleetcast.serving.capacity import Capacity
 from fleetcast.serving.ledger import Ledger
 from fleetcast.serving.model_loader import ModelLoader
 from fleetcast.serving.roster import Fleet
@@ -72,6 +73,7 @@ class StatusReport:
         self._stats: dict[str, Any] = {}
         self._stats_at = float("-inf")
         self.phase = "the history is being restored"  # set by the daemon; "" = it is at work
+        self.capacity: Capacity | None = None  # set by the daemon
         self.weak_key = ""  # set by the daemon: what is wrong with its key
         self.why_no_writes: Callable[[], str] = str  # set by the daemon, "" = the last ones were done
 
@@ -199,6 +201,7 @@ class StatusReport:
             },
             model_version=model["version"],
             is_base_model=bool(model["base"]),
+            capacity=self.capacity.gauges(self._settings.server.max_server_labels) if self.capacity else None,
             server_last_seen_s={
                 present.server_names[row]: float(present.last_seen_ms[row]) / 1000 for row in shown
             },

@@ -30,6 +30,7 @@ from fleetcast.errors import StorageBroken, StorageFull
 from fleetcast.forecast.naive import NaiveForecaster, widen_young
 from fleetcast.schema import ClosedBin, FleetForecast, Floats32, HistoryWindow, SettledForecasts
 from fleetcast.serving.board import PredictionBoard
+from fleetcast.serving.capacity import Capacity
 from fleetcast.serving.corrector import Corrector
 from fleetcast.serving.ledger import Ledger
 from fleetcast.serving.model_loader import Champion, ModelLoader
@@ -80,6 +81,7 @@ class Sweeper:
         self._corrector = corrector
         self._board = board
         self._telemetry = telemetry
+        self.capacity: Capacity | None = None  # set by the daemon
         self._horizon_bins = fleet.settings.horizon_bins
         self._naive = NaiveForecaster(self._horizon_bins)
         self._unwritten: deque[ClosedBin | FleetForecast] = deque()  # in order; the disk refused the first
@@ -175,6 +177,7 @@ class Sweeper:
         self._unwritten.append(forecast)
         self._write_what_waits()
         self._board.publish(forecast, champion.info if champion else None)
+        self._note_capacity(forecast)
         seconds = monotonic() - started
         n_made = int(np.isfinite(forecast.quantiles[:, :, 0, 1]).sum())
         n_model = int(forecast.sources.sum())
@@ -220,6 +223,14 @@ class Sweeper:
             origin_ms, self._history.bin_ms, tuple(names), self._history.metrics,
             quantiles, sources, version, medians,
         )  # fmt: skip
+
+    def _note_capacity(self, forecast: FleetForecast) -> None:
+        """Say who passes a limit; where that fails, what was said before stands."""
+        if self.capacity:
+            try:
+                self.capacity.note(forecast, self._history.parts(forecast.origin_ms, CHUNK_SERVERS))
+            except Exception as error:  # nothing that a forecast needs
+                self._telemetry.errors.note("capacity", error)
 
     def _has_ripe(self, part: HistoryWindow) -> bool:
         """Whether a series has enough data, also by the settings, for any model to forecast it."""

@@ -27,6 +27,7 @@ from prometheus_client.registry import Collector
 from fleetcast.clock import Clock, iso_z, monotonic
 from fleetcast.errors import FleetcastError
 from fleetcast.ingest.rules import OTHER_RULE, RULES
+from fleetcast.serving.capacity import CapacityGauges
 from fleetcast.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,8 @@ _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1
 _SWEEP_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 # that report errors they survived; the second line's are the daemon's workers
 PARTS = (
-    *("buffer", "buffer statistics", "feedback", "ledger", "model"),
-    *("http", "history", "lane", "model loader", "probe", "sweep", "upkeep"),
+    *("buffer", "buffer statistics", "capacity", "feedback", "ledger", "model"),
+    *("dates", "http", "history", "lane", "model loader", "probe", "sweep", "upkeep"),
 )
 FEED_CODES = (200, 400, 408, 413, 415, 422, 429, 503, 507)
 WRITE_CODES = (204, 400, 404, 413, 415, 503, 507)
@@ -79,6 +80,7 @@ class Snapshot:
     model_version: str | None = None
     is_base_model: bool = False
     server_last_seen_s: Mapping[str, float] = field(default_factory=dict)  # already limited
+    capacity: CapacityGauges | None = None
 
 
 class RecentErrors:
@@ -358,3 +360,34 @@ class _States(Collector):
         for name, seconds in snapshot.server_last_seen_s.items():
             seen.add_metric([name], seconds)
         yield seen
+        if snapshot.capacity is not None:
+            yield from _capacity_families(snapshot.capacity)
+
+
+def _capacity_families(gauges: CapacityGauges) -> Iterable[Metric]:
+    """Yield who passes 90 % within the horizon, and how good such answers were."""
+    expected = GaugeMetricFamily(
+        "fleetcast_capacity_expected_crossings",
+        "sum of the probabilities of servers below 90 % to reach it within the horizon",
+        labels=["metric"],
+    )
+    over = GaugeMetricFamily("fleetcast_capacity_over", "servers at 90 % or more now", labels=["metric"])
+    brier = GaugeMetricFamily(
+        "fleetcast_capacity_brier_score",
+        "mean squared error of settled probabilities for 90 %, of two weeks",
+        labels=["metric", "source"],
+    )
+    probability = GaugeMetricFamily(
+        "fleetcast_capacity_probability",
+        "probability to reach 90 % within the horizon, for the first servers up to server.max_server_labels",
+        labels=["server", "metric"],
+    )
+    for metric in gauges.over:
+        over.add_metric([metric], gauges.over[metric])
+        if metric in gauges.expected:
+            expected.add_metric([metric], gauges.expected[metric])
+    for labels, score in gauges.brier.items():
+        brier.add_metric(list(labels), score)
+    for labels, p in gauges.probability.items():
+        probability.add_metric(list(labels), p)
+    yield from (expected, over, brier, probability)

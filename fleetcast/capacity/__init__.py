@@ -1,0 +1,1 @@
+"""When a series passes a limit: within the forecast's horizon, and by date; pure functions of arrays."""

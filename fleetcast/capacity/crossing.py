@@ -1,0 +1,245 @@
+"""How likely a series passes a limit within the horizon, and which of three sources to believe.
+
+Owns: the sources, what each knows of the running maximum, how settled windows turn that into a share of
+a hundred, and by which of them an answer is given. Does not know: where values and forecasts come from.
+
+The quantiles of single bins do not answer the question: the maximum of 96 bins passes their p90 far more
+often than once in ten. So a source only gives a centre and a scale of the maximum ahead, and what
+settled says how far maxima lay from the centre, in scales: P is the share of settled scores that would
+have reached the limit (split conformal prediction of the running maximum; Stankeviciute et al. 2021).
+
+- forecast: centre max p50, scale max p90 - max p50;
+- trend: the line through the last six hours, drawn to the horizon's end; scale its residuals;
+- history: the share of the series' own last windows that passed the limit; it needs no scale.
+
+What was said is then held against what came true, in ten bins of P, and moved there: a P of 0.7 that
+came true in half of the windows is said as 0.5. The answer is the source whose settled Brier score was
+the lowest over the last two weeks; all three go on being kept.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fleetcast.schema import Flags, Floats, Floats32
+
+LIMITS = (70.0, 80.0, 90.0, 95.0)  # percent; each has scores of its own
+SOURCES = ("forecast", "trend", "history")
+FORECAST, TREND, HISTORY = range(3)
+ORIGINS_KEPT = 336  # settled origins that are remembered: two weeks, one an hour
+P_BINS = 10
+SCORES_KEPT = 200  # of each origin: a fleet's largest part says what all of it would
+FEWEST = 50  # settled scores before a source says anything
+_SCALE_FLOOR = 0.5  # points of a percent: closer than any sensor matters
+_TREND_BINS = 72
+_TREND_FEWEST = 24
+# Windows that a said P counts as, before what came true moves it. Windows of one hour and the next share
+# seven hours, so these are about a dozen independent ones; with 400 rare crossings were told too often.
+_PRIOR = 100.0
+_CLOSE = 0.1  # another source answers once it was better than the forecast by more: chance picks fewer losers
+_N_SUMS = 3  # windows, sum of P as said raw, windows that passed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Guess:
+    """What the sources know of one metric's series at one origin."""
+
+    centres: Floats32  # (2, series) of the maximum ahead: forecast, trend; NaN = nothing
+    scales: Floats32  # (2, series)
+    shares: Floats32  # (series, limit) of the series' own past windows that passed; NaN = too few
+    now: Floats32  # (series,) the newest value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Said:
+    """What was said of one metric at one origin, until it settles."""
+
+    guess: Guess
+    raw: Floats32  # (source, series, limit)
+    told: Floats32  # (source, series, limit) after what came true before
+
+
+def guess(quantiles: Floats32, history: Floats32, horizon_bins: int) -> Guess:
+    """Return what the sources know.
+
+    Args:
+        quantiles: (series, horizon, 3) p10, p50, p90 as published; NaN = none.
+        history: (series, bin) means up to the origin; NaN = no record.
+    """
+    with np.errstate(invalid="ignore"):
+        median, high = quantiles[..., 1].max(axis=1), quantiles[..., 2].max(axis=1)
+    centre, scale = _trend(history, horizon_bins)
+    scales = np.maximum(np.stack([high - median, scale]), _SCALE_FLOOR)
+    return Guess(
+        np.stack([median, centre]).astype(np.float32),
+        scales.astype(np.float32),
+        _past_shares(history, horizon_bins),
+        history[:, -1],
+    )
+
+
+def _trend(history: Floats32, horizon_bins: int) -> tuple[Floats, Floats]:
+    """Return the highest point ahead of a least-squares line, and the standard deviation about it."""
+    values = history[:, -_TREND_BINS:].astype(np.float64)
+    times = np.arange(values.shape[1]) - values.shape[1] + 1.0
+    is_known = np.isfinite(values)
+    counts = is_known.sum(axis=1)
+    weights = np.where(counts > 0, counts, 1)
+    known = np.where(is_known, values, 0.0)
+    mean_t, mean_v = (is_known * times).sum(axis=1) / weights, known.sum(axis=1) / weights
+    dt = np.where(is_known, times - mean_t[:, None], 0.0)
+    spread = (dt**2).sum(axis=1)
+    slopes = (dt * (known - mean_v[:, None])).sum(axis=1) / np.where(spread > 0, spread, 1.0)
+    level = mean_v - slopes * mean_t  # at the origin
+    residuals = np.where(is_known, values - level[:, None] - slopes[:, None] * times, 0.0)
+    scale = np.sqrt((residuals**2).sum(axis=1) / weights)
+    centre = level + np.maximum(slopes * horizon_bins, 0.0)
+    centre[counts < _TREND_FEWEST] = np.nan
+    return centre, scale
+
+
+def _past_shares(history: Floats32, horizon_bins: int) -> Floats32:
+    """Return (series, limit): of the windows of this length in the past, one an hour, those that passed."""
+    step = max(1, horizon_bins // 8)
+    n_blocks = history.shape[1] // step
+    blocks = history[:, history.shape[1] - n_blocks * step :].reshape(len(history), n_blocks, step)
+    tops = np.where(np.isfinite(blocks), blocks, -np.inf).max(axis=2)
+    span = -(-horizon_bins // step)
+    shares = np.full((len(history), len(LIMITS)), np.nan, dtype=np.float32)
+    if n_blocks < 2 * span:
+        return shares
+    windows = np.lib.stride_tricks.sliding_window_view(tops, span, axis=1).max(axis=2)
+    is_known = np.isfinite(windows)
+    n_known = is_known.sum(axis=1)
+    for column, limit in enumerate(LIMITS):
+        n_passed = (windows >= limit).sum(axis=1)
+        shares[:, column] = np.where(n_known >= span, n_passed / np.maximum(n_known, 1), np.nan)
+    return shares
+
+
+@dataclass(slots=True, eq=False)
+class Calibration:
+    """What settled windows taught of one metric; plain arrays, so that a file can hold it."""
+
+    scores: Floats32 = field(
+        default_factory=lambda: np.full((2, ORIGINS_KEPT, SCORES_KEPT), np.nan, np.float32)
+    )
+    # (source, limit, origin, bin of P, [windows, sum of raw P, windows that passed])
+    tallies: Floats32 = field(
+        default_factory=lambda: np.zeros(
+            (len(SOURCES), len(LIMITS), ORIGINS_KEPT, P_BINS, _N_SUMS), np.float32
+        )
+    )
+    # (source, limit, origin, [windows, sum of squared errors of told P])
+    brier: Floats32 = field(
+        default_factory=lambda: np.zeros((len(SOURCES), len(LIMITS), ORIGINS_KEPT, 2), np.float32)
+    )
+    n_settled: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
+
+    def say(self, found: Guess) -> Said:
+        """Return each source's P of passing each limit; NaN where it knows too little."""
+        raw = np.full((len(SOURCES), len(found.now), len(LIMITS)), np.nan, dtype=np.float32)
+        for source in (FORECAST, TREND):
+            settled = self.scores[source][np.isfinite(self.scores[source])]
+            if len(settled) >= FEWEST:
+                raw[source] = _reach(found.centres[source], found.scales[source], np.sort(settled))
+        raw[HISTORY] = found.shares
+        return Said(found, raw, self._tell(raw))
+
+    def settle(self, said: Said, peaks: Floats32) -> None:
+        """Learn from what came true.
+
+        Args:
+            peaks: (series,) the highest bin of the horizon; NaN = no record.
+        """
+        place = int(self.n_settled[0]) % ORIGINS_KEPT
+        self.scores[:, place] = np.nan
+        self.tallies[:, :, place] = self.brier[:, :, place] = 0.0
+        for source in (FORECAST, TREND):
+            scores = (peaks - said.guess.centres[source]) / said.guess.scales[source]
+            scores = scores[np.isfinite(scores)]
+            kept = scores[np.linspace(0, len(scores) - 1, min(len(scores), SCORES_KEPT)).astype(int)]
+            self.scores[source, place, : len(kept)] = kept
+        for column, limit in enumerate(LIMITS):
+            was_below = np.isfinite(peaks) & (said.guess.now < limit)
+            is_common = was_below & np.isfinite(said.told[:, :, column]).all(axis=0)
+            passed = peaks >= limit
+            for source in range(len(SOURCES)):
+                raw, told = said.raw[source, :, column], said.told[source, :, column]
+                is_said = was_below & np.isfinite(raw)
+                self._tally(source, column, place, raw[is_said], passed[is_said])
+                errors = told[is_common] - passed[is_common]  # all sources on the same windows
+                self.brier[source, column, place] = len(errors), float((errors**2).sum())
+        self.n_settled[0] += 1
+
+    def choose(self, column: int) -> int:
+        """Return the source that answers for a limit: the one with the lowest Brier score."""
+        sums = self.brier[:, column].sum(axis=1, dtype=np.float64)
+        if not sums[0, 0]:
+            return HISTORY if not np.isfinite(self.scores).any() else FORECAST
+        means = sums[:, 1] / sums[:, 0]
+        best = int(np.argmin(means))
+        return FORECAST if means[FORECAST] <= means[best] * (1 + _CLOSE) else best
+
+    def brier_scores(self, column: int) -> tuple[int, Floats]:
+        """Return how many windows settled, and each source's Brier score on them."""
+        sums = self.brier[:, column].sum(axis=1, dtype=np.float64)
+        n_windows = int(sums[0, 0])
+        return n_windows, np.asarray(sums[:, 1] / max(n_windows, 1), np.float64)
+
+    def reliability(self, source: int, column: int) -> Floats:
+        """Return (bin of P, [windows, mean raw P, share that passed]) of what one source said."""
+        sums = self.tallies[source, column].sum(axis=0, dtype=np.float64)
+        counts = np.maximum(sums[:, :1], 1.0)
+        return np.concatenate([sums[:, :1], sums[:, 1:] / counts], axis=1)
+
+    def _tally(self, source: int, column: int, place: int, raw: Floats32, passed: Flags) -> None:
+        bins = _p_bin(raw)
+        for number, weights in enumerate((None, raw, passed)):
+            self.tallies[source, column, place, :, number] = np.bincount(bins, weights, P_BINS)
+
+    def _tell(self, raw: Floats32) -> Floats32:
+        """Return each P moved to the share that came true where it was said."""
+        told = raw.copy()
+        for source in range(len(SOURCES)):
+            for column in range(len(LIMITS)):
+                sums = self.tallies[source, column].sum(axis=0, dtype=np.float64)
+                middle = (np.arange(P_BINS) + 0.5) / P_BINS
+                means = np.where(sums[:, 0] > 0, sums[:, 1] / np.maximum(sums[:, 0], 1.0), middle)
+                shares = (sums[:, 2] + _PRIOR * means) / (sums[:, 0] + _PRIOR)
+                shares = _in_order(shares, sums[:, 0] + 1.0)  # more said is never less told
+                means, shares = (np.concatenate([[0.0], knots, [1.0]]) for knots in (means, shares))
+                values = raw[source, :, column]
+                is_said = np.isfinite(values)
+                told[source, is_said, column] = np.interp(values[is_said], means, shares)
+        return told
+
+
+def _in_order(values: Floats, weights: Floats) -> Floats:
+    """Return the nearest values that never fall: neighbours out of order share their mean.
+
+    >>> _in_order(np.array([0.1, 0.5, 0.3]), np.array([1.0, 1.0, 3.0])).round(2).tolist()
+    [0.1, 0.35, 0.35]
+    """
+    blocks: list[tuple[float, float, int]] = []  # mean, weight, how many values
+    for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
+        mean, total, count = value, weight, 1
+        while blocks and blocks[-1][0] > mean:
+            before, its_weight, its_count = blocks.pop()
+            mean = (before * its_weight + mean * total) / (its_weight + total)
+            total, count = total + its_weight, count + its_count
+        blocks.append((mean, total, count))
+    return np.repeat([block[0] for block in blocks], [block[2] for block in blocks])
+
+
+def _p_bin(values: Floats32) -> NDArray[np.intp]:
+    return np.clip((values * P_BINS).astype(np.intp), 0, P_BINS - 1)
+
+
+def _reach(centre: Floats32, scale: Floats32, settled: Floats32) -> Floats32:
+    """Return (series, limit): the share of settled scores that would have reached each limit."""
+    needed = (np.array(LIMITS, np.float32) - centre[:, None]) / scale[:, None]
+    n_below = np.searchsorted(settled, needed, side="left")
+    reached = (len(settled) - n_below + 0.5) / (len(settled) + 1.0)
+    return np.where(np.isfinite(needed), reached, np.nan).astype(np.float32)

@@ -1,0 +1,209 @@
+"""Which disks are full by when: what `GET /capacity/dates` says, days and weeks ahead.
+
+Owns: the highest 5-minute mean of each server, metric and day, read from the stored days a little at a
+time, newest first; which metrics count (those in percent, `disk_usage_pct` first, not CPU). Does not know:
+what a trend is (`capacity/dates.py`), HTTP. Nothing is kept on disk: after a restart the days are read again.
+
+`step` belongs to the daemon's main thread and reads one piece of a day; answers are safe from any thread.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from fleetcast.bins import bin_means
+from fleetcast.capacity import dates
+from fleetcast.clock import DAY_MS, HOUR_MS, from_ms, iso_z, to_ms
+from fleetcast.forecast.encoding import is_percent
+from fleetcast.schema import Floats, Floats32, RecordBatch
+from fleetcast.serving.past import BadQuestion
+from fleetcast.serving.roster import Fleet
+from fleetcast.storage.store import DataBuffer
+
+DAYS = 60
+FIRST_METRIC = "disk_usage_pct"
+DEFAULT_LIMIT = 95.0
+_MOST_METRICS = 8
+_RIPE_MS = HOUR_MS  # after midnight, records of the day before still come
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Day:
+    """One day's maxima."""
+
+    server_names: tuple[str, ...]
+    metrics: tuple[str, ...]
+    values: Floats32  # (server, metric)
+
+
+@dataclass(frozen=True)
+class DatesQuestion:
+    """Which disks are asked for."""
+
+    metric: str = FIRST_METRIC
+    limit: float = DEFAULT_LIMIT
+    server: str = ""
+    n_rows: int = 100
+
+
+class Fullness:
+    """Reads days, and answers by when a limit is reached."""
+
+    def __init__(self, fleet: Fleet, buffer: DataBuffer) -> None:
+        """Know nothing yet."""
+        self._fleet = fleet
+        self._buffer = buffer
+        self._days: dict[int, _Day] = {}  # by days since 1970; replaced, never changed
+        self._reading: Iterator[None] | None = None
+        self._newest_day = -1  # when everything was read last
+        self._lock = threading.Lock()
+        self._ratios: tuple[tuple[str, int, int], dates.Ratios] | None = None
+
+    def step(self) -> None:
+        """Read one piece of the newest day that is not known yet; do nothing where all are."""
+        if self._reading is None:
+            newest = self._last_whole_day()
+            if newest == self._newest_day:
+                return
+            wanted = [day for day in range(newest, newest - DAYS, -1) if day not in self._days]
+            if not wanted:
+                self._newest_day = newest
+                self._days = {day: one for day, one in self._days.items() if day > newest - DAYS}
+                return
+            self._reading = self._read(wanted[0])
+        try:
+            next(self._reading)
+        except StopIteration:
+            self._reading = None
+        except BaseException:
+            self._reading = None
+            raise
+
+    def answer(self, asked: DatesQuestion) -> dict[str, Any]:
+        """Return each server's outlook, the earliest date first; then those without a date, by name.
+
+        Raises:
+            BadQuestion: with what would be right.
+        """
+        if asked.metric not in self._metrics():
+            known = ", ".join(self._metrics()) or "none yet"
+            raise BadQuestion(f"no day of {asked.metric[:80]!r} is known", hint=f"known: {known}")
+        if not 0.0 < asked.limit <= 100.0:
+            raise BadQuestion(f"limit must be over 0 and at most 100, got {asked.limit:g}")
+        days = self._days  # one reference: the reader replaces it
+        newest = max(days)
+        names, maxima = _matrix(days, asked.metric, newest)
+        ratios = self._compare(asked.metric, days, maxima)
+        rows = [
+            self._row(name, dates.look_ahead(series, asked.limit, ratios), newest)
+            for name, series in zip(names, maxima, strict=True)
+            if not asked.server or name == asked.server
+        ]
+        rows.sort(key=_rank)
+        return {
+            "metric": asked.metric,
+            "limit": asked.limit,
+            "days": sum(1 for day in days.values() if asked.metric in day.metrics),
+            "newest_day": iso_z(from_ms(newest * DAY_MS)),
+            "comparisons": len(ratios.values),
+            "matching": len(rows),
+            "with_date": sum(row["full_between"] is not None for row in rows),
+            "rows": rows[: asked.n_rows],
+        }
+
+    def _metrics(self) -> list[str]:
+        return sorted({metric for day in self._days.values() for metric in day.metrics})
+
+    def _last_whole_day(self) -> int:
+        return (to_ms(self._fleet.clock.now()) - _RIPE_MS) // DAY_MS - 1
+
+    def _wanted_metrics(self) -> tuple[str, ...]:
+        names = (name for name in self._fleet.roster.metric_names() if is_percent(name))
+        others = sorted(name for name in names if not name.startswith("cpu") and name != FIRST_METRIC)
+        return (FIRST_METRIC, *others[: _MOST_METRICS - 1])
+
+    def _read(self, day: int) -> Iterator[None]:
+        """Read a day piece by piece; one that cannot be read counts as empty, and is noted once."""
+        metrics = self._wanted_metrics()
+        tops: dict[str, Floats] = {}
+        try:
+            for batch in self._buffer.iter_batches(day * DAY_MS, (day + 1) * DAY_MS, metrics):
+                for name, top in _tops(batch, metrics, self._fleet.history.bin_ms):
+                    tops[name] = np.fmax(tops.get(name, np.full(len(metrics), np.nan)), top)
+                yield
+        finally:
+            values = np.array(list(tops.values()), np.float32).reshape(-1, len(metrics))
+            used = [column for column in range(len(metrics)) if np.isfinite(values[:, column]).any()]
+            one = _Day(tuple(tops), tuple(metrics[column] for column in used), values[:, used])
+            self._days = {**self._days, day: one}
+
+    def _compare(self, metric: str, days: dict[int, _Day], maxima: Sequence[Floats]) -> dates.Ratios:
+        """Return the fleet's comparisons, made once for the same days."""
+        made_of = (metric, max(days), len(days))
+        with self._lock:
+            if self._ratios is None or self._ratios[0] != made_of:
+                self._ratios = (made_of, dates.compare(maxima))
+            return self._ratios[1]
+
+    def _row(self, name: str, found: dates.Outlook, newest: int) -> dict[str, Any]:
+        day = partial(_date, newest)
+        early, late = found.early_days, found.late_days
+        between = None if early is None or late is None else [day(early, up=False), day(late, up=True)]
+        return {
+            "server": name,
+            "now": _round(found.now, 2),
+            "per_day": _round(found.slope, 3),
+            "basis_days": found.days,
+            "full_between": between,
+            "p_within": _round(found.p_within, 3),
+            "within_days": found.within_days or None,
+            "why_no_date": found.why_not or None,
+        }
+
+
+def _tops(batch: RecordBatch, metrics: Sequence[str], bin_ms: int) -> Iterator[tuple[str, Floats]]:
+    """Yield each server's highest mean of a bin, by metric."""
+    absent = np.full(len(batch), np.nan)
+    values = np.array([batch.metrics.get(metric, absent) for metric in metrics]).T
+    if not len(batch):
+        return
+    codes, _, means = bin_means(batch.server_codes, batch.timestamps_ms, values, bin_ms)
+    starts = np.flatnonzero(np.append(True, codes[1:] != codes[:-1]))
+    for code, top in zip(codes[starts].tolist(), np.fmax.reduceat(means, starts), strict=True):
+        yield batch.server_names[code], top
+
+
+def _matrix(days: dict[int, _Day], metric: str, newest: int) -> tuple[list[str], list[Floats]]:
+    """Return the servers by name, and of each the maxima of the days up to the newest; NaN = none."""
+    oldest = min((day for day, one in days.items() if metric in one.metrics), default=newest)
+    maxima: dict[str, Floats] = {}
+    for day, one in days.items():
+        if metric not in one.metrics:
+            continue
+        for name, value in zip(one.server_names, one.values[:, one.metrics.index(metric)], strict=True):
+            if np.isfinite(value):
+                series = maxima.setdefault(name, np.full(newest - oldest + 1, np.nan))
+                series[day - oldest] = value
+    names = sorted(maxima)
+    return names, [maxima[name] for name in names]
+
+
+def _rank(row: dict[str, Any]) -> tuple[bool, str, float, str]:
+    """Order rows: full ones, then the earliest date, then the highest P, then by name."""
+    is_without = row["full_between"] is None and row["why_no_date"] != dates.OVER
+    first = "" if row["full_between"] is None else row["full_between"][0]
+    return is_without, first, -(row["p_within"] or 0.0), row["server"]
+
+
+def _date(newest: int, days: float, *, up: bool) -> str:
+    """Return the date so many days after the newest whole day."""
+    ahead = int(np.ceil(days) if up else np.floor(days))
+    return iso_z(from_ms((newest + max(1, ahead)) * DAY_MS))[:10]
+
+
+def _round(value: float | None, digits: int) -> float | None:
+    return None if value is None or not np.isfinite(value) else round(value, digits)

@@ -1,0 +1,323 @@
+"""Claims about capacity: P of made futures, which source answers, dates and when there is none."""
+
+import json
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_inference import World
+
+from data_buffer import DataBuffer
+from fleetcast.capacity.crossing import (
+    FEWEST,
+    FORECAST,
+    HISTORY,
+    LIMITS,
+    ORIGINS_KEPT,
+    TREND,
+    Calibration,
+    Guess,
+    guess,
+)
+from fleetcast.capacity.dates import OVER, Ratios, compare, find_trend, look_ahead
+from fleetcast.clock import DAY_MS, FakeClock, from_ms
+from fleetcast.inference import build_fleet
+from fleetcast.schema import Floats
+from fleetcast.serving.capacity import Capacity, CapacityQuestion
+from fleetcast.serving.fullness import DatesQuestion, Fullness
+from fleetcast.settings import Settings
+
+NINETY = LIMITS.index(90.0)
+N_SERIES = 100
+
+
+def made_guess(centre: Floats, random: np.random.Generator, share: float = 0.5) -> Guess:
+    """Return what the sources know where the forecast is right and trend and history know nothing."""
+    n_series = len(centre)
+    centres = np.stack([centre, random.uniform(0, 100, n_series)]).astype(np.float32)
+    shares = np.full((n_series, len(LIMITS)), share, np.float32)
+    return Guess(
+        centres, np.full((2, n_series), 5.0, np.float32), shares, np.full(n_series, 50.0, np.float32)
+    )
+
+
+def teach(calibration: Calibration, n_origins: int, seed: int = 1) -> np.random.Generator:
+    """Settle windows whose maximum lies around the forecast's centre, by a scale of 5."""
+    random = np.random.default_rng(seed)
+    for _ in range(n_origins):
+        centre = random.uniform(60, 110, N_SERIES)
+        said = calibration.say(made_guess(centre, random))
+        calibration.settle(said, (centre + 5.0 * random.standard_normal(N_SERIES)).astype(np.float32))
+    return random
+
+
+def test_p_is_the_share_that_came_true() -> None:
+    calibration = Calibration()
+    random = teach(calibration, 100)
+    centre = np.array([90.0, 95.0, 85.0, 70.0])
+    said = calibration.say(made_guess(centre, random))
+    assert said.told[FORECAST, :, NINETY] == pytest.approx([0.5, 0.84, 0.16, 0.0], abs=0.05)
+    assert calibration.choose(NINETY) == FORECAST
+    n_windows, scores = calibration.brier_scores(NINETY)
+    assert n_windows > 5000
+    assert scores[FORECAST] < scores[HISTORY] < scores[TREND] + 0.05
+    for n_said, p, passed in calibration.reliability(FORECAST, NINETY):
+        assert n_said < 200 or p == pytest.approx(passed, abs=0.05)
+
+
+def test_before_anything_settled_only_history_says_something() -> None:
+    calibration = Calibration()
+    random = np.random.default_rng(3)
+    said = calibration.say(made_guess(np.full(4, 95.0), random, 0.25))
+    assert np.isnan(said.told[[FORECAST, TREND]]).all()
+    assert calibration.choose(NINETY) == HISTORY
+    calibration.settle(said, np.full(4, 96.0, np.float32))
+    assert np.isnan(calibration.say(said.guess).raw[FORECAST]).all(), f"fewer than {FEWEST} settled"
+
+
+def test_the_source_with_the_lower_settled_score_answers() -> None:
+    calibration, random = Calibration(), np.random.default_rng(5)
+    for _ in range(60):  # the forecast knows nothing, the own history is right
+        passes = random.uniform(size=N_SERIES) < 0.5
+        found = made_guess(random.uniform(60, 110, N_SERIES), random)
+        found.shares[:] = np.where(passes, 0.95, 0.05)[:, None]
+        calibration.settle(calibration.say(found), np.where(passes, 99.0, 10.0).astype(np.float32))
+    assert calibration.choose(NINETY) == HISTORY
+
+
+def test_what_is_said_too_high_is_told_lower() -> None:
+    calibration, random = Calibration(), np.random.default_rng(7)
+    for _ in range(60):  # the history says 80 %, and 30 % pass
+        said = calibration.say(made_guess(np.full(N_SERIES, 80.0), random, 0.8))
+        passed = random.uniform(size=N_SERIES) < 0.3
+        calibration.settle(said, np.where(passed, 99.0, 10.0).astype(np.float32))
+    assert calibration.say(said.guess).told[HISTORY, 0, NINETY] == pytest.approx(0.32, abs=0.03)
+
+
+def test_windows_that_begin_over_the_limit_and_silent_ones_teach_nothing_about_it() -> None:
+    calibration, random = Calibration(), np.random.default_rng(9)
+    found = made_guess(np.full(N_SERIES, 95.0), random)
+    found.now[:] = 93.0
+    calibration.settle(calibration.say(found), np.full(N_SERIES, 99.0, np.float32))
+    assert calibration.reliability(HISTORY, NINETY)[:, 0].sum() == 0
+    found.now[:] = 50.0
+    calibration.settle(calibration.say(found), np.full(N_SERIES, np.nan, np.float32))
+    assert calibration.reliability(HISTORY, NINETY)[:, 0].sum() == 0
+
+
+def test_old_windows_are_forgotten() -> None:
+    calibration = Calibration()
+    teach(calibration, ORIGINS_KEPT)
+    before = calibration.brier_scores(NINETY)[0]
+    teach(calibration, 20, seed=2)
+    assert calibration.brier_scores(NINETY)[0] == pytest.approx(before, rel=0.1)
+
+
+def test_a_guess_is_made_of_quantiles_line_and_own_past() -> None:
+    history = np.full((3, 400), 20.0, np.float32)
+    history[0, -72:] = 20.0 + np.arange(72)  # climbs by 1 a bin
+    history[1, 100:103] = 95.0
+    history[2, :] = np.nan
+    quantiles = np.full((3, 96, 3), 30.0, np.float32)
+    quantiles[..., 2] = 34.0
+    found = guess(quantiles, history, 96)
+    assert found.centres[FORECAST].tolist() == [30.0, 30.0, 30.0]
+    assert found.scales[FORECAST].tolist() == [4.0, 4.0, 4.0]
+    assert found.centres[TREND, 0] == pytest.approx(91.0 + 96.0)
+    assert found.centres[TREND, 1] == pytest.approx(20.0)
+    assert np.isnan(found.centres[TREND, 2])
+    assert found.shares[0, NINETY] == pytest.approx(1 / 26)  # the newest window holds the climb
+    assert found.shares[1, NINETY] == pytest.approx(8 / 26)
+    assert np.isnan(found.shares[2]).all()
+
+
+def climb(n_days: int, pace: float = 1.0, start: float = 40.0, noise: float = 0.3, seed: int = 0) -> Floats:
+    return start + pace * np.arange(n_days) + noise * np.random.default_rng(seed).standard_normal(n_days)
+
+
+@pytest.fixture(scope="module")
+def ratios() -> Ratios:
+    return compare([climb(50, pace, 20.0, seed=seed) for seed, pace in enumerate((0.5, 1.0, 1.5))])
+
+
+def test_a_steady_climb_has_dates_around_the_day(ratios: Ratios) -> None:
+    told = look_ahead(climb(40), 95.0, ratios)
+    assert told.early_days is not None
+    assert told.late_days is not None
+    assert told.early_days <= 95.0 - 79.0 <= told.late_days
+    assert told.late_days - told.early_days < 8
+    assert told.p_within == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("maxima", "why"),
+    [
+        (climb(6), "6 of 7 days since the last clean-up"),
+        (climb(20, 0.0), "it does not climb"),
+        (climb(20, 0.5), "beyond the 20 days known"),
+        (np.concatenate([climb(20, 2.0), climb(10, 2.0)]), "it was freed at 78 % before"),
+        (climb(70), OVER),
+        (np.full(5, np.nan), "nothing was sent"),
+    ],
+    ids=["young", "flat", "too far", "freed before", "over", "silent"],
+)
+def test_there_is_no_date_where_the_record_does_not_bear_one(
+    maxima: Floats, why: str, ratios: Ratios
+) -> None:
+    told = look_ahead(maxima, 95.0, ratios)
+    assert told.early_days is None
+    assert why in told.why_not
+
+
+def test_a_fleet_whose_climbs_ended_before_gets_no_date() -> None:
+    stopped = [np.concatenate([climb(20, 1.0, seed=seed), np.full(40, 60.0)]) for seed in range(10)]
+    told = look_ahead(climb(40), 95.0, compare(stopped))
+    assert told.why_not == "growth like this often did not go on"
+    assert told.p_within is not None
+    assert told.p_within < 0.7
+
+
+def test_a_nightly_free_has_no_trend_in_its_daily_maxima() -> None:
+    trend = find_trend(climb(30, 0.0, 85.0))
+    assert trend is not None
+    assert not trend.is_climb
+
+
+# the daemon
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.chdir(tmp_path)
+    world = World(tmp_path).start()
+    yield world
+    world.end()
+
+
+def grow(world: World, n_bins: int, start: int = 0) -> None:
+    """Let `low` stay, `odd` sit over the limit, and `leak` climb by 0.4 a bin."""
+    for number in range(start, start + n_bins):
+        rows = [("low", number, 10.0), ('odd <b>"', number, 93.0), ("leak", number, 30.0 + 0.4 * number)]
+        assert world.post(*rows).status_code == 200
+        world.service.cycle()
+
+
+def test_the_daemon_says_who_is_over_and_since_when(world: World) -> None:
+    grow(world, 4)
+    told = world.get("/capacity")
+    assert (told["limit"], told["horizon_s"], told["servers"]) == (90.0, 28_800, 3)
+    assert told["rows"] == [
+        {
+            "server": 'odd <b>"', "metric": "cpu_pct", "state": "over", "now": 93.0, "p": None,
+            "first_possible": "2020-01-01T00:15:00Z", "likely": "2020-01-01T00:15:00Z",
+            "since": "2020-01-01T00:00:00Z",
+        }
+    ]  # fmt: skip
+    assert told["metrics"]["cpu_pct"]["windows"] == 0
+    assert told["metrics"]["cpu_pct"]["brier"] is None
+    metrics = world.client.get("/metrics").text
+    assert 'fleetcast_capacity_over{metric="cpu_pct"} 1.0' in metrics
+
+
+def test_windows_settle_after_the_horizon_and_a_restart_keeps_what_they_taught(world: World) -> None:
+    grow(world, 96 + 12 * 5)
+    told = world.get("/capacity?min_p=0&metric=cpu_pct")
+    settled = world.service._sweeper.capacity
+    assert settled is not None
+    assert settled._calibrations[0].n_settled[0] == 5
+    assert {row["server"] for row in told["rows"]} == {"low", 'odd <b>"', "leak"}
+    world.end()
+    world.start()
+    again = world.service._sweeper.capacity
+    assert again is not None
+    assert again._calibrations[0].n_settled[0] == 5
+    assert np.array_equal(again._calibrations[0].tallies, settled._calibrations[0].tallies)
+
+
+def test_a_damaged_file_costs_only_what_it_held(tmp_path: Path) -> None:
+    fleet = build_fleet(Settings(), FakeClock())
+    (tmp_path / "capacity.npz").write_bytes(b"PK\x03\x04 torn")
+    capacity = Capacity(tmp_path, fleet.history, 96)
+    assert capacity.answer(CapacityQuestion())["rows"] == []
+    capacity.save()
+    assert Capacity(tmp_path, fleet.history, 96)._calibrations[0].n_settled[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("query", "says"),
+    [
+        ("limit=85", "limit must be one of 70, 80, 90, 95, got 85"),
+        ("metric=latency_ms", "is no metric in percent that is forecast: cpu_pct, mem_pct are"),
+        ("min_p=2", "min_p"),
+        ("rows=0", "rows"),
+        ("within=8h", "unknown field"),
+    ],
+)
+def test_questions_that_cannot_be_answered_say_what_would_be_right(
+    world: World, query: str, says: str
+) -> None:
+    answer = world.client.get(f"/capacity?{query}")
+    assert answer.status_code == 422
+    assert says in json.dumps(answer.json()["detail"])
+
+
+def test_an_unknown_server_is_answered_with_the_nearest(world: World) -> None:
+    grow(world, 3)
+    answer = world.client.get("/capacity?server=lea")
+    assert (answer.status_code, "nearest is leak" in answer.json()["detail"]) == (404, True)
+    assert [row["server"] for row in world.get("/capacity?server=odd <b>%22")["rows"]] == ['odd <b>"']
+
+
+def buffer_of(folder: Path, series: dict[str, Floats], clock: FakeClock) -> DataBuffer:
+    """Return a buffer with three records a day and server, the highest in the middle."""
+    buffer = DataBuffer(folder, clock=clock, expire=False)
+    last = int(clock.now().timestamp() * 1000) // DAY_MS - 1
+    records: list[dict[str, Any]] = []
+    for name, maxima in series.items():
+        for place, value in enumerate(maxima):
+            day = last - len(maxima) + 1 + place
+            for hour, below in ((2, 1.0), (12, 0.0), (20, 0.5)):
+                at = from_ms(day * DAY_MS) + timedelta(hours=hour)
+                records.append(
+                    {"timestamp": at.isoformat(), "server_name": name, "disk_usage_pct": value - below}
+                )
+    buffer.append(records)
+    return buffer
+
+
+def test_disks_get_dates_from_the_stored_days_although_they_are_not_forecast(tmp_path: Path) -> None:
+    clock = FakeClock()
+    series = {
+        "full soon": climb(40),
+        "steady": climb(40, 0.0),
+        "other": climb(50, 0.5, 20.0),
+        "new": climb(3),
+    }
+    buffer = buffer_of(tmp_path, series, clock)
+    fullness = Fullness(build_fleet(Settings(), clock), buffer)
+    with pytest.raises(Exception, match="known: none yet"):
+        fullness.answer(DatesQuestion())
+    while fullness._newest_day < 0:
+        fullness.step()
+    told = fullness.answer(DatesQuestion())
+    rows = {row["server"]: row for row in told["rows"]}
+    assert told["rows"][0]["server"] == "full soon"
+    early, late = rows["full soon"]["full_between"]
+    assert early <= (clock.now() + timedelta(days=15)).date().isoformat() <= late
+    assert rows["steady"]["why_no_date"] == "it does not climb"
+    assert rows["new"]["why_no_date"] == "3 of 7 days since the last clean-up"
+    assert rows["full soon"]["now"] == pytest.approx(series["full soon"][-1], abs=0.01)
+    assert (told["days"], told["with_date"]) == (50, 1)
+    clock.advance(days=1)
+    fullness.step()
+    fullness.step()
+    assert fullness.answer(DatesQuestion(server="new"))["matching"] == 1
+    buffer.close()
+
+
+def test_dates_are_asked_over_http(world: World) -> None:
+    answer = world.client.get("/capacity/dates")
+    assert (answer.status_code, "known: none yet" in answer.json()["detail"]) == (422, True)
