@@ -30,6 +30,7 @@ SHOWN_WIDTH, SHOWN_HEIGHT = 1200, 800  # of the pictures in the documents
 VIEWS = {
     "fleet": "",
     "server": "server?name={server}",
+    "capacity": "capacity",
     "drift": "drift",
     "trainings": "trainings",
     "health": "health",

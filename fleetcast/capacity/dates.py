@@ -23,6 +23,7 @@ FEWEST_RATIOS = 30
 CLEAN_UP = 10.0  # points that a daily maximum falls by where someone made room
 WITHIN_DAYS = 30
 OVER = "it is over the limit"
+_YEAR = 365.0
 _LOW, _HIGH = 0.1, 0.9
 _ALIKE = 3.0
 _NOISE_FLOOR = 0.05
@@ -149,6 +150,8 @@ def look_ahead(maxima: Floats, limit: float, ratios: Ratios) -> Outlook:
     days_to = (limit - trend.level) / trend.slope
     within = min(WITHIN_DAYS, trend.days)
     told = Outlook(now, trend.slope, trend.days, within_days=within)
+    if days_to > _YEAR:
+        return replace(told, why_not="more than a year ahead")
     if days_to > trend.days:
         return replace(told, why_not=f"about {days_to:.0f} days ahead, beyond the {trend.days} days known")
     days_to = max(days_to, 1.0)

@@ -1,6 +1,7 @@
 // Which page is shown, and when it asks again: a pulse every five seconds, the rest when it changed.
 
 import { get, Refused } from "./ask.js";
+import { capacity } from "./capacity.js";
 import { drift } from "./drift.js";
 import { fleet } from "./fleet.js";
 import { health } from "./health.js";
@@ -9,7 +10,7 @@ import { fill, moment, of } from "./text.js";
 import { trainings } from "./trainings.js";
 
 const PULSE_MS = 5000;
-const PAGES = { "": fleet, server, drift, trainings, health };
+const PAGES = { "": fleet, server, capacity, drift, trainings, health };
 const NAMES = { "": "fleet", server: "fleet" };
 const view = document.getElementById("view");
 const pulse = { tag: undefined, last: null, failures: 0 };
