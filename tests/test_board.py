@@ -1,6 +1,7 @@
 """The predictions document: exact JSON, encoded once per sweep, fresh where that is cheap."""
 
 import json
+import tracemalloc
 from datetime import timedelta
 from typing import Any
 
@@ -85,6 +86,25 @@ def test_after_a_sweep_each_server_has_its_forecast(clock: FakeClock, roster: Ro
     }
     assert answer["predictions"]["web-02"]["source"] == "fallback"
     assert answer["predictions"]["web-02"]["sources"] == {"cpu_pct": "fallback"}
+
+
+def test_a_document_costs_by_what_servers_sent_and_not_by_what_the_fleet_knows(clock: FakeClock) -> None:
+    roster = Roster(ForecastSettings())
+    names = tuple(f"s{number}" for number in range(1_000))
+    times = np.full(len(names), to_ms(clock.now()))
+    codes = np.arange(len(names), dtype=np.int32)
+    metrics = {f"m{number}": np.where(codes == number, 1.5, np.nan) for number in range(512)}
+    roster.add(RecordBatch(names, codes, times, metrics))
+    board = PredictionBoard(roster, clock)
+    board.document()
+    tracemalloc.start()
+
+    found = json.loads(b"".join(board._join((), only_current=True)))
+
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found["predictions"]["s7"]["current"] == {"m7": 1.5}
+    assert peak < 8e6, "the numbers of all servers and metrics as objects are over 16 MB"
 
 
 def test_the_source_is_told_per_metric_where_a_model_knows_some_metrics_only(

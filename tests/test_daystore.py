@@ -119,6 +119,23 @@ def test_a_flush_is_due_by_rows_or_by_age(tmp_path: Path, monkeypatch: pytest.Mo
     assert owner.is_flush_due is True
 
 
+def test_a_row_of_many_metrics_does_not_make_many_rows_wide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daystore, "SEGMENT_CELLS_MAX", 5_000)
+    own = store(tmp_path)
+    append(own, ("wide", NOON_MS, {f"m{number}": 1.0 for number in range(100)}))
+    append(own, *[("long", NOON_MS + number, {"load": 2.0}) for number in range(500)])
+    append(own, ("long", NOON_MS + 500, {"load": 2.0}))
+
+    written = [part.path for part in log.segments(log_folder(tmp_path, METRICS))]
+
+    assert len(written) == 2, "the third came into the second's"
+    assert own.flush() == 502
+    assert len(in_days(tmp_path)) == 502
+    own.close()
+
+
 def test_a_torn_tail_is_dropped_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     owner = store(tmp_path)
     append(owner, ("a", NOON_MS, {"x": 1.0}))

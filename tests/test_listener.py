@@ -13,7 +13,7 @@ import pytest
 from fastapi import FastAPI, Request, Response
 
 from fleetcast.api import listener as listener_module
-from fleetcast.api.connection import MAX_FIELDS, MAX_HEAD_BYTES, BoundedConnection
+from fleetcast.api.connection import MAX_FIELDS, MAX_HEAD_BYTES, MAX_PIPELINED, BoundedConnection
 from fleetcast.api.listener import HttpListener
 from fleetcast.clock import monotonic
 from fleetcast.errors import CannotStart
@@ -250,6 +250,30 @@ def test_answers_that_nobody_reads_are_bounded_together_and_refused_with_when_to
             assert rest(reader).endswith(LARGE[-1000:])
         assert httpx.get(f"{listener.url}/large", trust_env=False, timeout=30).content == LARGE
     assert listener.stop(5.0)
+
+
+def test_a_connection_that_is_ended_with_requests_at_work_is_no_error_of_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app, n_at_work, n_done = FastAPI(), threading.Semaphore(0), threading.Semaphore(0)
+
+    @app.get("/slow")
+    async def slow() -> str:
+        n_at_work.release()
+        await asyncio.sleep(0.2)
+        n_done.release()
+        return "nobody reads this"
+
+    listener = HttpListener("127.0.0.1", 0)
+    listener.start(app, 1.0)
+    with wire(int(listener.url.rsplit(":", 1)[1])) as client:
+        client.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n" * 3)
+        assert n_at_work.acquire(timeout=30)
+        client.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n" * MAX_PIPELINED)  # more than may wait
+    assert n_done.acquire(timeout=30)
+    assert httpx.get(f"{listener.url}/slow", trust_env=False).text == '"nobody reads this"'
+    assert listener.stop(5.0)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def test_where_connections_are_used_up_the_longest_idle_one_makes_room(

@@ -230,6 +230,8 @@ class BoundedConnection(HttpToolsProtocol):
         try:
             await self._routes(scope, receive, answer.send)
         except AnswerAbandoned:
+            # uvicorn notes it of the newest request alone, and logs an ERROR for those before it
+            getattr(send, "__self__", self.cycle).disconnected = True
             return
         if self._charge and not self._is_lost and not self.transport.get_write_buffer_size():
             self._charge_for(0)

@@ -31,6 +31,7 @@ from fleetcast.ingest.columns import (
 )
 from fleetcast.ingest.rules import (
     ALIASES,
+    FIELDS_MAX,
     METRIC_NAME_MAX_CHARS,
     PERCENT_HIGH,
     REQUIRED,
@@ -46,7 +47,7 @@ from fleetcast.schema import Codes, Floats, Longs, RecordBatch, RefusedField, Re
 __all__ = ["METRICS_MAX", "Accepted", "CodedNames", "Column", "RecordRules", "accept", "accept_columns"]
 
 REJECTIONS_KEPT = 1000  # of one call, with their words; of the others only the number by rule is kept
-_CELLS_MAX = 2**23  # of the columns of one call: a few rows of each of many metrics make them wide
+_CELLS_MAX = 2**22  # of the columns of one call: a few rows of each of many metrics make them wide
 _OTHER_FIELDS = "(others)"
 _IGNORED_NAMES_MAX = 20
 METRICS_MAX = 512  # distinct metrics of one call: bounds the columns a sender can make us keep
@@ -87,6 +88,10 @@ def accept(raw: Sequence[object], rules: RecordRules, rejections_max: int = REJE
     for index, record in enumerate(raw):
         by_shape[_shape(record)].append(index)
     for names, indexes in by_shape.items():
+        if names is not None and len(names) > FIELDS_MAX:
+            for index in indexes:
+                sheet.take_one(index, raw[index])
+            continue
         if names is None or (names is not _ANY and "timestamp" not in names):
             sheet.take_faulty(raw, indexes)
             continue

@@ -116,6 +116,7 @@ PERCENT_LOW, PERCENT_HIGH = -1.0, 1000.0  # multi-core tools report over 100
 FUTURE_LIMIT = timedelta(minutes=5)
 _FUTURE_LIMIT_MS = FUTURE_LIMIT // timedelta(milliseconds=1)
 _EXAMPLE_MS = 1_768_471_505_000  # 2026-01-15T10:05:05Z: where no moment is known
+FIELDS_MAX = 4096  # of a record: each costs a look, also those that are no metric
 NAME_MAX_CHARS = 128
 _SENT_NAME_MAX_CHARS = 4 * NAME_MAX_CHARS  # as sent: with blanks, with its domain, in parts to be composed
 METRIC_NAME_MAX_CHARS = 64
@@ -131,6 +132,7 @@ _SHORT.maxlevel = 2
 TOO_MANY_SERVERS = "too_many_servers"
 RULES = {
     "a record must be an object": "not_an_object",
+    "must have at most": "too_many_fields",
     "must be ISO 8601": "time_format",
     "lies more than": "time_in_future",
     "is older than": "time_too_old",
@@ -247,6 +249,8 @@ def check_record(record: object, rules: RecordRules) -> CheckedRecord:
     """
     if not isinstance(record, Mapping):
         raise RecordFault("", f"a record must be an object, got {_SHORT.repr(record)}")
+    if len(record) > FIELDS_MAX:
+        raise RecordFault("", f"must have at most {FIELDS_MAX} fields, got {len(record)}")
     timestamp_ms = _check_time(record.get("timestamp"), rules)
     server_name = rules.server_name(record.get("server_name"))
     if server_name is None:

@@ -174,14 +174,12 @@ def _server_pieces(
 ) -> list[bytes]:
     encoder = msgspec.json.Encoder()
     pieces: list[bytes] = []
-    chosen = present.values[rows]
-    cells, are_known = chosen.tolist(), ~np.isnan(chosen)
-    for row, values, is_known in zip(rows, cells, are_known, strict=True):
-        name = present.server_names[row]
+    for row in rows:
+        name, cells = present.server_names[row], present.values[row]
+        columns = np.flatnonzero(~np.isnan(cells))  # of 512 metrics of a fleet, a server has a few
         current = {
-            metric: value
-            for metric, value, known in zip(present.metrics, values, is_known, strict=True)
-            if known
+            present.metrics[column]: value
+            for column, value in zip(columns.tolist(), cells[columns].tolist(), strict=True)
         }
         forecast: tuple[bytes, ...]
         if only_current:

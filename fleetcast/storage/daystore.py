@@ -9,7 +9,7 @@ crashes in between. One process at a time may own the folder; `DataBuffer` sees 
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import datetime
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from fleetcast.storage.writer import DayWriter, Step, no_step
 
 logger = logging.getLogger(__name__)
 
+SEGMENT_CELLS_MAX = 2**22  # a segment is read back as one table of its rows times all its columns
 RETRY_S = 5.0  # after a failure; a full disk needs no attempt per second
 
 
@@ -73,7 +74,8 @@ class DayStore:
         )
         self._structure = threading.RLock()  # held while days change; never while appending
         self._pending = threading.Lock()
-        self._n_pending = 0
+        self._n_pending = self._segment_rows = 0
+        self._segment_columns: set[str] = set()
         self._pending_since = 0.0
         self._log: WriteAheadLog | None = None
         self._retry_at = 0.0
@@ -104,20 +106,33 @@ class DayStore:
 
     def append(self, table: pa.Table) -> None:
         """Make rows durable; see `append_payload`."""
-        self.append_payload(encode_table(table), len(table))
+        self.append_payload(encode_table(table), len(table), table.column_names)
 
-    def append_payload(self, payload: bytes, n_rows: int) -> None:
+    def append_payload(self, payload: bytes, n_rows: int, columns: Collection[str] = ()) -> None:
         """Make encoded rows (`log.py`) durable; readers see them when this returns.
 
+        Args:
+            columns: names of the rows' metrics. One row of 500 of them in a segment of many rows of one
+                metric made its table 3.4 GB large.
         Raises:
             StorageFull, StorageBroken: none of them is kept.
         """
         assert self._log is not None, "open() comes first"
+        if self._would_be_wide(n_rows, columns):
+            self._log.rotate()
         self._log.append(payload)
         with self._pending:
             if self._n_pending == 0:
                 self._pending_since = monotonic()
             self._n_pending += n_rows
+
+    def _would_be_wide(self, n_rows: int, columns: Collection[str]) -> bool:
+        """Note rows of the open segment; return whether they had better begin the next one."""
+        with self._pending:
+            names, rows = self._segment_columns.union(columns), self._segment_rows + n_rows
+            is_wide = self._segment_rows > 0 and rows * len(names) > SEGMENT_CELLS_MAX
+            self._segment_columns, self._segment_rows = (set(columns), n_rows) if is_wide else (names, rows)
+        return is_wide
 
     @property
     def is_flush_due(self) -> bool:
@@ -134,7 +149,8 @@ class DayStore:
         self._guard()
         with self._structure:
             with self._pending:  # before the rotation: a row counted too late costs an empty flush
-                self._n_pending = 0
+                self._n_pending = self._segment_rows = 0
+                self._segment_columns = set()
             return self._apply_segments(self._log.rotate())
 
     def maintain(self, now: datetime, *, expires: bool) -> None:

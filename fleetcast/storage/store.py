@@ -137,7 +137,7 @@ class DataBuffer:
         """
         if len(batch):
             owned = self._own()
-            owned.metrics.append_payload(encode_batch(batch), len(batch))
+            owned.metrics.append_payload(encode_batch(batch), len(batch), batch.metrics)
             owned.note_time(int(batch.timestamps_ms.max()))
 
     def probe(self) -> None:

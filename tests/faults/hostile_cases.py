@@ -124,6 +124,14 @@ RECORDS = (
             ("true", b"true"),
         )
     ),
+    Record(
+        "a record of 5,000 fields",
+        b'{"timestamp": "%(now)s", "server_name": "bad", '
+        + b", ".join(b'"w%d": 1' % n for n in range(5_000))
+        + b"}",
+        "",
+        "must have at most 4096 fields, got 5002",
+    ),
     Record("an empty record", b"{}", "timestamp", "must be ISO 8601 text"),
     _time("absent", b"null"),
     _time("empty", b'""'),
