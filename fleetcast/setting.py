@@ -1,8 +1,9 @@
 """One setting: how it is declared, where its value is read from, and how it is checked.
 
 Owns: the metadata of a field (help, unit, bounds, choices), what a valid value is, reading the TOML
-file and the environment, how long a key has to be, the nearest name to an unknown one, and how a
-setting overrides a literal of a program. Does not know: which settings there are (`settings`).
+file and the environment, how long a key has to be, the nearest name to an unknown one, how a setting
+overrides a literal of a program, and the layout of docs/settings.md. Does not know: which settings
+there are (`settings`).
 """
 
 import difflib
@@ -25,6 +26,28 @@ CONFIG_MAX_BYTES = 2**20
 _CLOSE = (
     0.75  # share of equal letters from which a name is suggested: server.prot is close, server.zzz is not
 )
+
+PAGE_HEAD = f"""# Settings
+
+Made by `python -m fleetcast.settings > docs/settings.md`; do not edit (a test compares them).
+
+Order: default, then the TOML file (`--config FILE`, else `./fleetcast.toml` if there is one), then the
+environment (`{ENV_PREFIX}<PART>_<NAME>`, for example `{ENV_PREFIX}SERVER_PORT=8001`; lists are comma
+separated), then flags. An unknown name or a value out of bounds ends a program with exit code 2 and
+every problem in one message.
+
+```toml
+# fleetcast.toml
+[server]
+port = 8001
+
+[bins]
+forecast_metrics = ["cpu_pct", "mem_pct", "net_in_mb_s"]
+```
+
+The API key is no setting: it comes from the environment variable `TFT_API_KEY` only, so that it
+stands in no file.
+"""
 
 Number = TypeVar("Number", int, float)
 
@@ -193,3 +216,33 @@ def nearest(name: str, valid: list[str]) -> str:
     tails = {text[shared:]: text for text in valid}
     close = difflib.get_close_matches(name[shared:], list(tails), n=1, cutoff=_CLOSE)
     return f", nearest is {tails[close[0]]}" if close else ""
+
+
+def table(part: str, intro: str, settings: Sequence[SettingInfo]) -> list[str]:
+    """Return the lines of one part in docs/settings.md."""
+    head = [f"## [{part}]", "", intro, "", "| name | default | bounds | what |", "|---|---|---|---|"]
+    return [*head, *map(_row, settings), ""]
+
+
+def _row(info: SettingInfo) -> str:
+    unit = f" ({info.meta['unit']})" if info.meta["unit"] else ""
+    cells = (f"`{info.name}`", _shown(info.default), "; ".join(_bounds(info)), info.meta["help"] + unit)
+    escaped = (cell.replace("|", "\\|") for cell in cells)
+    return f"| {' | '.join(escaped)} |"
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "as printed in the program"
+    if isinstance(value, tuple):
+        return ", ".join(f"`{item}`" for item in value)
+    return f"`{value}`" if value != "" else "empty"
+
+
+def _bounds(info: SettingInfo) -> Iterator[str]:
+    if info.meta["low"] is not None:
+        yield f"≥ {info.meta['low']}"
+    if info.meta["high"] is not None:
+        yield f"≤ {info.meta['high']}"
+    if info.meta["choices"]:
+        yield " or ".join(f"`{choice}`" for choice in info.meta["choices"])

@@ -3,8 +3,8 @@
     python -m fleetcast.settings > docs/settings.md
 
 Owns: names, defaults, units, bounds and help of the settings, in the order of `Settings`; the order
-of their sources (TOML, then the environment, then flags); the report of all problems at once; the
-layout of docs/settings.md. Does not know: what a part does with its settings.
+of their sources (TOML, then the environment, then flags); the report of all problems at once.
+Does not know: what a part does with its settings.
 """
 
 import dataclasses
@@ -19,35 +19,13 @@ from typing import Any
 from fleetcast.clock import DAY_MS
 from fleetcast.errors import SettingsError
 from fleetcast.schema import NODE_EXPORTER_RULES
-from fleetcast.setting import ENV_PREFIX, SettingInfo, check, from_environment, from_file, setting
+from fleetcast.setting import PAGE_HEAD, SettingInfo, check, from_environment, from_file, setting, table
 
 CALIBRATED, LITERAL = "calibrated", "literal"  # of drift.basis
 DAY_S = DAY_MS // 1000
 # the numbers of the specification stand in these programs, to be edited there; each prints its own
 IN_MONITOR = "overrides the number written in drift_monitor.py"
 IN_RETRAINING = "overrides the number written in adaptive_retraining_daemon.py"
-
-HEAD = f"""# Settings
-
-Made by `python -m fleetcast.settings > docs/settings.md`; do not edit (a test compares them).
-
-Order: default, then the TOML file (`--config FILE`, else `./fleetcast.toml` if there is one), then the
-environment (`{ENV_PREFIX}<PART>_<NAME>`, for example `{ENV_PREFIX}SERVER_PORT=8001`; lists are comma
-separated), then flags. An unknown name or a value out of bounds ends a program with exit code 2 and
-every problem in one message.
-
-```toml
-# fleetcast.toml
-[server]
-port = 8001
-
-[bins]
-forecast_metrics = ["cpu_pct", "mem_pct", "net_in_mb_s"]
-```
-
-The API key is no setting: it comes from the environment variable `TFT_API_KEY` only, so that it
-stands in no file.
-"""
 
 
 @dataclass(frozen=True)
@@ -461,37 +439,11 @@ def _cross_checks(values: Mapping[str, Any]) -> Iterator[str]:
 
 def page() -> str:
     """Return the whole page."""
-    lines = [HEAD]
+    lines = [PAGE_HEAD]
     for part, part_class in typing.get_type_hints(Settings).items():
         intro = " ".join((part_class.__doc__ or "").split())
-        lines += [f"## [{part}]", "", intro, "", "| name | default | bounds | what |", "|---|---|---|---|"]
-        lines += [_row(info) for info in every_setting() if info.part == part]
-        lines.append("")
+        lines += table(part, intro, [info for info in every_setting() if info.part == part])
     return "\n".join(lines)
-
-
-def _row(info: SettingInfo) -> str:
-    unit = f" ({info.meta['unit']})" if info.meta["unit"] else ""
-    cells = (f"`{info.name}`", _shown(info.default), "; ".join(_bounds(info)), info.meta["help"] + unit)
-    escaped = (cell.replace("|", "\\|") for cell in cells)
-    return f"| {' | '.join(escaped)} |"
-
-
-def _shown(value: object) -> str:
-    if value is None:
-        return "as printed in the program"
-    if isinstance(value, tuple):
-        return ", ".join(f"`{item}`" for item in value)
-    return f"`{value}`" if value != "" else "empty"
-
-
-def _bounds(info: SettingInfo) -> Iterator[str]:
-    if info.meta["low"] is not None:
-        yield f"≥ {info.meta['low']}"
-    if info.meta["high"] is not None:
-        yield f"≤ {info.meta['high']}"
-    if info.meta["choices"]:
-        yield " or ".join(f"`{choice}`" for choice in info.meta["choices"])
 
 
 if __name__ == "__main__":
