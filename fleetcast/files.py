@@ -34,6 +34,18 @@ JSON_MAX_BYTES = 64 * 2**20
 _LINE_MAX_BYTES = 2**24
 
 
+def free_bytes(folder: Path) -> int | None:
+    """Return the bytes a user may still write where a folder is, or will be; None where it cannot be told."""
+    for place in (folder.absolute(), *folder.absolute().parents):
+        try:
+            return shutil.disk_usage(place).free
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return None
+    return None
+
+
 def storage_error(path: Path, error: OSError) -> StorageFull | StorageBroken:
     """Return the error of our tree for an `OSError` of a write."""
     if error.errno in _FULL:

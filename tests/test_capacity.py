@@ -26,7 +26,7 @@ from fleetcast.capacity.dates import OVER, Ratios, compare, find_trend, look_ahe
 from fleetcast.clock import DAY_MS, FakeClock, from_ms
 from fleetcast.inference import build_fleet
 from fleetcast.schema import Floats
-from fleetcast.serving.capacity import Capacity, CapacityQuestion
+from fleetcast.serving.capacity import Capacity, CapacityQuestion, _Published, _Standing
 from fleetcast.serving.fullness import DatesQuestion, Fullness
 from fleetcast.settings import Settings
 
@@ -220,6 +220,25 @@ def test_the_daemon_says_who_is_over_and_since_when(world: World) -> None:
     assert told["metrics"]["cpu_pct"]["brier"] is None
     metrics = world.client.get("/metrics").text
     assert 'fleetcast_capacity_over{metric="cpu_pct"} 1.0' in metrics
+    assert 'fleetcast_capacity_likely_crossings{metric="cpu_pct"} 0.0' in metrics
+
+
+def test_the_gauges_count_likely_crossings_of_servers_below_the_limit(tmp_path: Path) -> None:
+    capacity = Capacity(tmp_path, build_fleet(Settings(), FakeClock()).history, 96)
+    told = np.full((len(LIMITS), 5), 0.1, np.float32)
+    told[NINETY] = [0.5, 0.49, 0.9, np.nan, 1.0]
+    now = np.array([50.0, 50.0, 50.0, 50.0, 95.0], np.float32)
+    never = np.zeros((5, len(LIMITS)), np.uint16)
+    record = {"brier": {"forecast": 0.02}}
+    standing = _Standing(told, now, never, never, tuple(record for _ in LIMITS))
+    capacity._published = _Published(0, ("a", "b", "c", "d", "e"), {"cpu_pct": standing})
+
+    gauges = capacity.gauges(3)
+
+    assert (gauges.likely, gauges.over) == ({"cpu_pct": 2}, {"cpu_pct": 1})
+    assert gauges.expected["cpu_pct"] == pytest.approx(0.5 + 0.49 + 0.9)
+    assert [server for server, _ in gauges.probability] == ["a", "b", "c"], "labels are bounded"
+    assert gauges.brier == {("cpu_pct", "forecast"): 0.02}
 
 
 def test_windows_settle_after_the_horizon_and_a_restart_keeps_what_they_taught(world: World) -> None:

@@ -212,6 +212,7 @@ def exported_metrics() -> set[str]:
                 "Summary",
                 "CounterMetricFamily",
                 "GaugeMetricFamily",
+                "_by_label",
             ):
                 first = node.args[0] if node.args else None
                 if isinstance(first, ast.Constant) and isinstance(first.value, str):

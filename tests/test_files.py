@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -239,3 +240,10 @@ def test_a_named_file_is_that_which_was_opened(tmp_path: Path) -> None:
         path.unlink()
         os.mkfifo(path)
         assert Path(name).read_bytes() == b"old"
+
+
+def test_free_bytes_are_those_of_the_disk_a_folder_will_be_on(tmp_path: Path) -> None:
+    free = files.free_bytes(tmp_path / "not" / "yet")
+    assert free == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.2)
+    (tmp_path / "file").touch()
+    assert files.free_bytes(tmp_path / "file" / "below") is None, "it can never be a folder"

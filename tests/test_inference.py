@@ -208,6 +208,10 @@ def test_the_scrape_shows_the_states(world: World) -> None:
         'fleetcast_series_forecast_total{source="fallback"} 1.0',
     ):
         assert line in text.splitlines()
+    assert 'fleetcast_free_disk_bytes{folder="data_buffer"} ' in text
+    assert world.post(("b", 8, 1.0)).status_code == 200  # 35 minutes later, and "a" sent nothing
+    text = world.client.get("/metrics").text
+    assert {"fleetcast_servers 2.0", "fleetcast_stale_servers 1.0"} <= set(text.splitlines())
 
 
 def test_a_restart_goes_on_where_the_old_process_ended(tmp_path: Path) -> None:

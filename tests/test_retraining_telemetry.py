@@ -1,10 +1,11 @@
 """`retraining_metrics.prom`: what it says, how it counts, and what of it `/metrics` repeats."""
 
+import json
 import os
 import shutil
 import subprocess
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,16 @@ from fleetcast.drift.report import DriftReport
 from fleetcast.drift.seasonal.detector import COLLECTING, READY
 from fleetcast.retraining.decision import Decision, TrainingLog, TrainingStamp
 from fleetcast.retraining.report import NOTHING, RetrainingCheck
-from fleetcast.retraining.state import FAILED, PROMOTED, Attempt, RetrainingState
+from fleetcast.retraining.state import (
+    FAILED,
+    KEPT_ATTEMPTS,
+    OUTCOMES,
+    PROMOTED,
+    Attempt,
+    RetrainingState,
+    load_state,
+    save_state,
+)
 from fleetcast.retraining.telemetry import MAX_BYTES, PREFIX, RetrainingTelemetry, read_textfile
 from fleetcast.schema import QuietVerdict, SafeguardCheck
 
@@ -67,7 +77,7 @@ def _samples(path: Path) -> dict[tuple[str, str], float]:
 
 
 def test_scores_stand_beside_their_thresholds(path: Path) -> None:
-    RetrainingTelemetry(path, FakeClock(NOW)).write(CHECK, RetrainingState())
+    RetrainingTelemetry(path, path.parent, FakeClock(NOW)).write(CHECK, RetrainingState())
 
     found = _samples(path)
     for name in SCORES:
@@ -87,7 +97,9 @@ def test_with_the_calibrated_basis_the_literal_scores_and_the_false_alarms_stand
 ) -> None:
     report = report_of(tmp_path, changed_grid())
 
-    RetrainingTelemetry(path, FakeClock(NOW)).write(replace(CHECK, report=report), RetrainingState())
+    RetrainingTelemetry(path, path.parent, FakeClock(NOW)).write(
+        replace(CHECK, report=report), RetrainingState()
+    )
 
     found = _samples(path)
     assert found["drift_score", "dss"] == report.metrics["dss"]
@@ -103,32 +115,79 @@ def test_with_the_calibrated_basis_the_literal_scores_and_the_false_alarms_stand
 def test_what_is_not_known_is_left_out_rather_than_zero(path: Path) -> None:
     report = replace(REPORT, status=COLLECTING, per_by_horizon={})
 
-    RetrainingTelemetry(path, FakeClock(NOW)).write(replace(CHECK, report=report), RetrainingState())
+    RetrainingTelemetry(path, path.parent, FakeClock(NOW)).write(
+        replace(CHECK, report=report), RetrainingState()
+    )
 
     found = _samples(path)
     assert found["drift_ready", ""] == 0
     assert {"prediction_error_ratio", "last_training_timestamp_seconds"}.isdisjoint(name for name, _ in found)
 
 
-def test_attempts_are_counted_once_however_often_the_state_shows_them(path: Path) -> None:
-    telemetry = RetrainingTelemetry(path, FakeClock(NOW))
-    state = RetrainingState(attempts=(_attempt(2, FAILED), _attempt(1, PROMOTED)))
-    telemetry.write(CHECK, state)
-    telemetry.write(CHECK, state)
-    # the state forgets its oldest attempts; the count does not
-    telemetry.write(CHECK, replace(state, attempts=(_attempt(4, "running"), _attempt(3, FAILED))))
+def test_attempts_are_counted_when_they_end_and_each_outcome_is_there_from_the_start(path: Path) -> None:
+    state = RetrainingState()
+    for number, outcome in enumerate((PROMOTED, FAILED, FAILED), start=1):
+        state = state.with_attempt(_attempt(number, "running"))
+        state = state.with_attempt(_attempt(number, outcome)).with_attempt(_attempt(number, outcome))
+    state = state.with_attempt(_attempt(4, "running"))
+
+    RetrainingTelemetry(path, path.parent, FakeClock(NOW)).write(CHECK, state)
 
     found = _samples(path)
-    assert found["attempts_total", FAILED] == 2
-    assert found["attempts_total", PROMOTED] == 1
-    assert found["attempts_total", "rejected"] == 0
+    assert {outcome: found["attempts_total", outcome] for outcome in OUTCOMES} == {
+        **dict.fromkeys(OUTCOMES, 0.0), FAILED: 2.0, PROMOTED: 1.0,
+    }  # fmt: skip
     assert found["attempt_running", ""] == 1
+
+
+def test_no_restart_makes_a_counter_fall_though_the_state_forgets_attempts(path: Path) -> None:
+    state = RetrainingState()
+    for number in range(KEPT_ATTEMPTS + 10):
+        state = state.with_attempt(_attempt(number, FAILED))
+    save_state(path.with_name("state.json"), state)
+
+    restarted = load_state(path.with_name("state.json"))
+    RetrainingTelemetry(path, path.parent, FakeClock(NOW)).write(CHECK, restarted)
+
+    assert len(restarted.attempts) == KEPT_ATTEMPTS
+    assert _samples(path)["attempts_total", FAILED] == KEPT_ATTEMPTS + 10
+
+
+def test_a_state_of_the_release_before_counts_the_attempts_that_it_lists(path: Path) -> None:
+    state = RetrainingState().with_attempt(_attempt(1, FAILED)).with_attempt(_attempt(2, "running"))
+    older = path.with_name("state.json")
+    save_state(older, state)
+    raw = json.loads(older.read_text())
+    del raw["attempts_ended"]
+    older.write_text(json.dumps(raw))
+
+    assert load_state(older).n_ended == {FAILED: 1}
+
+
+def test_trainings_of_seven_days_are_a_gauge(path: Path) -> None:
+    ages_days = (0.0, 3.0, 6.99, 7.0, 20.0)
+    stamps = tuple(TrainingStamp(NOW - timedelta(days=age), promoted=False) for age in ages_days)
+
+    RetrainingTelemetry(path, path.parent, FakeClock(NOW)).write(
+        CHECK, RetrainingState(log=TrainingLog(stamps))
+    )
+
+    assert _samples(path)["trainings_7d", ""] == 3
+
+
+def test_free_disk_is_told_where_checkpoints_will_be_and_where_the_state_is(path: Path) -> None:
+    RetrainingTelemetry(path, path.parent / "not" / "yet", FakeClock(NOW)).write(CHECK, RetrainingState())
+
+    found = _samples(path)
+    free = shutil.disk_usage(path.parent).free
+    for folder in ("checkpoints", "state"):
+        assert found["free_disk_bytes", folder] == pytest.approx(free, rel=0.2)
 
 
 def test_promotions_and_the_last_training_come_from_the_log(path: Path) -> None:
     log = TrainingLog((TrainingStamp(NOW, promoted=True),), total_promoted=9)
 
-    RetrainingTelemetry(path, FakeClock(NOW)).write(CHECK, RetrainingState(log=log))
+    RetrainingTelemetry(path, path.parent, FakeClock(NOW)).write(CHECK, RetrainingState(log=log))
 
     found = _samples(path)
     assert found["promotions_total", ""] == 9
@@ -138,13 +197,15 @@ def test_promotions_and_the_last_training_come_from_the_log(path: Path) -> None:
 def test_a_disk_that_does_not_take_it_costs_numbers_and_no_check(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    RetrainingTelemetry(tmp_path / "gone" / "x.prom", FakeClock(NOW)).write(CHECK, RetrainingState())
+    RetrainingTelemetry(tmp_path / "gone" / "x.prom", tmp_path, FakeClock(NOW)).write(
+        CHECK, RetrainingState()
+    )
 
     assert "metrics not written" in caplog.text
 
 
 def test_the_inference_daemon_repeats_the_file_as_it_is(path: Path) -> None:
-    RetrainingTelemetry(path, FakeClock(NOW)).write(CHECK, RetrainingState())
+    RetrainingTelemetry(path, path.parent, FakeClock(NOW)).write(CHECK, RetrainingState())
 
     assert read_textfile(path) == path.read_bytes()
 
@@ -171,7 +232,8 @@ def test_no_file_is_no_samples(path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 def test_promtool_has_nothing_to_say(path: Path) -> None:
-    RetrainingTelemetry(path, FakeClock(NOW)).write(CHECK, RetrainingState(attempts=(_attempt(1, FAILED),)))
+    state = RetrainingState().with_attempt(_attempt(1, FAILED))
+    RetrainingTelemetry(path, path.parent, FakeClock(NOW)).write(CHECK, state)
 
     command = ["promtool", "check", "metrics"]
     done = subprocess.run(command, input=path.read_bytes(), capture_output=True, check=False)

@@ -106,6 +106,8 @@ def test_an_unknown_format_is_refused_with_a_hint(tmp_path: Path) -> None:
         '{"trainings": [3]}',
         '{"backoff": {"since": 5}}',
         '{"clock_mode": 7}',
+        '{"attempts_ended": {"failed": "many"}}',
+        '{"attempts_ended": [3]}',
         '{"attempts": [{"id": "a"}]}',
         '{"attempts": [{"id": "a", "rule": "r", "reason": "", "started_at": "", "outcome": "odd"}]}',
         '{"attempts": [{"id": "a", "rule": "r", "reason": "", "started_at": "", "unknown": 1}]}',

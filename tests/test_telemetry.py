@@ -1,7 +1,9 @@
 """The scraped numbers (names, bounded labels, states read at the scrape) and the errors that are kept."""
 
 import logging
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -14,8 +16,10 @@ from fleetcast.serving import telemetry as telemetry_module
 from fleetcast.serving.telemetry import (
     CLOSURES,
     ERRORS_KEPT,
+    FEED_CODES,
     GAUGES,
     PARTS,
+    WRITE_CODES,
     RecentErrors,
     Snapshot,
     Telemetry,
@@ -84,6 +88,20 @@ def test_states_are_read_when_scraped_and_unknown_ones_are_left_out() -> None:
     second = samples(telemetry, Snapshot(dict.fromkeys(GAUGES, 1.0)))
     assert all(second[f"fleetcast_{name}", ()] == 1.0 for name in GAUGES)
     assert second["fleetcast_model_info", (("base", "false"), ("version", ""))] == 1.0
+
+
+def test_free_disk_is_told_by_folder_and_left_out_where_it_is_unknown() -> None:
+    telemetry = Telemetry(CollectorRegistry(), CLOCK)
+    found = samples(telemetry, Snapshot(free_disk_bytes={"data_buffer": 5_000_000_000, "gone": None}))
+    assert found["fleetcast_free_disk_bytes", (("folder", "data_buffer"),)] == 5e9
+    assert ("fleetcast_free_disk_bytes", (("folder", "gone"),)) not in found
+
+
+def test_every_status_code_of_a_refusal_is_counted_from_the_start() -> None:
+    sources = [path.read_text() for path in (Path(telemetry_module.__file__).parents[1] / "api").glob("*.py")]
+    codes = {int(code) for text in sources for code in re.findall(r"Refusal\(\s*(\d{3})", text)}
+    assert len(codes) >= 8, "the refusals moved"
+    assert codes - {*FEED_CODES, *WRITE_CODES} == set()
 
 
 def test_a_hostile_server_name_stays_a_label_value() -> None:

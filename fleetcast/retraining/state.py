@@ -8,12 +8,14 @@ mean for a decision (`decision`) or a process (`attempts`).
 Keys for people, as `spec.md` prints them: `last_training_time` (of the last training that ran
 to a verdict: what the 6-hour safeguard counts from), `training_history` and `total_trainings`
 (promoted ones), UTC without offset. Keys of our own: `format`, `trainings` (every verdict, with
-microseconds and uptime), `backoff`, `installed_at`, `clock_mode`, `attempts`, `last_decision`.
+microseconds and uptime), `backoff`, `installed_at`, `clock_mode`, `attempts`, `attempts_ended` (by
+outcome, those no longer listed included), `last_decision`.
 A file with the first three keys only is accepted (as another version of the product wrote it).
 """
 
 import logging
-from collections.abc import Container, Iterator, Mapping
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -70,6 +72,7 @@ class RetrainingState:
     backoff: Backoff = field(default_factory=Backoff)
     clock_mode: str | None = None  # None: never run
     attempts: tuple[Attempt, ...] = ()  # newest first
+    n_ended: Mapping[str, int] = field(default_factory=dict)  # attempts by outcome, also those forgotten
     last_decision: Mapping[str, Any] | None = None
 
     @property
@@ -78,12 +81,16 @@ class RetrainingState:
         return next((attempt for attempt in self.attempts if attempt.is_running), None)
 
     def with_attempt(self, attempt: Attempt) -> "RetrainingState":
-        """Return the state with this attempt replaced, by its id, or added as the newest."""
-        if any(item.id == attempt.id for item in self.attempts):
+        """Return the state with this attempt replaced, by its id, or added as the newest; its end counts."""
+        before = next((item for item in self.attempts if item.id == attempt.id), None)
+        n_ended = Counter(self.n_ended)
+        if not attempt.is_running and (before is None or before.is_running):
+            n_ended[attempt.outcome] += 1
+        if before is not None:
             changed = tuple(attempt if item.id == attempt.id else item for item in self.attempts)
         else:
             changed = (attempt, *self.attempts)[:KEPT_ATTEMPTS]
-        return replace(self, attempts=changed)
+        return replace(self, attempts=changed, n_ended=dict(n_ended))
 
 
 def load_state(path: Path) -> RetrainingState:
@@ -124,6 +131,7 @@ def save_state(path: Path, state: RetrainingState) -> None:
                 "length_s": backoff.length_s,
             },
             "attempts": [_attempt_json(attempt) for attempt in state.attempts],
+            "attempts_ended": state.n_ended,
             "last_decision": state.last_decision,
         },
     )
@@ -154,6 +162,7 @@ def _parse(raw: Mapping[str, Any]) -> RetrainingState:
         times = {*history, *([parse_plain_utc(last)] if last else [])}
         stamps = [TrainingStamp(at, promoted=True) for at in sorted(times, reverse=True)]
     installed, backoff = raw.get("installed_at"), raw.get("backoff") or {}
+    attempts = tuple(_attempt(item) for item in raw.get("attempts") or [])
     return RetrainingState(
         log=TrainingLog(
             tuple(stamps),
@@ -166,7 +175,8 @@ def _parse(raw: Mapping[str, Any]) -> RetrainingState:
             float(backoff.get("length_s") or 0.0),
         ),
         clock_mode=_text_or_none(raw.get("clock_mode")),
-        attempts=tuple(_attempt(item) for item in raw.get("attempts") or []),
+        attempts=attempts,
+        n_ended=_n_ended(raw.get("attempts_ended"), attempts),
         last_decision=raw.get("last_decision"),
     )
 
@@ -184,6 +194,15 @@ def _attempt(raw: Mapping[str, Any]) -> Attempt:
     if attempt.outcome not in (RUNNING, *OUTCOMES) or not isinstance(attempt.id, str):
         raise ValueError(f"attempt {attempt.id!r} has outcome {attempt.outcome!r}")
     return attempt
+
+
+def _n_ended(raw: Mapping[str, Any] | None, attempts: Iterable[Attempt]) -> dict[str, int]:
+    """Return how many attempts ended, by outcome; an older file knows those that it lists."""
+    if raw is None:
+        return dict(Counter(attempt.outcome for attempt in attempts if not attempt.is_running))
+    if any(type(count) is not int or count < 0 for count in raw.values()):
+        raise ValueError(f"attempts_ended holds numbers, not {raw!r}")
+    return dict(raw)
 
 
 def _moment(text: str | None) -> datetime | None:

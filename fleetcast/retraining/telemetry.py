@@ -10,8 +10,8 @@ inference daemon shows it at the end of its own `/metrics`
 """
 
 import logging
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -23,9 +23,10 @@ from fleetcast.clock import Clock, SystemClock
 from fleetcast.drift.report import DriftReport
 from fleetcast.drift.seasonal.detector import READY
 from fleetcast.errors import CorruptFile, FleetcastError
-from fleetcast.files import read_regular, write_atomic
+from fleetcast.files import free_bytes, read_regular, write_atomic
+from fleetcast.retraining.decision import WEEK_S, TrainingLog
 from fleetcast.retraining.report import RetrainingCheck
-from fleetcast.retraining.state import OUTCOMES, Attempt, RetrainingState
+from fleetcast.retraining.state import OUTCOMES, RetrainingState
 
 logger = logging.getLogger(__name__)
 
@@ -35,31 +36,30 @@ MAX_BYTES = 65_536  # what the daemon writes is below 10,000
 
 
 class RetrainingTelemetry:
-    """Writes the textfile; counts the ended attempts it has seen, those in the state included."""
+    """Writes the textfile; its counters stand in the state, so that no restart makes one fall."""
 
-    def __init__(self, path: Path, clock: Clock | None = None) -> None:
+    def __init__(self, path: Path, checkpoint_dir: Path, clock: Clock | None = None) -> None:
         self._path = path
+        self._folders = {"checkpoints": checkpoint_dir, "state": path.parent}
         self._clock = clock or SystemClock()
-        self._seen: set[str] = set()
-        self._ended: Counter[str] = Counter()
 
     def write(self, check: RetrainingCheck, state: RetrainingState) -> None:
         """Replace the file; a failed write costs these numbers, never the check."""
-        self._count(state.attempts)
         wall_s = self._clock.now().timestamp()
-        families = [*_of_check(check, wall_s), *_of_drift(check.report), *_of_state(state, self._ended)]
+        free = {name: free_bytes(folder) for name, folder in self._folders.items()}
+        families = [
+            *_of_check(check, wall_s),
+            *_of_drift(check.report),
+            *_of_state(state),
+            *_of_trainings(state.log, check.at),
+            _label("free_disk_bytes", "bytes free where a folder is, at the newest check", "folder", free),
+        ]
         registry = CollectorRegistry()
         registry.register(_Families(families))
         try:
             write_atomic(self._path, generate_latest(registry))
         except FleetcastError as error:
             logger.warning("metrics not written error=%s", error)
-
-    def _count(self, attempts: Iterable[Attempt]) -> None:
-        for attempt in attempts:
-            if not attempt.is_running and attempt.id not in self._seen:
-                self._seen.add(attempt.id)
-                self._ended[attempt.outcome] += 1
 
 
 class _Families(Collector):
@@ -130,23 +130,27 @@ def _of_calibration(report: DriftReport) -> Iterator[Metric]:
     yield _label("drift_false_alarms_per_month", "meant, and on days left out", "kind", rates)
 
 
-def _of_state(state: RetrainingState, ended: Mapping[str, int]) -> Iterator[Metric]:
-    last = state.log.last
+def _of_trainings(log: TrainingLog, now: datetime) -> Iterator[Metric]:
+    last = log.last
     yield from _gauge(
         "last_training_timestamp_seconds",
         "time of the last training that ran to a verdict, by the daemon's clock",
         last.at.timestamp() if last else None,
     )
-    promoted = CounterMetricFamily(PREFIX + "promotions", "trainings whose model went into service")
-    promoted.add_metric([], float(state.log.total_promoted))
-    yield promoted
-    attempts = CounterMetricFamily(
-        PREFIX + "attempts",
-        "attempts that ended, by outcome, as far as the state remembers",
-        labels=["outcome"],
+    yield from _gauge(
+        "trainings_7d",
+        "trainings of the last 7 days that ran to a verdict, by the daemon's clock",
+        sum(stamp.age_s(now, None) < WEEK_S for stamp in log.stamps),
     )
+    promoted = CounterMetricFamily(PREFIX + "promotions", "trainings whose model went into service")
+    promoted.add_metric([], float(log.total_promoted))
+    yield promoted
+
+
+def _of_state(state: RetrainingState) -> Iterator[Metric]:
+    attempts = CounterMetricFamily(PREFIX + "attempts", "attempts that ended, by outcome", labels=["outcome"])
     for outcome in OUTCOMES:
-        attempts.add_metric([outcome], float(ended.get(outcome, 0)))
+        attempts.add_metric([outcome], float(state.n_ended.get(outcome, 0)))
     yield attempts
     yield from _gauge("attempt_running", "1 while a training runs", state.running is not None)
     yield from _gauge("failures_in_a_row", "failed attempts the back-off counts", state.backoff.failures)

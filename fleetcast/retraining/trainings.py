@@ -112,7 +112,7 @@ class Trainings:
         self._clock_mode = clock_mode
         self._clock = clock
         self._state = RetrainingState()
-        self._telemetry = RetrainingTelemetry(path.with_name(TEXTFILE))
+        self._telemetry = RetrainingTelemetry(path.with_name(TEXTFILE), attempts.folder)
 
     @property
     def running(self) -> Attempt | None:

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 FILE = "capacity.npz"
 FORMAT = 1
 ALERT_LIMIT = 90.0  # of the gauges
+LIKELY = 0.5
 MOST_ROWS = 1000
 _WINDOWS_A_HORIZON = 8  # windows begin so often within one
 OVER, MAY_PASS, UNKNOWN = "over", "may pass", "not known yet"
@@ -82,6 +83,7 @@ class CapacityGauges:
     """What a scrape reads; the labels are bounded."""
 
     expected: dict[str, float]  # by metric: the sum of P, of servers below the limit
+    likely: dict[str, int]  # servers below the limit whose P is `LIKELY` or more
     over: dict[str, int]
     brier: dict[tuple[str, str], float]  # by metric and source
     probability: dict[tuple[str, str], float]  # by server and metric
@@ -188,11 +190,12 @@ class Capacity:
     def gauges(self, n_servers: int) -> CapacityGauges:
         """Return what a scrape reads, with labels for the first `n_servers` at most."""
         published, column = self._published, LIMITS.index(ALERT_LIMIT)
-        found = CapacityGauges({}, {}, {}, {})
+        found = CapacityGauges({}, {}, {}, {}, {})
         for metric, standing in published.standings.items():
             below = standing.now < ALERT_LIMIT
             told = standing.told[column]
             found.over[metric] = int((standing.now >= ALERT_LIMIT).sum())
+            found.likely[metric] = int((told[below] >= LIKELY).sum())  # NaN is not
             if np.isfinite(told).any():
                 found.expected[metric] = float(np.nansum(told[below]))
             for source, score in (standing.records[column]["brier"] or {}).items():

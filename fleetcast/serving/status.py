@@ -14,6 +14,7 @@ from typing import Any
 from fleetcast import __version__
 from fleetcast.clock import SystemClock, from_ms, iso_z, monotonic, parse_plain_utc
 from fleetcast.errors import FleetcastError
+from fleetcast.files import free_bytes
 from fleetcast.forecast.registry import ATTEMPT_LOCK, TRAINER_LOCK, lock_paths
 from fleetcast.locks import is_locked
 from fleetcast.serving.capacity import Capacity
@@ -185,6 +186,7 @@ class StatusReport:
             gauges={
                 "newest_record_timestamp_seconds": None if newest_ms is None else newest_ms / 1000,
                 "servers": len(present.server_names),
+                "stale_servers": int(present.is_stale.sum()),
                 "metric_names": limits["metric_names"]["used"],
                 "metric_names_limit": limits["metric_names"]["limit"],
                 "server_names": limits["server_names"]["used"],
@@ -202,6 +204,7 @@ class StatusReport:
             model_version=model["version"],
             is_base_model=bool(model["base"]),
             capacity=self.capacity.gauges(self._settings.server.max_server_labels) if self.capacity else None,
+            free_disk_bytes={"data_buffer": free_bytes(self._buffer.folder)},
             server_last_seen_s={
                 present.server_names[row]: float(present.last_seen_ms[row]) / 1000 for row in shown
             },

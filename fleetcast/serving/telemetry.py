@@ -56,6 +56,7 @@ _PEERS_SHOWN = 5
 GAUGES = {
     "newest_record_timestamp_seconds": "time of the newest record",
     "servers": "servers seen within gone_after_s",
+    "stale_servers": "those of them that sent nothing for stale_after_s",
     "metric_names": "different metrics of the stored records",
     "metric_names_limit": "most of them (server.max_metric_names)",
     "server_names": "servers of the last 8 days, which the daemon remembers",
@@ -81,6 +82,7 @@ class Snapshot:
     is_base_model: bool = False
     server_last_seen_s: Mapping[str, float] = field(default_factory=dict)  # already limited
     capacity: CapacityGauges | None = None
+    free_disk_bytes: Mapping[str, int | None] = field(default_factory=dict)  # by folder
 
 
 class RecentErrors:
@@ -335,16 +337,13 @@ class _States(Collector):
             value = snapshot.gauges.get(name)
             if value is not None:
                 yield GaugeMetricFamily(f"fleetcast_{name}", text, value=float(value))
-        errors = CounterMetricFamily("fleetcast_errors", "errors lived through, by part", labels=["part"])
-        for part, n_errors in self._errors.by_part().items():
-            errors.add_metric([part], n_errors)
-        yield errors
-        newest = GaugeMetricFamily(
-            "fleetcast_last_error_timestamp_seconds", "time of a part's newest error", labels=["part"]
+        yield from self._error_families()
+        yield _by_label(
+            "fleetcast_free_disk_bytes",
+            "bytes that the disk of a folder has left",
+            "folder",
+            snapshot.free_disk_bytes,
         )
-        for part, seconds in self._errors.newest_by_part().items():
-            newest.add_metric([part], seconds)
-        yield newest
         info = GaugeMetricFamily(
             "fleetcast_model_info",
             "the model in service (empty version: fallback)",
@@ -352,16 +351,35 @@ class _States(Collector):
         )
         info.add_metric([snapshot.model_version or "", str(snapshot.is_base_model).lower()], 1.0)
         yield info
-        seen = GaugeMetricFamily(
+        yield _by_label(
             "fleetcast_server_last_record_timestamp_seconds",
             "time of a server's newest record, for the first servers up to server.max_server_labels",
-            labels=["server"],
+            "server",
+            snapshot.server_last_seen_s,
         )
-        for name, seconds in snapshot.server_last_seen_s.items():
-            seen.add_metric([name], seconds)
-        yield seen
         if snapshot.capacity is not None:
             yield from _capacity_families(snapshot.capacity)
+
+    def _error_families(self) -> Iterable[Metric]:
+        errors = CounterMetricFamily("fleetcast_errors", "errors lived through, by part", labels=["part"])
+        for part, n_errors in self._errors.by_part().items():
+            errors.add_metric([part], n_errors)
+        yield errors
+        yield _by_label(
+            "fleetcast_last_error_timestamp_seconds",
+            "time of a part's newest error",
+            "part",
+            self._errors.newest_by_part(),
+        )
+
+
+def _by_label(name: str, text: str, label: str, values: Mapping[str, float | None]) -> Metric:
+    """Return a gauge with a sample for each known value."""
+    family = GaugeMetricFamily(name, text, labels=[label])
+    for key, value in values.items():
+        if value is not None:
+            family.add_metric([key], float(value))
+    return family
 
 
 def _capacity_families(gauges: CapacityGauges) -> Iterable[Metric]:
@@ -382,12 +400,18 @@ def _capacity_families(gauges: CapacityGauges) -> Iterable[Metric]:
         "probability to reach 90 % within the horizon, for the first servers up to server.max_server_labels",
         labels=["server", "metric"],
     )
+    likely = GaugeMetricFamily(
+        "fleetcast_capacity_likely_crossings",
+        "servers below 90 % that reach it within the horizon with a probability of 0.5 or more",
+        labels=["metric"],
+    )
     for metric in gauges.over:
         over.add_metric([metric], gauges.over[metric])
+        likely.add_metric([metric], gauges.likely[metric])
         if metric in gauges.expected:
             expected.add_metric([metric], gauges.expected[metric])
     for labels, score in gauges.brier.items():
         brier.add_metric(list(labels), score)
     for labels, p in gauges.probability.items():
         probability.add_metric(list(labels), p)
-    yield from (expected, over, brier, probability)
+    yield from (expected, likely, over, brier, probability)
