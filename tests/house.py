@@ -112,7 +112,7 @@ def folder_of(name: str) -> str:
     return ".".join(inner)
 
 
-ON_TOP = ("inference", "live", "cli", "__main__")
+ON_TOP = ("inference", "client", "live", "cli", "__main__")
 
 
 def imports_of(tree: ast.AST, modules: Mapping[str, Path], *, with_types: bool = True) -> Iterator[str]:

@@ -8,6 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
 
+import pyarrow as pa
+
 
 @dataclass
 class Reply:
@@ -70,7 +72,7 @@ class ScriptedDaemon:
             def do_POST(self) -> None:
                 daemon.headers.append(dict(self.headers))
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                self._reply(daemon.answer(json.loads(body)["records"]))
+                self._reply(daemon.answer(_records(body, self.headers["Content-Type"])))
 
             def do_GET(self) -> None:
                 is_training = daemon.training_answers.popleft() if daemon.training_answers else False
@@ -89,3 +91,11 @@ class ScriptedDaemon:
                 pass
 
         return Handler
+
+
+def _records(body: bytes, kind: str) -> list[dict[str, Any]]:
+    if kind == "application/json":
+        records: list[dict[str, Any]] = json.loads(body)["records"]
+        return records
+    with pa.ipc.open_stream(body) as stream:
+        return list(stream.read_all().to_pylist())

@@ -53,6 +53,7 @@ ROWS: dict[str, set[str]] = {
         "retraining",
     },
     "console": {"sources"},
+    "client": {"sources", "ingest"},
     "live": {"sources"},
     "demo": {"sources", "storage"},
     "cli": set(),  # names the programs it runs; imports none
@@ -80,7 +81,7 @@ OWNERS = {
 NOT_ON_THE_GROUND = ("pandas", "pyarrow")
 DURABLE_OWNERS = {"files", "storage.log"}
 LOCK_OWNER = "locks"
-MAX_FILES = 122
+MAX_FILES = 123
 MAX_FILE_LINES = 500
 LONG_FILE_LINES = 400  # a warning: look for the seam
 MAX_SINGLE_IMPORTERS = 25

@@ -24,7 +24,7 @@ def test_a_post_returns_what_the_daemon_counted_and_why() -> None:
         "errors": [{"index": 3, "field": "cpu_pct", "reason": "not a number"}],
     }
     with ScriptedDaemon(Reply(200, body)) as daemon, DaemonClient(daemon.url) as client:
-        assert client.post_records(RECORDS) == FeedAnswer(7, 1, ("cpu_pct: not a number",))
+        assert client.post_records(RECORDS) == FeedAnswer(7, 1, ("cpu_pct: not a number",), (3,))
 
 
 def test_the_key_of_the_environment_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,7 @@ from fleetcast.settings import Settings, load_settings
 from fleetcast.sources.client import API_KEY_VARIABLE, DaemonClient, RequestRefused
 
 TIMEOUT_S = 30.0
-_NOT_UNDERSTOOD, _NO_KEY = 422, 401
-_UNKNOWN = "unknown server"  # how a 404 about a name begins; any other is about the address
+_NO_KEY = 401
 _NONE = "-"
 
 
@@ -52,7 +51,7 @@ class Daemon:
         try:
             return self._client.get(f"{path}?{query}" if query else path)
         except RequestRefused as error:
-            if error.status == _NOT_UNDERSTOOD or error.detail.startswith(_UNKNOWN):
+            if error.is_about_the_question:
                 raise BadOrder(error.detail) from error
             if error.status == _NO_KEY:
                 says = "refuses the key" if os.environ.get(API_KEY_VARIABLE) else "asks for a key"

@@ -1,7 +1,7 @@
 """The client of the inference daemon's HTTP interface.
 
-Owns: requests (the library), the `X-API-Key` header, what each status code means to a sender,
-and when to try again. Does not know: where records come from.
+Owns: requests (the library), the `X-API-Key` header, how records become a body, what each status code
+means to a sender, and when to try again. Does not know: where records come from.
 Sending a record twice is harmless (the daemon keeps one row per server and time), so every
 failure that can pass is tried again, timeouts included.
 """
@@ -9,10 +9,10 @@ failure that can pass is tried again, timeouts included.
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 import requests
@@ -21,27 +21,49 @@ from fleetcast.clock import monotonic
 from fleetcast.errors import BadData, DaemonAway
 from fleetcast.loop import Stop
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 logger = logging.getLogger(__name__)
 
+JSON, ARROW = "application/json", "application/vnd.apache.arrow.stream"
 API_KEY_VARIABLE = "TFT_API_KEY"
 FIRST_WAIT_S = 0.2
 SHORTEST_WAIT_S = 0.02  # a Retry-After of 0 must not become a busy loop
 LONGEST_WAIT_S = 5.0
+_TOO_LARGE = 413
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_UNKNOWN_SERVER = "unknown server"  # how a 404 about a name begins; any other is about the address
 HINTS = {
     401: f"set {API_KEY_VARIABLE} to the daemon's key",
     404: "is this the inference daemon's address?",
     507: "the daemon's disk is full",
 }
+Records: TypeAlias = (
+    "Sequence[Mapping[str, Any]] | pa.Table"  # as in `POST /feed/data`, or the same in columns
+)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class FeedAnswer:
-    """What the daemon said about one POST."""
+    """What the daemon said about records that were sent."""
 
     received: int
     rejected: int
     errors: tuple[str, ...] = ()  # the first reasons, readable
+    rows: tuple[int, ...] = ()  # the records that these are about, as places in what was sent
+    fields: tuple[str, ...] = ()  # left out of records that were received, with the reason
+
+    def then(self, other: "FeedAnswer", n_before: int) -> "FeedAnswer":
+        """Return both answers as one; `n_before` records were sent before the other's."""
+        return FeedAnswer(
+            self.received + other.received,
+            self.rejected + other.rejected,
+            self.errors + other.errors,
+            self.rows + tuple(n_before + row for row in other.rows),
+            tuple(dict.fromkeys(self.fields + other.fields)),
+        )
 
 
 class RequestRefused(DaemonAway):
@@ -65,6 +87,11 @@ class RequestRefused(DaemonAway):
         """Whether the same request can succeed later."""
         return self.is_busy or self.status >= 500
 
+    @property
+    def is_about_the_question(self) -> bool:
+        """Whether the request named something that the daemon does not know or take."""
+        return self.status == 422 or self.detail.startswith(_UNKNOWN_SERVER)
+
 
 class DaemonClient:
     """One connection to one daemon. Not thread safe.
@@ -85,20 +112,22 @@ class DaemonClient:
         if key:
             self._session.headers["X-API-Key"] = key
 
-    def post_records(self, records: Sequence[Mapping[str, Any]]) -> FeedAnswer:
-        """Send records once.
+    def post_records(self, records: Records) -> FeedAnswer:
+        """Send records once; a table goes as Arrow.
 
         Raises:
             RequestRefused: the daemon answered with an error status.
             DaemonAway: it did not answer.
         """
-        body = json.dumps({"records": records}, allow_nan=False, separators=(",", ":"))
-        answer = self._request("POST", "/feed/data", body.encode())
+        body, kind = _encode(records)
+        answer = self._request("POST", "/feed/data", body, kind)
         try:
             return FeedAnswer(
                 received=int(answer["records_received"]),
                 rejected=int(answer["records_rejected"]),
-                errors=tuple(f"{e.get('field')}: {e.get('reason')}" for e in answer["errors"]),
+                errors=tuple(map(_say, answer["errors"])),
+                rows=tuple(int(error.get("index", 0)) for error in answer["errors"]),
+                fields=tuple(map(_say, answer.get("fields_refused", []))),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DaemonAway(f"{self.url}/feed/data gave an answer of another shape: {answer}") from error
@@ -126,8 +155,8 @@ class DaemonClient:
     ) -> None:
         self.close()
 
-    def _request(self, method: str, path: str, body: bytes | None) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json"} if body is not None else None
+    def _request(self, method: str, path: str, body: bytes | None, kind: str = JSON) -> dict[str, Any]:
+        headers = {"Content-Type": kind} if body is not None else None
         try:
             answer = self._session.request(
                 method,
@@ -156,6 +185,22 @@ class DaemonClient:
         return value
 
 
+def _encode(records: Records) -> tuple[bytes, str]:
+    """Return the body of a post and its type."""
+    if isinstance(records, Sequence):
+        return json.dumps({"records": records}, allow_nan=False, separators=(",", ":")).encode(), JSON
+    import pyarrow as pa  # here: a sender of JSON does without
+
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, records.schema) as writer:
+        writer.write_table(records)
+    return sink.getvalue().to_pybytes(), ARROW
+
+
+def _say(fault: Mapping[str, Any]) -> str:
+    return f"{fault.get('field')}: {fault.get('reason')}"
+
+
 def _detail(answer: requests.Response) -> str:
     """Return what a refusal says, without the JSON around it where it is one of the daemon's."""
     try:
@@ -181,23 +226,21 @@ def _seconds(text: str | None) -> float | None:
         return None
 
 
-class RecordSender:
-    """Delivers records through a client until the daemon took them or the sender gives up.
+class Patience:
+    """Repeats a request until it is answered, or until a daemon failed for `give_up_s`.
 
-    The sender waits for a busy daemon (429, 503) as long as it stays busy: under the data clock the
-    daemon holds its feeders through a whole training. It gives up a daemon that fails or does not
-    answer for `give_up_s`. It sends a body that is too large in halves.
+    Only what can pass is repeated: no answer, 5xx, and 429, by which a daemon holds its feeders.
     """
 
-    def __init__(self, client: DaemonClient, stop: Stop, *, give_up_s: float = 120.0) -> None:
-        self._client = client
+    def __init__(self, stop: Stop, give_up_s: float, *, waits_while_busy: bool) -> None:
         self._stop = stop
         self._give_up_s = give_up_s
+        self._waits_while_busy = waits_while_busy
         self.requests = 0
         self.retries = 0
 
-    def send(self, records: Sequence[Mapping[str, Any]]) -> FeedAnswer | None:
-        """Deliver records; None when the stop was requested before the daemon took them.
+    def ask(self, request: Callable[[], T]) -> T | None:
+        """Return the answer; None when the stop was requested before there was one.
 
         Raises:
             DaemonAway: the daemon does not answer, or refuses for good; the hint says what to do.
@@ -207,13 +250,11 @@ class RecordSender:
         while not self._stop.is_requested:
             self.requests += 1
             try:
-                return self._client.post_records(records)
+                return request()
             except RequestRefused as error:
-                if error.status == 413 and len(records) > 1:
-                    return self._in_halves(records)
                 if not error.can_pass:
                     raise
-                if error.is_busy:
+                if error.is_busy and self._waits_while_busy:
                     give_up_at = monotonic() + self._give_up_s
                 pause_s = wait_s if error.retry_after_s is None else max(SHORTEST_WAIT_S, error.retry_after_s)
                 last: DaemonAway = error
@@ -228,14 +269,41 @@ class RecordSender:
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
         return None
 
-    def _in_halves(self, records: Sequence[Mapping[str, Any]]) -> FeedAnswer | None:
+
+class RecordSender:
+    """Delivers records through a client until the daemon took them or the sender gives up.
+
+    The sender waits for a busy daemon (429, 503) as long as it stays busy: under the data clock the
+    daemon holds its feeders through a whole training. It gives up a daemon that fails or does not
+    answer for `give_up_s`. It sends a body that is too large in halves.
+    """
+
+    def __init__(self, client: DaemonClient, stop: Stop, *, give_up_s: float = 120.0) -> None:
+        self._client = client
+        self._patience = Patience(stop, give_up_s, waits_while_busy=True)
+
+    @property
+    def requests(self) -> int:
+        """Return how many requests were sent."""
+        return self._patience.requests
+
+    @property
+    def retries(self) -> int:
+        """Return how many of them repeated one before."""
+        return self._patience.retries
+
+    def send(self, records: Records) -> FeedAnswer | None:
+        """Deliver records; None when the stop was requested before the daemon took them.
+
+        Raises:
+            DaemonAway: the daemon does not answer, or refuses for good; the hint says what to do.
+        """
+        try:
+            return self._patience.ask(lambda: self._client.post_records(records))
+        except RequestRefused as error:
+            if error.status != _TOO_LARGE or len(records) < 2:
+                raise
         middle = len(records) // 2
         first = self.send(records[:middle])
         second = self.send(records[middle:]) if first else None
-        if first is None or second is None:
-            return None
-        return FeedAnswer(
-            first.received + second.received,
-            first.rejected + second.rejected,
-            first.errors + second.errors,
-        )
+        return first.then(second, middle) if first and second else None
