@@ -1,0 +1,68 @@
+"""A whole `/metrics`, as both daemons' telemetry writes it, for tests of rules and dashboards."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+from test_retraining_telemetry import CHECK, NOW
+from test_seasonal_monitor import changed_grid, report_of
+
+from fleetcast.clock import FakeClock
+from fleetcast.errors import StorageFull
+from fleetcast.retraining.decision import TrainingLog, TrainingStamp
+from fleetcast.retraining.state import RetrainingState
+from fleetcast.retraining.telemetry import RetrainingTelemetry, read_textfile
+from fleetcast.serving.capacity import CapacityGauges
+from fleetcast.serving.telemetry import GAUGES, Snapshot, Telemetry
+
+JOB = {"job": "fleetcast"}  # as the documented configuration names it
+Labels = Mapping[str, str]
+_METRIC = re.compile(r"\b(fleetcast_\w+|process_\w+|up)\b(?:\{([^}]*)\})?")
+_MATCHER = re.compile(r'(\w+)\s*(=~|!~|!=|=)\s*"((?:[^"\\]|\\.)*)"')
+
+
+def whole_scrape(folder: Path) -> dict[str, list[Labels]]:
+    """Return the labels of every sample by its name, with everything known."""
+    path = folder / "retraining_metrics.prom"
+    state = RetrainingState(log=TrainingLog((TrainingStamp(NOW, promoted=True),)))
+    calibrated = replace(CHECK, report=report_of(folder, changed_grid()))
+    texts = []
+    for check in (CHECK, calibrated):
+        RetrainingTelemetry(path, folder, FakeClock(NOW)).write(check, state)
+        telemetry = Telemetry(CollectorRegistry(), FakeClock(NOW), lambda: read_textfile(path))
+        telemetry.errors.keep("buffer", StorageFull("no space"))
+        capacity = CapacityGauges(
+            *({"cpu_pct": 1.0}, {"cpu_pct": 1}, {"cpu_pct": 1}),
+            {("cpu_pct", "forecast"): 0.1},
+            {("web-01", "cpu_pct"): 0.5},
+        )
+        told = Snapshot(
+            dict.fromkeys(GAUGES, 1.0), "v1", False, {"web-01": 1.0}, capacity, {"data_buffer": 1}
+        )
+        texts.append(telemetry.render(told).decode())
+    found: dict[str, list[Labels]] = {"up": [JOB]}
+    for text in texts:
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                found.setdefault(sample.name, []).append(sample.labels)
+    return found
+
+
+def problems(expr: str, known: Mapping[str, Sequence[Labels]]) -> Iterator[str]:
+    """Yield what an expression asks for that no scrape holds: a metric, a label, a label's value."""
+    for match in _METRIC.finditer(expr):
+        name, selector = match.groups()
+        samples = known.get(name)
+        if samples is None:
+            yield match[0]
+            continue
+        for label, operator, value in _MATCHER.findall(selector or ""):
+            if label == "instance":  # Prometheus's own
+                continue
+            is_exact = operator == "=" and not value.startswith("$")  # a dashboard's variable
+            labelled = [*samples, JOB]
+            if not any(label in one and (not is_exact or one[label] == value) for one in labelled):
+                yield match[0]
