@@ -18,7 +18,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from drift_monitor import METRICS_FILE, DriftMonitor
-from fleetcast.clock import Clock, DataClock, SystemClock, monotonic, to_ms
+from fleetcast.alerts.engine import AlertEngine, CheckFigures
+from fleetcast.clock import Clock, DataClock, SystemClock, monotonic, parse_plain_utc, to_ms
 from fleetcast.drift.evidence import DriftEvidence, DriftSource
 from fleetcast.drift.report import DriftReport
 from fleetcast.drift.seasonal.detector import READY
@@ -52,6 +53,7 @@ LOG_FILE = "retraining_daemon.log"
 LOCK_FILE = ".retraining_daemon.lock"
 WATCH_S = 0.5  # between looks at a running training
 ORDERS_S = 1.0  # between looks at what people order
+ALERTS_S = 60.0  # that `--once` waits for its alerts to be sent; a stop waits for a sixth of it
 WATCHED_SHARE = 0.9  # of the interval: a training is followed until shortly before the next check
 
 
@@ -114,6 +116,7 @@ class AdaptiveRetrainingDaemon:
         )
         self._monitor = DriftMonitor(own.drift.window_size, settings=own.drift, clock=self._clock)
         self._drift_log = DriftLog()
+        self._alerts = AlertEngine(own)
         self._readiness = Readiness(self._store, own)
         self._inquiry = Inquiry(own.retraining.daemon_url, own.retraining.request_timeout_s)
         self._host = HostProbe()
@@ -147,6 +150,7 @@ class AdaptiveRetrainingDaemon:
             alive, most = self._notifier.alive, limits.max_failures
             has_stopped = run_every(self._tick, limits.interval_s, self.stop, max_failures=most, alive=alive)
             self._notifier.stopping()
+            self._alerts.finish(ALERTS_S / 6)  # what was sent is noted down
         logger.info("retraining daemon stopped reason=%s", self.stop.reason or "too many failures")
         return ExitCode.OK if has_stopped else ExitCode.FAILED
 
@@ -186,6 +190,7 @@ class AdaptiveRetrainingDaemon:
             self.stop.install()
             check = self.run_check_cycle()
             print(f"{self._looked_at()}\n{check.as_text()}", flush=True)
+            self._alerts.finish(ALERTS_S)
             if check.action != done.STARTED:
                 return ExitCode.OK
             ended = self.wait_for_training()
@@ -220,6 +225,7 @@ class AdaptiveRetrainingDaemon:
             )
             if is_owner:
                 self._trainings.note_check(check)
+                self._alerts.note(self._figures(check))
         return check
 
     def check_quiet_period(self) -> bool:
@@ -314,6 +320,19 @@ class AdaptiveRetrainingDaemon:
         standing = replace(standing, paused=standing.pause_at(self._desk.clock))
         check = RetrainingCheck(now, report, self.quiet, decision, missing, done.NOTHING)
         return replace(check, learning=learning, standing=standing, problems=self._inquiry.problems)
+
+    def _figures(self, check: RetrainingCheck) -> CheckFigures:
+        """Return what alerts are made of."""
+        marks = (check.standing.held, check.standing.paused)
+        since = [parse_plain_utc(mark.since) for mark in marks if mark]
+        paths = self._settings.paths
+        return CheckFigures(
+            drift_score=check.report.metrics.get("combined_score"),
+            training_failures=self.engine.backoff.failures,
+            trainings_7d=self.engine.trainings_in_week(),
+            held_since=min(since, default=None),
+            folders=(Path(paths.data_buffer_dir), Path(paths.checkpoint_dir), Path()),
+        )
 
     def _learning(self, report: DriftReport) -> str:
         """Return why a training would pay although nothing drifted, or ""."""

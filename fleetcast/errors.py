@@ -121,3 +121,11 @@ class CannotLook(FleetcastError):
     """Raised when a program finds nothing to look at: no buffer in the folder and no daemon to ask."""
 
     exit_code = ExitCode.COULD_NOT_LOOK
+
+
+class NotDelivered(FleetcastError):
+    """Raised when a channel did not take a message; says nothing of its address, which may hold a key."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s

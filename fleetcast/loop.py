@@ -278,8 +278,12 @@ class _LogFile(logging.handlers.RotatingFileHandler):
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:
-    """Whether a record is more than torch's figures about itself, which it logs as it ends."""
-    return record.levelno >= logging.WARNING or not record.name.startswith("torch")
+    """Whether a record is of use and holds no key.
+
+    torch logs figures about itself as it ends; urllib3 logs addresses, and that of a webhook is a key.
+    """
+    is_quiet = record.name.startswith("torch") and record.levelno < logging.WARNING
+    return not is_quiet and not record.name.startswith("urllib3")
 
 
 def configure_logging(path: Path | None, settings: LoggingSettings) -> None:

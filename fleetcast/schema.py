@@ -1,11 +1,11 @@
 """The value types that travel between parts, and what a host's counters and devices mean to all of them.
 
 Owns: shapes and units (arrays are columns, times are ms since 1970 UTC); which devices count, the
-default rules for node_exporter, and the share below which a fall of a counter is a reset. A counter
-that began again (a reboot, a reloaded driver) starts near zero. A small fall is a reading that went
-back a little (a clock was set, a second scraper was read out of turn), and a fall to somewhere in
-between is another device under the same name: then nothing is known of that time. Does not know:
-where values come from or go to.
+default rules for node_exporter and for alerts, and the share below which a fall of a counter is a
+reset. A counter that began again (a reboot, a reloaded driver) starts near zero. A small fall is a
+reading that went back a little (a clock was set, a second scraper was read out of turn), and a fall to
+somewhere in between is another device under the same name: then nothing is known of that time. Does
+not know: where values come from or go to.
 """
 
 import math
@@ -226,3 +226,17 @@ def increases(before: Floats, after: Floats) -> Floats:
         is_reset = (after >= 0) & (after <= before * RESET_SHARE) & (before < np.inf)
         found = np.where(grown >= 0, grown, np.where(is_reset, after, np.nan))
     return np.where(np.isfinite(found), found, np.nan)
+
+
+ALERT_RULES = (  # NAME: FACT OP NUMBER [for TIME] [keep TIME] SEVERITY, as alerts/rules.py reads them
+    "DriftHigh: drift_score > 0.15 for 15m keep 15m warning",
+    "TrainingsFail: training_failures > 2 warning",
+    "TrainingsTooOften: trainings_7d >= 3 warning",
+    "DiskLow: free_disk_gb < 5 keep 15m critical",
+    "DaemonAway: daemon_away > 0 for 5m critical",
+    "NoData: data_age_s > 300 for 5m critical",
+    "ForecastsLate: backlog > 2 for 10m warning",
+    "HeldLong: held_h > 168 warning",
+    "LimitLikely: capacity_p > 0.5 keep 1h warning",
+    "DiskFullSoon: disk_full_days < 7 keep 12h warning",
+)

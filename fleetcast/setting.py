@@ -60,10 +60,14 @@ def setting(
     low: float | None = None,
     high: float | None = None,
     choices: tuple[str, ...] = (),
+    is_secret: bool = False,
 ) -> Any:
-    """Declare one field: its default, help, unit and bounds (inclusive)."""
+    """Declare one field: its default, help, unit and bounds (inclusive).
+
+    A secret's value is in no message, no `repr` and no answer of `fleetcast settings show`.
+    """
     meta = {"help": help_text, "unit": unit, "low": low, "high": high, "choices": choices}
-    return field(default=default, metadata=meta)
+    return field(default=default, metadata={**meta, "is_secret": is_secret}, repr=not is_secret)
 
 
 def override(literals: Mapping[str, Number], part: object) -> dict[str, Number]:
@@ -91,6 +95,10 @@ class SettingInfo:
     def key(self) -> str:
         """Return the TOML key, `part.name`."""
         return f"{self.part}.{self.name}"
+
+    def say(self, value: object) -> str:
+        """Return a value as a message may show it."""
+        return f"a secret of type {type(value).__name__}" if self.meta["is_secret"] else repr(value)
 
     @property
     def environment(self) -> str:
@@ -123,8 +131,8 @@ def check(info: SettingInfo, value: Any) -> Any:
     """Return the value as the program uses it, or raise a ValueError that says what would be right."""
     kind = _plain_kind(info.kind)
     if typing.get_origin(kind) is tuple:
-        if not isinstance(value, (list, tuple)) or not value:
-            raise ValueError(f"must be a non-empty list, got {value!r}")
+        if not isinstance(value, (list, tuple)) or (not value and info.default):
+            raise ValueError(f"must be a non-empty list, got {info.say(value)}")
         return tuple(_check_item(info, kind, value, place) for place in range(len(value)))
     return _check_scalar(info, kind, value)
 
@@ -140,16 +148,16 @@ def _check_scalar(info: SettingInfo, kind: Any, value: Any) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not kind:
-        raise ValueError(f"must be {kind.__name__}, got {value!r}")
+        raise ValueError(f"must be {kind.__name__}, got {info.say(value)}")
     if kind is float and not math.isfinite(value):
-        raise ValueError(f"must be finite, got {value!r}")
+        raise ValueError(f"must be finite, got {info.say(value)}")
     low, high = info.meta["low"], info.meta["high"]
     if low is not None and value < low:
-        raise ValueError(f"must be >= {low}, got {value!r}")
+        raise ValueError(f"must be >= {low}, got {info.say(value)}")
     if high is not None and value > high:
-        raise ValueError(f"must be <= {high}, got {value!r}")
+        raise ValueError(f"must be <= {high}, got {info.say(value)}")
     if info.meta["choices"] and value not in info.meta["choices"]:
-        raise ValueError(f"must be one of {', '.join(info.meta['choices'])}, got {value!r}")
+        raise ValueError(f"must be one of {', '.join(info.meta['choices'])}, got {info.say(value)}")
     return value
 
 
@@ -234,9 +242,9 @@ def _row(info: SettingInfo) -> str:
 def _shown(value: object) -> str:
     if value is None:
         return "as printed in the program"
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and value:
         return ", ".join(f"`{item}`" for item in value)
-    return f"`{value}`" if value != "" else "empty"
+    return f"`{value}`" if value not in ("", ()) else "empty"
 
 
 def _bounds(info: SettingInfo) -> Iterator[str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from fleetcast.clock import DAY_MS
 from fleetcast.errors import SettingsError
-from fleetcast.schema import NODE_EXPORTER_RULES
+from fleetcast.schema import ALERT_RULES, NODE_EXPORTER_RULES
 from fleetcast.setting import PAGE_HEAD, SettingInfo, check, from_environment, from_file, setting, table
 
 CALIBRATED, LITERAL = "calibrated", "literal"  # of drift.basis
@@ -360,6 +360,28 @@ class RetrainingSettings:
 
 
 @dataclass(frozen=True)
+class AlertSettings:
+    """Alerts that the retraining daemon sends; off while no channel is set. docs/alerts.md explains rules
+    and channels. Keep what is secret in the environment, or in a file that only the daemon may read."""
+
+    rules: tuple[str, ...] = setting(
+        ALERT_RULES,
+        "what fires; yours join these, or replace or end (`NAME: off`) the rule of their name",
+    )
+    fleet: str = setting("fleetcast", "this installation's name, in messages and in keys of incidents")
+    repeat_hours: float = setting(4.0, "what still fires is sent again after this", unit="h", low=0.1)
+    messages_per_hour: int = setting(20, "most messages of a channel; then one sums up", low=1, high=1000)
+    timeout_s: float = setting(10.0, "longest wait for a channel", unit="s", low=0.1, high=60)
+    page_url: str = setting("", "address of the page, as readers of a message reach it")
+    alertmanager_urls: tuple[str, ...] = setting(
+        (), "Alertmanagers; where one is set, the channels below get nothing", is_secret=True
+    )
+    slack_url: str = setting("", "incoming webhook of Slack or Mattermost", is_secret=True)
+    webhook_url: str = setting("", "address that takes messages as JSON", is_secret=True)
+    webhook_secret: str = setting("", "key of `X-Fleetcast-Signature`", is_secret=True)
+
+
+@dataclass(frozen=True)
 class Settings:
     """All parts; a program passes each object its own part only."""
 
@@ -375,6 +397,7 @@ class Settings:
     drift: DriftSettings = field(default_factory=DriftSettings)
     decision: DecisionSettings = field(default_factory=DecisionSettings)
     retraining: RetrainingSettings = field(default_factory=RetrainingSettings)
+    alerts: AlertSettings = field(default_factory=AlertSettings)
 
 
 def every_setting() -> Iterator[SettingInfo]:

@@ -231,6 +231,9 @@ def test_settings_show_where_each_value_comes_from(
     assert shown["server.hold_s"] == {"value": 2.0, "from": "fleetcast.toml"}
     assert shown["server.host"]["from"] == "default"
     assert "good: 2 of " in terminal.run("settings", "check")
+    monkeypatch.setenv("FLEETCAST_ALERTS_SLACK_URL", "https://example.com/topsecret")
+    assert "topsecret" not in terminal.run("settings", "show")
+    assert terminal.json("settings", "show")["alerts.slack_url"]["value"] == "(set, not shown)"
     monkeypatch.setenv("FLEETCAST_SERVER_PROT", "1")
     says = terminal.run("settings", "check", code=ExitCode.BAD_SETTINGS)
     assert "nearest is FLEETCAST_SERVER_PORT" in says

@@ -167,3 +167,11 @@ def test_a_settings_file_that_is_none_is_a_problem_and_no_hang(tmp_path: Path, k
     put(kind, tmp_path / "fleetcast.toml")
     with pytest.raises(SettingsError, match=r"fleetcast\.toml cannot be read"):
         load_settings(tmp_path / "fleetcast.toml", environ={})
+
+
+def test_a_secret_is_in_no_message_about_it() -> None:
+    found = problems(config=config("[alerts]\nslack_url = ['topsecret']\nwebhook_url = 7\n"))
+    assert found == (
+        "alerts.slack_url must be str, got a secret of type list (fleet.toml)",
+        "alerts.webhook_url must be str, got a secret of type int (fleet.toml)",
+    )

@@ -25,7 +25,7 @@ from fleetcast.console.daemon import Daemon, add_flags, ago, connect, length, pa
 from fleetcast.errors import BadOrder, ExitCode
 from fleetcast.program import run_program
 from fleetcast.setting import SettingInfo, from_environment, from_file
-from fleetcast.settings import every_setting, load_settings
+from fleetcast.settings import Settings, every_setting, load_settings
 
 STATUS, SERVERS, ACCURACY, CAPACITY = "status", "servers", "accuracy", "capacity"
 SETTINGS, COMPLETION = "settings", "completion"
@@ -256,7 +256,7 @@ def _tell_settings(options: argparse.Namespace) -> int:
     given = [*from_file(config, known, []), *from_environment(os.environ, known, [])]
     sources = {key: source for key, _, source in given}  # the environment goes before the file
     shown = {
-        key: {"value": getattr(getattr(settings, info.part), info.name), "from": sources.get(key, _DEFAULT)}
+        key: {"value": _value(settings, info), "from": sources.get(key, _DEFAULT)}
         for key, info in known.items()
     }
     if options.action == "check":
@@ -267,6 +267,12 @@ def _tell_settings(options: argparse.Namespace) -> int:
         rows = [(key, found["from"], json.dumps(found["value"])) for key, found in shown.items()]
         tell(table(["setting", "from", "value"], rows), shown if options.json else None)
     return ExitCode.OK
+
+
+def _value(settings: Settings, info: SettingInfo) -> Any:
+    """Return a setting's value; of a secret, only whether there is one."""
+    value = getattr(getattr(settings, info.part), info.name)
+    return "(set, not shown)" if value and info.meta["is_secret"] else value
 
 
 def _tell_completion(options: argparse.Namespace) -> int:

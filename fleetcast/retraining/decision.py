@@ -417,10 +417,13 @@ class RetrainingDecisionEngine:
             learning=learning,
         )
 
+    def trainings_in_week(self) -> int:
+        """Return how many trainings of the last 7 days the safeguards count."""
+        return sum(age_s < WEEK_S for age_s in self.log.ages_s(self._clock.now(), self._uptime()))
+
     def trainings_left(self) -> int:
         """Return how many trainings the last 7 days leave."""
-        in_week = sum(age_s < WEEK_S for age_s in self.log.ages_s(self._clock.now(), self._uptime()))
-        return max(0, self.max_trainings_per_week - in_week)
+        return max(0, self.max_trainings_per_week - self.trainings_in_week())
 
     def settle(self) -> None:
         """Adjust the record to the clocks: no entry of the future, every age known to this boot."""

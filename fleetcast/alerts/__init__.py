@@ -1,0 +1,1 @@
+"""Alerts: which rules hold, who is told, and what was told already."""

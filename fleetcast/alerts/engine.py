@@ -1,0 +1,313 @@
+"""The alerts of one retraining daemon: facts in, messages out, after each check and beside it.
+
+Owns: which facts a check and the inference daemon's answers hold, the order of a round (judge, save,
+send, save what was taken), the threads: one for the rounds and one for each channel at work, so that no
+channel delays a check, and none another. Does not know: when an alert fires (`rules`), what a message
+says (`messages`), how it travels (`channels`).
+
+Each message is sent at least once: what a channel took is saved right after, so only a kill in between
+sends one twice. A channel that takes too long counts as failed; if it answers later, that still counts.
+"""
+
+import contextlib
+import logging
+import queue
+import shutil
+import threading
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fleetcast.alerts.channels import AlertmanagerChannel, Channel, cause, make_channels
+from fleetcast.alerts.messages import Notice, note_told, plan, within_limit
+from fleetcast.alerts.rules import PENDING, Alert, Facts, Sample, judge, parse_rules
+from fleetcast.alerts.state import (
+    ALERTS_FILE,
+    SILENCES_FILE,
+    AlertState,
+    Silence,
+    read_silences,
+    save_state,
+    state_at_start,
+)
+from fleetcast.clock import Clock, SystemClock, monotonic, parse_plain_utc
+from fleetcast.errors import DaemonAway, FleetcastError, NotDelivered
+from fleetcast.settings import Settings
+from fleetcast.sources.client import DaemonClient
+from fleetcast.workers import Workers, WorkerThread
+
+logger = logging.getLogger(__name__)
+
+CAPACITY = "/capacity?limit=90&min_p=0.05&rows=1000"
+DATES = "/capacity/dates?rows=1000"
+_OVER, _FULL = "over", "it is over the limit"  # state of a row; why a row has no date
+_DAY_S, _GB = 86_400.0, 1e9
+_LOST_S = 600.0  # a thread that still hangs then is given up
+_SLACK_S = 0.5  # beyond a channel's limit, for what it does itself
+_POLL_S = 0.05
+
+_Parcel = tuple[Notice | None, Callable[[], str]]  # None: everything, to an Alertmanager
+
+
+@dataclass(frozen=True, slots=True)
+class CheckFigures:
+    """What a check of the retraining daemon knows."""
+
+    drift_score: float | None  # combined; None: no verdict
+    training_failures: int
+    trainings_7d: int
+    held_since: datetime | None  # or paused
+    folders: tuple[Path, ...]  # that the daemons write to
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    channel: str
+    notice: Notice | None  # None: a channel that is sent everything
+    error: NotDelivered | None
+    at: datetime
+
+
+class AlertEngine:
+    """Notes checks; a thread judges and sends. Only the owner of the folder may call `note`."""
+
+    def __init__(self, settings: Settings, folder: Path = Path(), clock: Clock | None = None) -> None:
+        """Prepare it; nothing is read, and nothing started.
+
+        Raises:
+            SettingsError: rules or addresses are wrong.
+        """
+        self._settings, self._retraining = settings.alerts, settings.retraining
+        self._clock = clock or SystemClock()
+        self._rules = parse_rules(settings.alerts.rules)
+        self._channels = make_channels(settings.alerts, settings.retraining.interval_s, self._clock)
+        self._path, self._silences = folder / ALERTS_FILE, folder / SILENCES_FILE
+        self._state = AlertState()
+        self._is_loaded, self._is_saved = False, True
+        self._lock = threading.Lock()
+        self._waiting: CheckFigures | None = None  # under the lock
+        self._is_busy = False  # under the lock
+        self._thread: WorkerThread | None = None
+        self._outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
+        self._at_work: dict[str, tuple[WorkerThread, float]] = {}  # and since when
+
+    def note(self, figures: CheckFigures) -> None:
+        """Take a check in and return at once; while a round still runs, only the newest check waits."""
+        if not self._channels:
+            return
+        with self._lock:
+            self._waiting = figures
+            if self._is_busy:
+                return
+            self._is_busy = True
+        self._thread = Workers().thread("alerts", self._work, once=True)
+        self._thread.start()
+
+    def finish(self, limit_s: float) -> bool:
+        """Wait for what was noted to be sent; return whether it was dealt with in time."""
+        return self._thread is None or self._thread.join(limit_s)
+
+    def _work(self) -> None:
+        try:
+            while (figures := self._take()) is not None:
+                self._round(figures)
+        except BaseException:
+            with self._lock:
+                self._is_busy = False
+            raise
+
+    def _take(self) -> CheckFigures | None:
+        with self._lock:
+            figures, self._waiting = self._waiting, None
+            self._is_busy = figures is not None
+            return figures
+
+    def _round(self, figures: CheckFigures) -> None:
+        """Judge, save, send, and save what each channel took."""
+        if not self._is_loaded:
+            self._state, self._is_loaded = state_at_start(self._path), True
+        wanted = {rule.fact for rule in self._rules}
+        facts = {**facts_of_check(figures, self._clock.now()), **self._ask(wanted)}
+        self._drain()  # of channels that took longer than they may
+        now, names = self._clock.now(), [channel.name for channel in self._channels]
+        before = self._state.settle(names, now)
+        alerts = judge(self._rules, facts, before.alerts, now)
+        _log_changes(before.alerts, alerts)
+        self._keep(replace(before, alerts=alerts).settle(names, now))
+        self._send(now, read_silences(self._silences, now))
+
+    def _ask(self, wanted: Container[str]) -> Facts:
+        url, timeout_s = self._retraining.daemon_url, self._retraining.request_timeout_s
+        with DaemonClient(url, timeout_s=timeout_s) as client:
+            return facts_of_daemon(client, wanted, self._clock.now())
+
+    def _send(self, now: datetime, silences: Sequence[Silence]) -> None:
+        """Let all channels work at once, and wait for them within the limit."""
+        begun: dict[str, WorkerThread] = {}
+        for channel in self._channels:
+            parcels = self._pack(channel, now, silences)
+            if parcels and self._is_free(channel.name) and self._state.of(channel.name).may_try(now):
+                work = partial(self._deliver, channel.name, parcels)
+                thread = Workers().thread(f"alerts to {channel.name}", work, once=True)
+                self._at_work[channel.name] = (thread, monotonic())
+                begun[channel.name] = thread
+                thread.start()
+        until = monotonic() + self._settings.timeout_s + _SLACK_S
+        while monotonic() < until and any(thread.is_alive for thread in begun.values()):
+            self._drain(_POLL_S)
+        late = [name for name, thread in begun.items() if thread.is_alive]
+        self._drain()
+        for name in late:
+            why = NotDelivered(f"no answer within {self._settings.timeout_s:g} s")
+            self._note(_Outcome(name, None, why, self._clock.now()))
+
+    def _pack(self, channel: Channel, now: datetime, silences: Sequence[Silence]) -> list[_Parcel]:
+        """Return what a channel is to be sent."""
+        alerts, state = self._state.alerts, self._state.of(channel.name)
+        if isinstance(channel, AlertmanagerChannel):
+            send_all = partial(channel.send_all, alerts, silences, now)
+            return [(None, send_all)] if any(alert.fired_at for alert in alerts) else []
+        notices = plan(alerts, state, silences, now, timedelta(hours=self._settings.repeat_hours))
+        due = within_limit(notices, state.n_sent(now), self._settings.messages_per_hour)
+        return [(notice, partial(channel.send, notice)) for notice in due]
+
+    def _is_free(self, name: str) -> bool:
+        thread, since = self._at_work.get(name, (None, 0.0))
+        return thread is None or not thread.is_alive or monotonic() - since > _LOST_S
+
+    def _deliver(self, name: str, parcels: Sequence[_Parcel]) -> None:
+        """Send one after another, on the channel's own thread; the first that fails ends it."""
+        for notice, send in parcels:
+            error = None
+            try:
+                send()
+            except NotDelivered as failure:
+                error = failure
+            except Exception as failure:  # the boundary: its text may hold an address, so it goes no further
+                error = NotDelivered(f"failed: {cause(failure)}")
+            self._outcomes.put(_Outcome(name, notice, error, self._clock.now()))
+            if error is not None:
+                return
+
+    def _drain(self, wait_s: float = 0.0) -> None:
+        """Note what channels have done; wait for the first of it."""
+        with contextlib.suppress(queue.Empty):
+            self._note(self._outcomes.get(timeout=wait_s) if wait_s else self._outcomes.get_nowait())
+            while True:
+                self._note(self._outcomes.get_nowait())
+
+    def _note(self, outcome: _Outcome) -> None:
+        """Keep what one channel took, or that it failed, before anything else is done."""
+        channel = self._state.of(outcome.channel)
+        if outcome.error is not None:
+            logger.warning("alert not sent channel=%s error=%s", outcome.channel, outcome.error)
+            channel = channel.after_failure(outcome.at, str(outcome.error), outcome.error.retry_after_s)
+        else:
+            channel = channel.after_success(outcome.at, counts=outcome.notice is not None)
+        if outcome.error is None and outcome.notice is not None:
+            logger.info("alert sent channel=%s rule=%s", outcome.channel, outcome.notice.rule)
+            channel = note_told(channel, outcome.notice, outcome.at)
+        self._keep(self._state.with_channel(outcome.channel, channel))
+
+    def _keep(self, state: AlertState) -> None:
+        """Hold the state, and save it; a full disk must not keep its own alert from being sent."""
+        self._state = state
+        try:
+            save_state(self._path, state, self._settings.fleet)
+            self._is_saved = True
+        except FleetcastError as error:
+            if self._is_saved:
+                logger.error("state of alerts not saved, a restart may send some again: %s", error)
+            self._is_saved = False
+
+
+def _log_changes(before: Iterable[Alert], after: Iterable[Alert]) -> None:
+    states = {alert.fingerprint: alert.state for alert in before}
+    for alert in after:
+        if alert.state != states.get(alert.fingerprint, PENDING):
+            about = f" {alert.subject}" if alert.subject else ""
+            logger.info("alert %s rule=%s%s: %s", alert.state, alert.rule, about, alert.sentence)
+
+
+def facts_of_check(figures: CheckFigures, now: datetime) -> dict[str, tuple[Sample, ...]]:
+    """Return what a check knows; without a verdict on drift there is no score, so nothing drifts."""
+    score, held = figures.drift_score, figures.held_since
+    held_h = 0.0 if held is None else (now - held).total_seconds() / 3600
+    return {
+        "drift_score": () if score is None else (Sample.of(score),),
+        "training_failures": (Sample.of(figures.training_failures),),
+        "trainings_7d": (Sample.of(figures.trainings_7d),),
+        "held_h": (Sample.of(held_h),),
+        "free_disk_gb": tuple(_free_disks(figures.folders)),
+    }
+
+
+def _free_disks(folders: Sequence[Path]) -> Iterator[Sample]:
+    """Yield the free space of each file system, named by the first folder on it."""
+    seen: set[int] = set()
+    for folder in folders:
+        try:
+            device, free = folder.stat().st_dev, shutil.disk_usage(folder).free
+        except OSError:  # not made yet
+            continue
+        if device not in seen:
+            seen.add(device)
+            yield Sample.of(free / _GB, folder=str(folder))
+
+
+def facts_of_daemon(client: DaemonClient, wanted: Container[str], now: datetime) -> Facts:
+    """Return what the inference daemon says; where it is away, only that is known."""
+    try:
+        status = client.status()
+    except DaemonAway as error:
+        return {"daemon_away": (Sample.of(1.0, str(error)),)}
+    facts = {"daemon_away": (Sample.of(0.0),), **_facts_of_status(status)}
+    questions: dict[str, tuple[str, Callable[[Any], Iterator[Sample]]]] = {
+        "capacity_p": (CAPACITY, _near_limits),
+        "disk_full_days": (DATES, partial(_dates, now=now)),
+    }
+    for fact, (path, read) in questions.items():
+        if fact in wanted:
+            with contextlib.suppress(DaemonAway, KeyError, TypeError, ValueError):  # then it is not known
+                facts[fact] = tuple(read(client.get(path)["rows"]))
+    return facts
+
+
+def _facts_of_status(status: Mapping[str, Any]) -> dict[str, tuple[Sample, ...]]:
+    facts: dict[str, tuple[Sample, ...]] = {}
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        facts["backlog"] = (Sample.of(float(status["backlog"])),)
+        newest, at = status["newest_record_time"], status["clock"]["now"]
+        age = (parse_plain_utc(at) - parse_plain_utc(newest)).total_seconds() if newest else None
+        facts["data_age_s"] = () if age is None else (Sample.of(age),)
+    return facts
+
+
+def _near_limits(rows: Sequence[Mapping[str, Any]]) -> Iterator[Sample]:
+    """Yield the probability of each series; one that is over the limit keeps an alert, and begins none.
+
+    The threshold of an ordinary monitor tells of a limit that was passed; this tells of it before.
+    """
+    for row in rows:
+        labels = {"server": str(row["server"]), "metric": str(row["metric"])}
+        if row["state"] == _OVER:
+            yield Sample.of(None, f"it is over the limit since {row['since'] or 'some time'}", **labels)
+        elif row["p"] is None:
+            yield Sample.of(None, "it is not known at the moment", **labels)
+        else:
+            when = f"possible from {row['first_possible']}" if row["first_possible"] else ""
+            yield Sample.of(float(row["p"]), when, **labels)
+
+
+def _dates(rows: Sequence[Mapping[str, Any]], now: datetime) -> Iterator[Sample]:
+    """Yield the days until each disk is full, at the earliest; a full one keeps an alert, and begins none."""
+    for row in rows:
+        if row["why_no_date"] == _FULL:
+            yield Sample.of(None, "it is full", server=str(row["server"]))
+        elif row["full_between"]:
+            early, late = row["full_between"]
+            days = (parse_plain_utc(early) - now).total_seconds() / _DAY_S
+            yield Sample.of(max(0.0, days), f"full between {early} and {late}", server=str(row["server"]))

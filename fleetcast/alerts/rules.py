@@ -1,0 +1,244 @@
+"""What fires: the rules, and the alerts that facts make of them; pure functions of values.
+
+Owns: how a rule is written, which facts there are, and when an alert begins, fires and ends. Does not
+know: where facts come from (`engine`), who hears of an alert (`messages`).
+
+A rule is one line, `NAME: FACT OP NUMBER [for TIME] [keep TIME] SEVERITY`:
+
+    DriftHigh: drift_score > 0.15 for 15m keep 15m warning
+
+It fires once it has held for the first time, and ends once it has not held for the second: what goes to
+and fro across a limit makes one alert. A fact that is not known changes nothing, so a daemon that is
+away ends no alert.
+"""
+
+import hashlib
+import json
+import math
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from fleetcast.errors import SettingsError
+from fleetcast.schema import ALERT_RULES
+from fleetcast.setting import nearest
+
+PENDING, FIRING, ENDED = "pending", "firing", "ended"
+SEVERITIES = ("info", "warning", "critical")
+FACTS = {  # by name: what the value is, in words
+    "drift_score": "the combined drift score",
+    "training_failures": "trainings that failed in a row",
+    "trainings_7d": "trainings in 7 days",
+    "free_disk_gb": "GB free on the disk of",
+    "held_h": "hours since a person held new models back, or paused trainings",
+    "daemon_away": "1 where the inference daemon cannot be asked",
+    "data_age_s": "seconds since the newest record",
+    "backlog": "closed bins that wait for their forecast",
+    "capacity_p": "probability of passing 90 % within the horizon",
+    "disk_full_days": "days until a disk is full, at the earliest",
+}
+_OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
+    ">": operator.gt,
+    ">=": operator.ge,
+    "<": operator.lt,
+    "<=": operator.le,
+}
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+_TIME = r"(\d+(?:\.\d+)?)([smhd])"
+_RULE = re.compile(
+    rf"(\w+): *(\w+) *([<>]=?) *(-?\d+(?:\.\d+)?)(?: +for +{_TIME})?(?: +keep +{_TIME})? +(\w+)"
+)
+_OFF = re.compile(r"(\w+): *off")
+_FORM = "NAME: FACT OP NUMBER [for TIME] [keep TIME] SEVERITY, or NAME: off"
+
+Labels = tuple[tuple[str, str], ...]  # sorted by name
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule as it was written."""
+
+    name: str
+    fact: str
+    op: str
+    limit: float
+    for_s: float
+    keep_s: float
+    severity: str
+
+    def holds(self, value: float) -> bool:
+        """Return whether the value is beyond the limit."""
+        return _OPERATORS[self.op](value, self.limit)
+
+    @property
+    def condition(self) -> str:
+        """Return the limit in words."""
+        return f"{self.op} {self.limit:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One value of a fact."""
+
+    value: float | None  # None: it neither begins an alert nor ends one that fires
+    labels: Labels = ()
+    text: str = ""  # what else is known of it
+
+    @classmethod
+    def of(cls, value: float | None, text: str = "", **labels: str) -> "Sample":
+        """Return a sample with its labels in order."""
+        return cls(value, tuple(sorted(labels.items())), text)
+
+
+Facts = Mapping[str, Sequence[Sample]]  # a fact that is not in it is not known
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """One rule that holds, held until a moment ago, or may soon fire, for one set of labels."""
+
+    rule: str
+    severity: str
+    labels: Labels
+    state: str
+    since: datetime  # when it began to hold
+    seen_at: datetime  # when it held last
+    sentence: str
+    fired_at: datetime | None = None
+    ended_at: datetime | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Return what makes it the same alert after a restart.
+
+        >>> at = datetime(2026, 1, 15)
+        >>> Alert("DriftHigh", "warning", (), FIRING, at, at, "").fingerprint
+        '525d290a6e0578380534100e356431fe'
+        """
+        return fingerprint(self.rule, self.labels)
+
+    @property
+    def subject(self) -> str:
+        """Return whom it is about, "" where it is about the fleet."""
+        return " ".join(value for _, value in self.labels[::-1])
+
+    @property
+    def is_firing(self) -> bool:
+        """Whether people are to know of it now."""
+        return self.state == FIRING
+
+
+def fingerprint(rule: str, labels: Labels) -> str:
+    """Return 32 hexadecimal digits for a rule and labels."""
+    return hashlib.sha256(json.dumps([rule, *labels]).encode()).hexdigest()[:32]
+
+
+def parse_rules(lines: Sequence[str]) -> tuple[Rule, ...]:
+    """Return the rules in force: the shipped ones, each replaced or ended by a line of its name.
+
+    Raises:
+        SettingsError: names every line that is no rule, with what would be right.
+    """
+    found: dict[str, Rule] = {}
+    problems: list[str] = []
+    for line in (*ALERT_RULES, *lines):
+        try:
+            name, rule = _parse(line.strip())
+        except ValueError as error:
+            problems.append(f"alerts.rules: {line!r} {error}")
+            continue
+        found.pop(name, None)
+        if rule is not None:
+            found[name] = rule
+    if problems:
+        raise SettingsError(problems)
+    return tuple(found.values())
+
+
+def _parse(line: str) -> tuple[str, Rule | None]:
+    if off := _OFF.fullmatch(line):
+        return off[1], None
+    parts = _RULE.fullmatch(line)
+    if parts is None:
+        raise ValueError(f"must look like {_FORM}")
+    name, fact, op, limit, for_n, for_unit, keep_n, keep_unit, severity = parts.groups()
+    if fact not in FACTS:
+        raise ValueError(
+            f"has an unknown fact {fact}{nearest(fact, list(FACTS))} (known: {', '.join(FACTS)})"
+        )
+    if severity not in SEVERITIES:
+        raise ValueError(f"must end with one of {', '.join(SEVERITIES)}, got {severity}")
+    return name, Rule(
+        name, fact, op, float(limit), _seconds(for_n, for_unit), _seconds(keep_n, keep_unit), severity
+    )
+
+
+def _seconds(number: str | None, unit: str | None) -> float:
+    return float(number) * _UNITS_S[unit] if number and unit else 0.0
+
+
+def judge(rules: Iterable[Rule], facts: Facts, standing: Iterable[Alert], now: datetime) -> tuple[Alert, ...]:
+    """Return the alerts after one look at the facts.
+
+    Args:
+        standing: the alerts of the look before.
+        now: later than any time in `standing`.
+    Returns:
+        those that are pending, fire, or have ended and were not forgotten yet (`state` does that).
+    """
+    before = {(alert.rule, alert.labels): alert for alert in standing}
+    after: list[Alert] = []
+    for rule in rules:
+        own = {labels: alert for (name, labels), alert in before.items() if name == rule.name}
+        after += _judge_rule(rule, facts.get(rule.fact), own, now)
+    known = {rule.name for rule in rules}
+    gone = [alert for alert in before.values() if alert.rule not in known]
+    return (*after, *filter(None, (_end(alert, now) for alert in gone)))
+
+
+def _judge_rule(
+    rule: Rule, samples: Sequence[Sample] | None, own: Mapping[Labels, Alert], now: datetime
+) -> Iterator[Alert]:
+    if samples is None:
+        yield from own.values()
+        return
+    by_labels = {sample.labels: sample for sample in samples}
+    for labels in dict.fromkeys((*own, *by_labels)):
+        alert = _step(rule, by_labels.get(labels, Sample(math.nan, labels)), own.get(labels), now)
+        if alert is not None:
+            yield alert
+
+
+def _step(rule: Rule, sample: Sample, alert: Alert | None, now: datetime) -> Alert | None:
+    """Return one alert after one sample, None where there is none any more."""
+    if sample.value is None:
+        is_firing = alert is not None and alert.is_firing
+        return replace(alert, seen_at=now, sentence=_say(rule, sample)) if alert and is_firing else alert
+    if rule.holds(sample.value):
+        if alert is None or alert.state == ENDED:
+            alert = Alert(rule.name, rule.severity, sample.labels, PENDING, now, now, "")
+        alert = replace(alert, severity=rule.severity, seen_at=now, sentence=_say(rule, sample))
+        is_due = alert.state == PENDING and (now - alert.since).total_seconds() >= rule.for_s
+        return replace(alert, state=FIRING, fired_at=now) if is_due else alert
+    if alert is None or alert.state == ENDED:
+        return alert
+    if alert.is_firing and (now - alert.seen_at).total_seconds() < rule.keep_s:
+        return alert
+    return _end(alert, now)
+
+
+def _end(alert: Alert, now: datetime) -> Alert | None:
+    """Return a firing alert as ended, an ended one as it is, and nothing for one that never fired."""
+    if alert.state == PENDING:
+        return None
+    return alert if alert.state == ENDED else replace(alert, state=ENDED, ended_at=now)
+
+
+def _say(rule: Rule, sample: Sample) -> str:
+    """Return what is the case, as one sentence without its subject."""
+    if sample.value is None:
+        return sample.text
+    said = f"{FACTS[rule.fact]} is {sample.value:.4g} ({rule.condition})"
+    return f"{said}; {sample.text}" if sample.text else said

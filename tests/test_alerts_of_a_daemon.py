@@ -1,0 +1,93 @@
+"""The retraining daemon as a process: its checks send alerts, with `--once` too, and hang on no channel."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from alert_sink import Sink
+
+ROOT = Path(__file__).parents[1]
+RULE = "DiskLow: free_disk_gb < 1000000 critical"
+
+
+@pytest.fixture
+def sink() -> Iterator[Sink]:
+    with Sink() as receiver:
+        yield receiver
+
+
+def command(folder: Path, *flags: str, **settings: str) -> subprocess.Popen[str]:
+    (folder / "data_buffer" / "log").mkdir(parents=True, exist_ok=True)
+    given = {f"FLEETCAST_{name.upper()}": value for name, value in settings.items()}
+    flags = ("--daemon-url", "http://127.0.0.1:9", *flags)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "adaptive_retraining_daemon.py"), *flags],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "FLEETCAST_ALERTS_RULES": RULE, **given},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def wait_for(n_requests: int, sink: Sink) -> None:
+    until = time.monotonic() + 60
+    while len(sink.requests) < n_requests and time.monotonic() < until:
+        time.sleep(0.05)
+    assert len(sink.requests) >= n_requests
+
+
+@pytest.mark.slow
+def test_a_check_of_once_sends_what_fires_and_the_next_one_nothing(tmp_path: Path, sink: Sink) -> None:
+    for n_sent in (1, 1):
+        output, errors = command(tmp_path, "--once", alerts_slack_url=f"{sink.url}/topsecret").communicate()
+        assert output.startswith("Looked at"), errors
+        assert len(sink.requests) == n_sent, errors
+        assert "topsecret" not in output + errors
+    assert "topsecret" not in "".join(path.read_text() for path in tmp_path.glob("*.*") if path.is_file())
+    assert "DiskLow (critical" in sink.requests[0].json["text"]
+
+
+@pytest.mark.slow
+def test_the_log_holds_no_address_at_debug_level(tmp_path: Path, sink: Sink) -> None:
+    own = {"alerts_slack_url": f"{sink.url}/services/topsecret", "logging_level": "DEBUG"}
+    output, errors = command(tmp_path, "--once", **own).communicate()
+    assert len(sink.requests) == 1, errors
+    assert "topsecret" not in output + errors + (tmp_path / "retraining_daemon.log").read_text()
+    assert "alert sent channel=slack rule=DiskLow" in errors
+
+
+@pytest.mark.slow
+def test_a_daemon_killed_and_started_again_sends_nothing_twice(tmp_path: Path, sink: Sink) -> None:
+    for _ in range(2):
+        daemon = command(tmp_path, "--interval", "0.5", alerts_webhook_url=sink.url)
+        try:
+            wait_for(1, sink)
+            decisions = tmp_path / "decisions.jsonl"
+            until, before = time.monotonic() + 60, len(decisions.read_text().splitlines())
+            while len(decisions.read_text().splitlines()) < before + 3 and time.monotonic() < until:
+                time.sleep(0.05)
+        finally:
+            daemon.kill()
+            daemon.communicate()
+    assert [request.json["status"] for request in sink.requests] == ["firing"]
+
+
+@pytest.mark.slow
+def test_checks_go_on_while_a_channel_hangs(tmp_path: Path, sink: Sink) -> None:
+    sink.go_on.clear()
+    daemon = command(tmp_path, "--interval", "0.2", alerts_webhook_url=sink.url)
+    try:
+        wait_for(1, sink)
+        decisions = tmp_path / "decisions.jsonl"
+        before, began = len(decisions.read_text().splitlines()), time.monotonic()
+        while len(decisions.read_text().splitlines()) < before + 3 and time.monotonic() - began < 8:
+            time.sleep(0.05)
+        assert len(decisions.read_text().splitlines()) >= before + 3, "within the 10 s that the channel has"
+    finally:
+        daemon.kill()
+        daemon.communicate()
