@@ -30,6 +30,7 @@ from fleetcast.locks import OwnerLock, read_pid
 from fleetcast.loop import Stop, SystemdNotifier, configure_logging, run_every
 from fleetcast.program import models_dir, run_program
 from fleetcast.promotion.audit import TRAINING
+from fleetcast.promotion.bake import judge_bake, settle_bake
 from fleetcast.promotion.desk import Desk
 from fleetcast.promotion.orders import Order
 from fleetcast.retraining import report as done
@@ -125,7 +126,7 @@ class AdaptiveRetrainingDaemon:
         self.engine = self._make_engine()
         timeout_s, nice = own.retraining.training_timeout_s, own.retraining.training_nice
         attempts = Attempts(self._registry, timeout_s=timeout_s, nice=nice)
-        self._desk = Desk(self._registry)
+        self._desk = Desk(self._registry, bakes=own.promotion.bake == "on")
         self._trainings = Trainings(
             self.engine, attempts, Path(STATE_FILE), own.clock.mode, self._clock, self._audit_end
         )
@@ -168,13 +169,21 @@ class AdaptiveRetrainingDaemon:
         while monotonic() < until and not self.stop.wait(min(ORDERS_S, max(0.0, until - monotonic()))):
             self._notifier.alive()
             try:
-                self._desk.look_after()
+                self._look_after_models()
                 if self._desk.training_order() is not None:
                     return True
             except FleetcastError as error:  # the next check tries again
                 logger.error("orders wait: %s", error)
                 self.stop.wait(max(0.0, until - monotonic()))
         return False
+
+    def _look_after_models(self) -> None:
+        """Carry out what people ordered, and what the comparison with the model before asks for."""
+        self._desk.look_after()
+        try:
+            settle_bake(self._desk, self._settings.promotion, is_recorded=self._settings.clock.mode == "data")
+        except AlreadyRunning:
+            logger.debug("another process moves models just now")
 
     def run_once(self) -> ExitCode:
         """Check, print, and wait for a training that this check started.
@@ -210,7 +219,7 @@ class AdaptiveRetrainingDaemon:
             self._newest = self._store.newest_record_time()
             if is_owner:
                 self._lock.check()
-                self._desk.look_after()  # first: a switch that a kill broke off is finished, then counted
+                self._look_after_models()  # first: a switch that a kill broke off is finished, then counted
                 self._trainings.note()
             now = self._clock.now()
             # a rejected first candidate is no model either
@@ -319,7 +328,10 @@ class AdaptiveRetrainingDaemon:
         standing = self._desk.standing()
         standing = replace(standing, paused=standing.pause_at(self._desk.clock))
         check = RetrainingCheck(now, report, self.quiet, decision, missing, done.NOTHING)
-        return replace(check, learning=learning, standing=standing, problems=self._inquiry.problems)
+        bake = judge_bake(self._desk, self._settings.promotion)
+        return replace(
+            check, learning=learning, standing=standing, bake=bake, problems=self._inquiry.problems
+        )
 
     def _figures(self, check: RetrainingCheck) -> CheckFigures:
         """Return what alerts are made of."""

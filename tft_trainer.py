@@ -85,7 +85,7 @@ class Attempt:
         self, options: argparse.Namespace, settings: Settings, registry: Registry, lock: OwnerLock
     ) -> None:
         self._options, self._settings, self._registry, self._lock = options, settings, registry, lock
-        self._desk = Desk(registry)
+        self._desk = Desk(registry, bakes=settings.promotion.bake == "on")
         self._clock = SystemClock()
         self._started_at = self._clock.now()
         self._started = monotonic()
@@ -200,7 +200,7 @@ class Attempt:
             registry.add(version_id, {**_contents(challenger, is_held=bool(held)), **reference}, manifest)
             if challenger.verdict.promoted and not held:
                 desk.promote(version_id, self._by, challenger.verdict.why, attempt=self._id)
-            elif held and desk.standing().held:
+            elif held and (desk.standing().held or desk.standing().cooldown_at(desk.clock)):
                 desk.keep_waiting(version_id, self._by, held, attempt=self._id)
             registry.set_baseline(version_id)
             pruned = registry.prune(self._settings.trainer.keep_versions, desk.standing().protects)
@@ -210,9 +210,12 @@ class Attempt:
 
     def _what_holds(self) -> str:
         """Return why a version that passed the gate does not go into service by itself, or ""."""
-        hold, current = self._desk.standing().held, self._registry.current_id()
+        standing, current = self._desk.standing(), self._registry.current_id()
+        hold, cooldown = standing.held, standing.cooldown_at(self._desk.clock)
         if hold:
             return f"it waits: {hold.by} holds new models back since {hold.since}: {hold.why}"
+        if cooldown:
+            return f"it waits until {cooldown.until}, since a model was taken back: {cooldown.why}"
         if current != self._champion_before:
             return f"not put into service: it was compared with {self._champion_before}, now {current} serves"
         return ""

@@ -31,7 +31,6 @@ from fleetcast.schema import RecordBatch
 from fleetcast.serving.board import PredictionBoard
 from fleetcast.serving.capacity import Capacity
 from fleetcast.serving.corrector import Corrector
-from fleetcast.serving.export import Export
 from fleetcast.serving.fullness import Fullness
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.intake import Intake, RejectedRecords
@@ -41,6 +40,7 @@ from fleetcast.serving.model_loader import ModelLoader, Predictor
 from fleetcast.serving.overview import Overview
 from fleetcast.serving.past import Past
 from fleetcast.serving.roster import Fleet, Roster
+from fleetcast.serving.shadow import Shadow
 from fleetcast.serving.status import StatusReport
 from fleetcast.serving.sweep import Sweeper
 from fleetcast.serving.telemetry import Telemetry
@@ -77,6 +77,7 @@ class InferenceService:
             StorageFull, StorageBroken: the folder cannot be written.
         """
         self._settings = settings
+        self._load_model = load_model
         self._buffer = buffer
         self._listener = listener
         self._stop = stop
@@ -143,13 +144,18 @@ class InferenceService:
         self._sweeper.capacity = self._report.capacity = capacity
         past = Past(self._fleet, self._buffer, self._settings.forecast.settle_horizons)
         overview = Overview(self._fleet, board, past, self._report, Journal())
-        export = None
-        if self._settings.export.enabled == "on":
-            horizons = self._settings.forecast.settle_horizons
-            export = self._sweeper.export = Export(self._settings.export, self._fleet, horizons, past)
         door = Door(api_key, self._telemetry)
-        add_promotion(self._app, Desk(registry), door, api_key)
-        return add_page(self._app, overview, past, capacity, self._fullness, door, export)
+        desk = Desk(registry)
+        self._sweeper.shadow = Shadow(
+            desk,
+            self._fleet.history,
+            self._load_model,
+            self._settings.promotion,
+            self._settings.forecast.settle_horizons,
+            self._telemetry.errors.note,
+        )
+        add_promotion(self._app, desk, self._settings.promotion, door, api_key)
+        return add_page(self._app, overview, past, capacity, self._fullness, door)
 
     def start(self) -> None:
         """Serve at once, load a model beside, then bring back what a restart has to."""

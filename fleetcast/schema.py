@@ -89,6 +89,11 @@ class HistoryWindow:
     end_bin_ms: int  # start of the last (newest closed) bin
     bin_ms: int
 
+    def of(self, rows: "Longs") -> "HistoryWindow":
+        """Return the window of some of its servers."""
+        names = tuple(self.server_names[row] for row in rows.tolist())
+        return HistoryWindow(names, self.metrics, self.values[rows], self.end_bin_ms, self.bin_ms)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ClosedBin:

@@ -51,10 +51,10 @@ def alone(folder: Path) -> None:
         desk.promote(A, "ann", "first")
 
 
-def idle(folder: Path) -> None:
+def idle(folder: Path, *, bakes: bool = False) -> None:
     """C serves, B and A did before; three more versions are stored."""
-    desk = desk_of(folder)
     for version_id in (A, B, C):
+        desk = Desk(Registry(folder), FakeClock(NOW), bakes=bakes and version_id == C)
         add(desk.registry, version_id, promoted=True)
         with desk.lock():
             desk.promote(version_id, "ann", "better")
@@ -62,6 +62,11 @@ def idle(folder: Path) -> None:
     add(desk.registry, SPARE, passed_gate=True)
     add(desk.registry, FAILED)
     desk.registry.set_baseline(C)
+
+
+def baking(folder: Path) -> None:
+    """As `idle`, but C is compared with B."""
+    idle(folder, bakes=True)
 
 
 def held(folder: Path) -> None:
@@ -92,5 +97,5 @@ def older(folder: Path) -> None:
 
 
 STATES: dict[str, Callable[[Path], None]] = {
-    state.__name__: state for state in (empty, alone, idle, held, paused, waiting, older)
+    state.__name__: state for state in (empty, alone, idle, baking, held, paused, waiting, older)
 }

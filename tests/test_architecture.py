@@ -31,7 +31,7 @@ ROWS: dict[str, set[str]] = {
     "drift.seasonal": {"forecast"},
     "drift": {"storage", "forecast", "drift.literal", "drift.seasonal"},
     "training": {"forecast", "forecast.experts", "drift", "drift.literal", "drift.seasonal", "storage"},
-    "serving": {"storage", "ingest", "prometheus", "forecast", "forecast.experts", "capacity"},
+    "serving": {"capacity", "forecast", "forecast.experts", "ingest", "prometheus", "promotion", "storage"},
     "api": {"serving", "ingest", "prometheus", "promotion"},
     "retraining": {
         "storage",
@@ -82,10 +82,10 @@ OWNERS = {
 NOT_ON_THE_GROUND = ("pandas", "pyarrow")
 DURABLE_OWNERS = {"files", "storage.log"}
 LOCK_OWNER = "locks"
-MAX_FILES = 129
+MAX_FILES = 136
 MAX_FILE_LINES = 500
 LONG_FILE_LINES = 400  # a warning: look for the seam
-MAX_SINGLE_IMPORTERS = 25
+MAX_SINGLE_IMPORTERS = 27
 MAX_FUNCTION_LINES = 40
 MAX_PARAMETERS = 7
 SHORT_FUNCTION_LINES = 5  # says what it does without a docstring

@@ -39,8 +39,12 @@ ORDERS: dict[str, dict[str, Any]] = {
     "veto the champion": {"version": C},
 }
 # (order, state): the champion afterwards; absent = the order is refused
-IN_SERVICE = {"empty": None, "alone": A, "idle": C, "held": C, "paused": C, "waiting": C, "older": C}
-FULL = ("idle", "held", "paused", "waiting")
+IN_SERVICE = {
+    "empty": None,
+    "alone": A,
+    **dict.fromkeys(("idle", "baking", "held", "paused", "waiting", "older"), C),
+}
+FULL = ("idle", "baking", "held", "paused", "waiting")
 DONE: dict[tuple[str, str], str | None] = {
     **{(name, state): found for state, found in IN_SERVICE.items() for name in ("hold", "pause")},
     ("resume", "held"): C,
@@ -112,6 +116,7 @@ def timeless(standing: Standing) -> Standing:
         held=standing.held and replace(standing.held, since=""),
         paused=standing.paused and replace(standing.paused, since=""),
         waiting=standing.waiting and replace(standing.waiting, since=""),
+        bake=standing.bake and replace(standing.bake, id="", since=""),
     )
 
 

@@ -21,7 +21,7 @@ from fleetcast.promotion import orders
 from fleetcast.promotion.desk import Desk
 from fleetcast.promotion.orders import Order
 from fleetcast.serving.telemetry import Telemetry
-from fleetcast.settings import ServerSettings
+from fleetcast.settings import PromotionSettings, ServerSettings
 
 KEY = "correct horse"
 WITH_KEY = {"X-API-Key": KEY}
@@ -32,7 +32,8 @@ def client_of(folder: Path, api_key: str) -> Iterator[httpx.Client]:
     parts: Any = Daemon()
     telemetry, listener = Telemetry(CollectorRegistry(), FakeClock()), HttpListener("127.0.0.1", 0)
     app = create_app(parts, parts, parts, telemetry, ServerSettings(), api_key)
-    add_promotion(app, Desk(Registry(folder)), Door(api_key, telemetry), api_key)
+    door = Door(api_key, telemetry)
+    add_promotion(app, Desk(Registry(folder)), PromotionSettings(), door, api_key)
     listener.start(app, 5.0)
     with httpx.Client(base_url=listener.url, trust_env=False) as client:
         yield client

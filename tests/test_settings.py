@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from odd_files import KINDS, put
 
 from fleetcast.errors import SettingsError
-from fleetcast.settings import SettingInfo, Settings, every_setting, load_settings
+from fleetcast.setting import SettingInfo
+from fleetcast.settings import Settings, every_setting, load_settings
 
 EVERY = list(every_setting())
 

@@ -21,8 +21,10 @@ from fleetcast.clock import SystemClock
 from fleetcast.errors import BadOrder, StorageBroken, StorageFull
 from fleetcast.promotion import orders
 from fleetcast.promotion.audit import APPROVE, ROLLBACK
+from fleetcast.promotion.bake import report
 from fleetcast.promotion.desk import Desk
 from fleetcast.promotion.orders import Order
+from fleetcast.settings import PromotionSettings
 
 NO_KEY = "orders need a configured key: set TFT_API_KEY, or use the fleetcast command on this host"
 _FIELDS = ("reason", "by", "version", "to", "until", "force")
@@ -50,12 +52,14 @@ _GIVEN = {
 }
 
 
-def add_promotion(app: FastAPI, desk: Desk, door: Door, api_key: str) -> None:
+def add_promotion(app: FastAPI, desk: Desk, settings: PromotionSettings, door: Door, api_key: str) -> None:
     """Add the routes to an application of `create_app`."""
-    app.include_router(_routes(_Orders(desk, api_key), door.check()))
+    app.include_router(_routes(_Orders(desk, api_key), settings, door.check()))
 
 
-def _routes(given: "_Orders", guard: Callable[..., Awaitable[None]]) -> APIRouter:
+def _routes(
+    given: "_Orders", settings: PromotionSettings, guard: Callable[..., Awaitable[None]]
+) -> APIRouter:
     router = APIRouter(dependencies=[Depends(guard), Depends(only())])
     desk = given.desk
 
@@ -66,8 +70,8 @@ def _routes(given: "_Orders", guard: Callable[..., Awaitable[None]]) -> APIRoute
 
     @router.get("/promotion", responses=answers(OBJECT, e401="wrong or missing key"))
     def promotion() -> Response:
-        """Say what people hold or pause, which version waits, and what happened."""
-        return Response(encode(desk.report()), media_type=JSON)
+        """Say what people hold or pause, which version waits or is baked, and what happened."""
+        return Response(encode(report(desk, settings)), media_type=JSON)
 
     described: dict[int | str, dict[str, Any]] = answers(
         OBJECT,

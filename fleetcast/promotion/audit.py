@@ -11,6 +11,7 @@ written stops the act. 5 MB, then one older file; a torn last line is skipped.
 """
 
 import json
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ MAX_BYTES = 5_000_000
 INTENT, DONE, REFUSED, NOTE = "intent", "done", "refused", "note"
 PROMOTE, ROLLBACK, ADOPT = "promote", "rollback", "adopt"  # move what is in service, or find it moved
 HOLD, RESUME, PAUSE, VETO, WAIT = "hold", "resume", "pause", "veto", "wait"  # stand until they are lifted
+CONFIRM = "confirm"  # the end of a bake that found nothing
 TRAIN_NOW, VERDICT, TRAINING = "train-now", "verdict", "training"
 APPROVE = "approve"  # the order; the act is a promotion
 MOVES = (PROMOTE, ROLLBACK, RESUME, ADOPT)
@@ -49,7 +51,7 @@ class Entry:
     why: str
     source: str | None = None  # the version in service before
     target: str | None = None  # the version that the event is about, or puts into service
-    until: str | None = None  # of a pause
+    until: str | None = None  # of a pause; of the cooldown after a rollback that no person ordered
     order: str | None = None
     attempt: str | None = None
     is_forced: bool = False
@@ -167,24 +169,46 @@ class Waiting:
 
 
 @dataclass(frozen=True, slots=True)
+class Bake:
+    """A new version in service, the older one beside it: `serving/shadow` compares them."""
+
+    id: str  # of the switch
+    version: str
+    against: str  # the newest that was in service before and stood its own bake
+    since: str
+
+
+@dataclass(frozen=True, slots=True)
 class Standing:
     """What stands until it is lifted."""
 
     held: Mark | None = None
     paused: Mark | None = None
     waiting: Waiting | None = None
+    bake: Bake | None = None
+    cooldown: Mark | None = None  # after a rollback that no person ordered
+    taken_back: tuple[str, ...] = ()  # when such rollbacks were, newest first
     served: tuple[str, ...] = ()  # versions in service, newest first: the champion, the previous one, ...
     vetoed: tuple[str, ...] = ()
 
     @property
     def protects(self) -> set[str]:
         """Return the versions that must not be pruned, besides those that links point to."""
-        return {self.waiting.version} if self.waiting else set()
+        waiting = {self.waiting.version} if self.waiting else set()
+        return waiting | ({self.bake.version, self.bake.against} if self.bake else set())
 
     def pause_at(self, clock: Clock) -> Mark | None:
         """Return the pause that is not over yet."""
-        is_over = self.paused is None or parse_plain_utc(self.paused.until or "") <= clock.now()
-        return None if is_over else self.paused
+        return _not_over(self.paused, clock)
+
+    def cooldown_at(self, clock: Clock) -> Mark | None:
+        """Return the cooldown that is not over yet."""
+        return _not_over(self.cooldown, clock)
+
+
+def _not_over(mark: Mark | None, clock: Clock) -> Mark | None:
+    is_over = mark is None or parse_plain_utc(mark.until or "") <= clock.now()
+    return None if is_over else mark
 
 
 def apply(standing: Standing, entry: Entry) -> Standing:
@@ -200,11 +224,30 @@ def apply(standing: Standing, entry: Entry) -> Standing:
         is_waiting = standing.waiting is not None and standing.waiting.version == target
         vetoed = (target, *(item for item in standing.vetoed if item != target))[:_REMEMBERED]
         return replace(standing, vetoed=vetoed, waiting=None if is_waiting else standing.waiting)
+    if entry.event == CONFIRM and standing.bake and standing.bake.version == target:
+        return replace(standing, bake=None)
     if entry.event == RESUME:
-        standing = replace(standing, held=None, paused=None)
+        standing = replace(standing, held=None, paused=None, cooldown=None)
     if entry.event in MOVES and target:
-        return _with_champion(standing, entry, target)
+        return _with_champion(_with_bake(standing, entry, target), entry, target)
     return standing
+
+
+def _with_bake(standing: Standing, entry: Entry, target: str) -> Standing:
+    """Return what is compared after a switch; one that comes during a bake meets the proven one, too."""
+    bake, figures = standing.bake, entry.figures
+    if entry.event != ADOPT and figures.get("bakes") is True and entry.source:
+        against = bake.against if bake else entry.source
+        return replace(
+            standing, bake=Bake(entry.id, target, against, entry.at) if against != target else None
+        )
+    standing = replace(standing, bake=None)
+    if not entry.until:
+        return standing
+    if entry.at not in standing.taken_back:
+        standing = replace(standing, taken_back=(entry.at, *standing.taken_back)[:_REMEMBERED])
+    held = Mark(entry.at, entry.by, str(figures["holds"])) if figures.get("holds") else standing.held
+    return replace(standing, held=held, cooldown=Mark(entry.at, entry.by, entry.why, entry.until))
 
 
 def _with_champion(standing: Standing, entry: Entry, target: str) -> Standing:
@@ -221,17 +264,29 @@ def parse_standing(raw: Mapping[str, Any]) -> Standing:
     """Return what `promotion.json` holds; KeyError, TypeError or ValueError where it is damaged."""
     if raw["format"] != FORMAT:
         raise ValueError(f"format {raw['format']!r}, this program reads {FORMAT}")
-    held, paused, waiting = raw["held"], raw["paused"], raw["waiting"]
+    marks = {name: Mark(**raw[name]) if raw.get(name) else None for name in ("held", "paused", "cooldown")}
+    waiting, bake = raw["waiting"], raw.get("bake")  # older programs wrote no bake
     found = Standing(
-        Mark(**held) if held else None,
-        Mark(**paused) if paused else None,
-        Waiting(**waiting) if waiting else None,
-        tuple(map(str, raw["served"])),
-        tuple(map(str, raw["vetoed"])),
+        **marks,
+        waiting=Waiting(**waiting) if waiting else None,
+        bake=_parse_bake(bake) if bake else None,
+        taken_back=tuple(map(str, raw.get("taken_back", ()))),
+        served=tuple(map(str, raw["served"])),
+        vetoed=tuple(map(str, raw["vetoed"])),
     )
-    if found.paused:
-        parse_plain_utc(found.paused.until or "")
+    for mark in (found.paused, found.cooldown):
+        if mark:
+            parse_plain_utc(mark.until or "")
+    for moment in found.taken_back:
+        parse_plain_utc(moment)
     return found
+
+
+def _parse_bake(raw: Mapping[str, Any]) -> Bake:
+    bake = Bake(**raw)
+    if not re.fullmatch(r"[A-Za-z0-9-]{1,100}", bake.id):  # it names a file
+        raise ValueError(f"not the id of a switch: {bake.id!r}")
+    return bake
 
 
 def sentence(entry: Entry) -> str:
@@ -263,6 +318,7 @@ def _in_words(entry: Entry) -> str:
         PAUSE: f"{by} paused trainings until {entry.until}",
         VETO: f"{by} vetoed {target}",
         WAIT: f"{target} passed the gate and waits for a person",
+        CONFIRM: f"{target} stays in service, {by} ended",
         TRAIN_NOW: f"{by} ordered a training" + (f" (attempt {entry.attempt})" if entry.attempt else ""),
         VERDICT: f"the gate judged {target}",
         TRAINING: f"training {entry.attempt} ended without a model",

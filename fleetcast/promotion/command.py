@@ -24,6 +24,8 @@ from fleetcast.forecast.registry import Registry
 from fleetcast.program import models_dir, run_program
 from fleetcast.promotion import audit, orders
 from fleetcast.promotion.audit import Entry, sentence
+from fleetcast.promotion.bake import report
+from fleetcast.promotion.bake import sentence as tell_bake
 from fleetcast.promotion.desk import Desk
 from fleetcast.settings import load_settings
 
@@ -52,10 +54,12 @@ def _run(options: argparse.Namespace) -> int:
     settings = load_settings(
         Path(options.config) if options.config else None, {"paths.checkpoint_dir": options.checkpoint_dir}
     )
-    desk = Desk(Registry(Path(settings.paths.checkpoint_dir), models_dir(settings)))
+    registry = Registry(Path(settings.paths.checkpoint_dir), models_dir(settings))
+    desk = Desk(registry, bakes=settings.promotion.bake == "on")
     if options.command == MODELS:
-        standing = desk.report(0)
-        shown = {**desk.models(), **{name: standing[name] for name in ("held", "paused", "waiting")}}
+        standing = report(desk, settings.promotion, 0)
+        names = ("held", "paused", "waiting", "bake", "cooldown")
+        shown = {**desk.models(), **{name: standing[name] for name in names}}
         print(json.dumps(shown, indent=2) if options.json else "\n".join(_table(shown)))
         return ExitCode.OK
     if options.command == HISTORY:
@@ -130,6 +134,10 @@ def _table(shown: Mapping[str, Any]) -> Iterator[str]:
         if mark:
             until = f" until {mark['until']}" if mark["until"] else ""
             yield f"{name} by {mark['by']} since {mark['since']}{until}: {mark['why']} ({words})"
+    if shown["bake"]:
+        yield f"bake: {tell_bake(shown['bake'])}"
+    if shown["cooldown"]:
+        yield f"cooldown until {shown['cooldown']['until']}: a version that passes the gate waits until then"
     if shown["waiting"]:
         waiting = shown["waiting"]["version"]
         yield f"waiting: {waiting} (fleetcast approve {waiting}, or fleetcast veto {waiting})"

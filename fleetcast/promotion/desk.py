@@ -13,10 +13,10 @@ docs/promotion.md is for people.
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from fleetcast.clock import Clock, SystemClock, iso_z, monotonic, sleep
 from fleetcast.errors import AlreadyRunning, BadCheckpoint, BadOrder, CorruptFile, OrderRefused
 from fleetcast.forecast.registry import ORDERS_FOLDER, PROMOTION_LOCK, Registry, Version, lock_of
 from fleetcast.promotion import audit, orders
-from fleetcast.promotion.audit import FORMAT, Audit, Entry, Standing, apply, new_entry, parse_standing
+from fleetcast.promotion.audit import FORMAT, Audit, Bake, Entry, Standing, apply, new_entry, parse_standing
 from fleetcast.promotion.orders import Order
 
 logger = logging.getLogger(__name__)
@@ -34,18 +34,24 @@ STATE = "promotion.json"
 LOCK_WAIT_S = 30.0  # the trainer stores a version under the lock: seconds
 STALE_ORDER = timedelta(hours=24)  # a training that was ordered longer ago is not what a person waits for
 _LOCK_PAUSE_S = 0.05
-_PROGRAM = "the program"
+_PROGRAM, THE_BAKE = "the program", "the bake"
 
 
 class Desk:
     """Moves what is in service, one mover at a time. Reading takes no lock. Not thread safe."""
 
-    def __init__(self, registry: Registry, clock: Clock | None = None) -> None:
+    def __init__(self, registry: Registry, clock: Clock | None = None, *, bakes: bool = True) -> None:
+        """Look at one checkpoint folder.
+
+        Args:
+            bakes: the version before goes on beside one that is put into service, and may take over again.
+        """
         self.registry = registry
         self.folder = registry.folder
         self.audit = Audit(registry.folder)
         self.clock = clock or SystemClock()
         self._lock = lock_of(self.folder, PROMOTION_LOCK, f"the lock {self.folder / PROMOTION_LOCK}")
+        self._bakes = bakes
         self._seen: tuple[int, int] | None = None
 
     def standing(self) -> Standing:
@@ -132,12 +138,49 @@ class Desk:
     def promote(self, version_id: str, by: str, why: str, **more: Any) -> None:
         """Put a version into service that its training let through; the caller holds the lock."""
         source = self.registry.current_id()
-        self._perform(self._entry(audit.PROMOTE, by, why, source=source, target=version_id, **more))
+        given = {"figures": self._with_bake(source, version_id), **more}
+        self._perform(self._entry(audit.PROMOTE, by, why, source=source, target=version_id, **given))
 
     def keep_waiting(self, version_id: str, by: str, why: str, **more: Any) -> None:
         """Let a version wait for a person; the caller holds the lock."""
         source = self.registry.current_id()
         self._perform(self._entry(audit.WAIT, by, why, source=source, target=version_id, **more))
+
+    def take_back(self, bake: Bake, why: str, *, until: datetime, holds: str, figures: Any) -> bool:
+        """Put the version before back into service, which no person ordered; return whether it was done.
+
+        Args:
+            until: end of the cooldown.
+            holds: why models are held back from now on, "" = they are not.
+        """
+        with self.lock():
+            self.settle()  # what a person ordered goes first
+            standing, current = self.standing(), self.registry.current_id()
+            if standing.bake != bake or current != bake.version:
+                return False
+            target = self._intact((bake.against, *standing.served[1:]), current)
+            given = {"until": iso_z(until), "figures": {**figures, **({"holds": holds} if holds else {})}}
+            self._perform(self._entry(audit.ROLLBACK, THE_BAKE, why, source=current, target=target, **given))
+        return True
+
+    def confirm(self, bake: Bake, why: str, figures: Mapping[str, Any]) -> None:
+        """End a bake; the new version stays."""
+        with self.lock():
+            self.settle()
+            if self.standing().bake == bake:
+                about = {"source": bake.against, "target": bake.version, "figures": figures}
+                self._perform(self._entry(audit.CONFIRM, THE_BAKE, why, **about))
+
+    def release_waiting(self) -> None:
+        """Put a version into service that waited for the end of a cooldown only."""
+        standing, waiting = self.standing(), self.standing().waiting
+        if waiting is None or standing.held or standing.cooldown_at(self.clock):
+            return
+        with self.lock():
+            self.settle()
+            is_as_it_was = self.standing() == standing and waiting.champion == self.registry.current_id()
+            if is_as_it_was and waiting.version in self.registry.version_ids():
+                self.promote(waiting.version, _PROGRAM, f"the cooldown is over; {waiting.why}")
 
     def note(self, event: str, by: str, why: str, **more: Any) -> None:
         """Write down what moves nothing: a verdict, the end of a training."""
@@ -204,13 +247,14 @@ class Desk:
     def report(self, limit: int = 50) -> dict[str, Any]:
         """Return what stands and what happened, as `GET /promotion` shows it."""
         standing = self.standing()
-        pause = standing.pause_at(self.clock)
+        pause, cooldown = standing.pause_at(self.clock), standing.cooldown_at(self.clock)
         pending = [item for _, item in orders.waiting(self.folder) if isinstance(item, Order)]
         return {
-            "state": "held" if standing.held else "idle",
+            "state": "held" if standing.held else "baking" if standing.bake else "idle",
             "held": asdict(standing.held) if standing.held else None,
             "paused": asdict(pause) if pause else None,
             "waiting": asdict(standing.waiting) if standing.waiting else None,
+            "cooldown": asdict(cooldown) if cooldown else None,
             "orders": [asdict(order) for order in pending],
             "history": [entry.as_json() for entry in deque(self.audit.entries(), limit)],
         }
@@ -308,8 +352,18 @@ class Desk:
         """Return the intent of an order."""
         event = audit.PROMOTE if order.kind == audit.APPROVE else order.kind
         given: dict[str, Any] = {"target": order.version, "until": order.until, **more}
+        if event in (audit.PROMOTE, audit.RESUME) and given["target"]:
+            given["figures"] = self._with_bake(given.get("source"), given["target"])
         own = self._entry(event, order.by, order.reason, order=order.id, **given)
         return replace(own, is_forced=order.force)
+
+    def _with_bake(self, source: str | None, target: str) -> dict[str, Any]:
+        """Return the figures of a switch: whether the version before goes on beside the new one.
+
+        What a person puts back although it was rolled back is the person's: nothing takes it back again.
+        """
+        is_returned = target in self.registry.rolled_back_ids()
+        return {"bakes": True} if self._bakes and source and not is_returned else {}
 
     def _plan_mark(self, order: Order) -> Entry:
         if order.until is not None and orders.moment(order.until) <= self.clock.now():
@@ -364,7 +418,10 @@ class Desk:
 
     def _previous(self, current: str) -> str:
         """Return the newest intact version that was in service before."""
-        for version_id in self.standing().served[1:]:
+        return self._intact(self.standing().served[1:], current)
+
+    def _intact(self, version_ids: Sequence[str], current: str) -> str:
+        for version_id in version_ids:
             try:
                 self.registry.version(version_id).verify()
                 return version_id

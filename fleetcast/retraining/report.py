@@ -13,6 +13,7 @@ from datetime import datetime
 from fleetcast.clock import iso_z
 from fleetcast.drift.report import DriftReport
 from fleetcast.promotion.audit import Standing
+from fleetcast.promotion.evidence import Verdict
 from fleetcast.retraining.decision import Decision, safeguards_json
 from fleetcast.schema import QuietVerdict
 
@@ -37,6 +38,7 @@ class RetrainingCheck:
     attempt_id: str | None = None
     learning: str = ""  # why a training would pay although nothing drifted, or ""
     standing: Standing = field(default_factory=Standing)  # what a person ordered and did not lift
+    bake: Verdict | None = None  # how the model in service stands beside the one before it
     problems: tuple[str, ...] = ()  # of the inference daemon
 
     def with_action(self, action: str, detail: str, attempt_id: str | None = None) -> "RetrainingCheck":
@@ -92,6 +94,9 @@ class RetrainingCheck:
         if self.standing.paused:
             paused = self.standing.paused
             lines += ["", f"Trainings are paused until {paused.until} by {paused.by}: {paused.why}"]
+        if self.bake and self.standing.bake:
+            bake = self.standing.bake
+            lines += ["", f"Bake of {bake.version} beside {bake.against}: {self.bake.why}"]
         answer = "retrain" if self.decision.should_retrain else "do not retrain"
         lines += ["", f"Decision: {answer} ({self.decision.reason})"]
         if self.action_detail:

@@ -19,7 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from fleetcast.clock import Clock, SystemClock
+from fleetcast.clock import Clock, SystemClock, parse_plain_utc
 from fleetcast.drift.report import DriftReport
 from fleetcast.drift.seasonal.detector import READY
 from fleetcast.errors import CorruptFile, FleetcastError
@@ -95,6 +95,15 @@ def _of_check(check: RetrainingCheck, wall_s: float) -> Iterator[Metric]:
     yield from _gauge("held", "1 while a person holds new models back", check.standing.held is not None)
     yield from _gauge("paused", "1 while a person pauses trainings", check.standing.paused is not None)
     yield _label("safeguard_passed", "1 when a safeguard lets a training pass", "safeguard", passed)
+    yield from _gauge("baking", "1 while a new model is compared with the one before", bool(check.bake))
+    if check.bake:
+        figures = check.bake.figures
+        log_e = {"found": figures["log10_e_worse"], "needed": figures["log10_e_needed"]}
+        yield from _gauge("bake_hours", "whole hours that both models were compared", figures["hours"])
+        yield _label("bake_log10_e_worse", "evidence that the new model is worse", "kind", log_e)
+    taken_back = [parse_plain_utc(at).timestamp() for at in check.standing.taken_back]
+    recent = sum(at > wall_s - WEEK_S for at in taken_back)
+    yield from _gauge("rollbacks_7d", "models taken back within 7 days that no person took back", recent)
 
 
 def _of_drift(report: DriftReport) -> Iterator[Metric]:

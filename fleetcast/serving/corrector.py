@@ -31,6 +31,7 @@ from fleetcast.errors import CorruptFile
 from fleetcast.forecast.encoding import is_percent
 from fleetcast.forecast.experts.layer import ExpertLayer
 from fleetcast.forecast.experts.mixture import Mixture
+from fleetcast.forecast.experts.rules import RuleForecasts
 from fleetcast.schema import ClosedBin, Floats32, HistoryWindow, Longs
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.ledger import pack_lines, unpack_lines
@@ -54,9 +55,11 @@ Arrays = Mapping[str, NDArray[Any]]
 class Corrector:
     """Turns the forecasts of the version in service into what clients get. Not thread safe."""
 
-    def __init__(self, folder: Path, history: BinHistory, horizons: tuple[int, ...]) -> None:
+    def __init__(
+        self, folder: Path, history: BinHistory, horizons: tuple[int, ...], file: str = FILE
+    ) -> None:
         """Take up what an earlier process learned on the same bins and metrics."""
-        self._path = folder / FILE
+        self._path = folder / file
         self._history = history
         self._horizons = tuple(sorted(set(horizons)))
         self._saved_at = monotonic()
@@ -70,6 +73,35 @@ class Corrector:
         self._rows: dict[str, int] = {}
         self._version: str | None = None
         self._through_ms = -DAY_MS  # newest bin learned from
+
+    @property
+    def version(self) -> str | None:
+        """Return the version that what is known about the model is of."""
+        return self._version
+
+    def beside(self, file: str) -> "Corrector":
+        """Return what an earlier process kept in another file."""
+        return Corrector(self._path.parent, self._history, self._horizons, file)
+
+    def fork(self, server_names: Sequence[str], file: str) -> "Corrector":
+        """Return another one, kept in another file, that knows of some servers what this one does."""
+        files.remove_leftover(self._path.parent / file)
+        other = Corrector(self._path.parent, self._history, self._horizons, file)
+        other._layer = self._layer.copy_of(self._rows_of(server_names))
+        other._rows = {name: row for row, name in enumerate(server_names)}
+        other._version, other._through_ms, other._is_changed = self._version, self._through_ms, True
+        return other
+
+    def take_model_evidence(self, other: "Corrector") -> None:
+        """Know of the model what another one learned of it: it comes back into service."""
+        names = [name for name in other._rows if name in self._rows]
+        self._layer.take_model_evidence(self._rows_of(names), other._layer, other._rows_of(names))
+        self._is_changed = True
+
+    def forget_file(self) -> None:
+        """Remove what is kept; nothing is saved any more."""
+        self._is_changed = False
+        files.remove_leftover(self._path)
 
     def note_version(self, version: str | None) -> None:
         """Trust the evidence about the model less when another one, or none, came into service."""
@@ -89,15 +121,24 @@ class Corrector:
         self._through_ms = closed.bin_ms
         self._is_changed = True
 
-    def correct(self, part: HistoryWindow, quantiles: Floats32) -> None:
+    def correct(self, part: HistoryWindow, quantiles: Floats32) -> RuleForecasts:
         """Mix the model's (or the naive) forecasts of one part of the fleet with the experts', in place.
 
         Args:
             quantiles: (server, metric, horizon, quantile), NaN = none.
+        Returns:
+            what the experts that need no model say.
         """
         experts = self._layer.experts(part.values, max(1, DAY_MS // part.bin_ms), quantiles.shape[2])
+        self.mix(part, quantiles, experts)
+        return experts
+
+    def mix(
+        self, part: HistoryWindow, quantiles: Floats32, experts: RuleForecasts, leads: Longs | None = None
+    ) -> None:
+        """Mix forecasts with what experts say of the same servers and bins ahead (None: every one)."""
         origin = part.end_bin_ms // part.bin_ms
-        served = self._layer.serve(self._rows_of(part.server_names), origin, experts, quantiles)
+        served = self._layer.serve(self._rows_of(part.server_names), origin, experts, quantiles, leads)
         is_served = np.isfinite(served).all(axis=(2, 3)) & np.isfinite(quantiles).all(axis=(2, 3))
         quantiles[is_served] = served[is_served]
 

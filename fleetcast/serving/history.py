@@ -82,6 +82,11 @@ class BinHistory:
         """Return how many servers are remembered."""
         return len(self._rows)
 
+    def server_names(self) -> tuple[str, ...]:
+        """Return every server that is remembered."""
+        with self._lock:
+            return tuple(self._rows)
+
     def unknown(self, server_names: Iterable[str]) -> list[str]:
         """Return those names of which nothing is remembered."""
         return [name for name in server_names if name not in self._rows]

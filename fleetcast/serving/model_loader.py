@@ -87,6 +87,14 @@ class ModelLoader:
         """Return how the loader itself failed with nothing in service; a bad version is no such failure."""
         return "" if self.champion else self._thread.worker.problem
 
+    @property
+    def why_not_loaded(self) -> str:
+        """Return why the version that `last.ckpt` points to does not serve, "" where it does or may yet."""
+        if self.is_loading or not self._problems or self._pointer is None:
+            return ""
+        serves = self.champion is not None and self.champion.info.version == self._pointer
+        return "" if serves else self._problems[0]
+
     def start(self) -> None:
         """Begin to load the champion in the background."""
         self._begin(self._registry.current_id())

@@ -199,6 +199,7 @@ class StatusReport:
                 "model_age_seconds": _age_s(model["trained_at"]),
                 "training_running": float(self._is_training()),
                 "load_failures": self._model.n_failures,
+                "shadow_seconds": self._sweeper.shadow_seconds,
                 "late_records": self._fleet.history.late_rows,
             },
             model_version=model["version"],

@@ -27,15 +27,16 @@ from numpy.typing import NDArray
 
 from fleetcast.clock import DAY_MS, from_ms, iso_z, monotonic, to_ms
 from fleetcast.errors import StorageBroken, StorageFull
+from fleetcast.forecast.experts.rules import RuleForecasts
 from fleetcast.forecast.naive import NaiveForecaster, widen_young
 from fleetcast.schema import ClosedBin, FleetForecast, Floats32, HistoryWindow, SettledForecasts
 from fleetcast.serving.board import PredictionBoard
 from fleetcast.serving.capacity import Capacity
 from fleetcast.serving.corrector import Corrector
-from fleetcast.serving.export import Export
 from fleetcast.serving.ledger import Ledger
 from fleetcast.serving.model_loader import Champion, ModelLoader
 from fleetcast.serving.roster import Fleet
+from fleetcast.serving.shadow import Shadow
 from fleetcast.serving.telemetry import Telemetry
 from fleetcast.storage.store import DataBuffer
 
@@ -83,7 +84,7 @@ class Sweeper:
         self._board = board
         self._telemetry = telemetry
         self.capacity: Capacity | None = None  # set by the daemon
-        self.export: Export | None = None  # set by the daemon
+        self.shadow: Shadow | None = None  # the same
         self._horizon_bins = fleet.settings.horizon_bins
         self._naive = NaiveForecaster(self._horizon_bins)
         self._unwritten: deque[ClosedBin | FleetForecast] = deque()  # in order; the disk refused the first
@@ -93,6 +94,7 @@ class Sweeper:
         self._said: set[str] = set()
         self._settled: dict[int, ClosedBin] = {}  # what the newest bins were settled with
         self._newest_champion: Champion | None = None  # of the newest forecast
+        self._model_failure = ""  # of the newest forecast
         self.problems: list[str] = []  # what kept the model in service out of the newest forecast
         self._working = threading.Event()
         self.counts = SweepCounts()
@@ -101,6 +103,11 @@ class Sweeper:
     def is_at_work(self) -> bool:
         """Whether bins are being worked off at this moment."""
         return self._working.is_set()
+
+    @property
+    def shadow_seconds(self) -> float | None:
+        """Return how long the newest comparison with the model before took, None where there is none."""
+        return self.shadow.seconds if self.shadow and self.shadow.is_comparing else None
 
     @property
     def waits_for_disk(self) -> str:
@@ -131,6 +138,8 @@ class Sweeper:
         if self._corrector:
             try:
                 self._corrector.save(at_once=at_once)
+                if self.shadow:
+                    self.shadow.save(at_once=at_once)
             except Exception as error:  # nothing that a forecast needs
                 self._telemetry.errors.note("feedback", error)
 
@@ -174,14 +183,15 @@ class Sweeper:
         started = monotonic()
         champion = self._model.champion  # one reference for the whole sweep
         self._newest_champion = champion
-        self.problems = []
+        self.problems, self._model_failure = [], ""
         forecast = self._forecast_fleet(origin_ms, champion)
         self._unwritten.append(forecast)
         self._write_what_waits()
         self._board.publish(forecast, champion.info if champion else None)
         self._note_capacity(forecast)
-        self._note_export(forecast)
         seconds = monotonic() - started
+        if self.shadow:
+            self.shadow.compare(origin_ms, self._model_failure)
         n_made = int(np.isfinite(forecast.quantiles[:, :, 0, 1]).sum())
         n_model = int(forecast.sources.sum())
         self.counts = replace(
@@ -199,8 +209,7 @@ class Sweeper:
     def _forecast_fleet(self, origin_ms: int, champion: Champion | None) -> FleetForecast:
         """Forecast the fleet part by part; in each the model's own medians are kept, then mixed."""
         version = champion.info.version if champion else None
-        if self._corrector:
-            self._corrector.note_version(version)
+        self._follow_version(champion)
         names: list[str] = []
         has_ripe = False
         made: list[tuple[Floats32, Flags, Floats32]] = []  # quantiles, sources, medians of each part
@@ -213,8 +222,7 @@ class Sweeper:
                 has_ripe |= not sources.any() and self._has_ripe(part)
             self._fill_by_naive_rules(part, quantiles, sources)
             medians = quantiles[..., 1].copy()
-            self._correct(part, quantiles)
-            widen_young(part, quantiles)
+            self._correct(part, quantiles, sources)
             names += part.server_names
             made.append((quantiles, sources, medians))
         if champion and has_ripe and not any(flags.any() for _, flags, _ in made):
@@ -235,17 +243,6 @@ class Sweeper:
             except Exception as error:  # nothing that a forecast needs
                 self._telemetry.errors.note("capacity", error)
 
-    def _note_export(self, made: FleetForecast | SettledForecasts) -> None:
-        """Hand over what Prometheus may scrape; where that fails, what was exported before stands."""
-        if self.export:
-            try:
-                if isinstance(made, FleetForecast):
-                    self.export.note(made)
-                else:
-                    self.export.note_settled(made)
-            except Exception as error:  # nothing that a forecast needs
-                self._telemetry.errors.note("export", error)
-
     def _has_ripe(self, part: HistoryWindow) -> bool:
         """Whether a series has enough data, also by the settings, for any model to forecast it."""
         day = np.isfinite(part.values[..., -max(1, DAY_MS // part.bin_ms) :])
@@ -264,16 +261,36 @@ class Sweeper:
         self._said = {text}
         self.problems.append(text)
 
-    def _correct(self, part: HistoryWindow, quantiles: Floats32) -> None:
+    def _follow_version(self, champion: Champion | None) -> None:
+        """Let the layer, and what goes on beside it, know which model forecasts now."""
+        if self.shadow:
+            self.shadow.follow(champion, self._corrector, self._model.why_not_loaded)
+        if self._corrector:
+            self._corrector.note_version(champion.info.version if champion else None)
+            if self.shadow:
+                self.shadow.return_evidence(self._corrector)
+
+    def _correct(self, part: HistoryWindow, quantiles: Floats32, sources: Flags) -> None:
+        """Make forecasts what clients get; the model's own stay known where another is compared with it."""
+        raw = None
+        if self.shadow and self.shadow.is_comparing:
+            raw = np.where(sources[..., None, None], quantiles, np.float32(np.nan))
+        experts = self._mix(part, quantiles)
+        if self.shadow and raw is not None:
+            self.shadow.collect(part, raw, quantiles, experts)
+        widen_young(part, quantiles)
+
+    def _mix(self, part: HistoryWindow, quantiles: Floats32) -> RuleForecasts | None:
         """Let the expert layer mix its forecasts in; where it fails, the uncorrected ones go out."""
         if not self._corrector:
-            return
+            return None
         uncorrected = quantiles.copy()
         try:
-            self._corrector.correct(part, quantiles)
+            return self._corrector.correct(part, quantiles)
         except Exception as error:  # the boundary of what may be left out
             quantiles[:] = uncorrected
             self._note_failure("feedback", "the expert layer", error)
+            return None
 
     def _note_failure(self, part: str, what: str, error: Exception) -> None:
         self._telemetry.errors.note(part, error)
@@ -288,7 +305,7 @@ class Sweeper:
         """Fill in what the model did not forecast."""
         without = np.flatnonzero(~sources.all(axis=1))
         if len(without):
-            naive = self._naive.predict(_servers(part, without))
+            naive = self._naive.predict(part.of(without))
             is_naive = ~sources[without]
             block = quantiles[without]
             block[is_naive] = naive[is_naive]
@@ -304,6 +321,7 @@ class Sweeper:
                 raise ValueError(f"forecasts of shape {made.shape}, expected {quantiles.shape}")
         except Exception as error:  # the boundary of what may be left out
             self._note_failure("model", f"the model {champion.info.version}", error)
+            self._model_failure = str(error) or type(error).__name__
             return None
         is_made = np.isfinite(made).all(axis=(2, 3))
         quantiles[is_made] = made[is_made]
@@ -336,8 +354,6 @@ class Sweeper:
         rows = done.rows if first is None else done.rows.where(_is_changed(done.rows, first, closed))
         if len(rows):
             self._buffer.append_predictions(rows)
-            if first is None:
-                self._note_export(rows)
         self._learn(closed)
         self._ledger.mark_settled(done, self._final_before_ms)
         if first is not None and len(rows):
@@ -356,6 +372,8 @@ class Sweeper:
                 self._corrector.learn(closed)
             except Exception as error:  # what forecasts teach must not keep them from being settled
                 self._telemetry.errors.note("feedback", error)
+        if self.shadow:
+            self.shadow.settle(closed)
 
     @property
     def _final_before_ms(self) -> int:
@@ -399,9 +417,3 @@ def _is_changed(rows: SettledForecasts, first: ClosedBin, closed: ClosedBin) -> 
         if name not in before or not np.array_equal(before[name], values, equal_nan=True)
     }
     return np.fromiter((name in changed for name in rows.server_name), np.bool_, len(rows))
-
-
-def _servers(window: HistoryWindow, rows: NDArray[np.intp]) -> HistoryWindow:
-    """Return the window of some of its servers."""
-    names = tuple(window.server_names[row] for row in rows)
-    return HistoryWindow(names, window.metrics, window.values[rows], window.end_bin_ms, window.bin_ms)

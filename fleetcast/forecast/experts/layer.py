@@ -129,6 +129,22 @@ class ExpertLayer:
         for pending in self._pending:
             pending.offsets[..., MODEL] = np.nan
 
+    def copy_of(self, rows: Longs) -> "ExpertLayer":
+        """Return a layer that knows of `rows`, in this order, what this one does."""
+        self.mixture.reserve(int(rows.max(initial=-1)) + 1)
+        copy = ExpertLayer(self._is_percent, self.mixture.horizons, self.mixture.rates)
+        for name in Mixture.ROW_ARRAYS:
+            setattr(copy.mixture, name, getattr(self.mixture, name)[rows])
+        copy.mixture.fleet_widen = self.mixture.fleet_widen.copy()
+        for own, other in zip(copy._pending, self._pending, strict=True):
+            own.copy_from(other, rows)
+        return copy
+
+    def take_model_evidence(self, rows: Longs, other: "ExpertLayer", other_rows: Longs) -> None:
+        """Know of the model what another layer learned of it: it comes back into service."""
+        self.mixture.reserve(int(rows.max(initial=-1)) + 1)
+        self.mixture.take_model_evidence(rows, other.mixture, other_rows)
+
     def keep_rows(self, rows: Longs) -> None:
         """Forget every row but `rows`, which move up in this order."""
         self.mixture.keep_rows(rows)
@@ -292,6 +308,12 @@ class _Pending:
         """Forget every row but `rows`, which move up in this order."""
         self._reserve(int(rows.max(initial=-1)) + 1)
         self.last, self.offsets = self.last[:, rows], self.offsets[:, rows]
+
+    def copy_from(self, other: "_Pending", rows: Longs) -> None:
+        """Remember of `rows`, in this order, what another one does."""
+        other._reserve(int(rows.max(initial=-1)) + 1)
+        self.origins = other.origins.copy()
+        self.last, self.offsets = other.last[:, rows], other.offsets[:, rows]
 
     def restore(self, arrays: Mapping[str, NDArray[Any] | None]) -> None:
         """Take up arrays of an earlier run, if they fit."""

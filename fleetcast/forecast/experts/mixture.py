@@ -141,6 +141,15 @@ class Mixture:
         self.last_losses[..., 1] *= share
         self._pooled = None
 
+    def take_model_evidence(self, rows: Longs, other: "Mixture", other_rows: Longs) -> None:
+        """Replace what is known about the model in some rows by what another mixture knows in its own."""
+        losses = self.losses[rows]
+        losses[..., NEEDS_MODEL] = other.losses[other_rows][..., NEEDS_MODEL]
+        self.losses[rows] = losses
+        self.counts[rows, ..., 1] = other.counts[other_rows, ..., 1]
+        self.last_losses[rows, ..., 1] = other.last_losses[other_rows, ..., 1]
+        self._pooled = None
+
     def learn(self, knot: int, rows: Longs, said: Floats32, actual: Floats32, has_moved: Flags) -> None:
         """Take in what one bin settled at one horizon.
 

@@ -37,6 +37,14 @@ class RuleForecasts:
     least_half: Floats32  # (series, horizon) of an interval that claims to know something
     trend: Trend  # native units
 
+    def of(self, series: Longs, places: Longs) -> "RuleForecasts":
+        """Return the forecasts of some series at some horizons, by their places."""
+        by_horizon = (self.below, self.above, self.least_half)
+        below, above, least = (values[np.ix_(series, places)] for values in by_horizon)
+        median = self.median[np.ix_(np.arange(len(self.median)), series, places)]
+        ends = self.lowest[series], self.highest[series]
+        return RuleForecasts(median, below, above, *ends, least, self.trend.of(series))
+
 
 def to_scale(values: Floats32, is_percent: Flags) -> Floats32:
     """Return values (series, ...) on the mixing scale: rates by their logarithm, log(1 + 100 |x|).

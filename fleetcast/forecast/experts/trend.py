@@ -17,12 +17,12 @@ worth following (docs/decisions/expert-layer.md).
    in this series before (`belief`, 1 where nothing of the kind was seen).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetcast.schema import Floats, Floats32
+from fleetcast.schema import Floats, Floats32, Longs
 
 POINT_BINS = 3  # bins in a point: the median of three drops a lone spike
 WINDOW_POINTS = 144  # 36 hours of 5-minute bins
@@ -52,6 +52,10 @@ class Trend:
     def move(self, lead_bins: int) -> Floats:
         """Return how far the line goes in `lead_bins`, from its level now."""
         return np.asarray(self.slope * np.minimum(lead_bins, _REACH * self.age_bins))
+
+    def of(self, series: Longs) -> "Trend":
+        """Return the lines of some series."""
+        return Trend(*(getattr(self, item.name)[series] for item in fields(self)))
 
 
 def find_trend(history: Floats32, unit: Floats32) -> Trend:

@@ -1,0 +1,153 @@
+"""A new model in service is watched: it stays, or the one before it takes over again, without a person.
+
+Owns: where the evidence of a bake lies and when it goes, and what follows from a verdict: a rollback with
+its cooldown, a hold after too many of them, or the end of the bake. Does not know: how a verdict comes
+about (`evidence`), how a version is moved (`desk`), who measures (`serving/shadow`: the inference daemon
+is the only writer of evidence, the retraining daemon the only one that acts on it).
+
+    <checkpoints>/races/<id of the switch>.json     what was measured, written once an hour of data
+"""
+
+import logging
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from fleetcast import files
+from fleetcast.clock import parse_plain_utc
+from fleetcast.errors import CorruptFile, OrderRefused
+from fleetcast.promotion.audit import Bake
+from fleetcast.promotion.desk import Desk
+from fleetcast.promotion.evidence import (
+    PASSED,
+    WORSE,
+    Evidence,
+    Limits,
+    Verdict,
+    in_words,
+    judge,
+    parse_evidence,
+)
+from fleetcast.settings import PromotionSettings
+
+logger = logging.getLogger(__name__)
+
+RACES_FOLDER = "races"
+_KEPT = 20  # files of evidence
+_WEEK = timedelta(days=7)
+
+
+def limits_of(settings: PromotionSettings) -> Limits:
+    """Return the settings as what a verdict needs."""
+    return Limits(settings.bake_hours, settings.rollback_alpha, settings.max_harm, settings.min_pairs)
+
+
+def read_evidence(checkpoint_dir: Path, bake: Bake) -> Evidence:
+    """Return what was measured of a bake so far; nothing, where its file is missing or damaged."""
+    empty = Evidence(bake.id, bake.version, bake.against)
+    try:
+        found = parse_evidence(files.read_json(_path(checkpoint_dir, bake.id)))
+    except FileNotFoundError:
+        return empty
+    except (CorruptFile, OSError, KeyError, TypeError, ValueError) as error:
+        logger.error("evidence of the bake %s unreadable, it begins anew: %s", bake.id, error)
+        return empty
+    is_of_it = (found.id, found.version, found.against) == (bake.id, bake.version, bake.against)
+    return found if is_of_it else empty
+
+
+def write_evidence(checkpoint_dir: Path, evidence: Evidence) -> None:
+    """Keep what was measured; only the newest bakes' files stay.
+
+    Raises:
+        StorageFull, StorageBroken: the older file stands.
+    """
+    folder = checkpoint_dir / RACES_FOLDER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        known = sorted(folder.glob("*.json"))
+    except OSError as error:
+        raise files.storage_error(folder, error) from error
+    files.write_json(_path(checkpoint_dir, evidence.id), evidence.as_json())
+    for path in known[:-_KEPT]:
+        files.remove_leftover(path)
+
+
+def judge_bake(desk: Desk, settings: PromotionSettings) -> Verdict | None:
+    """Return how the bake stands that goes on, None where none does."""
+    bake = desk.standing().bake
+    return judge(read_evidence(desk.folder, bake), limits_of(settings)) if bake else None
+
+
+def report(desk: Desk, settings: PromotionSettings, limit: int = 50) -> dict[str, Any]:
+    """Return what stands and what happened, with the bake that goes on, as `GET /promotion` shows it."""
+    bake, verdict = desk.standing().bake, judge_bake(desk, settings)
+    told = desk.report(limit)
+    if bake is None or verdict is None:
+        return {**told, "bake": None}
+    own = {"version": bake.version, "against": bake.against, "since": bake.since}
+    return {**told, "bake": {**own, "verdict": verdict.kind, "why": verdict.why, "figures": verdict.figures}}
+
+
+def sentence(told: Mapping[str, Any]) -> str:
+    """Return one line of a bake as `report` tells it.
+
+    >>> figures = {"loss_ratio_served": 0.98, "log10_e_worse": 0.12, "log10_e_needed": 1.6}
+    >>> own = {"version": "B", "against": "A", "why": "7 of 24 hours compared", "figures": figures}
+    >>> sentence(own)
+    'B is compared with A: 7 of 24 hours compared, clients got forecasts 2.0 % closer (evidence 0.12 of 1.60)'
+    """
+    figures = told["figures"]
+    ratio = figures["loss_ratio_served"]
+    gain = f", clients got forecasts {in_words(ratio)}" if ratio is not None else ""
+    share = f"{figures['log10_e_worse']:.2f} of {figures['log10_e_needed']:.2f}"
+    return f"{told['version']} is compared with {told['against']}: {told['why']}{gain} (evidence {share})"
+
+
+def settle_bake(desk: Desk, settings: PromotionSettings, *, is_recorded: bool = False) -> Verdict | None:
+    """Do what follows from the evidence, and from the end of a cooldown.
+
+    Args:
+        is_recorded: the time of the data is past, so that the host's clock says nothing about a cooldown.
+    Returns:
+        the verdict, None where no bake goes on.
+    Raises:
+        AlreadyRunning: another process moves things just now; the next look does it.
+        StorageFull, StorageBroken: an act cannot be written down, so it did not happen.
+    """
+    desk.release_waiting()
+    bake = desk.standing().bake
+    if bake is None:
+        return None
+    verdict = judge(read_evidence(desk.folder, bake), limits_of(settings))
+    if verdict.kind == PASSED:
+        desk.confirm(bake, verdict.why, verdict.figures)
+    elif verdict.kind == WORSE:
+        _take_back(desk, bake, verdict, settings, is_recorded=is_recorded)
+    return verdict
+
+
+def _take_back(
+    desk: Desk, bake: Bake, verdict: Verdict, settings: PromotionSettings, *, is_recorded: bool
+) -> None:
+    now = desk.clock.now()
+    until = now if is_recorded else now + timedelta(hours=settings.cooldown_hours)
+    before = [at for at in desk.standing().taken_back if parse_plain_utc(at) > now - _WEEK]
+    is_too_often = len(before) + 1 >= settings.max_rollbacks_per_week and not is_recorded
+    holds = (
+        f"{len(before) + 1} models were taken back within 7 days; look at the newest data, then resume"
+        if is_too_often
+        else ""
+    )
+    try:
+        is_done = desk.take_back(bake, verdict.why, until=until, holds=holds, figures=verdict.figures)
+    except OrderRefused as error:
+        logger.error("%s is worse, and cannot be taken back: %s", bake.version, error)
+        return
+    if is_done:
+        logger.warning("taken back version=%s for=%s why=%s", bake.version, bake.against, verdict.why)
+
+
+def _path(checkpoint_dir: Path, bake_id: str) -> Path:
+    return checkpoint_dir / RACES_FOLDER / f"{bake_id}.json"

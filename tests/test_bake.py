@@ -1,0 +1,304 @@
+"""What follows from the evidence of a bake: who serves, what stands, what the audit says; kills."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from desk_folder import NOW, SPARE, WAITS, A, B, C, add, alone, give, order
+
+from fleetcast import files
+from fleetcast.clock import FakeClock
+from fleetcast.errors import StorageFull
+from fleetcast.forecast.registry import Registry
+from fleetcast.promotion.audit import CONFIRM, DONE, INTENT, ROLLBACK, Standing, sentence
+from fleetcast.promotion.bake import RACES_FOLDER, read_evidence, settle_bake, write_evidence
+from fleetcast.promotion.desk import STATE, Desk
+from fleetcast.promotion.evidence import PASSED, WORSE, Block
+from fleetcast.settings import PromotionSettings
+
+SETTINGS = PromotionSettings()
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    """A served, then B came: B is baked beside A."""
+    alone(tmp_path)
+    found = Desk(Registry(tmp_path), FakeClock(NOW))
+    switch(found, B)
+    return found
+
+
+def switch(desk: Desk, version_id: str) -> None:
+    add(desk.registry, version_id, promoted=True)
+    with desk.lock():
+        desk.promote(version_id, "the trainer", "better")
+
+
+def measure(desk: Desk, *ratios: float) -> None:
+    """Write evidence of hours in which the new model's loss was so many times the old one's."""
+    bake = desk.standing().bake
+    assert bake is not None
+    blocks = tuple(Block("2026-01-15T10:00:00Z", 500, (ratio, 1.0), (ratio, 1.0)) for ratio in ratios)
+    write_evidence(desk.folder, replace(read_evidence(desk.folder, bake), blocks=blocks))
+
+
+def test_a_switch_begins_a_bake_against_the_version_before(desk: Desk) -> None:
+    bake = desk.standing().bake
+    assert bake is not None
+    assert (bake.version, bake.against) == (B, A)
+    assert desk.report()["state"] == "baking"
+    assert settle_bake(desk, SETTINGS) is not None
+    assert desk.registry.current_id() == B
+
+
+def test_the_first_version_of_a_fleet_is_not_baked(tmp_path: Path) -> None:
+    alone(tmp_path)
+    assert Desk(Registry(tmp_path)).standing().bake is None
+
+
+def test_with_the_setting_off_nothing_is_baked(tmp_path: Path) -> None:
+    alone(tmp_path)
+    desk = Desk(Registry(tmp_path), FakeClock(NOW), bakes=False)
+    switch(desk, B)
+    assert desk.standing().bake is None
+
+
+def test_a_worse_model_is_taken_back_by_itself_and_the_audit_says_why(desk: Desk) -> None:
+    measure(desk, 1.6, 1.6, 1.6)
+    verdict = settle_bake(desk, SETTINGS)
+    assert verdict is not None
+    assert verdict.kind == WORSE
+    assert desk.registry.current_id() == A
+    assert B in desk.registry.rolled_back_ids()
+    standing = desk.standing()
+    assert (standing.bake, standing.held) == (None, None)
+    assert standing.cooldown is not None
+    assert standing.cooldown.until == "2026-01-16T10:00:05Z"
+    last = list(desk.audit.entries())[-2:]
+    assert [(entry.event, entry.phase) for entry in last] == [(ROLLBACK, INTENT), (ROLLBACK, DONE)]
+    told = f"the bake rolled back from {B} to {A}: 3 hours in a row its loss was over 1.5 times that of {A}"
+    assert sentence(last[1]).startswith(f"2026-01-15 10:00:05  {told}")
+    assert last[1].figures["hours"] == 3
+    assert settle_bake(desk, SETTINGS) is None, "what is restored is not baked"
+
+
+def test_a_model_that_is_as_good_for_a_day_stays(desk: Desk) -> None:
+    measure(desk, *[0.99] * 24)
+    verdict = settle_bake(desk, SETTINGS)
+    assert verdict is not None
+    assert verdict.kind == PASSED
+    assert desk.registry.current_id() == B
+    assert desk.standing().bake is None
+    ended = list(desk.audit.entries())[-1]
+    assert (ended.event, ended.phase) == (CONFIRM, DONE)
+    assert sentence(ended).endswith(
+        f"{B} stays in service, the bake ended: clients got forecasts 1.0 % closer over 24 hours beside {A}"
+    )
+    assert settle_bake(desk, SETTINGS) is None
+
+
+def test_two_rollbacks_within_a_week_hold_models_back_until_a_person_resumes(desk: Desk) -> None:
+    measure(desk, 1.6, 1.6, 1.6)
+    settle_bake(desk, SETTINGS)
+    desk.clock.time += timedelta(days=2)  # type: ignore[attr-defined]
+    switch(desk, C)
+    measure(desk, 1.6, 1.6, 1.6)
+    settle_bake(desk, SETTINGS)
+    held = desk.standing().held
+    assert held is not None
+    assert held.why == "2 models were taken back within 7 days; look at the newest data, then resume"
+    assert desk.registry.current_id() == A
+    desk.give(order("resume"))
+    assert (desk.standing().held, desk.standing().cooldown) == (None, None)
+
+
+def test_rollbacks_more_than_a_week_apart_hold_nothing(desk: Desk) -> None:
+    measure(desk, 1.6, 1.6, 1.6)
+    settle_bake(desk, SETTINGS)
+    desk.clock.time += timedelta(days=8)  # type: ignore[attr-defined]
+    switch(desk, C)
+    measure(desk, 1.6, 1.6, 1.6)
+    settle_bake(desk, SETTINGS)
+    assert desk.standing().held is None
+
+
+def test_in_recorded_time_the_hosts_clock_neither_cools_down_nor_holds(desk: Desk) -> None:
+    for version_id in (B, C):
+        if desk.registry.current_id() != version_id and version_id == C:
+            switch(desk, C)
+        measure(desk, 1.6, 1.6, 1.6)
+        settle_bake(desk, SETTINGS, is_recorded=True)
+    standing = desk.standing()
+    assert (standing.cooldown_at(desk.clock), standing.held) == (None, None)
+
+
+def test_a_version_that_waited_for_the_cooldown_goes_into_service_after_it(desk: Desk) -> None:
+    measure(desk, 1.6, 1.6, 1.6)
+    settle_bake(desk, SETTINGS)
+    add(desk.registry, WAITS, passed_gate=True)
+    with desk.lock():
+        desk.keep_waiting(WAITS, "the trainer", "a model was taken back")
+    settle_bake(desk, SETTINGS)
+    assert desk.registry.current_id() == A
+    desk.clock.time += timedelta(hours=24)  # type: ignore[attr-defined]
+    settle_bake(desk, SETTINGS)
+    assert desk.registry.current_id() == WAITS
+    bake = desk.standing().bake
+    assert bake is not None
+    assert bake.against == A
+
+
+def test_a_version_that_comes_during_a_bake_is_compared_with_the_proven_one(desk: Desk) -> None:
+    switch(desk, C)
+    bake = desk.standing().bake
+    assert bake is not None
+    assert (bake.version, bake.against) == (C, A)
+    measure(desk, 1.6, 1.6, 1.6)
+    settle_bake(desk, SETTINGS)
+    assert desk.registry.current_id() == A
+
+
+@pytest.mark.parametrize("kind", ["rollback", "promote"])
+def test_a_persons_order_ends_a_bake_and_wins_over_its_verdict(desk: Desk, kind: str) -> None:
+    add(desk.registry, SPARE, passed_gate=True)
+    measure(desk, 1.6, 1.6, 1.6)
+    more = {"version": SPARE} if kind == "promote" else {}
+    give(desk.folder, kind, **more)
+    settle_bake(desk, SETTINGS)
+    assert desk.registry.current_id() == (SPARE if kind == "promote" else A)
+    assert [e.by for e in desk.audit.entries() if e.event == ROLLBACK and e.phase == DONE] == (
+        ["ann"] if kind == "rollback" else []
+    )
+
+
+def test_what_a_person_puts_back_by_force_is_not_taken_back_again(desk: Desk) -> None:
+    measure(desk, 1.6, 1.6, 1.6)
+    settle_bake(desk, SETTINGS)
+    give(desk.folder, "promote", version=B, force=True)
+    assert desk.registry.current_id() == B
+    assert desk.standing().bake is None
+
+
+def test_hold_keeps_a_bake_armed(desk: Desk) -> None:
+    give(desk.folder, "hold")
+    measure(desk, 1.6, 1.6, 1.6)
+    settle_bake(desk, SETTINGS)
+    assert desk.registry.current_id() == A
+
+
+def test_both_models_of_a_bake_are_never_pruned(desk: Desk) -> None:
+    assert desk.standing().protects == {A, B}
+
+
+def test_evidence_of_another_bake_or_a_damaged_one_counts_as_none(desk: Desk) -> None:
+    measure(desk, 1.6, 1.6, 1.6)
+    bake = desk.standing().bake
+    assert bake is not None
+    path = desk.folder / RACES_FOLDER / f"{bake.id}.json"
+    text = path.read_text()
+    for damaged in (text.replace(A, C), text[:40], "[]", text.replace('"format": 1', '"format": 9')):
+        path.write_text(damaged)
+        settle_bake(desk, SETTINGS)
+        assert desk.registry.current_id() == B
+
+
+def test_a_state_that_names_no_file_of_ours_is_damaged(desk: Desk) -> None:
+    path = desk.folder / STATE
+    bake = desk.standing().bake
+    assert bake is not None
+    path.write_text(path.read_text().replace(bake.id, "../../etc"))
+    assert desk.standing().bake == bake, "taken from the audit"
+
+
+def test_a_damaged_older_model_is_not_gone_back_to(desk: Desk) -> None:
+    (desk.registry.version(A).folder / "model.ckpt").write_bytes(b"damaged")
+    measure(desk, 1.6, 1.6, 1.6)
+    settle_bake(desk, SETTINGS)
+    assert desk.registry.current_id() == B
+
+
+def test_a_full_disk_stops_the_rollback_and_the_next_look_does_it(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure(desk, 1.6, 1.6, 1.6)
+
+    def full(*_args: object, **_more: object) -> None:
+        raise StorageFull("no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "append_line", full)
+        with pytest.raises(StorageFull):
+            settle_bake(desk, SETTINGS)
+        assert desk.registry.current_id() == B
+    settle_bake(desk, SETTINGS)
+    assert desk.registry.current_id() == A
+
+
+class Killed(BaseException):
+    pass
+
+
+def _writes(folder: Path, patch: pytest.MonkeyPatch, kill_at: int) -> Callable[[], int]:
+    """Count every write; the one of this number is the last thing that happens."""
+    n_writes = 0
+
+    def counted(name: str) -> None:
+        real = getattr(files, name)
+
+        def write(*args: object, **more: object) -> object:
+            nonlocal n_writes
+            n_writes += 1
+            if n_writes == kill_at:
+                raise Killed
+            return real(*args, **more)
+
+        patch.setattr(files, name, write)
+
+    for name in ("append_line", "link_atomic", "write_json"):
+        counted(name)
+    return lambda: n_writes
+
+
+@pytest.mark.parametrize("ratios", [(1.6, 1.6, 1.6), (1.0,) * 24], ids=["rollback", "confirm"])
+def test_a_kill_at_any_write_leaves_one_champion_and_one_pair_of_lines(
+    tmp_path: Path, ratios: tuple[float, ...]
+) -> None:
+    kill_at, n_writes = 0, 1
+    while kill_at < n_writes:
+        kill_at += 1
+        folder = tmp_path / str(kill_at)
+        folder.mkdir()
+        alone(folder)
+        desk = Desk(Registry(folder), FakeClock(NOW))
+        switch(desk, B)
+        measure(desk, *ratios)
+        with pytest.MonkeyPatch.context() as patch:
+            count = _writes(folder, patch, kill_at)
+            try:
+                settle_bake(desk, SETTINGS)
+            except Killed:
+                n_writes = max(n_writes, kill_at + 1)
+            else:
+                n_writes = count()
+        again = Desk(Registry(folder), FakeClock(NOW))
+        again.settle()
+        settle_bake(again, SETTINGS)
+        settle_bake(again, SETTINGS)
+        event, serves = (ROLLBACK, A) if len(ratios) == 3 else (CONFIRM, B)
+        assert again.registry.current_id() == serves
+        lines = [entry.phase for entry in again.audit.entries() if entry.event == event]
+        assert lines == [INTENT, DONE], f"killed at write {kill_at}: {lines}"
+        assert again.standing() != Standing()
+        assert again.standing().bake is None
+    assert kill_at > 2
+
+
+def test_only_the_newest_files_of_evidence_stay(desk: Desk) -> None:
+    folder = desk.folder / RACES_FOLDER
+    folder.mkdir(exist_ok=True)
+    for number in range(40):
+        (folder / f"20250101T0000{number:02}Z-00000000.json").write_text("{}")
+    measure(desk, 1.0)
+    assert len(list(folder.glob("*.json"))) <= 21
