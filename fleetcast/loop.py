@@ -280,10 +280,11 @@ class _LogFile(logging.handlers.RotatingFileHandler):
 def _is_of_use(record: logging.LogRecord) -> bool:
     """Whether a record is of use and holds no key.
 
-    torch logs figures about itself as it ends; urllib3 logs addresses, and that of a webhook is a key.
+    torch logs figures about itself as it ends; urllib3 and apprise log addresses, and that of a webhook is
+    a key.
     """
     is_quiet = record.name.startswith("torch") and record.levelno < logging.WARNING
-    return not is_quiet and not record.name.startswith("urllib3")
+    return not is_quiet and not record.name.startswith(("urllib3", "apprise"))
 
 
 def configure_logging(path: Path | None, settings: LoggingSettings) -> None:

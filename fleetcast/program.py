@@ -1,8 +1,8 @@
 """How a program of this project runs: its errors become exit codes; where its shipped files are.
 
-Owns: the lines on stderr when a program ends badly, which folder a program reads as the buffer, and
-where `models/` and `samples/` lie in a checkout and in an installed package. Does not know: what the
-programs do.
+Owns: the lines on stderr when a program ends badly, which folder a program reads as the buffer, in
+whose folder root leaves no file, and where `models/` and `samples/` lie in a checkout and in an
+installed package. Does not know: what the programs do.
 """
 
 import os
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from fleetcast.errors import CannotLook, FleetcastError, SettingsError
+from fleetcast.errors import CannotLook, CannotStart, FleetcastError, SettingsError
 from fleetcast.settings import Settings
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -34,6 +34,19 @@ def run_program(name: str, work: Callable[[], int]) -> int:
         if isinstance(error, SettingsError) and error.hint:
             print(f"{name}: {error.hint}", file=sys.stderr)
         return int(error.exit_code)
+
+
+def require_own_folder(folder: Path) -> None:
+    """Refuse to leave files of root in a daemon's folder, which the daemon could not write any more.
+
+    Raises:
+        CannotStart: with what to type instead.
+    """
+    place = folder if folder.exists() else folder.parent
+    owner = place.stat().st_uid if place.exists() else os.geteuid()
+    if os.geteuid() == 0 and owner != 0:
+        hint = f"sudo -u '#{owner}' fleetcast ..."
+        raise CannotStart(f"{folder} belongs to uid {owner}: run this command as that user", hint=hint)
 
 
 def shipped_folder(name: str) -> Path:

@@ -226,6 +226,21 @@ class AlertSettings:
     slack_url: str = setting("", "incoming webhook of Slack or Mattermost", is_secret=True)
     webhook_url: str = setting("", "address that takes messages as JSON", is_secret=True)
     webhook_secret: str = setting("", "key of `X-Fleetcast-Signature`", is_secret=True)
+    pagerduty_key: str = setting("", "integration key of PagerDuty (Events API v2)", is_secret=True)
+    pagerduty_url: str = setting("https://events.pagerduty.com/v2/enqueue", "where PagerDuty takes events")
+    email_to: tuple[str, ...] = setting((), "e-mail addresses")
+    email_from: str = setting("", "sender of e-mails (empty: the first of email_to)")
+    smtp_host: str = setting("localhost", "server that takes e-mails")
+    smtp_port: int = setting(587, "its TCP port (465 with tls)", low=1, high=65535)
+    smtp_security: str = setting("starttls", "encryption towards it", choices=("starttls", "tls", "none"))
+    smtp_user: str = setting("", "account there (empty: none)")
+    smtp_password: str = setting("", "password of that account", is_secret=True)
+    apprise_urls: tuple[str, ...] = setting(
+        (), "addresses of apprise, for a hundred other services (pip install apprise)", is_secret=True
+    )
+    heartbeat_url: str = setting(
+        "", "address to fetch after each good check: its silence is an alert", is_secret=True
+    )
 
 
 @dataclass(frozen=True)

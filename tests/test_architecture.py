@@ -26,7 +26,7 @@ ROWS: dict[str, set[str]] = {
     "capacity": set(),
     "promotion": {"forecast"},
     "sources": set(),
-    "alerts": {"sources"},
+    "alerts": {"sources", "console", "promotion"},
     "drift.literal": set(),
     "drift.seasonal": {"forecast"},
     "drift": {"storage", "forecast", "drift.literal", "drift.seasonal"},

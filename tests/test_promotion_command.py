@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from desk_folder import FAILED, SPARE, STATES, WAITS, A, B, C
 
-from fleetcast import cli
+from fleetcast import cli, program
 from fleetcast.forecast.registry import Registry
 from fleetcast.promotion import command, orders
 from fleetcast.promotion.audit import DONE
@@ -112,7 +112,7 @@ def test_a_folder_without_models_is_no_error(capsys: pytest.CaptureFixture[str])
 def test_root_leaves_no_files_in_another_user_s_folder(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(program.os, "geteuid", lambda: 0)
     stat = Path.stat
 
     class Foreign:

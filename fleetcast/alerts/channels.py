@@ -8,15 +8,30 @@ channel is tried again (`engine`).
 import hashlib
 import hmac
 import json
+import re
+import smtplib
+import ssl
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from email.message import EmailMessage
+from email.utils import format_datetime, make_msgid
+from importlib.util import find_spec
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import requests
 
-from fleetcast.alerts.messages import Notice, Sender, alertmanager_body, slack_body, webhook_body
+from fleetcast.alerts.messages import (
+    Notice,
+    Sender,
+    alertmanager_body,
+    pagerduty_body,
+    slack_body,
+    text,
+    title,
+    webhook_body,
+)
 from fleetcast.alerts.rules import Alert
 from fleetcast.alerts.state import Silence
 from fleetcast.clock import Clock
@@ -24,9 +39,12 @@ from fleetcast.errors import NotDelivered, SettingsError
 from fleetcast.settings import AlertSettings
 from fleetcast.sources.client import LOOPBACK
 
-ALERTMANAGER, SLACK, WEBHOOK = "alertmanager", "slack", "webhook"
+ALERTMANAGER, SLACK, WEBHOOK, PAGERDUTY = "alertmanager", "slack", "webhook", "pagerduty"
+EMAIL, APPRISE, HEARTBEAT = "email", "apprise", "heartbeat"
 SIGNATURE = "X-Fleetcast-Signature"
 _DETAIL_BYTES = 200
+_EMAIL = re.compile(r"[^\s@<>,;]+@[^\s@<>,;]+")
+_APPRISE_KINDS = {"info": "info", "warning": "warning", "critical": "failure"}
 _SHORTEST_INTERVAL_S = 60.0
 _LASTS_INTERVALS = 4.0  # an alert outlives three checks that fail (Grafana flapped with 1 and with 3)
 
@@ -39,11 +57,15 @@ class MessageChannel(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def can_sum_up(self) -> bool:
+        """Whether one message may be about several rules."""
+
     def send(self, notice: Notice) -> str:
-        """Deliver; return what the other side said. Raises NotDelivered."""
+        """Deliver; return what the other side said, "" where there was nothing to say."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HttpChannel:
     """Posts each notice as JSON to one address."""
 
@@ -52,6 +74,8 @@ class HttpChannel:
     timeout_s: float
     body: Body
     secret: str = ""  # signs the body
+    key: str = ""  # is in the body
+    can_sum_up: bool = True
 
     def send(self, notice: Notice) -> str:
         """Deliver one notice; return the answer's status.
@@ -59,14 +83,99 @@ class HttpChannel:
         Raises:
             NotDelivered: it was refused, or there was no answer in time.
         """
-        data = json.dumps(self.body(notice), allow_nan=False).encode()
+        body = self.body(notice)
+        if body is None:
+            return ""
+        data = json.dumps(body, allow_nan=False).encode()
         headers = {"Content-Type": "application/json"}
         if self.secret:
             headers[SIGNATURE] = sign(self.secret, data)
-        return request("POST", self.url, self.timeout_s, data=data, headers=headers)
+        hidden = (self.secret, self.key)
+        return request("POST", self.url, self.timeout_s, data=data, headers=headers, hidden=hidden)
 
 
 @dataclass(frozen=True)
+class EmailChannel:
+    """Sends each notice as plain text by SMTP; the messages of a rule make one thread."""
+
+    settings: AlertSettings
+    sender: Sender
+    clock: Clock
+    name: str = EMAIL
+    can_sum_up: bool = True
+
+    def send(self, notice: Notice) -> str:
+        """Deliver one notice; raises as `HttpChannel.send` does."""
+        own = self.settings
+        message = EmailMessage()
+        message["Subject"], message["To"] = title(notice, self.sender), ", ".join(own.email_to)
+        message["From"] = own.email_from or own.email_to[0]
+        message["Date"] = format_datetime(self.clock.now())
+        message["Message-ID"] = make_msgid(domain="fleetcast")
+        message["References"] = f"<{self.sender.key(notice.rule).replace(':', '.')}@fleetcast>"
+        message["Auto-Submitted"] = "auto-generated"  # an answering machine does not answer
+        message.set_content(text(notice, self.sender))
+        try:
+            with self._connect() as server:
+                if own.smtp_user:
+                    server.login(own.smtp_user, own.smtp_password)
+                server.send_message(message)
+        except OSError as error:  # smtplib's are such, too
+            raise NotDelivered(f"not taken: {cause(error)}") from None
+        return f"taken by {own.smtp_host}"
+
+    def _connect(self) -> smtplib.SMTP:
+        own = self.settings
+        if own.smtp_security == "tls":
+            context = ssl.create_default_context()
+            return smtplib.SMTP_SSL(own.smtp_host, own.smtp_port, timeout=own.timeout_s, context=context)
+        server = smtplib.SMTP(own.smtp_host, own.smtp_port, timeout=own.timeout_s)
+        if own.smtp_security == "starttls":
+            try:
+                server.starttls(context=ssl.create_default_context())
+            except OSError:
+                server.close()
+                raise
+        return server
+
+
+@dataclass(frozen=True, repr=False)
+class AppriseChannel:
+    """Hands each notice to apprise, where that is installed, for all its addresses."""
+
+    urls: tuple[str, ...]
+    sender: Sender
+    name: str = APPRISE
+    can_sum_up: bool = True
+
+    def send(self, notice: Notice) -> str:
+        """Deliver one notice; raises as `HttpChannel.send` does."""
+        import apprise
+
+        services = apprise.Apprise()
+        if not all([services.add(url) for url in self.urls]):
+            raise NotDelivered("apprise does not know one of the addresses")
+        kind = "success" if notice.is_over else _APPRISE_KINDS[notice.severity]
+        first, *others = text(notice, self.sender).splitlines()
+        if not services.notify(title=first, body="\n".join(others) or first, notify_type=kind):
+            raise NotDelivered("apprise could not deliver to every address")
+        return "taken by apprise"
+
+
+@dataclass(frozen=True, repr=False)
+class HeartbeatChannel:
+    """Fetches an address: a service that expects it tells people when it does not come."""
+
+    url: str
+    timeout_s: float
+    name: str = HEARTBEAT
+
+    def beat(self) -> str:
+        """Fetch it; raises as `HttpChannel.send` does."""
+        return request("GET", self.url, self.timeout_s)
+
+
+@dataclass(frozen=True, repr=False)
 class AlertmanagerChannel:
     """Posts all alerts to one Alertmanager (API v2); grouping, repeats and routes are its work."""
 
@@ -85,7 +194,7 @@ class AlertmanagerChannel:
         return request("POST", url, self.timeout_s, data=json.dumps(body).encode(), headers=headers)
 
 
-Channel = AlertmanagerChannel | MessageChannel
+Channel = AlertmanagerChannel | HeartbeatChannel | MessageChannel
 
 
 def sign(secret: str, data: bytes) -> str:
@@ -104,9 +213,12 @@ def request(
     *,
     data: bytes | None = None,
     headers: dict[str, str] | None = None,
+    hidden: Sequence[str] = (),
 ) -> str:
     """Make one request; return the status. It follows no redirect: those would take the key elsewhere.
 
+    Args:
+        hidden: what a message must not repeat, besides the parts of the address.
     Raises:
         NotDelivered: with the status or the cause, never with the address.
     """
@@ -129,7 +241,7 @@ def request(
     except (requests.RequestException, ValueError) as error:
         raise NotDelivered(f"no answer: {cause(error)}") from None  # the error's text holds the address
     raise NotDelivered(
-        f"HTTP {answer.status_code}: {_without(url, detail)}", retry_after_s=_seconds(answer.headers)
+        f"HTTP {answer.status_code}: {_without(url, hidden, detail)}", retry_after_s=_seconds(answer.headers)
     )
 
 
@@ -138,14 +250,16 @@ def cause(error: BaseException) -> str:
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__ or error
     words = error.strerror if isinstance(error, OSError) else None
+    words = words.decode("utf-8", "replace") if isinstance(words, bytes) else words  # smtplib's
     return f"{type(error).__name__}{f': {words}' if words else ''}"
 
 
-def _without(url: str, detail: str) -> str:
-    """Return what a refusal says, unless it repeats a part of the address that may be a key."""
+def _without(url: str, hidden: Sequence[str], detail: str) -> str:
+    """Return what a refusal says, unless it repeats a key, or a part of the address that may be one."""
     parts = urlsplit(url)
-    secrets = [part for part in (*parts.path.split("/"), parts.query, parts.password or "") if len(part) > 6]
-    return "(not shown)" if any(secret in detail for secret in secrets) else " ".join(detail.split())
+    long = [part for part in (*parts.path.split("/"), parts.query, parts.password or "") if len(part) > 6]
+    is_told = any(secret in detail for secret in (*long, *filter(None, hidden)))
+    return "(not shown)" if is_told else " ".join(detail.split())
 
 
 def _seconds(headers: Any) -> float:
@@ -156,53 +270,70 @@ def _seconds(headers: Any) -> float:
 
 
 def make_channels(settings: AlertSettings, interval_s: float, clock: Clock) -> tuple[Channel, ...]:
-    """Return the channels that are set; with an Alertmanager set, those alone.
+    """Return the channels that are set; with an Alertmanager set, those for people are none.
 
     Raises:
-        SettingsError: names every address that is none, without its value.
+        SettingsError: names everything that is wrong, without the value of what is secret.
     """
-    check_addresses(settings)
+    if problems := list(_problems(settings)):
+        raise SettingsError(problems)
     sender = Sender(settings.fleet, settings.page_url)
+    beats: list[Channel] = []
+    if settings.heartbeat_url:
+        beats.append(HeartbeatChannel(settings.heartbeat_url, settings.timeout_s))
     if settings.alertmanager_urls:
-        return tuple(
+        managers = (
             AlertmanagerChannel(_number(place), url, settings.timeout_s, sender, interval_s)
             for place, url in enumerate(settings.alertmanager_urls, 1)
         )
-    return tuple(message_channels(settings, sender, clock))
+        return (*managers, *beats)
+    return (*message_channels(settings, sender, clock), *beats)
 
 
 def message_channels(settings: AlertSettings, sender: Sender, clock: Clock) -> Iterator[MessageChannel]:
     """Yield the channels for people that are set."""
-    limit_s = settings.timeout_s
+    limit_s, key = settings.timeout_s, settings.pagerduty_key
     if settings.slack_url:
         yield HttpChannel(SLACK, settings.slack_url, limit_s, lambda notice: slack_body(notice, sender))
     if settings.webhook_url:
+        signed, url = settings.webhook_secret, settings.webhook_url
         yield HttpChannel(
-            WEBHOOK,
-            settings.webhook_url,
-            limit_s,
-            lambda notice: webhook_body(notice, sender, clock.now()),
-            settings.webhook_secret,
+            WEBHOOK, url, limit_s, lambda notice: webhook_body(notice, sender, clock.now()), signed
         )
+    if key:
+        yield HttpChannel(
+            PAGERDUTY,
+            settings.pagerduty_url,
+            limit_s,
+            lambda notice: pagerduty_body(notice, sender, key),
+            key=key,
+            can_sum_up=False,
+        )
+    if settings.email_to:
+        yield EmailChannel(settings, sender, clock)
+    if settings.apprise_urls:
+        yield AppriseChannel(settings.apprise_urls, sender)
 
 
 def _number(place: int) -> str:
     return ALERTMANAGER if place == 1 else f"{ALERTMANAGER}-{place}"
 
 
-def check_addresses(settings: AlertSettings) -> None:
-    """Refuse addresses that cannot be one, all at once.
-
-    Raises:
-        SettingsError: it shows no address, since most hold a key.
-    """
+def _problems(settings: AlertSettings) -> Iterator[str]:
+    """Yield what is wrong; no address is shown, since most hold a key."""
+    urls = ("slack_url", "webhook_url", "page_url", "pagerduty_url", "heartbeat_url")
     given = {
         **{f"alertmanager_urls (number {n})": url for n, url in enumerate(settings.alertmanager_urls, 1)},
-        **{name: getattr(settings, name) for name in ("slack_url", "webhook_url", "page_url")},
+        **{name: getattr(settings, name) for name in urls},
     }
-    wrong = [name for name, url in given.items() if url and not _is_address(url)]
-    if wrong:
-        raise SettingsError([f"alerts.{name} must look like https://host/path" for name in wrong])
+    for name, url in given.items():
+        if url and not _is_address(url):
+            yield f"alerts.{name} must look like https://host/path"
+    for address in (*settings.email_to, *filter(None, (settings.email_from,))):
+        if not _EMAIL.fullmatch(address):
+            yield f"alerts.email_to and alerts.email_from must look like ops@example.com, got {address!r}"
+    if settings.apprise_urls and find_spec("apprise") is None:
+        yield "alerts.apprise_urls needs the package apprise: pip install apprise"
 
 
 def _is_address(url: str) -> bool:

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fleetcast.alerts.channels import AlertmanagerChannel, Channel, cause, make_channels
+from fleetcast.alerts.channels import AlertmanagerChannel, Channel, HeartbeatChannel, cause, make_channels
 from fleetcast.alerts.messages import Notice, note_told, plan, within_limit
 from fleetcast.alerts.rules import PENDING, Alert, Facts, Sample, judge, parse_rules
 from fleetcast.alerts.state import (
@@ -69,6 +69,7 @@ class _Outcome:
     notice: Notice | None  # None: a channel that is sent everything
     error: NotDelivered | None
     at: datetime
+    said: str = ""  # by the other side; "" = there was nothing to send
 
 
 class AlertEngine:
@@ -170,8 +171,11 @@ class AlertEngine:
         if isinstance(channel, AlertmanagerChannel):
             send_all = partial(channel.send_all, alerts, silences, now)
             return [(None, send_all)] if any(alert.fired_at for alert in alerts) else []
+        if isinstance(channel, HeartbeatChannel):
+            return [(None, channel.beat)]
         notices = plan(alerts, state, silences, now, timedelta(hours=self._settings.repeat_hours))
-        due = within_limit(notices, state.n_sent(now), self._settings.messages_per_hour)
+        most = self._settings.messages_per_hour
+        due = within_limit(notices, state.n_sent(now), most, can_sum_up=channel.can_sum_up)
         return [(notice, partial(channel.send, notice)) for notice in due]
 
     def _is_free(self, name: str) -> bool:
@@ -181,14 +185,14 @@ class AlertEngine:
     def _deliver(self, name: str, parcels: Sequence[_Parcel]) -> None:
         """Send one after another, on the channel's own thread; the first that fails ends it."""
         for notice, send in parcels:
-            error = None
+            error, said = None, ""
             try:
-                send()
+                said = send()
             except NotDelivered as failure:
                 error = failure
             except Exception as failure:  # the boundary: its text may hold an address, so it goes no further
                 error = NotDelivered(f"failed: {cause(failure)}")
-            self._outcomes.put(_Outcome(name, notice, error, self._clock.now()))
+            self._outcomes.put(_Outcome(name, notice, error, self._clock.now(), said))
             if error is not None:
                 return
 
@@ -206,9 +210,11 @@ class AlertEngine:
             logger.warning("alert not sent channel=%s error=%s", outcome.channel, outcome.error)
             channel = channel.after_failure(outcome.at, str(outcome.error), outcome.error.retry_after_s)
         else:
-            channel = channel.after_success(outcome.at, counts=outcome.notice is not None)
+            counts = outcome.notice is not None and bool(outcome.said)
+            channel = channel.after_success(outcome.at, counts=counts)
+            if counts and outcome.notice:
+                logger.info("alert sent channel=%s rule=%s", outcome.channel, outcome.notice.rule)
         if outcome.error is None and outcome.notice is not None:
-            logger.info("alert sent channel=%s rule=%s", outcome.channel, outcome.notice.rule)
             channel = note_told(channel, outcome.notice, outcome.at)
         self._keep(self._state.with_channel(outcome.channel, channel))
 

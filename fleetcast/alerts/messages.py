@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from fleetcast.alerts.rules import SEVERITIES, Alert
+from fleetcast.alerts.rules import FIRING, SEVERITIES, Alert
 from fleetcast.alerts.state import RESEND, ChannelState, Silence
 from fleetcast.clock import iso_z
 
 MOST_NAMED = 10  # alerts of a message
 MOST_IN_JSON = 1000  # of the message of a webhook
 SEVERAL = "several rules"
+_SUMMARY_CHARACTERS = 1024  # PagerDuty takes no more
 _CONTROL = dict.fromkeys([*range(32), 127], " ")
 
 
@@ -49,6 +50,17 @@ class Sender:
     def key(self, rule: str) -> str:
         """Return what stays the same for a rule of this fleet, over restarts."""
         return f"fleetcast:{hashlib.sha256(json.dumps([self.fleet, rule]).encode()).hexdigest()[:32]}"
+
+
+def trial_notice(now: datetime) -> Notice:
+    """Return what `fleetcast alerts test` sends."""
+    alert = Alert("Test", SEVERITIES[0], (), FIRING, now, now, "this is a test, nothing is wrong", now)
+    return Notice(alert.rule, alert.severity, (alert,), (), (alert,))
+
+
+def end(notice: Notice) -> Notice:
+    """Return the notice that says that all of another one is over."""
+    return replace(notice, fired=(), ended=notice.fired, firing=())
 
 
 def plan(
@@ -91,12 +103,20 @@ def note_told(channel: ChannelState, notice: Notice, now: datetime) -> ChannelSt
     return replace(channel, told=told)
 
 
-def within_limit(notices: Sequence[Notice], n_sent: int, most: int) -> list[Notice]:
+def within_limit(
+    notices: Sequence[Notice], n_sent: int, most: int, *, can_sum_up: bool = True
+) -> list[Notice]:
     """Return what may be sent now: up to `most` an hour, then one that sums up, then nothing.
 
     What is left out waits, as nothing was told of it.
+
+    Args:
+        can_sum_up: False for a channel that keeps an incident for each rule: all ends go there.
     """
     left = most - n_sent
+    if not can_sum_up:
+        over = [notice for notice in notices if notice.is_over]
+        return over + [notice for notice in notices if not notice.is_over][: max(0, left)]
     if left < 0:
         return []
     if len(notices) <= left:
@@ -145,8 +165,8 @@ def _name(alerts: Sequence[Alert], before: str, with_rule: bool) -> Iterator[str
 
 
 def _plain(line: str) -> str:
-    """Return a line without control characters: names that senders chose forge no line."""
-    return line.translate(_CONTROL)
+    """Return a line that can be written, without control characters: names that senders chose forge none."""
+    return line.translate(_CONTROL).encode("utf-8", "replace").decode()
 
 
 def slack_body(notice: Notice, sender: Sender) -> dict[str, Any]:
@@ -172,6 +192,33 @@ def webhook_body(notice: Notice, sender: Sender, now: datetime) -> dict[str, Any
         "sent_at": iso_z(now),
         "alerts": [_alert_json(alert) for alert in shown[:MOST_IN_JSON]],
         "alerts_left_out": max(0, len(shown) - MOST_IN_JSON),
+    }
+
+
+def pagerduty_body(notice: Notice, sender: Sender, key: str) -> dict[str, Any] | None:
+    """Return an event of PagerDuty's Events API v2; None where an open incident needs none.
+
+    Args:
+        key: the integration key.
+    """
+    event = {"routing_key": key, "dedup_key": sender.key(notice.rule)}
+    if notice.is_over:
+        return {**event, "event_action": "resolve"}
+    if not notice.fired:
+        return None
+    told = list(lines(notice))
+    return {
+        **event,
+        "event_action": "trigger",
+        "client": "fleetcast",
+        **({"client_url": sender.page_url} if sender.page_url else {}),
+        "payload": {
+            "summary": f"{title(notice, sender)}: {told[0]}"[:_SUMMARY_CHARACTERS],
+            "source": sender.fleet,
+            "severity": notice.severity,
+            "component": notice.rule,
+            "custom_details": {"alerts": told, "firing": len(notice.firing)},
+        },
     }
 
 

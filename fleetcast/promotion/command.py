@@ -13,15 +13,14 @@ refused, or the disk is full; 2 bad usage; 3 no permission.
 
 import argparse
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fleetcast.clock import SystemClock
-from fleetcast.errors import CannotStart, ExitCode
+from fleetcast.errors import ExitCode
 from fleetcast.forecast.registry import Registry
-from fleetcast.program import models_dir, run_program
+from fleetcast.program import models_dir, require_own_folder, run_program
 from fleetcast.promotion import audit, orders
 from fleetcast.promotion.audit import Entry, sentence
 from fleetcast.promotion.bake import report
@@ -73,7 +72,7 @@ def _order(desk: Desk, options: argparse.Namespace) -> int:
     force = bool(getattr(options, "force", False))
     now, user = SystemClock().now(), orders.this_user()
     order = orders.new_order(options.command, options.reason, user, now, force=force, **given)
-    _require_own_folder(desk.folder)
+    require_own_folder(desk.folder)
     ended = desk.give(order)
     if options.json:
         shown = {"order": order.id, "ended": ended.as_json() if ended else None}
@@ -87,19 +86,6 @@ def _who_takes(kind: str) -> str:
     if kind == audit.TRAIN_NOW:
         return "the retraining daemon takes it up within seconds, or when it starts (fleetcast history says)"
     return "a trainer moves models just now: it, or the retraining daemon, carries it out next"
-
-
-def _require_own_folder(folder: Path) -> None:
-    """Refuse to leave files of root in a daemon's folder, which the daemon could not write any more.
-
-    Raises:
-        CannotStart: with what to type instead.
-    """
-    place = folder if folder.exists() else folder.parent
-    owner = place.stat().st_uid if place.exists() else os.geteuid()
-    if os.geteuid() == 0 and owner != 0:
-        hint = f"sudo -u '#{owner}' fleetcast ..."
-        raise CannotStart(f"{folder} belongs to uid {owner}: run this command as that user", hint=hint)
 
 
 def _tell_history(desk: Desk, options: argparse.Namespace) -> int:
