@@ -31,6 +31,7 @@ from fleetcast.schema import RecordBatch
 from fleetcast.serving.board import PredictionBoard
 from fleetcast.serving.capacity import Capacity
 from fleetcast.serving.corrector import Corrector
+from fleetcast.serving.export import Export
 from fleetcast.serving.fullness import Fullness
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.intake import Intake, RejectedRecords
@@ -144,6 +145,10 @@ class InferenceService:
         self._sweeper.capacity = self._report.capacity = capacity
         past = Past(self._fleet, self._buffer, self._settings.forecast.settle_horizons)
         overview = Overview(self._fleet, board, past, self._report, Journal())
+        export = None
+        if self._settings.export.enabled == "on":
+            horizons = self._settings.forecast.settle_horizons
+            export = self._sweeper.export = Export(self._settings.export, self._fleet, horizons, past)
         door = Door(api_key, self._telemetry)
         desk = Desk(registry)
         self._sweeper.shadow = Shadow(
@@ -155,7 +160,7 @@ class InferenceService:
             self._telemetry.errors.note,
         )
         add_promotion(self._app, desk, self._settings.promotion, door, api_key)
-        return add_page(self._app, overview, past, capacity, self._fullness, door)
+        return add_page(self._app, overview, past, capacity, self._fullness, door, export)
 
     def start(self) -> None:
         """Serve at once, load a model beside, then bring back what a restart has to."""

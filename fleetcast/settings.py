@@ -10,6 +10,7 @@ Does not know: what a part does with its settings.
 
 import dataclasses
 import os
+import re
 import typing
 import zoneinfo
 from collections.abc import Iterator, Mapping
@@ -34,7 +35,7 @@ from fleetcast.settings_training import (
 # fmt: off
 __all__ = [
     "CALIBRATED", "LITERAL", "AlertSettings", "BinSettings", "BufferSettings", "ClockSettings",
-    "DecisionSettings", "DriftSettings", "ForecastSettings", "LoggingSettings", "PathSettings",
+    "DecisionSettings", "DriftSettings", "ExportSettings", "ForecastSettings", "LoggingSettings", "PathSettings",
     "PromotionSettings", "RemoteWriteSettings", "RetrainingSettings", "ServerSettings", "Settings",
     "TrainerSettings", "every_setting", "load_settings", "page",
 ]
@@ -207,6 +208,22 @@ class ForecastSettings:
 
 
 @dataclass(frozen=True)
+class ExportSettings:
+    """Forecasts as series for Prometheus (`GET /metrics/forecasts`). docs/dashboards.md has their names."""
+
+    enabled: str = setting("off", "forecasts can be scraped", choices=("on", "off"))
+    servers: str = setting(".*", "regular expression that a server's whole name must match")
+    max_series: int = setting(
+        20_000, "most series of forecasts; the first servers by name have them, the others are counted", low=1
+    )
+    names: str = setting(
+        "fleetcast",
+        "vmanomaly: forecasts that are due are called yhat, yhat_lower and yhat_upper",
+        choices=("fleetcast", "vmanomaly"),
+    )
+
+
+@dataclass(frozen=True)
 class AlertSettings:
     """Alerts that the retraining daemon sends; off while no channel is set. docs/alerts.md explains rules
     and channels. Keep what is secret in the environment, or in a file that only the daemon may read."""
@@ -255,6 +272,7 @@ class Settings:
     buffer: BufferSettings = field(default_factory=BufferSettings)
     bins: BinSettings = field(default_factory=BinSettings)
     forecast: ForecastSettings = field(default_factory=ForecastSettings)
+    export: ExportSettings = field(default_factory=ExportSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     drift: DriftSettings = field(default_factory=DriftSettings)
     decision: DecisionSettings = field(default_factory=DecisionSettings)
@@ -316,6 +334,11 @@ def _cross_checks(values: Mapping[str, Any]) -> Iterator[str]:
     settle = values.get("forecast.settle_horizons", ForecastSettings.settle_horizons)
     if any(not 1 <= item <= horizon for item in settle):
         yield f"forecast.settle_horizons must be in 1..{horizon}, got {list(settle)}"
+    servers = values.get("export.servers", ExportSettings.servers)
+    try:
+        re.compile(servers)
+    except re.error as error:
+        yield f"export.servers must be a regular expression, got {servers!r}: {error}"
     timezone = values.get("drift.timezone", DriftSettings.timezone)
     try:
         zoneinfo.ZoneInfo(timezone)

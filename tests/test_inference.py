@@ -25,7 +25,14 @@ from fleetcast.forecast.registry import Registry
 from fleetcast.inference import InferenceService
 from fleetcast.loop import Stop
 from fleetcast.schema import Floats32, HistoryWindow
-from fleetcast.settings import BinSettings, ClockSettings, PathSettings, ServerSettings, Settings
+from fleetcast.settings import (
+    BinSettings,
+    ClockSettings,
+    ExportSettings,
+    PathSettings,
+    ServerSettings,
+    Settings,
+)
 
 START = pd.Timestamp("2020-01-01T00:00:00Z")
 
@@ -49,6 +56,7 @@ class World:
         self.api_key = api_key
         self.clock = FakeClock(START.to_pydatetime() + timedelta(hours=12))
         self.mode = mode
+        self.export = ExportSettings()
         self.stop = Stop()
 
     def start(self) -> "World":
@@ -57,6 +65,7 @@ class World:
             paths=paths,
             clock=ClockSettings(self.mode),
             server=ServerSettings(hold_s=0.0),
+            export=self.export,
             bins=BinSettings(close_grace_s=0.0),  # a record of the next bin's start moves the clock so far
         )
         buffer = DataBuffer(paths.data_buffer_dir, expire=self.mode == "system")

@@ -1,4 +1,4 @@
-"""The page for operators (`/ui/`), what it asks for, `/docs`, `/history`, `/accuracy` and `/capacity`.
+"""The page for operators (`/ui/`), what it asks for, `/docs`, `/history`, `/capacity`, forecasts as series.
 
 Owns: these routes, the files of the page as they were when the daemon started, and the headers that
 keep a browser to them: nothing is loaded from elsewhere, no script stands in the page itself, and no
@@ -16,17 +16,19 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 
 from fleetcast.api.bodies import encode
 from fleetcast.api.feed import JSON, WRONG_KEY
-from fleetcast.api.server import Door, Schema, answers, only
+from fleetcast.api.server import PROMETHEUS, Door, Pieces, Schema, answers, only
 from fleetcast.errors import FleetcastError
 from fleetcast.serving.board import UnknownServer
 from fleetcast.serving.capacity import MOST_ROWS as MOST_CAPACITY_ROWS
 from fleetcast.serving.capacity import Capacity, CapacityQuestion
+from fleetcast.serving.export import Export
 from fleetcast.serving.fullness import DEFAULT_LIMIT, FIRST_METRIC, DatesQuestion, Fullness
 from fleetcast.serving.overview import MOST_ROWS, PAGE_ROWS, STATES, FleetQuery, Overview
 from fleetcast.serving.past import MOST_HOURS, AccuracyQuestion, Past
@@ -154,6 +156,7 @@ DATES: Schema = {
         "rows": _ROWS,
     },
 }
+Answer = TypeVar("Answer")
 Ask = Callable[[Callable[[], Any]], Awaitable[Response]]
 
 
@@ -165,7 +168,12 @@ class Desk:
         self._n_waiting = 0
 
     async def ask(self, question: Callable[[], Any]) -> Response:
-        """Answer a question as JSON.
+        """Answer a question as JSON; raises as `run` does."""
+        body = await self.run(lambda: encode(question()))
+        return Response(body, media_type=JSON, headers=_DATA_HEADERS)
+
+    async def run(self, question: Callable[[], Answer]) -> Answer:
+        """Return what a question returns.
 
         Raises:
             HTTPException: 503 too many wait; 404 an unknown server; 422 a question that cannot be answered.
@@ -174,14 +182,13 @@ class Desk:
             raise HTTPException(503, "too many questions wait", headers={"retry-after": _RETRY_AFTER})
         self._n_waiting += 1
         try:
-            body = await asyncio.get_running_loop().run_in_executor(self._pool, lambda: encode(question()))
+            return await asyncio.get_running_loop().run_in_executor(self._pool, question)
         except UnknownServer as error:
             raise HTTPException(404, str(error)) from error
         except FleetcastError as error:
             raise HTTPException(422, str(error)) from error
         finally:
             self._n_waiting -= 1
-        return Response(body, media_type=JSON, headers=_DATA_HEADERS)
 
     def close(self) -> None:
         """Let the question at work finish; those that wait are dropped."""
@@ -210,15 +217,27 @@ def read_files(folder: Path = UI_FOLDER) -> dict[str, PageFile]:
 
 
 def add_page(
-    app: FastAPI, overview: Overview, past: Past, capacity: Capacity, fullness: Fullness, door: Door
+    app: FastAPI,
+    overview: Overview,
+    past: Past,
+    capacity: Capacity,
+    fullness: Fullness,
+    door: Door,
+    export: Export | None = None,
 ) -> Desk:
-    """Add the page's routes; the caller closes what is returned."""
+    """Add the page's routes, and that of the forecasts as series where they are exported.
+
+    Returns:
+        what answers; the caller closes it.
+    """
     desk = Desk()
     guard = [Depends(door.check())]
     app.include_router(_history_route(past, desk.ask, guard))
     for prefix, is_shown in (("", True), ("/ui/api", False)):  # the page asks below its own path
         router = _capacity_routes(past, capacity, fullness, desk.ask, guard)
         app.include_router(router, prefix=prefix, include_in_schema=is_shown)
+    if export is not None:
+        app.include_router(_export_route(export, desk, door))
     app.include_router(_data_routes(overview, desk.ask, guard))
     app.include_router(_file_routes(read_files()))
     return desk
@@ -297,6 +316,30 @@ def _capacity_routes(
 def _of_one(past: Past, asked: CapacityQuestion, capacity: Capacity) -> dict[str, Any]:
     past.require(asked.server)
     return capacity.answer(replace(asked, min_p=0.0))
+
+
+def _export_route(export: Export, desk: Desk, door: Door) -> APIRouter:
+    """Return the route that Prometheus scrapes; it can send a key as `Authorization: Bearer` alone."""
+    header, bearer = APIKeyHeader(name="X-API-Key", auto_error=False), HTTPBearer(auto_error=False)
+    Token = Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
+
+    async def check(request: Request, key: Annotated[str | None, Depends(header)], token: Token) -> None:
+        if not door.is_welcome(key or (token.credentials if token else None)):
+            door.note(request.scope)
+            raise HTTPException(401, WRONG_KEY)
+
+    router = APIRouter(dependencies=[Depends(check)])
+    described = answers({}, e401=WRONG_KEY, e503=HISTORY_ANSWERS[503]["description"])
+    described[200]["content"] = {PROMETHEUS.partition(";")[0]: {"schema": {"type": "string"}}}
+
+    @router.get(
+        "/metrics/forecasts", response_class=Response, responses=described, dependencies=[Depends(only())]
+    )
+    async def forecasts() -> Response:
+        """Return the newest forecasts in Prometheus's text format, how far they look ahead as a label."""
+        return Pieces(await desk.run(export.pieces), PROMETHEUS)
+
+    return router
 
 
 def _data_routes(overview: Overview, ask: Ask, guard: list[Any]) -> APIRouter:

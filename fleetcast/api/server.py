@@ -36,6 +36,7 @@ from fleetcast.serving.writes import WriteIntake
 from fleetcast.settings import ServerSettings
 
 FEED_PATH = "/feed/data"
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 _FOREIGN_HOST = 421
 Schema = dict[str, Any]
 
@@ -145,10 +146,10 @@ BINARY: Schema = {"type": "string", "format": "binary"}
 
 
 class Pieces(Response):
-    """A JSON document that is joined piece by piece while it is sent, never as a whole."""
+    """A document that is joined piece by piece while it is sent, never as a whole."""
 
-    def __init__(self, pieces: Sequence[bytes]) -> None:
-        super().__init__(media_type=JSON, headers={"content-length": str(sum(map(len, pieces)))})
+    def __init__(self, pieces: Sequence[bytes], media_type: str = JSON) -> None:
+        super().__init__(media_type=media_type, headers={"content-length": str(sum(map(len, pieces)))})
         self._pieces = pieces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -357,9 +358,7 @@ def _open_routes(report: StatusReport, telemetry: Telemetry) -> APIRouter:
     @router.get("/metrics", response_class=Response)
     def metrics() -> Response:
         """Return the daemon's numbers in Prometheus's text format."""
-        return Response(
-            telemetry.render(report.snapshot()), media_type="text/plain; version=0.0.4; charset=utf-8"
-        )
+        return Response(telemetry.render(report.snapshot()), media_type=PROMETHEUS)
 
     return router
 

@@ -33,6 +33,7 @@ from fleetcast.schema import ClosedBin, FleetForecast, Floats32, HistoryWindow, 
 from fleetcast.serving.board import PredictionBoard
 from fleetcast.serving.capacity import Capacity
 from fleetcast.serving.corrector import Corrector
+from fleetcast.serving.export import Export
 from fleetcast.serving.ledger import Ledger
 from fleetcast.serving.model_loader import Champion, ModelLoader
 from fleetcast.serving.roster import Fleet
@@ -85,6 +86,7 @@ class Sweeper:
         self._telemetry = telemetry
         self.capacity: Capacity | None = None  # set by the daemon
         self.shadow: Shadow | None = None  # the same
+        self.export: Export | None = None  # the same
         self._horizon_bins = fleet.settings.horizon_bins
         self._naive = NaiveForecaster(self._horizon_bins)
         self._unwritten: deque[ClosedBin | FleetForecast] = deque()  # in order; the disk refused the first
@@ -189,6 +191,7 @@ class Sweeper:
         self._write_what_waits()
         self._board.publish(forecast, champion.info if champion else None)
         self._note_capacity(forecast)
+        self._note_export(forecast)
         seconds = monotonic() - started
         if self.shadow:
             self.shadow.compare(origin_ms, self._model_failure)
@@ -242,6 +245,17 @@ class Sweeper:
                 self.capacity.note(forecast, self._history.parts(forecast.origin_ms, CHUNK_SERVERS))
             except Exception as error:  # nothing that a forecast needs
                 self._telemetry.errors.note("capacity", error)
+
+    def _note_export(self, made: FleetForecast | SettledForecasts) -> None:
+        """Hand over what Prometheus may scrape; where that fails, what was exported before stands."""
+        if self.export:
+            try:
+                if isinstance(made, FleetForecast):
+                    self.export.note(made)
+                else:
+                    self.export.note_settled(made)
+            except Exception as error:  # nothing that a forecast needs
+                self._telemetry.errors.note("export", error)
 
     def _has_ripe(self, part: HistoryWindow) -> bool:
         """Whether a series has enough data, also by the settings, for any model to forecast it."""
@@ -354,6 +368,8 @@ class Sweeper:
         rows = done.rows if first is None else done.rows.where(_is_changed(done.rows, first, closed))
         if len(rows):
             self._buffer.append_predictions(rows)
+            if first is None:
+                self._note_export(rows)
         self._learn(closed)
         self._ledger.mark_settled(done, self._final_before_ms)
         if first is not None and len(rows):

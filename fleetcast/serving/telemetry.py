@@ -38,7 +38,7 @@ _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1
 _SWEEP_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 # that report errors they survived; the second line's are the daemon's workers
 PARTS = (
-    *("buffer", "buffer statistics", "capacity", "feedback", "ledger", "model", "shadow"),
+    *("buffer", "buffer statistics", "capacity", "export", "feedback", "ledger", "model", "shadow"),
     *("dates", "http", "history", "lane", "model loader", "probe", "sweep", "upkeep"),
 )
 FEED_CODES = (200, 400, 408, 413, 415, 422, 429, 503, 507)

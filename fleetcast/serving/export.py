@@ -1,0 +1,233 @@
+"""Forecasts as series for Prometheus: what `GET /metrics/forecasts` says.
+
+Owns: names and labels of these series, which servers have them, and the text, which is made once a sweep
+and shared by all who ask. How far a forecast looks ahead is a label (`lead`): Prometheus refuses samples of
+the future, so every value is one of now. `note` and `note_settled` belong to the thread that sweeps;
+`pieces` is safe from any thread. Does not know: how forecasts are made, HTTP.
+"""
+
+import logging
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fleetcast.clock import monotonic, to_ms
+from fleetcast.errors import FleetcastError
+from fleetcast.schema import QUANTILES, FleetForecast, Floats32, SettledForecasts
+from fleetcast.serving.board import SIGNIFICANT_DIGITS
+from fleetcast.serving.past import AccuracyQuestion, Past
+from fleetcast.serving.roster import Fleet
+from fleetcast.settings import ExportSettings
+
+logger = logging.getLogger(__name__)
+
+VMANOMALY = "vmanomaly"
+_OLD_BINS = 3  # without a sweep for so long, "in an hour" would not be an hour from now
+_RATIO_S = 3600.0  # a day's errors change slowly, and reading them takes time
+_YHAT = ("yhat_lower", "yhat", "yhat_upper")  # of p10, p50, p90
+Cells = list[tuple[int, str]]  # place in a server's flattened values, labels
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Noted:
+    """What one sweep leaves for export; arrays are (server, metric, lead, quantile), NaN = none."""
+
+    origin_ms: int
+    server_names: tuple[str, ...]  # in order, those with series
+    ahead: Floats32  # made now
+    due: Floats32  # made `lead` ago, for the newest closed bin
+    actual: Floats32  # (server, metric) of that bin
+    n_left_out: int  # servers that match and have no series
+
+
+class Export:
+    """Keeps the newest forecasts of the chosen servers, and writes them as text."""
+
+    def __init__(self, settings: ExportSettings, fleet: Fleet, horizons: Sequence[int], past: Past) -> None:
+        self._is_wanted = re.compile(settings.servers, re.DOTALL).fullmatch
+        self._names = settings.names
+        self._fleet = fleet
+        self._past = past
+        self._horizons = sorted(set(horizons))
+        self._metrics, self._bin_ms = fleet.history.metrics, fleet.history.bin_ms
+        n_values = len(self._metrics) * len(self._horizons) * len(QUANTILES)
+        self._max_servers = settings.max_series // (2 * n_values + len(self._metrics))
+        self._settled: SettledForecasts | None = None
+        self._noted = self._choose((), 0)
+        self._lock = threading.Lock()  # one writes: others wait for it and share it
+        self._written: tuple[_Noted, bool, list[bytes]] | None = None
+        self._ratios: list[bytes] = []
+        self._ratios_at = float("-inf")
+
+    def note_settled(self, rows: SettledForecasts) -> None:
+        """Take what was forecast for a bin that has closed; `note` follows."""
+        self._settled = rows
+
+    def note(self, forecast: FleetForecast) -> None:
+        """Keep what a sweep says of the chosen servers."""
+        noted = self._choose(forecast.server_names, forecast.origin_ms)
+        place = {name: row for row, name in enumerate(forecast.server_names)}
+        rows = [place[name] for name in noted.server_names]
+        steps = [horizon - 1 for horizon in self._horizons]
+        noted.ahead[...] = forecast.quantiles[rows][:, :, steps]
+        self._fill_due(noted)
+        self._settled = None
+        self._noted = noted
+
+    def pieces(self) -> list[bytes]:
+        """Return the text of now in pieces, the same list until the next sweep."""
+        with self._lock:
+            noted, is_old = self._noted, self._is_old(self._noted)
+            if self._written is None or self._written[:2] != (noted, is_old):
+                self._written = (noted, is_old, self._write(noted, is_old=is_old))
+            return self._written[2]
+
+    def _choose(self, server_names: Sequence[str], origin_ms: int) -> _Noted:
+        """Return room for the first servers by name: no restart changes the choice, and no silent server."""
+        matching = sorted(filter(self._is_wanted, server_names))
+        chosen = tuple(matching[: self._max_servers])
+        shape = (len(chosen), len(self._metrics), len(self._horizons), len(QUANTILES))
+        ahead, due = (np.full(shape, np.nan, np.float32) for _ in range(2))
+        actual = np.full(shape[:2], np.nan, np.float32)
+        return _Noted(origin_ms, chosen, ahead, due, actual, len(matching) - len(chosen))
+
+    def _fill_due(self, noted: _Noted) -> None:
+        settled = self._settled
+        if settled is None:
+            return
+        places = np.stack(
+            [
+                _places(settled.server_name, noted.server_names),
+                _places(settled.metric, self._metrics),
+                _places(settled.horizon, self._horizons),
+            ]
+        )
+        is_due = (settled.target_ms == noted.origin_ms) & (places >= 0).all(axis=0)
+        settled, (rows, columns, leads) = settled.where(is_due), places[:, is_due]
+        noted.due[rows, columns, leads] = np.stack([settled.p10, settled.p50, settled.p90], axis=1)
+        noted.actual[rows, columns] = settled.actual
+
+    def _is_old(self, noted: _Noted) -> bool:
+        closed_ms = noted.origin_ms + self._bin_ms
+        return to_ms(self._fleet.clock.now()) - closed_ms > _OLD_BINS * self._bin_ms
+
+    def _write(self, noted: _Noted, *, is_old: bool) -> list[bytes]:
+        text = "servers that match export.servers and have no series, for export.max_series"
+        pieces = _gauge("fleetcast_forecasts_left_out", text, [("", noted.n_left_out)])
+        if not noted.server_names:
+            return pieces
+        text = (
+            "end of the bin that the newest forecasts start from; where that is long ago, they are left out"
+        )
+        closed_s = (noted.origin_ms + self._bin_ms) / 1000
+        pieces += _gauge("fleetcast_forecast_origin_timestamp_seconds", text, [("", closed_s)])
+        if is_old:
+            return pieces
+        pieces += self._error_ratios()
+        servers = [_escape(name) for name in noted.server_names]
+        text = "forecast made now for `lead` from now"
+        pieces += _family("fleetcast_forecast", text, servers, noted.ahead, self._cells("metric", QUANTILES))
+        return pieces + self._write_due(noted, servers)
+
+    def _write_due(self, noted: _Noted, servers: Sequence[str]) -> list[bytes]:
+        text = "forecast made `lead` ago for the newest closed bin"
+        if self._names != VMANOMALY:
+            cells = self._cells("metric", QUANTILES)
+            return _family("fleetcast_forecast_due", text, servers, noted.due, cells)
+        pieces = []
+        for place, name in enumerate(_YHAT):
+            values = np.ascontiguousarray(noted.due[..., place])
+            pieces += _family(
+                name, f"{text}, p{QUANTILES[place] * 100:.0f}", servers, values, self._cells("for")
+            )
+        cells = [(place, f'for="{_escape(name)}"') for place, name in enumerate(self._metrics)]
+        return pieces + _family("y", "mean of the newest closed bin", servers, noted.actual, cells)
+
+    def _cells(self, label: str, quantiles: Sequence[float] = ()) -> Cells:
+        """Return place and labels of each of a server's values (metric, lead[, quantile])."""
+        cells = []
+        for metric in self._metrics:
+            for lead in map(self._lead, self._horizons):
+                of_both = f'{label}="{_escape(metric)}",lead="{lead}"'
+                cells += [f'{of_both},quantile="{quantile}"' for quantile in quantiles] or [of_both]
+        return list(enumerate(cells))
+
+    def _lead(self, horizon: int) -> str:
+        """Return how far a horizon is ahead, as Prometheus writes a duration."""
+        seconds = horizon * self._bin_ms // 1000
+        unit, name = next(
+            (unit, name) for unit, name in ((3600, "h"), (60, "m"), (1, "s")) if not seconds % unit
+        )
+        return f"{seconds // unit}{name}"
+
+    def _error_ratios(self) -> list[bytes]:
+        """Return the fleet's errors of a day over those of repeating the last value; read once an hour."""
+        if monotonic() - self._ratios_at >= _RATIO_S:
+            try:
+                metrics = self._past.accuracy(AccuracyQuestion())["metrics"]
+            except (FleetcastError, OSError) as error:  # no reason to keep the forecasts back
+                logger.warning("forecast errors not exported error=%s", error)
+                return []
+            text = "error of forecasts settled within a day over that of repeating the last value"
+            self._ratios = _gauge("fleetcast_forecast_error_ratio", text, self._ratio_cells(metrics))
+            self._ratios_at = monotonic()
+        return self._ratios
+
+    def _ratio_cells(self, metrics: dict[str, Any]) -> Iterator[tuple[str, float]]:
+        for metric, by_horizon in metrics.items():
+            for horizon, found in by_horizon.items():
+                if found["ratio"] is not None:
+                    yield f'{{metric="{_escape(metric)}",lead="{self._lead(int(horizon))}"}}', found["ratio"]
+
+
+def _places(values: NDArray[Any], known: Sequence[Any]) -> NDArray[np.int64]:
+    """Return the place of each value in `known`; -1 for what other settings knew."""
+    place = {value: number for number, value in enumerate(known)}
+    return np.fromiter((place.get(value, -1) for value in values.tolist()), np.int64, len(values))
+
+
+def _escape(value: str) -> str:
+    r"""Return a label's value as the text format wants it.
+
+    >>> print(_escape('a"b\\c'), _escape("two\nlines"))
+    a\"b\\c two\nlines
+    """
+    return value.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
+
+
+def _head(name: str, text: str) -> bytes:
+    return f"# HELP {name} {text}\n# TYPE {name} gauge\n".encode()
+
+
+def _gauge(
+    name: str, text: str, samples: "Iterator[tuple[str, float]] | list[tuple[str, float]]"
+) -> list[bytes]:
+    """Return a family of few samples, each with its labels in braces."""
+    lines = [f"{name}{labels} {value}\n" for labels, value in samples]
+    return [_head(name, text), "".join(lines).encode()] if lines else []
+
+
+def _family(name: str, text: str, servers: Sequence[str], values: Floats32, cells: Cells) -> list[bytes]:
+    """Return a family in a piece for each server.
+
+    Args:
+        servers: escaped.
+        values: (server, ...); the rest is flattened to the places of `cells`, NaN = no sample.
+    """
+    pieces = [_head(name, text)]
+    flat = values.reshape(len(servers), len(cells)).tolist()
+    is_told = np.isfinite(values).reshape(len(servers), len(cells)).tolist()
+    for server, row, told in zip(servers, flat, is_told, strict=True):
+        start = f'{name}{{server="{server}",'
+        lines = [
+            f"{start}{labels}}} {row[place]:.{SIGNIFICANT_DIGITS}g}\n"
+            for place, labels in cells
+            if told[place]
+        ]
+        pieces.append("".join(lines).encode("utf-8", "replace"))
+    return pieces
