@@ -1,4 +1,4 @@
-"""A whole `/metrics`, as both daemons' telemetry writes it, for tests of rules and dashboards."""
+"""All that a Prometheus can scrape of both daemons, for tests of rules and dashboards."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
+from test_forecast_series import export_of, forecast, settled
 from test_retraining_telemetry import CHECK, NOW
 from test_seasonal_monitor import changed_grid, report_of
 
@@ -43,7 +44,11 @@ def whole_scrape(folder: Path) -> dict[str, list[Labels]]:
             dict.fromkeys(GAUGES, 1.0), "v1", False, {"web-01": 1.0}, capacity, {"data_buffer": 1}
         )
         texts.append(telemetry.render(told).decode())
-    found: dict[str, list[Labels]] = {"up": [JOB]}
+    export = export_of()
+    export.note_settled(settled("web-01", 1, 41.0, 44.0))
+    export.note(forecast("web-01"))
+    texts.append(b"".join(export.pieces()).decode())
+    found: dict[str, list[Labels]] = {"up": [JOB], "ALERTS": [{"alertname": ""}]}
     for text in texts:
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
