@@ -15,7 +15,7 @@ from fleetcast.clock import FakeClock
 from fleetcast.errors import StorageFull
 from fleetcast.retraining.decision import TrainingLog, TrainingStamp
 from fleetcast.retraining.state import RetrainingState
-from fleetcast.retraining.telemetry import RetrainingTelemetry, read_textfile
+from fleetcast.retraining.telemetry import TEXTFILE, RetrainingTelemetry, read_textfile
 from fleetcast.serving.capacity import CapacityGauges
 from fleetcast.serving.telemetry import GAUGES, Snapshot, Telemetry
 
@@ -25,32 +25,35 @@ _METRIC = re.compile(r"\b(fleetcast_\w+|process_\w+|up)\b(?:\{([^}]*)\})?")
 _MATCHER = re.compile(r'(\w+)\s*(=~|!~|!=|=)\s*"((?:[^"\\]|\\.)*)"')
 
 
+def write_retraining_numbers(folder: Path) -> list[bytes]:
+    """Write `retraining_metrics.prom` with everything known; return it, and what the literal scores give."""
+    path = folder / TEXTFILE
+    state = RetrainingState(log=TrainingLog((TrainingStamp(NOW, promoted=True),)))
+    texts = []
+    for check in (CHECK, replace(CHECK, report=report_of(folder, changed_grid()))):
+        RetrainingTelemetry(path, folder, FakeClock(NOW)).write(check, state)
+        texts.append(read_textfile(path))
+    return texts
+
+
 def whole_scrape(folder: Path) -> dict[str, list[Labels]]:
     """Return the labels of every sample by its name, with everything known."""
-    path = folder / "retraining_metrics.prom"
-    state = RetrainingState(log=TrainingLog((TrainingStamp(NOW, promoted=True),)))
-    calibrated = replace(CHECK, report=report_of(folder, changed_grid()))
-    texts = []
-    for check in (CHECK, calibrated):
-        RetrainingTelemetry(path, folder, FakeClock(NOW)).write(check, state)
-        telemetry = Telemetry(CollectorRegistry(), FakeClock(NOW), lambda: read_textfile(path))
-        telemetry.errors.keep("buffer", StorageFull("no space"))
-        capacity = CapacityGauges(
-            *({"cpu_pct": 1.0}, {"cpu_pct": 1}, {"cpu_pct": 1}),
-            {("cpu_pct", "forecast"): 0.1},
-            {("web-01", "cpu_pct"): 0.5},
-        )
-        told = Snapshot(
-            dict.fromkeys(GAUGES, 1.0), "v1", False, {"web-01": 1.0}, capacity, {"data_buffer": 1}
-        )
-        texts.append(telemetry.render(told).decode())
+    telemetry = Telemetry(CollectorRegistry(), FakeClock(NOW))
+    telemetry.errors.keep("buffer", StorageFull("no space"))
+    capacity = CapacityGauges(
+        *({"cpu_pct": 1.0}, {"cpu_pct": 1}, {"cpu_pct": 1}),
+        {("cpu_pct", "forecast"): 0.1},
+        {("web-01", "cpu_pct"): 0.5},
+    )
+    told = Snapshot(dict.fromkeys(GAUGES, 1.0), "v1", False, {"web-01": 1.0}, capacity, {"data_buffer": 1})
+    texts = [*write_retraining_numbers(folder), telemetry.render(told)]
     export = export_of()
     export.note_settled(settled("web-01", 1, 41.0, 44.0))
     export.note(forecast("web-01"))
-    texts.append(b"".join(export.pieces()).decode())
+    texts.append(b"".join(export.pieces()))
     found: dict[str, list[Labels]] = {"up": [JOB], "ALERTS": [{"alertname": ""}]}
     for text in texts:
-        for family in text_string_to_metric_families(text):
+        for family in text_string_to_metric_families(text.decode()):
             for sample in family.samples:
                 found.setdefault(sample.name, []).append(sample.labels)
     return found

@@ -188,6 +188,17 @@ def test_the_text_is_made_once_a_sweep_and_shared(monkeypatch: pytest.MonkeyPatc
     assert past.n_asked == 2
 
 
+def test_a_new_fleets_errors_are_told_as_soon_as_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    past: Any = Told()
+    export = export_of(past=past)
+    monkeypatch.setattr(past, "accuracy", lambda _asked: {"metrics": {"cpu_pct": {}}})
+    export.note(forecast("a"))
+    export.pieces()
+    monkeypatch.undo()
+    export.note(forecast("a"))
+    assert key("fleetcast_forecast_error_ratio", metric="cpu_pct", lead="5m") in said(export)
+
+
 def test_errors_that_cannot_be_read_cost_no_forecast(caplog: pytest.LogCaptureFixture) -> None:
     past = Told()
     past.fails = True

@@ -175,7 +175,7 @@ class Export:
                 return []
             text = "error of forecasts settled within a day over that of repeating the last value"
             self._ratios = _gauge("fleetcast_forecast_error_ratio", text, self._ratio_cells(metrics))
-            self._ratios_at = monotonic()
+            self._ratios_at = monotonic() if self._ratios else float("-inf")  # of a new fleet: look again
         return self._ratios
 
     def _ratio_cells(self, metrics: dict[str, Any]) -> Iterator[tuple[str, float]]:
