@@ -35,9 +35,9 @@ from fleetcast.settings_training import (
 # fmt: off
 __all__ = [
     "CALIBRATED", "LITERAL", "AlertSettings", "BinSettings", "BufferSettings", "ClockSettings",
-    "DecisionSettings", "DriftSettings", "ExportSettings", "ForecastSettings", "LoggingSettings", "PathSettings",
-    "PromotionSettings", "RemoteWriteSettings", "RetrainingSettings", "ServerSettings", "Settings",
-    "TrainerSettings", "every_setting", "load_settings", "page",
+    "DecisionSettings", "DriftSettings", "ExportSettings", "ForecastSettings", "LoggingSettings",
+    "PathSettings", "PromotionSettings", "RemoteWriteSettings", "RetrainingSettings", "ServerSettings",
+    "Settings", "TrainerSettings", "every_setting", "load_settings", "page",
 ]
 # fmt: on
 
