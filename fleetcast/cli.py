@@ -30,6 +30,7 @@ COMMANDS = {
     "buffer": ("data_buffer", "print what the data buffer holds"),
     "agent": ("fleetcast.sources.agent", "send this host's metrics every few seconds"),
     "replay": ("fleetcast.sources.replay", "send recorded metrics, in their own time or faster"),
+    "import": ("fleetcast.backfill.command", "bring history in: from a Prometheus, Parquet or CSV"),
     "live": ("fleetcast.live", "both daemons and the agent on this machine until Ctrl+C"),
     "demo": ("fleetcast.demo.play", "the whole loop on bundled real data, in minutes"),
     "status": (_CONSOLE, "show fleet, model, drift, trainings and problems on one screen"),

@@ -57,6 +57,11 @@ _OWN_LABELS = {
 }
 
 
+def own_labels(series_name: str) -> set[str] | None:
+    """Return the labels that an exporter itself puts on a series; None: the exporter is not known."""
+    return next((own for start, own in _OWN_LABELS.items() if series_name.startswith(start)), None)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Samples:
     """Samples in columns."""
@@ -127,7 +132,7 @@ class ExporterSeries:
         """Return the number of a series, a new one where needed, IGNORED or REFUSED."""
         wanted_by = self._by_name.get(labels.get("__name__", ""), ())
         places = tuple(place for place in wanted_by if self._terms[place].matches(labels))
-        server_name = self._server_name(labels) if places else None
+        server_name = self.server_name(labels) if places else None
         if server_name is None:
             return IGNORED
         own, of_target = self._split(labels, server_name)
@@ -141,6 +146,13 @@ class ExporterSeries:
             self._targets[of_target], self._own[own] = key
             self._note(number, key, server_name, places)
         return number
+
+    def server_name(self, labels: Mapping[str, str]) -> str | None:
+        """Return the server that a series is of, None where its label names none."""
+        text = labels.get(self._settings.server_label, "")
+        found = self._server_pattern.fullmatch(text) if len(text) <= _LABEL_MAX_CHARS else None
+        name = found[1] if found else None
+        return _NAMES.server_name(name)
 
     def members(self, series: Codes | Longs) -> tuple[Longs, Codes]:
         """Return (row, term) pairs: which terms the series of each row takes part in."""
@@ -208,18 +220,12 @@ class ExporterSeries:
         self.home_of[number] = places[0]
         self._place_of[number] = self._places[places]
 
-    def _server_name(self, labels: Mapping[str, str]) -> str | None:
-        text = labels.get(self._settings.server_label, "")
-        found = self._server_pattern.fullmatch(text) if len(text) <= _LABEL_MAX_CHARS else None
-        name = found[1] if found else None
-        return _NAMES.server_name(name)
-
     def _split(
         self, labels: Mapping[str, str], server_name: str
     ) -> tuple[tuple[Label, ...], tuple[Label, ...]]:
         """Return the labels that are the series' own, its name among them, and those of its target."""
         name = labels["__name__"]
-        own = next((own for start, own in _OWN_LABELS.items() if name.startswith(start)), None)
+        own = own_labels(name)
         always = {"instance", self._settings.server_label}
         given = [item for item in sorted(labels.items()) if item[0] not in self._unshared]
         is_own = [

@@ -7,7 +7,7 @@ Does not know: HTTP; the parts it asks do not know it.
 import os
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,11 @@ class StatusReport:
                 "origin": _time(counts.last_origin_ms),
                 "seconds": counts.last_seconds,
             },
-            "buffer": {"folder": str(self._buffer.folder), **self._buffer_stats()},
+            "buffer": {
+                "folder": str(self._buffer.folder),
+                "oldest_accepted": self._oldest_accepted(),
+                **self._buffer_stats(),
+            },
             "last_errors": self._errors.newest_first(),
         }
 
@@ -174,6 +178,13 @@ class StatusReport:
             "metric_names": {"used": self._fleet.roster.n_metrics, "limit": server.max_metric_names},
             "server_names": {"used": self._fleet.history.n_servers, "limit": server.max_server_names},
         }
+
+    def _oldest_accepted(self) -> str | None:
+        """Return the oldest time of a record that would be taken, None where none is too old."""
+        if self._fleet.is_data_clock:
+            return None
+        days = timedelta(days=self._settings.buffer.retention_days)
+        return iso_z(self._fleet.clock.now() - days)
 
     def snapshot(self) -> Snapshot:
         """Return the states a scrape reads."""

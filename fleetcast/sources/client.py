@@ -1,4 +1,4 @@
-"""The client of the inference daemon's HTTP interface.
+"""The clients of HTTP interfaces that answer in JSON: the inference daemon's, and a Prometheus's.
 
 Owns: requests (the library), the `X-API-Key` header, how records become a body, what each status code
 means to a sender, and when to try again. Does not know: where records come from.
@@ -12,8 +12,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, TypeVar
+from urllib.parse import unquote, urlsplit
 
 import requests
 
@@ -70,9 +70,15 @@ class RequestRefused(DaemonAway):
     """Raised when the daemon answered a request with an error status."""
 
     def __init__(
-        self, status: int, message: str, *, detail: str = "", retry_after_s: float | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        detail: str = "",
+        retry_after_s: float | None = None,
+        hint: str | None = None,
     ) -> None:
-        super().__init__(message, hint=HINTS.get(status, ""))
+        super().__init__(message, hint=HINTS.get(status, "") if hint is None else hint)
         self.status = status
         self.detail = detail or message  # what the daemon itself said
         self.retry_after_s = retry_after_s
@@ -93,52 +99,33 @@ class RequestRefused(DaemonAway):
         return self.status == 422 or self.detail.startswith(_UNKNOWN_SERVER)
 
 
-class DaemonClient:
-    """One connection to one daemon. Not thread safe.
+class JsonClient:
+    """One connection to one server. Not thread safe.
 
-    The key comes from `TFT_API_KEY` unless given. A daemon on this host is asked directly,
-    whatever proxy the environment names.
+    A server on this host is asked directly, whatever proxy the environment names.
     """
 
-    def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 30.0) -> None:
+    hints: ClassVar[Mapping[int, str]] = {}  # what to do about a status
+
+    def __init__(
+        self, url: str, *, whose: str, example: str, headers: Mapping[str, str], timeout_s: float
+    ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise BadData(f"the daemon's address must look like http://127.0.0.1:8000, got {url!r}")
-        self.url = url.rstrip("/")
+            raise BadData(f"{whose} address must look like {example}, got {url!r}")
+        is_open = parts.username is None  # no password in messages and files
+        netloc = parts.netloc if is_open else parts.netloc.rpartition("@")[2]
+        self.url = parts._replace(netloc=netloc).geturl().rstrip("/")
         self._timeout_s = timeout_s
         self._session = requests.Session()
+        if not is_open:
+            self._session.auth = (unquote(parts.username or ""), unquote(parts.password or ""))
         self._session.trust_env = parts.hostname not in LOOPBACK
-        key = os.environ.get(API_KEY_VARIABLE, "") if api_key is None else api_key
-        if key:
-            self._session.headers["X-API-Key"] = key
-
-    def post_records(self, records: Records) -> FeedAnswer:
-        """Send records once; a table goes as Arrow.
-
-        Raises:
-            RequestRefused: the daemon answered with an error status.
-            DaemonAway: it did not answer.
-        """
-        body, kind = _encode(records)
-        answer = self._request("POST", "/feed/data", body, kind)
-        try:
-            return FeedAnswer(
-                received=int(answer["records_received"]),
-                rejected=int(answer["records_rejected"]),
-                errors=tuple(map(_say, answer["errors"])),
-                rows=tuple(int(error.get("index", 0)) for error in answer["errors"]),
-                fields=tuple(map(_say, answer.get("fields_refused", []))),
-            )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise DaemonAway(f"{self.url}/feed/data gave an answer of another shape: {answer}") from error
+        self._session.headers.update(headers)
 
     def get(self, path: str) -> dict[str, Any]:
-        """Return the JSON object at `path`; raises as `post_records` does."""
-        return self._request("GET", path, None)
-
-    def status(self) -> dict[str, Any]:
-        """Return the daemon's `/status`."""
-        return self.get("/status")
+        """Return the JSON object at `path`; raises as `request` does."""
+        return self.request("GET", path, None)
 
     def close(self) -> None:
         """Close the connection."""
@@ -155,7 +142,13 @@ class DaemonClient:
     ) -> None:
         self.close()
 
-    def _request(self, method: str, path: str, body: bytes | None, kind: str = JSON) -> dict[str, Any]:
+    def request(self, method: str, path: str, body: bytes | None, kind: str = JSON) -> dict[str, Any]:
+        """Return the JSON object that a request is answered with.
+
+        Raises:
+            RequestRefused: the server answered with an error status.
+            DaemonAway: it did not answer, or not with a JSON object.
+        """
         headers = {"Content-Type": kind} if body is not None else None
         try:
             answer = self._session.request(
@@ -175,6 +168,7 @@ class DaemonClient:
                 f"{method} {path} answered {answer.status_code}: {detail}",
                 detail=detail,
                 retry_after_s=_seconds(answer.headers.get("Retry-After")),
+                hint=self.hints.get(answer.status_code, ""),
             )
         try:
             value = answer.json()
@@ -183,6 +177,42 @@ class DaemonClient:
         if not isinstance(value, dict):
             raise DaemonAway(f"{self.url}{path} did not answer with a JSON object")
         return value
+
+
+class DaemonClient(JsonClient):
+    """One connection to one daemon. Not thread safe. The key comes from `TFT_API_KEY` unless given."""
+
+    hints: ClassVar[Mapping[int, str]] = HINTS
+
+    def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 30.0) -> None:
+        key = os.environ.get(API_KEY_VARIABLE, "") if api_key is None else api_key
+        headers = {"X-API-Key": key} if key else {}
+        whose, example = "the daemon's", "http://127.0.0.1:8000"
+        super().__init__(url, whose=whose, example=example, headers=headers, timeout_s=timeout_s)
+
+    def post_records(self, records: Records) -> FeedAnswer:
+        """Send records once; a table goes as Arrow.
+
+        Raises:
+            RequestRefused: the daemon answered with an error status.
+            DaemonAway: it did not answer.
+        """
+        body, kind = _encode(records)
+        answer = self.request("POST", "/feed/data", body, kind)
+        try:
+            return FeedAnswer(
+                received=int(answer["records_received"]),
+                rejected=int(answer["records_rejected"]),
+                errors=tuple(map(_say, answer["errors"])),
+                rows=tuple(int(error.get("index", 0)) for error in answer["errors"]),
+                fields=tuple(map(_say, answer.get("fields_refused", []))),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DaemonAway(f"{self.url}/feed/data gave an answer of another shape: {answer}") from error
+
+    def status(self) -> dict[str, Any]:
+        """Return the daemon's `/status`."""
+        return self.get("/status")
 
 
 def _encode(records: Records) -> tuple[bytes, str]:
@@ -204,7 +234,8 @@ def _say(fault: Mapping[str, Any]) -> str:
 def _detail(answer: requests.Response) -> str:
     """Return what a refusal says, without the JSON around it where it is one of the daemon's."""
     try:
-        detail = answer.json()["detail"]
+        document = answer.json()
+        detail = document["error"] if "error" in document else document["detail"]  # Prometheus's, ours
     except (ValueError, KeyError, TypeError):
         detail = answer.text
     return (detail if isinstance(detail, str) else answer.text)[:300]
