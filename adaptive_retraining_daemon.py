@@ -18,8 +18,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from drift_monitor import METRICS_FILE, DriftMonitor
-from fleetcast.alerts.engine import AlertEngine, CheckFigures
-from fleetcast.clock import Clock, DataClock, SystemClock, monotonic, parse_plain_utc, to_ms
+from fleetcast.alerts.engine import AlertEngine
+from fleetcast.clock import Clock, DataClock, SystemClock, monotonic, to_ms
 from fleetcast.drift.evidence import DriftEvidence, DriftSource
 from fleetcast.drift.report import DriftReport
 from fleetcast.drift.seasonal.detector import READY
@@ -39,7 +39,7 @@ from fleetcast.retraining.decision import OrderedTraining, RetrainingDecisionEng
 from fleetcast.retraining.inquiry import Inquiry
 from fleetcast.retraining.order import Readiness, export_for_training, training_context, training_steps
 from fleetcast.retraining.quiet import HostProbe, QuietWeek, quiet_verdict
-from fleetcast.retraining.report import DriftLog, RetrainingCheck
+from fleetcast.retraining.report import DriftLog, RetrainingCheck, alert_figures
 from fleetcast.retraining.state import FAILED, STATE_FILE, VERDICTS, Attempt
 from fleetcast.retraining.trainings import DECISIONS_FILE, DataSpan, Trainings, data_span
 from fleetcast.schema import QuietVerdict
@@ -158,7 +158,8 @@ class AdaptiveRetrainingDaemon:
     def _tick(self) -> None:
         """Check, then follow a training and what people order, so that both are dealt with at once."""
         until = monotonic() + WATCHED_SHARE * self._settings.retraining.interval_s
-        self.run_check_cycle()
+        with self._alerts.watch():
+            self.run_check_cycle()
         while monotonic() < until and not self.stop.is_requested:
             self.wait_for_training(until)
             if self._has_order(until):
@@ -234,7 +235,7 @@ class AdaptiveRetrainingDaemon:
             )
             if is_owner:
                 self._trainings.note_check(check)
-                self._alerts.note(self._figures(check))
+                self._alerts.note(alert_figures(check, self.engine))
         return check
 
     def check_quiet_period(self) -> bool:
@@ -331,19 +332,6 @@ class AdaptiveRetrainingDaemon:
         bake = judge_bake(self._desk, self._settings.promotion)
         return replace(
             check, learning=learning, standing=standing, bake=bake, problems=self._inquiry.problems
-        )
-
-    def _figures(self, check: RetrainingCheck) -> CheckFigures:
-        """Return what alerts are made of."""
-        marks = (check.standing.held, check.standing.paused)
-        since = [parse_plain_utc(mark.since) for mark in marks if mark]
-        paths = self._settings.paths
-        return CheckFigures(
-            drift_score=check.report.metrics.get("combined_score"),
-            training_failures=self.engine.backoff.failures,
-            trainings_7d=self.engine.trainings_in_week(),
-            held_since=min(since, default=None),
-            folders=(Path(paths.data_buffer_dir), Path(paths.checkpoint_dir), Path()),
         )
 
     def _learning(self, report: DriftReport) -> str:

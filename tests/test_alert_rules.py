@@ -1,6 +1,8 @@
 """When an alert begins, fires and ends: rules and facts, without a clock, a file or a network."""
 
+import re
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,8 @@ from fleetcast.errors import SettingsError
 from fleetcast.schema import ALERT_RULES
 
 AT = datetime(2026, 1, 15, 10, tzinfo=UTC)
+ONLY_THERE = {"CannotFlush", "KeyRefused", "OverLimit", "PartFailed", "RetrainingSilent"}
+ONLY_HERE = {"ChecksFail", "DiskFullSoon", "NotReady"}
 OFF = tuple(f"{line.split(':')[0]}: off" for line in ALERT_RULES)
 
 
@@ -127,7 +131,15 @@ def test_the_specifications_four_are_shipped() -> None:
         0.15,
     )
     assert {"training_failures", "trainings_7d", "free_disk_gb"} <= {rule.fact for rule in shipped.values()}
-    assert (shipped["TrainingsTooOften"].limit, shipped["TrainingsTooOften"].severity) == (3, "warning")
+    assert (shipped["TrainsTooOften"].limit, shipped["TrainsTooOften"].severity) == (3, "warning")
+
+
+def test_a_shipped_rule_and_prometheus_have_one_name_for_one_thing() -> None:
+    page = (Path(__file__).parents[1] / "deploy" / "prometheus" / "fleetcast.rules.yml").read_text()
+    theirs = set(re.findall(r"alert: Fleetcast(\w+)", page))
+    ours = {rule.name for rule in parse_rules(())}
+    assert theirs - ours == ONLY_THERE
+    assert ours - theirs == ONLY_HERE
 
 
 def test_every_wrong_rule_is_named_at_once_with_what_would_be_right() -> None:

@@ -12,18 +12,30 @@ from typing import Any
 
 import pytest
 from alert_sink import Sink
+from test_inference import World
 from told_daemon import Told
 
 from fleetcast.alerts import engine as module
-from fleetcast.alerts.engine import AlertEngine, CheckFigures
+from fleetcast.alerts.engine import AlertEngine, CheckFigures, facts_of_daemon
+from fleetcast.alerts.rules import FACTS, Sample
 from fleetcast.alerts.state import SILENCES_FILE, Silence, add_silence, load_state
 from fleetcast.clock import FakeClock
-from fleetcast.errors import SettingsError, StorageFull
+from fleetcast.errors import OwnershipLost, SettingsError, StorageFull
 from fleetcast.files import read_json
-from fleetcast.settings import AlertSettings, RetrainingSettings, Settings
+from fleetcast.schema import ALERT_RULES
+from fleetcast.settings import AlertSettings, PathSettings, RetrainingSettings, Settings
+from fleetcast.sources.client import DaemonClient
 
+OFF = tuple(f"{line.split(':')[0]}: off" for line in ALERT_RULES)  # of the shipped ones
 RULES = ("DriftHigh: drift_score > 0.15 warning",)
-CALM = {"status": "ready", "backlog": 0, "newest_record_time": None, "clock": {"now": "2026-01-15T10:00:00Z"}}
+CALM: dict[str, Any] = {
+    "status": "ready",
+    "detail": "",
+    "backlog": 0,
+    "newest_record_time": None,
+    "clock": {"now": "2026-01-15T10:00:00Z"},
+    "model": {"problems": []},
+}
 
 
 @pytest.fixture
@@ -43,9 +55,10 @@ class Installation:
     """A folder with an engine in it, which can be restarted; time moves by hand."""
 
     def __init__(self, folder: Path, daemon_url: str, **alerts: Any) -> None:
-        own = AlertSettings(**{"rules": RULES, "timeout_s": 5.0, **alerts})
+        own = AlertSettings(**{"timeout_s": 5.0, **alerts, "rules": (*OFF, *alerts.get("rules", RULES))})
         retraining = RetrainingSettings(daemon_url=daemon_url, request_timeout_s=5.0)
-        self.settings = dataclasses.replace(Settings(), alerts=own, retraining=retraining)
+        paths = PathSettings(str(folder), str(folder / "absent"))
+        self.settings = dataclasses.replace(Settings(), alerts=own, retraining=retraining, paths=paths)
         self.folder, self.clock = folder, FakeClock()
         self.restart()
 
@@ -63,8 +76,7 @@ class Installation:
 
 
 def given(score: float | None = 0.1, **figures: Any) -> CheckFigures:
-    plain = {"training_failures": 0, "trainings_7d": 0, "held_since": None, "folders": ()}
-    return CheckFigures(drift_score=score, **{**plain, **figures})
+    return CheckFigures(drift_score=score, **{"training_failures": 0, "trainings_7d": 0, **figures})
 
 
 def test_slack_hears_once_of_what_fires_again_after_four_hours_and_once_of_its_end(
@@ -328,10 +340,68 @@ def test_old_data_and_little_disk_fire(tmp_path: Path, sink: Sink, told: Told) -
     rules = ("NoData: data_age_s > 300 critical", "DiskLow: free_disk_gb < 1000000 critical")
     own = Installation(tmp_path, told.url, webhook_url=sink.url, rules=rules)
     told.answers["/status"] = {**CALM, "newest_record_time": "2026-01-15T09:50:00Z"}
-    own.check(folders=(tmp_path, tmp_path / "absent"))
+    own.check()
     data, disk = sorted(sink.bodies(), key=lambda body: str(body["rule"]), reverse=True)
     assert "is 600 (> 300)" in data["text"]
     assert disk["alerts"][0]["labels"] == {"folder": str(tmp_path)}
+
+
+def test_a_daemon_that_does_not_work_says_why(tmp_path: Path, sink: Sink, told: Told) -> None:
+    rules = ("NotReady: not_ready > 0 critical", "ModelRefused: model_problems > 0 warning")
+    own = Installation(tmp_path, told.url, webhook_url=sink.url, rules=rules)
+    broken = {"status": "not ready", "detail": "no space to write", "model": {"problems": ["it is damaged"]}}
+    told.answers["/status"] = {**CALM, **broken}
+    own.check()
+    ready, model = sink.bodies()
+    assert ready["text"].endswith("is 1 (> 0); no space to write")
+    assert model["text"].endswith("is 1 (> 0); it is damaged")
+    told.answers["/status"] = CALM
+    own.check()
+    assert {body["status"] for body in sink.bodies()} == {"resolved"}
+
+
+def test_silent_servers_are_named(tmp_path: Path, sink: Sink, told: Told) -> None:
+    own = Installation(
+        tmp_path, told.url, webhook_url=sink.url, rules=("ServersSilent: silent_h > 0 warning",)
+    )
+    told.answers["/ui/api/fleet"] = {"rows": [{"server": "web-1", "seen": "2026-01-15T09:15:00Z"}]}
+    own.check()
+    (body,) = sink.bodies()
+    assert body["alerts"][0]["labels"] == {"server": "web-1"}
+    assert "is 0.75 (> 0)" in body["text"]
+
+
+def test_forecasts_worse_than_the_last_value_and_a_long_hold_fire(
+    tmp_path: Path, sink: Sink, told: Told
+) -> None:
+    rules = ("ForecastsPoor: error_ratio > 1 warning", "HeldLong: held_h > 168 warning")
+    own = Installation(tmp_path, told.url, webhook_url=sink.url, rules=rules)
+    own.check(error_ratio=1.2, held_since=own.clock.now() - timedelta(days=8))
+    assert sorted(body["rule"] for body in sink.bodies()) == ["ForecastsPoor", "HeldLong"]
+
+
+def test_a_check_that_fails_fires_and_ends_nothing_else(tmp_path: Path, sink: Sink, told: Told) -> None:
+    rules = (*RULES, "ChecksFail: check_failed > 0 critical")
+    with Sink() as heart:
+        own = Installation(tmp_path, told.url, webhook_url=sink.url, rules=rules, heartbeat_url=heart.url)
+        own.check(0.2)
+        with pytest.raises(StorageFull), own.engine.watch():
+            raise StorageFull("no space to write drift_metrics.json")
+        assert own.engine.finish(20.0)
+        own.check(0.2)
+        drift, fails, ends = sink.bodies()
+        assert (drift["rule"], drift["status"]) == ("DriftHigh", "firing")
+        assert (fails["rule"], fails["status"]) == ("ChecksFail", "firing")
+        assert fails["text"].endswith("no space to write drift_metrics.json")
+        assert (ends["rule"], ends["status"]) == ("ChecksFail", "resolved")
+        assert len(heart.requests) == 2, "a failed check is no heartbeat"
+
+
+def test_a_lost_folder_is_not_written_to(tmp_path: Path, sink: Sink, told: Told) -> None:
+    own = Installation(tmp_path, told.url, webhook_url=sink.url)
+    with pytest.raises(OwnershipLost), own.engine.watch():
+        raise OwnershipLost("the folder", "it was moved")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_webhooks_signature_is_of_the_bytes_that_are_sent(tmp_path: Path, sink: Sink, told: Told) -> None:
@@ -384,7 +454,11 @@ def test_alertmanager_is_sent_what_fires_at_each_check_and_its_end_for_a_quarter
         own.check(0.2)
         assert {request.path for request in sink.requests} == {"/api/v2/alerts"}
         ((first,), (second,)) = sink.bodies()
-        assert first["labels"] == {"alertname": "DriftHigh", "severity": "warning", "fleet": "fleetcast"}
+        assert first["labels"] == {
+            "alertname": "FleetcastDriftHigh",
+            "severity": "warning",
+            "fleet": "fleetcast",
+        }
         assert (first["startsAt"], first["endsAt"]) == ("2026-01-15T10:10:00Z", "2026-01-15T10:30:00Z")
         assert (second["startsAt"], second["endsAt"]) == ("2026-01-15T10:10:00Z", "2026-01-15T10:35:00Z")
         for _ in range(4):
@@ -454,3 +528,35 @@ def test_a_wrong_address_is_refused_and_not_shown(tmp_path: Path) -> None:
 def test_keys_are_in_no_text_of_the_settings(tmp_path: Path) -> None:
     own = Installation(tmp_path, "http://127.0.0.1:9", slack_url="http://127.0.0.1:9/topsecret")
     assert "topsecret" not in repr(own.settings)
+
+
+def test_a_real_daemons_answers_become_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    world = World(tmp_path).start()
+    try:
+        for number in range(60):
+            rows = [("full", number, 93.0), ("leak", number, 30.0 + number)]
+            rows += [("gone", number, 10.0)] if number < 50 else []
+            assert world.post(*rows).status_code == 200
+            world.service.cycle()
+        with DaemonClient(str(world.client.base_url)) as client:
+            facts = facts_of_daemon(client, set(FACTS), datetime(2020, 1, 1, 5, tzinfo=UTC))
+            row_keys = client.get("/capacity?rows=1")["rows"][0].keys()
+    finally:
+        world.end()
+    of_check = {"drift_score", "error_ratio", "training_failures", "trainings_7d", "held_h", "check_failed"}
+    assert facts.keys() == FACTS.keys() - of_check - {"free_disk_gb", "disk_full_days"}, "no day is over"
+    assert {fact: facts[fact][0].value for fact in ("daemon_away", "not_ready", "backlog", "data_age_s")} == {
+        "daemon_away": 0.0,
+        "not_ready": 0.0,
+        "backlog": 0.0,
+        "data_age_s": 0.0,
+    }
+    (silent,) = facts["silent_h"]
+    assert silent == Sample.of(silent.value, server="gone")
+    assert silent.value == pytest.approx(10 / 12, abs=0.02)
+    near = {dict(sample.labels)["server"]: sample for sample in facts["capacity_p"]}
+    assert near["full"].value is None
+    assert "over the limit since 2020-01-01T00:00:00Z" in near["full"].text
+    assert near["leak"].text == "it is not known at the moment", "no window has settled yet"
+    assert row_keys == row("x", 0.5).keys()

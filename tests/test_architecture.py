@@ -34,6 +34,7 @@ ROWS: dict[str, set[str]] = {
     "serving": {"capacity", "forecast", "forecast.experts", "ingest", "prometheus", "promotion", "storage"},
     "api": {"serving", "ingest", "prometheus", "promotion"},
     "retraining": {
+        "alerts",
         "storage",
         "sources",
         "forecast",

@@ -34,7 +34,7 @@ from fleetcast.alerts.state import (
     state_at_start,
 )
 from fleetcast.clock import Clock, SystemClock, monotonic, parse_plain_utc
-from fleetcast.errors import DaemonAway, FleetcastError, NotDelivered
+from fleetcast.errors import DaemonAway, FleetcastError, NotDelivered, OwnershipLost
 from fleetcast.settings import Settings
 from fleetcast.sources.client import DaemonClient
 from fleetcast.workers import Workers, WorkerThread
@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 CAPACITY = "/capacity?limit=90&min_p=0.05&rows=1000"
 DATES = "/capacity/dates?rows=1000"
 _OVER, _FULL = "over", "it is over the limit"  # state of a row; why a row has no date
+_READY = "ready"
+_PAGE, _MOST_SILENT = 200, 1000  # servers of an answer, and in all
+_NOT_KNOWN = (DaemonAway, KeyError, TypeError, ValueError)  # an older daemon, or one that says less
 _DAY_S, _GB = 86_400.0, 1e9
 _LOST_S = 600.0  # a thread that still hangs then is given up
 _SLACK_S = 0.5  # beyond a channel's limit, for what it does itself
@@ -59,8 +62,9 @@ class CheckFigures:
     drift_score: float | None  # combined; None: no verdict
     training_failures: int
     trainings_7d: int
-    held_since: datetime | None  # or paused
-    folders: tuple[Path, ...]  # that the daemons write to
+    held_since: datetime | None = None  # or paused
+    error_ratio: float | None = None  # of what clients got, to repeating the last value
+    failure: str = ""  # why there was no check: then nothing else is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,8 @@ class AlertEngine:
         self._clock = clock or SystemClock()
         self._rules = parse_rules(settings.alerts.rules)
         self._channels = make_channels(settings.alerts, settings.retraining.interval_s, self._clock)
+        paths = settings.paths
+        self._folders = (Path(paths.data_buffer_dir), Path(paths.checkpoint_dir), folder)
         self._path, self._silences = folder / ALERTS_FILE, folder / SILENCES_FILE
         self._state = AlertState()
         self._is_loaded, self._is_saved = False, True
@@ -106,6 +112,18 @@ class AlertEngine:
             self._is_busy = True
         self._thread = Workers().thread("alerts", self._work, once=True)
         self._thread.start()
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        """Note a check that fails inside, and let the error go on."""
+        try:
+            yield
+        except OwnershipLost:  # nothing may be written any more
+            raise
+        except Exception as error:
+            why = str(error) if isinstance(error, FleetcastError) else type(error).__name__
+            self.note(CheckFigures(None, 0, 0, failure=why))
+            raise
 
     def finish(self, limit_s: float) -> bool:
         """Wait for what was noted to be sent; return whether it was dealt with in time."""
@@ -131,26 +149,33 @@ class AlertEngine:
         if not self._is_loaded:
             self._state, self._is_loaded = state_at_start(self._path), True
         wanted = {rule.fact for rule in self._rules}
-        facts = {**facts_of_check(figures, self._clock.now()), **self._ask(wanted)}
+        disks = {"free_disk_gb": tuple(_free_disks(self._folders))}
+        facts = {**facts_of_check(figures, self._clock.now()), **disks, **self._ask(wanted)}
         self._drain()  # of channels that took longer than they may
         now, names = self._clock.now(), [channel.name for channel in self._channels]
         before = self._state.settle(names, now)
         alerts = judge(self._rules, facts, before.alerts, now)
         _log_changes(before.alerts, alerts)
         self._keep(replace(before, alerts=alerts).settle(names, now))
-        self._send(now, read_silences(self._silences, now))
+        self._send(now, read_silences(self._silences, now), is_good=not figures.failure)
 
     def _ask(self, wanted: Container[str]) -> Facts:
         url, timeout_s = self._retraining.daemon_url, self._retraining.request_timeout_s
         with DaemonClient(url, timeout_s=timeout_s) as client:
             return facts_of_daemon(client, wanted, self._clock.now())
 
-    def _send(self, now: datetime, silences: Sequence[Silence]) -> None:
+    def _send(self, now: datetime, silences: Sequence[Silence], *, is_good: bool) -> None:
         """Let all channels work at once, and wait for them within the limit."""
         begun: dict[str, WorkerThread] = {}
         for channel in self._channels:
             parcels = self._pack(channel, now, silences)
-            if parcels and self._is_free(channel.name) and self._state.of(channel.name).may_try(now):
+            is_late_beat = isinstance(channel, HeartbeatChannel) and not is_good
+            if (
+                parcels
+                and not is_late_beat
+                and self._is_free(channel.name)
+                and self._state.of(channel.name).may_try(now)
+            ):
                 work = partial(self._deliver, channel.name, parcels)
                 thread = Workers().thread(f"alerts to {channel.name}", work, once=True)
                 self._at_work[channel.name] = (thread, monotonic())
@@ -240,15 +265,24 @@ def _log_changes(before: Iterable[Alert], after: Iterable[Alert]) -> None:
 
 def facts_of_check(figures: CheckFigures, now: datetime) -> dict[str, tuple[Sample, ...]]:
     """Return what a check knows; without a verdict on drift there is no score, so nothing drifts."""
-    score, held = figures.drift_score, figures.held_since
+    failed: dict[str, tuple[Sample, ...]]
+    failed = {"check_failed": (Sample.of(float(bool(figures.failure)), figures.failure),)}
+    if figures.failure:
+        return failed
+    held = figures.held_since
     held_h = 0.0 if held is None else (now - held).total_seconds() / 3600
     return {
-        "drift_score": () if score is None else (Sample.of(score),),
-        "training_failures": (Sample.of(figures.training_failures),),
-        "trainings_7d": (Sample.of(figures.trainings_7d),),
-        "held_h": (Sample.of(held_h),),
-        "free_disk_gb": tuple(_free_disks(figures.folders)),
+        **failed,
+        "drift_score": _known(figures.drift_score),
+        "error_ratio": _known(figures.error_ratio),
+        "training_failures": _known(figures.training_failures),
+        "trainings_7d": _known(figures.trainings_7d),
+        "held_h": _known(held_h),
     }
+
+
+def _known(value: float | None) -> tuple[Sample, ...]:
+    return () if value is None else (Sample.of(value),)
 
 
 def _free_disks(folders: Sequence[Path]) -> Iterator[Sample]:
@@ -270,26 +304,44 @@ def facts_of_daemon(client: DaemonClient, wanted: Container[str], now: datetime)
         status = client.status()
     except DaemonAway as error:
         return {"daemon_away": (Sample.of(1.0, str(error)),)}
-    facts = {"daemon_away": (Sample.of(0.0),), **_facts_of_status(status)}
+    facts = {"daemon_away": _known(0.0), **_facts_of_status(status)}
+    if "silent_h" in wanted:
+        with contextlib.suppress(*_NOT_KNOWN):
+            facts["silent_h"] = tuple(_silent_servers(client, parse_plain_utc(status["clock"]["now"])))
     questions: dict[str, tuple[str, Callable[[Any], Iterator[Sample]]]] = {
         "capacity_p": (CAPACITY, _near_limits),
         "disk_full_days": (DATES, partial(_dates, now=now)),
     }
     for fact, (path, read) in questions.items():
         if fact in wanted:
-            with contextlib.suppress(DaemonAway, KeyError, TypeError, ValueError):  # then it is not known
+            with contextlib.suppress(*_NOT_KNOWN):
                 facts[fact] = tuple(read(client.get(path)["rows"]))
     return facts
 
 
 def _facts_of_status(status: Mapping[str, Any]) -> dict[str, tuple[Sample, ...]]:
     facts: dict[str, tuple[Sample, ...]] = {}
-    with contextlib.suppress(KeyError, TypeError, ValueError):
-        facts["backlog"] = (Sample.of(float(status["backlog"])),)
+    with contextlib.suppress(*_NOT_KNOWN):
+        is_ready = status["status"] == _READY
+        facts["not_ready"] = (Sample.of(float(not is_ready), "" if is_ready else str(status["detail"])),)
+        problems = [str(text) for text in status["model"]["problems"]]
+        facts["model_problems"] = (Sample.of(float(len(problems)), "; ".join(problems[:1])),)
+        facts["backlog"] = _known(float(status["backlog"]))
         newest, at = status["newest_record_time"], status["clock"]["now"]
         age = (parse_plain_utc(at) - parse_plain_utc(newest)).total_seconds() if newest else None
-        facts["data_age_s"] = () if age is None else (Sample.of(age),)
+        facts["data_age_s"] = _known(age)
     return facts
+
+
+def _silent_servers(client: DaemonClient, now: datetime) -> Iterator[Sample]:
+    """Yield each silent server; after `forecast.gone_after_s` it is none any more."""
+    for offset in range(0, _MOST_SILENT, _PAGE):
+        rows = client.get(f"/ui/api/fleet?state=stale&sort=name&limit={_PAGE}&offset={offset}")["rows"]
+        for row in rows:
+            hours = (now - parse_plain_utc(row["seen"])).total_seconds() / 3600
+            yield Sample.of(hours, server=str(row["server"]))
+        if len(rows) < _PAGE:
+            return
 
 
 def _near_limits(rows: Sequence[Mapping[str, Any]]) -> Iterator[Sample]:

@@ -90,7 +90,8 @@ def _plan_rule(
     )
     ended = tuple(alert for alert in group if not alert.is_firing and alert.fingerprint in channel.told)
     fresh = tuple(alert for alert in firing if alert.fingerprint not in channel.told)
-    is_due = any(now - channel.told[alert.fingerprint] >= repeat for alert in firing if alert not in fresh)
+    told = (channel.told[mark] for alert in firing if (mark := alert.fingerprint) in channel.told)
+    is_due = any(now - at >= repeat for at in told)
     fired = fresh or (firing if is_due else ())
     return Notice(group[0].rule, group[0].severity, fired, ended, firing, is_repeat=bool(fired) and not fresh)
 
@@ -258,7 +259,7 @@ def _ends_at(alert: Alert, now: datetime, lasts: timedelta) -> datetime | None:
 
 def _alertmanager_alert(alert: Alert, sender: Sender, ends_at: datetime) -> dict[str, Any]:
     subject = f"{alert.subject}: " if alert.subject else ""
-    labels = {"alertname": alert.rule, "severity": alert.severity, "fleet": sender.fleet}
+    labels = {"alertname": f"Fleetcast{alert.rule}", "severity": alert.severity, "fleet": sender.fleet}
     return {
         "labels": {**dict(alert.labels), **labels},
         "annotations": {"summary": _plain(f"{subject}{alert.sentence}")},

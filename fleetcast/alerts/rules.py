@@ -29,13 +29,18 @@ PENDING, FIRING, ENDED = "pending", "firing", "ended"
 SEVERITIES = ("info", "warning", "critical")
 FACTS = {  # by name: what the value is, in words
     "drift_score": "the combined drift score",
+    "error_ratio": "the error of forecasts over that of repeating the last value",
     "training_failures": "trainings that failed in a row",
     "trainings_7d": "trainings in 7 days",
-    "free_disk_gb": "GB free on the disk of",
     "held_h": "hours since a person held new models back, or paused trainings",
+    "check_failed": "1 where a check could not be made",
+    "free_disk_gb": "GB free on the disk",
     "daemon_away": "1 where the inference daemon cannot be asked",
+    "not_ready": "1 where the inference daemon cannot do its work",
     "data_age_s": "seconds since the newest record",
+    "silent_h": "hours since the newest record of a silent server",
     "backlog": "closed bins that wait for their forecast",
+    "model_problems": "reasons why a model version does not serve",
     "capacity_p": "probability of passing 90 % within the horizon",
     "disk_full_days": "days until a disk is full, at the earliest",
 }

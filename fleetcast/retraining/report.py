@@ -1,6 +1,6 @@
-"""The layout of a retraining check: `--once` text, a line of `decisions.jsonl`, the log.
+"""The layout of a retraining check: `--once` text, `decisions.jsonl`, the log, figures for alerts.
 
-Owns: the layout of both, and which drifting series and broken sensors the log has named already
+Owns: the layout of all four, and which drifting series and broken sensors the log has named already
 (each once, when it begins and when it ends; after a restart again). Does not know: how anything in
 a check was measured or decided.
 """
@@ -10,11 +10,12 @@ import logging
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 
-from fleetcast.clock import iso_z
+from fleetcast.alerts.engine import CheckFigures
+from fleetcast.clock import iso_z, parse_plain_utc
 from fleetcast.drift.report import DriftReport
 from fleetcast.promotion.audit import Standing
 from fleetcast.promotion.evidence import Verdict
-from fleetcast.retraining.decision import Decision, safeguards_json
+from fleetcast.retraining.decision import Decision, RetrainingDecisionEngine, safeguards_json
 from fleetcast.schema import QuietVerdict
 
 logger = logging.getLogger(__name__)
@@ -132,3 +133,15 @@ class DriftLog:
                 "data quality, not drift: kind=%s server=%s metric=%s", kind, server, metric or "all"
             )
         self._drifting, self._events = set(drifting), events
+
+
+def alert_figures(check: RetrainingCheck, engine: RetrainingDecisionEngine) -> CheckFigures:
+    """Return what alerts are made of."""
+    marks = (check.standing.held, check.standing.paused)
+    return CheckFigures(
+        drift_score=check.report.metrics.get("combined_score"),
+        training_failures=engine.backoff.failures,
+        trainings_7d=engine.trainings_in_week(),
+        held_since=min((parse_plain_utc(mark.since) for mark in marks if mark), default=None),
+        error_ratio=check.report.served_error.as_json()["fleet"],
+    )

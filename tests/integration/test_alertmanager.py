@@ -75,12 +75,12 @@ def check(folder: Path, url: str, score: float) -> None:
     """Let a daemon that has just started make one check."""
     settings = Settings(
         alerts=AlertSettings(
-            rules=("DriftHigh: drift_score > 0.15 warning", "DaemonAway: off"), alertmanager_urls=(url,)
+            rules=("DriftHigh: drift_score > 0.15 warning", "DiskLow: off"), alertmanager_urls=(url,)
         ),
         retraining=RetrainingSettings(daemon_url="http://127.0.0.1:9", interval_s=300.0),
     )
     engine = AlertEngine(settings, folder, SystemClock())
-    engine.note(CheckFigures(score, 0, 0, None, ()))
+    engine.note(CheckFigures(score, 0, 0))
     assert engine.finish(30)
 
 
@@ -90,7 +90,7 @@ def test_an_alert_outlives_restarts_of_both_sides_and_ends(tmp_path: Path) -> No
         with alertmanager(tmp_path, port, people) as url:
             check(tmp_path, url, 0.2)
             (found,) = active(url)
-            assert found["labels"] == {"alertname": "DriftHigh", "severity": "warning", "fleet": "fleetcast"}
+            assert found["labels"]["alertname"] == "FleetcastDriftHigh"
             check(tmp_path, url, 0.3)
             (again,) = active(url)
             assert (again["fingerprint"], again["startsAt"]) == (found["fingerprint"], found["startsAt"])
