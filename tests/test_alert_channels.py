@@ -17,12 +17,15 @@ from typing import Any, Self
 import pytest
 from alert_sink import Sink
 from test_alerts import CALM, Installation, row
+from test_inference import World
 from told_daemon import Told
 
 from fleetcast.alerts.channels import EmailChannel
 from fleetcast.alerts.command import main
 from fleetcast.alerts.messages import Sender, trial_notice
+from fleetcast.alerts.state import ChannelState
 from fleetcast.clock import FakeClock
+from fleetcast.console.doctor import main as doctor
 from fleetcast.errors import ExitCode, NotDelivered, SettingsError
 from fleetcast.settings import AlertSettings
 
@@ -339,6 +342,40 @@ def test_a_test_reaches_channels_that_an_alertmanager_keeps_quiet(sink: Sink, te
     configure(alertmanager_urls=[sink.url], slack_url=sink.url)
     terminal.run("test")
     assert [request.path for request in sink.requests] == ["/api/v2/alerts", "/"]
+
+
+def test_the_doctor_names_a_channel_that_nothing_reaches(
+    tmp_path: Path,
+    sink: Sink,
+    told: Told,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = Installation(tmp_path, told.url, slack_url=sink.url, webhook_url=sink.url)
+    sink.status = 403
+    own.check(0.2)
+    sink.status = 200
+    own.check(0.2)
+    world = World(tmp_path).start()
+    try:
+        flags = ["--url", str(world.client.base_url), "--json"]
+        own.engine._keep(
+            own.engine._state.with_channel("slack", ChannelState(failures=3, last_error="HTTP 403: no_team"))
+        )
+        doctor(flags)
+        found = json.loads(capsys.readouterr().out)["findings"]
+        Path("alerts.json").write_text("{}")
+        doctor(flags)
+        damaged = json.loads(capsys.readouterr().out)["findings"]
+    finally:
+        world.end()
+    slack, webhook = [item for item in found if item["check"] == "alerts"]
+    assert (slack["state"], webhook["state"]) == ("bad", "ok")
+    assert slack["says"] == "nothing reaches slack, 3 times in a row: HTTP 403: no_team"
+    assert slack["right"].endswith("fleetcast alerts test slack")
+    (finding,) = [item for item in damaged if item["check"] == "alerts"]
+    assert (finding["state"], "cannot be read" in finding["says"]) == ("bad", True)
 
 
 @pytest.mark.parametrize(

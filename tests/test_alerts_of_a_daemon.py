@@ -1,6 +1,7 @@
 """The retraining daemon as a process: its checks send alerts, with `--once` too, and hang on no channel."""
 
 import os
+import random
 import subprocess
 import sys
 import time
@@ -91,3 +92,39 @@ def test_checks_go_on_while_a_channel_hangs(tmp_path: Path, sink: Sink) -> None:
     finally:
         daemon.kill()
         daemon.communicate()
+
+
+@pytest.mark.slow
+def test_pagerduty_sees_one_incident_over_kills_at_any_time(tmp_path: Path, sink: Sink) -> None:
+    own = {"alerts_pagerduty_key": "key", "alerts_pagerduty_url": sink.url}
+    moments, n_kills = random.Random(7), 5
+    for n_kill in range(n_kills):
+        daemon = command(tmp_path, "--interval", "0.2", **own)
+        try:
+            wait_for(1, sink)
+            if n_kill:
+                wait_for_file(tmp_path / "alerts.json")
+            time.sleep(moments.uniform(0.0, 1.5))
+        finally:
+            daemon.kill()
+            daemon.communicate()
+    n_triggers = len(sink.requests)
+    assert 1 <= n_triggers <= 1 + n_kills, "a kill between sending and saving repeats one"
+    daemon = command(tmp_path, "--interval", "0.2", **own, alerts_rules="DiskLow: free_disk_gb < 0 critical")
+    try:
+        wait_for(n_triggers + 1, sink)
+        time.sleep(1.0)  # for one too many
+    finally:
+        daemon.kill()
+        daemon.communicate()
+    events = [request.json for request in sink.requests]
+    assert [event["event_action"] for event in events] == ["trigger"] * n_triggers + ["resolve"]
+    assert len({event["dedup_key"] for event in events}) == 1
+
+
+def wait_for_file(path: Path) -> None:
+    """Wait until a daemon has replaced the file once more."""
+    before, until = path.stat().st_mtime_ns, time.monotonic() + 60
+    while path.stat().st_mtime_ns == before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert path.stat().st_mtime_ns != before

@@ -21,7 +21,8 @@ from urllib.parse import urlsplit
 from fleetcast import __version__
 from fleetcast.clock import SystemClock, parse_plain_utc
 from fleetcast.console.daemon import Daemon, add_flags, length, part, read_settings, some, tell
-from fleetcast.errors import CannotLook, ExitCode, SettingsError
+from fleetcast.errors import CannotLook, CorruptFile, ExitCode, SettingsError
+from fleetcast.files import read_json
 from fleetcast.program import run_program
 from fleetcast.setting import weak_key
 from fleetcast.settings import Settings
@@ -30,6 +31,7 @@ from fleetcast.sources.client import API_KEY_VARIABLE, LOOPBACK
 OK, BAD, UNKNOWN = "ok", "bad", "not looked"
 _SKEW_S = 5.0
 _SILENT_S = 120.0  # agents send every few seconds
+_ALERTS_FILE = "alerts.json"  # of the retraining daemon, in its folder
 _FREE_GB = 5.0  # a training's export, and days of records
 _NAMED = 5
 # how a problem of the daemon begins: what would be right
@@ -112,6 +114,7 @@ def examine(options: argparse.Namespace) -> Iterator[Finding]:
     yield _silent_servers(silent)
     yield from _folders(settings, status)
     yield from (_problem(problem) for problem in health["problems"] if not _is_about_silence(problem))
+    yield from _alert_channels(Path(_ALERTS_FILE))
 
 
 def _cannot_look(error: CannotLook, key: str) -> Finding:
@@ -208,6 +211,24 @@ def _disk(folder: Path) -> Finding:
         right = f"free {_FREE_GB:g} GB, or set buffer.retention_days or buffer.retention_max_mb lower"
         return Finding("disk", BAD, f"{free_gb:.1f} GB are free in {folder}", right)
     return Finding("disk", OK, f"{free_gb:.0f} GB are free")
+
+
+def _alert_channels(path: Path) -> Iterator[Finding]:
+    """Yield what the retraining daemon wrote down of each channel that it sends alerts to."""
+    try:
+        channels = read_json(path)["channels"]
+        failures = {name: (int(item["failures"]), str(item["last_error"])) for name, item in channels.items()}
+    except FileNotFoundError:  # none is set, or this is another folder
+        return
+    except (CorruptFile, KeyError, TypeError, ValueError, AttributeError) as error:
+        yield Finding("alerts", BAD, f"{path} cannot be read: {error}", "restart the retraining daemon")
+        return
+    for name, (n_failures, why) in failures.items():
+        if n_failures:
+            says = f"nothing reaches {name}, {n_failures} times in a row: {why}"
+            yield Finding("alerts", BAD, says, f"correct its settings, then fleetcast alerts test {name}")
+        else:
+            yield Finding("alerts", OK, f"{name} takes them")
 
 
 def _is_about_silence(problem: Mapping[str, str]) -> bool:
