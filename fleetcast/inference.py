@@ -25,6 +25,7 @@ from fleetcast.errors import FleetcastError, OwnershipLost, StorageBroken, Stora
 from fleetcast.forecast.registry import Registry
 from fleetcast.ingest.rules import FUTURE_LIMIT
 from fleetcast.loop import FreeMemory, Stop
+from fleetcast.prometheus.outgoing import Receiver, Sender
 from fleetcast.promotion.desk import Desk
 from fleetcast.retraining.telemetry import TEXTFILE, read_textfile
 from fleetcast.schema import RecordBatch
@@ -59,6 +60,8 @@ DRAIN_S = 10.0  # for requests at work when a stop is asked for
 
 class InferenceService:
     """The parts of one running daemon; `start`, `cycle` and `close` belong to the main thread."""
+
+    _sender: Sender | None = None  # of forecasts, where they are sent by remote-write
 
     def __init__(
         self,
@@ -145,10 +148,7 @@ class InferenceService:
         self._sweeper.capacity = self._report.capacity = capacity
         past = Past(self._fleet, self._buffer, self._settings.forecast.settle_horizons)
         overview = Overview(self._fleet, board, past, self._report, Journal())
-        export = None
-        if self._settings.export.enabled == "on":
-            horizons = self._settings.forecast.settle_horizons
-            export = self._sweeper.export = Export(self._settings.export, self._fleet, horizons, past)
+        export = self._make_export(past)
         door = Door(api_key, self._telemetry)
         desk = Desk(registry)
         self._sweeper.shadow = Shadow(
@@ -162,6 +162,18 @@ class InferenceService:
         add_promotion(self._app, desk, self._settings.promotion, door, api_key)
         return add_page(self._app, overview, past, capacity, self._fullness, door, export)
 
+    def _make_export(self, past: Past) -> Export | None:
+        """Return what is scraped; what is sent by remote-write begins with `start`."""
+        own, horizons = self._settings.export, self._settings.forecast.settle_horizons
+        if own.enabled == "off" and not own.remote_write_url:
+            return None
+        export = self._sweeper.export = Export(own, self._fleet, horizons, past)
+        if own.remote_write_url:
+            receiver, told = Receiver(own.remote_write_url, own.remote_write_token), self._telemetry
+            self._sender = Sender(receiver, export.requests, told.count_forecast_write, told.workers)
+            export.on_news = self._sender.wake
+        return export if own.enabled == "on" else None
+
     def start(self) -> None:
         """Serve at once, load a model beside, then bring back what a restart has to."""
         self._listener.start(
@@ -173,6 +185,8 @@ class InferenceService:
         )
         logger.info("listening url=%s clock=%s", self._listener.url, self._settings.clock.mode)
         self._model.start()
+        if self._sender:
+            self._sender.start()
         self._restore()
         self._report.phase = ""
 
@@ -213,6 +227,8 @@ class InferenceService:
         if not self._listener.stop(DRAIN_S + 2.0):
             logger.warning("requests were still at work after %.0f s", DRAIN_S)
         self._page_desk.close()
+        if self._sender:
+            self._sender.stop()
         try:
             self._buffer.check_ownership()
             self._sweeper.keep_feedback(at_once=True)

@@ -212,6 +212,10 @@ class ExportSettings:
     """Forecasts as series for Prometheus (`GET /metrics/forecasts`). docs/dashboards.md has their names."""
 
     enabled: str = setting("off", "forecasts can be scraped", choices=("on", "off"))
+    remote_write_url: str = setting(
+        "", "address that takes them by Prometheus remote-write (empty: none)", is_secret=True
+    )
+    remote_write_token: str = setting("", "key there, sent as `Authorization: Bearer`", is_secret=True)
     servers: str = setting(".*", "regular expression that a server's whole name must match")
     max_series: int = setting(
         20_000, "most series of forecasts; the first servers by name have them, the others are counted", low=1
@@ -334,6 +338,8 @@ def _cross_checks(values: Mapping[str, Any]) -> Iterator[str]:
     settle = values.get("forecast.settle_horizons", ForecastSettings.settle_horizons)
     if any(not 1 <= item <= horizon for item in settle):
         yield f"forecast.settle_horizons must be in 1..{horizon}, got {list(settle)}"
+    if not re.match(r"https?://.|$", values.get("export.remote_write_url", "")):
+        yield "export.remote_write_url must begin with http:// or https://"
     servers = values.get("export.servers", ExportSettings.servers)
     try:
         re.compile(servers)

@@ -68,7 +68,7 @@ OWNERS = {
     "torch": {"forecast", "training"},
     "pytorch_forecasting": {"forecast"},
     "lightning": {"forecast", "training"},
-    "requests": {"sources.client", "alerts.channels"},
+    "requests": {"sources.client", "outbound"},
     "psutil": {"sources.agent", "retraining.quiet"},
     "fastapi": {"api"},
     "starlette": {"api"},

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fleetcast.alerts.channels import AlertmanagerChannel, Channel, HeartbeatChannel, cause, make_channels
+from fleetcast.alerts.channels import AlertmanagerChannel, Channel, HeartbeatChannel, make_channels
 from fleetcast.alerts.messages import Notice, note_told, plan, within_limit
 from fleetcast.alerts.rules import PENDING, Alert, Facts, Sample, judge, parse_rules
 from fleetcast.alerts.state import (
@@ -35,6 +35,7 @@ from fleetcast.alerts.state import (
 )
 from fleetcast.clock import Clock, SystemClock, monotonic, parse_plain_utc
 from fleetcast.errors import DaemonAway, FleetcastError, NotDelivered, OwnershipLost
+from fleetcast.outbound import cause
 from fleetcast.settings import Settings
 from fleetcast.sources.client import DaemonClient
 from fleetcast.workers import Workers, WorkerThread

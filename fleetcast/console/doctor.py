@@ -23,10 +23,11 @@ from fleetcast.clock import SystemClock, parse_plain_utc
 from fleetcast.console.daemon import Daemon, add_flags, length, part, read_settings, some, tell
 from fleetcast.errors import CannotLook, CorruptFile, ExitCode, SettingsError
 from fleetcast.files import read_json
+from fleetcast.outbound import LOOPBACK
 from fleetcast.program import run_program
 from fleetcast.setting import weak_key
 from fleetcast.settings import Settings
-from fleetcast.sources.client import API_KEY_VARIABLE, LOOPBACK
+from fleetcast.sources.client import API_KEY_VARIABLE
 
 OK, BAD, UNKNOWN = "ok", "bad", "not looked"
 _SKEW_S = 5.0

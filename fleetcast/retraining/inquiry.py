@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 
 from fleetcast.errors import DaemonAway, FleetcastError
 from fleetcast.loop import Stop
-from fleetcast.sources.client import LOOPBACK, DaemonClient
+from fleetcast.outbound import LOOPBACK
+from fleetcast.sources.client import DaemonClient
 from fleetcast.workers import Workers
 
 logger = logging.getLogger(__name__)

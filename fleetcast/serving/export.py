@@ -1,15 +1,16 @@
-"""Forecasts as series for Prometheus: what `GET /metrics/forecasts` says.
+"""Forecasts as series for Prometheus: what `GET /metrics/forecasts` says, and remote-write sends.
 
-Owns: names and labels of these series, which servers have them, and the text, which is made once a sweep
-and shared by all who ask. How far a forecast looks ahead is a label (`lead`): Prometheus refuses samples of
+Owns: names and labels of these series, and which servers have them; they are made once a sweep and shared
+by all who ask. How far a forecast looks ahead is a label (`lead`): Prometheus refuses samples of
 the future, so every value is one of now. `note` and `note_settled` belong to the thread that sweeps;
-`pieces` is safe from any thread. Does not know: how forecasts are made, HTTP.
+`pieces` and `requests` are safe from any thread. Does not know: how forecasts are made, HTTP, the text
+format.
 """
 
 import logging
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from fleetcast.clock import monotonic, to_ms
 from fleetcast.errors import FleetcastError
+from fleetcast.prometheus.outgoing import Family, Labels, write_requests
 from fleetcast.schema import QUANTILES, FleetForecast, Floats32, SettledForecasts
 from fleetcast.serving.board import SIGNIFICANT_DIGITS
 from fleetcast.serving.past import AccuracyQuestion, Past
@@ -30,7 +32,7 @@ VMANOMALY = "vmanomaly"
 _OLD_BINS = 3  # without a sweep for so long, "in an hour" would not be an hour from now
 _RATIO_S = 3600.0  # a day's errors change slowly, and reading them takes time
 _YHAT = ("yhat_lower", "yhat", "yhat_upper")  # of p10, p50, p90
-Cells = list[tuple[int, str]]  # place in a server's flattened values, labels
+JOB = "fleetcast_forecasts"  # as the documented scrape job is called
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,8 +47,18 @@ class _Noted:
     n_left_out: int  # servers that match and have no series
 
 
+@dataclass(slots=True, eq=False)
+class _Made:
+    """What was made of a sweep, shared by all who ask."""
+
+    noted: _Noted
+    is_old: bool
+    families: list[Family]
+    pieces: list[bytes] | None = None
+
+
 class Export:
-    """Keeps the newest forecasts of the chosen servers, and writes them as text."""
+    """Keeps the newest forecasts of the chosen servers, as text and for remote-write."""
 
     def __init__(self, settings: ExportSettings, fleet: Fleet, horizons: Sequence[int], past: Past) -> None:
         self._is_wanted = re.compile(settings.servers, re.DOTALL).fullmatch
@@ -57,11 +69,12 @@ class Export:
         self._metrics, self._bin_ms = fleet.history.metrics, fleet.history.bin_ms
         n_values = len(self._metrics) * len(self._horizons) * len(QUANTILES)
         self._max_servers = settings.max_series // (2 * n_values + len(self._metrics))
+        self.on_news: Callable[[], None] = lambda: None  # set by the daemon
         self._settled: SettledForecasts | None = None
         self._noted = self._choose((), 0)
         self._lock = threading.Lock()  # one writes: others wait for it and share it
-        self._written: tuple[_Noted, bool, list[bytes]] | None = None
-        self._ratios: list[bytes] = []
+        self._made: _Made | None = None
+        self._ratios: list[Family] = []
         self._ratios_at = float("-inf")
 
     def note_settled(self, rows: SettledForecasts) -> None:
@@ -78,14 +91,28 @@ class Export:
         self._fill_due(noted)
         self._settled = None
         self._noted = noted
+        self.on_news()
 
     def pieces(self) -> list[bytes]:
         """Return the text of now in pieces, the same list until the next sweep."""
         with self._lock:
-            noted, is_old = self._noted, self._is_old(self._noted)
-            if self._written is None or self._written[:2] != (noted, is_old):
-                self._written = (noted, is_old, self._write(noted, is_old=is_old))
-            return self._written[2]
+            made = self._made_now()
+            if made.pieces is None:
+                made.pieces = [piece for family in made.families for piece in family.pieces()]
+            return made.pieces
+
+    def requests(self) -> Iterator[bytes]:
+        """Yield what is to be sent by remote-write now."""
+        with self._lock:
+            families = self._made_now().families
+        return write_requests(families, to_ms(self._fleet.clock.now()), (("job", JOB),))
+
+    def _made_now(self) -> "_Made":
+        """Return the families of now; caller holds the lock."""
+        noted, is_old = self._noted, self._is_old(self._noted)
+        if self._made is None or (self._made.noted, self._made.is_old) != (noted, is_old):
+            self._made = _Made(noted, is_old, list(self._families(noted, is_old=is_old)))
+        return self._made
 
     def _choose(self, server_names: Sequence[str], origin_ms: int) -> _Noted:
         """Return room for the first servers by name: no restart changes the choice, and no silent server."""
@@ -116,46 +143,41 @@ class Export:
         closed_ms = noted.origin_ms + self._bin_ms
         return to_ms(self._fleet.clock.now()) - closed_ms > _OLD_BINS * self._bin_ms
 
-    def _write(self, noted: _Noted, *, is_old: bool) -> list[bytes]:
+    def _families(self, noted: _Noted, *, is_old: bool) -> Iterator[Family]:
         text = "servers that match export.servers and have no series, for export.max_series"
-        pieces = _gauge("fleetcast_forecasts_left_out", text, [("", noted.n_left_out)])
+        yield _gauge("fleetcast_forecasts_left_out", text, {(): noted.n_left_out})
         if not noted.server_names:
-            return pieces
-        text = (
-            "end of the bin that the newest forecasts start from; where that is long ago, they are left out"
-        )
+            return
         closed_s = (noted.origin_ms + self._bin_ms) / 1000
-        pieces += _gauge("fleetcast_forecast_origin_timestamp_seconds", text, [("", closed_s)])
+        text = "end of the bin that the newest forecasts start from; long ago: they are left out"
+        yield _gauge("fleetcast_forecast_origin_timestamp_seconds", text, {(): closed_s})
         if is_old:
-            return pieces
-        pieces += self._error_ratios()
-        servers = [_escape(name) for name in noted.server_names]
+            return
+        yield from self._error_ratios()
+        rows: list[Labels] = [(("server", name),) for name in noted.server_names]
+        cells = self._cells("metric", QUANTILES)
         text = "forecast made now for `lead` from now"
-        pieces += _family("fleetcast_forecast", text, servers, noted.ahead, self._cells("metric", QUANTILES))
-        return pieces + self._write_due(noted, servers)
-
-    def _write_due(self, noted: _Noted, servers: Sequence[str]) -> list[bytes]:
+        yield Family("fleetcast_forecast", text, rows, cells, noted.ahead, SIGNIFICANT_DIGITS)
         text = "forecast made `lead` ago for the newest closed bin"
         if self._names != VMANOMALY:
-            cells = self._cells("metric", QUANTILES)
-            return _family("fleetcast_forecast_due", text, servers, noted.due, cells)
-        pieces = []
+            yield Family("fleetcast_forecast_due", text, rows, cells, noted.due, SIGNIFICANT_DIGITS)
+            return
+        cells = self._cells("for")
         for place, name in enumerate(_YHAT):
-            values = np.ascontiguousarray(noted.due[..., place])
-            pieces += _family(
-                name, f"{text}, p{QUANTILES[place] * 100:.0f}", servers, values, self._cells("for")
-            )
-        cells = [(place, f'for="{_escape(name)}"') for place, name in enumerate(self._metrics)]
-        return pieces + _family("y", "mean of the newest closed bin", servers, noted.actual, cells)
+            of_quantile = f"{text}, p{QUANTILES[place] * 100:.0f}"
+            yield Family(name, of_quantile, rows, cells, noted.due[..., place], SIGNIFICANT_DIGITS)
+        cells = [(("for", name),) for name in self._metrics]
+        yield Family("y", "mean of the newest closed bin", rows, cells, noted.actual, SIGNIFICANT_DIGITS)
 
-    def _cells(self, label: str, quantiles: Sequence[float] = ()) -> Cells:
-        """Return place and labels of each of a server's values (metric, lead[, quantile])."""
-        cells = []
+    def _cells(self, label: str, quantiles: Sequence[float] = ()) -> list[Labels]:
+        """Return the labels of each of a server's values (metric, lead[, quantile])."""
+        cells: list[Labels] = []
         for metric in self._metrics:
             for lead in map(self._lead, self._horizons):
-                of_both = f'{label}="{_escape(metric)}",lead="{lead}"'
-                cells += [f'{of_both},quantile="{quantile}"' for quantile in quantiles] or [of_both]
-        return list(enumerate(cells))
+                of_both = ((label, metric), ("lead", lead))
+                of_all = [(*of_both, ("quantile", str(quantile))) for quantile in quantiles]
+                cells += of_all or [of_both]
+        return cells
 
     def _lead(self, horizon: int) -> str:
         """Return how far a horizon is ahead, as Prometheus writes a duration."""
@@ -165,7 +187,7 @@ class Export:
         )
         return f"{seconds // unit}{name}"
 
-    def _error_ratios(self) -> list[bytes]:
+    def _error_ratios(self) -> list[Family]:
         """Return the fleet's errors of a day over those of repeating the last value; read once an hour."""
         if monotonic() - self._ratios_at >= _RATIO_S:
             try:
@@ -173,16 +195,16 @@ class Export:
             except (FleetcastError, OSError) as error:  # no reason to keep the forecasts back
                 logger.warning("forecast errors not exported error=%s", error)
                 return []
+            found: dict[Labels, float] = {
+                (("metric", metric), ("lead", self._lead(int(horizon)))): of_both["ratio"]
+                for metric, by_horizon in metrics.items()
+                for horizon, of_both in by_horizon.items()
+                if of_both["ratio"] is not None
+            }
             text = "error of forecasts settled within a day over that of repeating the last value"
-            self._ratios = _gauge("fleetcast_forecast_error_ratio", text, self._ratio_cells(metrics))
-            self._ratios_at = monotonic() if self._ratios else float("-inf")  # of a new fleet: look again
+            self._ratios = [_gauge("fleetcast_forecast_error_ratio", text, found)] if found else []
+            self._ratios_at = monotonic() if found else float("-inf")  # of a new fleet: look again
         return self._ratios
-
-    def _ratio_cells(self, metrics: dict[str, Any]) -> Iterator[tuple[str, float]]:
-        for metric, by_horizon in metrics.items():
-            for horizon, found in by_horizon.items():
-                if found["ratio"] is not None:
-                    yield f'{{metric="{_escape(metric)}",lead="{self._lead(int(horizon))}"}}', found["ratio"]
 
 
 def _places(values: NDArray[Any], known: Sequence[Any]) -> NDArray[np.int64]:
@@ -191,43 +213,6 @@ def _places(values: NDArray[Any], known: Sequence[Any]) -> NDArray[np.int64]:
     return np.fromiter((place.get(value, -1) for value in values.tolist()), np.int64, len(values))
 
 
-def _escape(value: str) -> str:
-    r"""Return a label's value as the text format wants it.
-
-    >>> print(_escape('a"b\\c'), _escape("two\nlines"))
-    a\"b\\c two\nlines
-    """
-    return value.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
-
-
-def _head(name: str, text: str) -> bytes:
-    return f"# HELP {name} {text}\n# TYPE {name} gauge\n".encode()
-
-
-def _gauge(
-    name: str, text: str, samples: "Iterator[tuple[str, float]] | list[tuple[str, float]]"
-) -> list[bytes]:
-    """Return a family of few samples, each with its labels in braces."""
-    lines = [f"{name}{labels} {value}\n" for labels, value in samples]
-    return [_head(name, text), "".join(lines).encode()] if lines else []
-
-
-def _family(name: str, text: str, servers: Sequence[str], values: Floats32, cells: Cells) -> list[bytes]:
-    """Return a family in a piece for each server.
-
-    Args:
-        servers: escaped.
-        values: (server, ...); the rest is flattened to the places of `cells`, NaN = no sample.
-    """
-    pieces = [_head(name, text)]
-    flat = values.reshape(len(servers), len(cells)).tolist()
-    is_told = np.isfinite(values).reshape(len(servers), len(cells)).tolist()
-    for server, row, told in zip(servers, flat, is_told, strict=True):
-        start = f'{name}{{server="{server}",'
-        lines = [
-            f"{start}{labels}}} {row[place]:.{SIGNIFICANT_DIGITS}g}\n"
-            for place, labels in cells
-            if told[place]
-        ]
-        pieces.append("".join(lines).encode("utf-8", "replace"))
-    return pieces
+def _gauge(name: str, text: str, samples: Mapping[Labels, float]) -> Family:
+    """Return a family of few samples by their labels."""
+    return Family(name, text, [()], list(samples), np.array([[*samples.values()]], np.float64))

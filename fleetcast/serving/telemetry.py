@@ -209,6 +209,7 @@ class Telemetry:
             "fleetcast_model_loads", "attempts to put a model into service", ["outcome"], registry=registry
         )
         self._refused, self._ended = _register_door(registry)
+        self._forecast_writes = _register_forecast_writes(registry)
         self.unwelcome = Unwelcome()
         self._begin()
 
@@ -223,6 +224,7 @@ class Telemetry:
             (self._reloads, ("ok", "failed")),
             (self._refused, REFUSALS),
             (self._ended, CLOSURES),
+            (self._forecast_writes, ("ok", "failed")),
         )
         for metric, values in starts:
             for value in values:
@@ -276,6 +278,12 @@ class Telemetry:
         """Note an attempt to load a version."""
         self._reloads.labels("ok" if succeeded else "failed").inc()
 
+    def count_forecast_write(self, error: Exception | None) -> None:
+        """Note how a round of forecasts that were sent ended."""
+        self._forecast_writes.labels("failed" if error else "ok").inc()
+        if error:
+            self.errors.note("export", error)
+
     def render(self, snapshot: Snapshot) -> bytes:
         """Return events and states in Prometheus's text format."""
         states = CollectorRegistry()
@@ -298,6 +306,11 @@ def _register_remote_write(registry: CollectorRegistry) -> tuple[Histogram, Coun
         registry=registry,
     )
     return seconds, samples
+
+
+def _register_forecast_writes(registry: CollectorRegistry) -> Counter:
+    text = "rounds of forecasts sent by remote-write, by outcome"
+    return Counter("fleetcast_forecast_writes", text, ["outcome"], registry=registry)
 
 
 def _register_fields(registry: CollectorRegistry) -> tuple[Counter, Counter]:

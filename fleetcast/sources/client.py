@@ -20,6 +20,7 @@ import requests
 from fleetcast.clock import monotonic
 from fleetcast.errors import BadData, DaemonAway
 from fleetcast.loop import Stop
+from fleetcast.outbound import LOOPBACK
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,7 +33,6 @@ FIRST_WAIT_S = 0.2
 SHORTEST_WAIT_S = 0.02  # a Retry-After of 0 must not become a busy loop
 LONGEST_WAIT_S = 5.0
 _TOO_LARGE = 413
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _UNKNOWN_SERVER = "unknown server"  # how a 404 about a name begins; any other is about the address
 HINTS = {
     401: f"set {API_KEY_VARIABLE} to the daemon's key",

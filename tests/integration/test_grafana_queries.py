@@ -55,14 +55,15 @@ def configuration(folder: Path, daemon: InferenceDaemon) -> str:
 
 
 @contextmanager
-def prometheus(folder: Path, daemon: InferenceDaemon) -> Iterator[str]:
-    port, config = free_port(), folder / "prometheus.yml"
+def prometheus(folder: Path, daemon: InferenceDaemon, port: int) -> Iterator[str]:
+    config = folder / "prometheus.yml"
     config.write_text(configuration(folder, daemon))
     command = [
         NEEDED[0],
         f"--config.file={config}",
         f"--storage.tsdb.path={folder / 'tsdb'}",
         f"--web.listen-address=127.0.0.1:{port}",
+        "--web.enable-remote-write-receiver",
     ]
     with running(*command, log=folder / "prometheus.log"):
         yield f"http://127.0.0.1:{port}"
@@ -105,7 +106,7 @@ def promql(text: str) -> str:
     return text.replace("$metric", "cpu_pct").replace("$lead", "2s")
 
 
-def test_every_panel_of_the_dashboard_has_data_of_a_real_daemon(tmp_path: Path) -> None:
+def test_every_panel_has_data_of_a_real_daemon_and_forecasts_arrive_by_remote_write(tmp_path: Path) -> None:
     write_retraining_numbers(tmp_path)
     board = json.loads((ROOT / "deploy" / "grafana" / "fleetcast.json").read_text())
     panels = {
@@ -113,9 +114,15 @@ def test_every_panel_of_the_dashboard_has_data_of_a_real_daemon(tmp_path: Path) 
         for panel in board["panels"]
         if panel["title"] not in NOT_WITHIN_A_MINUTE
     }
-    with InferenceDaemon(tmp_path, environ=ENVIRON) as daemon, prometheus(tmp_path, daemon) as url:
+    port = free_port()
+    written = {"FLEETCAST_EXPORT_REMOTE_WRITE_URL": f"http://127.0.0.1:{port}/api/v1/write"}
+    with (
+        InferenceDaemon(tmp_path, environ={**ENVIRON, **written}) as daemon,
+        prometheus(tmp_path, daemon, port) as url,
+    ):
         with sending(daemon):
-            wait_for("a scrape", lambda: bool(ask_when_up(url, "up == 1")), 40)
+            before = 'fleetcast_requests_refused_total{reason="key"} == 0'  # or no increase is seen
+            wait_for("a scrape", lambda: bool(ask_when_up(url, before)), 40)
             httpx.get(f"{daemon.url}/status", trust_env=False)  # without the key
             lacking: dict[str, list[str]] = {}
 
@@ -129,6 +136,12 @@ def test_every_panel_of_the_dashboard_has_data_of_a_real_daemon(tmp_path: Path) 
             except AssertionError:
                 pytest.fail(f"no data: {lacking}")
             ahead = ask(url, promql('fleetcast_forecast{server="$server",lead="192s",quantile="0.5"}'))
+            sent = (
+                'fleetcast_forecast{job="fleetcast_forecasts",instance=""}'  # a scraped one has an instance
+            )
+            wait_for("forecasts by remote-write", lambda: bool(ask(url, sent)), 40)
+            due = 'fleetcast_forecast_due{instance="",quantile="0.9",lead="2s"}'
+            wait_for("what is due by remote-write", lambda: bool(ask(url, due)), 40)
         loaded = httpx.get(f"{url}/api/v1/rules", trust_env=False).json()["data"]["groups"]
     assert {sample["metric"]["metric"] for sample in ahead} == {"cpu_pct", "mem_pct"}
     assert {sample["metric"]["server"] for sample in ahead} == {SERVER}, "the name came through whole"
@@ -138,5 +151,5 @@ def test_every_panel_of_the_dashboard_has_data_of_a_real_daemon(tmp_path: Path) 
 def ask_when_up(url: str, expr: str) -> list[Any]:
     try:
         return ask(url, expr)
-    except httpx.HTTPError:
+    except (httpx.HTTPError, ValueError):  # not there yet, or not ready
         return []
