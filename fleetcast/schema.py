@@ -247,6 +247,7 @@ ALERT_RULES = (  # NAME: FACT OP NUMBER [for TIME] [keep TIME] SEVERITY, as aler
     "ForecastsLate: backlog > 2 for 10m warning",
     "ForecastsPoor: error_ratio > 1 for 6h keep 1h warning",
     "ModelRefused: model_problems > 0 for 10m warning",
+    "ModelTakenBack: taken_back_h < 24 warning",
     "HeldLong: held_h > 168 warning",
     "LimitLikely: capacity_p > 0.5 keep 1h warning",
     "DiskFullSoon: disk_full_days < 7 keep 12h warning",

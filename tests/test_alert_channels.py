@@ -299,7 +299,7 @@ def test_the_list_names_what_fires_and_ends_with_one_while_something_does(
     own = Installation(tmp_path, told.url, slack_url=f"{sink.url}/topsecret")
     configure(slack_url=f"{sink.url}/topsecret")
     own.check(0.1)
-    assert "nothing fires; 16 rules" in terminal.run("list")
+    assert "nothing fires; 17 rules" in terminal.run("list")
     own.check(0.2)
     says = terminal.run("list", code=ExitCode.FAILED)
     assert "DriftHigh  warning" in says

@@ -16,7 +16,7 @@ from test_inference import World
 from told_daemon import Told
 
 from fleetcast.alerts import engine as module
-from fleetcast.alerts.engine import AlertEngine, CheckFigures, facts_of_daemon
+from fleetcast.alerts.engine import AlertEngine, CheckFigures, facts_of_check, facts_of_daemon
 from fleetcast.alerts.rules import FACTS, Sample
 from fleetcast.alerts.state import SILENCES_FILE, Silence, add_silence, load_state
 from fleetcast.clock import FakeClock
@@ -280,7 +280,9 @@ def test_one_message_for_a_rule_and_check_names_ten_servers_and_counts_the_other
     (body,) = sink.bodies()
     lines = body["text"].splitlines()
     assert lines[0] == "fleetcast: LimitLikely (warning, 25 fire)"
-    assert lines[1].startswith("web-00 mem_pct: probability of passing 90 % within the horizon is 0.9")
+    assert lines[1].startswith(
+        "web-00 mem_pct: it passes 90 % within the horizon with a probability of 0.9 (&gt; 0.5);"
+    )
     assert lines[1].endswith("possible from 2026-01-15T14:00:00Z")
     assert len(lines) == 12
     assert lines[-1] == "+15 more"
@@ -320,7 +322,10 @@ def test_dates_of_full_disks_become_days(tmp_path: Path, sink: Sink, told: Told)
     (body,) = sink.bodies()
     (alert,) = body["alerts"]
     assert alert["labels"] == {"server": "a"}
-    assert "is 4.58 (< 7); full between 2026-01-20 and 2026-01-25" in alert["sentence"]
+    assert (
+        "it is full in 4.58 days, at the earliest (< 7); full between 2026-01-20 and 2026-01-25"
+        in alert["sentence"]
+    )
 
 
 def test_a_daemon_that_is_away_fires_an_alert_and_ends_none(tmp_path: Path, sink: Sink, told: Told) -> None:
@@ -342,7 +347,7 @@ def test_old_data_and_little_disk_fire(tmp_path: Path, sink: Sink, told: Told) -
     told.answers["/status"] = {**CALM, "newest_record_time": "2026-01-15T09:50:00Z"}
     own.check()
     data, disk = sorted(sink.bodies(), key=lambda body: str(body["rule"]), reverse=True)
-    assert "is 600 (> 300)" in data["text"]
+    assert "the newest record is 600 s old (> 300)" in data["text"]
     assert disk["alerts"][0]["labels"] == {"folder": str(tmp_path)}
 
 
@@ -353,8 +358,8 @@ def test_a_daemon_that_does_not_work_says_why(tmp_path: Path, sink: Sink, told: 
     told.answers["/status"] = {**CALM, **broken}
     own.check()
     ready, model = sink.bodies()
-    assert ready["text"].endswith("is 1 (> 0); no space to write")
-    assert model["text"].endswith("is 1 (> 0); it is damaged")
+    assert ready["text"].endswith("\nthe inference daemon cannot do its work; no space to write")
+    assert model["text"].endswith("\na model version does not serve; it is damaged")
     told.answers["/status"] = CALM
     own.check()
     assert {body["status"] for body in sink.bodies()} == {"resolved"}
@@ -368,7 +373,7 @@ def test_silent_servers_are_named(tmp_path: Path, sink: Sink, told: Told) -> Non
     own.check()
     (body,) = sink.bodies()
     assert body["alerts"][0]["labels"] == {"server": "web-1"}
-    assert "is 0.75 (> 0)" in body["text"]
+    assert "web-1: it sent nothing for 0.75 h (> 0)" in body["text"]
 
 
 def test_forecasts_worse_than_the_last_value_and_a_long_hold_fire(
@@ -378,6 +383,20 @@ def test_forecasts_worse_than_the_last_value_and_a_long_hold_fire(
     own = Installation(tmp_path, told.url, webhook_url=sink.url, rules=rules)
     own.check(error_ratio=1.2, held_since=own.clock.now() - timedelta(days=8))
     assert sorted(body["rule"] for body in sink.bodies()) == ["ForecastsPoor", "HeldLong"]
+
+
+def test_a_model_that_was_taken_back_fires_for_a_day(tmp_path: Path, sink: Sink, told: Told) -> None:
+    own = Installation(
+        tmp_path, told.url, webhook_url=sink.url, rules=("ModelTakenBack: taken_back_h < 24 warning",)
+    )
+    own.check(taken_back=None)
+    assert sink.requests == []
+    at = own.clock.now()
+    own.check(taken_back=(at, "v2 costs clients 9 % more"))
+    own.check(taken_back=(at, "v2 costs clients 9 % more"), minutes=24 * 60)
+    first, last = sink.bodies()
+    assert first["text"].endswith("since 0.08333 h (< 24); v2 costs clients 9 % more")
+    assert last["status"] == "resolved"
 
 
 def test_a_check_that_fails_fires_and_ends_nothing_else(tmp_path: Path, sink: Sink, told: Told) -> None:
@@ -544,7 +563,7 @@ def test_a_real_daemons_answers_become_facts(tmp_path: Path, monkeypatch: pytest
             row_keys = client.get("/capacity?rows=1")["rows"][0].keys()
     finally:
         world.end()
-    of_check = {"drift_score", "error_ratio", "training_failures", "trainings_7d", "held_h", "check_failed"}
+    of_check = set(facts_of_check(given(), datetime(2020, 1, 1, 5, tzinfo=UTC)))
     assert facts.keys() == FACTS.keys() - of_check - {"free_disk_gb", "disk_full_days"}, "no day is over"
     assert {fact: facts[fact][0].value for fact in ("daemon_away", "not_ready", "backlog", "data_age_s")} == {
         "daemon_away": 0.0,

@@ -6,10 +6,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from alert_sink import Sink
+
+from adaptive_retraining_daemon import AdaptiveRetrainingDaemon
+from fleetcast.alerts.engine import CheckFigures
+from fleetcast.promotion.audit import Mark, Standing
+from fleetcast.retraining.report import alert_figures
 
 ROOT = Path(__file__).parents[1]
 RULE = "DiskLow: free_disk_gb < 1000000 critical"
@@ -40,6 +47,22 @@ def wait_for(n_requests: int, sink: Sink) -> None:
     while len(sink.requests) < n_requests and time.monotonic() < until:
         time.sleep(0.05)
     assert len(sink.requests) >= n_requests
+
+
+def test_the_figures_of_a_check_are_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    daemon = AdaptiveRetrainingDaemon(daemon_url="http://127.0.0.1:9")
+    check = daemon.run_check_cycle()
+    assert alert_figures(check, daemon.engine) == CheckFigures(None, 0, 0)
+    marks = [Mark(f"2026-01-0{day}T00:00:00Z", "anna", f"reason {day}") for day in (3, 2, 1)]
+    standing = Standing(*marks[:2], cooldown=marks[2], taken_back=("2026-01-05T00:00:00Z", marks[0].since))
+    report = replace(check.report, metrics={**check.report.metrics, "combined_score": 0.2})
+    daemon.engine.record_training(True)
+    daemon.engine.record_failure()
+    figures = alert_figures(replace(check, standing=standing, report=report), daemon.engine)
+    assert (figures.drift_score, figures.training_failures, figures.trainings_7d) == (0.2, 1, 1)
+    assert figures.held_since == datetime(2026, 1, 2, tzinfo=UTC), "the older of a hold and a pause"
+    assert figures.taken_back == (datetime(2026, 1, 5, tzinfo=UTC), "reason 1")
 
 
 @pytest.mark.slow

@@ -65,6 +65,7 @@ class CheckFigures:
     trainings_7d: int
     held_since: datetime | None = None  # or paused
     error_ratio: float | None = None  # of what clients got, to repeating the last value
+    taken_back: tuple[datetime, str] | None = None  # when a new model was, without a person, and why
     failure: str = ""  # why there was no check: then nothing else is known
 
 
@@ -270,8 +271,8 @@ def facts_of_check(figures: CheckFigures, now: datetime) -> dict[str, tuple[Samp
     failed = {"check_failed": (Sample.of(float(bool(figures.failure)), figures.failure),)}
     if figures.failure:
         return failed
-    held = figures.held_since
-    held_h = 0.0 if held is None else (now - held).total_seconds() / 3600
+    held, back = figures.held_since, figures.taken_back
+    held_h = 0.0 if held is None else _hours(now - held)
     return {
         **failed,
         "drift_score": _known(figures.drift_score),
@@ -279,7 +280,12 @@ def facts_of_check(figures: CheckFigures, now: datetime) -> dict[str, tuple[Samp
         "training_failures": _known(figures.training_failures),
         "trainings_7d": _known(figures.trainings_7d),
         "held_h": _known(held_h),
+        "taken_back_h": () if back is None else (Sample.of(_hours(now - back[0]), back[1]),),
     }
+
+
+def _hours(length: timedelta) -> float:
+    return length.total_seconds() / 3600
 
 
 def _known(value: float | None) -> tuple[Sample, ...]:
@@ -339,8 +345,7 @@ def _silent_servers(client: DaemonClient, now: datetime) -> Iterator[Sample]:
     for offset in range(0, _MOST_SILENT, _PAGE):
         rows = client.get(f"/ui/api/fleet?state=stale&sort=name&limit={_PAGE}&offset={offset}")["rows"]
         for row in rows:
-            hours = (now - parse_plain_utc(row["seen"])).total_seconds() / 3600
-            yield Sample.of(hours, server=str(row["server"]))
+            yield Sample.of(_hours(now - parse_plain_utc(row["seen"])), server=str(row["server"]))
         if len(rows) < _PAGE:
             return
 

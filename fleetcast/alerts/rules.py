@@ -27,22 +27,23 @@ from fleetcast.setting import nearest
 
 PENDING, FIRING, ENDED = "pending", "firing", "ended"
 SEVERITIES = ("info", "warning", "critical")
-FACTS = {  # by name: what the value is, in words
-    "drift_score": "the combined drift score",
-    "error_ratio": "the error of forecasts over that of repeating the last value",
-    "training_failures": "trainings that failed in a row",
-    "trainings_7d": "trainings in 7 days",
-    "held_h": "hours since a person held new models back, or paused trainings",
-    "check_failed": "1 where a check could not be made",
-    "free_disk_gb": "GB free on the disk",
-    "daemon_away": "1 where the inference daemon cannot be asked",
-    "not_ready": "1 where the inference daemon cannot do its work",
-    "data_age_s": "seconds since the newest record",
-    "silent_h": "hours since the newest record of a silent server",
-    "backlog": "closed bins that wait for their forecast",
-    "model_problems": "reasons why a model version does not serve",
-    "capacity_p": "probability of passing 90 % within the horizon",
-    "disk_full_days": "days until a disk is full, at the earliest",
+FACTS = {  # by name: what the value says, without its subject; those that are 0 or 1 have no {}
+    "drift_score": "the combined drift score is {}",
+    "error_ratio": "forecasts have {} times the error of repeating the last value",
+    "training_failures": "{} trainings in a row failed",
+    "trainings_7d": "{} trainings ran within 7 days",
+    "held_h": "a person has held new models back, or paused trainings, for {} h",
+    "taken_back_h": "a new model was proven worse, and the one before serves again since {} h",
+    "check_failed": "drift cannot be checked",
+    "free_disk_gb": "{} GB are free",
+    "daemon_away": "the inference daemon cannot be asked",
+    "not_ready": "the inference daemon cannot do its work",
+    "data_age_s": "the newest record is {} s old",
+    "silent_h": "it sent nothing for {} h",
+    "backlog": "{} closed bins wait for their forecast",
+    "model_problems": "a model version does not serve",
+    "capacity_p": "it passes 90 % within the horizon with a probability of {}",
+    "disk_full_days": "it is full in {} days, at the earliest",
 }
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
@@ -245,5 +246,7 @@ def _say(rule: Rule, sample: Sample) -> str:
     """Return what is the case, as one sentence without its subject."""
     if sample.value is None:
         return sample.text
-    said = f"{FACTS[rule.fact]} is {sample.value:.4g} ({rule.condition})"
+    words = FACTS[rule.fact]
+    limit = f" ({rule.condition})" if "{}" in words else ""
+    said = f"{words.format(f'{sample.value:.4g}')}{limit}"
     return f"{said}; {sample.text}" if sample.text else said

@@ -138,10 +138,13 @@ class DriftLog:
 def alert_figures(check: RetrainingCheck, engine: RetrainingDecisionEngine) -> CheckFigures:
     """Return what alerts are made of."""
     marks = (check.standing.held, check.standing.paused)
+    back, cooldown = check.standing.taken_back, check.standing.cooldown
+    why = cooldown.why if cooldown else ""
     return CheckFigures(
         drift_score=check.report.metrics.get("combined_score"),
         training_failures=engine.backoff.failures,
         trainings_7d=engine.trainings_in_week(),
         held_since=min((parse_plain_utc(mark.since) for mark in marks if mark), default=None),
         error_ratio=check.report.served_error.as_json()["fleet"],
+        taken_back=(parse_plain_utc(back[0]), why) if back else None,
     )
