@@ -58,7 +58,7 @@ ROWS: dict[str, set[str]] = {
     "client": {"sources", "ingest"},
     "backfill": {"sources", "prometheus", "ingest"},
     "live": {"sources"},
-    "demo": {"sources", "storage"},
+    "demo": {"forecast", "promotion", "sources", "storage"},
     "cli": set(),  # names the programs it runs; imports none
     "__main__": {"cli"},
 }

@@ -13,6 +13,7 @@ from fleetcast.clock import iso_z, plain_utc, to_ms
 from fleetcast.demo import splice
 from fleetcast.demo.claims import Outcome, claims, table
 from fleetcast.demo.harness import Reload, Seen, summary
+from fleetcast.demo.sabotage import Sabotage, TakenBack
 from fleetcast.demo.settled_errors import Phase, error_table, last_values
 from fleetcast.program import shipped_folder
 from fleetcast.schema import SettledForecasts
@@ -67,7 +68,10 @@ def test_a_phase_holds_only_its_own_time_and_servers() -> None:
 
 def test_the_feed_is_the_sample_up_to_the_change_and_the_donor_afterwards(tmp_path: Path) -> None:
     splice.write_feed(tmp_path / "feed.parquet")
-    feed = pd.read_parquet(tmp_path / "feed.parquet").set_index(["server_name", "timestamp"])
+    parts = [pd.read_parquet(splice.part(tmp_path / "feed.parquet", number)) for number in range(3)]
+    assert parts[0].timestamp.max() < splice.END <= parts[1].timestamp.min()
+    assert parts[2].timestamp.max() == splice.FINISH - timedelta(minutes=1)
+    feed = pd.concat(parts).set_index(["server_name", "timestamp"])
     sample = pd.read_parquet(shipped_folder("samples") / splice.SAMPLE).set_index(
         ["server_name", "timestamp"]
     )
@@ -120,7 +124,11 @@ def good() -> Outcome:
                 rows.append((step, 1, server, actual + (9.0 if is_bad else 1.0), actual, version))
     forecasts = settled([row for row in rows if row[0] < splice.END])
     return Outcome(
-        seen=Seen(requests=100, reloads=[Reload("v1", first, 1.0), Reload("v2", second, 2.0)]),
+        seen=Seen(
+            requests=100,
+            reloads=[Reload("v1", first, 1.0), Reload("v2", second, 2.0)],
+            status={"model": {"version": "v2"}},
+        ),
         exit_codes={"inference": 0, "retraining": 0, "replay": 0},
         replay={"records": "10", "accepted": "10", "rejected": "0", "requests": "3"},
         attempts=[attempt("initial", first - BIN, "v1"), attempt("drift", second - BIN, "v2")],
@@ -130,6 +138,8 @@ def good() -> Outcome:
         contexts={"v2": {"drifting": [named(name, 3.0) for name in splice.SPLICED]}},
         ledger={"due": len(forecasts) + 2, "settled": len(forecasts), "expired": 2},
         rows=forecasts,
+        sabotage=Sabotage("bad", "v2"),
+        taken_back=TakenBack("the bake", "it was worse", 3, "v2"),
     )
 
 
@@ -177,12 +187,18 @@ def test_each_thing_that_did_not_happen_is_a_no(good: Outcome) -> None:
         ),
         "all processes ended with exit code 0": changed(good, exit_codes={"inference": -9}),
         "the inference daemon loaded every promoted model without a failed request": changed(
-            good, seen=Seen(requests=9, failed=1, reloads=good.seen.reloads)
+            good, seen=replace(good.seen, reloads=good.seen.reloads[:1])
         ),
+        "a bad model that a person put in is taken out by the daemons": changed(good, taken_back=None),
         "what clients get of the changed servers recovers": changed(
             good, rows=replace(good.rows, p50=good.rows.p50 + 20.0 * (good.rows.target_ms >= after))
         ),
     }
+    failed = changed(good, seen=replace(good.seen, failed=1))
+    assert untrue(failed) == [
+        "the inference daemon loaded every promoted model without a failed request",
+        "a bad model that a person put in is taken out by the daemons",
+    ]
     unjudged = changed(good, decisions=good.decisions[1:])
     assert untrue(unjudged) == ["the retraining daemon trains nothing while no server changes"]
     for claim, outcome in cases.items():

@@ -12,6 +12,7 @@ from typing import Any, Self
 from fleetcast.clock import iso_z, parse_plain_utc, to_ms
 from fleetcast.demo import splice
 from fleetcast.demo.harness import Seen, decisions, ledger_counts, summary
+from fleetcast.demo.sabotage import Sabotage, TakenBack
 from fleetcast.demo.settled_errors import ErrorCell, Phase, error_table, keys_of
 from fleetcast.files import read_json
 from fleetcast.schema import SettledForecasts
@@ -43,6 +44,8 @@ class Outcome:
     contexts: dict[str, dict[str, Any]]  # training_context.json of each attempt, by its id
     ledger: dict[str, int]
     rows: SettledForecasts
+    sabotage: Sabotage | None = None
+    taken_back: TakenBack | None = None
 
     @classmethod
     def read(
@@ -53,11 +56,11 @@ class Outcome:
 
         state = read_json(folder / "retraining_state.json")
         buffer = DataBuffer(str(folder / "data_buffer"), expire=False)
-        rows = buffer.read_predictions(to_ms(splice.START), to_ms(splice.END))
+        rows = buffer.read_predictions(to_ms(splice.START), to_ms(splice.FINISH))
         return cls(
             seen=seen,
             exit_codes=exit_codes,
-            replay=summary((folder / "replay.out").read_text()),
+            replay=_sum_replays(folder),
             attempts=list(reversed(state["attempts"])),
             decisions=decisions(folder),
             contexts=contexts,
@@ -94,6 +97,15 @@ class Outcome:
         return error_table(self.rows, phases, {"changed": changed, "unchanged": everyone - changed}, HORIZONS)
 
 
+def _sum_replays(folder: Path) -> dict[str, str]:
+    """Return the figures of all replays together, {} where one ended without any."""
+    found = [summary(path.read_text()) for path in sorted(folder.glob("replay*.out"))]
+    names = ("records", "sent", "accepted", "rejected", "requests")
+    if not all(found):
+        return {}
+    return {name: str(sum(int(figures[name]) for figures in found)) for name in names}
+
+
 def _start_time(attempt: dict[str, Any]) -> datetime:
     return parse_plain_utc(attempt["started_at"])
 
@@ -108,6 +120,7 @@ def claims(outcome: Outcome) -> list[Claim]:
         _second_training(outcome),
         _hot_reload(outcome),
         _recovery(outcome),
+        _taken_out(outcome),
         _ledger(outcome),
         Claim(
             "all processes ended with exit code 0",
@@ -215,6 +228,21 @@ def _recovery(outcome: Outcome) -> Claim:
         f"18 h; repeating the last value: {later.last_value:.2f}"
     )
     return Claim(text, later.ours < min(first.ours, later.last_value), evidence)
+
+
+def _taken_out(outcome: Outcome) -> Claim:
+    """The bad model goes by itself, the model it was compared with serves, and no request failed."""
+    text = "a bad model that a person put in is taken out by the daemons"
+    sabotage, found = outcome.sabotage, outcome.taken_back
+    if sabotage is None or found is None:
+        return Claim(text, False, "it still serves")
+    in_service = outcome.seen.status.get("model", {}).get("version")
+    evidence = (
+        f"after {found.hours} whole hours {found.by} put {found.serves} back: {found.why}; "
+        f"{in_service} serves, {outcome.seen.failed} requests failed"
+    )
+    is_back = found.serves == sabotage.elder == in_service
+    return Claim(text, is_back and not outcome.seen.failed, evidence)
 
 
 def _ledger(outcome: Outcome) -> Claim:

@@ -132,10 +132,12 @@ class Loop:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def replay(self, data: Path, maps: Sequence[str], *cut: str) -> subprocess.Popen[bytes]:
-        """Start a replay of `data` as fast as the daemon takes it."""
+    def replay(
+        self, data: Path, maps: Sequence[str], *cut: str, name: str = "replay"
+    ) -> subprocess.Popen[bytes]:
+        """Start a replay of `data` as fast as the daemon takes it; `name` tells it from others."""
         module = ["-m", "fleetcast.sources.replay", "--data", str(data.resolve()), "--url", self.url]
-        return self._start("replay", [*module, *cut, "--map", *maps])
+        return self._start(name, [*module, *cut, "--map", *maps])
 
     def attempts(self) -> list[dict[str, Any]]:
         """Return the trainings the retraining daemon has noted so far, oldest first."""

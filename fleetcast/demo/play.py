@@ -11,7 +11,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from fleetcast.clock import monotonic, sleep
 from fleetcast.demo import splice
 from fleetcast.demo.claims import Claim, Outcome, claims, table
 from fleetcast.demo.harness import Loop, LoopFailed, Seen, Watcher
+from fleetcast.demo.sabotage import Sabotage, put_in_bad_model
 from fleetcast.files import read_json
 
 FOLDER = Path("demo_run")
 LIMIT_S = 900.0
+RUNNING = "running"  # the outcome of an attempt that goes on
 TELL_EVERY = timedelta(hours=12)
 LAST_CHECKS_S = 4.0
 CONFIG = """\
@@ -101,12 +103,12 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     changed = ", ".join(splice.SPLICED)
     print(
         f"Eight real machines send one row a minute "
-        f"from {splice.START:%Y-%m-%d} to {splice.END:%Y-%m-%d %H:%M}."
+        f"from {splice.START:%Y-%m-%d} to {splice.FINISH:%Y-%m-%d %H:%M}."
     )
     print(
-        f"From {splice.CHANGE:%Y-%m-%d %H:%M} on, {changed} "
-        f"send what another machine, {splice.DONOR}, sent.\n"
+        f"From {splice.CHANGE:%Y-%m-%d %H:%M} on, {changed} send what another machine, {splice.DONOR}, sent."
     )
+    print(f"At {splice.END:%Y-%m-%d %H:%M} a bad model is put into service by hand.\n")
     try:
         outcome = run(loop, teller)
     except LoopFailed as error:
@@ -127,17 +129,36 @@ def all_true(found: list[Claim]) -> bool:
 
 def run(loop: Loop, teller: Teller) -> Outcome:
     """Let the loop run over the whole feed; return what it left behind."""
+    feed = FOLDER.resolve() / "feed.parquet"
     with loop:
         teller.say("both daemons are running")
         watcher = Watcher(loop.url)
         watcher.start()
-        replay = loop.replay(FOLDER.resolve() / "feed.parquet", splice.MAPS)
         try:
-            follow(loop, replay, watcher, teller)
+            follow(loop, loop.replay(feed, splice.MAPS), watcher, teller)
+            sabotage = put_in(loop, watcher, teller)
+            follow(loop, loop.replay(splice.part(feed, 1), splice.MAPS, name="replay_1"), watcher, teller)
+            sabotage.wait(FOLDER)
+            follow(loop, loop.replay(splice.part(feed, 2), splice.MAPS, name="replay_2"), watcher, teller)
         finally:
             seen = watcher.end()
         codes = loop.stop()
-    return Outcome.read(FOLDER, seen, codes, teller.contexts)
+    outcome = Outcome.read(FOLDER, seen, codes, teller.contexts)
+    return replace(outcome, sabotage=sabotage, taken_back=sabotage.outcome(FOLDER))
+
+
+def put_in(loop: Loop, watcher: Watcher, teller: Teller) -> Sabotage:
+    """Put the bad model in, once no training runs."""
+    end_s = monotonic() + LIMIT_S
+    while any(attempt["outcome"] == RUNNING for attempt in loop.attempts()):
+        if monotonic() > end_s:
+            raise LoopFailed(f"a training does not end; see {FOLDER}")
+        loop.check()
+        sleep(0.5)
+    teller.look(watcher.seen, loop.attempts())
+    sabotage = put_in_bad_model(FOLDER.resolve())
+    teller.say(f"a person puts a bad model into service: {sabotage.bad}")
+    return sabotage
 
 
 def follow(loop: Loop, replay: subprocess.Popen[bytes], watcher: Watcher, teller: Teller) -> None:

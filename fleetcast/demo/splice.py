@@ -5,6 +5,7 @@ change on they send what machine 1-5 sent, at the same time of day (samples/READ
 """
 
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,7 +18,10 @@ SAMPLE = "smd_fleet.parquet"
 MAPS = ("cpu_pct=cpu_r_norm01*100", "mem_pct=mem_u_norm01*100", "disk_write_pct=disk_wb_norm01*100")
 START = datetime(2000, 1, 10, tzinfo=UTC)
 CHANGE = datetime(2000, 1, 15, 9, tzinfo=UTC)
-END = datetime(2000, 1, 16, 21, tzinfo=UTC)
+END = datetime(2000, 1, 16, 18, tzinfo=UTC)  # of what the closing table tells
+# then a bad model is put into service by hand: what it needs to be found, and what comes after it
+TAKEN_BACK_BY = datetime(2000, 1, 16, 22, 30, tzinfo=UTC)
+FINISH = datetime(2000, 1, 17, tzinfo=UTC)
 DONOR = "smd-machine-1-5"
 # server -> the day of the donor that it continues with; the time of day is kept
 SPLICED = {
@@ -28,22 +32,37 @@ SPLICED = {
 
 
 def write_feed(path: Path) -> None:
-    """Write what the fleet sends, ready for a replay."""
+    """Write what the fleet sends until END, ready for a replay, and the two parts after it beside it."""
+    table = _fleet()
+    bounds = (START, END, TAKEN_BACK_BY, FINISH)
+    for number, (first, last) in enumerate(pairwise(bounds)):
+        times = table["timestamp"]
+        is_own = pc.and_(pc.greater_equal(times, _moment(table, first)), pc.less(times, _moment(table, last)))
+        pq.write_table(table.filter(is_own), part(path, number))
+
+
+def part(path: Path, number: int) -> Path:
+    """Return where a part of the feed stands, the first one at `path` itself."""
+    return path.with_stem(f"{path.stem}_{number}") if number else path
+
+
+def _fleet() -> pa.Table:
     table = pq.read_table(shipped_folder("samples") / SAMPLE)
     is_donor = pc.equal(table["server_name"], DONOR)
     donor, fleet = table.filter(is_donor), table.filter(pc.invert(is_donor))
     spliced = pc.is_in(fleet["server_name"], pa.array(list(SPLICED)))
     goes_on = pc.or_(pc.invert(spliced), pc.less(fleet["timestamp"], _moment(fleet, CHANGE)))
-    kept = fleet.filter(pc.and_(goes_on, pc.less(fleet["timestamp"], _moment(fleet, END))))
+    kept = fleet.filter(pc.and_(goes_on, pc.less(fleet["timestamp"], _moment(fleet, FINISH))))
     moved = [_move(donor, server, since) for server, since in SPLICED.items()]
-    pq.write_table(pa.concat_tables([kept, *(part.cast(kept.schema) for part in moved)]), path)
+    return pa.concat_tables([kept, *(rows.cast(kept.schema) for rows in moved)])
 
 
 def _move(donor: pa.Table, server: str, since: datetime) -> pa.Table:
     """Return the donor's rows from `since` on as if `server` had sent them from CHANGE on."""
     times = donor["timestamp"]
     inside = pc.and_(
-        pc.greater_equal(times, _moment(donor, since)), pc.less(times, _moment(donor, since + (END - CHANGE)))
+        pc.greater_equal(times, _moment(donor, since)),
+        pc.less(times, _moment(donor, since + (FINISH - CHANGE))),
     )
     rows = donor.filter(inside)
     shift = pa.scalar(CHANGE - since, pa.duration("ms"))
