@@ -24,6 +24,7 @@ from fleetcast.drift.evidence import DriftEvidence, DriftSource
 from fleetcast.drift.report import DriftReport
 from fleetcast.drift.seasonal.detector import READY
 from fleetcast.errors import AlreadyRunning, BadData, CannotLook, ExitCode, FleetcastError, SettingsError
+from fleetcast.exclusions import Exclusions
 from fleetcast.files import write_json
 from fleetcast.forecast.registry import Registry
 from fleetcast.locks import OwnerLock, read_pid
@@ -107,14 +108,10 @@ class AdaptiveRetrainingDaemon:
         is_data = own.clock.mode == "data"
         self._clock = clock or (DataClock(self._newest_seen) if is_data else SystemClock())
         self._store = DataBuffer(own.paths.data_buffer_dir, settings=own.buffer, expire=False)
+        self._excluded = Exclusions(own.paths.checkpoint_dir)
+        self._store.leave_out(self._excluded)
         self._registry = Registry(Path(own.paths.checkpoint_dir), models_dir(own))
-        self._source = DriftSource(
-            self._store,
-            self._registry,
-            own.drift,
-            own.bins.bin_s * 1000,
-            correct_within_s=own.bins.correct_within_s,
-        )
+        self._source = DriftSource.of(own, self._store, self._registry)
         self._monitor = DriftMonitor(own.drift.window_size, settings=own.drift, clock=self._clock)
         self._drift_log = DriftLog()
         self._alerts = AlertEngine(own)
@@ -218,6 +215,8 @@ class AdaptiveRetrainingDaemon:
         """
         with self.ownership() as is_owner:
             self._newest = self._store.newest_record_time()
+            if self._excluded.look():  # evidence is no state: it is read again without them
+                self._source = DriftSource.of(self._settings, self._store, self._registry)
             if is_owner:
                 self._lock.check()
                 self._look_after_models()  # first: a switch that a kill broke off is finished, then counted

@@ -39,6 +39,7 @@ from fleetcast.drift.seasonal.detector import COLLECTING, READY, DriftVerdict
 from fleetcast.drift.seasonal.quorum import THRESHOLDS
 from fleetcast.drift.seasonal.statistics import FAMILIES
 from fleetcast.errors import BadData, ExitCode
+from fleetcast.exclusions import Exclusions
 from fleetcast.files import write_atomic, write_json
 from fleetcast.forecast.registry import Registry
 from fleetcast.program import buffer_folder, models_dir, run_program
@@ -354,14 +355,9 @@ def _print_report(options: argparse.Namespace) -> int:
     }
     settings = load_settings(options.config, folders)
     store = DataBuffer(buffer_folder(settings), settings.buffer.retention_days)
+    store.leave_out(Exclusions(settings.paths.checkpoint_dir))
     registry = Registry(Path(settings.paths.checkpoint_dir), models_dir(settings))
-    source = DriftSource(
-        store,
-        registry,
-        settings.drift,
-        settings.bins.bin_s * 1000,
-        correct_within_s=settings.bins.correct_within_s,
-    )
+    source = DriftSource.of(settings, store, registry)
     monitor = DriftMonitor(settings.drift.window_size, settings=settings.drift)
     waits = Readiness(store, settings).why_not() if registry.current_id() is None else ""
     monitor.observe(source.evidence(first_training=waits))

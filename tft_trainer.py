@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from fleetcast import files
 from fleetcast.clock import SystemClock, iso_z, monotonic
 from fleetcast.errors import ExitCode, FleetcastError, OrderRefused, SettingsError
+from fleetcast.exclusions import Exclusions
 from fleetcast.forecast.registry import (
     ATTEMPTS_FOLDER,
     BASELINE_FILE,
@@ -171,6 +172,7 @@ class Attempt:
         from fleetcast.training.verdict import training_reference
 
         buffer = DataBuffer(self._settings.paths.data_buffer_dir, settings=self._settings.buffer)
+        buffer.leave_out(Exclusions(self._settings.paths.checkpoint_dir))
         try:
             reference = training_reference(
                 grid, changed, lambda start, end: buffer.read_predictions(start, end, 1), self._settings.drift

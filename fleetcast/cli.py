@@ -34,7 +34,10 @@ COMMANDS = {
     "live": ("fleetcast.live", "both daemons and the agent on this machine until Ctrl+C"),
     "demo": ("fleetcast.demo.play", "the whole loop on bundled real data, in minutes"),
     "status": (_CONSOLE, "show fleet, model, drift, trainings and problems on one screen"),
-    "servers": (_CONSOLE, "list the servers, their states, and when each was last seen"),
+    "servers": (
+        "fleetcast.console.servers",
+        "list the servers and their states, leave some out, bring them back",
+    ),
     "accuracy": (_CONSOLE, "show forecast errors beside those of repeating the last value"),
     "capacity": (_CONSOLE, "show who passes a limit within hours, and which disks are full by when"),
     "alerts": ("fleetcast.alerts.command", "list what fires, test a channel, silence a rule"),

@@ -7,6 +7,7 @@ exit codes; how the buffer recovers its own log (it has, before a service is bui
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import date, datetime
 from functools import partial
 from itertools import takewhile
@@ -22,6 +23,7 @@ from fleetcast.api.server import Door, create_app
 from fleetcast.bins import HISTORY_BINS
 from fleetcast.clock import Clock, DataClock, SystemClock, from_ms, iso_z, monotonic, to_ms
 from fleetcast.errors import FleetcastError, OwnershipLost, StorageBroken, StorageFull
+from fleetcast.exclusions import Exclusions
 from fleetcast.forecast.registry import Registry
 from fleetcast.ingest.rules import FUTURE_LIMIT
 from fleetcast.loop import FreeMemory, Stop
@@ -82,15 +84,15 @@ class InferenceService:
         """
         self._settings = settings
         self._load_model = load_model
-        self._buffer = buffer
+        self._excluded = Exclusions(settings.paths.checkpoint_dir)
+        self._buffer = buffer.leave_out(self._excluded)
         self._listener = listener
         self._stop = stop
-        self._maintained_at = float("-inf")
-        self._memory = FreeMemory()
+        self._maintained_at, self._memory = float("-inf"), FreeMemory()
         self._first_day: date | None = None
         wall_clock = wall_clock or SystemClock()
         folder = Path(settings.paths.data_buffer_dir)
-        self._fleet = build_fleet(settings, wall_clock)
+        self._fleet = replace(build_fleet(settings, wall_clock), left_out=self._excluded)
         self._telemetry = Telemetry(CollectorRegistry(), wall_clock, partial(read_textfile, Path(TEXTFILE)))
         self._ledger = Ledger(
             folder, settings.forecast.settle_horizons, self._fleet.history.bin_ms, settings.clock.mode
@@ -136,6 +138,7 @@ class InferenceService:
         return [
             (workers.step("probe"), self._intake.probe),
             (workers.step("history"), self._follow_clock),
+            (workers.step("exclusions"), self._follow_exclusions),
             (workers.step("sweep"), lambda: self._sweeper.cycle(lambda: self._stop.is_requested)),
             (workers.step("dates"), self._fullness.step),
             (workers.step("upkeep"), self._maintain),
@@ -206,6 +209,13 @@ class InferenceService:
             logger.warning("the system's clock stepped back: the history is read again")
             self._fleet.clear()
             self._restore()
+
+    def _follow_exclusions(self) -> None:
+        if self._excluded.look():
+            logger.info("the history is read again without the excluded servers")
+            self._fleet.clear()
+            self._restore()
+            self._fullness.clear()
 
     def _maintain(self) -> None:
         if monotonic() - self._maintained_at < MAINTAIN_S:

@@ -81,7 +81,7 @@ def test_an_error_of_the_daemon_is_exit_code_1(world: World, terminal: Terminal)
 def test_the_servers_are_listed_with_state_and_last_seen(
     world: World, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fleetcast.console.command._PAGE", 2)
+    monkeypatch.setattr("fleetcast.console.servers._PAGE", 2)
     grow(world, "a", "b", "c", bins=1)
     world.post(("new", 12, 1.0))
     found = {row["server"]: row for row in terminal.json("servers", "list")}

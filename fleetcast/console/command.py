@@ -1,7 +1,6 @@
-"""What an operator asks at a terminal: `fleetcast status`, `servers`, `accuracy`, `capacity`, `settings`.
+"""What an operator asks at a terminal: `fleetcast status`, `accuracy`, `capacity`, `settings`.
 
     fleetcast status                              one screen: fleet, model, drift, trainings, problems
-    fleetcast servers list --state silent         who is there, in which state, since when
     fleetcast accuracy --worst 10                 errors against repeating the last value
     fleetcast capacity                            which pass 90 % within 8 h, which disks are full by when
     fleetcast settings show                       every value, and where it comes from
@@ -21,28 +20,21 @@ from pathlib import Path
 from typing import Any
 
 from fleetcast.clock import SystemClock, parse_plain_utc
-from fleetcast.console.daemon import Daemon, add_flags, ago, connect, length, part, some, table, tell
+from fleetcast.console.daemon import WORDS, add_flags, ago, connect, length, part, some, table, tell, whole
 from fleetcast.errors import BadOrder, ExitCode
 from fleetcast.program import run_program
 from fleetcast.setting import SettingInfo, from_environment, from_file
 from fleetcast.settings import Settings, every_setting, load_settings
 
-STATUS, SERVERS, ACCURACY, CAPACITY = "status", "servers", "accuracy", "capacity"
+STATUS, ACCURACY, CAPACITY = "status", "accuracy", "capacity"
 SETTINGS, COMPLETION = "settings", "completion"
 PURPOSES = {
     STATUS: "show the fleet, the model in service, drift, trainings and problems on one screen",
-    SERVERS: "list the servers with their states and when each was last seen",
     ACCURACY: "show the errors of settled forecasts beside those of repeating the last value",
     CAPACITY: "show which servers pass a limit within the horizon, and which disks are full by when",
     SETTINGS: "check the settings, or show every value and where it comes from",
     COMPLETION: "print a script that completes this command's words in bash",
 }
-# as an operator and the page call them: the daemon's name of the state
-STATES = {
-    **{"silent": "stale", "drifts": "drift", "high": "high", "warming-up": "warming_up", "calm": "ok"},
-}
-_WORDS = {name: word for word, name in STATES.items()}
-_PAGE = 200  # servers of one answer
 _CODES = (
     "exit codes: 0 answered; 1 a problem; 2 bad usage or an unknown name; 6 no daemon answers, or the key"
 )
@@ -65,7 +57,7 @@ def _tell_status(options: argparse.Namespace) -> int:
     shown = {
         "url": daemon.url,
         "problems": problems,
-        "servers": {_WORDS.get(name, name): count for name, count in strip["counts"].items()},
+        "servers": {WORDS.get(name, name): count for name, count in strip["counts"].items()},
         "status": health["status"],
         "drift": {name: value for name, value in drift.items() if name != "points"},
         "training": {**trainings, "trainings": trainings["trainings"][:1]},
@@ -132,34 +124,6 @@ def _training_lines(training: Mapping[str, Any], now: datetime) -> Iterator[str]
     if decision is not None:
         asks = "asks for a training" if decision["should_retrain"] else "asks for none"
         yield f"          the newest check {asks}: {decision['reason']}"
-
-
-def _tell_servers(options: argparse.Namespace) -> int:
-    with connect(options) as daemon:
-        found = list(_servers(daemon, options))
-        clock = daemon.ask("/status")["clock"]["now"]
-    now = parse_plain_utc(clock)
-    rows = [(row["server"], row["state"], ago(row["seen"], now), row["source"]) for row in found]
-    tell(table(["server", "state", "last seen", "forecast by"], rows), found if options.json else None)
-    return ExitCode.OK
-
-
-def _servers(daemon: Daemon, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield the servers asked for, in order of names."""
-    state, offset, left = STATES.get(options.state, ""), 0, options.limit or None
-    while left is None or left > 0:
-        limit = _PAGE if left is None else min(_PAGE, left)
-        asked = {"state": state, "filter": options.filter, "offset": offset, "limit": limit}
-        rows = daemon.ask("/ui/api/fleet", **asked)["rows"]
-        for row in rows:
-            yield {
-                **{name: row[name] for name in ("server", "seen", "source", "current")},
-                "state": _WORDS.get(row["state"], row["state"]),
-                "stale": row["state"] == STATES["silent"],
-            }
-        offset, left = offset + len(rows), None if left is None else left - len(rows)
-        if len(rows) < limit:
-            return
 
 
 def _tell_accuracy(options: argparse.Namespace) -> int:
@@ -287,20 +251,16 @@ def _parser() -> argparse.ArgumentParser:
         name: commands.add_parser(name, description=purpose.capitalize() + ".", epilog=_CODES)
         for name, purpose in PURPOSES.items()
     }
-    for name in (STATUS, SERVERS, ACCURACY, CAPACITY):
+    for name in (STATUS, ACCURACY, CAPACITY):
         add_flags(made[name])
     _add_capacity_flags(made[CAPACITY])
-    servers, accuracy, settings = made[SERVERS], made[ACCURACY], made[SETTINGS]
-    servers.add_argument("action", choices=("list",), help="list them")
-    servers.add_argument("--state", choices=tuple(STATES), help="only those in this state")
-    servers.add_argument("--filter", metavar="TEXT", help="only those with this in their name")
-    servers.add_argument("--limit", type=_whole, default=0, metavar="N", help="at most N (default: all)")
+    accuracy, settings = made[ACCURACY], made[SETTINGS]
     accuracy.add_argument("--server", metavar="NAME", help="one server (default: the fleet)")
     accuracy.add_argument(
         "--metric", action="append", metavar="NAME", help="only this metric; may come several times"
     )
-    accuracy.add_argument("--hours", type=_whole, default=24, metavar="N", help="how far back (default 24)")
-    accuracy.add_argument("--worst", type=_whole, default=0, metavar="N", help="name the N highest ratios")
+    accuracy.add_argument("--hours", type=whole, default=24, metavar="N", help="how far back (default 24)")
+    accuracy.add_argument("--worst", type=whole, default=0, metavar="N", help="name the N highest ratios")
     settings.add_argument(
         "action", choices=("check", "show"), help="check them, or show each with its source"
     )
@@ -318,19 +278,11 @@ def _add_capacity_flags(capacity: argparse.ArgumentParser) -> None:
     capacity.add_argument(
         "--disk-metric", default="disk_usage_pct", metavar="NAME", help="of days and weeks (%(default)s)"
     )
-    capacity.add_argument("--rows", type=_whole, default=20, metavar="N", help="most rows (default 20)")
-
-
-def _whole(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be >= 0, got {value}")
-    return value
+    capacity.add_argument("--rows", type=whole, default=20, metavar="N", help="most rows (default 20)")
 
 
 _RUN = {
     STATUS: _tell_status,
-    SERVERS: _tell_servers,
     ACCURACY: _tell_accuracy,
     CAPACITY: _tell_capacity,
     SETTINGS: _tell_settings,

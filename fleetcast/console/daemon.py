@@ -20,6 +20,11 @@ from fleetcast.settings import Settings, load_settings
 from fleetcast.sources.client import API_KEY_VARIABLE, DaemonClient, RequestRefused
 
 TIMEOUT_S = 30.0
+# as an operator and the page call a server's state: the daemon's name of it
+STATES = {
+    **{"silent": "stale", "drifts": "drift", "high": "high", "warming-up": "warming_up", "calm": "ok"},
+}
+WORDS = {name: word for word, name in STATES.items()}
 _NO_KEY = 401
 _NONE = "-"
 
@@ -74,6 +79,14 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="answer as JSON")
     command.add_argument("--url", help="the inference daemon (default: the setting retraining.daemon_url)")
     command.add_argument("--config", metavar="FILE", help="settings (default ./fleetcast.toml if present)")
+
+
+def whole(text: str) -> int:
+    """Return the number, at least 0, that a flag gives."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be >= 0, got {value}")
+    return value
 
 
 def read_settings(options: argparse.Namespace) -> Settings:

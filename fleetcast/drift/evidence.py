@@ -10,7 +10,7 @@ holds only bins after the data of that training. So no drift is judged twice.
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from fleetcast.clock import to_ms
 from fleetcast.drift.literal.baseline import Baseline
@@ -23,7 +23,7 @@ from fleetcast.drift.seasonal.renewal import ReferenceRenewal
 from fleetcast.errors import CorruptFile
 from fleetcast.forecast.registry import Registry, Version
 from fleetcast.schema import Floats32, SettledForecasts
-from fleetcast.settings import CALIBRATED, DriftSettings
+from fleetcast.settings import CALIBRATED, DriftSettings, Settings
 
 if TYPE_CHECKING:  # pyarrow: a monitor that is fed by hand does without
     from fleetcast.storage.store import DataBuffer
@@ -83,6 +83,12 @@ class DriftSource:
         )
         self._loaded: tuple[Version, Baseline, int] | None = None  # version, baseline, data end
         self._unusable = ""  # why the baseline in force is not
+
+    @classmethod
+    def of(cls, settings: Settings, store: "DataBuffer", registry: Registry) -> Self:
+        """Return the source that a program with these settings reads."""
+        bin_ms, late_s = settings.bins.bin_s * 1000, settings.bins.correct_within_s
+        return cls(store, registry, settings.drift, bin_ms, correct_within_s=late_s)
 
     def evidence(
         self, served: str | None = None, *, may_renew: bool = False, first_training: str = ""

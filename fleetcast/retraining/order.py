@@ -23,6 +23,7 @@ from fleetcast.drift.literal.series import change_times, series_drift
 from fleetcast.drift.report import DriftReport, drifting_json, series_json
 from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.errors import CorruptFile
+from fleetcast.exclusions import Exclusions
 from fleetcast.files import read_json
 from fleetcast.retraining.attempts import Step
 from fleetcast.retraining.decision import FOLLOW_UP, LEARNING
@@ -242,6 +243,7 @@ def export_for_training(settings: Settings, path: Path) -> str:
     from fleetcast.storage.store import DataBuffer  # pyarrow: see above
 
     buffer = DataBuffer(settings.paths.data_buffer_dir, settings=settings.buffer, expire=False)
+    buffer.leave_out(Exclusions(settings.paths.checkpoint_dir))
     until = export_end(settings.clock.mode, buffer.newest_record_time())
     days, bin_s = settings.retraining.training_days, settings.bins.bin_s
     n_rows = buffer.export_training_data(path, days, bin_s, until=until)

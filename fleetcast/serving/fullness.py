@@ -63,6 +63,10 @@ class Fullness:
         self._lock = threading.Lock()
         self._ratios: tuple[tuple[str, int, int], dates.Ratios] | None = None
 
+    def clear(self) -> None:
+        """Forget every day, to read them again; on the thread of `step`."""
+        self._days, self._reading, self._newest_day = {}, None, -1
+
     def step(self) -> None:
         """Read one piece of the newest day that is not known yet; do nothing where all are."""
         if self._reading is None:

@@ -271,7 +271,8 @@ class Intake:
         Returns:
             the other records, the first refusals (all of them for requests taken together), their number.
         """
-        fresh = self._fleet.history.unknown(batch.server_names)
+        out = self._fleet.left_out()  # stored, and no part of the fleet
+        fresh = [name for name in self._fleet.history.unknown(batch.server_names) if name not in out]
         room = self._limits.max_server_names - self._fleet.history.n_servers
         if len(fresh) <= room:
             return batch, [], 0

@@ -5,7 +5,7 @@ parts that judge the fleet. Does not know: how bins close (`history`), forecasts
 """
 
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -169,10 +169,15 @@ class Fleet:
     clock: Clock
     settings: ForecastSettings
     is_data_clock: bool = False
+    left_out: Callable[[], Collection[str]] = frozenset  # servers of which nothing is made
 
     def add(self, batch: RecordBatch) -> None:
         """Take durable records in; safe from any thread."""
         now = self.clock.now()  # before the history knows them: they move a data clock
+        out = self.left_out()
+        if out:
+            is_out = np.array([name in out for name in batch.server_names], dtype=np.bool_)
+            batch = batch.where(~is_out[batch.server_codes]) if is_out.any() else batch
         self.roster.add(batch)
         self.history.add(batch, now)
 

@@ -120,6 +120,7 @@ class StatusReport:
             "newest_record_time": _time(self._fleet.history.newest_ms),
             "backlog": len(self._fleet.due_bins()),
             "servers": len(self._fleet.servers().server_names),
+            "excluded_servers": sorted(self._fleet.left_out()),
             "limits": self._limits(),
             "training": {"running": self._is_training()},
             "model": self._model.report(),

@@ -9,7 +9,7 @@ Does not know: writing, which process owns the folder.
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -102,6 +102,7 @@ class DayReader:
     def __init__(self, folder: Path, kind: TableKind) -> None:
         self.folder = folder
         self.kind = kind
+        self.left_out: Callable[[], Collection[str]] = frozenset  # servers that `read` passes over
 
     def read(
         self,
@@ -119,7 +120,9 @@ class DayReader:
             first_ms = max(start_ms, day_start_ms(day))
             last_ms = min(end_ms, day_start_ms(day) + DAY_MS)
             for table in self._read_span(day, log, first_ms, last_ms, columns, chunk_rows):
-                yield day, table
+                kept = _without(table, self.left_out())
+                if len(kept):
+                    yield day, kept
 
     def _read_span(
         self,
@@ -294,6 +297,15 @@ def _whole_servers(tables: Iterator[pa.Table], kind: TableKind) -> Iterator[pa.T
         held = concatenate([held.slice(n_ready), table], kind)
     if held is not None:
         yield held
+
+
+def _without(table: pa.Table, servers: Collection[str]) -> pa.Table:
+    """Return the rows of all other servers."""
+    if not servers:
+        return table
+    names, codes = codes_of(table.column("server_name"))
+    is_out = np.array([name in servers for name in names], dtype=np.bool_)
+    return choose(table, ~is_out[codes]) if is_out.any() else table
 
 
 def _narrow(table: pa.Table, kind: TableKind, columns: Sequence[str] | None) -> pa.Table:

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from itertools import islice
@@ -235,6 +235,15 @@ class DataBuffer:
             raise
         logger.info("buffer opened folder=%s newest_ms=%s", self._folder, owned.newest_ms)
         return owned
+
+    def leave_out(self, servers: Callable[[], Collection[str]]) -> Self:
+        """Pass over the rows of these servers wherever rows of all servers are read; return self.
+
+        Args:
+            servers: their names at the moment of reading. `read_server` still finds each of them.
+        """
+        self._records.left_out = self._forecasts.left_out = servers
+        return self
 
     def get_training_window(self, days: int = 30, include_today: bool = False) -> "pd.DataFrame":
         """Return the records of the last `days` whole UTC days, and of today if asked.
