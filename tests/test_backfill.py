@@ -24,6 +24,7 @@ from fleetcast.settings import RemoteWriteSettings
 from fleetcast.sources.client import API_KEY_VARIABLE
 
 STEP_S = 300
+RULE = "cpu_pct = max(node_load1)"  # a metric that is forecast, of the stub's series
 CLOSED_PORT = "http://127.0.0.1:9"
 
 
@@ -201,6 +202,27 @@ def test_what_is_older_than_the_retention_is_not_asked_for(importer: Importer) -
         assert told["accepted"] in (60 * 288 - 1, 60 * 288)
         assert "days before" in told["notes"][0]
         assert "buffer.retention_days" in told["notes"][0]
+
+
+def test_a_past_that_comes_after_newer_bins_is_in_the_daemons_memory_too(
+    importer: Importer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fleetcast.serving.sweep._REFRESH_S", 0.0)
+    monkeypatch.setenv("FLEETCAST_REMOTE_WRITE_RULES", RULE)
+    world = importer.world
+    now = {"timestamp": world.clock.now().isoformat(), "server_name": "web-01", "cpu_pct": 50.0}
+    assert world.client.post("/feed/data", json={"records": [now]}).status_code == 200
+    world.clock.advance(minutes=10)
+    world.service.cycle()
+    assert world.get("/status")["bins"]["newest_closed"] is not None
+    with StubPrometheus(2) as stub:
+        assert importer.run("prometheus", "--url", stub.url, "--days", "1")["accepted"] == 2 * 288
+    late = world.get("/status")["bins"]["late_records"]
+    assert late in (2 * 287, 2 * 288)
+    world.service.cycle()
+    past = world.get("/history?server=web-01&metric=cpu_pct")
+    assert past["source"] == "memory"
+    assert sum(value is not None for value in past["metrics"]["cpu_pct"]["actual"]) >= 287
 
 
 def test_selectors_headers_and_a_password_reach_the_server_and_no_file(

@@ -125,11 +125,13 @@ class Bar:
 def draw(share: float, n_records: int, spent_s: float) -> str:
     """Return the bar's line.
 
-    >>> draw(0.5, 1200, 90.0)
+    >>> draw(0.5, 1200, 150.0)
     '[###############...............]  50 %  1,200 records, about 2 min left'
     """
     full = round(share * _BAR_CELLS)
-    left = f", about {spent_s / share * (1 - share) / 60:.0f} min left" if 0.02 < share < 1 else ""
+    left_s = spent_s / share * (1 - share) if 0.02 < share < 1 else 0.0
+    length = f"{left_s / 60:.0f} min" if left_s >= 120 else f"{left_s:.0f} s"
+    left = f", about {length} left" if left_s else ""
     return f"[{'#' * full}{'.' * (_BAR_CELLS - full)}] {100 * share:3.0f} %  {n_records:,} records{left}"
 
 
