@@ -89,7 +89,13 @@ class Fleetcast:
         n_rows, pack = _packing(len(metrics))
         answer = FeedAnswer(0, 0)
         for start in range(0, len(frame), n_rows):
-            part = self._sender.send(pack(frame.iloc[start : start + n_rows], metrics))
+            piece = pack(frame.iloc[start : start + n_rows], metrics)
+            try:
+                part = self._sender.send(piece)
+            except RequestRefused as error:
+                if error.is_about_the_question:
+                    raise BadData(error.detail) from error
+                raise
             assert part is not None, "no stop is ever requested"
             answer = answer.then(part, start)
         return answer
@@ -372,9 +378,7 @@ def _table_of(frame: pd.DataFrame, metrics: Sequence[str]) -> "pa.Table":
 
 def _rows_of(frame: pd.DataFrame, metrics: Sequence[str]) -> list[dict[str, Any]]:
     """Return the same without pyarrow: what is absent is left out."""
-    times = frame[TIME]
-    if pd.api.types.is_datetime64_any_dtype(times.dtype):
-        times = pd.to_datetime(times, utc=True).map(lambda at: at.isoformat(), na_action="ignore")
+    times = frame[TIME].map(lambda at: at.isoformat() if isinstance(at, datetime) else at, na_action="ignore")
     columns = [times, frame[SERVER], *(frame[name] for name in metrics)]
     cells = zip(*(column.astype(object).tolist() for column in columns), strict=True)
     names = (TIME, SERVER, *metrics)

@@ -86,15 +86,21 @@ def test_nan_is_absent_and_a_refused_row_is_named_by_its_place_over_all_pieces(
     assert (kept.mem_pct == 5.0).all()
 
 
+@pytest.mark.parametrize("has_arrow", [True, False])
 def test_times_may_be_an_index_text_or_without_a_zone_and_text_columns_stay_here(
-    world: World, fleet: Fleetcast
+    world: World, fleet: Fleetcast, monkeypatch: pytest.MonkeyPatch, has_arrow: bool
 ) -> None:
+    if not has_arrow:
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
     records = frame("a", bins=1)
     assert fleet.feed(records.set_index("timestamp")).received == 1
     assert fleet.feed(records.assign(timestamp=records.timestamp.dt.tz_localize(None))).received == 1
     text = records.timestamp.map(lambda at: at.isoformat())
     odd = records.assign(timestamp=text, server_name=pd.Categorical(["a"]), rack="r1", Rack=3)
     assert fleet.feed(odd) == FeedAnswer(1, 0)
+    moments = pd.Series([START.to_pydatetime()], dtype=object)
+    assert fleet.feed(records.assign(timestamp=moments)) == FeedAnswer(1, 0)
+    monkeypatch.undo()
     assert len(stored(world)) == 1
     assert fleet.feed(records.iloc[:0]) == FeedAnswer(0, 0)
 
@@ -116,6 +122,12 @@ def test_times_may_be_an_index_text_or_without_a_zone_and_text_columns_stay_here
 def test_a_frame_that_cannot_be_records_is_refused_with_what_would_be_right(change: Any, says: str) -> None:
     with Fleetcast(CLOSED_PORT) as fleet, pytest.raises(BadData, match=says):
         fleet.feed(change(frame("a")))
+
+
+def test_a_body_that_the_daemon_cannot_take_is_bad_data(world: World, fleet: Fleetcast) -> None:
+    dates = frame("a").assign(timestamp=pd.Series([START.date()] * 2, dtype=object))
+    with pytest.raises(BadData, match="timestamp must be an Arrow timestamp or ISO 8601 text, got date32"):
+        fleet.feed(dates)
 
 
 def test_a_forecast_is_a_row_for_each_metric_and_bin(world: World, fleet: Fleetcast) -> None:
@@ -245,7 +257,7 @@ def test_the_example_of_the_documents_runs(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_a_refusal_is_never_repeated_a_busy_daemon_is() -> None:
-    for status in (400, 401, 404, 422):
+    for status in (400, 401, 404, 409):
         with ScriptedDaemon(Reply(status, "no")) as daemon, Fleetcast(daemon.url) as fleet:
             with pytest.raises(RequestRefused):
                 fleet.feed(frame("a"))
