@@ -208,6 +208,7 @@ def test_the_scrape_shows_the_states(world: World) -> None:
     world.service.cycle()
     text = world.client.get("/metrics").text
     for line in (
+        "fleetcast_ready 1.0",
         "fleetcast_servers 1.0",
         "fleetcast_backlog_bins 0.0",
         "fleetcast_open_forecasts 3.0",
@@ -361,6 +362,7 @@ def test_a_loader_that_cannot_work_at_all_is_not_ready(world: World) -> None:
     world.service._model._thread.worker.note_failure(RuntimeError("no threads left"))
     answer = world.client.get("/ready")
     assert (answer.status_code, "no threads left" in answer.json()["detail"]) == (503, True)
+    assert "fleetcast_ready 0.0" in world.client.get("/metrics").text.splitlines()
 
 
 def test_a_step_that_fails_costs_no_other_and_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,6 +197,7 @@ class StatusReport:
         return Snapshot(
             gauges={
                 "newest_record_timestamp_seconds": None if newest_ms is None else newest_ms / 1000,
+                "ready": float(not self.not_ready),
                 "servers": len(present.server_names),
                 "stale_servers": int(present.is_stale.sum()),
                 "metric_names": limits["metric_names"]["used"],

@@ -54,6 +54,7 @@ REFUSALS = ("key", "host", "origin")
 _PEERS_KEPT = 100
 _PEERS_SHOWN = 5
 GAUGES = {
+    "ready": "1 while GET /ready answers 200",
     "newest_record_timestamp_seconds": "time of the newest record",
     "servers": "servers seen within gone_after_s",
     "stale_servers": "those of them that sent nothing for stale_after_s",
