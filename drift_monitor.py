@@ -35,7 +35,7 @@ from fleetcast.drift.literal.scores import (
 from fleetcast.drift.literal.series import RelativeErrors, SeriesDrift, relative_to_last, series_drift
 from fleetcast.drift.literal.window import PairWindow
 from fleetcast.drift.report import DriftReport
-from fleetcast.drift.seasonal.detector import COLLECTING, READY, DriftVerdict
+from fleetcast.drift.seasonal.detector import COLLECTING, READY, DriftVerdict, until
 from fleetcast.drift.seasonal.quorum import THRESHOLDS
 from fleetcast.drift.seasonal.statistics import FAMILIES
 from fleetcast.errors import BadData, ExitCode
@@ -285,7 +285,9 @@ class DriftMonitor:
         if verdict.reference.is_compared.any():
             return "not enough bins of the newest hours yet"
         days = int(verdict.reference.n_days.max(initial=0))
-        return f"{days} of {self._settings.min_reference_days} days known of any series"
+        waiting = verdict.enough_days
+        when = f", {until(waiting.first_ms)}" if waiting else ""
+        return f"{days} of {self._settings.min_reference_days} days known of any series{when}"
 
     def _why_collecting(self, scores: MetricScores, waiting_for: str) -> str:
         """Return what is missing for a verdict by the scores that decide, or ""."""

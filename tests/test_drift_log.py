@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rhythm_fleet import SERVERS, made_grid
-from test_seasonal_monitor import END, changed_grid, report_of
+from rhythm_fleet import DAY, SERVERS, fitted, made_grid
+from seasonal_store import FIRST_TEST_BIN, registry_with, store_of
+from test_seasonal_monitor import END, changed_grid, monitor_of, report_of
 
 from drift_monitor import DriftMonitor
 from fleetcast.retraining.report import DriftLog
@@ -38,6 +39,19 @@ def test_broken_data_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixt
     log.note(report)
     (record,) = (item for item in caplog.records if item.levelno == logging.WARNING)
     assert record.message == f"data quality, not drift: kind=outage server={SERVERS[1]} metric=all"
+
+
+def test_series_with_too_few_days_are_told_once_with_their_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    grid = made_grid()
+    grid[2, 1, : FIRST_TEST_BIN - 3 * DAY] = np.nan
+    registry_with(tmp_path, fitted(grid[:, :, :FIRST_TEST_BIN]))
+    log, report = DriftLog(), monitor_of(tmp_path, store_of(grid, END - 12)).report()
+    log.note(report)
+    log.note(report)
+    said = "series not compared=1 reason=too few days in the reference until about 2026-01-17 00:00Z"
+    assert caplog.text.count(said) == 1
 
 
 def test_the_literal_basis_says_nothing_here(caplog: pytest.LogCaptureFixture) -> None:

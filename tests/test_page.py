@@ -201,6 +201,7 @@ def test_drift_and_trainings_are_what_the_retraining_daemon_left(world: World, t
     check = {
         "made_at": "2020-01-01T00:21:00Z", "status": "ready", "recommendation": "RETRAIN NOW",
         "current_metrics": {"per": 0.2}, "thresholds": {"per": 0.1}, "top_drifting": [drifting],
+        "calibrated": {"enough_days": {"series": 2, "says": "until about 2026-01-17 00:00Z"}},
     }  # fmt: skip
     (tmp_path / DRIFT_FILE).write_text(json.dumps(check))
     line = {"at": "2020-01-01T00:21:00Z", "drift": {"per": 0.2, "needs_retraining": True}}
@@ -209,6 +210,7 @@ def test_drift_and_trainings_are_what_the_retraining_daemon_left(world: World, t
     (tmp_path / STATE_FILE).write_text(json.dumps({"attempts": [attempt], "total_trainings": 3}))
     drift = world.get("/ui/api/drift")
     assert drift["drifting"][0]["sentence"].endswith("usually 5, now 9.25")
+    assert drift["calibrated"]["enough_days"]["says"] == "until about 2026-01-17 00:00Z"
     assert [point["per"] for point in drift["points"]] == [0.2]
     trainings = world.get("/ui/api/trainings")
     assert trainings["trainings"][0]["verdict"] == "Did not go into service: worse: 1.2 of the champion's."

@@ -16,6 +16,7 @@ from rhythm_fleet import (
     usual_reference,
 )
 
+from fleetcast.clock import DAY_MS
 from fleetcast.drift.seasonal.learning import (
     MIN_DAYS,
     fit_all,
@@ -23,9 +24,11 @@ from fleetcast.drift.seasonal.learning import (
     sample,
 )
 from fleetcast.drift.seasonal.reference import Reference, ReferenceOptions
+from fleetcast.drift.seasonal.renewal import learn_reference
 from fleetcast.drift.seasonal.season import DayClock, Shape
 from fleetcast.drift.seasonal.statistics import INDEX, N_STATISTICS, Books
 from fleetcast.errors import BadData
+from fleetcast.settings import DriftSettings
 
 
 def weeks(days: int = REFERENCE_DAYS) -> Grid:
@@ -82,6 +85,44 @@ def test_a_series_with_too_few_days_is_not_compared() -> None:
     missing = np.flatnonzero(~reference.is_compared).tolist()
     assert missing == [2 * len(METRICS) + 1, 4 * len(METRICS)]
     assert np.isnan(reference.limits[missing]).all()
+
+
+@pytest.mark.parametrize("more_bins", [0, DAY // 4, DAY // 2], ids=["midnight", "a quarter", "half a day"])
+def test_the_midnight_told_is_the_first_at_which_a_series_is_judged(more_bins: int) -> None:
+    # Given a reference whose data end at that time of day, and two days of one series
+    whole = made_grid(REFERENCE_DAYS + MIN_DAYS, n_servers=3)
+    whole[2, 1, : (REFERENCE_DAYS - 2) * DAY] = np.nan
+    changed = np.full((3, len(METRICS)), np.nan)
+    changed[0, 0] = (
+        START_MS + (REFERENCE_DAYS * DAY - 60) * BIN_MS
+    )  # known to have changed 5 h before midnight
+
+    def at(bins: int) -> Reference:
+        return learn_reference(fleet_grid(whole[:, :, :bins], SERVERS[:3]), DriftSettings(), changed)
+
+    known = at(REFERENCE_DAYS * DAY + more_bins)
+
+    # When
+    told = known.enough_days_ms(MIN_DAYS, known.end_ms)
+
+    # Then
+    two_days, new = 2 * len(METRICS) + 1, 0
+    assert np.flatnonzero(np.isfinite(told)).tolist() == [new, two_days]
+    for series in (two_days, new):
+        bins = int(told[series] - START_MS) // BIN_MS
+        assert not at(bins - DAY).is_compared[series] and at(bins).is_compared[series]
+
+
+def test_a_midnight_that_passed_moves_on_and_a_metric_never_sent_waits_for_nothing() -> None:
+    grid = weeks()
+    grid[2, 1, : -(MIN_DAYS - 1) * DAY] = np.nan
+    grid[4, 0] = np.nan
+    reference = fitted(grid)
+
+    told = reference.enough_days_ms(MIN_DAYS, reference.end_ms + DAY_MS + BIN_MS)
+
+    assert told[2 * len(METRICS) + 1] == reference.end_ms + 2 * DAY_MS
+    assert np.isnan(told[4 * len(METRICS)])
 
 
 def test_what_came_before_a_known_change_does_not_count() -> None:

@@ -101,8 +101,26 @@ def test_a_young_reference_collects_and_says_how_much_is_missing(tmp_path: Path)
     registry_with(tmp_path, fitted(made_grid()[:, :, : 3 * DAY]))
     report = monitor_of(tmp_path, store_of(changed_grid(), END)).report()
     assert (report.status, report.needs_retraining) == ("collecting", False)
-    assert report.status_reason == "3 of 5 days known of any series"
+    assert report.status_reason == "3 of 5 days known of any series, until about 2026-01-17 00:00Z"
     assert report.metrics["dss"] is None, "not looked at yet"
+
+
+def test_what_is_not_compared_says_until_when(tmp_path: Path) -> None:
+    grid = made_grid()
+    grid[2, 1, : FIRST_TEST_BIN - 3 * DAY] = np.nan
+    registry_with(tmp_path, fitted(grid[:, :, :FIRST_TEST_BIN]))
+    monitor = monitor_of(tmp_path, store_of(grid, END - 12))
+    when = "2026-01-17"  # two more days than the reference has, the second of them not over yet
+    found = monitor.report().as_json(FakeClock().now())["calibrated"]
+    assert found["not_compared"] == {"too few days in the reference": 1}
+    assert found["enough_days"] == {
+        "series": 1,
+        "first": f"{when}T00:00:00Z",
+        "last": f"{when}T00:00:00Z",
+        "says": f"until about {when} 00:00Z",
+    }
+    said = f"not compared: 1 series, too few days in the reference, until about {when} 00:00Z"
+    assert said in monitor.generate_report()
 
 
 def test_the_trend_rises_while_the_fleet_moves_away(tmp_path: Path) -> None:

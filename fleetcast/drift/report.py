@@ -17,7 +17,14 @@ from fleetcast.drift.evidence import DriftEvidence
 from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.drift.literal.series import RelativeErrors, SeriesDrift, geometric_mean
 from fleetcast.drift.literal.window import PairWindow
-from fleetcast.drift.seasonal.detector import COLLECTING, DriftingSeries, DriftVerdict
+from fleetcast.drift.seasonal.detector import (
+    COLLECTING,
+    TOO_FEW_DAYS,
+    DriftingSeries,
+    DriftVerdict,
+    EnoughDays,
+    until,
+)
 from fleetcast.settings import CALIBRATED, LITERAL
 
 MOST_NAMED = 10  # series in the report
@@ -162,6 +169,7 @@ class DriftReport:
             "alarm_share": verdict.alarm_share,
             "sustained_share": verdict.sustained_share,
             "not_compared": {**verdict.not_compared, **new},
+            "enough_days": _enough_days_json(verdict.enough_days),
             "false_alarms_per_month": {
                 "target": reference.fleet.false_alarms_per_month,
                 "shown": reference.fleet.shown_per_month,
@@ -238,12 +246,21 @@ class DriftReport:
         ]
         for item in verdict.drifting[:MOST_NAMED]:
             lines.append(f"  {item.sentence()}, since {_time(item.changed_ms)}")
-        lines += [f"  not compared: {n} series, {why}" for why, n in verdict.not_compared.items()]
-        if evidence.unknown_servers:
-            lines.append(f"  not compared: {len(evidence.unknown_servers)} new servers")
+        lines += self._not_compared_lines(verdict, len(evidence.unknown_servers))
         for event in verdict.events[:MOST_NAMED]:
             name = f"{event.server_name} {event.metric}" if event.metric else event.server_name
             lines.append(f"  data quality, not drift: {name}: {event.kind} since {_time(event.since_ms)}")
+        return lines
+
+    @staticmethod
+    def _not_compared_lines(verdict: DriftVerdict, n_new: int) -> list[str]:
+        waiting = verdict.enough_days
+        lines = []
+        for why, n in verdict.not_compared.items():
+            when = f", {waiting.sentence()}" if why == TOO_FEW_DAYS and waiting else ""
+            lines.append(f"  not compared: {n} series, {why}{when}")
+        if n_new:
+            lines.append(f"  not compared: {n_new} new servers, {until(verdict.new_server_ms)}")
         return lines
 
     def _series_lines(self) -> list[str]:
@@ -361,6 +378,17 @@ def series_json(item: SeriesDrift) -> dict[str, Any]:
         "error_ratio": item.error_ratio,
         "ks": item.ks,
         "values": item.n_values,
+    }
+
+
+def _enough_days_json(waiting: EnoughDays | None) -> dict[str, Any] | None:
+    if waiting is None:
+        return None
+    return {
+        "series": waiting.n_series,
+        "first": _time(waiting.first_ms),
+        "last": _time(waiting.last_ms),
+        "says": waiting.sentence(),
     }
 
 

@@ -13,6 +13,7 @@ from datetime import datetime
 from fleetcast.alerts.engine import CheckFigures
 from fleetcast.clock import iso_z, parse_plain_utc
 from fleetcast.drift.report import DriftReport
+from fleetcast.drift.seasonal.detector import TOO_FEW_DAYS, EnoughDays
 from fleetcast.promotion.audit import Standing
 from fleetcast.promotion.evidence import Verdict
 from fleetcast.retraining.decision import Decision, RetrainingDecisionEngine, safeguards_json
@@ -111,6 +112,7 @@ class DriftLog:
     def __init__(self) -> None:
         self._drifting: set[tuple[str, str]] = set()
         self._events: set[tuple[str, str, str | None]] = set()
+        self._waiting: EnoughDays | None = None
 
     def note(self, report: DriftReport) -> None:
         """Log what began and what ended."""
@@ -133,6 +135,14 @@ class DriftLog:
                 "data quality, not drift: kind=%s server=%s metric=%s", kind, server, metric or "all"
             )
         self._drifting, self._events = set(drifting), events
+        self._note_waiting(verdict.enough_days)
+
+    def _note_waiting(self, waiting: EnoughDays | None) -> None:
+        if waiting is not None and waiting != self._waiting:
+            logger.info(
+                "series not compared=%d reason=%s %s", waiting.n_series, TOO_FEW_DAYS, waiting.sentence()
+            )
+        self._waiting = waiting
 
 
 def alert_figures(check: RetrainingCheck, engine: RetrainingDecisionEngine) -> CheckFigures:

@@ -18,6 +18,14 @@ DRIFT_FILE, STATE_FILE, DECISIONS_FILE = "drift_metrics.json", "retraining_state
 SCORES = ("per", "dss", "fds", "anomaly_rate", "combined_score")
 MOST_POINTS = 400  # of the scores over time
 _MOST_TRAININGS = 50
+_CALIBRATED = (
+    "waiting_for",
+    "compared_series",
+    "series_in_alarm",
+    "enough_days",
+    "data_quality",
+    "reference",
+)
 _OUTCOMES = {
     "promoted": "Went into service",
     "rejected": "Did not go into service",
@@ -68,10 +76,7 @@ class Journal:
         seasonal = _dict(check.get("calibrated"))
         return {
             **{name: check.get(name) for name in (*kept, "recommendation", "made_at", "window", "baseline")},
-            "calibrated": {
-                name: seasonal.get(name)
-                for name in ("waiting_for", "compared_series", "series_in_alarm", "data_quality", "reference")
-            },
+            "calibrated": {name: seasonal.get(name) for name in _CALIBRATED},
             "drifting": self.drifting(),
             "points": thin(_since(self._points(), days), MOST_POINTS),
         }

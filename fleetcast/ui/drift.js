@@ -43,7 +43,12 @@ export function drift(view, title) {
 function verdictOf(found) {
   if (!found.status) return "No drift check yet. The retraining daemon makes one every five minutes; is it running in this folder?";
   const says = found.recommendation === "RETRAIN NOW" ? of("b", { class: "drift" }, "The fleet has drifted: retrain.") : found.recommendation === "OK" ? of("b", { class: "ok" }, "No drift.") : of("b", {}, `No verdict yet: ${found.status_reason || found.status}.`);
-  return [says, " Checked ", moment(found.made_at), found.calibrated?.compared_series ? `, ${found.calibrated.series_in_alarm ?? 0} of ${found.calibrated.compared_series} series in alarm.` : "."];
+  return [says, " Checked ", moment(found.made_at), found.calibrated?.compared_series ? `, ${found.calibrated.series_in_alarm ?? 0} of ${found.calibrated.compared_series} series in alarm.` : ".", waitingOf(found)];
+}
+
+function waitingOf(found) {
+  const waiting = found.calibrated?.enough_days;
+  return waiting ? ` ${waiting.series} series are not compared ${waiting.says}: too few days are known of them.` : "";
 }
 
 function tileOf(name, word, found) {

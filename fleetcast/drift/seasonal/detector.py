@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fleetcast.clock import DAY_MS, from_ms
 from fleetcast.drift.seasonal.learning import MIN_DAYS
 from fleetcast.drift.seasonal.quorum import (
     COMBINED_THRESHOLD,
@@ -53,6 +54,7 @@ from fleetcast.errors import BadData
 from fleetcast.schema import Floats, Floats32, Longs
 
 COLLECTING, READY = "collecting", "ready"
+TOO_FEW_DAYS = "too few days in the reference"
 _NEVER = -1
 _BY_SIZE = tuple(INDEX[name] for name in ("wider_24h", "calmer_24h"))
 _BY_MOVES = tuple(INDEX[name] for name in ("innovation_3h", "restless_24h", "rougher_24h", "smoother_24h"))
@@ -83,6 +85,30 @@ class DriftingSeries:
         return f"{self.server_name} {self.metric} {self.says}: {where} ({self.ratio:.1f} times the limit)"
 
 
+@dataclass(frozen=True, slots=True)
+class EnoughDays:
+    """When series that have too few days will have enough, if they report on."""
+
+    n_series: int
+    first_ms: int  # the midnight at which the first of them has enough
+    last_ms: int  # and the last
+
+    def sentence(self) -> str:
+        """Say it for people.
+
+        >>> EnoughDays(2, 0, 86_400_000).sentence()
+        'the first until about 1970-01-01 00:00Z, the last until about 1970-01-02 00:00Z'
+        """
+        if self.first_ms == self.last_ms:
+            return until(self.first_ms)
+        return f"the first {until(self.first_ms)}, the last {until(self.last_ms)}"
+
+
+def until(at_ms: int) -> str:
+    """Return until when a series is not judged, for people."""
+    return f"until about {from_ms(at_ms):%Y-%m-%d %H:%M}Z"
+
+
 @dataclass(frozen=True, eq=False)
 class DriftVerdict:
     """The fleet at the end of one bin.
@@ -104,6 +130,19 @@ class DriftVerdict:
     events: tuple[DataQualityEvent, ...]
     ratios: Floats32 = field(repr=False)  # (family, series) held ratios
     reference: Reference = field(repr=False)  # what was compared with
+    min_days: int = MIN_DAYS  # a series needs to be judged
+
+    @property
+    def enough_days(self) -> EnoughDays | None:
+        """Return when the series with too few days will have enough, None where there are none."""
+        at_ms = self.reference.enough_days_ms(self.min_days, self.end_ms or self.reference.end_ms)
+        waiting = at_ms[np.isfinite(at_ms) & ~self.reference.is_compared]
+        return EnoughDays(len(waiting), int(waiting.min()), int(waiting.max())) if len(waiting) else None
+
+    @property
+    def new_server_ms(self) -> int:
+        """Return the earliest midnight at which a server that began today has days enough."""
+        return self.reference.clock.midnight(self.end_ms) + self.min_days * DAY_MS
 
     def drifting_servers(self) -> tuple[str, ...]:
         """Return the servers with a series in alarm, worst first."""
@@ -113,8 +152,10 @@ class DriftVerdict:
 class SeasonalDetector:
     """Follows one fleet; not thread safe. Bins go in in time order, gaps are filled as absent."""
 
-    def __init__(self, reference: Reference, rule: QuorumRule | None = None) -> None:
-        self.reference = reference
+    def __init__(
+        self, reference: Reference, rule: QuorumRule | None = None, min_days: int = MIN_DAYS
+    ) -> None:
+        self.reference, self.min_days = reference, min_days
         self.rule = rule or QuorumRule()
         self._clock = reference.clock
         per_day = self._clock.bins_per_day
@@ -145,6 +186,11 @@ class SeasonalDetector:
         still = self.reference.still_limits
         known = int(still[still < NEVER_STILL].max(initial=0))
         return self._long + self._hold + self._sustained + known + 2
+
+    @property
+    def is_filling(self) -> bool:
+        """Whether the short window has not been filled once."""
+        return self._n_bins < self._short
 
     def update(self, values: Floats32, bin_ms: int, errors: Floats32 | None = None) -> None:
         """Take in one closed bin.
@@ -268,12 +314,13 @@ class SeasonalDetector:
             sustained_share=float((sustained >= self.rule.sustained_share).sum() / max(n_judged, 1)),
             n_compared=n_judged,
             drifting=self._drifting(held, alarms),
-            not_compared=why_not_compared(reference, judged, self._watch, self._n_bins < self._short),
+            not_compared=why_not_compared(self, judged, self._watch),
             events=self._watch.events(
                 reference.server_names, reference.metrics, self._end_ms or 0, reference.bin_ms
             ),
             ratios=held,
             reference=reference,
+            min_days=self.min_days,
         )
 
     def _drifting(self, held: Floats32, alarms: NDArray[np.bool_]) -> tuple[DriftingSeries, ...]:
@@ -363,20 +410,21 @@ def newest_levels(
 
 
 def why_not_compared(
-    reference: Reference, judged: NDArray[np.bool_], watch: SensorWatch, is_young: bool
+    detector: SeasonalDetector, judged: NDArray[np.bool_], watch: SensorWatch
 ) -> dict[str, int]:
     """Return why -> how many series are not judged; no entry where there is none."""
+    reference = detector.reference
     unjudged = ~reference.is_compared
-    short = unjudged & (reference.n_days < MIN_DAYS)
+    short = unjudged & (reference.n_days < detector.min_days)
     unknown = unjudged & ~short
     out = np.repeat(watch.is_out, len(reference.metrics))
     rest = ~judged & ~short & ~unknown
     reasons = {
-        "too few days in the reference": short,
+        TOO_FEW_DAYS: short,
         "reference without limits": unknown,
         "server is silent": rest & out,
         "sensor stands still": rest & ~out & watch.is_frozen,
     }
-    last = "window not full yet" if is_young else "too few values in the window"
+    last = "window not full yet" if detector.is_filling else "too few values in the window"
     reasons[last] = rest & ~out & ~watch.is_frozen
     return {reason: int(mask.sum()) for reason, mask in reasons.items() if mask.any()}

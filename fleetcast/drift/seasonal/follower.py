@@ -70,7 +70,8 @@ class SeasonalFollower:
         return tuple(sorted(self._live() - known))
 
     def _begin(self, reference: Reference | None) -> None:
-        self.detector = SeasonalDetector(reference, quorum_rule(self._settings)) if reference else None
+        rule, min_days = quorum_rule(self._settings), self._settings.min_reference_days
+        self.detector = SeasonalDetector(reference, rule, min_days) if reference else None
         self._next_ms = None
         self.ratios.clear()
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fleetcast.archive import check_shapes, pack, unpack
 from fleetcast.clock import DAY_MS
-from fleetcast.drift.seasonal.learning import MIN_DAYS, fit_all, sample, value_ranges
+from fleetcast.drift.seasonal.learning import DAY_COVERAGE, MIN_DAYS, fit_all, sample, value_ranges
 from fleetcast.drift.seasonal.limits import (
     MATURE_DAYS,
     FleetCalibration,
@@ -93,6 +93,28 @@ class Reference:
         """Return (server, metric): the midnight before which a series was another, NaN = never."""
         days = self.start_days.reshape(len(self.server_names), -1)
         return self.clock.starts_ms(days, self.start_ms)
+
+    def enough_days_ms(self, min_days: int, now_ms: int) -> Floats:
+        """Return (series,): the midnight from which a series will have days enough to be judged.
+
+        NaN where it has them, and where its server never sent that metric. The series has to report on.
+        Learning young servers again is due at the first check after a midnight; while the fleet drifts
+        nothing is learned, and the next midnight holds.
+
+        Args:
+            now_ms: end of the newest bin.
+        """
+        clock = self.clock
+        today = (clock.midnight(self.end_ms) - clock.midnight(self.start_ms)) // DAY_MS
+        is_today_known = self.end_ms - clock.midnight(self.end_ms) >= DAY_COVERAGE * DAY_MS
+        whole = self.n_days - (is_today_known & (self.n_days > 0))  # days before that of the newest bin
+        missing = np.maximum(self.start_days, today) + np.maximum(min_days - whole, 0)
+        at_ms = clock.midnight(self.start_ms) + missing * float(DAY_MS)
+        at_ms = np.maximum(at_ms, clock.midnight(now_ms) + DAY_MS)
+        is_known = (self.n_days > 0) | (self.start_days > 0)
+        has_server = np.repeat(is_known.reshape(len(self.server_names), -1).any(axis=1), len(self.metrics))
+        never_sent = ~is_known & has_server
+        return np.asarray(np.where((self.n_days >= min_days) | never_sent, np.nan, at_ms))
 
     @classmethod
     def fit(
