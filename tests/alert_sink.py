@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -26,6 +27,7 @@ class Sink:
     def __init__(self) -> None:
         self.requests: list[Request] = []
         self.status = 200
+        self.delay_s = 0.0
         self.answer = b"ok"
         self.headers: dict[str, str] = {}
         self.go_on = threading.Event()  # cleared: requests are kept, and answered once it is set
@@ -36,6 +38,7 @@ class Sink:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 sink.requests.append(Request(self.command, self.path, dict(self.headers), body))
+                time.sleep(sink.delay_s)
                 sink.go_on.wait(60)
                 self.send_response(sink.status)
                 for name, value in {**sink.headers, "Content-Length": str(len(sink.answer))}.items():

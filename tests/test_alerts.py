@@ -165,6 +165,29 @@ def test_a_channel_that_hangs_delays_no_check_and_no_other_channel(
         assert len(hanging.bodies()) == 1, "it is told later"
 
 
+def test_a_slow_channel_has_the_limit_for_each_message(
+    tmp_path: Path, sink: Sink, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SLACK_S", 0.0)
+    rules = tuple(f"{name}: drift_score > 0.15 warning" for name in ("A", "B", "C", "D"))
+    own = Installation(tmp_path, told.url, slack_url=sink.url, rules=rules, timeout_s=1.0)
+    sink.delay_s = 0.4
+    own.check(0.2)
+    assert len(sink.requests) == len(own.state()["channels"]["slack"]["told"]) == 4
+    assert own.state()["channels"]["slack"]["failures"] == 0
+
+
+def test_an_alertmanager_that_was_down_is_told_at_the_next_check(
+    tmp_path: Path, sink: Sink, told: Told
+) -> None:
+    own = Installation(tmp_path, told.url, alertmanager_urls=(sink.url,))
+    sink.status = 503
+    for _ in range(8):
+        own.check(0.2, minutes=1)
+    assert len(sink.requests) == 8, "no pause: what fires would end by itself meanwhile"
+    assert own.state()["channels"]["alertmanager"]["failures"] == 8
+
+
 def test_an_answer_that_comes_too_late_still_counts(
     tmp_path: Path, sink: Sink, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -171,21 +171,17 @@ class AlertEngine:
         begun: dict[str, WorkerThread] = {}
         for channel in self._channels:
             parcels = self._pack(channel, now, silences)
-            is_late_beat = isinstance(channel, HeartbeatChannel) and not is_good
-            if (
-                parcels
-                and not is_late_beat
-                and self._is_free(channel.name)
-                and self._state.of(channel.name).may_try(now)
-            ):
+            if parcels and self._may_send(channel, now, is_good):
                 work = partial(self._deliver, channel.name, parcels)
                 thread = Workers().thread(f"alerts to {channel.name}", work, once=True)
                 self._at_work[channel.name] = (thread, monotonic())
                 begun[channel.name] = thread
                 thread.start()
-        until = monotonic() + self._settings.timeout_s + _SLACK_S
+        limit_s = self._settings.timeout_s + _SLACK_S
+        until = monotonic() + limit_s
         while monotonic() < until and any(thread.is_alive for thread in begun.values()):
-            self._drain(_POLL_S)
+            if self._drain(_POLL_S):  # a channel with much to say has the limit for each message
+                until = monotonic() + limit_s
         late = [name for name, thread in begun.items() if thread.is_alive]
         self._drain()
         for name in late:
@@ -205,9 +201,14 @@ class AlertEngine:
         due = within_limit(notices, state.n_sent(now), most, can_sum_up=channel.can_sum_up)
         return [(notice, partial(channel.send, notice)) for notice in due]
 
-    def _is_free(self, name: str) -> bool:
-        thread, since = self._at_work.get(name, (None, 0.0))
-        return thread is None or not thread.is_alive or monotonic() - since > _LOST_S
+    def _may_send(self, channel: Channel, now: datetime, is_good: bool) -> bool:
+        """Return whether a channel is to be tried; only those for people are left alone after a failure."""
+        thread, since = self._at_work.get(channel.name, (None, 0.0))
+        if thread is not None and thread.is_alive and monotonic() - since <= _LOST_S:
+            return False
+        if isinstance(channel, HeartbeatChannel):
+            return is_good
+        return isinstance(channel, AlertmanagerChannel) or self._state.of(channel.name).may_try(now)
 
     def _deliver(self, name: str, parcels: Sequence[_Parcel]) -> None:
         """Send one after another, on the channel's own thread; the first that fails ends it."""
@@ -223,12 +224,16 @@ class AlertEngine:
             if error is not None:
                 return
 
-    def _drain(self, wait_s: float = 0.0) -> None:
-        """Note what channels have done; wait for the first of it."""
+    def _drain(self, wait_s: float = 0.0) -> int:
+        """Note what channels have done, and return how much that was; wait for the first of it."""
+        n_noted = 0
         with contextlib.suppress(queue.Empty):
             self._note(self._outcomes.get(timeout=wait_s) if wait_s else self._outcomes.get_nowait())
+            n_noted = 1
             while True:
                 self._note(self._outcomes.get_nowait())
+                n_noted += 1
+        return n_noted
 
     def _note(self, outcome: _Outcome) -> None:
         """Keep what one channel took, or that it failed, before anything else is done."""
