@@ -1,16 +1,19 @@
 """The real thing: Debian's Alertmanager takes our alerts, and both sides restart in between."""
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from alert_sink import Sink
+from test_inference import START, World
 
 from benchmarks.programs import free_port, wait_for
 from fleetcast.alerts.engine import AlertEngine, CheckFigures
@@ -18,6 +21,7 @@ from fleetcast.clock import SystemClock
 from fleetcast.settings import AlertSettings, RetrainingSettings, Settings
 
 pytestmark = pytest.mark.slow
+LEAK_BEGINS, LEAK_A_BIN = 200, 0.3  # windows of 8 h have settled by then; percent
 PROGRAM = "prometheus-alertmanager"
 CONFIGURATION = """
 route: {{receiver: people, group_wait: 0s, group_interval: 1s, repeat_interval: 4h}}
@@ -71,13 +75,12 @@ def active(url: str) -> list[dict[str, Any]]:
     return found
 
 
-def check(folder: Path, url: str, score: float) -> None:
+def check(folder: Path, url: str, score: float, daemon_url: str = "http://127.0.0.1:9") -> None:
     """Let a daemon that has just started make one check."""
+    rules = ("DriftHigh: drift_score > 0.15 warning", "LimitLikely: capacity_p > 0.5 warning", "DiskLow: off")
     settings = Settings(
-        alerts=AlertSettings(
-            rules=("DriftHigh: drift_score > 0.15 warning", "DiskLow: off"), alertmanager_urls=(url,)
-        ),
-        retraining=RetrainingSettings(daemon_url="http://127.0.0.1:9", interval_s=300.0),
+        alerts=AlertSettings(rules=rules, alertmanager_urls=(url,)),
+        retraining=RetrainingSettings(daemon_url=daemon_url, interval_s=300.0),
     )
     engine = AlertEngine(settings, folder, SystemClock())
     engine.note(CheckFigures(score, 0, 0))
@@ -112,3 +115,45 @@ def test_an_alert_outlives_restarts_of_both_sides_and_ends(tmp_path: Path) -> No
             assert active(url) == [], "the end is sent again, and stays one"
         firing = [request for request in people.requests if request.json["status"] == "firing"]
         assert len(firing) == 1, "the same alert after a restart is no second message"
+
+
+def test_a_leak_is_told_with_its_hour_before_it_fills_the_server_and_ends_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    world = World(tmp_path)
+    world.clock.advance(days=9)  # the host's: what is sent lies before it
+    world.start()
+
+    def send(number: int, leak: float) -> None:
+        calm = ((f"calm-{n}", number, 40.0 + (number * 7 + n * 13) % 9) for n in range(4))
+        assert world.post(("leak", number, leak), *calm).status_code == 200
+        world.service.cycle()
+
+    try:
+        with Sink() as people, alertmanager(tmp_path, free_port(), people) as url:
+            daemon_url = str(world.client.base_url)
+            for number in range(LEAK_BEGINS):
+                send(number, 30.0)
+            check(tmp_path, url, 0.1, daemon_url)
+            assert active(url) == []
+            number, full = LEAK_BEGINS, LEAK_BEGINS + int((90.0 - 30.0) / LEAK_A_BIN)
+            while not active(url) and number < full:
+                send(number, 30.0 + LEAK_A_BIN * (number - LEAK_BEGINS))
+                number += 1
+                if number % 4 == 0:
+                    check(tmp_path, url, 0.1, daemon_url)
+            (alert,) = active(url)
+            assert (alert["labels"]["server"], alert["labels"]["metric"]) == ("leak", "cpu_pct")
+            said = re.search(r"possible from (\S+)", alert["annotations"]["summary"])
+            assert said, alert
+            possible = (datetime.fromisoformat(said[1]) - START.to_pydatetime()) / timedelta(minutes=5)
+            assert number < possible <= full + 1, "it may come early, not late"
+            assert full - possible < 36, "by three hours at most"
+            for _ in range(12):
+                send(number, 30.0)
+                number += 1
+            check(tmp_path, url, 0.1, daemon_url)
+            wait_for("the end", lambda: active(url) == [], 30)
+    finally:
+        world.end()
