@@ -5,7 +5,9 @@
 Makes a Prometheus that scraped the fleet every minute (blocks by promtool, not measured), starts the real
 daemon, imports, and kills the import (SIGKILL) half-way; a second one goes on. Then the same records from one
 Parquet file and one CSV file, each into a daemon of its own. Memory is the largest resident size, read five
-times a second. `caught_up_s` is how long the daemon then takes until no closed bin waits.
+times a second. `of_steps` counts the bins of the fleet's month; those at its start that fall out of the
+window while the blocks are made are not asked for. `caught_up_s` is how long the daemon then takes until no
+closed bin waits.
 """
 
 import argparse
