@@ -53,6 +53,24 @@ def test_promtool_reads_every_query(tmp_path: Path) -> None:
     promtool("check", "rules", str(path))
 
 
+def test_promtool_reads_the_queries_of_the_page_and_they_ask_for_what_is_scraped(
+    tmp_path: Path, scrape: dict[str, list[Labels]]
+) -> None:
+    page = (DASHBOARD.parents[2] / "docs" / "dashboards.md").read_text(encoding="utf-8")
+    shown = [
+        line.partition("#")[0].strip() for line in page.splitlines() if re.match(r"[a-z(]* ?.*\{.*#", line)
+    ]
+    exprs = [line for line in shown if re.match(r"fleetcast_|max by", line)]
+    assert len(exprs) == 3
+    rules = [{"record": f"page:{number}", "expr": expr} for number, expr in enumerate(exprs)]
+    path = tmp_path / "page.yml"
+    path.write_text(yaml.safe_dump({"groups": [{"name": "page", "rules": rules}]}))
+    promtool("check", "rules", str(path))
+    for expr in exprs:
+        # the leads, metrics and quantiles of the page are the defaults; the tests' fleet settles one lead
+        assert [problem for problem in problems(expr, scrape) if "_due" not in problem] == []
+
+
 @every_query
 def test_every_metric_and_label_of_a_query_is_in_a_real_scrape(
     where: str, expr: str, scrape: dict[str, list[Labels]]
