@@ -9,6 +9,7 @@ import threading
 import types
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from email.message import Message
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -23,8 +24,8 @@ from told_daemon import Told
 from fleetcast.alerts.channels import EmailChannel
 from fleetcast.alerts.command import main
 from fleetcast.alerts.messages import Sender, trial_notice
-from fleetcast.alerts.state import ChannelState
-from fleetcast.clock import FakeClock
+from fleetcast.alerts.state import SILENCES_FILE, ChannelState, Silence, add_silence
+from fleetcast.clock import FakeClock, SystemClock
 from fleetcast.console.doctor import main as doctor
 from fleetcast.errors import ExitCode, NotDelivered, SettingsError
 from fleetcast.settings import AlertSettings
@@ -342,6 +343,31 @@ def test_a_test_reaches_channels_that_an_alertmanager_keeps_quiet(sink: Sink, te
     configure(alertmanager_urls=[sink.url], slack_url=sink.url)
     terminal.run("test")
     assert [request.path for request in sink.requests] == ["/api/v2/alerts", "/"]
+
+
+def test_the_page_shows_what_fires_who_takes_it_and_what_is_silent(
+    tmp_path: Path, sink: Sink, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    world = World(tmp_path).start()
+    try:
+        assert world.get("/ui/api/health")["alerts"] is None, "no channel is set"
+        own = Installation(tmp_path, told.url, slack_url=f"{sink.url}/topsecret")
+        own.check(0.2)
+        now = SystemClock().now()
+        silence = Silence("DriftHigh", now + timedelta(hours=1), "release", "anna", now)
+        shown = world.get("/ui/api/health")["alerts"]
+        add_silence(tmp_path / SILENCES_FILE, silence)
+        silent = world.get("/ui/api/health")["alerts"]
+        (tmp_path / "alerts.json").write_text("{")
+        assert world.get("/ui/api/health")["alerts"] is None, "the page goes on"
+    finally:
+        world.end()
+    (alert,) = shown["firing"]
+    assert (alert["rule"], alert["since"], alert["silent"]) == ("DriftHigh", "2026-01-15T10:05:00Z", False)
+    assert shown["channels"]["slack"]["told"] == 1
+    assert "topsecret" not in json.dumps(shown)
+    assert (silent["firing"][0]["silent"], silent["silences"][0]["why"]) == (True, "release")
 
 
 def test_the_doctor_names_a_channel_that_nothing_reaches(

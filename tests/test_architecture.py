@@ -31,7 +31,16 @@ ROWS: dict[str, set[str]] = {
     "drift.seasonal": {"forecast"},
     "drift": {"storage", "forecast", "drift.literal", "drift.seasonal"},
     "training": {"forecast", "forecast.experts", "drift", "drift.literal", "drift.seasonal", "storage"},
-    "serving": {"capacity", "forecast", "forecast.experts", "ingest", "prometheus", "promotion", "storage"},
+    "serving": {
+        "alerts",
+        "capacity",
+        "forecast",
+        "forecast.experts",
+        "ingest",
+        "prometheus",
+        "promotion",
+        "storage",
+    },
     "api": {"serving", "ingest", "prometheus", "promotion"},
     "retraining": {
         "alerts",

@@ -25,15 +25,15 @@ from fleetcast.alerts.channels import (
     message_channels,
 )
 from fleetcast.alerts.messages import Sender, end, trial_notice
-from fleetcast.alerts.rules import Rule, parse_rules
+from fleetcast.alerts.rules import parse_rules
 from fleetcast.alerts.state import (
     ALERTS_FILE,
     SILENCES_FILE,
-    AlertState,
     Silence,
     add_silence,
     load_state,
     read_silences,
+    report,
 )
 from fleetcast.clock import SystemClock, iso_z
 from fleetcast.console.daemon import ago, table, tell
@@ -75,49 +75,9 @@ def _tell_list(options: argparse.Namespace) -> int:
         hint = "run it in the retraining daemon's folder; alerts are off while no channel is set"
         raise CannotLook(f"no {ALERTS_FILE} here", hint=hint)
     state = load_state(path)
-    shown = _document(state, silences, parse_rules(own.rules), now)
+    shown = {**report(state, silences, now), "rules": [rule.name for rule in parse_rules(own.rules)]}
     tell(_screen(shown, now), shown if options.json else None)
     return ExitCode.FAILED if any(not item["silent"] for item in shown["firing"]) else ExitCode.OK
-
-
-def _document(
-    state: AlertState, silences: Sequence[Silence], rules: Sequence[Rule], now: datetime
-) -> dict[str, Any]:
-    """Return what `list --json` prints."""
-    firing = [
-        {
-            "rule": alert.rule,
-            "severity": alert.severity,
-            "labels": dict(alert.labels),
-            "about": alert.subject,
-            "since": iso_z(alert.fired_at or alert.since),
-            "sentence": alert.sentence,
-            "silent": any(silence.covers(alert, now) for silence in silences),
-        }
-        for alert in state.alerts
-        if alert.is_firing
-    ]
-    channels = {
-        name: {
-            "last_ok": iso_z(channel.last_ok) if channel.last_ok else None,
-            "failures": channel.failures,
-            "last_error": channel.last_error,
-            "told": len(channel.told),
-        }
-        for name, channel in state.channels.items()
-    }
-    standing = [
-        {
-            "rule": item.rule,
-            "server": item.server,
-            "until": iso_z(item.until),
-            "by": item.by,
-            "why": item.reason,
-        }
-        for item in silences
-    ]
-    names = [rule.name for rule in rules]
-    return {"firing": firing, "channels": channels, "silences": standing, "rules": names}
 
 
 def _screen(shown: dict[str, Any], now: datetime) -> Iterator[str]:

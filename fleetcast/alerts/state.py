@@ -13,7 +13,7 @@ row), `next_try`, `last_error`. Times are UTC.
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -241,3 +241,40 @@ def _silence(raw: Mapping[str, Any]) -> Silence | None:
         return Silence(rule, until, reason, by, since, server)
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def report(state: AlertState, silences: Sequence[Silence], now: datetime) -> dict[str, Any]:
+    """Return what people are shown: what fires, how the channels are, what is silent."""
+    firing = [
+        {
+            "rule": alert.rule,
+            "severity": alert.severity,
+            "labels": dict(alert.labels),
+            "about": alert.subject,
+            "since": iso_z(alert.fired_at or alert.since),
+            "sentence": alert.sentence,
+            "silent": any(silence.covers(alert, now) for silence in silences),
+        }
+        for alert in state.alerts
+        if alert.is_firing
+    ]
+    channels = {
+        name: {
+            "last_ok": iso_z(channel.last_ok) if channel.last_ok else None,
+            "failures": channel.failures,
+            "last_error": channel.last_error,
+            "told": len(channel.told),
+        }
+        for name, channel in state.channels.items()
+    }
+    standing = [
+        {
+            "rule": item.rule,
+            "server": item.server,
+            "until": iso_z(item.until),
+            "by": item.by,
+            "why": item.reason,
+        }
+        for item in silences
+    ]
+    return {"firing": firing, "channels": channels, "silences": standing}

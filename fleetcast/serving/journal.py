@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from fleetcast.alerts.state import ALERTS_FILE, SILENCES_FILE, load_state, read_silences, report
 from fleetcast.clock import iso_z, parse_plain_utc
 from fleetcast.errors import CorruptFile
 from fleetcast.files import read_json, read_json_lines
@@ -53,6 +54,7 @@ class Journal:
         """Read what lies in the working directory, which both daemons share, or in another folder."""
         self._drift, self._state = folder / DRIFT_FILE, folder / STATE_FILE
         self._decisions = folder / DECISIONS_FILE
+        self._alerts, self._silences = folder / ALERTS_FILE, folder / SILENCES_FILE
         self._read: dict[str, tuple[_Stamp, Any]] = {}
 
     def newest_check(self) -> Document:
@@ -97,6 +99,19 @@ class Journal:
         """Return what changes whenever a training began or ended."""
         newest = (_dicts(self._document(self._state).get("attempts")) or [{}])[0]
         return f"{newest['id']} {newest.get('outcome')}" if "id" in newest else None
+
+    def alerts(self, now: datetime) -> Document | None:
+        """Return what fires, the channels and the silences; None where no alerts are sent.
+
+        Args:
+            now: by the host's clock, as the retraining daemon's alerts are.
+        """
+        if not self._alerts.exists():
+            return None
+        try:
+            return report(load_state(self._alerts), read_silences(self._silences, now), now)
+        except (OSError, CorruptFile):
+            return None
 
     def complaints(self) -> list[str]:
         """Return sentences about trainings that failed last, and about sensors that look broken."""

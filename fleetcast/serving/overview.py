@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetcast.clock import HOUR_MS, from_ms, iso_z
+from fleetcast.clock import HOUR_MS, SystemClock, from_ms, iso_z
 from fleetcast.errors import FleetcastError
 from fleetcast.forecast.encoding import is_percent
 from fleetcast.schema import Floats
@@ -154,8 +154,9 @@ class Overview:
         return self._journal.trainings()
 
     def health(self) -> dict[str, Any]:
-        """Return the summary of `/status` with the problems in words."""
-        return {"problems": self.problems(), "status": self._report.status()}
+        """Return the summary of `/status` with the problems in words, and what fires."""
+        alerts = self._journal.alerts(SystemClock().now())
+        return {"problems": self.problems(), "alerts": alerts, "status": self._report.status()}
 
     def problems(self) -> list[dict[str, str]]:
         """Return what an operator has to know, worst first."""

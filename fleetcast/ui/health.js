@@ -3,11 +3,14 @@
 import { get } from "./ask.js";
 import { count, facts, fill, moment, number, of } from "./text.js";
 
+const MOST_ALERTS = 50;
+
 export function health(view, title) {
   title.textContent = "Health";
   const problems = of("section", { class: "card", "aria-label": "Problems" });
+  const alerts = of("section", { class: "card", "aria-label": "Alerts" });
   const parts = of("div", { class: "grid" });
-  view.replaceChildren(of("div", { class: "head" }, title), problems, parts);
+  view.replaceChildren(of("div", { class: "head" }, title), problems, alerts, parts);
   return {
     refreshEvery: 15000,
     async refresh() {
@@ -15,11 +18,30 @@ export function health(view, title) {
       fill(problems, of("h2", {}, found.problems.length ? "Problems" : "No problems"),
         found.problems.length ? of("ul", { class: "log" }, found.problems.map((problem) => of("li", {}, of("span", { class: `shape ${problem.severity}`, "aria-hidden": "true" }, problem.severity === "error" ? "■" : "▲"), of("span", { class: "hidden" }, `${problem.severity}: `), problem.text)))
           : of("p", { class: "muted" }, "The daemon takes records, closes bins and forecasts."));
+      fill(alerts, ...alertsOf(found.alerts));
       fill(parts, [
         ["The daemon", daemonOf(status)], ["Forecasts", forecastsOf(status)], ["The buffer", bufferOf(status.buffer)],
       ].map(([word, pairs]) => of("section", { class: "card" }, of("h2", {}, word), facts(pairs))));
     },
   };
+}
+
+function alertsOf(alerts) {
+  if (!alerts) return [of("h2", {}, "Alerts"), of("p", { class: "muted" }, "None are sent: no channel is set, or the retraining daemon works in another folder.")];
+  const { firing, channels, silences } = alerts;
+  const items = firing.slice(0, MOST_ALERTS).map(({ rule, severity, about, since, sentence, silent }) => of("li", {},
+    of("span", { class: `shape ${severity === "critical" ? "error" : "warning"}`, "aria-hidden": "true" }, severity === "critical" ? "■" : "▲"),
+    of("span", { class: "hidden" }, `${severity}: `), of("strong", {}, rule), `${about ? ` ${about}` : ""}: ${sentence}, since `, moment(since), silent ? " (silent)" : ""));
+  const quiet = silences.map(({ rule, server, until, by, why }) => of("li", {}, `Silent: ${rule}${server ? ` of ${server}` : ""} until `, moment(until), ` by ${by}: ${why}`));
+  const told = Object.entries(channels).map(([name, { last_ok: at, failures, last_error: error }]) => [
+    name, failures ? `takes nothing, ${failures} times in a row: ${error}` : at ? ["took a message ", moment(at)] : "nothing was sent yet",
+  ]);
+  return [
+    of("h2", {}, firing.length === 1 ? "1 alert fires" : firing.length ? `${count(firing.length)} alerts fire` : "No alert fires"),
+    items.length + quiet.length ? of("ul", { class: "log" }, [...items, ...quiet]) : "",
+    firing.length > MOST_ALERTS && of("p", { class: "muted" }, `${count(firing.length - MOST_ALERTS)} more: fleetcast alerts list`),
+    facts(told),
+  ];
 }
 
 function daemonOf(status) {

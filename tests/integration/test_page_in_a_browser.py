@@ -59,6 +59,17 @@ def leave_drift_files(folder: Path, server: str) -> None:
         "why": "loss is 1.2 of the champion's",
     }  # fmt: skip
     write_json(folder / "retraining_state.json", {"attempts": [attempt], "total_trainings": 0})
+    sentence = "it passes 90 % within the horizon with a probability of 0.83 (> 0.5)"
+    times = {"since": iso_z(start), "seen_at": iso_z(start), "fired_at": iso_z(start), "ended_at": None}
+    alert = {
+        "rule": "LimitLikely", "severity": "warning", "state": "firing", "sentence": sentence, **times,
+        "labels": {"server": HOSTILE, "metric": "cpu_pct"},
+    }  # fmt: skip
+    slack = {
+        "told": {}, "sent": [], "last_ok": None, "failures": 3, "next_try": None,
+        "last_error": "HTTP 403: no_team",
+    }  # fmt: skip
+    write_json(folder / "alerts.json", {"format": 1, "alerts": [alert], "channels": {"slack": slack}})
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +198,7 @@ def test_sorting_keeps_the_focus_and_is_told_to_a_screen_reader(
     [
         ("drift", ("Prediction error", "has left its usual values", "over the limit")),
         ("trainings", ("Did not go into service", "loss is 1.2")),
-        ("health", ("The daemon", "Forecasts settled")),
+        ("health", ("The daemon", "Forecasts settled", f"LimitLikely {HOSTILE} cpu_pct", "3 times in a row")),
     ],
 )
 def test_the_other_pages_say_what_they_are_for(
