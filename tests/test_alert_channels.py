@@ -1,9 +1,13 @@
 """Channels that keep incidents, send mail or only beat, and what people type about alerts."""
 
+import base64
 import email
 import json
 import logging
+import shutil
 import socketserver
+import ssl
+import subprocess
 import sys
 import threading
 import types
@@ -47,18 +51,42 @@ def told() -> Iterator[Told]:
 
 
 class Mailbox:
-    """A server of SMTP that takes every message; it knows no encryption."""
+    """A server of SMTP that takes every message; without a certificate it knows no encryption."""
 
-    def __init__(self, refuse: bytes = b"") -> None:
+    def __init__(self, refuse: bytes = b"", certificate: Path | None = None) -> None:
         self.messages: list[Message] = []
         self.to: list[str] = []
+        self.logins: list[bytes] = []
         mailbox = self
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        if certificate:
+            context.load_cert_chain(certificate)
 
         class Handler(socketserver.StreamRequestHandler):
+            def finish(self) -> None:
+                super().finish()
+                self.connection.close()
+
             def handle(self) -> None:
                 self.wfile.write(b"220 ready\r\n")
                 while line := self.rfile.readline():
                     verb = line.split()[0].upper()
+                    if verb == b"EHLO" and certificate:
+                        self.wfile.write(b"250-here\r\n250-STARTTLS\r\n250 AUTH PLAIN\r\n")
+                        continue
+                    if verb == b"STARTTLS":
+                        self.wfile.write(b"220 go on\r\n")
+                        try:
+                            self.connection = context.wrap_socket(self.connection, server_side=True)
+                        except OSError:  # the other side does not trust us
+                            return
+                        self.rfile = self.connection.makefile("rb")
+                        self.wfile = self.connection.makefile("wb", buffering=0)
+                        continue
+                    if verb == b"AUTH":
+                        mailbox.logins.append(base64.b64decode(line.split()[2]))
+                        self.wfile.write(b"235 welcome\r\n")
+                        continue
                     if verb == b"QUIT":
                         self.wfile.write(b"221 bye\r\n")
                         return
@@ -176,6 +204,39 @@ def test_mail_does_not_go_out_in_the_clear_where_encryption_is_asked_for() -> No
         with pytest.raises(NotDelivered, match="SMTPNotSupportedError"):
             mail(smtp_port=mailbox.port).send(trial_notice(FakeClock().now()))
         assert mailbox.messages == []
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a file with a key and a certificate for 127.0.0.1 that no one else trusts."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl not installed")
+    path = tmp_path_factory.mktemp("mail") / "mail.pem"
+    made = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=127.0.0.1"
+    names = ("-addext", "subjectAltName=IP:127.0.0.1", "-keyout", path, "-out", f"{path}.crt")
+    subprocess.run(["openssl", *made.split(), *names], check=True, capture_output=True, timeout=60)
+    path.write_text(path.read_text() + Path(f"{path}.crt").read_text())
+    return path
+
+
+def test_mail_is_encrypted_before_the_password_is_sent(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", f"{certificate}.crt")
+    with Mailbox(certificate=certificate) as mailbox:
+        channel = mail(smtp_port=mailbox.port, smtp_user="fleetcast", smtp_password="topsecret")
+        assert channel.send(trial_notice(FakeClock().now())) == "taken by 127.0.0.1"
+    assert mailbox.logins == [b"\0fleetcast\0topsecret"]
+    assert len(mailbox.messages) == 1
+
+
+def test_a_mail_server_that_is_not_trusted_gets_neither_password_nor_message(certificate: Path) -> None:
+    with Mailbox(certificate=certificate) as mailbox:
+        channel = mail(smtp_port=mailbox.port, smtp_user="fleetcast", smtp_password="topsecret")
+        with pytest.raises(NotDelivered, match="SSLCertVerificationError") as caught:
+            channel.send(trial_notice(FakeClock().now()))
+    assert "topsecret" not in str(caught.value)
+    assert (mailbox.logins, mailbox.messages) == ([], [])
 
 
 def test_a_mail_server_that_refuses_is_named_by_its_cause() -> None:
