@@ -23,9 +23,9 @@ from rhythm_fleet import (
     usual_reference,
 )
 
-from fleetcast.drift.seasonal.detector import DriftVerdict, SeasonalDetector
+from fleetcast.drift.seasonal.detector import NEAR, DriftVerdict, SeasonalDetector
 from fleetcast.drift.seasonal.quorum import QuorumRule, family_ratios
-from fleetcast.drift.seasonal.reference import Reference
+from fleetcast.drift.seasonal.reference import Reference, ReferenceOptions
 from fleetcast.drift.seasonal.season import ABSENT, innovations, moves, traits
 from fleetcast.drift.seasonal.statistics import BinCodes, statistics, sums_over
 from fleetcast.errors import BadData
@@ -169,6 +169,34 @@ def test_sensors_that_stop_moving_are_events_and_no_drift() -> None:
     assert {(event.kind, event.metric) for event in verdict.events} == {("frozen", "cpu_pct")}
     assert not verdict.drifting and not verdict.needs_retraining
     assert verdict.not_compared == {"sensor stands still": len(SERVERS)}
+
+
+def test_a_setting_of_more_days_is_why_a_younger_reference_does_not_judge() -> None:
+    young = fitted(made_grid()[:, :, : 7 * DAY], ReferenceOptions(min_days=10))
+
+    verdict = SeasonalDetector(young, min_days=10).check()
+
+    assert verdict.not_compared == {"too few days in the reference": len(SERVERS) * len(METRICS)}
+    assert verdict.enough_days is not None
+    assert verdict.enough_days.last_ms == START_MS + 10 * DAY * BIN_MS
+
+
+def test_a_series_near_its_limit_is_found_with_its_change_and_changes_nothing() -> None:
+    # Given three servers far off, and one series that moved half as far at the same time
+    grid = changed_grid(slice(0, 3))
+    grid[3, 0, CHANGE:] += 6
+    drift = following(grid)
+    before = essence(drift.check())
+
+    (found,) = drift.near(10)
+
+    assert (found.server_name, found.metric) == (SERVERS[3], METRICS[0])
+    assert NEAR <= found.ratio <= 1
+    assert abs(found.changed_ms - (START_MS + CHANGE * BIN_MS)) <= 3 * BIN_MS
+    assert drift.near(0) == ()
+    grid[:3] = made_grid()[:3, :, : grid.shape[2]]
+    assert following(grid).near(10) == (), "nothing else is off in that way"
+    assert essence(drift.check()) == before
 
 
 def test_nothing_is_judged_before_a_window_is_filled() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from benchmarks.drift import made_fleets
 from benchmarks.drift.drift_quality import main
 from benchmarks.drift.parts.data import DAY, RecordedFleet, bin_grid, halves, load_fleet
 from benchmarks.drift.parts.fleets import REST_BINS, trainings
@@ -247,3 +248,24 @@ def test_ranks_run_from_0_to_1_and_equal_values_share_theirs() -> None:
     assert ranks(np.array([5.0, np.nan, 1.0, 5.0, 2.0])).tolist() == pytest.approx(
         [0.875, np.nan, 0.25, 0.875, 0.5], nan_ok=True
     )
+
+
+def test_a_made_fleet_is_quiet_and_a_change_of_a_third_is_found_and_named(
+    recorded: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, stable, _ = recorded
+    monkeypatch.setattr(made_fleets, "DRAWS", 5)
+    monkeypatch.setattr(made_fleets, "QUIET_DRAWS", 2)
+    pool = made_fleets.gather(load_fleet(data, stable, None, "all"), 21, 14)
+
+    generator = np.random.default_rng(1)
+    quiet = made_fleets.quiet_figures(pool, 10, generator)
+    found = made_fleets.change_figures(pool, "level", 0.3, 10, generator)
+
+    assert quiet["checks_in_alarm_pct"] == 0
+    assert found["hit_pct"] == 100 and found["median_delay_h"] < 12
+    nearest, widest = (found["named_pct"][margin] for margin in ("1.0", "0.6"))
+    assert 50 < nearest["changed"] <= widest["changed"] and nearest["unchanged"] <= widest["unchanged"] < 50
+    assert made_fleets.change_figures(made_fleets.Pool(stretches=[{}]), "level", 0.3, 10, generator) == {
+        "n": 0
+    }

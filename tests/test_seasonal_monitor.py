@@ -16,8 +16,10 @@ from drift_monitor import DriftMonitor
 from fleetcast.clock import DAY_MS, FakeClock
 from fleetcast.drift.report import DriftReport
 from fleetcast.drift.seasonal.reference import Reference
-from fleetcast.retraining.order import known_changes
-from fleetcast.schema import ChangedSeries, SettledForecasts
+from fleetcast.retraining.decision import DRIFT, Decision
+from fleetcast.retraining.order import known_changes, training_context
+from fleetcast.retraining.report import NOTHING, RetrainingCheck
+from fleetcast.schema import ChangedSeries, QuietVerdict, SettledForecasts
 from fleetcast.settings import DriftSettings
 from fleetcast.training.grid import TrainingGrid
 from fleetcast.training.verdict import training_reference
@@ -212,6 +214,31 @@ def test_the_order_of_servers_and_metrics_does_not_change_the_verdict(
     one = verdict_of(tmp_path / "a", RowStore(rows))
     assert verdict_of(tmp_path / "b", RowStore(shuffled)) == one
     assert one[0] is is_changed
+
+
+@pytest.mark.parametrize("n_changed", [0, 3])
+def test_a_training_is_told_what_is_near_an_alarm_only_while_the_fleet_drifts(
+    tmp_path: Path, n_changed: int
+) -> None:
+    # Given a series that moved half as far as an alarm needs, and servers that changed far more, or none
+    grid = made_grid()
+    grid[:n_changed, :, CHANGE:] += 12
+    grid[3, 0, CHANGE:] += 6
+    source = source_of(tmp_path, store_of(grid, CHANGE + DAY // 3))
+    evidence = source.evidence(VERSION)
+    monitor = DriftMonitor(settings=DriftSettings(), clock=FakeClock())
+    monitor.observe(evidence)
+    quiet, decision = QuietVerdict(True, ""), Decision(True, DRIFT, "", ())
+    check = RetrainingCheck(FakeClock().now(), monitor.report(), quiet, decision, "", NOTHING)
+
+    named = training_context(check, evidence, source)["drifting"]
+
+    near = [item for item in named if not item["is_drifting"]]
+    assert {item["server"] for item in named if item["is_drifting"]} == set(SERVERS[:n_changed])
+    assert [(item["server"], item["in_alarm_since"]) for item in near] == [(SERVERS[3], None)] * bool(
+        n_changed
+    )
+    assert all(item["changed_ms"] and item["score"] <= 1 for item in near)
 
 
 def fitted_backwards() -> Reference:

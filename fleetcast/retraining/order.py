@@ -2,8 +2,8 @@
 
 Owns: when a fleet has data enough for its first training, which stretch of the buffer is exported
 (`--export`, a process of its own), the trainer's command line, and `training_context.json`: the
-drifting series with the time each changed. Does not know: when to train, processes, what a trainer
-does with the list.
+drifting series, and those near it, with the time each changed. Does not know: when to train,
+processes, what a trainer does with the list.
 """
 
 import sys
@@ -198,8 +198,17 @@ def _drifting(
     evidence: DriftEvidence, source: DriftSource, report: DriftReport
 ) -> Sequence[Mapping[str, Any]]:
     if report.basis == CALIBRATED:
-        return [drifting_json(item) for item in report.drifting[:MOST_SERIES]]
+        named = [drifting_json(item) for item in report.drifting[:MOST_SERIES]]
+        return [*named, *_near(evidence, report, MOST_SERIES - len(named))]
     return _by_baseline(evidence, evidence.baseline, source) if evidence.baseline else []
+
+
+def _near(evidence: DriftEvidence, report: DriftReport, most: int) -> list[Mapping[str, Any]]:
+    """Return the series near an alarm while the fleet drifts: what changed them is not quite seen yet."""
+    if evidence.detector is None or not report.needs_retraining:
+        return []
+    not_yet = {"is_drifting": False, "in_alarm_since": None}
+    return [{**drifting_json(item), **not_yet} for item in evidence.detector.near(most)]
 
 
 def _by_baseline(

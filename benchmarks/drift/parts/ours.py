@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from benchmarks.drift.parts.data import BIN_MS, DAY, RecordedFleet
 from benchmarks.drift.parts.rules import STEP
-from fleetcast.drift.seasonal.quorum import QuorumRule, family_ratios, running_minimum
+from fleetcast.drift.seasonal.quorum import QuorumRule, by_family, limit_ratios, running_minimum
 from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.drift.seasonal.season import ABSENT, innovations, moves, traits
 from fleetcast.drift.seasonal.sensors import SensorWatch
@@ -61,7 +61,14 @@ def fitted_block(fleet: RecordedFleet, first: int, days: int, test_days: int) ->
 
 
 def series_ratios(reference: Reference, rows: NDArray[np.int64], values: Floats32, start_ms: int) -> Floats32:
-    """Return (family, series, check) ratios before they are held; the first check ends at bin DAY.
+    """Return (family, series, check) ratios before they are held; the first check ends at bin DAY."""
+    return by_family(statistic_ratios(reference, rows, values, start_ms))
+
+
+def statistic_ratios(
+    reference: Reference, rows: NDArray[np.int64], values: Floats32, start_ms: int
+) -> Floats32:
+    """Return (statistic, series, check) ratios before they are held; the first check ends at bin DAY.
 
     Args:
         values: (series, bin) of those rows, from `start_ms`.
@@ -76,7 +83,7 @@ def series_ratios(reference: Reference, rows: NDArray[np.int64], values: Floats3
     coded = (codes, books.innovations.codes(novel), np.full_like(codes, ABSENT))
     kept = BinCodes(*coded, own, moves(own.scores, unknown), bins % clock.bins_per_day)
     found = statistics(sums_over(kept, STEP, SHORT, DAY), books, SHORT, DAY)
-    return family_ratios(found, reference.limits[rows])
+    return limit_ratios(found, reference.limits[rows])
 
 
 def held(ratios: Floats32) -> Floats32:

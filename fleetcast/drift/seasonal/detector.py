@@ -56,6 +56,8 @@ from fleetcast.schema import Floats, Floats32, Longs
 COLLECTING, READY = "collecting", "ready"
 TOO_FEW_DAYS = "too few days in the reference"
 _NEVER = -1
+# Of its limit. While a fleet drifts, most series this near one have changed (docs/decisions/drift-fleets.md).
+NEAR = 0.8
 _BY_SIZE = tuple(INDEX[name] for name in ("wider_24h", "calmer_24h"))
 _BY_MOVES = tuple(INDEX[name] for name in ("innovation_3h", "restless_24h", "rougher_24h", "smoother_24h"))
 
@@ -259,10 +261,16 @@ class SeasonalDetector:
         begins = alarms & (self._since == _NEVER)
         self._since[begins] = self._end_ms - self._hold * self.reference.bin_ms
         for series in np.flatnonzero(begins):
-            own = (self._statistics[:, series], self.reference.limits[series], held[:, series])
-            split = change_bin(self._sums, int(series), worst_statistic(*own))
-            self._changed[series] = self._end_ms - split * self.reference.bin_ms
+            self._changed[series] = self._change_ms(int(series), held)
         self._since[~alarms] = self._changed[~alarms] = _NEVER
+
+    def _change_ms(self, series: int, held: Floats32) -> int:
+        split = change_bin(self._sums, series, self._worst_statistic(series, held))
+        return (self._end_ms or 0) - split * self.reference.bin_ms
+
+    def _worst_statistic(self, series: int, held: Floats32) -> int:
+        own = (self._statistics[:, series], self.reference.limits[series], held[:, series])
+        return worst_statistic(*own)
 
     def held_ratios(self) -> Floats32:
         """Return (family, series): the smallest ratio of the last `hold_h`."""
@@ -313,7 +321,7 @@ class SeasonalDetector:
             alarm_share=float(alarms.sum() / max(n_judged, 1)),
             sustained_share=float((sustained >= self.rule.sustained_share).sum() / max(n_judged, 1)),
             n_compared=n_judged,
-            drifting=self._drifting(held, alarms),
+            drifting=self._describe(held, np.flatnonzero(alarms), self._since, self._changed),
             not_compared=why_not_compared(self, judged, self._watch),
             events=self._watch.events(
                 reference.server_names, reference.metrics, self._end_ms or 0, reference.bin_ms
@@ -323,15 +331,38 @@ class SeasonalDetector:
             min_days=self.min_days,
         )
 
-    def _drifting(self, held: Floats32, alarms: NDArray[np.bool_]) -> tuple[DriftingSeries, ...]:
+    def near(self, most: int) -> tuple[DriftingSeries, ...]:
+        """Return the series that are near an alarm without being in one, worst first; changes nothing.
+
+        Near are those from `NEAR` of their limit on, by a statistic that also carries an alarm: what
+        many series do is likelier to be a change than what one does. `since_ms` is the newest bin's end.
+
+        Args:
+            most: series at most.
+        """
+        held = self.held_ratios()
+        worst = held.max(axis=0)
+        carriers = {self._worst_statistic(int(series), held) for series in np.flatnonzero(worst > 1)}
+        order = np.argsort(-worst, kind="stable")
+        close = [int(series) for series in order if NEAR <= worst[series] <= 1]
+        chosen = np.array([s for s in close if self._worst_statistic(s, held) in carriers][:most], np.int64)
+        since = np.full(len(worst), self._end_ms or 0, np.int64)
+        changed = self._changed.copy()
+        for series in chosen:
+            changed[series] = self._change_ms(int(series), held)
+        return self._describe(held, chosen, since, changed)
+
+    def _describe(
+        self, held: Floats32, chosen: Longs, since: Longs, changed: Longs
+    ) -> tuple[DriftingSeries, ...]:
+        """Say of some series what the newest hours of them say, worst first."""
         found = []
         worst = held.max(axis=0)
         order = np.arange(max(0, self._n_bins - self._short), self._n_bins) % self._short
         newest = self._recent[order]
-        usual, actual = newest_levels(self.reference, newest, self._end_ms or 0, np.flatnonzero(alarms))
-        for place, series in enumerate(np.flatnonzero(alarms)):
-            own = (self._statistics[:, series], self.reference.limits[series], held[:, series])
-            statistic = STATISTICS[worst_statistic(*own)]
+        usual, actual = newest_levels(self.reference, newest, self._end_ms or 0, chosen)
+        for place, series in enumerate(chosen):
+            statistic = STATISTICS[self._worst_statistic(int(series), held)]
             row, column = divmod(int(series), len(self.reference.metrics))
             found.append(
                 DriftingSeries(
@@ -341,8 +372,8 @@ class SeasonalDetector:
                     statistic=statistic.name,
                     says=statistic.says,
                     ratio=float(worst[series]),
-                    since_ms=int(self._since[series]),
-                    changed_ms=int(self._changed[series]),
+                    since_ms=int(since[series]),
+                    changed_ms=int(changed[series]),
                     usual=float(usual[place]),
                     actual=float(actual[place]),
                 )
@@ -375,8 +406,8 @@ def change_bin(sums: RunningSums, series: int, statistic: int) -> int:
         ring = sums.innovations
     elif statistic == INDEX["error_3h"]:
         ring = sums.errors
-    newest = sums.newest(ring, sums.long)[:, series].astype(np.float64)
-    known = sums.newest(sums.values, sums.long)[:, series] != ABSENT
+    newest = sums.newest(ring[:, series], sums.long).astype(np.float64)
+    known = sums.newest(sums.values[:, series], sums.long) != ABSENT
     if ring.dtype == np.uint8:
         known &= newest != ABSENT
     places = np.flatnonzero(known)

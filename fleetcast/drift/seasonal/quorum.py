@@ -64,7 +64,12 @@ class QuorumRule:
 
 
 def family_ratios(statistics: Floats32, limits: Floats32) -> Floats32:
-    """Return (family, series, ...): the largest statistic over its limit, of each family.
+    """Return (family, series, ...): the largest statistic over its limit, of each family."""
+    return by_family(limit_ratios(statistics, limits))
+
+
+def limit_ratios(statistics: Floats32, limits: Floats32) -> Floats32:
+    """Return (statistic, series, ...): each over its limit, those of a day as far as they are supported.
 
     Args:
         statistics: (statistic, series, ...), NaN = not judged.
@@ -75,6 +80,11 @@ def family_ratios(statistics: Floats32, limits: Floats32) -> Floats32:
         ratios = np.maximum(np.nan_to_num(statistics / bounds, nan=0.0, posinf=0.0, neginf=0.0), 0)
     support = ratios[IS_SHORT].max(axis=0) / SUPPORT
     ratios[NEEDS_SUPPORT] = np.minimum(ratios[NEEDS_SUPPORT], support)
+    return np.asarray(ratios, np.float32)
+
+
+def by_family(ratios: Floats32) -> Floats32:
+    """Return (family, ...): the largest ratio of each family, of (statistic, ...)."""
     return np.stack([ratios[family == FAMILY_OF].max(axis=0) for family in range(len(FAMILIES))])
 
 
