@@ -172,12 +172,15 @@ def test_a_young_series_borrows_what_the_fleet_learned() -> None:
     assert shares[EXPERTS.index("far")] > 0.9
 
 
-def test_evidence_of_rules_survives_a_new_model() -> None:
-    mixture = Mixture(PERCENT)
+def test_a_mixture_takes_over_what_another_one_knows_of_the_model_and_nothing_else() -> None:
+    mixture, other = Mixture(PERCENT), Mixture(PERCENT)
     for _ in range(60):
         mixture.learn(0, ROW, told(near=70.0, last=50.0), np.array([[70.0]], np.float32), HOME)
-    mixture.doubt_model()
-    assert mixture.shares(ROW, np.array([[True]]), HOME)[0, 0, 0, EXPERTS.index("near")] > 0.95
+        other.learn(0, ROW, told(model=70.0, near=60.0, last=50.0), np.array([[70.0]], np.float32), HOME)
+    mixture.take_model_evidence(ROW, other, ROW)
+    shares = mixture.shares(ROW, np.array([[True]]), HOME)[0, 0, 0]
+    assert shares[EXPERTS.index("model")] > 0.3
+    assert shares[EXPERTS.index("near")] > 0.3
 
 
 def test_a_trend_is_believed_until_such_moves_did_not_come_true() -> None:

@@ -30,12 +30,10 @@ def model(fleet: ReplayFleet) -> np.ndarray:
 def test_a_replay_at_three_horizons_serves_what_the_layer_serves_at_all_of_them() -> None:
     fleet = scene()
     quantiles = model(fleet)
-    replayed = serve(fleet, SceneRules.compute(fleet), quantiles, [BEGIN + 20])
+    replayed = serve(fleet, SceneRules.compute(fleet), quantiles)
     layer, rows = ExpertLayer(np.array([True, False]), HORIZONS), np.arange(2)
     for origin in range(HISTORY_BINS, N_BINS):
         layer.settle(origin, rows, fleet.grid.values[:, :, origin])
-        if origin == BEGIN + 20:
-            layer.change_model()
         history = fleet.grid.values[:, :, origin - HISTORY_BINS + 1 : origin + 1]
         said = np.full((2, 2, 96, 3), np.nan, np.float32)
         if origin >= BEGIN:

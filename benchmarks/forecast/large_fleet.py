@@ -1,12 +1,13 @@
 """The real daemon with 10,000 servers: sweeps, memory, the feed beside them, hot reloads.
 
-    .venv/bin/python -m benchmarks.forecast.large_fleet [--servers 10000] [--bins 3]
+    .venv/bin/python -m benchmarks.forecast.large_fleet [--servers 10000] [--bins 3] [--shadow]
 
 One daemon, the real network (random weights, hidden 32), fed over loopback: `--history` bins of
 one record per server fast (their sweeps overtake each other, as after an outage), then bins one by
 one, each forecast before the next one closes. A second connection sends 20 records every 50 ms all
 the while and notes how long each answer takes. At the end `/predictions/current` is read whole,
-twice, and models are replaced while sweeps go on.
+twice, and models are replaced while sweeps go on. With `--shadow` the model was switched before the
+measured sweeps, so that the one before is compared with it (the bake), on as many servers as by default.
 """
 
 import argparse
@@ -24,9 +25,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ingest.feed_latency import Fleet, Repeating, probe, promote
+from benchmarks.ingest.feed_latency import Fleet, Repeating, probe, promote, store
 from benchmarks.programs import InferenceDaemon, wait_for
 from benchmarks.results_file import write_results
+from fleetcast.forecast.registry import Registry
+from fleetcast.promotion.desk import Desk
 
 RELOADS = 3
 _POST_SERVERS = 2000
@@ -38,16 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--servers", type=int, default=10_000)
     parser.add_argument("--history", type=int, default=14, help="bins sent before (a model needs 12)")
     parser.add_argument("--bins", type=int, default=3, help="bins swept one by one")
+    parser.add_argument("--shadow", action="store_true", help="with the model before beside the new one")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        figures = run(Path(folder), options.servers, options.history, options.bins)
+        figures = run(Path(folder), options.servers, options.history, options.bins, shadow=options.shadow)
     for name, value in figures.items():
         print(f"{name:32s} {value}")
-    print(write_results("large_fleet", figures))
+    print(write_results("large_fleet_shadow" if options.shadow else "large_fleet", figures))
     return 0
 
 
-def run(folder: Path, n_servers: int, n_history: int, n_bins: int) -> dict[str, Any]:
+def run(folder: Path, n_servers: int, n_history: int, n_bins: int, *, shadow: bool) -> dict[str, Any]:
     """Return the figures of one daemon."""
     promote(folder, 0)
     with InferenceDaemon(folder) as daemon:
@@ -57,6 +61,8 @@ def run(folder: Path, n_servers: int, n_history: int, n_bins: int) -> dict[str, 
         for _ in range(n_history):
             fleet.send_a_bin()
         wait_for("the backlog", lambda: daemon.status()["backlog"] == 0, 300)
+        if shadow:
+            _begin_bake(daemon, folder)
         sweeps: list[dict[str, float]] = []
         latencies_ms: list[float] = []
         prober = threading.Thread(target=_probe_until, args=(daemon, fleet, latencies_ms, sweeps, n_bins))
@@ -84,6 +90,14 @@ def run(folder: Path, n_servers: int, n_history: int, n_bins: int) -> dict[str, 
     }
 
 
+def _begin_bake(daemon: InferenceDaemon, folder: Path) -> None:
+    """Switch the model as a training does, so that the one before is compared with the new one."""
+    desk, version = Desk(Registry(folder / "checkpoints")), store(folder, 1000)
+    with desk.lock():
+        desk.promote(version, "the benchmark", "to compare")
+    wait_for("the switch", lambda: daemon.status()["model"]["version"] == version, 120)
+
+
 class LargeFleet(Fleet):
     """A fleet that is sent in several posts per bin, and not gone: its first bin was 16 hours ago."""
 
@@ -108,12 +122,36 @@ class LargeFleet(Fleet):
         sent = time.monotonic()
         wait_for("the sweep", lambda: self._daemon.status()["sweep"]["count"] > before, 300)
         sweep = self._daemon.status()["sweep"]
+        published = time.monotonic()
+        shadow_s = self._shadow_s()
         return {
             "sweep_s": round(float(sweep["seconds"]), 2),
             "send_s": round(sent - started, 2),
-            "bin_closed_to_published_s": round(time.monotonic() - sent, 2),
+            "bin_closed_to_published_s": round(published - sent, 2),
+            **({"shadow_s": round(shadow_s, 2)} if shadow_s is not None else {}),
             "daemon_cpu_s": round(_cpu_s(self._daemon) - cpu_before, 2),
         }
+
+    def _shadow_s(self) -> float | None:
+        """Return how long the comparison after the sweep took, None without one."""
+        if _shadow_seconds(self._daemon) is None:
+            return None
+        used = _cpu_s(self._daemon)
+        while True:  # it goes on after the forecasts are published
+            time.sleep(0.5)
+            now = _cpu_s(self._daemon)
+            if now - used < 0.2:
+                return _shadow_seconds(self._daemon)
+            used = now
+
+
+def _shadow_seconds(daemon: InferenceDaemon) -> float | None:
+    link = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=60)
+    link.request("GET", "/metrics")
+    text = link.getresponse().read().decode()
+    link.close()
+    found = re.search(r"^fleetcast_shadow_seconds (\S+)$", text, re.M)
+    return float(found[1]) if found else None
 
 
 def _probe_until(

@@ -190,6 +190,11 @@ def record(name: str, moment: str, value: float) -> dict[str, Any]:
 
 def promote(folder: Path, number: int) -> None:
     """Put a model of the real network with random weights into service."""
+    Registry(folder / "checkpoints").promote(store(folder, number))
+
+
+def store(folder: Path, number: int) -> str:
+    """Store a model of the real network with random weights; return its version."""
     import torch
 
     from fleetcast.forecast.encoding import GridShape
@@ -203,11 +208,10 @@ def promote(folder: Path, number: int) -> None:
     now = iso_z(datetime.now(UTC))
     model = Forecaster(ModelDescription(version, now, METRICS, grid, config), build(config).state_dict())
     registry = Registry(folder / "checkpoints")
-    if version in registry.version_ids():
-        return
-    contents = {"model.ckpt": model.to_bytes(), "baseline.npz": b""}
-    registry.add(version, contents, {"created_at": now, "parent": None, "promoted": True})
-    registry.promote(version)
+    if version not in registry.version_ids():
+        contents = {"model.ckpt": model.to_bytes(), "baseline.npz": b""}
+        registry.add(version, contents, {"created_at": now, "parent": None, "promoted": True})
+    return version
 
 
 def sweep_seconds(daemon: InferenceDaemon) -> float:

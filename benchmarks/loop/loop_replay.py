@@ -195,9 +195,8 @@ class _Scene:
         if path.exists():
             found: Floats32 = np.load(path)["quantiles"]
             return found
-        changes = read_json(self.outcome(policy))["model_changes"] if policy else []
         model = self._quantiles(policy) if policy else None
-        quantiles = serve(self.fleet, self.rules(), model, changes)
+        quantiles = serve(self.fleet, self.rules(), model)
         np.savez_compressed(path, quantiles=quantiles)
         return quantiles
 

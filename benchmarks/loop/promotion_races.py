@@ -159,7 +159,6 @@ class Group:
     def _bake(self, start: int, layer: LayerReplay, old: Floats32, new: Floats32, tally: Tally) -> None:
         grid = self._fleet.grid
         sides = {OLD: copy.deepcopy(layer), NEW: copy.deepcopy(layer)}
-        sides[NEW].change_model()
         names, rows = grid.server_names, np.arange(len(grid.server_names))
         race = Race(Evidence("1", "new", "old"), names, grid.metrics, HORIZONS, grid.bin_ms, LIMITS.min_pairs)
         percents = np.array([is_percent(name) for name in grid.metrics])

@@ -104,9 +104,11 @@ class Corrector:
         files.remove_leftover(self._path)
 
     def note_version(self, version: str | None) -> None:
-        """Trust the evidence about the model less when another one, or none, came into service."""
-        if self._version != version and self._rows:
-            self._layer.change_model()
+        """Note which model forecasts; what is known of the one before counts for it, too.
+
+        A version that the gate let through resembles the one before (docs/decisions/expert-layer.md), and one
+        that does not is taken back.
+        """
         self._version = version
 
     def learn(self, closed: ClosedBin) -> None:

@@ -1,6 +1,6 @@
 """What clients would have got: the expert layer replayed over recorded bins, beside any model or none.
 
-Owns: the order of a replay (bins settle, a model changes, an origin is served), and the served losses
+Owns: the order of a replay (bins settle, an origin is served), and the served losses
 of several sides on the held-out tails. The layer is the product's own; the gate and
 `benchmarks/loop/` replay it here. Does not know: the rule (`gate`), how a mixture is made.
 
@@ -56,10 +56,6 @@ class LayerReplay:
         for number in range(oldest, origin + 1):
             self.layer.settle(self._first_number + number, self._rows, self._values[:, :, number])
         self._newest = origin
-
-    def change_model(self) -> None:
-        """Another model forecasts from now on."""
-        self.layer.change_model()
 
     def serve(
         self,

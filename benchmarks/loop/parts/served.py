@@ -8,7 +8,6 @@ A fleet's layer has WARM_UP_DAYS of evidence about the rules when the first mode
 the model: what a model says of the days that it was trained on is no evidence.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import process_time
@@ -101,28 +100,23 @@ def _pack(said: RuleForecasts) -> Floats32:
     return np.concatenate(columns, axis=1, dtype=np.float32, casting="unsafe")
 
 
-def serve(
-    fleet: ReplayFleet, rules: SceneRules, quantiles: Floats32 | None, model_changes: Sequence[int] = ()
-) -> Floats32:
+def serve(fleet: ReplayFleet, rules: SceneRules, quantiles: Floats32 | None) -> Floats32:
     """Replay the layer over a scene.
 
     Args:
         quantiles: (server, metric, origin from the replay's first, horizon, quantile) of the models that
             a policy had in service; None = no network at all.
-        model_changes: origins from which on another model forecasts.
     Returns:
         what clients get, shaped like `quantiles`.
     """
     grid, begin = fleet.grid, fleet.begin
     n_server, n_metric, n_bins = grid.values.shape
-    replay, changes = LayerReplay(grid.values, grid.metrics, HORIZONS), set(model_changes)
+    replay = LayerReplay(grid.values, grid.metrics, HORIZONS)
     shape = (n_server, n_metric, len(HORIZONS), len(QUANTILES))
     none = np.full(shape, np.nan, np.float32)
     served = np.empty((n_server, n_metric, n_bins - begin, *shape[2:]), np.float32)
     for origin in range(rules.first, n_bins):
         replay.settle(origin)
-        if origin in changes:
-            replay.change_model()
         has_model = quantiles is not None and origin >= begin
         model = quantiles[:, :, origin - begin] if quantiles is not None and has_model else none
         answer = replay.serve(origin, rules.at(origin), model, LEADS)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetcast.forecast.experts.mixture import EXPERTS, LAST, MODEL, USUAL, Mixture, MixtureRates
+from fleetcast.forecast.experts.mixture import EXPERTS, LAST, USUAL, Mixture, MixtureRates
 from fleetcast.forecast.experts.rules import NORMAL_90, RuleForecasts, from_scale, rule_forecasts, to_scale
 from fleetcast.schema import Floats32, Longs
 
@@ -122,12 +122,6 @@ class ExpertLayer:
             self.mixture.learn_trend(knot, own, trend - last, came - last)
             if knot == 0:
                 self.mixture.learn_apart(own, said[..., USUAL], scaled)
-
-    def change_model(self) -> None:
-        """Another model is in service: what the old one said is no evidence for it."""
-        self.mixture.doubt_model()
-        for pending in self._pending:
-            pending.offsets[..., MODEL] = np.nan
 
     def copy_of(self, rows: Longs) -> "ExpertLayer":
         """Return a layer that knows of `rows`, in this order, what this one does."""

@@ -71,7 +71,6 @@ class MixtureRates:
     width_doubt: tuple[float, float] = (24.0, 48.0)  # settled forecasts after which it is half of that
     widen_step: tuple[float, float] = (0.05, 0.01)  # of the series' factor: at 1 bin, at 96
     fleet_step: tuple[float, float] = (0.1, 0.05)  # of the fleet's factor
-    new_model_share: float = 0.1  # evidence kept when another model comes into service
     trend_half_life: float = 576.0  # bins: two days
     trend_prior: float = 24.0  # how many bins of the present trend its prior belief is worth
     apart_half_life: tuple[float, float] = (
@@ -131,14 +130,6 @@ class Mixture:
         """Forget every row but `rows`, which move up in this order."""
         for name in self.ROW_ARRAYS:
             setattr(self, name, getattr(self, name)[rows])
-        self._pooled = None
-
-    def doubt_model(self) -> None:
-        """Keep little of the evidence about the model: another one is in service."""
-        share = np.float32(self.rates.new_model_share)
-        self.losses[..., NEEDS_MODEL] *= share
-        self.counts[..., 1] *= share
-        self.last_losses[..., 1] *= share
         self._pooled = None
 
     def take_model_evidence(self, rows: Longs, other: "Mixture", other_rows: Longs) -> None:
