@@ -44,6 +44,7 @@ from fleetcast.locks import OwnerLock
 from fleetcast.loop import configure_logging
 from fleetcast.program import models_dir, run_program
 from fleetcast.promotion.audit import REFUSED, ROLLBACK, TRAINING, VERDICT
+from fleetcast.promotion.bake import OFF
 from fleetcast.promotion.desk import Desk
 from fleetcast.promotion.orders import new_order, this_user
 from fleetcast.settings import Settings, load_settings
@@ -202,7 +203,7 @@ class Attempt:
             registry.add(version_id, {**_contents(challenger, is_held=bool(held)), **reference}, manifest)
             if challenger.verdict.promoted and not held:
                 desk.promote(version_id, self._by, challenger.verdict.why, attempt=self._id)
-            elif held and (desk.standing().held or desk.standing().cooldown_at(desk.clock)):
+            elif held and (registry.current_id() == self._champion_before or desk.standing().held):
                 desk.keep_waiting(version_id, self._by, held, attempt=self._id)
             registry.set_baseline(version_id)
             pruned = registry.prune(self._settings.trainer.keep_versions, desk.standing().protects)
@@ -218,6 +219,8 @@ class Attempt:
             return f"it waits: {hold.by} holds new models back since {hold.since}: {hold.why}"
         if cooldown:
             return f"it waits until {cooldown.until}, since a model was taken back: {cooldown.why}"
+        if self._settings.promotion.mode != OFF and current is not None and current == self._champion_before:
+            return f"it is compared with {current} first (promotion.mode {self._settings.promotion.mode})"
         if current != self._champion_before:
             return f"not put into service: it was compared with {self._champion_before}, now {current} serves"
         return ""

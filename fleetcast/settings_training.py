@@ -167,8 +167,27 @@ class DecisionSettings:
 
 @dataclass(frozen=True)
 class PromotionSettings:
-    """What a new model has to stand beside the one before it, once it is in service (the bake)."""
+    """How a new model is compared with the one before it: before it serves (a race), and after (the bake)."""
 
+    mode: str = setting(
+        "off",
+        "what becomes of a model that the gate let through; off: it serves at once; advise, auto: it is "
+        "first compared with the one in service, then a person or the proof decides",
+        choices=("off", "advise", "auto"),
+    )
+    min_hours: int = setting(24, "whole hours of a race before a model may win", unit="h", low=1, high=168)
+    max_hours: int = setting(168, "whole hours after which a race ends", unit="h", low=1, high=1000)
+    alpha: float = setting(
+        0.01, "how often a model that is no better may win a race, at most", low=0.0001, high=0.5
+    )
+    on_inconclusive: str = setting(
+        "keep",
+        "a race without a winner keeps the model in service, or goes by the gate (auto)",
+        choices=("keep", "gate"),
+    )
+    approval_days: float = setting(
+        7.0, "how long a model waits for a person (advise)", unit="days", low=0.04, high=90
+    )
     bake: str = setting(
         "on",
         "on: the model before runs on beside a new one, and takes over again if the new one is proven worse",

@@ -1,10 +1,12 @@
 """What follows from the evidence of a bake: who serves, what stands, what the audit says; kills."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 from desk_folder import NOW, SPARE, WAITS, A, B, C, add, alone, give, order
 
@@ -13,9 +15,9 @@ from fleetcast.clock import FakeClock
 from fleetcast.errors import StorageFull
 from fleetcast.forecast.registry import Registry
 from fleetcast.promotion.audit import CONFIRM, DONE, INTENT, ROLLBACK, Standing, sentence
-from fleetcast.promotion.bake import RACES_FOLDER, read_evidence, settle_bake, write_evidence
+from fleetcast.promotion.bake import RACES_FOLDER, read_evidence, report, settle_bake, write_evidence
 from fleetcast.promotion.desk import STATE, Desk
-from fleetcast.promotion.evidence import PASSED, WORSE, Block
+from fleetcast.promotion.evidence import BETTER, PASSED, WORSE, Block
 from fleetcast.settings import PromotionSettings
 
 SETTINGS = PromotionSettings()
@@ -302,3 +304,126 @@ def test_only_the_newest_files_of_evidence_stay(desk: Desk) -> None:
         (folder / f"20250101T0000{number:02}Z-00000000.json").write_text("{}")
     measure(desk, 1.0)
     assert len(list(folder.glob("*.json"))) <= 21
+
+
+# a version that waits, compared before it serves
+
+
+@pytest.fixture
+def racing(tmp_path: Path) -> Desk:
+    """A serves; B passed the gate and waits, as `promotion.mode` asks."""
+    alone(tmp_path)
+    desk = Desk(Registry(tmp_path), FakeClock(NOW))
+    add(desk.registry, B, passed_gate=True)
+    with desk.lock():
+        desk.keep_waiting(B, "the trainer", f"it is compared with {A} first")
+    return desk
+
+
+def measure_race(desk: Desk, *ratios: float, **more: object) -> None:
+    race = desk.standing().race
+    assert race is not None
+    blocks = tuple(Block("2026-01-15T10:00:00Z", 500, (ratio, 1.0), (ratio, 1.0)) for ratio in ratios)
+    known = read_evidence(desk.folder, race)
+    write_evidence(desk.folder, replace(known, blocks=blocks, **more))  # type: ignore[arg-type]
+
+
+def mode(name: str, **more: object) -> PromotionSettings:
+    return replace(PromotionSettings(), mode=name, **more)  # type: ignore[arg-type]
+
+
+def last(desk: Desk) -> tuple[str, str, str]:
+    entry = list(desk.audit.entries())[-1]
+    return entry.event, entry.phase, entry.by
+
+
+def test_a_race_is_won_by_the_proof_alone_and_the_winner_is_baked(racing: Desk) -> None:
+    measure_race(racing, *[0.95] * 23)
+    settle_bake(racing, mode("auto"))
+    assert racing.registry.current_id() == A, "a day at least"
+    measure_race(racing, *[0.95] * 40)
+    verdict = settle_bake(racing, mode("auto"))
+    assert verdict is not None
+    assert verdict.kind == BETTER
+    assert racing.registry.current_id() == B
+    assert last(racing) == ("promote", DONE, "the race")
+    assert verdict.why == (
+        f"clients would have got forecasts 5.0 % closer over 40 hours beside {A}, which chance does for a "
+        "model that is no better in at most 1% of races"
+    )
+    bake = racing.standing().bake
+    assert bake is not None
+    assert (bake.version, bake.against) == (B, A)
+
+
+def test_advise_shows_the_proof_and_leaves_the_answer_to_a_person(racing: Desk) -> None:
+    measure_race(racing, *[0.95] * 40)
+    settle_bake(racing, mode("advise"))
+    assert racing.registry.current_id() == A
+    told = report(racing, mode("advise"))
+    assert told["race"]["verdict"] == BETTER
+    assert told["race"]["version"] == B
+    give(racing.folder, "approve", version=B)
+    assert racing.registry.current_id() == B
+
+
+@pytest.mark.parametrize("name", ["advise", "auto"])
+def test_a_loser_waits_no_longer_and_may_still_be_promoted(racing: Desk, name: str) -> None:
+    measure_race(racing, *[1.2] * 20)
+    settle_bake(racing, mode(name))
+    assert racing.registry.current_id() == A
+    assert racing.standing().waiting is None
+    assert last(racing) == ("lose", DONE, "the race")
+    give(racing.folder, "promote", version=B)
+    assert racing.registry.current_id() == B
+
+
+@pytest.mark.parametrize(("choice", "serves"), [("keep", A), ("gate", B)])
+def test_a_week_without_a_proof_ends_as_the_setting_says(racing: Desk, choice: str, serves: str) -> None:
+    rng = np.random.default_rng(1)
+    measure_race(racing, *(1 + 0.02 * rng.normal(size=168)))
+    settle_bake(racing, mode("auto", on_inconclusive=choice))
+    assert racing.registry.current_id() == serves
+    assert racing.standing().waiting is None
+
+
+def test_a_person_who_does_not_answer_is_not_waited_for_for_ever(racing: Desk) -> None:
+    measure_race(racing, *[0.95] * 40)
+    racing.clock.time += timedelta(days=8)  # type: ignore[attr-defined]
+    settle_bake(racing, mode("advise"))
+    assert racing.standing().waiting is None
+    assert [entry.why for entry in racing.audit.entries()][-1] == "no person answered for 7 days"
+
+
+def test_a_hold_keeps_the_winner_of_a_race_out_until_resume(racing: Desk) -> None:
+    give(racing.folder, "hold")
+    measure_race(racing, *[0.95] * 40)
+    settle_bake(racing, mode("auto"))
+    assert racing.registry.current_id() == A
+    give(racing.folder, "resume")
+    assert racing.registry.current_id() == B
+
+
+def test_a_race_against_a_model_that_no_longer_serves_decides_nothing(racing: Desk) -> None:
+    measure_race(racing, *[0.95] * 40)
+    add(racing.registry, C, promoted=True)
+    with racing.lock():
+        racing.promote(C, "ann", "another")
+    settle_bake(racing, mode("auto"))
+    assert racing.registry.current_id() == C
+
+
+def test_a_challenger_that_cannot_be_loaded_loses(racing: Desk) -> None:
+    measure_race(racing, unable="it is no model")
+    settle_bake(racing, mode("auto"))
+    assert racing.standing().waiting is None
+
+
+def test_a_waiting_version_of_an_older_program_is_compared_with_nothing(racing: Desk) -> None:
+    path = racing.folder / STATE
+    raw = json.loads(path.read_text())
+    del raw["waiting"]["id"]
+    path.write_text(json.dumps(raw))
+    assert racing.standing().race is None
+    assert settle_bake(racing, mode("auto")) is None
+    assert racing.registry.current_id() == A

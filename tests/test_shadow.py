@@ -262,3 +262,57 @@ def test_with_a_full_disk_the_comparison_goes_on_in_memory(
         baking.sweep(24)
     baking.sweep(12)
     assert len(baking.evidence.blocks) >= 3
+
+
+# a version that waits runs beside the one in service
+
+
+def test_a_version_that_waits_is_measured_beside_the_one_in_service_and_brings_its_evidence_along(
+    baking: Baking,
+) -> None:
+    with baking.desk.lock():
+        baking.desk.keep_waiting(B, "the trainer", "compared first")
+    baking.sweep(4 * 12)
+    assert baking.loaded == [B]
+    race = baking.desk.standing().race
+    assert race is not None
+    evidence = read_evidence(baking.checkpoints, race)
+    assert len(evidence.blocks) >= 3
+    new, old = (sum(block.raw[side] for block in evidence.blocks) for side in (0, 1))
+    assert new < old, "B is the better one"
+    document = b"".join(baking.world.board.document())
+    assert A.encode() in document
+    assert B.encode() not in document, "nothing of it is served"
+    baking.switch()
+    baking.sweep(2 * 12)
+    bake = baking.desk.standing().bake
+    assert bake is not None
+    assert (bake.version, bake.against) == (B, A)
+    assert len(baking.evidence.blocks) >= 1, "the bake begins with evidence of its own"
+    assert baking.world.errors == []
+
+
+def test_a_challenger_that_fails_costs_no_forecast_and_loses(baking: Baking) -> None:
+    with baking.desk.lock():
+        baking.desk.keep_waiting(B, "the trainer", "compared first")
+    baking.sweep(1)
+    baking.models[B].error = RuntimeError("boom")
+    baking.sweep(3)
+    race = baking.desk.standing().race
+    assert race is not None
+    assert read_evidence(baking.checkpoints, race).failing == 3
+    assert b"cpu_pct" in b"".join(baking.world.board.document())
+    settle_bake(baking.desk, PromotionSettings(mode="auto"))
+    assert baking.desk.standing().waiting is None
+
+
+def test_a_champion_that_fails_is_no_evidence_for_its_challenger(baking: Baking) -> None:
+    with baking.desk.lock():
+        baking.desk.keep_waiting(B, "the trainer", "compared first")
+    baking.sweep(1)
+    baking.models[A].error = RuntimeError("boom")
+    baking.sweep(13)
+    race = baking.desk.standing().race
+    assert race is not None
+    evidence = read_evidence(baking.checkpoints, race)
+    assert (evidence.failing, evidence.blocks) == (0, ())

@@ -29,6 +29,7 @@ INTENT, DONE, REFUSED, NOTE = "intent", "done", "refused", "note"
 PROMOTE, ROLLBACK, ADOPT = "promote", "rollback", "adopt"  # move what is in service, or find it moved
 HOLD, RESUME, PAUSE, VETO, WAIT = "hold", "resume", "pause", "veto", "wait"  # stand until they are lifted
 CONFIRM = "confirm"  # the end of a bake that found nothing
+LOSE = "lose"  # the end of a version that waited
 TRAIN_NOW, VERDICT, TRAINING = "train-now", "verdict", "training"
 APPROVE = "approve"  # the order; the act is a promotion
 MOVES = (PROMOTE, ROLLBACK, RESUME, ADOPT)
@@ -166,6 +167,7 @@ class Waiting:
     champion: str | None  # that it was compared with
     since: str
     why: str
+    id: str = ""  # of the line that says so; older programs wrote none
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +192,14 @@ class Standing:
     taken_back: tuple[str, ...] = ()  # when such rollbacks were, newest first
     served: tuple[str, ...] = ()  # versions in service, newest first: the champion, the previous one, ...
     vetoed: tuple[str, ...] = ()
+
+    @property
+    def race(self) -> Bake | None:
+        """Return the version that waits beside the one in service: they are compared, too."""
+        waiting = self.waiting
+        if waiting is None or waiting.champion is None or not waiting.id or self.bake:
+            return None
+        return Bake(waiting.id, waiting.version, waiting.champion, waiting.since)
 
     @property
     def protects(self) -> set[str]:
@@ -219,11 +229,13 @@ def apply(standing: Standing, entry: Entry) -> Standing:
     if entry.event == PAUSE:
         return replace(standing, paused=mark)
     if entry.event == WAIT and target:
-        return replace(standing, waiting=Waiting(target, entry.source, entry.at, entry.why))
+        return replace(standing, waiting=Waiting(target, entry.source, entry.at, entry.why, entry.id))
     if entry.event == VETO and target:
         is_waiting = standing.waiting is not None and standing.waiting.version == target
         vetoed = (target, *(item for item in standing.vetoed if item != target))[:_REMEMBERED]
         return replace(standing, vetoed=vetoed, waiting=None if is_waiting else standing.waiting)
+    if entry.event == LOSE and standing.waiting and standing.waiting.version == target:
+        return replace(standing, waiting=None)
     if entry.event == CONFIRM and standing.bake and standing.bake.version == target:
         return replace(standing, bake=None)
     if entry.event == RESUME:
@@ -274,6 +286,8 @@ def parse_standing(raw: Mapping[str, Any]) -> Standing:
         served=tuple(map(str, raw["served"])),
         vetoed=tuple(map(str, raw["vetoed"])),
     )
+    if found.race:
+        _check_id(found.race.id)
     for mark in (found.paused, found.cooldown):
         if mark:
             parse_plain_utc(mark.until or "")
@@ -284,9 +298,13 @@ def parse_standing(raw: Mapping[str, Any]) -> Standing:
 
 def _parse_bake(raw: Mapping[str, Any]) -> Bake:
     bake = Bake(**raw)
-    if not re.fullmatch(r"[A-Za-z0-9-]{1,100}", bake.id):  # it names a file
-        raise ValueError(f"not the id of a switch: {bake.id!r}")
+    _check_id(bake.id)
     return bake
+
+
+def _check_id(entry_id: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9-]{1,100}", entry_id):  # it names a file
+        raise ValueError(f"not the id of a line: {entry_id!r}")
 
 
 def sentence(entry: Entry) -> str:
@@ -318,6 +336,7 @@ def _in_words(entry: Entry) -> str:
         PAUSE: f"{by} paused trainings until {entry.until}",
         VETO: f"{by} vetoed {target}",
         WAIT: f"{target} passed the gate and waits for a person",
+        LOSE: f"{target} does not go into service, {by} ended",
         CONFIRM: f"{target} stays in service, {by} ended",
         TRAIN_NOW: f"{by} ordered a training" + (f" (attempt {entry.attempt})" if entry.attempt else ""),
         VERDICT: f"the gate judged {target}",

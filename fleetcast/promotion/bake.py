@@ -17,9 +17,11 @@ from typing import Any
 from fleetcast import files
 from fleetcast.clock import parse_plain_utc
 from fleetcast.errors import CorruptFile, OrderRefused
-from fleetcast.promotion.audit import Bake
+from fleetcast.promotion.audit import Bake, Standing
 from fleetcast.promotion.desk import Desk
 from fleetcast.promotion.evidence import (
+    BETTER,
+    INCONCLUSIVE,
     PASSED,
     WORSE,
     Evidence,
@@ -27,6 +29,7 @@ from fleetcast.promotion.evidence import (
     Verdict,
     in_words,
     judge,
+    judge_race,
     parse_evidence,
 )
 from fleetcast.settings import PromotionSettings
@@ -34,13 +37,15 @@ from fleetcast.settings import PromotionSettings
 logger = logging.getLogger(__name__)
 
 RACES_FOLDER = "races"
+OFF, ADVISE, AUTO = "off", "advise", "auto"  # of promotion.mode
 _KEPT = 20  # files of evidence
 _WEEK = timedelta(days=7)
 
 
 def limits_of(settings: PromotionSettings) -> Limits:
     """Return the settings as what a verdict needs."""
-    return Limits(settings.bake_hours, settings.rollback_alpha, settings.max_harm, settings.min_pairs)
+    race = (settings.min_hours, settings.max_hours, settings.alpha)
+    return Limits(settings.bake_hours, *race, settings.rollback_alpha, settings.max_harm, settings.min_pairs)
 
 
 def read_evidence(checkpoint_dir: Path, bake: Bake) -> Evidence:
@@ -75,19 +80,25 @@ def write_evidence(checkpoint_dir: Path, evidence: Evidence) -> None:
 
 
 def judge_bake(desk: Desk, settings: PromotionSettings) -> Verdict | None:
-    """Return how the bake stands that goes on, None where none does."""
-    bake = desk.standing().bake
-    return judge(read_evidence(desk.folder, bake), limits_of(settings)) if bake else None
+    """Return how the bake stands that goes on, or the race, None where neither does."""
+    standing = desk.standing()
+    if standing.bake:
+        return judge(read_evidence(desk.folder, standing.bake), limits_of(settings))
+    if standing.race:
+        return judge_race(read_evidence(desk.folder, standing.race), limits_of(settings))
+    return None
 
 
 def report(desk: Desk, settings: PromotionSettings, limit: int = 50) -> dict[str, Any]:
     """Return what stands and what happened, with the bake that goes on, as `GET /promotion` shows it."""
-    bake, verdict = desk.standing().bake, judge_bake(desk, settings)
-    told = desk.report(limit)
-    if bake is None or verdict is None:
-        return {**told, "bake": None}
-    own = {"version": bake.version, "against": bake.against, "since": bake.since}
-    return {**told, "bake": {**own, "verdict": verdict.kind, "why": verdict.why, "figures": verdict.figures}}
+    standing, verdict = desk.standing(), judge_bake(desk, settings)
+    told = {**desk.report(limit), "mode": settings.mode, "bake": None, "race": None}
+    compared = standing.bake or standing.race
+    if compared is None or verdict is None:
+        return told
+    own: dict[str, Any] = {"version": compared.version, "against": compared.against, "since": compared.since}
+    own |= {"verdict": verdict.kind, "why": verdict.why, "figures": verdict.figures}
+    return {**told, "bake" if standing.bake else "race": own}
 
 
 def sentence(told: Mapping[str, Any]) -> str:
@@ -101,7 +112,9 @@ def sentence(told: Mapping[str, Any]) -> str:
     figures = told["figures"]
     ratio = figures["loss_ratio_served"]
     gain = f", clients got forecasts {in_words(ratio)}" if ratio is not None else ""
-    share = f"{figures['log10_e_worse']:.2f} of {figures['log10_e_needed']:.2f}"
+    names = ("log10_e_better", "log10_e_better_needed")
+    found, needed = names if names[0] in figures else ("log10_e_worse", "log10_e_needed")
+    share = f"{figures[found]:.2f} of {figures[needed]:.2f}"
     return f"{told['version']} is compared with {told['against']}: {told['why']}{gain} (evidence {share})"
 
 
@@ -116,15 +129,37 @@ def settle_bake(desk: Desk, settings: PromotionSettings, *, is_recorded: bool = 
         AlreadyRunning: another process moves things just now; the next look does it.
         StorageFull, StorageBroken: an act cannot be written down, so it did not happen.
     """
-    desk.release_waiting()
-    bake = desk.standing().bake
+    standing, bake = desk.standing(), desk.standing().bake
     if bake is None:
-        return None
+        return _settle_race(desk, standing, settings) if standing.waiting else None
     verdict = judge(read_evidence(desk.folder, bake), limits_of(settings))
     if verdict.kind == PASSED:
         desk.confirm(bake, verdict.why, verdict.figures)
     elif verdict.kind == WORSE:
         _take_back(desk, bake, verdict, settings, is_recorded=is_recorded)
+    return verdict
+
+
+def _settle_race(desk: Desk, standing: Standing, settings: PromotionSettings) -> Verdict | None:
+    """Decide about the version that waits, as far as no person does."""
+    race, waiting = standing.race, standing.waiting
+    if settings.mode == OFF or waiting is None:
+        desk.release_waiting()
+        return None
+    if race is None or race.against != desk.registry.current_id():
+        return None
+    verdict = judge_race(read_evidence(desk.folder, race), limits_of(settings))
+    is_free = not standing.held and not standing.cooldown_at(desk.clock) and settings.mode == AUTO
+    goes_by_gate = verdict.kind == INCONCLUSIVE and settings.on_inconclusive == "gate" and is_free
+    if is_free and (verdict.kind == BETTER or goes_by_gate):
+        desk.end_race(race, verdict.why, verdict.figures, wins=True)
+    elif verdict.kind == WORSE or (verdict.kind == INCONCLUSIVE and settings.mode == AUTO):
+        desk.end_race(race, verdict.why, verdict.figures, wins=False)
+    elif settings.mode == ADVISE and not standing.held:
+        age = desk.clock.now() - parse_plain_utc(waiting.since)
+        if age > timedelta(days=settings.approval_days):
+            why = f"no person answered for {settings.approval_days:g} days"
+            desk.end_race(race, why, verdict.figures, wins=False)
     return verdict
 
 

@@ -57,7 +57,7 @@ def _run(options: argparse.Namespace) -> int:
     desk = Desk(registry, bakes=settings.promotion.bake == "on")
     if options.command == MODELS:
         standing = report(desk, settings.promotion, 0)
-        names = ("held", "paused", "waiting", "bake", "cooldown")
+        names = ("held", "paused", "waiting", "bake", "race", "cooldown")
         shown = {**desk.models(), **{name: standing[name] for name in names}}
         print(json.dumps(shown, indent=2) if options.json else "\n".join(_table(shown)))
         return ExitCode.OK
@@ -120,8 +120,9 @@ def _table(shown: Mapping[str, Any]) -> Iterator[str]:
         if mark:
             until = f" until {mark['until']}" if mark["until"] else ""
             yield f"{name} by {mark['by']} since {mark['since']}{until}: {mark['why']} ({words})"
-    if shown["bake"]:
-        yield f"bake: {tell_bake(shown['bake'])}"
+    for name in ("bake", "race"):
+        if shown[name]:
+            yield f"{name}: {tell_bake(shown[name])}"
     if shown["cooldown"]:
         yield f"cooldown until {shown['cooldown']['until']}: a version that passes the gate waits until then"
     if shown["waiting"]:

@@ -34,7 +34,7 @@ STATE = "promotion.json"
 LOCK_WAIT_S = 30.0  # the trainer stores a version under the lock: seconds
 STALE_ORDER = timedelta(hours=24)  # a training that was ordered longer ago is not what a person waits for
 _LOCK_PAUSE_S = 0.05
-_PROGRAM, THE_BAKE = "the program", "the bake"
+_PROGRAM, THE_BAKE, THE_RACE = "the program", "the bake", "the race"
 
 
 class Desk:
@@ -162,6 +162,19 @@ class Desk:
             given = {"until": iso_z(until), "figures": {**figures, **({"holds": holds} if holds else {})}}
             self._perform(self._entry(audit.ROLLBACK, THE_BAKE, why, source=current, target=target, **given))
         return True
+
+    def end_race(self, race: Bake, why: str, figures: Mapping[str, Any], *, wins: bool) -> None:
+        """Put the version that waited into service, or let it wait no longer."""
+        with self.lock():
+            self.settle()
+            if self.standing().race != race or self.registry.current_id() != race.against:
+                return
+            if wins:
+                given = {**figures, **self._with_bake(race.against, race.version)}
+                self.promote(race.version, THE_RACE, why, figures=given)
+            else:
+                about = {"source": race.against, "target": race.version, "figures": figures}
+                self._perform(self._entry(audit.LOSE, THE_RACE, why, **about))
 
     def confirm(self, bake: Bake, why: str, figures: Mapping[str, Any]) -> None:
         """End a bake; the new version stays."""

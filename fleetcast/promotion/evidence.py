@@ -31,7 +31,9 @@ WIRE_RATIO, WIRE_BLOCKS = 1.5, 3  # so many times the old loss, so many blocks i
 WIRE_SWEEPS = 3  # in a row without a forecast of the new model
 _N_LAMBDA = 24
 _N_TESTS = 2  # that share alpha
+FAR_GUARD = 1.05  # a race is not won by a model whose loss farthest ahead is so many times the other's
 GOES_ON, WORSE, PASSED = "goes on", "worse", "passed"
+BETTER, INCONCLUSIVE = "better", "inconclusive"  # of a race
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +68,12 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """When a bake ends, and what counts as worse."""
+    """When a bake or a race ends, and what counts as worse or better."""
 
     bake_hours: int = 24
+    min_hours: int = 24  # of a race
+    max_hours: int = 168
+    better_alpha: float = 0.01
     alpha: float = 0.05
     max_harm: float = 0.01
     min_pairs: int = 24
@@ -122,6 +127,31 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
         why = f"too few series differ to compare it with {evidence.against}"
         return Verdict(PASSED, why, figures)
     return Verdict(GOES_ON, f"{len(blocks)} of {limits.bake_hours} hours compared", figures)
+
+
+def judge_race(evidence: Evidence, limits: Limits) -> Verdict:
+    """Return whether a model that does not serve yet is better than the one that does."""
+    found = log_e(-differences(evidence.blocks, SERVED)).max(initial=0.0) if evidence.blocks else 0.0
+    needed, hours = -math.log(limits.better_alpha), len(evidence.blocks)
+    logs = {"log10_e_better": found / math.log(10), "log10_e_better_needed": needed / math.log(10)}
+    figures = {**_figures(evidence, limits), **{name: round(value, 3) for name, value in logs.items()}}
+    ratio, far = figures["loss_ratio_served"], figures["loss_ratio_far"]
+    said = (
+        f"{_say_gain('clients would have got forecasts', ratio)} over {hours} hours beside {evidence.against}"
+    )
+    worse = evidence.unable or _trip(evidence)
+    if worse:
+        return Verdict(WORSE, worse, figures)
+    if figures["log10_e_worse"] >= figures["log10_e_needed"]:
+        return Verdict(WORSE, _say_worse(evidence, figures, limits), figures)
+    if found >= needed and hours >= limits.min_hours and (far or 0.0) <= FAR_GUARD:
+        chance = (
+            f"which chance does for a model that is no better in at most {limits.better_alpha:.0%} of races"
+        )
+        return Verdict(BETTER, f"{said}, {chance}", figures)
+    if hours >= limits.max_hours or evidence.small >= limits.max_hours:
+        return Verdict(INCONCLUSIVE, f"neither is proven better: {said}", figures)
+    return Verdict(GOES_ON, f"{hours} hours compared, {limits.min_hours} needed at least", figures)
 
 
 def log_e(differences: Floats, bounds: Sequence[float] = BOUNDS) -> Floats:

@@ -1,14 +1,16 @@
-"""The model before goes on beside a new one: both forecast the same windows, settled on the same actuals.
+"""Another model runs beside the one in service: both forecast the same windows, settled on the same actuals.
 
-Owns: which bake goes on (`promotion.json`), the older model's predictor and its own evidence of the expert
-layer, which servers are compared, and when the evidence is written. Nothing of it is served or stored as
-forecasts. Does not know: when a new model is worse (`promotion/evidence`), or what follows
-(`promotion/bake`, in the retraining daemon).
+After a switch it is the model before (the bake); before one it is a version that waits (the race).
 
-Both sides are judged by what clients get: the older model keeps the layer's evidence as it was when it went
-out of service, and learns on. The experts that need no model are computed once, for the model in service.
-When the older model comes back, the layer takes over what it learned meanwhile. Whatever fails here costs
-the comparison, never a forecast.
+Owns: which of them goes on (`promotion.json`), the other model's predictor and its own evidence of the
+expert layer, which servers are compared, and when the evidence is written. Nothing of it is served or
+stored as forecasts. Does not know: when a model is worse or better (`promotion/evidence`), or what
+follows (`promotion/bake`, in the retraining daemon).
+
+Both sides are judged by what clients get: each has the layer's evidence as it was when the comparison
+began, and learns on. The experts that need no model are computed once, for the model in service. When
+the other model comes into service, the layer takes over what it learned of it. Whatever fails here
+costs the comparison, never a forecast.
 """
 
 import logging
@@ -36,20 +38,31 @@ from fleetcast.settings import PromotionSettings
 logger = logging.getLogger(__name__)
 
 FILE = "feedback_shadow.npz"  # the older model's evidence of the layer, in the buffer's folder
-_MOST_FAILURES = 3  # sweeps in a row in which the older model fails before the comparison is given up
+_MOST_FAILURES = 3  # sweeps in a row in which the model before fails until the bake is given up
 
 
 @dataclass
 class _Session:
-    """One bake, as it goes on in this process."""
+    """One comparison, as it goes on in this process."""
 
     bake: Bake
+    serves: int  # the side that is in service: NEW in a bake, OLD in a race
     race: Race
     predictor: Predictor | None
     corrector: Corrector | None
     names: frozenset[str]
     parts: list["_Part"] = field(default_factory=list)  # of the present sweep
-    n_failures: int = 0  # of the older model, in a row
+    n_failures: int = 0  # of the other model, in a row
+
+    @property
+    def other(self) -> int:
+        """Return the side that runs beside."""
+        return OLD if self.serves == NEW else NEW
+
+    @property
+    def other_version(self) -> str:
+        """Return the version that runs beside."""
+        return self.bake.against if self.serves == NEW else self.bake.version
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,6 +95,7 @@ class Shadow:
         self._note_error = note_error
         self._signature: tuple[int, int] | None = None
         self._bake: Bake | None = None
+        self._race: Bake | None = None
         self._newest: Champion | None = None  # as of the last sweep
         self._session: _Session | None = None
         self._returning: Corrector | None = None  # the older model's, which is in service again
@@ -90,7 +104,7 @@ class Shadow:
 
     @property
     def is_comparing(self) -> bool:
-        """Whether an older model goes on beside the one in service."""
+        """Whether another model runs beside the one in service."""
         return self._session is not None
 
     def follow(self, champion: Champion | None, corrector: Corrector | None, load_problem: str = "") -> None:
@@ -107,24 +121,26 @@ class Shadow:
         self._newest = champion or self._newest
 
     def _follow(self, champion: Champion | None, corrector: Corrector | None, load_problem: str) -> None:
-        bake = self._read_bake()
+        self._read_standing()
+        bake, race, session = self._bake, self._race, self._session
         version = champion.info.version if champion else None
-        session = self._session
-        if session and (bake != session.bake or version not in (None, bake.version)):
-            if bake is None and version == session.bake.against:
+        wanted = bake or race
+        serving = None if wanted is None else wanted.version if bake else wanted.against
+        if session and (wanted != session.bake or version not in (None, serving)):
+            if version == session.other_version:
                 self._returning = session.corrector
-            goes_on = bake is not None and bake.against == session.bake.against
+            goes_on = bake is not None and bake.against == session.other_version
             self._kept = session.corrector if goes_on else None
             self._end()
-        if bake is None:
+        if wanted is None:
             return
-        if version == bake.version and self._session is None:
-            self._session = self._begin(bake, corrector)
-        elif version != bake.version and load_problem:
+        if version == serving and self._session is None:
+            self._session = self._begin(wanted, NEW if bake else OLD, corrector)
+        elif bake and version != bake.version and load_problem:
             self._note_failing(bake, f"it cannot be loaded: {load_problem}")
 
     def return_evidence(self, corrector: Corrector) -> None:
-        """Give the layer back what was learned of the older model, after it heard of the return."""
+        """Give the layer what was learned of the model that ran beside, after it came into service."""
         returning, self._returning = self._returning, None
         if returning is not None and returning.version == corrector.version:
             corrector.take_model_evidence(returning)
@@ -152,7 +168,7 @@ class Shadow:
             )
 
     def compare(self, origin_ms: int, why_failed: str = "") -> None:
-        """Let the older model forecast the same windows, once the others are published.
+        """Let the other model forecast the same windows, once the others are published.
 
         Args:
             why_failed: why the model in service made no forecasts in this sweep, or "".
@@ -168,7 +184,9 @@ class Shadow:
             session.race.void()
             session.n_failures += 1
             self._note_error("shadow", error)
-            if session.n_failures >= _MOST_FAILURES:
+            if session.other == NEW and session.race.note_failing(str(error) or type(error).__name__):
+                self._write(session.race)
+            elif session.n_failures >= _MOST_FAILURES:
                 self._give_up(session, f"{session.bake.against} fails: {error}")
         self.seconds = monotonic() - started
 
@@ -191,19 +209,20 @@ class Shadow:
         if self._session and self._session.corrector:
             self._session.corrector.save(at_once=at_once)
 
-    def _read_bake(self) -> Bake | None:
-        """Return the bake that should go on; the file is read again when it changed."""
+    def _read_standing(self) -> None:
+        """Find out what should go on; the file is read again when it changed."""
         try:
             found = (self._desk.folder / STATE).stat()
             signature = (found.st_mtime_ns, found.st_ino)
         except FileNotFoundError:
-            return None
+            self._bake = self._race = self._signature = None
+            return
         if signature != self._signature:
-            self._bake = self._desk.standing().bake
+            standing = self._desk.standing()
+            self._bake, self._race = standing.bake, standing.race
             self._signature = signature
-        return self._bake
 
-    def _begin(self, bake: Bake, corrector: Corrector | None) -> _Session | None:
+    def _begin(self, bake: Bake, serves: int, corrector: Corrector | None) -> _Session | None:
         evidence = read_evidence(self._desk.folder, bake)
         if evidence.unable:
             return None
@@ -212,40 +231,41 @@ class Shadow:
         race = Race(
             evidence, names, history.metrics, self._horizons, history.bin_ms, self._settings.min_pairs
         )
-        session = _Session(bake, race, None, None, frozenset(names))
+        session = _Session(bake, serves, race, None, None, frozenset(names))
         try:
-            session.predictor = self._predictor(bake)
+            session.predictor = self._predictor(session.other_version)
         except Exception as error:  # its file is damaged, or its settings are others
             self._note_error("shadow", error)
-            self._give_up(session, f"{bake.against} cannot be loaded: {error}")
+            self._give_up(session, f"{session.other_version} cannot be loaded: {error}")
             return None
         if corrector:
-            session.corrector = self._own_corrector(bake, corrector, names)
+            session.corrector = self._own_corrector(session, corrector, names)
         logger.info(
-            "compared with the model before version=%s against=%s servers=%d of hours=%d",
+            "%s version=%s against=%s servers=%d hours=%d",
+            "bake" if serves == NEW else "race",
             *(bake.version, bake.against, len(names), len(evidence.blocks)),
         )
         return session
 
-    def _predictor(self, bake: Bake) -> Predictor:
-        """Return the older model: as it served until now, or loaded again after a restart."""
-        if self._newest and self._newest.info.version == bake.against:
+    def _predictor(self, version_id: str) -> Predictor:
+        """Return a model: as it served until now, or loaded."""
+        if self._newest and self._newest.info.version == version_id:
             return self._newest.predictor
-        version = self._desk.registry.version(bake.against)
+        version = self._desk.registry.version(version_id)
         version.verify()
         return self._load(version.model_path)
 
-    def _own_corrector(self, bake: Bake, corrector: Corrector, names: Sequence[str]) -> Corrector:
-        """Return the older model's side of the layer: as kept, or as the layer stands before it hears."""
+    def _own_corrector(self, session: _Session, corrector: Corrector, names: Sequence[str]) -> Corrector:
+        """Return the other model's side of the layer: as kept, or as the layer stands now."""
         kept, self._kept = self._kept, None
-        if kept is not None and kept.version == bake.against:
+        if kept is not None and kept.version == session.other_version:
             return kept
-        if corrector.version != bake.against:  # a restart
+        if corrector.version != session.other_version:  # a restart, or a race
             kept = corrector.beside(FILE)
-            if kept.version == bake.against:
+            if kept.version == session.other_version:
                 return kept
         own = corrector.fork(names, FILE)
-        own.note_version(bake.against)
+        own.note_version(session.other_version)
         return own
 
     def _choose(self, bake: Bake, server_names: Sequence[str]) -> list[str]:
@@ -266,7 +286,7 @@ class Shadow:
     def _compare(self, session: _Session, parts: Sequence[_Part], origin_ms: int, why_failed: str) -> None:
         race = session.race
         if why_failed or session.predictor is None:
-            if race.note_failing(why_failed):
+            if session.serves == NEW and race.note_failing(why_failed):
                 self._write(race)
             race.void()
             return
@@ -277,7 +297,7 @@ class Shadow:
         session.n_failures = 0
         race.open(origin_ms // self._history.bin_ms, said)
         made = np.isfinite(said[:, RAW]).all(axis=(-1, -2)).sum(axis=(1, 2))  # (side,) series
-        few = f"it forecast {made[NEW]} series of the {made[OLD]} that {session.bake.against} forecasts"
+        few = f"it forecasts {made[NEW]} series of the {made[OLD]} that {session.bake.against} forecasts"
         if race.note_failing(few if 2 * made[NEW] < made[OLD] else ""):
             self._write(race)
 
@@ -288,13 +308,13 @@ class Shadow:
         percents = np.array([is_percent(metric) for metric in window.metrics], np.bool_)
         race.note_moves(own, window.values, percents)
         assert session.predictor is not None
-        places = np.array(self._horizons) - 1
+        places, serves, other = np.array(self._horizons) - 1, session.serves, session.other
         made = session.predictor.predict(window)[:, :, places]
-        said[NEW, RAW, own], said[NEW, SERVED, own] = part.raw, part.served
-        said[OLD, RAW, own] = made
+        said[serves, RAW, own], said[serves, SERVED, own] = part.raw, part.served
+        said[other, RAW, own] = made
         if session.corrector and part.experts:
             session.corrector.mix(window, made := made.copy(), part.experts, places + 1)
-        said[OLD, SERVED, own] = made
+        said[other, SERVED, own] = made
 
     def _note_failing(self, bake: Bake, why: str) -> None:
         """Write down that the new version cannot even be loaded, once a sweep."""
