@@ -88,6 +88,15 @@ def test_the_source_with_the_lower_settled_score_answers() -> None:
     assert calibration.choose(NINETY) == HISTORY
 
 
+def test_where_no_window_has_passed_yet_the_source_that_never_says_so_does_not_answer() -> None:
+    calibration, random = Calibration(), np.random.default_rng(6)
+    for _ in range(60):  # flat below the limit: plain history is never wrong, the forecast a little
+        said = calibration.say(made_guess(np.full(N_SERIES, 75.0), random, 0.0))
+        calibration.settle(said, np.full(N_SERIES, 76.0, np.float32))
+    assert calibration.brier_scores(NINETY)[1][HISTORY] == 0
+    assert calibration.choose(NINETY) == FORECAST
+
+
 def test_what_is_said_too_high_is_told_lower() -> None:
     calibration, random = Calibration(), np.random.default_rng(7)
     for _ in range(60):  # the history says 80 %, and 30 % pass

@@ -38,6 +38,7 @@ _TREND_FEWEST = 24
 # seven hours, so these are about a dozen independent ones; with 400 rare crossings were told too often.
 _PRIOR = 100.0
 _CLOSE = 0.1  # another source answers once it was better than the forecast by more: chance picks fewer losers
+_LEAST_PASSED = 10  # windows over a limit before scores say which source knows
 _N_SUMS = 3  # windows, sum of P as said raw, windows that passed
 
 
@@ -174,10 +175,16 @@ class Calibration:
         self.n_settled[0] += 1
 
     def choose(self, column: int) -> int:
-        """Return the source that answers for a limit: the one with the lowest Brier score."""
+        """Return the source that answers for a limit: the one with the lowest Brier score.
+
+        Where hardly a window has passed the limit yet, the best score is that of the source that never says
+        so: plain history. The forecast answers there.
+        """
         sums = self.brier[:, column].sum(axis=1, dtype=np.float64)
-        if not sums[0, 0]:
-            return HISTORY if not np.isfinite(self.scores).any() else FORECAST
+        has_scores = bool(np.isfinite(self.scores).any())
+        n_passed = self.tallies[HISTORY, column, :, :, 2].sum(dtype=np.float64)
+        if not sums[0, 0] or (n_passed < _LEAST_PASSED and has_scores):
+            return FORECAST if has_scores else HISTORY
         means = sums[:, 1] / sums[:, 0]
         best = int(np.argmin(means))
         return FORECAST if means[FORECAST] <= means[best] * (1 + _CLOSE) else best
