@@ -266,6 +266,7 @@ class TooOften(RuleBasedStateMachine):
         state = load_state(self.path)
         self.engine.log, self.engine.backoff = state.log, state.backoff
         self.engine.settle()
+        self._save()  # as the check does that every start begins with
 
     def _save(self) -> None:
         save_state(self.path, RetrainingState(log=self.engine.log, backoff=self.engine.backoff))
