@@ -94,6 +94,12 @@ class DriftSettings:
     sustained_quorum: float = setting(
         0.10, "share that is enough if it stays in alarm for most of a day (calibrated)", low=0, high=1
     )
+    common_quorum: float = setting(
+        0.08,
+        "share of the servers, three at least, that is enough if they change alike; 1: never (calibrated)",
+        low=0,
+        high=1,
+    )
     timezone: str = setting("UTC", "time zone of the fleet's day, for example Europe/Berlin (calibrated)")
     min_reference_days: int = setting(
         5,

@@ -358,6 +358,24 @@ def test_a_saved_reference_gives_the_same_verdict(tmp_path: Path) -> None:
     assert one.scores == other.scores and one.drifting == other.drifting
 
 
+@pytest.mark.parametrize(("common_quorum", "drifts"), [(0.08, True), (1.0, False)])
+def test_a_tenth_of_a_fleet_that_changes_alike_is_drift_within_hours(
+    common_quorum: float, drifts: bool
+) -> None:
+    # Given thirty servers, of which three rise by their daily swing
+    names = tuple(f"app-{number}" for number in range(30))
+    grid = made_grid(REFERENCE_DAYS + 2, n_servers=30)[:, :, : CHANGE + DAY // 4]
+    grid[:3, :, CHANGE:] += 20
+    reference = Reference.fit(fleet_grid(grid[:, :, : REFERENCE_DAYS * DAY], names))
+    drift = SeasonalDetector(reference, QuorumRule(common_quorum=common_quorum))
+
+    replay(drift, grid[:, :, REFERENCE_DAYS * DAY :], START_MS + REFERENCE_DAYS * DAY * BIN_MS)
+
+    verdict = drift.check()
+    assert set(verdict.drifting_servers()) == set(names[:3])
+    assert verdict.needs_retraining is drifts
+
+
 def test_a_stricter_quorum_asks_for_more_of_the_fleet() -> None:
     grid = changed_grid(slice(0, 2))
     strict = SeasonalDetector(usual_reference(), QuorumRule(quorum=0.5, sustained_quorum=0.5))

@@ -9,6 +9,7 @@ from fleetcast.drift.seasonal.quorum import (
     WEIGHTS,
     QuorumRule,
     combined_ratio,
+    common_ratios,
     family_ratios,
     fleet_ratios,
     running_minimum,
@@ -20,6 +21,7 @@ from fleetcast.drift.seasonal.statistics import FAMILIES, INDEX, N_STATISTICS
 from fleetcast.errors import BadData
 
 RULE = QuorumRule()
+NONE = np.zeros(4, np.float32)  # no statistic is common to several servers
 
 
 def ratios_of(series: list[float], n_families: int = 4) -> np.ndarray:
@@ -48,16 +50,16 @@ def test_at_the_quorum_the_fleet_is_at_its_limit() -> None:
     four = ratios_of([2.0] * 4 + [0.1] * 8)
     no = np.zeros(12, np.float32)
 
-    assert fleet_ratios(three, no, 12, 1, RULE) == pytest.approx(0.1)
-    assert fleet_ratios(four, no, 12, 1, RULE) == pytest.approx(2.0)
+    assert fleet_ratios(three, NONE, no, 12, 1, RULE) == pytest.approx(0.1)
+    assert fleet_ratios(four, NONE, no, 12, 1, RULE) == pytest.approx(2.0)
 
 
 def test_fewer_are_enough_when_they_stay() -> None:
     series = ratios_of([2.0, 1.5] + [0.1] * 10)
     sustained = np.array([0.8, 0.75] + [0.0] * 10, np.float32)
 
-    assert fleet_ratios(series, sustained, 12, 1, RULE) == pytest.approx(1.5)
-    assert fleet_ratios(series, sustained / 3, 12, 1, RULE).max() < 0.7
+    assert fleet_ratios(series, NONE, sustained, 12, 1, RULE) == pytest.approx(1.5)
+    assert fleet_ratios(series, NONE, sustained / 3, 12, 1, RULE).max() < 0.7
 
 
 def test_one_server_never_moves_a_fleet_of_several() -> None:
@@ -66,16 +68,70 @@ def test_one_server_never_moves_a_fleet_of_several() -> None:
     both = ratios_of([9.0] * 4 + [1.2] + [0.2] * 7)
     sustained = np.ones(12, np.float32)
 
-    assert fleet_ratios(alone, sustained, 12, 4, RULE).max() < 1
-    assert fleet_ratios(both, sustained, 12, 4, RULE).min() > 1
+    assert fleet_ratios(alone, NONE, sustained, 12, 4, RULE).max() < 1
+    assert fleet_ratios(both, NONE, sustained, 12, 4, RULE).min() > 1
+
+
+def alike(n_servers: int, carried: dict[str, int], n_metrics: int = 1) -> np.ndarray:
+    """(statistic, series) ratios in which each statistic carries some servers, others than the one before."""
+    found = np.full((N_STATISTICS, n_servers * n_metrics), 0.2, np.float32)
+    first = 0
+    for name, count in carried.items():
+        found[INDEX[name], first * n_metrics : (first + count) * n_metrics : n_metrics] = 1.5
+        first += count
+    return found
+
+
+@pytest.mark.parametrize(
+    ("n_servers", "carried", "is_common"),
+    [
+        (40, {"higher_24h": 4}, True),
+        (40, {"higher_24h": 3}, False),
+        (40, {"higher_24h": 3, "lower_24h": 3}, False),
+        (10, {"higher_24h": 3}, True),
+        (10, {"higher_24h": 2}, False),
+        (2, {"higher_24h": 2}, False),
+    ],
+)
+def test_servers_that_change_alike_are_enough_where_as_many_others_are_not(
+    n_servers: int, carried: dict[str, int], is_common: bool
+) -> None:
+    all_compared, days = np.ones(n_servers, np.bool_), np.full(n_servers, 21)
+
+    common = common_ratios(alike(n_servers, carried), days, all_compared, 1, RULE)
+
+    assert bool(common.max() > 1) is is_common
+    held, no = ratios_of([1.5] * 6 + [0.2] * 34), np.zeros(40, np.float32)
+    whole = fleet_ratios(held, np.full(4, common.max(), np.float32), no, 40, 1, RULE)
+    assert bool(whole.max() > 1) is is_common, "six of forty are no quorum by themselves"
+
+
+def test_metrics_of_one_server_count_once_and_only_compared_servers_make_the_share() -> None:
+    one_server = np.full((N_STATISTICS, 5 * 4), 0.2, np.float32)
+    one_server[INDEX["higher_24h"], :4] = 3.0
+    assert common_ratios(one_server, np.full(20, 21), np.ones(20, np.bool_), 4, RULE).max() < 1
+
+    few, days = alike(100, {"higher_24h": 3}), np.full(100, 21)
+    few_compared = np.arange(100) < 30
+    assert common_ratios(few, days, few_compared, 1, RULE).max() > 1
+    assert common_ratios(few, days, np.ones(100, np.bool_), 1, RULE).max() < 1
+    assert common_ratios(few, days, few_compared, 1, QuorumRule(common_quorum=1.0)).max() == 0
+
+
+def test_a_young_series_has_to_be_further_off_to_be_a_witness() -> None:
+    three, all_compared = alike(10, {"higher_24h": 3}), np.ones(10, np.bool_)
+
+    by_days = [common_ratios(three, np.full(10, days), all_compared, 1, RULE).max() for days in (5, 14, 21)]
+
+    assert by_days == pytest.approx([1.5 / np.sqrt(21 / 5), 1.5 / np.sqrt(1.5), 1.5])
 
 
 def test_a_single_server_is_its_own_fleet() -> None:
-    assert fleet_ratios(ratios_of([3.0]), np.zeros(1, np.float32), 1, 1, RULE) == pytest.approx(3.0)
+    assert fleet_ratios(ratios_of([3.0]), NONE, np.zeros(1, np.float32), 1, 1, RULE) == pytest.approx(3.0)
 
 
 def test_a_fleet_of_which_nothing_is_compared_is_silent() -> None:
-    assert (fleet_ratios(ratios_of([5.0, 5.0]), np.zeros(2, np.float32), 0, 1, RULE) == 0).all()
+    assert (fleet_ratios(ratios_of([5.0, 5.0]), NONE, np.zeros(2, np.float32), 0, 1, RULE) == 0).all()
 
 
 def test_the_thresholds_mean_at_the_limit() -> None:

@@ -17,7 +17,7 @@ from rhythm_fleet import (
 )
 
 from fleetcast.drift.seasonal.detector import SeasonalDetector
-from fleetcast.drift.seasonal.limits import MATURE_DAYS
+from fleetcast.drift.seasonal.quorum import MATURE_DAYS
 from fleetcast.drift.seasonal.reference import Reference, immature_servers, merge
 from fleetcast.errors import BadData
 

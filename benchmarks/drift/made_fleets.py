@@ -28,12 +28,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.drift.parts.data import BIN_MS, DAY, RecordedFleet, load_fleet
-from benchmarks.drift.parts.fleets import CHECKS_PER_DAY, members
+from benchmarks.drift.parts.fleets import members
 from benchmarks.drift.parts.injections import injected, is_eligible, seeded
-from benchmarks.drift.parts.ours import LEAD, Block, fitted_block, held, statistic_ratios
+from benchmarks.drift.parts.ours import (
+    CHECKS_PER_DAY,
+    LEAD,
+    Block,
+    fitted_block,
+    fleet_verdict,
+    held,
+    statistic_ratios,
+)
 from benchmarks.drift.parts.trials import HOURS_PER_CHECK, block_starts
 from benchmarks.results_file import write_results
-from fleetcast.drift.seasonal.quorum import QuorumRule, by_family, fleet_ratios, running_share, worst_ratio
+from fleetcast.drift.seasonal.quorum import by_family
 from fleetcast.errors import BadData
 from fleetcast.schema import Floats32
 
@@ -54,12 +62,13 @@ class Pool:
 
     quiet: list[Floats32] = field(default_factory=list)  # weeks of unchanged series
     factors: list[float] = field(default_factory=list)  # of the references of `quiet`
+    n_days: int = 21  # of a reference
     stretches: list[dict[str, Floats32]] = field(default_factory=list)  # "none" and kinds, at one place
 
 
 def gather(fleet: RecordedFleet, days: int, every_days: int) -> Pool:
     """Judge every stable series of every block, unchanged and with each kind of change."""
-    pool = Pool()
+    pool = Pool(n_days=days)
     for first in block_starts(fleet, days, every_days):
         block = fitted_block(fleet, first, days, TEST_DAYS)
         for member in members(fleet, block):
@@ -96,12 +105,10 @@ def _stretches(
     return found
 
 
-def verdict(ratios: Floats32, factor: float) -> Bools:
+def verdict(ratios: Floats32, factor: float, n_days: int) -> Bools:
     """Return (check,): whether a fleet of servers of one series, (statistic, series, check), drifts."""
-    rule, n_series = QuorumRule(), ratios.shape[1]
-    kept = held(by_family(ratios))
-    sustained = running_share(kept.max(axis=0) > 1, rule.sustained_bins(CHECKS_PER_DAY))
-    return np.asarray(worst_ratio(fleet_ratios(kept, sustained, n_series, 1, rule) / factor) > 1)
+    n_series = ratios.shape[1]
+    return fleet_verdict(ratios, np.full(n_series, n_days), np.ones(n_series, np.bool_), 1, factor)
 
 
 def quiet_figures(pool: Pool, n_servers: int, generator: np.random.Generator) -> dict[str, float]:
@@ -115,7 +122,7 @@ def quiet_figures(pool: Pool, n_servers: int, generator: np.random.Generator) ->
             np.roll(pool.quiet[index], by, axis=1)[:, :length]
             for index, by in zip(picked, moved, strict=True)
         ]
-        alarms = verdict(np.stack(series, axis=1), pool.factors[picked[0]])
+        alarms = verdict(np.stack(series, axis=1), pool.factors[picked[0]], pool.n_days)
         starts = np.flatnonzero(alarms & ~np.concatenate([[False], alarms[:-1]]))
         episodes += int((np.diff(starts, prepend=-DAY) > CHECKS_PER_DAY).sum())
         days += length / CHECKS_PER_DAY
@@ -140,7 +147,7 @@ def change_figures(
         series = [able[index][kind] for index in generator.integers(len(able), size=n_changed)]
         others = generator.integers(len(pool.stretches), size=n_servers - n_changed)
         ratios = np.stack(series + [pool.stretches[index]["none"] for index in others], axis=1)
-        alarms = verdict(ratios, pool.factors[int(generator.integers(len(pool.factors)))])
+        alarms = verdict(ratios, pool.factors[int(generator.integers(len(pool.factors)))], pool.n_days)
         start = len(alarms) - CHECKS_PER_DAY  # the first check after the change
         if alarms[start - 1]:
             continue

@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 from benchmarks.drift.parts.data import BIN_MS, DAY, RecordedFleet, interval
 from benchmarks.drift.parts.ours import (
     AT_START,
+    CHECKS_PER_DAY,
     LEAD,
     Block,
     fitted_block,
+    fleet_verdict,
     held,
     proxy_errors,
     series_ratios,
+    statistic_ratios,
 )
 from benchmarks.drift.parts.rules import (
     LITERAL_BINS,
@@ -35,15 +38,7 @@ from benchmarks.drift.parts.rules import (
     window_sums,
 )
 from benchmarks.drift.parts.trials import HOURS_PER_CHECK
-from fleetcast.drift.seasonal.quorum import (
-    COMBINED_THRESHOLD,
-    THRESHOLDS,
-    WEIGHTS,
-    QuorumRule,
-    fleet_ratios,
-    running_share,
-    worst_ratio,
-)
+from fleetcast.drift.seasonal.quorum import COMBINED_THRESHOLD, THRESHOLDS, WEIGHTS
 
 Bools = NDArray[np.bool_]
 Values = NDArray[np.float64]
@@ -54,7 +49,6 @@ CHANGE_DRAWS = 40
 SERVER_SHARE = 0.7
 SUBSET_SHARE = 0.1
 PAIRS = 1000
-CHECKS_PER_DAY = DAY // STEP
 FLEET_KINDS = ("fleet_level", "subset")
 
 
@@ -164,7 +158,7 @@ def _stretch(fleet: RecordedFleet, block: Block, member: Member, values: Values,
 def _our_ratios(block: Block, group: list[Member], values: list[Values], begin: int) -> NDArray[np.float32]:
     rows = np.array([member.row for member in group])
     start_ms = block.reference.start_ms + (begin - block.first) * BIN_MS
-    return held(series_ratios(block.reference, rows, np.asarray(values, np.float32), start_ms))
+    return statistic_ratios(block.reference, rows, np.asarray(values, np.float32), start_ms)
 
 
 def _verdicts(rule: str, block: Block, own: list[Member], known: Any, picked: list[int]) -> Bools:
@@ -182,16 +176,15 @@ def peer_verdict(rule: str, alarms: Bools) -> Bools:
 
 
 def our_verdict(block: Block, own: list[Member], ratios: NDArray[np.float32]) -> Bools:
-    """Return the quorum's verdict on (family, series, check) held ratios."""
+    """Return the quorum's verdict on (statistic, series, check) ratios before they are held."""
     servers = sorted({member.server for member in own})
     metrics = sorted({member.metric for member in own})
     full = np.zeros((ratios.shape[0], len(servers) * len(metrics), ratios.shape[2]), np.float32)
     rows = [servers.index(m.server) * len(metrics) + metrics.index(m.metric) for m in own]
     full[:, rows] = ratios
-    rule = QuorumRule()
-    sustained = running_share(full.max(axis=0) > 1, rule.sustained_bins(CHECKS_PER_DAY))
-    fleet = fleet_ratios(full, sustained, len(own), len(metrics), rule)
-    return np.asarray(worst_ratio(fleet / block.reference.fleet.factor) > 1)
+    is_compared, n_days = np.zeros(full.shape[1], np.bool_), np.ones(full.shape[1], np.int64)
+    is_compared[rows], n_days[rows] = True, block.reference.n_days[[member.row for member in own]]
+    return fleet_verdict(full, n_days, is_compared, len(metrics), block.reference.fleet.factor)
 
 
 def pooled_literal(stretches: list[Stretch], own: list[Member], length: int | None) -> Bools:
@@ -334,7 +327,7 @@ def _fleet_alarms(rule: str, fleet: RecordedFleet, block: Block, group: list[Mem
     if rule == "ours":
         rows = np.array([member.row for member in group])
         values = np.asarray([member.lead for member in group], np.float32)
-        return our_verdict(block, group, held(series_ratios(block.reference, rows, values, start_ms)))
+        return our_verdict(block, group, statistic_ratios(block.reference, rows, values, start_ms))
     stretches = [
         Stretch(fleet.metrics[m.metric], m.reference, m.lead, _errors(block, m, start_ms)) for m in group
     ]

@@ -10,7 +10,16 @@ from numpy.typing import NDArray
 
 from benchmarks.drift.parts.data import BIN_MS, DAY, RecordedFleet
 from benchmarks.drift.parts.rules import STEP
-from fleetcast.drift.seasonal.quorum import QuorumRule, by_family, limit_ratios, running_minimum
+from fleetcast.drift.seasonal.quorum import (
+    QuorumRule,
+    by_family,
+    common_ratios,
+    fleet_ratios,
+    limit_ratios,
+    running_minimum,
+    running_share,
+    worst_ratio,
+)
 from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.drift.seasonal.season import ABSENT, innovations, moves, traits
 from fleetcast.drift.seasonal.sensors import SensorWatch
@@ -18,6 +27,7 @@ from fleetcast.drift.seasonal.settled import FleetGrid
 from fleetcast.drift.seasonal.statistics import BinCodes, statistics, sums_over
 from fleetcast.schema import Floats32
 
+Bools = NDArray[np.bool_]
 SHORT = DAY // 8
 CHECKS_PER_DAY = DAY // STEP
 # The check at which a change is put in must be judged as any other, so that a series that was in alarm
@@ -89,6 +99,24 @@ def statistic_ratios(
 def held(ratios: Floats32) -> Floats32:
     """Return ratios as they are after a series' hold."""
     return running_minimum(ratios, QuorumRule().hold_bins(CHECKS_PER_DAY))
+
+
+def fleet_verdict(
+    ratios: Floats32, n_days: NDArray[np.int64], is_compared: Bools, n_metrics: int, factor: float
+) -> Bools:
+    """Return (check,): whether a fleet drifts.
+
+    Args:
+        ratios: (statistic, series, check) before they are held, server by server.
+        n_days: (series,) behind each reference.
+        is_compared: (series,)
+    """
+    rule = QuorumRule()
+    kept = held(by_family(ratios))
+    common = by_family(held(common_ratios(ratios, n_days, is_compared, n_metrics, rule)))
+    sustained = running_share(kept.max(axis=0) > 1, rule.sustained_bins(CHECKS_PER_DAY))
+    fleet = fleet_ratios(kept, common, sustained, int(is_compared.sum()), n_metrics, rule)
+    return np.asarray(worst_ratio(fleet / factor) > 1)
 
 
 def proxy_errors(reference: Reference, row: int, values: Floats32, start_ms: int) -> NDArray[np.float64]:

@@ -29,9 +29,11 @@ from fleetcast.drift.seasonal.quorum import (
     THRESHOLDS,
     WEIGHTS,
     QuorumRule,
+    by_family,
     combined_ratio,
-    family_ratios,
+    common_ratios,
     fleet_ratios,
+    limit_ratios,
     scale_scores,
 )
 from fleetcast.drift.seasonal.reference import Reference
@@ -57,7 +59,7 @@ COLLECTING, READY = "collecting", "ready"
 TOO_FEW_DAYS = "too few days in the reference"
 _NEVER = -1
 # Of its limit. While a fleet drifts, most series this near one have changed (docs/decisions/drift-fleets.md).
-NEAR = 0.8
+NEAR = 0.7
 _BY_SIZE = tuple(INDEX[name] for name in ("wider_24h", "calmer_24h"))
 _BY_MOVES = tuple(INDEX[name] for name in ("innovation_3h", "restless_24h", "rougher_24h", "smoother_24h"))
 
@@ -174,6 +176,7 @@ class SeasonalDetector:
         self._last_scores = np.full((n_series, 2), np.nan, np.float32)  # oldest first
         self._recent = np.full((self._short, n_series), np.nan, np.float32)  # ring of native values
         self._ratios = np.zeros((self._hold, len(FAMILIES), n_series), np.float32)  # ring
+        self._common = np.zeros((self._hold, len(STATISTICS)), np.float32)  # ring
         self._alarms = np.zeros((self._sustained, n_series), np.bool_)  # ring
         self._alarm_counts = np.zeros(n_series, np.int64)
         self._since = np.full(n_series, _NEVER, np.int64)
@@ -249,8 +252,12 @@ class SeasonalDetector:
         """Score the windows that end now and follow each series' alarm."""
         sums = self._sums.window_sums()
         self._statistics = statistics(sums, self.reference.books, self._short, self._long)[:, :, 0]
-        ratios = family_ratios(self._statistics, self.reference.limits)
-        self._ratios[self._n_bins % self._hold] = np.where(self._is_compared, ratios, 0)
+        ratios = limit_ratios(self._statistics, self.reference.limits)
+        ratios[:, ~self._is_compared] = 0
+        own = self._n_bins % self._hold
+        self._ratios[own] = by_family(ratios)
+        judged, n_metrics = self._is_judged(), len(self.reference.metrics)
+        self._common[own] = common_ratios(ratios, self.reference.n_days, judged, n_metrics, self.rule)
         held = self.held_ratios()
         alarms = held.max(axis=0) > 1
         place = self._n_bins % self._sustained
@@ -280,6 +287,7 @@ class SeasonalDetector:
         """Return (family,): how near the fleet is to its limits, 1 = at them."""
         found = fleet_ratios(
             self.held_ratios(),
+            by_family(self._common.min(axis=0)),
             self._sustained_shares(),
             int(self._is_judged().sum()),
             len(self.reference.metrics),

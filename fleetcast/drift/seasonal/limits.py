@@ -18,11 +18,14 @@ from numpy.typing import NDArray
 from fleetcast.drift.seasonal.learning import FOLDS, STEPS_PER_DAY
 from fleetcast.drift.seasonal.quorum import (
     QuorumRule,
-    family_ratios,
+    by_family,
+    common_ratios,
     fleet_ratios,
+    limit_ratios,
     running_minimum,
     running_share,
     worst_ratio,
+    youth,
 )
 from fleetcast.drift.seasonal.season import upper_quantile
 from fleetcast.drift.seasonal.statistics import CAPS, FLOORS, STATISTICS
@@ -58,7 +61,6 @@ PRIOR_GROWTH = {
 # third of them goes, detection hardly changes. Measured there, too.
 MARGINS = {"error_24h": 1.2, "shape_3h": 1.2, "restless_24h": 1.2}
 # Nothing but its limit holds back a statistic that stands alone, and one week says little of the next.
-MATURE_DAYS = 21  # fewer days behind a series make false alarms likelier; see drift-quality.md
 _STANDS_ALONE = np.array([item.stands_alone for item in STATISTICS])
 _MARGINS = np.array([MARGINS.get(item.name, 1.0) for item in STATISTICS], np.float32)
 _PRIOR = np.array([PRIOR_GROWTH[statistic.name] for statistic in STATISTICS], np.float32)
@@ -107,7 +109,7 @@ def series_limits(own: Floats32, shared: Floats32, n_days: Longs) -> Floats32:
     Args:
         n_days: (series,) days behind each series.
     """
-    young = np.sqrt(np.maximum(MATURE_DAYS / np.maximum(n_days, 1), 1)).astype(np.float32)
+    young = youth(n_days)
     widened = own * shared * _MARGINS * np.where(_STANDS_ALONE, young[:, None], 1)
     return np.asarray(np.minimum(np.maximum(widened, FLOORS), CAPS), np.float32)
 
@@ -149,26 +151,31 @@ def calibrate(
     n_metrics: int,
     rule: QuorumRule,
     false_alarms_per_month: float,
+    n_days: Longs,
 ) -> FleetCalibration:
     """Judge the fleet on days left out and set the factor.
 
     Args:
         series: rows of `limits` that `left_out`, (statistic, series, step), is about: whole servers.
         false_alarms_per_month: how often an unchanged fleet may call for a training, > 0.
+        n_days: days behind each row of `limits`.
     """
     per_day = min(STEPS_PER_DAY, left_out.shape[2])
-    ratios = family_ratios(left_out, limits[series])
-    held = running_minimum(ratios, rule.hold_bins(per_day))
+    ratios, hold = limit_ratios(left_out, limits[series]), rule.hold_bins(per_day)
+    held = running_minimum(by_family(ratios), hold)
     alarms = held.max(axis=0) > 1
-    is_compared = np.isfinite(limits[series]).any(axis=1)
+    is_compared = np.asarray(np.isfinite(limits[series]).any(axis=1))
+    common = by_family(
+        running_minimum(common_ratios(ratios, n_days[series], is_compared, n_metrics, rule), hold)
+    )
     sustained = running_share(alarms, rule.sustained_bins(per_day))
-    worst = worst_ratio(fleet_ratios(held, sustained, int(is_compared.sum()), n_metrics, rule))
-    n_days = worst.size // per_day if per_day else 0
-    if not n_days or not is_compared.any():
+    worst = worst_ratio(fleet_ratios(held, common, sustained, int(is_compared.sum()), n_metrics, rule))
+    n_left_out = worst.size // per_day if per_day else 0
+    if not n_left_out or not is_compared.any():
         return FleetCalibration(false_alarms_per_month, 1.0, 0.0, 0, 0.0)
-    maxima = worst[: n_days * per_day].reshape(n_days, per_day).max(axis=1)
+    maxima = worst[: n_left_out * per_day].reshape(n_left_out, per_day).max(axis=1)
     factor = max(1.0, return_level(maxima, MONTH_DAYS / false_alarms_per_month))
     starts = np.flatnonzero(worst / factor > 1)
     n_alarms = int((np.diff(starts, prepend=-per_day * 10) > EPISODE_DAYS * per_day).sum())
     share = float(alarms[is_compared].mean())
-    return FleetCalibration(false_alarms_per_month, factor, float(n_days), n_alarms, share)
+    return FleetCalibration(false_alarms_per_month, factor, float(n_left_out), n_alarms, share)

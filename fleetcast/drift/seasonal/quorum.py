@@ -23,12 +23,14 @@ from fleetcast.drift.seasonal.statistics import (
     PER,
 )
 from fleetcast.errors import BadData
-from fleetcast.schema import Floats32
+from fleetcast.schema import Floats32, Longs
 
 # A long window remembers a disturbance for a day after it ended; it counts as long as the newest
 # hours still look at least this unusual.
 SUPPORT = 0.6
 MIN_SERVERS = 3  # fleets this large never move for one server
+MATURE_DAYS = 21  # fewer days behind a series make false alarms likelier; see drift-quality.md
+MIN_COMMON = 3  # servers that one and the same statistic must carry over its limit
 
 # The scale of the scores, as the specification prints it. It stays when thresholds or weights are
 # edited in drift_monitor.py or in the settings: a threshold twice as high asks for twice the limit.
@@ -43,12 +45,15 @@ class QuorumRule:
 
     quorum: float = 0.25  # share of the compared series in alarm at once
     sustained_quorum: float = 0.10  # the same, of series in alarm most of the last hours
+    common_quorum: float = (
+        0.08  # share of the compared servers that one statistic carries over its limit at once
+    )
     sustained_h: float = 24.0
     sustained_share: float = 0.75  # "most"
     hold_h: float = 0.75  # a series is in alarm after this long over a limit
 
     def __post_init__(self) -> None:
-        for name in ("quorum", "sustained_quorum", "sustained_share"):
+        for name in ("quorum", "sustained_quorum", "common_quorum", "sustained_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise BadData(f"{name} must be within 0..1, got {getattr(self, name)}")
         if self.sustained_h <= 0 or self.hold_h < 0:
@@ -88,13 +93,46 @@ def by_family(ratios: Floats32) -> Floats32:
     return np.stack([ratios[family == FAMILY_OF].max(axis=0) for family in range(len(FAMILIES))])
 
 
+def youth(n_days: Longs) -> Floats32:
+    """Return (series,) >= 1: by how much wider limits have to be where few days are known.
+
+    >>> youth(np.array([5, 21, 30])).round(2).tolist()
+    [2.049999952316284, 1.0, 1.0]
+    """
+    return np.sqrt(np.maximum(MATURE_DAYS / np.maximum(n_days, 1), 1)).astype(np.float32)
+
+
+def common_ratios(
+    ratios: Floats32, n_days: Longs, is_compared: NDArray[np.bool_], n_metrics: int, rule: QuorumRule
+) -> Floats32:
+    """Return (statistic, ...): 1 where it carries just enough servers to their limits at once.
+
+    Several servers that change in the same way are evidence that one server is not: fewer of them are
+    enough. A series of which few days are known has to be further off to be one of them.
+
+    Args:
+        ratios: (statistic, series, ...) as `limit_ratios`, 0 for series not compared; server by server.
+        n_days: (series,) days behind each.
+        is_compared: (series,)
+    """
+    n_servers = ratios.shape[1] // n_metrics
+    n_compared = int(is_compared.reshape(n_servers, n_metrics).any(axis=1).sum())
+    k = max(MIN_COMMON, math.floor(rule.common_quorum * n_compared) + 1)
+    if k > n_compared:
+        return np.zeros((ratios.shape[0], *ratios.shape[2:]), np.float32)
+    sure = ratios / youth(n_days).reshape(-1, *(1,) * (ratios.ndim - 2))
+    by_server = sure.reshape(ratios.shape[0], n_servers, n_metrics, *ratios.shape[2:]).max(axis=2)
+    return _kth_largest(by_server, k, n_servers)
+
+
 def fleet_ratios(
-    held: Floats32, sustained: Floats32, n_compared: int, n_metrics: int, rule: QuorumRule
+    held: Floats32, common: Floats32, sustained: Floats32, n_compared: int, n_metrics: int, rule: QuorumRule
 ) -> Floats32:
     """Return (family, ...): 1 where just enough of the fleet is at its limit.
 
     Args:
         held: (family, series, ...) ratios, 0 for series not compared; series are server by server.
+        common: (family, ...) of `common_ratios`, held as long as `held`.
         sustained: (series, ...) share of the last hours each series was in alarm.
     """
     if not n_compared:
@@ -102,7 +140,7 @@ def fleet_ratios(
     steady = held * np.minimum(sustained / max(rule.sustained_share, 1e-6), 1)
     fast = _kth_largest(held, math.floor(rule.quorum * n_compared) + 1, n_compared)
     slow = _kth_largest(steady, math.floor(rule.sustained_quorum * n_compared) + 1, n_compared)
-    ratios = np.maximum(fast, slow)
+    ratios = np.maximum(np.maximum(fast, slow), common)
     n_servers = held.shape[1] // n_metrics
     if n_servers < MIN_SERVERS:
         return np.asarray(ratios, np.float32)

@@ -19,7 +19,6 @@ from fleetcast.archive import check_shapes, pack, unpack
 from fleetcast.clock import DAY_MS
 from fleetcast.drift.seasonal.learning import DAY_COVERAGE, MIN_DAYS, fit_all, sample, value_ranges
 from fleetcast.drift.seasonal.limits import (
-    MATURE_DAYS,
     FleetCalibration,
     calibrate,
     growth,
@@ -27,7 +26,7 @@ from fleetcast.drift.seasonal.limits import (
     series_limits,
     shared_growth,
 )
-from fleetcast.drift.seasonal.quorum import QuorumRule
+from fleetcast.drift.seasonal.quorum import MATURE_DAYS, QuorumRule
 from fleetcast.drift.seasonal.season import LAGS_H, N_CODES, N_EDGES, WEEKDAYS, DayClock, Shape
 from fleetcast.drift.seasonal.sensors import clean_reference, measurements
 from fleetcast.drift.seasonal.settled import FleetGrid
@@ -145,7 +144,7 @@ class Reference:
         n_days = np.concatenate([part.n_days for part in chunks])
         limits = series_limits(own, shared, n_days)
         limits[n_days < options.min_days] = np.nan
-        rates = (options.rule, options.false_alarms_per_month)
+        rule, rate = options.rule, options.false_alarms_per_month
         return cls(
             server_names=grid.server_names,
             metrics=grid.metrics,
@@ -161,7 +160,7 @@ class Reference:
             still_limits=still_limits,
             limits=limits,
             shared_growth=shared,
-            fleet=calibrate(*sample(chunks, n_metrics), limits, n_metrics, *rates),
+            fleet=calibrate(*sample(chunks, n_metrics), limits, n_metrics, rule, rate, n_days),
         )
 
     def to_bytes(self) -> bytes:

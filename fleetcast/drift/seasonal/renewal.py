@@ -20,8 +20,7 @@ import numpy as np
 
 from fleetcast.clock import DAY_MS
 from fleetcast.drift.seasonal.learning import DAY_COVERAGE
-from fleetcast.drift.seasonal.limits import MATURE_DAYS
-from fleetcast.drift.seasonal.quorum import QuorumRule
+from fleetcast.drift.seasonal.quorum import MATURE_DAYS, QuorumRule
 from fleetcast.drift.seasonal.reference import (
     Reference,
     ReferenceOptions,
@@ -46,7 +45,11 @@ SERVERS_A_DAY = 500  # learned again at once: some 15 ms for each series
 
 def quorum_rule(settings: DriftSettings) -> QuorumRule:
     """Return how many series make a fleet's drift."""
-    return QuorumRule(quorum=settings.quorum, sustained_quorum=settings.sustained_quorum)
+    return QuorumRule(
+        quorum=settings.quorum,
+        sustained_quorum=settings.sustained_quorum,
+        common_quorum=settings.common_quorum,
+    )
 
 
 def learn_reference(grid: FleetGrid, settings: DriftSettings, changed_ms: Floats | None = None) -> Reference:
