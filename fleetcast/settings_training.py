@@ -102,8 +102,8 @@ class DriftSettings:
     )
     timezone: str = setting("UTC", "time zone of the fleet's day, for example Europe/Berlin (calibrated)")
     min_reference_days: int = setting(
-        5,
-        "days of a series before the detector judges it; fewer make false alarms likelier (calibrated)",
+        3,
+        "days of a series before the detector judges it; below five with wider limits (calibrated)",
         unit="days",
         low=3,
         high=30,

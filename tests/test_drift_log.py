@@ -45,7 +45,7 @@ def test_series_with_too_few_days_are_told_once_with_their_time(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     grid = made_grid()
-    grid[2, 1, : FIRST_TEST_BIN - 3 * DAY] = np.nan
+    grid[2, 1, : FIRST_TEST_BIN - DAY] = np.nan
     registry_with(tmp_path, fitted(grid[:, :, :FIRST_TEST_BIN]))
     log, report = DriftLog(), monitor_of(tmp_path, store_of(grid, END - 12)).report()
     log.note(report)

@@ -31,13 +31,13 @@ def test_the_settings_reach_the_reference() -> None:
 
 def test_days_before_a_known_change_do_not_count_and_the_reference_remembers_it() -> None:
     changed = np.full((len(SERVERS), len(METRICS)), np.nan)
-    changed[1, 0] = START_MS + 10.5 * DAY_MS
+    changed[1, 0] = START_MS + 11.5 * DAY_MS
     made = learn_reference(FLEET, DriftSettings(), changed)
     days = made.n_days.reshape(changed.shape)
-    assert (days[1, 0], days[1, 1], days[0, 0]) == (3, 14, 14)
+    assert (days[1, 0], days[1, 1], days[0, 0]) == (2, 14, 14)
     assert not made.is_compared[2]
     found = made.changed_ms()
-    assert found[1, 0] == START_MS + 11 * DAY_MS
+    assert found[1, 0] == START_MS + 12 * DAY_MS
     assert np.isnan(found).sum() == found.size - 1
 
 

@@ -36,6 +36,17 @@ def test_limits_lie_between_floor_and_cap_and_stay_unknown_where_nothing_is_know
     assert np.isnan(found[2]).all()
 
 
+def test_below_five_days_limits_are_as_much_wider_as_days_are_missing() -> None:
+    own, shared = np.full((5, N_STATISTICS), 0.5, np.float32), np.ones(N_STATISTICS, np.float32)
+    needs_support = np.array([not item.stands_alone for item in STATISTICS])
+
+    found = series_limits(own, shared, np.array([3, 4, 5, 21, 30]))[:, needs_support]
+
+    assert found[0] == pytest.approx(found[2] * 5 / 3)
+    assert found[1] == pytest.approx(found[2] * 5 / 4)
+    assert (found[2] == found[3]).all() and (found[3] == found[4]).all()
+
+
 def test_growth_compares_each_block_with_the_others() -> None:
     left_out = np.tile(np.repeat([4.0, 4.0, 8.0], 300), (N_STATISTICS, 1, 1)).astype(np.float32)
     folds = np.repeat([0, 1, 2], 300)[None]

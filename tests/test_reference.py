@@ -89,9 +89,9 @@ def test_a_series_with_too_few_days_is_not_compared() -> None:
 
 @pytest.mark.parametrize("more_bins", [0, DAY // 4, DAY // 2], ids=["midnight", "a quarter", "half a day"])
 def test_the_midnight_told_is_the_first_at_which_a_series_is_judged(more_bins: int) -> None:
-    # Given a reference whose data end at that time of day, and two days of one series
+    # Given a reference whose data end at that time of day, and one whole day of a series
     whole = made_grid(REFERENCE_DAYS + MIN_DAYS, n_servers=3)
-    whole[2, 1, : (REFERENCE_DAYS - 2) * DAY] = np.nan
+    whole[2, 1, : (REFERENCE_DAYS - 1) * DAY] = np.nan
     changed = np.full((3, len(METRICS)), np.nan)
     changed[0, 0] = (
         START_MS + (REFERENCE_DAYS * DAY - 60) * BIN_MS
@@ -106,9 +106,9 @@ def test_the_midnight_told_is_the_first_at_which_a_series_is_judged(more_bins: i
     told = known.enough_days_ms(MIN_DAYS, known.end_ms)
 
     # Then
-    two_days, new = 2 * len(METRICS) + 1, 0
-    assert np.flatnonzero(np.isfinite(told)).tolist() == [new, two_days]
-    for series in (two_days, new):
+    one_day, new = 2 * len(METRICS) + 1, 0
+    assert np.flatnonzero(np.isfinite(told)).tolist() == [new, one_day]
+    for series in (one_day, new):
         bins = int(told[series] - START_MS) // BIN_MS
         assert not at(bins - DAY).is_compared[series] and at(bins).is_compared[series]
 

@@ -30,7 +30,7 @@ def whole_store() -> RowStore:
 
 
 def test_young_servers_are_learned_again_up_to_the_last_midnight(tmp_path: Path) -> None:
-    version = registry_with(tmp_path, young(3)).baseline_in_force()
+    version = registry_with(tmp_path, young(2)).baseline_in_force()
     assert version is not None
     own = renewal(tmp_path, whole_store())
     known = own.load(version)

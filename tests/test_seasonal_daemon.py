@@ -111,7 +111,7 @@ def test_a_calm_fleet_learns_a_week_of_new_data_once_and_not_where_that_is_turne
 
 
 def test_while_it_collects_nobody_says_the_model_is_well(folder: Path) -> None:
-    lay_out(folder, changed_grid(), fitted(made_grid()[:, :, : 3 * DAY]))
+    lay_out(folder, changed_grid(), fitted(made_grid()[:, :, : 2 * DAY]))
     with Told() as told:
         told.answers = quiet_answers(VERSION)
         check = checked(told, decision={"host_load_per_core": 1000.0})

@@ -100,16 +100,26 @@ def test_literal_basis_decides_by_the_literal_four_only(tmp_path: Path) -> None:
 
 
 def test_a_young_reference_collects_and_says_how_much_is_missing(tmp_path: Path) -> None:
-    registry_with(tmp_path, fitted(made_grid()[:, :, : 3 * DAY]))
+    registry_with(tmp_path, fitted(made_grid()[:, :, : 2 * DAY]))
     report = monitor_of(tmp_path, store_of(changed_grid(), END)).report()
     assert (report.status, report.needs_retraining) == ("collecting", False)
-    assert report.status_reason == "3 of 5 days known of any series, until about 2026-01-17 00:00Z"
+    assert report.status_reason == "2 of 3 days known of any series, until about 2026-01-17 00:00Z"
     assert report.metrics["dss"] is None, "not looked at yet"
+
+
+def test_three_days_are_enough_to_find_what_changes_much_and_no_alarm_for_what_does_not(
+    tmp_path: Path,
+) -> None:
+    three_days = fitted(made_grid()[:, :, FIRST_TEST_BIN - 3 * DAY : FIRST_TEST_BIN])
+    for folder, grid, drifts in (("a", made_grid(), False), ("b", changed_grid(), True)):
+        registry_with(tmp_path / folder, three_days)
+        report = monitor_of(tmp_path / folder, store_of(grid, END)).report()
+        assert (report.status, report.needs_retraining) == ("ready", drifts)
 
 
 def test_what_is_not_compared_says_until_when(tmp_path: Path) -> None:
     grid = made_grid()
-    grid[2, 1, : FIRST_TEST_BIN - 3 * DAY] = np.nan
+    grid[2, 1, : FIRST_TEST_BIN - DAY] = np.nan
     registry_with(tmp_path, fitted(grid[:, :, :FIRST_TEST_BIN]))
     monitor = monitor_of(tmp_path, store_of(grid, END - 12))
     when = "2026-01-17"  # two more days than the reference has, the second of them not over yet

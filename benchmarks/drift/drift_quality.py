@@ -44,6 +44,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--regimes", type=Path, action="append", metavar="CSV")
     parser.add_argument("--half", choices=("develop", "report", "all"), default="all")
     parser.add_argument("--days", type=int, default=21, help="days of a reference")
+    parser.add_argument("--test-days", type=int, default=TEST_DAYS, help="days judged after it")
     parser.add_argument("--every-days", type=int, default=7, help="distance of reference blocks")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=RULES, metavar="RULE", help=str(RULES))
     parser.add_argument("--parts", default=",".join(PARTS), help="comma separated")
@@ -66,7 +67,7 @@ def measure(fleet: RecordedFleet, options: argparse.Namespace) -> dict[str, Any]
         )
     out: dict[str, Any] = {"servers": len(fleet.server_names), "stable_series": len(fleet.stable)}
     tallies = {rule: Tally() for rule in rules}
-    blocks = [fitted_block(fleet, first, options.days, TEST_DAYS) for first in starts]
+    blocks = [fitted_block(fleet, first, options.days, options.test_days) for first in starts]
     out["blocks"] = len(blocks)
     out["calibration"] = [_calibration(block.reference.fleet) for block in blocks]
     if "series" in parts:

@@ -39,9 +39,6 @@ models_dir = "no_models"      # the shipped base was trained on these machines: 
 [bins]
 forecast_metrics = ["cpu_pct", "mem_pct", "disk_write_pct"]
 
-[drift]                       # the first training comes after three days: judge from then on
-min_reference_days = 3
-
 [decision]
 initial_min_span_s = 259200.0 # three whole days to compare with
 host_load_per_core = 100.0    # the demo must not depend on what else this machine does

@@ -42,7 +42,7 @@ from fleetcast.drift.seasonal.statistics import (
 from fleetcast.schema import Floats32, Longs
 
 FOLDS = 3  # blocks of days left out in turn
-MIN_DAYS = 5
+MIN_DAYS = 3  # as many as there are blocks to leave out
 DAY_COVERAGE = 0.3  # of its bins a day needs to count
 WEEKLY_DAYS = 19  # a weekly profile needs nearly three weeks
 WEEKLY_GAIN = 0.9  # and must cut the error on days left out to this share

@@ -64,6 +64,7 @@ MARGINS = {"error_24h": 1.2, "shape_3h": 1.2, "restless_24h": 1.2}
 _STANDS_ALONE = np.array([item.stands_alone for item in STATISTICS])
 _MARGINS = np.array([MARGINS.get(item.name, 1.0) for item in STATISTICS], np.float32)
 _PRIOR = np.array([PRIOR_GROWTH[statistic.name] for statistic in STATISTICS], np.float32)
+SURE_DAYS = 5  # the limits of a series with fewer days behind it are as much wider as days are missing
 MONTH_DAYS = 30.0
 EPISODE_DAYS = 1.0  # alarms closer than this are one
 
@@ -111,7 +112,8 @@ def series_limits(own: Floats32, shared: Floats32, n_days: Longs) -> Floats32:
     """
     young = youth(n_days)
     widened = own * shared * _MARGINS * np.where(_STANDS_ALONE, young[:, None], 1)
-    return np.asarray(np.minimum(np.maximum(widened, FLOORS), CAPS), np.float32)
+    few = np.maximum(SURE_DAYS / np.maximum(n_days, 1), 1)[:, None]
+    return np.asarray(np.minimum(np.maximum(widened, FLOORS), CAPS) * few, np.float32)
 
 
 def return_level(daily_maxima: Floats32, days: float) -> float:

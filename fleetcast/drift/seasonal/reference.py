@@ -119,7 +119,7 @@ class Reference:
     def fit(
         cls, grid: FleetGrid, options: ReferenceOptions | None = None, changed_ms: Floats | None = None
     ) -> Self:
-        """Learn a reference; three weeks are good, five days the least advisable.
+        """Learn a reference; three weeks are good, three days the least (with wider limits until five).
 
         Args:
             grid: bin means; errors are those of the models that were in service.

@@ -20,6 +20,7 @@ import numpy as np
 
 from fleetcast.clock import DAY_MS
 from fleetcast.drift.seasonal.learning import DAY_COVERAGE
+from fleetcast.drift.seasonal.limits import SURE_DAYS
 from fleetcast.drift.seasonal.quorum import MATURE_DAYS, QuorumRule
 from fleetcast.drift.seasonal.reference import (
     Reference,
@@ -167,7 +168,7 @@ class ReferenceRenewal:
         if known:  # nothing is new about a server of full age but its errors, once there are enough
             is_old = np.isin(names, immature_servers(known, names), invert=True)
             is_worth_it &= ~is_old | (
-                _settled_days(grid.errors, per_day) >= self._settings.min_reference_days
+                _settled_days(grid.errors, per_day) >= max(SURE_DAYS, self._settings.min_reference_days)
             )
         rows = np.flatnonzero(is_worth_it)
         if not len(rows):
