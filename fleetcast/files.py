@@ -273,7 +273,7 @@ def read_json_lines(path: Path) -> Iterable[dict[str, Any]]:
         while line := stream.readline(_LINE_MAX_BYTES):
             try:
                 value = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(value, dict):
                 yield value

@@ -6,6 +6,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from desk_folder import NOW, SPARE, WAITS, A, B, C, add, alone, give, order
@@ -16,6 +17,7 @@ from fleetcast.errors import StorageFull
 from fleetcast.forecast.registry import Registry
 from fleetcast.promotion.audit import CONFIRM, DONE, INTENT, ROLLBACK, Standing, sentence
 from fleetcast.promotion.bake import RACES_FOLDER, read_evidence, report, settle_bake, write_evidence
+from fleetcast.promotion.bake import sentence as tell
 from fleetcast.promotion.desk import STATE, Desk
 from fleetcast.promotion.evidence import BETTER, PASSED, WORSE, Block
 from fleetcast.settings import PromotionSettings
@@ -200,7 +202,9 @@ def test_evidence_of_another_bake_or_a_damaged_one_counts_as_none(desk: Desk) ->
     assert bake is not None
     path = desk.folder / RACES_FOLDER / f"{bake.id}.json"
     text = path.read_text()
-    for damaged in (text.replace(A, C), text[:40], "[]", text.replace('"format": 1', '"format": 9')):
+    endless = text.replace('"void": 0', '"void": 1e999')
+    assert endless != text
+    for damaged in (text.replace(A, C), text[:40], "[]", text.replace('"format": 1', '"format": 9'), endless):
         path.write_text(damaged)
         settle_bake(desk, SETTINGS)
         assert desk.registry.current_id() == B
@@ -212,6 +216,14 @@ def test_a_state_that_names_no_file_of_ours_is_damaged(desk: Desk) -> None:
     assert bake is not None
     path.write_text(path.read_text().replace(bake.id, "../../etc"))
     assert desk.standing().bake == bake, "taken from the audit"
+
+
+def test_a_version_that_waits_since_no_time_is_damaged_too(racing: Desk) -> None:
+    path, waiting = racing.folder / STATE, racing.standing().waiting
+    assert waiting is not None
+    path.write_text(path.read_text().replace(waiting.since, "yesterday", 1))
+    assert racing.standing().waiting == waiting, "taken from the audit"
+    settle_bake(racing, PromotionSettings(mode="advise"))
 
 
 def test_a_damaged_older_model_is_not_gone_back_to(desk: Desk) -> None:
@@ -393,6 +405,15 @@ def test_a_person_who_does_not_answer_is_not_waited_for_for_ever(racing: Desk) -
     settle_bake(racing, mode("advise"))
     assert racing.standing().waiting is None
     assert [entry.why for entry in racing.audit.entries()][-1] == "no person answered for 7 days"
+
+
+def test_a_race_with_hours_can_be_shown_over_http_and_says_what_clients_would_have_got(racing: Desk) -> None:
+    measure_race(racing, *[0.95] * 5)
+    told = report(racing, SETTINGS)
+    msgspec.json.encode(told)
+    assert "clients would have got forecasts 5.0 % closer (proof that it is better: " in tell(told["race"])
+    measure_race(racing, *[1.6] * 3)
+    assert report(racing, SETTINGS)["race"]["why"].endswith("what clients would have got)")
 
 
 def test_a_hold_keeps_the_winner_of_a_race_out_until_resume(racing: Desk) -> None:

@@ -216,6 +216,12 @@ def test_what_is_no_plain_file_never_blocks_a_reader_and_is_a_damaged_file(tmp_p
         assert read_pid(path) is None
 
 
+def test_a_line_nested_too_deep_is_skipped_as_any_damaged_line(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text("[" * 100_000 + '\n{"a": 1}\n')
+    assert list(files.read_json_lines(path)) == [{"a": 1}]
+
+
 def test_a_folder_in_the_place_of_a_file_is_set_aside_by_its_writer(tmp_path: Path) -> None:
     (tmp_path / "state.json").mkdir()
     files.write_json(tmp_path / "state.json", {"a": 1})

@@ -291,7 +291,7 @@ def parse_standing(raw: Mapping[str, Any]) -> Standing:
     for mark in (found.paused, found.cooldown):
         if mark:
             parse_plain_utc(mark.until or "")
-    for moment in found.taken_back:
+    for moment in (*found.taken_back, *([found.waiting.since] if found.waiting else [])):
         parse_plain_utc(moment)
     return found
 

@@ -55,7 +55,7 @@ def read_evidence(checkpoint_dir: Path, bake: Bake) -> Evidence:
         found = parse_evidence(files.read_json(_path(checkpoint_dir, bake.id)))
     except FileNotFoundError:
         return empty
-    except (CorruptFile, OSError, KeyError, TypeError, ValueError) as error:
+    except (CorruptFile, OSError, KeyError, TypeError, ValueError, OverflowError) as error:
         logger.error("evidence of the bake %s unreadable, it begins anew: %s", bake.id, error)
         return empty
     is_of_it = (found.id, found.version, found.against) == (bake.id, bake.version, bake.against)
@@ -102,20 +102,24 @@ def report(desk: Desk, settings: PromotionSettings, limit: int = 50) -> dict[str
 
 
 def sentence(told: Mapping[str, Any]) -> str:
-    """Return one line of a bake as `report` tells it.
+    """Return one line of a bake or a race as `report` tells it.
 
     >>> figures = {"loss_ratio_served": 0.98, "log10_e_worse": 0.12, "log10_e_needed": 1.6}
     >>> own = {"version": "B", "against": "A", "why": "7 of 24 hours compared", "figures": figures}
-    >>> sentence(own)
-    'B is compared with A: 7 of 24 hours compared, clients got forecasts 2.0 % closer (evidence 0.12 of 1.60)'
+    >>> sentence(own).partition("compared, ")[2]
+    'clients got forecasts 2.0 % closer (proof that it is worse: 8 %)'
+    >>> race = {**figures, "log10_e_better": 1.0, "log10_e_better_needed": 2.0}
+    >>> sentence({**own, "figures": race}).partition("compared, ")[2]
+    'clients would have got forecasts 2.0 % closer (proof that it is better: 50 %)'
     """
     figures = told["figures"]
-    ratio = figures["loss_ratio_served"]
-    gain = f", clients got forecasts {in_words(ratio)}" if ratio is not None else ""
-    names = ("log10_e_better", "log10_e_better_needed")
-    found, needed = names if names[0] in figures else ("log10_e_worse", "log10_e_needed")
-    share = f"{figures[found]:.2f} of {figures[needed]:.2f}"
-    return f"{told['version']} is compared with {told['against']}: {told['why']}{gain} (evidence {share})"
+    is_race, ratio = "log10_e_better" in figures, figures["loss_ratio_served"]
+    got, what = ("would have got", "better") if is_race else ("got", "worse")
+    needed = figures["log10_e_better_needed" if is_race else "log10_e_needed"]
+    share = min(1.0, max(0.0, figures[f"log10_e_{what}"]) / needed)
+    gain = f", clients {got} forecasts {in_words(ratio)}" if ratio is not None else ""
+    proof = f"(proof that it is {what}: {share:.0%})".replace("%", " %")
+    return f"{told['version']} is compared with {told['against']}: {told['why']}{gain} {proof}"
 
 
 def settle_bake(desk: Desk, settings: PromotionSettings, *, is_recorded: bool = False) -> Verdict | None:

@@ -34,6 +34,7 @@ _N_TESTS = 2  # that share alpha
 FAR_GUARD = 1.05  # a race is not won by a model whose loss farthest ahead is so many times the other's
 GOES_ON, WORSE, PASSED = "goes on", "worse", "passed"
 BETTER, INCONCLUSIVE = "better", "inconclusive"  # of a race
+_GOT, _WOULD_HAVE_GOT = "got", "would have got"  # a model's forecasts: in a bake, in a race
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ class Verdict:
 
 
 def parse_evidence(raw: Mapping[str, Any]) -> Evidence:
-    """Return what a file holds; KeyError, TypeError or ValueError where it is damaged."""
+    """Return what a file holds; KeyError, TypeError, ValueError or OverflowError where it is damaged."""
     if raw["format"] != FORMAT:
         raise ValueError(f"format {raw['format']!r}, this program reads {FORMAT}")
     texts = {name: str(raw[name]) for name in ("id", "version", "against", "why_failing", "unable")}
@@ -113,13 +114,13 @@ def _pair(raw: Sequence[float]) -> tuple[float, float]:
 def judge(evidence: Evidence, limits: Limits) -> Verdict:
     """Return whether the new model is worse, has passed, or goes on; the same evidence, the same answer."""
     figures, blocks = _figures(evidence, limits), evidence.blocks
-    wire = _trip(evidence)
+    wire = _trip(evidence, _GOT)
     if wire:
         return Verdict(WORSE, wire, figures)
     if figures["log10_e_worse"] >= figures["log10_e_needed"]:
-        return Verdict(WORSE, _say_worse(evidence, figures, limits), figures)
+        return Verdict(WORSE, _say_worse(evidence, figures, limits, _GOT), figures)
     if len(blocks) >= limits.bake_hours:
-        shown = _say_gain("clients got forecasts", figures["loss_ratio_served"])
+        shown = f"clients got forecasts {in_words(figures['loss_ratio_served'])}"
         return Verdict(PASSED, f"{shown} over {len(blocks)} hours beside {evidence.against}", figures)
     if evidence.unable:
         return Verdict(PASSED, f"it cannot be compared any more: {evidence.unable}", figures)
@@ -131,19 +132,18 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
 
 def judge_race(evidence: Evidence, limits: Limits) -> Verdict:
     """Return whether a model that does not serve yet is better than the one that does."""
-    found = log_e(-differences(evidence.blocks, SERVED)).max(initial=0.0) if evidence.blocks else 0.0
+    found = float(log_e(-differences(evidence.blocks, SERVED)).max(initial=0.0))
     needed, hours = -math.log(limits.better_alpha), len(evidence.blocks)
     logs = {"log10_e_better": found / math.log(10), "log10_e_better_needed": needed / math.log(10)}
     figures = {**_figures(evidence, limits), **{name: round(value, 3) for name, value in logs.items()}}
     ratio, far = figures["loss_ratio_served"], figures["loss_ratio_far"]
-    said = (
-        f"{_say_gain('clients would have got forecasts', ratio)} over {hours} hours beside {evidence.against}"
-    )
-    worse = evidence.unable or _trip(evidence)
+    gain = in_words(ratio)
+    said = f"clients {_WOULD_HAVE_GOT} forecasts {gain} over {hours} hours beside {evidence.against}"
+    worse = evidence.unable or _trip(evidence, _WOULD_HAVE_GOT)
     if worse:
         return Verdict(WORSE, worse, figures)
     if figures["log10_e_worse"] >= figures["log10_e_needed"]:
-        return Verdict(WORSE, _say_worse(evidence, figures, limits), figures)
+        return Verdict(WORSE, _say_worse(evidence, figures, limits, _WOULD_HAVE_GOT), figures)
     if found >= needed and hours >= limits.min_hours and (far or 0.0) <= FAR_GUARD:
         chance = (
             f"which chance does for a model that is no better in at most {limits.better_alpha:.0%} of races"
@@ -211,14 +211,15 @@ def _ratio(pairs: Sequence[tuple[float, float]]) -> float | None:
     return round(new / old, 4) if old > 0 else None
 
 
-def _trip(evidence: Evidence) -> str:
-    """Return which wire was tripped, or ""."""
+def _trip(evidence: Evidence, got: str) -> str:
+    """Return which wire was tripped, or ""; `got` is what clients did with the new model's forecasts."""
     if evidence.failing >= WIRE_SWEEPS:
         return f"it made no forecasts in {evidence.failing} sweeps in a row: {evidence.why_failing}"
     newest = evidence.blocks[-WIRE_BLOCKS:]
     if len(newest) < WIRE_BLOCKS:
         return ""
-    for what, words in ((SERVED, "what clients got"), (RAW, "its own forecasts"), ("far", "farthest ahead")):
+    named = {SERVED: f"what clients {got}", RAW: "its own forecasts", "far": "farthest ahead"}
+    for what, words in named.items():
         pairs = [getattr(block, what) for block in newest]
         if all(pair is not None and pair[0] > WIRE_RATIO * pair[1] for pair in pairs):
             ratio = _ratio(pairs) or 0.0
@@ -229,19 +230,15 @@ def _trip(evidence: Evidence) -> str:
     return ""
 
 
-def _say_worse(evidence: Evidence, figures: Mapping[str, Any], limits: Limits) -> str:
+def _say_worse(evidence: Evidence, figures: Mapping[str, Any], limits: Limits, got: str) -> str:
+    clients = f"clients {got} forecasts {in_words(figures['loss_ratio_served'])}"
     by_clients = figures["worst"] == SERVED
-    words = "clients got forecasts" if by_clients else "its own forecasts were"
-    ratio = figures["loss_ratio_served" if by_clients else "loss_ratio_raw"]
-    other = "" if by_clients else f"; clients got forecasts {in_words(figures['loss_ratio_served'])}"
+    worst = clients if by_clients else f"its own forecasts were {in_words(figures['loss_ratio_raw'])}"
     return (
-        f"{_say_gain(words, ratio)} over {figures['hours']} hours beside {evidence.against}, which chance "
-        f"does to a model that is no worse in at most {limits.alpha:.0%} of bakes{other}"
+        f"{worst} over {figures['hours']} hours beside {evidence.against}, which chance does to a model "
+        f"that is no worse in at most {limits.alpha:.0%} of {'bakes' if got == _GOT else 'races'}"
+        f"{'' if by_clients else f'; {clients}'}"
     )
-
-
-def _say_gain(words: str, ratio: float | None) -> str:
-    return f"{words} {in_words(ratio)}"
 
 
 def in_words(ratio: float | None) -> str:
