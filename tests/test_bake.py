@@ -1,6 +1,7 @@
 """What follows from the evidence of a bake: who serves, what stands, what the audit says; kills."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -233,6 +234,22 @@ def test_a_damaged_older_model_is_not_gone_back_to(desk: Desk) -> None:
     assert desk.registry.current_id() == B
 
 
+def test_a_worse_model_with_nothing_to_go_back_to_is_told_once_and_ends_the_bake(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.rmtree(desk.registry.version(A).folder)
+    measure(desk, 1.6, 1.6, 1.6)
+    for _ in range(3):
+        settle_bake(desk, SETTINGS)
+    assert (desk.registry.current_id(), desk.standing().bake) == (B, None)
+    ended = [
+        sentence(entry) for entry in desk.audit.entries() if entry.event == CONFIRM and entry.phase == DONE
+    ]
+    assert len(ended) == 1
+    assert "it is worse, and cannot be taken back: nothing to roll back to" in ended[0]
+    assert [record.levelname for record in caplog.records].count("ERROR") == 1
+
+
 def test_a_full_disk_stops_the_rollback_and_the_next_look_does_it(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -414,6 +431,20 @@ def test_a_race_with_hours_can_be_shown_over_http_and_says_what_clients_would_ha
     assert "clients would have got forecasts 5.0 % closer (proof that it is better: " in tell(told["race"])
     measure_race(racing, *[1.6] * 3)
     assert report(racing, SETTINGS)["race"]["why"].endswith("what clients would have got)")
+
+
+def test_a_version_proven_worse_while_a_cooldown_lasts_waits_no_longer(desk: Desk) -> None:
+    measure(desk, 1.6, 1.6, 1.6)
+    settle_bake(desk, SETTINGS)
+    add(desk.registry, C, passed_gate=True)
+    with desk.lock():
+        desk.keep_waiting(C, "the trainer", "it waits for the end of the cooldown")
+    measure_race(desk, *[1.6] * 3)
+    settle_bake(desk, SETTINGS)
+    assert desk.standing().waiting is None
+    assert last(desk) == ("lose", DONE, "the race")
+    settle_bake(Desk(desk.registry, FakeClock(NOW + timedelta(hours=25))), SETTINGS)
+    assert desk.registry.current_id() == A
 
 
 def test_a_hold_keeps_the_winner_of_a_race_out_until_resume(racing: Desk) -> None:

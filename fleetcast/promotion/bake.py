@@ -147,15 +147,16 @@ def settle_bake(desk: Desk, settings: PromotionSettings, *, is_recorded: bool = 
 def _settle_race(desk: Desk, standing: Standing, settings: PromotionSettings) -> Verdict | None:
     """Decide about the version that waits, as far as no person does."""
     race, waiting = standing.race, standing.waiting
-    if settings.mode == OFF or waiting is None:
-        desk.release_waiting()
-        return None
-    if race is None or race.against != desk.registry.current_id():
+    if waiting is None or race is None or race.against != desk.registry.current_id():
+        if settings.mode == OFF:
+            desk.release_waiting()
         return None
     verdict = judge_race(read_evidence(desk.folder, race), limits_of(settings))
     is_free = not standing.held and not standing.cooldown_at(desk.clock) and settings.mode == AUTO
     goes_by_gate = verdict.kind == INCONCLUSIVE and settings.on_inconclusive == "gate" and is_free
-    if is_free and (verdict.kind == BETTER or goes_by_gate):
+    if settings.mode == OFF and verdict.kind != WORSE:
+        desk.release_waiting()
+    elif is_free and (verdict.kind == BETTER or goes_by_gate):
         desk.end_race(race, verdict.why, verdict.figures, wins=True)
     elif verdict.kind == WORSE or (verdict.kind == INCONCLUSIVE and settings.mode == AUTO):
         desk.end_race(race, verdict.why, verdict.figures, wins=False)
@@ -182,7 +183,9 @@ def _take_back(
     try:
         is_done = desk.take_back(bake, verdict.why, until=until, holds=holds, figures=verdict.figures)
     except OrderRefused as error:
-        logger.error("%s is worse, and cannot be taken back: %s", bake.version, error)
+        why = f"it is worse, and cannot be taken back: {error}; {verdict.why}"
+        logger.error("%s stays in service: %s", bake.version, why)
+        desk.confirm(bake, why, verdict.figures)
         return
     if is_done:
         logger.warning("taken back version=%s for=%s why=%s", bake.version, bake.against, verdict.why)
