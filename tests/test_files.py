@@ -121,6 +121,12 @@ def test_a_torn_last_line_costs_only_itself(tmp_path: Path) -> None:
     assert [item["n"] for item in read_json_lines(path)] == [1, 3]
 
 
+def test_a_line_nested_deeper_than_any_reader_goes_costs_only_itself(tmp_path: Path) -> None:
+    path = tmp_path / "decisions.jsonl"
+    path.write_text('{"n": 1}\n' + "[" * 50_000 + '\n{"n": 3}\n')
+    assert [item["n"] for item in read_json_lines(path)] == [1, 3]
+
+
 def test_lines_of_a_missing_file_are_none(tmp_path: Path) -> None:
     assert list(read_json_lines(tmp_path / "no.jsonl")) == []
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from fleetcast.api.server import Door, create_app
 from fleetcast.clock import FakeClock
 from fleetcast.forecast.registry import Registry
 from fleetcast.promotion import orders
+from fleetcast.promotion.bake import read_evidence, write_evidence
 from fleetcast.promotion.desk import Desk
+from fleetcast.promotion.evidence import Block
 from fleetcast.promotion.orders import Order
 from fleetcast.serving.telemetry import Telemetry
 from fleetcast.settings import PromotionSettings, ServerSettings
@@ -186,3 +189,16 @@ def test_the_description_names_every_order(client: httpx.Client) -> None:
     assert {f"/promotion/{kind}" for kind in orders.KINDS} <= set(paths)
     assert set(paths["/promotion/hold"]["post"]["responses"]) >= {"202", "401", "403", "409", "413", "422"}
     assert "requestBody" in paths["/promotion/hold"]["post"]
+
+
+def test_a_version_that_waits_is_told_with_its_race(folder: Path, client: httpx.Client) -> None:
+    race = desk_of(folder).standing().race
+    assert race is not None
+    blocks = (Block("2026-01-15T10:00:00Z", 500, (0.97, 1.0), (0.97, 1.0)),) * 7
+    write_evidence(folder, replace(read_evidence(folder, race), blocks=blocks))
+    told = client.get("/promotion").json()
+    assert told["race"]["version"] == WAITS
+    assert told["race"]["figures"]["hours"] == 7
+    assert told["race"]["figures"]["log10_e_better"] > 0
+    last = told["history"][-1]["sentence"]
+    assert last.endswith(f"{WAITS} passed the gate and waits for a person: ann holds")

@@ -269,7 +269,10 @@ class Desk:
             "waiting": asdict(standing.waiting) if standing.waiting else None,
             "cooldown": asdict(cooldown) if cooldown else None,
             "orders": [asdict(order) for order in pending],
-            "history": [entry.as_json() for entry in deque(self.audit.entries(), limit)],
+            "history": [
+                {**entry.as_json(), "sentence": audit.sentence(entry)}
+                for entry in deque(self.audit.entries(), limit)
+            ],
         }
 
     def _versions(self) -> Iterator[Version]:

@@ -132,7 +132,12 @@ class Journal:
         older = path.with_name(path.name + ".1")
 
         def read() -> list[Point]:
-            lines = (line for file in (older, path) for line in read_json_lines(file))
+            lines: list[dict[str, Any]] = []
+            for file in (older, path):
+                try:
+                    lines += read_json_lines(file)
+                except (OSError, CorruptFile):  # the page shows the rest
+                    continue
             return [point for line in lines if (point := _point(line)) is not None]
 
         points: list[Point] = self._kept("points", (older, path), read)

@@ -29,6 +29,15 @@ export async function get(path, fields = {}, known = {}) {
   }
 }
 
+/** Post an order to `path`; throws `Refused` with the daemon's own words. */
+export async function give(path, body) {
+  const key = sessionStorage.getItem(STORED);
+  const headers = { "Content-Type": "application/json", ...(key ? { "X-API-Key": key } : {}) };
+  const answer = await fetch(`api/${path}`, { method: "POST", headers, body: JSON.stringify(body), cache: "no-store", credentials: "omit", redirect: "error" });
+  if (!answer.ok) throw new Refused(answer.status, await detailOf(answer));
+  return answer.json();
+}
+
 async function detailOf(answer) {
   try {
     const { detail } = await answer.json();

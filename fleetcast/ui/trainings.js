@@ -1,6 +1,7 @@
-// Trainings: what was tried, why, and the verdict in words.
+// Trainings: which model serves, what was tried, why, and the verdict in words.
 
 import { get } from "./ask.js";
+import { promotion } from "./promotion.js";
 import { count, fill, moment, of, span } from "./text.js";
 
 const SHAPES = { promoted: ["●", "ok"], rejected: ["■", "warming_up"], running: ["▶", "drift"], failed: ["▲", "error"] };
@@ -14,10 +15,12 @@ const SAFEGUARDS = {
 export function trainings(view, title) {
   title.textContent = "Trainings";
   const total = of("p", { class: "muted" }), decision = of("section", { class: "card" }), list = of("section", { class: "card", "aria-label": "Trainings" });
-  view.replaceChildren(of("div", { class: "head" }, title, total), decision, list);
+  const models = promotion();
+  view.replaceChildren(of("div", { class: "head" }, title, total), models.card, decision, list);
   return {
+    refreshEvery: 15000,
     async refresh() {
-      const found = await get("trainings");
+      const [found] = await Promise.all([get("trainings"), models.refresh()]);
       total.textContent = found.total_promoted === null ? "" : `${found.total_promoted} went into service so far`;
       decision.hidden = !found.decision;
       if (found.decision) fill(decision, decisionOf(found.decision));

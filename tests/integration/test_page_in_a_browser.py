@@ -197,7 +197,10 @@ def test_sorting_keeps_the_focus_and_is_told_to_a_screen_reader(
     ("page", "words"),
     [
         ("drift", ("Prediction error", "has left its usual values", "over the limit")),
-        ("trainings", ("Did not go into service", "loss is 1.2")),
+        (
+            "trainings",
+            ("Did not go into service", "loss is 1.2", "Which model serves", "Nothing has happened"),
+        ),
         ("health", ("The daemon", "Forecasts settled", f"LimitLikely {HOSTILE} cpu_pct", "3 times in a row")),
     ],
 )
@@ -210,6 +213,20 @@ def test_the_other_pages_say_what_they_are_for(
     if page == "drift":
         browser.wait(has_ink(".plot canvas"))
     check_quiet(browser, daemon)
+
+
+def test_an_order_is_given_with_a_reason_and_refused_in_the_daemons_words(
+    browser: Browser, daemon: InferenceDaemon
+) -> None:
+    browser.open(f"{daemon.url}/ui/#/trainings")
+    browser.wait("document.querySelector('[data-focus=\"order hold\"]')")
+    browser.evaluate("document.querySelector('[data-focus=\"order hold\"]').click()")
+    browser.wait("document.querySelector('dialog[open] #reason')")
+    browser.evaluate("document.querySelector('#reason').focus()")
+    browser.write("release week")
+    browser.evaluate("document.querySelector('dialog[open] button.main').click()")
+    told = "Nothing was ordered: orders need a configured key"
+    browser.wait(f"document.querySelector('main').innerText.includes({json.dumps(told)})")
 
 
 @pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
