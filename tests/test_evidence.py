@@ -134,7 +134,7 @@ def test_a_model_that_forecasts_nothing_is_taken_back_after_three_sweeps() -> No
 
 
 def test_a_bake_that_can_compare_nothing_ends_and_says_so() -> None:
-    assert judge(bake(small=24), LIMITS).why == "too few series differ to compare it with A"
+    assert judge(bake(small=24), LIMITS).why == "in 24 hours too few forecasts differed from those of A"
     unable = judge(bake(1.0, unable="its file is damaged"), LIMITS)
     assert (unable.kind, unable.why) == (PASSED, "it cannot be compared any more: its file is damaged")
 

@@ -125,7 +125,7 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
     if evidence.unable:
         return Verdict(PASSED, f"it cannot be compared any more: {evidence.unable}", figures)
     if evidence.small >= limits.bake_hours:
-        why = f"too few series differ to compare it with {evidence.against}"
+        why = f"in {evidence.small} hours too few forecasts differed from those of {evidence.against}"
         return Verdict(PASSED, why, figures)
     return Verdict(GOES_ON, f"{len(blocks)} of {limits.bake_hours} hours compared", figures)
 
