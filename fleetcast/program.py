@@ -1,13 +1,14 @@
 """How a program of this project runs: its errors become exit codes; where its shipped files are.
 
-Owns: the lines on stderr when a program ends badly, which folder a program reads as the buffer, in
-whose folder root leaves no file, and where `models/` and `samples/` lie in a checkout and in an
-installed package. Does not know: what the programs do.
+Owns: how an answer is printed, the lines on stderr when a program ends badly, which folder a program
+reads as the buffer, in whose folder root leaves no file, and where `models/` and `samples/` lie in a
+checkout and in an installed package. Does not know: what the programs do.
 """
 
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +35,14 @@ def run_program(name: str, work: Callable[[], int]) -> int:
         if isinstance(error, SettingsError) and error.hint:
             print(f"{name}: {error.hint}", file=sys.stderr)
         return int(error.exit_code)
+
+
+def tell(lines: Iterable[str], document: object = None) -> None:
+    """Print the lines, or a document as JSON where there is one; a reader such as `head` may leave early."""
+    try:
+        print("\n".join(lines) if document is None else json.dumps(document, indent=2), flush=True)
+    except BrokenPipeError:  # the interpreter flushes once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def require_own_folder(folder: Path) -> None:

@@ -1,6 +1,9 @@
 """`fleetcast models`, `history` and the orders, as people type them; no daemon runs."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,11 +105,43 @@ def test_json_answers_are_for_programs(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_folder_without_models_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
-    code, said, _ = run("models --checkpoint-dir none", capsys)
+    code, said, warned = run("models --checkpoint-dir none", capsys)
     assert code == 0
+    assert "none is no folder of models yet" in warned
     assert "base" in said or "no model yet" in said
     assert "nothing has happened yet" in run("history --checkpoint-dir none", capsys)[1]
     assert not Path("none").exists()
+
+
+@pytest.mark.parametrize("order", ["hold", "rollback", f"promote {A}", "train-now"])
+def test_an_order_in_a_folder_that_no_daemon_knows_is_refused(
+    order: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, error = run(f"{order} --checkpoint-dir none", capsys)
+    assert code == 6
+    assert "none is no folder of models" in error
+    assert "--checkpoint-dir" in error
+    assert not Path("none").exists()
+
+
+def test_a_fresh_fleet_can_be_held_before_its_first_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "fresh"
+    (place / "data_buffer").mkdir(parents=True)
+    monkeypatch.chdir(place)
+    assert run("hold", capsys)[0] == 0
+    assert run("history", capsys)[1].count("holds") == 1
+
+
+def test_a_reader_that_leaves_early_sees_no_traceback() -> None:
+    program_ = [sys.executable, "-m", "fleetcast", "history", "--limit", "1"]
+    root = {"PYTHONPATH": str(Path(command.__file__).parents[2]), "PATH": os.environ["PATH"]}
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(program_, stdout=writer, stderr=subprocess.PIPE, env=root, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_root_leaves_no_files_in_another_user_s_folder(

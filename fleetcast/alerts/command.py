@@ -36,9 +36,9 @@ from fleetcast.alerts.state import (
     report,
 )
 from fleetcast.clock import SystemClock, iso_z
-from fleetcast.console.daemon import ago, table, tell
+from fleetcast.console.daemon import ago, table
 from fleetcast.errors import BadOrder, CannotLook, ExitCode, NotDelivered
-from fleetcast.program import require_own_folder, run_program
+from fleetcast.program import require_own_folder, run_program, tell
 from fleetcast.promotion.orders import this_user
 from fleetcast.setting import nearest
 from fleetcast.settings import AlertSettings, Settings, load_settings

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from fleetcast.clock import SystemClock, parse_plain_utc
-from fleetcast.console.daemon import WORDS, add_flags, ago, connect, length, part, some, table, tell, whole
+from fleetcast.console.daemon import WORDS, add_flags, ago, connect, length, part, some, table, whole
 from fleetcast.errors import BadOrder, ExitCode
-from fleetcast.program import run_program
+from fleetcast.program import run_program, tell
 from fleetcast.setting import SettingInfo, from_environment, from_file
 from fleetcast.settings import Settings, every_setting, load_settings
 

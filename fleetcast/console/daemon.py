@@ -5,10 +5,8 @@ and how tables and lengths of time are written. Does not know: which questions t
 """
 
 import argparse
-import json
 import os
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
@@ -99,14 +97,6 @@ def read_settings(options: argparse.Namespace) -> Settings:
 def connect(options: argparse.Namespace) -> Daemon:
     """Return the daemon that these flags lead to."""
     return Daemon(read_settings(options).retraining.daemon_url)
-
-
-def tell(lines: Iterable[str], document: object = None) -> None:
-    """Print the lines, or a document as JSON where there is one; a reader such as `head` may leave early."""
-    try:
-        print("\n".join(lines) if document is None else json.dumps(document, indent=2), flush=True)
-    except BrokenPipeError:  # the interpreter flushes once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def some(number: int, noun: str) -> str:

@@ -20,11 +20,11 @@ from urllib.parse import urlsplit
 
 from fleetcast import __version__
 from fleetcast.clock import SystemClock, parse_plain_utc
-from fleetcast.console.daemon import Daemon, add_flags, length, part, read_settings, some, tell
+from fleetcast.console.daemon import Daemon, add_flags, length, part, read_settings, some
 from fleetcast.errors import CannotLook, CorruptFile, ExitCode, SettingsError
 from fleetcast.files import read_json
 from fleetcast.outbound import LOOPBACK
-from fleetcast.program import run_program
+from fleetcast.program import run_program, tell
 from fleetcast.setting import weak_key
 from fleetcast.settings import Settings
 from fleetcast.sources.client import API_KEY_VARIABLE

@@ -25,12 +25,11 @@ from fleetcast.console.daemon import (
     connect,
     read_settings,
     table,
-    tell,
     whole,
 )
 from fleetcast.errors import BadOrder, CannotLook, ExitCode
 from fleetcast.exclusions import exclude, include, read
-from fleetcast.program import run_program
+from fleetcast.program import run_program, tell
 from fleetcast.promotion.orders import this_user
 from fleetcast.settings import Settings
 

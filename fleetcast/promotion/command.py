@@ -8,27 +8,28 @@
 Owns: flags, the words of the answers. Does not know: how an order is carried out (`desk`). An order is
 written down first and carried out at once, whichever daemon is down; only a training needs the retraining
 daemon. docs/promotion.md says more. Exit codes: 0 done, or written down for the retraining daemon; 1
-refused, or the disk is full; 2 bad usage; 3 no permission.
+refused, or the disk is full; 2 bad usage; 3 no permission; 6 no such folder.
 """
 
 import argparse
-import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fleetcast.clock import SystemClock
-from fleetcast.errors import ExitCode
+from fleetcast.errors import CannotLook, ExitCode
 from fleetcast.forecast.registry import Registry
-from fleetcast.program import models_dir, require_own_folder, run_program
+from fleetcast.program import models_dir, require_own_folder, run_program, tell
 from fleetcast.promotion import audit, orders
 from fleetcast.promotion.audit import Entry, sentence
 from fleetcast.promotion.bake import report
 from fleetcast.promotion.bake import sentence as tell_bake
 from fleetcast.promotion.desk import Desk
-from fleetcast.settings import load_settings
+from fleetcast.settings import Settings, load_settings
 
 MODELS, HISTORY = "models", "history"
+_NAME_IT = "name the daemons' folder with --checkpoint-dir (after make run: run/checkpoints)"
 PURPOSES = {
     audit.PROMOTE: "put a version into service; --force: whatever the gate, a veto or a rollback said",
     audit.APPROVE: "put the version into service that waits",
@@ -59,26 +60,28 @@ def _run(options: argparse.Namespace) -> int:
         standing = report(desk, settings.promotion, 0)
         names = ("held", "paused", "waiting", "bake", "race", "cooldown")
         shown = {**desk.models(), **{name: standing[name] for name in names}}
-        print(json.dumps(shown, indent=2) if options.json else "\n".join(_table(shown)))
+        tell(_table(shown), shown if options.json else None)
+        _warn_of_absence(desk.folder)
         return ExitCode.OK
     if options.command == HISTORY:
         return _tell_history(desk, options)
-    return _order(desk, options)
+    return _order(desk, options, settings)
 
 
-def _order(desk: Desk, options: argparse.Namespace) -> int:
+def _order(desk: Desk, options: argparse.Namespace, settings: Settings) -> int:
     more = {name: getattr(options, name, None) for name in ("version", "until")}
     given = {name: value for name, value in more.items() if value is not None}
     force = bool(getattr(options, "force", False))
     now, user = SystemClock().now(), orders.this_user()
     order = orders.new_order(options.command, options.reason, user, now, force=force, **given)
     require_own_folder(desk.folder)
+    is_fresh = options.checkpoint_dir is None and Path(settings.paths.data_buffer_dir).is_dir()
+    if not (desk.folder.is_dir() or is_fresh):  # no daemon would ever see the order
+        raise CannotLook(f"{desk.folder} is no folder of models", hint=_NAME_IT)
     ended = desk.give(order)
-    if options.json:
-        shown = {"order": order.id, "ended": ended.as_json() if ended else None}
-        print(json.dumps(shown, indent=2))
-    else:
-        print(sentence(ended) if ended else f"written down as order {order.id}; {_who_takes(order.kind)}")
+    shown = {"order": order.id, "ended": ended.as_json() if ended else None}
+    said = sentence(ended) if ended else f"written down as order {order.id}; {_who_takes(order.kind)}"
+    tell([said], shown if options.json else None)
     return ExitCode.FAILED if ended and ended.phase == audit.REFUSED else ExitCode.OK
 
 
@@ -88,17 +91,20 @@ def _who_takes(kind: str) -> str:
     return "a trainer moves models just now: it, or the retraining daemon, carries it out next"
 
 
+def _warn_of_absence(folder: Path) -> None:
+    if not folder.is_dir():
+        print(f"{folder} is no folder of models yet: {_NAME_IT}", file=sys.stderr)
+
+
 def _tell_history(desk: Desk, options: argparse.Namespace) -> int:
     ended = {entry.id for entry in desk.audit.entries() if entry.phase != audit.INTENT}
     told = [e for e in desk.audit.entries() if e.phase != audit.INTENT or e.id not in ended]
     shown: list[Entry] = told[-options.limit :]
-    if options.json:
-        print(json.dumps([entry.as_json() for entry in shown], indent=2))
-        return ExitCode.OK
-    print("\n".join(map(sentence, shown)) or f"nothing has happened yet in {desk.folder}")
-    for _, order in orders.waiting(desk.folder):
-        if isinstance(order, orders.Order):
-            print(f"waiting: {order.kind} by {order.by}: {order.reason}")
+    given = (order for _, order in orders.waiting(desk.folder) if isinstance(order, orders.Order))
+    lines = [sentence(entry) for entry in shown] or [f"nothing has happened yet in {desk.folder}"]
+    lines += [f"waiting: {order.kind} by {order.by}: {order.reason}" for order in given]
+    tell(lines, [entry.as_json() for entry in shown] if options.json else None)
+    _warn_of_absence(desk.folder)
     return ExitCode.OK
 
 
@@ -137,7 +143,8 @@ def _mark(version: Mapping[str, Any]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fleetcast", description="Which model is in service, and why.")
     commands = parser.add_subparsers(dest="command", required=True)
-    codes = "exit codes: 0 done, or written down for the daemon; 1 refused; 2 bad usage; 3 no permission"
+    codes = "exit codes: 0 done, or written down for the daemon; 1 refused; 2 bad usage; 3 no permission; "
+    codes += "6 no such folder"
     shown = {MODELS: "list the versions, their roles and verdicts", HISTORY: "print the audit in words"}
     for name, purpose in {**shown, **PURPOSES}.items():
         command = commands.add_parser(name, description=purpose.capitalize() + ".", epilog=codes)
