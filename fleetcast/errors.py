@@ -21,6 +21,15 @@ class ExitCode(IntEnum):
     COULD_NOT_LOOK = 6
 
 
+def printable(text: str) -> str:
+    """Return a text that others chose with its control characters written out: none steers a terminal.
+
+    >>> printable("caf\u00e9 \x1b[31mred")
+    'caf\u00e9 \\\\x1b[31mred'
+    """
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 class FleetcastError(Exception):
     """Base of every error this project raises on purpose."""
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from fleetcast.errors import CannotLook, CannotStart, FleetcastError, SettingsError
+from fleetcast.errors import CannotLook, CannotStart, FleetcastError, SettingsError, printable
 from fleetcast.settings import Settings
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -31,9 +31,9 @@ def run_program(name: str, work: Callable[[], int]) -> int:
     except FleetcastError as error:
         problems = error.problems if isinstance(error, SettingsError) else (str(error),)
         for problem in problems:
-            print(f"{name}: {problem}", file=sys.stderr)
+            print(f"{name}: {_safe(problem)}", file=sys.stderr)
         if isinstance(error, SettingsError) and error.hint:
-            print(f"{name}: {error.hint}", file=sys.stderr)
+            print(f"{name}: {_safe(error.hint)}", file=sys.stderr)
         return int(error.exit_code)
 
 
@@ -43,6 +43,10 @@ def tell(lines: Iterable[str], document: object = None) -> None:
         print("\n".join(lines) if document is None else json.dumps(document, indent=2), flush=True)
     except BrokenPipeError:  # the interpreter flushes once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _safe(text: str) -> str:
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def require_own_folder(folder: Path) -> None:

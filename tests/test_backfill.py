@@ -354,6 +354,53 @@ def test_a_file_that_is_none_is_refused(importer: Importer) -> None:
     assert "bad.csv cannot be read as csv" in importer.errors
 
 
+HEAD = "timestamp,server_name,cpu_pct"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("empty.csv", f"{HEAD}\n", "empty.csv holds no records"),
+        ("twice.csv", f"{HEAD},cpu_pct\n2026-01-01,a,1,2\n", "the column 'cpu_pct' twice"),
+        ("semi.csv", "timestamp;server_name;cpu_pct\n2026-01-01;a;1\n", "separated by commas"),
+        ("tab.csv", "timestamp\tserver_name\tcpu_pct\n2026-01-01\ta\t1\n", "separated by commas"),
+    ],
+)
+def test_a_csv_that_holds_no_records_says_why(importer: Importer, name: str, content: str, says: str) -> None:
+    (importer.folder / name).write_text(content)
+    importer.run("csv", name, code=ExitCode.FAILED)
+    assert says in importer.errors
+    assert "--match" not in importer.errors
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_a_pipe_is_refused_and_not_waited_for(importer: Importer, kind: str) -> None:
+    os.mkfifo(importer.folder / "pipe")
+    importer.run(kind, "pipe", code=ExitCode.FAILED)
+    assert "pipe is not a regular file" in importer.errors
+
+
+def test_a_folder_without_parquet_files_is_told_so(importer: Importer) -> None:
+    (importer.folder / "none").mkdir()
+    importer.run("parquet", "none", code=ExitCode.FAILED)
+    assert "none holds no Parquet file" in importer.errors
+
+
+def test_a_columns_name_cannot_steer_the_terminal(importer: Importer) -> None:
+    at = importer.world.clock.now().isoformat()
+    (importer.folder / "odd.csv").write_text(f"{HEAD},\x1b[31mred\n{at},a,1,2\n")
+    importer.run("csv", "odd.csv")
+    assert "\\x1b[31mred" in importer.errors
+    assert "\x1b" not in importer.errors
+
+
+def test_old_records_are_counted_as_such_beside_others_that_are_refused(importer: Importer) -> None:
+    rows = ("1970-01-01T00:00:00Z,a,1", "2020-01-01T00:00:00Z,a,1", "2099-01-01T00:00:00Z,a,1")
+    (importer.folder / "mixed.csv").write_text("\n".join((HEAD, *rows, "")))
+    told = importer.run("csv", "mixed.csv", code=ExitCode.FAILED)
+    assert (told["beyond_retention"], told["refused"]) == (2, 1)
+
+
 def test_a_csv_whose_numbers_change_their_look_is_read_and_text_among_them_is_named(
     importer: Importer,
 ) -> None:

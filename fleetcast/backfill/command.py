@@ -23,7 +23,7 @@ from fleetcast.backfill.delivery import Bar, Delivery, State, Tally
 from fleetcast.backfill.promql import Prometheus, PrometheusHistory, RuleQueries, parse_selector
 from fleetcast.backfill.recorded import CSV, PARQUET, RecordedFile, parse_renames
 from fleetcast.clock import DAY_MS, SystemClock, from_ms, iso_z, parse_plain_utc, to_ms
-from fleetcast.errors import BadData, CannotLook, DaemonAway, ExitCode, SettingsError
+from fleetcast.errors import BadData, CannotLook, DaemonAway, ExitCode, SettingsError, printable
 from fleetcast.loop import Stop, configure_logging
 from fleetcast.program import run_program
 from fleetcast.settings import LoggingSettings, Settings, load_settings
@@ -223,7 +223,7 @@ def _tell(options: argparse.Namespace, run: Import, failure: str) -> int:
         if tally.values:
             print(f"import: values {' '.join(f'{name}={count}' for name, count in tally.values.items())}")
     for line in _remarks(run, failure):
-        print(f"import: {line}", file=sys.stderr)
+        print(f"import: {printable(line)}", file=sys.stderr)
     is_nothing = not tally.sent and not any(" imported before" in note for note in run.notes)
     return ExitCode.FAILED if failure or is_stopped or tally.refused or is_nothing else ExitCode.OK
 

@@ -54,9 +54,11 @@ class Tally:
 
         self.sent += len(table)
         self.accepted += answer.received
-        are_old = bool(answer.errors) and all(error.startswith(_TOO_OLD) for error in answer.errors)
-        self.beyond_retention += answer.rejected if are_old else 0
-        self.refused += 0 if are_old else answer.rejected
+        n_old = sum(error.startswith(_TOO_OLD) for error in answer.errors)
+        if n_old == len(answer.errors) > 0:  # the answer holds the first reasons alone
+            n_old = answer.rejected
+        self.beyond_retention += n_old
+        self.refused += answer.rejected - n_old
         said = (*(error for error in answer.errors if not error.startswith(_TOO_OLD)), *answer.fields)
         self.reasons += [reason for reason in said if reason not in self.reasons][
             : _REASONS - len(self.reasons)

@@ -65,19 +65,27 @@ class RecordedFile:
 
         if not self.path.exists():
             raise BadData(f"{self.path} does not exist")
+        if not (self.path.is_file() or self.path.is_dir()):
+            raise BadData(f"{self.path} is not a regular file", hint="a pipe cannot be read twice")
         read = self._parquet if self.kind == PARQUET else self._csv
+        is_empty = True
         try:
             for table, share in read():
+                is_empty = False
                 yield _with_nulls(table), share
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             says = f"{self.path} cannot be read as {self.kind}: {_first_line(error)}"
             raise BadData(says, hint="fleetcast import parquet|csv PATH") from error
+        if is_empty:
+            raise BadData(f"{self.path} holds no records")
 
     def _parquet(self) -> Iterator[tuple["pa.Table", float]]:
         import pyarrow as pa
         import pyarrow.dataset as ds
 
         data = ds.dataset(str(self.path), format="parquet")
+        if not data.files:
+            raise BadData(f"{self.path} holds no Parquet file")
         columns = self._choose(data.schema)
         n_rows, n_read = data.count_rows(), 0
         for batch in data.to_batches(columns=list(columns), batch_size=PIECE_ROWS, batch_readahead=1):
@@ -122,13 +130,7 @@ class RecordedFile:
                     f"{self.path} has no column {old!r}{nearest(old, schema.names)}", hint=f"it has {have}"
                 )
         names = {name: self.renames.get(name, name) for name in schema.names}
-        twice = sorted(new for new in set(names.values()) if list(names.values()).count(new) > 1)
-        if twice:
-            raise BadData(f"{self.path} has the column {twice[0]!r} twice", hint="drop or rename one")
-        for needed in (TIME, SERVER):
-            if needed not in names.values():
-                hint = f"it has {have}; name one with --rename COLUMN={needed}"
-                raise BadData(f"{self.path} has no column {needed!r}", hint=hint)
+        self._check_names([names[name] for name in schema.names], have)
         types = {new: schema.field(old).type for old, new in names.items()}
         if self.kind == PARQUET and not (kinds.is_timestamp(types[TIME]) or _is_text(types[TIME])):
             right = "a timestamp, or ISO 8601 text such as 2026-01-15T10:00:00Z"
@@ -146,6 +148,19 @@ class RecordedFile:
             raise BadData(f"{self.path} has no column of numbers with a metric's name", hint=hint)
         self.left_out = tuple(name for name in names if name not in chosen)
         return chosen
+
+    def _check_names(self, names: Sequence[str], have: str) -> None:
+        """Raise BadData unless each column is there once; `have` are the names as the file has them."""
+        twice = sorted(name for name in set(names) if names.count(name) > 1)
+        if twice:
+            raise BadData(f"{self.path} has the column {twice[0]!r} twice", hint="drop or rename one")
+        if self.kind == CSV and len(names) == 1:
+            says = f"{self.path} has one column alone; those of a CSV are separated by commas"
+            raise BadData(says, hint=f"its first line is {have}")
+        for needed in (TIME, SERVER):
+            if needed not in names:
+                hint = f"it has {have}; name one with --rename COLUMN={needed}"
+                raise BadData(f"{self.path} has no column {needed!r}", hint=hint)
 
 
 def _is_text(kind: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Self
 from urllib.parse import urlencode
 
 from fleetcast.clock import parse_plain_utc
-from fleetcast.errors import BadData, BadOrder, CannotLook, DaemonAway
+from fleetcast.errors import BadData, BadOrder, CannotLook, DaemonAway, printable
 from fleetcast.settings import Settings, load_settings
 from fleetcast.sources.client import API_KEY_VARIABLE, DaemonClient, RequestRefused
 
@@ -114,7 +114,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str
     >>> list(table(["server", "p"], [["a", 0.5], ["bb", None]]))
     ['server    p', 'a       0.5', 'bb        -']
     """
-    cells = [[_NONE if value is None else str(value) for value in row] for row in rows]
+    cells = [[_NONE if value is None else printable(str(value)) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
     are_numbers = [
         all(isinstance(row[place], int | float | None) for row in rows) and bool(rows)
