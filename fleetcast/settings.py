@@ -338,6 +338,10 @@ def _cross_checks(values: Mapping[str, Any]) -> Iterator[str]:
     settle = values.get("forecast.settle_horizons", ForecastSettings.settle_horizons)
     if any(not 1 <= item <= horizon for item in settle):
         yield f"forecast.settle_horizons must be in 1..{horizon}, got {list(settle)}"
+    least = values.get("promotion.min_hours", PromotionSettings.min_hours)
+    most = values.get("promotion.max_hours", PromotionSettings.max_hours)
+    if least > most:
+        yield f"promotion.min_hours must be at most max_hours ({most}), got {least}: no model would ever win"
     if not re.match(r"https?://.|$", values.get("export.remote_write_url", "")):
         yield "export.remote_write_url must begin with http:// or https://"
     servers = values.get("export.servers", ExportSettings.servers)

@@ -211,7 +211,11 @@ class PromotionSettings:
         2000, "most servers that the model before goes on forecasting; a larger fleet is sampled", low=1
     )
     cooldown_hours: float = setting(
-        24.0, "after such a rollback no training puts a model into service for so long", unit="h", low=0
+        24.0,
+        "after such a rollback no training puts a model into service for so long",
+        unit="h",
+        low=0,
+        high=8760,
     )
     max_rollbacks_per_week: int = setting(
         2, "from so many such rollbacks in 7 days on, a person has to say `resume`", low=1

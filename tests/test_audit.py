@@ -114,7 +114,7 @@ def test_a_line_that_the_disk_refuses_leaves_nothing_of_it(book: Audit) -> None:
         (entry(audit.RESUME, phase="done", target="w"), "resumed and put w, which waited, into service"),
         (entry(audit.RESUME, phase="done"), "ann resumed: because"),
         (entry(audit.VETO, phase="done", target="w"), "ann vetoed w"),
-        (entry(audit.WAIT, phase="done", target="w"), "w passed the gate and waits for a person"),
+        (entry(audit.WAIT, phase="done", target="w"), "w passed the gate and waits"),
         (entry(audit.TRAIN_NOW, phase="done", attempt="t"), "ann ordered a training (attempt t)"),
         (entry(audit.VERDICT, phase="note", target="w"), "the gate judged w"),
         (entry(audit.TRAINING, phase="note", attempt="t"), "training t ended without a model"),

@@ -113,7 +113,7 @@ def test_two_rollbacks_within_a_week_hold_models_back_until_a_person_resumes(des
     settle_bake(desk, SETTINGS)
     held = desk.standing().held
     assert held is not None
-    assert held.why == "2 models were taken back within 7 days; look at the newest data, then resume"
+    assert held.why == "models taken back within 7 days: 2; look at the newest data, then resume"
     assert desk.registry.current_id() == A
     desk.give(order("resume"))
     assert (desk.standing().held, desk.standing().cooldown) == (None, None)
@@ -430,7 +430,9 @@ def test_a_race_with_hours_can_be_shown_over_http_and_says_what_clients_would_ha
     msgspec.json.encode(told)
     assert "clients would have got forecasts 5.0 % closer (proof that it is better: " in tell(told["race"])
     measure_race(racing, *[1.6] * 3)
-    assert report(racing, SETTINGS)["race"]["why"].endswith("what clients would have got)")
+    told = report(racing, SETTINGS)["race"]
+    assert told["why"].endswith("what clients would have got)")
+    assert tell(told).count("clients") == 1, "a verdict says itself by how much"
 
 
 def test_a_version_proven_worse_while_a_cooldown_lasts_waits_no_longer(desk: Desk) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -131,6 +132,11 @@ def test_a_model_that_forecasts_nothing_is_taken_back_after_three_sweeps() -> No
     assert judge(bake(failing=2, why_failing="boom"), LIMITS).kind == GOES_ON
     verdict = judge(bake(failing=3, why_failing="boom"), LIMITS)
     assert (verdict.kind, verdict.why) == (WORSE, "it made no forecasts in 3 sweeps in a row: boom")
+
+
+def test_a_rare_chance_is_not_told_as_none() -> None:
+    verdict = judge(bake(*[1.4] * 23), replace(LIMITS, alpha=0.005))
+    assert "in at most 0.5% of bakes" in verdict.why
 
 
 def test_a_bake_that_can_compare_nothing_ends_and_says_so() -> None:

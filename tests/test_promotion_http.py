@@ -201,4 +201,4 @@ def test_a_version_that_waits_is_told_with_its_race(folder: Path, client: httpx.
     assert told["race"]["figures"]["hours"] == 7
     assert told["race"]["figures"]["log10_e_better"] > 0
     last = told["history"][-1]["sentence"]
-    assert last.endswith(f"{WAITS} passed the gate and waits for a person: ann holds")
+    assert last.endswith(f"{WAITS} passed the gate and waits: ann holds")

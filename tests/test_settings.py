@@ -80,6 +80,8 @@ def test_every_problem_is_reported_at_once_with_what_would_be_right() -> None:
         ("[bins]\nforecast_metrics = ['a', 3]\n", "forecast_metrics (element 2 of 2) must be str, got 3"),
         ("[server]\nzzz = 3\n", "unknown setting server.zzz (fleet.toml)"),
         ("[forecast]\nsettle_horizons = [1, 97]\n", "forecast.settle_horizons must be in 1..96"),
+        ("[promotion]\nmax_hours = 23\n", "promotion.min_hours must be at most max_hours (23), got 24"),
+        ("[promotion]\ncooldown_hours = 1e9\n", "promotion.cooldown_hours must be <= 8760"),
         ("[forecast]\nsettle_horizons = [0]\n", "forecast.settle_horizons must be in 1..96"),
         ("port = 8000\n", "port must be a table like [server]"),
         ("[serverr]\nport = 1\n", "unknown setting serverr.port, nearest is server.port"),
@@ -156,7 +158,9 @@ def test_a_value_within_bounds_survives_file_and_environment(info: SettingInfo, 
         else st.floats(float(low or 0), float(high or 1e6), allow_nan=False)
     )
     value = data.draw(source)
-    others = {"forecast.settle_horizons": (1,)}  # the default 96 needs a horizon of 96
+    others: dict[str, object] = {"forecast.settle_horizons": (1,)}  # the default 96 needs a horizon of 96
+    if info.key == "promotion.max_hours":
+        others["promotion.min_hours"] = 1
     path = config(f"[{info.part}]\n{info.name} = {toml_text(value)}\n")
     assert value_of(load_settings(path, flags=others, environ={}), info) == value
     from_environment = load_settings(flags=others, environ={info.environment: repr(value)})

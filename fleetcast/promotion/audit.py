@@ -335,7 +335,7 @@ def _in_words(entry: Entry) -> str:
         RESUME: f"{by} resumed" + (f" and put {target}, which waited, into service" if entry.target else ""),
         PAUSE: f"{by} paused trainings until {entry.until}",
         VETO: f"{by} vetoed {target}",
-        WAIT: f"{target} passed the gate and waits for a person",
+        WAIT: f"{target} passed the gate and waits",
         LOSE: f"{target} does not go into service, {by} ended",
         CONFIRM: f"{target} stays in service, {by} ended",
         TRAIN_NOW: f"{by} ordered a training" + (f" (attempt {entry.attempt})" if entry.attempt else ""),

@@ -21,6 +21,7 @@ from fleetcast.promotion.audit import Bake, Standing
 from fleetcast.promotion.desk import Desk
 from fleetcast.promotion.evidence import (
     BETTER,
+    GOES_ON,
     INCONCLUSIVE,
     PASSED,
     WORSE,
@@ -117,7 +118,8 @@ def sentence(told: Mapping[str, Any]) -> str:
     got, what = ("would have got", "better") if is_race else ("got", "worse")
     needed = figures["log10_e_better_needed" if is_race else "log10_e_needed"]
     share = min(1.0, max(0.0, figures[f"log10_e_{what}"]) / needed)
-    gain = f", clients {got} forecasts {in_words(ratio)}" if ratio is not None else ""
+    is_told = ratio is None or told.get("verdict", GOES_ON) != GOES_ON  # then the reason says it
+    gain = "" if is_told else f", clients {got} forecasts {in_words(ratio)}"
     proof = f"(proof that it is {what}: {share:.0%})".replace("%", " %")
     return f"{told['version']} is compared with {told['against']}: {told['why']}{gain} {proof}"
 
@@ -176,7 +178,7 @@ def _take_back(
     before = [at for at in desk.standing().taken_back if parse_plain_utc(at) > now - _WEEK]
     is_too_often = len(before) + 1 >= settings.max_rollbacks_per_week and not is_recorded
     holds = (
-        f"{len(before) + 1} models were taken back within 7 days; look at the newest data, then resume"
+        f"models taken back within 7 days: {len(before) + 1}; look at the newest data, then resume"
         if is_too_often
         else ""
     )

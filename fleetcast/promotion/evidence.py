@@ -145,9 +145,8 @@ def judge_race(evidence: Evidence, limits: Limits) -> Verdict:
     if figures["log10_e_worse"] >= figures["log10_e_needed"]:
         return Verdict(WORSE, _say_worse(evidence, figures, limits, _WOULD_HAVE_GOT), figures)
     if found >= needed and hours >= limits.min_hours and (far or 0.0) <= FAR_GUARD:
-        chance = (
-            f"which chance does for a model that is no better in at most {limits.better_alpha:.0%} of races"
-        )
+        rate = 100 * limits.better_alpha
+        chance = f"which chance does for a model that is no better in at most {rate:g}% of races"
         return Verdict(BETTER, f"{said}, {chance}", figures)
     if hours >= limits.max_hours or evidence.small >= limits.max_hours:
         return Verdict(INCONCLUSIVE, f"neither is proven better: {said}", figures)
@@ -236,7 +235,7 @@ def _say_worse(evidence: Evidence, figures: Mapping[str, Any], limits: Limits, g
     worst = clients if by_clients else f"its own forecasts were {in_words(figures['loss_ratio_raw'])}"
     return (
         f"{worst} over {figures['hours']} hours beside {evidence.against}, which chance does to a model "
-        f"that is no worse in at most {limits.alpha:.0%} of {'bakes' if got == _GOT else 'races'}"
+        f"that is no worse in at most {100 * limits.alpha:g}% of {'bakes' if got == _GOT else 'races'}"
         f"{'' if by_clients else f'; {clients}'}"
     )
 
