@@ -233,6 +233,22 @@ def test_a_new_model_that_cannot_even_be_loaded_is_taken_back(baking: Baking) ->
     assert baking.desk.registry.current_id() == A
 
 
+def test_a_new_model_is_not_blamed_where_its_elder_cannot_be_loaded_either(baking: Baking) -> None:
+    """As after `bins.bin_s` was changed: taking the new one back would help nobody and hold the next."""
+    with baking.desk.lock():
+        baking.desk.promote(B, "ann", "better")
+    baking.world.service.why_not_loaded = "made for bins of 300 s"  # type: ignore[attr-defined]
+    baking.world.service.champion = None
+    baking.attach()  # a restart
+    (baking.desk.registry.version(A).folder / "model.ckpt").write_bytes(b"of other bins")
+    baking.sweep(3)
+    settle_bake(baking.desk, SETTINGS)
+    standing = baking.desk.standing()
+    assert (baking.desk.registry.current_id(), standing.bake, standing.cooldown) == (B, None, None)
+    told = [entry.why for entry in baking.desk.audit.entries()][-1]
+    assert told.startswith("it cannot be compared any more: neither of them can be loaded")
+
+
 def test_a_larger_fleet_is_sampled_and_series_with_weights_of_their_own_come_first(tmp_path: Path) -> None:
     baking = Baking(tmp_path, PromotionSettings(min_pairs=1, shadow_max_servers=1))
     manifest = baking.desk.registry.version(B).folder / "manifest.json"

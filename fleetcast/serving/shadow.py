@@ -137,7 +137,7 @@ class Shadow:
         if version == serving and self._session is None:
             self._session = self._begin(wanted, NEW if bake else OLD, corrector)
         elif bake and version != bake.version and load_problem:
-            self._note_failing(bake, f"it cannot be loaded: {load_problem}")
+            self._note_not_loaded(bake, load_problem)
 
     def return_evidence(self, corrector: Corrector) -> None:
         """Give the layer what was learned of the model that ran beside, after it came into service."""
@@ -316,10 +316,22 @@ class Shadow:
             session.corrector.mix(window, made := made.copy(), part.experts, places + 1)
         said[other, SERVED, own] = made
 
-    def _note_failing(self, bake: Bake, why: str) -> None:
-        """Write down that the new version cannot even be loaded, once a sweep."""
+    def _note_not_loaded(self, bake: Bake, problem: str) -> None:
+        """Write down that the new version cannot even be loaded, once a sweep.
+
+        Where the older one cannot be loaded either, as after other bins were set, the new one is no worse.
+        """
         known = read_evidence(self._desk.folder, bake)
-        write_evidence(self._desk.folder, replace(known, failing=known.failing + 1, why_failing=why))
+        if known.unable:
+            return
+        try:
+            self._predictor(bake.against)
+        except Exception as error:
+            found = replace(known, unable=f"neither of them can be loaded: {error}", failing=0)
+        else:
+            why = f"it cannot be loaded: {problem}"
+            found = replace(known, failing=known.failing + 1, why_failing=why)
+        write_evidence(self._desk.folder, found)
 
     def _give_up(self, session: _Session, why: str) -> None:
         session.race.evidence = replace(session.race.evidence, unable=why)
