@@ -227,6 +227,18 @@ def test_a_series_that_moved_hours_ago_is_not_expected_back(step: float) -> None
     np.testing.assert_allclose(quantiles[[11, 95], 1], 50 + step, atol=3)
 
 
+@pytest.mark.parametrize(("start", "pace"), [(70.0, 3.0), (30.0, -3.0)], ids=["up", "down"])
+def test_a_trend_that_meets_its_bound_keeps_an_interval_of_some_width(start: float, pace: float) -> None:
+    random = np.random.default_rng(9)
+    hours = np.arange(2 * DAY) / 12
+    series = start + pace * np.maximum(0, hours - hours[-1] + 8) + 0.5 * random.standard_normal(len(hours))
+    _, quantiles = play(np.clip(series, 0, 100).astype(np.float32), DAY)
+    low, median, high = quantiles[-1]
+    assert median > 99 if pace > 0 else median < 1, "it meets the bound within 8 hours"
+    assert high - low > 0.3
+    assert 0 <= low <= median <= high <= 100
+
+
 def test_a_burst_that_always_ends_is_expected_to_end() -> None:
     random = np.random.default_rng(7)
     series = (30 + random.standard_normal(7 * DAY)).astype(np.float32)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fleetcast.forecast.experts.mixture import EXPERTS, LAST, USUAL, Mixture, MixtureRates
 from fleetcast.forecast.experts.rules import NORMAL_90, RuleForecasts, from_scale, rule_forecasts, to_scale
-from fleetcast.schema import Floats32, Longs
+from fleetcast.schema import Floats, Floats32, Longs
 
 SPARSE_EVERY = 3  # origins: forecasts for the far horizons are remembered from every third only
 SPARSE_FROM = 24  # bins ahead
@@ -228,14 +228,22 @@ class ExpertLayer:
             own = flat[clear]
             rise = np.stack([line - spread, line, line + spread], axis=-1).astype(np.float32)
             trusted = np.asarray(own + belief[..., None] * (rise - own), np.float32)
-            flat[clear] = self._possible(trusted, clear % n_metric, own)
+            least = NORMAL_90 * trend.scatter[clear, None]
+            flat[clear] = self._possible(trusted, clear % n_metric, own, least)
         return np.asarray(loose, np.float32)
 
-    def _possible(self, line: Floats32, metrics: Longs, own: Floats32) -> Floats32:
-        """Keep a line below 100 of a percent and above 0, or as far as the forecast without it went."""
+    def _possible(self, line: Floats32, metrics: Longs, own: Floats32, least: Floats) -> Floats32:
+        """Keep a line below 100 of a percent and above 0, or as far as the forecast without it went.
+
+        Where it meets its bound, the interval reaches back by `least`, (series, 1): as far as its noise does.
+        """
         ceiling = np.where(self._is_percent[metrics], 100.0, np.inf)[:, None, None]
         floor = np.minimum(own.min(axis=(1, 2), keepdims=True), 0.0)
-        return np.clip(line, floor, np.maximum(ceiling, own.max(axis=(1, 2), keepdims=True)))
+        ceiling = np.maximum(ceiling, own.max(axis=(1, 2), keepdims=True))
+        kept = np.clip(line, floor, ceiling)
+        kept[..., 0] = np.minimum(kept[..., 0], kept[..., 1] - least)
+        kept[..., 2] = np.maximum(kept[..., 2], kept[..., 1] + least)
+        return np.clip(kept, floor, ceiling)
 
     def _remember(
         self,
