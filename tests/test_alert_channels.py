@@ -471,7 +471,7 @@ def test_the_doctor_names_a_channel_that_nothing_reaches(
         (("test",), "no channel is set"),
         (("silence", "DriftHgh", "--hours", "1", "--reason", "x"), "nearest is DriftHigh"),
         (("silence", "DriftHigh", "--hours", "1"), "needs a rule, --hours and --reason"),
-        (("silence", "DriftHigh", "--hours", "-1", "--reason", "x"), "from 0 to a year"),
+        (("silence", "DriftHigh", "--hours", "x", "--reason", "x"), "must be hours, from 0 to 8760, got 'x'"),
         (("list", "--reason", "x"), "list takes no --hours, --reason or --server"),
     ],
     ids=lambda words: " ".join(words) if isinstance(words, tuple) else "",

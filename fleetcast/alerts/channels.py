@@ -118,7 +118,7 @@ class EmailChannel:
                     server.login(own.smtp_user, own.smtp_password)
                 server.send_message(message)
         except OSError as error:  # smtplib's are such, too
-            raise NotDelivered(f"not taken: {cause(error)}") from None
+            raise NotDelivered(f"{own.smtp_host}: {cause(error)}") from None
         return f"taken by {own.smtp_host}"
 
     def _connect(self) -> smtplib.SMTP:

@@ -11,6 +11,7 @@ rule or channel that is not set; 3 no permission; 6 no daemon with a channel has
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
@@ -194,9 +195,12 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
 
 
 def _hours(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 <= value <= 24 * 365:
-        raise argparse.ArgumentTypeError(f"must be from 0 to a year, got {text}")
+        raise argparse.ArgumentTypeError(f"must be hours, from 0 to 8760, got {text!r}")
     return value
 
 

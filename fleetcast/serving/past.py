@@ -129,7 +129,7 @@ class Past:
         actuals, source = self._actuals(asked, asked.start_ms - reach)
         settled = self._buffer.read_server_predictions(asked.server, asked.start_ms, asked.end_ms)
         if np.isnan(actuals).all() and not len(settled) and self._is_unknown(asked.server):
-            raise self._unknown_server(asked.server, "it sent nothing between start and end")
+            raise self._unknown_server(asked.server, f"{asked.server!r} sent nothing between start and end")
         return {
             "server": asked.server,
             "bin_s": asked.bin_ms // 1000,
@@ -182,7 +182,7 @@ class Past:
             UnknownServer: it is not; the message names the nearest.
         """
         if self._is_unknown(server):
-            raise self._unknown_server(server, "it sent nothing within 8 days")
+            raise self._unknown_server(server, f"{server!r} sent nothing within 8 days")
 
     def _sum_errors(
         self, names: Sequence[str], metrics: Sequence[str], start_ms: int, end_ms: int
