@@ -109,7 +109,7 @@ class Fleetcast:
         Raises:
             BadData: the daemon does not know the server; the message names the nearest.
         """
-        document = self._ask("/predictions/current", server=server)
+        document = self._ask("/predictions/current", server=_name("server", server))
         ((_, told),) = document["predictions"].items()
         times = pd.to_datetime(pd.Series(told["timestamps"], dtype="str"), utc=True)
         sources = told.get("sources") or {}
@@ -136,6 +136,7 @@ class Fleetcast:
             BadData: no such server or metric, no such time, or no closed bin between the two.
         """
         parts, refusal = [], None
+        server, metric = _name("server", server), _name("metric", metric)
         for first, last in self._pieces(start, end):
             try:
                 document = self._ask("/history", server=server, metric=metric, start=first, end=last)
@@ -273,6 +274,13 @@ class Fleetcast:
         while first < last:
             yield iso_z(first), iso_z(min(first + length, last))
             first += length
+
+
+def _name(what: str, value: object) -> str:
+    """Return a name; raises BadData where it is none, since without one the daemon answers about all."""
+    if not isinstance(value, str) or not value:
+        raise BadData(f"{what} must be a name, got {value!r}")
+    return value
 
 
 def _past(document: Mapping[str, Any], metric: str) -> pd.DataFrame:

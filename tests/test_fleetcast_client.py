@@ -217,6 +217,10 @@ def test_full_by_has_dates_as_times() -> None:
         (lambda fleet: fleet.history("web-01", "cpu_pct", "soon"), "start must be ISO 8601 .*got 'soon'"),
         (lambda fleet: fleet.history("web-01", "cpu_pct", "2031-01-01"), "no closed bin between"),
         (lambda fleet: fleet.accuracy(metric="fans"), "'fans' is not forecast"),
+        (lambda fleet: fleet.accuracy(worst=-1), "^worst: Input should be greater than or equal to 0$"),
+        (lambda fleet: fleet.forecast(""), "server must be a name, got ''"),
+        (lambda fleet: fleet.forecast(None), "server must be a name, got None"),
+        (lambda fleet: fleet.history("web-01", ""), "metric must be a name, got ''"),
     ],
 )
 def test_what_the_daemon_does_not_know_is_bad_data_with_what_would_be_right(
@@ -233,8 +237,9 @@ def test_a_wrong_key_and_a_wrong_address_are_told_at_once(world: World) -> None:
             fleet.forecast("a")
         with pytest.raises(RequestRefused, match="set TFT_API_KEY"):
             fleet.feed(frame("a"))
-    with pytest.raises(BadData, match="must look like http"):
-        Fleetcast("localhost:8000")
+    for address in ("localhost:8000", "http://[::1", 5):
+        with pytest.raises(BadData, match="must look like http"):
+            Fleetcast(address)  # type: ignore[arg-type]
 
 
 def test_the_example_of_the_documents_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

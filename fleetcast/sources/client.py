@@ -110,9 +110,9 @@ class JsonClient:
     def __init__(
         self, url: str, *, whose: str, example: str, headers: Mapping[str, str], timeout_s: float
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if not _is_address(url):
             raise BadData(f"{whose} address must look like {example}, got {url!r}")
+        parts = urlsplit(url)
         is_open = parts.username is None  # no password in messages and files
         netloc = parts.netloc if is_open else parts.netloc.rpartition("@")[2]
         self.url = parts._replace(netloc=netloc).geturl().rstrip("/")
@@ -231,12 +231,22 @@ def _say(fault: Mapping[str, Any]) -> str:
     return f"{fault.get('field')}: {fault.get('reason')}"
 
 
+def _is_address(url: object) -> bool:
+    try:
+        parts = urlsplit(url) if isinstance(url, str) else None
+        return parts is not None and parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:  # half an address of IPv6
+        return False
+
+
 def _detail(answer: requests.Response) -> str:
     """Return what a refusal says, without the JSON around it where it is one of the daemon's."""
     try:
         document = answer.json()
         detail = document["error"] if "error" in document else document["detail"]  # Prometheus's, ours
-    except (ValueError, KeyError, TypeError):
+        if isinstance(detail, list):  # a field of the question that has no sense
+            detail = "; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in detail)
+    except (ValueError, LookupError, TypeError):
         detail = answer.text
     return (detail if isinstance(detail, str) else answer.text)[:300]
 
