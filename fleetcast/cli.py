@@ -51,7 +51,7 @@ COMMANDS = {
     "approve": (_PROMOTION, "put the version into service that waits"),
     "veto": (_PROMOTION, "let a version never go into service by itself"),
     "hold": (_PROMOTION, "let no training put a model into service until resume"),
-    "resume": (_PROMOTION, "end a hold and a pause"),
+    "resume": (_PROMOTION, "end a hold, a pause and a cooldown"),
     "pause": (_PROMOTION, "start no training until a time"),
     "train-now": (_PROMOTION, "order a training"),
 }

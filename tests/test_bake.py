@@ -435,6 +435,16 @@ def test_a_race_with_hours_can_be_shown_over_http_and_says_what_clients_would_ha
     assert tell(told).count("clients") == 1, "a verdict says itself by how much"
 
 
+def test_a_person_may_end_a_cooldown_that_history_tells_of(desk: Desk) -> None:
+    measure(desk, 1.6, 1.6, 1.6)
+    settle_bake(desk, SETTINGS)
+    told = [sentence(entry) for entry in desk.audit.entries()][-1]
+    assert told.endswith("; no training puts a model into service until 2026-01-16T10:00:05Z")
+    assert give(desk.folder, "resume").phase == DONE
+    assert desk.standing().cooldown is None
+    assert give(desk.folder, "resume").phase == "refused"
+
+
 def test_a_version_proven_worse_while_a_cooldown_lasts_waits_no_longer(desk: Desk) -> None:
     measure(desk, 1.6, 1.6, 1.6)
     settle_bake(desk, SETTINGS)

@@ -322,7 +322,15 @@ def sentence(entry: Entry) -> str:
         return f"{when}  refused to {entry.by} ({entry.event}){why}"
     begun = " (begun, not finished yet)" if entry.phase == INTENT else ""
     forced = ", by force" if entry.is_forced else ""
-    return f"{when}  {_in_words(entry)}{forced}{begun}{why}"
+    return f"{when}  {_in_words(entry)}{forced}{begun}{why}{_what_follows(entry)}"
+
+
+def _what_follows(entry: Entry) -> str:
+    """Return what a rollback that no person ordered keeps from happening, or ""."""
+    if entry.event != ROLLBACK or not entry.until or entry.until <= entry.at:
+        return ""
+    end = "a person says resume" if entry.figures.get("holds") else entry.until
+    return f"; no training puts a model into service until {end}"
 
 
 def _in_words(entry: Entry) -> str:

@@ -35,7 +35,7 @@ PURPOSES = {
     audit.APPROVE: "put the version into service that waits",
     audit.VETO: "let a version never go into service by itself",
     audit.HOLD: "let no training put a model into service until resume; a new version waits",
-    audit.RESUME: "end a hold and a pause; a version that waits goes into service (veto it before, if not)",
+    audit.RESUME: "end a hold, a pause, a cooldown; a version that waits then serves (or veto it before)",
     audit.ROLLBACK: "put the version before, or --to VERSION, back into service",
     audit.PAUSE: "start no training until a time, or until resume",
     audit.TRAIN_NOW: "train now, if the safeguards allow it; --force: also if they do not, and uncounted",
@@ -130,7 +130,8 @@ def _table(shown: Mapping[str, Any]) -> Iterator[str]:
         if shown[name]:
             yield f"{name}: {tell_bake(shown[name])}"
     if shown["cooldown"]:
-        yield f"cooldown until {shown['cooldown']['until']}: a version that passes the gate waits until then"
+        until = shown["cooldown"]["until"]
+        yield f"cooldown until {until}: a version that passes the gate waits (fleetcast resume ends it)"
     if shown["waiting"]:
         waiting = shown["waiting"]["version"]
         yield f"waiting: {waiting} (fleetcast approve {waiting}, or fleetcast veto {waiting})"

@@ -388,8 +388,9 @@ class Desk:
 
     def _plan_resume(self, order: Order) -> Entry:
         standing, current = self.standing(), self.registry.current_id()
-        if standing.held is None and standing.pause_at(self.clock) is None:
-            raise OrderRefused("nothing is held or paused")
+        stands = (standing.held, standing.pause_at(self.clock), standing.cooldown_at(self.clock))
+        if not any(stands):
+            raise OrderRefused("nothing is held or paused, and no cooldown goes on")
         waiting = standing.waiting
         target = waiting.version if waiting and waiting.champion == current else None
         return self._of(order, source=current if target else None, target=target)
