@@ -12,7 +12,7 @@ from fleetcast.clock import FakeClock
 from fleetcast.errors import StorageFull
 from fleetcast.forecast.registry import Registry
 from fleetcast.promotion.bake import RACES_FOLDER, read_evidence, settle_bake
-from fleetcast.promotion.desk import Desk
+from fleetcast.promotion.desk import STATE, Desk
 from fleetcast.promotion.evidence import WORSE, Evidence
 from fleetcast.schema import Floats32, HistoryWindow
 from fleetcast.serving.board import ModelInfo
@@ -247,6 +247,15 @@ def test_a_new_model_is_not_blamed_where_its_elder_cannot_be_loaded_either(bakin
     assert (baking.desk.registry.current_id(), standing.bake, standing.cooldown) == (B, None, None)
     told = [entry.why for entry in baking.desk.audit.entries()][-1]
     assert told.startswith("it cannot be compared any more: neither of them can be loaded")
+
+
+def test_a_lost_state_does_not_end_the_comparison(baking: Baking) -> None:
+    baking.switch()
+    baking.sweep(2)
+    (baking.checkpoints / STATE).unlink()
+    baking.sweep(24)
+    assert baking.shadow.is_comparing
+    assert baking.evidence.blocks
 
 
 def test_a_larger_fleet_is_sampled_and_series_with_weights_of_their_own_come_first(tmp_path: Path) -> None:

@@ -214,9 +214,8 @@ class Shadow:
         try:
             found = (self._desk.folder / STATE).stat()
             signature = (found.st_mtime_ns, found.st_ino)
-        except FileNotFoundError:
-            self._bake = self._race = self._signature = None
-            return
+        except FileNotFoundError:  # nothing stands, or the file was lost: the audit knows
+            signature = self._desk.audit.signature()
         if signature != self._signature:
             standing = self._desk.standing()
             self._bake, self._race = standing.bake, standing.race
