@@ -346,7 +346,7 @@ def test_dates_of_full_disks_become_days(tmp_path: Path, sink: Sink, told: Told)
     (alert,) = body["alerts"]
     assert alert["labels"] == {"server": "a"}
     assert (
-        "it is full in 4.58 days, at the earliest (< 7); full between 2026-01-20 and 2026-01-25"
+        "it is full in 4.6 days, at the earliest (< 7 days); full between 2026-01-20 and 2026-01-25"
         in alert["sentence"]
     )
 
@@ -370,7 +370,7 @@ def test_old_data_and_little_disk_fire(tmp_path: Path, sink: Sink, told: Told) -
     told.answers["/status"] = {**CALM, "newest_record_time": "2026-01-15T09:50:00Z"}
     own.check()
     data, disk = sorted(sink.bodies(), key=lambda body: str(body["rule"]), reverse=True)
-    assert "the newest record is 600 s old (> 300)" in data["text"]
+    assert "the newest record is 10 min old (> 5 min)" in data["text"]
     assert disk["alerts"][0]["labels"] == {"folder": str(tmp_path)}
 
 
@@ -396,7 +396,7 @@ def test_silent_servers_are_named(tmp_path: Path, sink: Sink, told: Told) -> Non
     own.check()
     (body,) = sink.bodies()
     assert body["alerts"][0]["labels"] == {"server": "web-1"}
-    assert "web-1: it sent nothing for 0.75 h (> 0)" in body["text"]
+    assert "web-1: it sent nothing for 45 min (> 0 s)" in body["text"]
 
 
 def test_forecasts_worse_than_the_last_value_and_a_long_hold_fire(
@@ -418,7 +418,7 @@ def test_a_model_that_was_taken_back_fires_for_a_day(tmp_path: Path, sink: Sink,
     own.check(taken_back=(at, "v2 costs clients 9 % more"))
     own.check(taken_back=(at, "v2 costs clients 9 % more"), minutes=24 * 60)
     first, last = sink.bodies()
-    assert first["text"].endswith("since 0.08333 h (< 24); v2 costs clients 9 % more")
+    assert first["text"].endswith("has served again for 5 min (< 24 h); v2 costs clients 9 % more")
     assert last["status"] == "resolved"
 
 

@@ -32,18 +32,25 @@ FACTS = {  # by name: what the value says, without its subject; those that are 0
     "error_ratio": "forecasts have {} times the error of repeating the last value",
     "training_failures": "{} trainings in a row failed",
     "trainings_7d": "{} trainings ran within 7 days",
-    "held_h": "a person has held new models back, or paused trainings, for {} h",
-    "taken_back_h": "a new model was proven worse, and the one before serves again since {} h",
+    "held_h": "a person has held new models back, or paused trainings, for {}",
+    "taken_back_h": "a new model was proven worse, and the one before has served again for {}",
     "check_failed": "drift cannot be checked",
     "free_disk_gb": "{} GB are free",
     "daemon_away": "the inference daemon cannot be asked",
     "not_ready": "the inference daemon cannot do its work",
-    "data_age_s": "the newest record is {} s old",
-    "silent_h": "it sent nothing for {} h",
+    "data_age_s": "the newest record is {} old",
+    "silent_h": "it sent nothing for {}",
     "backlog": "{} closed bins wait for their forecast",
     "model_problems": "a model version does not serve",
     "capacity_p": "it passes 90 % within the horizon with a probability of {}",
-    "disk_full_days": "it is full in {} days, at the earliest",
+    "disk_full_days": "it is full in {}, at the earliest",
+}
+_LENGTHS_S = {  # facts that are lengths of time: the seconds of their unit
+    "held_h": 3600.0,
+    "taken_back_h": 3600.0,
+    "data_age_s": 1.0,
+    "silent_h": 3600.0,
+    "disk_full_days": 86_400.0,
 }
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
@@ -81,7 +88,7 @@ class Rule:
     @property
     def condition(self) -> str:
         """Return the limit in words."""
-        return f"{self.op} {self.limit:g}"
+        return f"{self.op} {_amount(self.fact, self.limit)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,5 +255,26 @@ def _say(rule: Rule, sample: Sample) -> str:
         return sample.text
     words = FACTS[rule.fact]
     limit = f" ({rule.condition})" if "{}" in words else ""
-    said = f"{words.format(f'{sample.value:.4g}')}{limit}"
+    said = f"{words.format(_amount(rule.fact, sample.value))}{limit}"
     return f"{said}; {sample.text}" if sample.text else said
+
+
+def _amount(fact: str, value: float) -> str:
+    """Return a value of a fact as people say it.
+
+    >>> _amount("silent_h", 0.75), _amount("data_age_s", 90.0), _amount("disk_full_days", 6.52)
+    ('45 min', '90 s', '6.5 days')
+    >>> _amount("free_disk_gb", 4.98765)
+    '4.988'
+    """
+    if fact not in _LENGTHS_S:
+        return f"{value:.4g}"
+    length_s = value * _LENGTHS_S[fact]
+    for unit_s, name in ((86_400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if length_s >= 2 * unit_s:
+            return (
+                f"{length_s / unit_s:.2g} {name}"
+                if length_s < 10 * unit_s
+                else f"{length_s / unit_s:.0f} {name}"
+            )
+    return f"{length_s:.0f} s"
