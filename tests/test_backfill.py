@@ -159,6 +159,20 @@ def test_an_import_that_is_killed_goes_on_where_it_was_and_stores_nothing_twice(
     assert kept.load_average.tolist() == expected(kept).tolist()
 
 
+@pytest.mark.parametrize("point", [[60, "1"], ["soon", "1"], [60, "x"], [60], None, [1e400, "1"]], ids=str)
+def test_an_answer_of_other_times_or_of_no_numbers_is_refused_in_words(
+    importer: Importer, point: Any
+) -> None:
+    series = {"metric": {"instance": "web-1:9100"}, "values": [point]}
+    with StubPrometheus() as stub:
+        stub.refuse = lambda _: (
+            200,
+            {"status": "success", "data": {"resultType": "matrix", "result": [series]}},
+        )
+        told = importer.run("prometheus", "--url", stub.url, "--days", "1", code=ExitCode.FAILED)
+    assert "its samples are not those that were asked for" in told["failure"]
+
+
 def test_a_failure_half_way_says_where_and_how_to_go_on(importer: Importer) -> None:
     with StubPrometheus() as stub:
         stub.refuse = lambda _: (500, {"error": "disk on fire"}) if len(stub.asked) > 14 else None

@@ -222,8 +222,22 @@ class PrometheusHistory:
                 for series in found:
                     name = self._queries.server_name(series["metric"])
                     if name is not None:
-                        grids.put(rule.metric, name, *_values(series, first_s, step_s))
+                        grids.put(rule.metric, name, *self._values(series, first_s, grids.n_steps))
         return grids
+
+    def _values(self, series: Mapping[str, Any], first_s: int, n_steps: int) -> tuple[list[int], Floats]:
+        """Return a series' values and at which steps they are; raises DaemonAway where it is neither."""
+        try:
+            points = series["values"]
+            steps = [round((float(at_s) - first_s) * 1000 / self._step_ms) for at_s, _ in points]
+            values = np.array([float(text) for _, text in points])
+        except (KeyError, TypeError, ValueError, OverflowError):
+            steps, values = [-1], np.empty(0)
+        if not all(0 <= step < n_steps for step in steps):
+            raise DaemonAway(
+                f"{self._server.url} is no Prometheus: its samples are not those that were asked for"
+            )
+        return steps, values
 
     def _table(self, start_ms: int, grids: "_Grids") -> "pa.Table | None":
         """Return the records, in the order of time, then server."""
@@ -268,10 +282,3 @@ class _Grids:
         """Note values of one scrape target; a server's second target fills its gaps, and wins elsewhere."""
         grid = self.of_server.setdefault(server, {}).setdefault(metric, self.absent.copy())
         grid[np.asarray(steps, dtype=np.int64)] = values
-
-
-def _values(series: Mapping[str, Any], first_s: float, step_s: int) -> tuple[list[int], Floats]:
-    """Return a series' values and at which steps they are."""
-    points = series["values"]
-    steps = [round((float(at_s) - first_s) / step_s) for at_s, _ in points]
-    return steps, np.array([float(text) for _, text in points])
