@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from desk_folder import NOW
+from desk_folder import NOW, STATES, C, desk_of, order
 
 from fleetcast import __version__
-from fleetcast.errors import StorageFull
+from fleetcast.errors import StorageBroken, StorageFull
 from fleetcast.promotion import audit
 from fleetcast.promotion.audit import Audit, Entry, new_entry, sentence
 
@@ -126,3 +126,17 @@ def test_a_line_that_the_disk_refuses_leaves_nothing_of_it(book: Audit) -> None:
 def test_a_line_in_words(item: Entry, words: str) -> None:
     assert words in sentence(item)
     assert sentence(item).startswith("2026-01-15 10:00:05  ")
+
+
+def test_a_folder_in_the_place_of_the_audit_is_read_as_no_lines_and_stops_every_act(
+    tmp_path: Path,
+) -> None:
+    STATES["idle"](tmp_path)
+    (tmp_path / "promotions.jsonl").unlink()
+    (tmp_path / "promotions.jsonl").mkdir()
+    desk = desk_of(tmp_path)
+    assert list(desk.audit.entries()) == []
+    assert desk.models()["aliases"]["champion"] == C
+    with pytest.raises((StorageBroken, StorageFull)):
+        desk.give(order("rollback"))
+    assert desk.registry.current_id() == C

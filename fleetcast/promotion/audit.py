@@ -11,17 +11,20 @@ written stops the act. 5 MB, then one older file; a torn last line is skipped.
 """
 
 import json
+import logging
 import re
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from fleetcast import __version__, files
 from fleetcast.clock import Clock, iso_z, parse_plain_utc
+from fleetcast.errors import CorruptFile
+
+logger = logging.getLogger(__name__)
 
 AUDIT = "promotions.jsonl"
 MAX_BYTES = 5_000_000
@@ -98,10 +101,15 @@ class Audit:
         return ended
 
     def entries(self) -> Iterator[Entry]:
-        """Yield every line that is whole, oldest first."""
-        older = self.path.with_name(f"{AUDIT}.1")
-        lines = chain.from_iterable(files.read_json_lines(path) for path in (older, self.path))
-        return (entry for entry in map(_parse, lines) if entry is not None)
+        """Yield every line that is whole, oldest first.
+
+        A folder or a pipe in its place holds none; nothing can be appended to it, so no act follows.
+        """
+        for path in (self.path.with_name(f"{AUDIT}.1"), self.path):
+            try:
+                yield from (entry for entry in map(_parse, files.read_json_lines(path)) if entry is not None)
+            except (CorruptFile, OSError) as error:
+                logger.warning("lines of the audit cannot be read: %s", error)
 
     def open_intents(self) -> list[Entry]:
         """Return the intents whose act has no second line, oldest first."""
