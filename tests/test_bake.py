@@ -104,13 +104,18 @@ def test_a_model_that_is_as_good_for_a_day_stays(desk: Desk) -> None:
     assert settle_bake(desk, SETTINGS) is None
 
 
-def test_two_rollbacks_within_a_week_hold_models_back_until_a_person_resumes(desk: Desk) -> None:
+def take_back_twice(desk: Desk, days_between: int) -> None:
     measure(desk, 1.6, 1.6, 1.6)
     settle_bake(desk, SETTINGS)
-    desk.clock.time += timedelta(days=2)  # type: ignore[attr-defined]
+    desk.clock.time += timedelta(days=days_between)  # type: ignore[attr-defined]
     switch(desk, C)
     measure(desk, 1.6, 1.6, 1.6)
     settle_bake(desk, SETTINGS)
+    assert len(desk.standing().taken_back) == 2
+
+
+def test_two_rollbacks_within_a_week_hold_models_back_until_a_person_resumes(desk: Desk) -> None:
+    take_back_twice(desk, days_between=2)
     held = desk.standing().held
     assert held is not None
     assert held.why == "models taken back within 7 days: 2; look at the newest data, then resume"
@@ -120,12 +125,7 @@ def test_two_rollbacks_within_a_week_hold_models_back_until_a_person_resumes(des
 
 
 def test_rollbacks_more_than_a_week_apart_hold_nothing(desk: Desk) -> None:
-    measure(desk, 1.6, 1.6, 1.6)
-    settle_bake(desk, SETTINGS)
-    desk.clock.time += timedelta(days=8)  # type: ignore[attr-defined]
-    switch(desk, C)
-    measure(desk, 1.6, 1.6, 1.6)
-    settle_bake(desk, SETTINGS)
+    take_back_twice(desk, days_between=8)
     assert desk.standing().held is None
 
 

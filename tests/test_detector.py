@@ -24,7 +24,7 @@ from rhythm_fleet import (
 )
 
 from fleetcast.drift.seasonal.detector import NEAR, DriftVerdict, SeasonalDetector
-from fleetcast.drift.seasonal.quorum import QuorumRule, family_ratios
+from fleetcast.drift.seasonal.quorum import QuorumRule, by_family, limit_ratios
 from fleetcast.drift.seasonal.reference import Reference, ReferenceOptions
 from fleetcast.drift.seasonal.season import ABSENT, innovations, moves, traits
 from fleetcast.drift.seasonal.statistics import BinCodes, statistics, sums_over
@@ -230,7 +230,7 @@ def test_bin_by_bin_equals_a_whole_stretch_at_once() -> None:
     at_once = statistics(sums_over(kept, 1, DAY // 8, DAY), books, DAY // 8, DAY)
 
     # Then the newest statistics are the same numbers
-    ratios = family_ratios(at_once, reference.limits)[:, :, -drift.rule.hold_bins(DAY) :]
+    ratios = by_family(limit_ratios(at_once, reference.limits))[:, :, -drift.rule.hold_bins(DAY) :]
     assert np.array_equal(drift.held_ratios(), ratios.min(axis=2))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.loop.bake_power import REAL_SD, persistent
 from fleetcast.promotion.evidence import (
     GOES_ON,
     PASSED,
@@ -22,16 +23,6 @@ from fleetcast.promotion.evidence import (
 from fleetcast.schema import Floats
 
 LIMITS = Limits()
-REAL_SD = 0.0114  # of an hour's difference between two real models (docs/decisions/bake.md)
-
-
-def autoregressive(rng: np.random.Generator, n_race: int, n_block: int, lag_1: float) -> Floats:
-    noise = rng.normal(size=(n_race, n_block)) * np.sqrt(1 - lag_1**2)
-    found = np.empty_like(noise)
-    found[:, 0] = rng.normal(size=n_race)
-    for number in range(1, n_block):
-        found[:, number] = lag_1 * found[:, number - 1] + noise[:, number]
-    return found
 
 
 def share_over(races: Floats, alpha: float) -> float:
@@ -43,7 +34,7 @@ def share_over(races: Floats, alpha: float) -> float:
 def test_a_week_of_races_without_a_difference_is_called_in_one_percent_at_most(
     sd: float, lag_1: float
 ) -> None:
-    races = autoregressive(np.random.default_rng(3), 2000, 168, lag_1) * sd
+    races = persistent(np.random.default_rng(3), 2000, 168, lag_1) * sd
     assert share_over(races, alpha=0.01) <= 0.01
 
 

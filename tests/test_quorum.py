@@ -8,10 +8,11 @@ from fleetcast.drift.seasonal.quorum import (
     THRESHOLDS,
     WEIGHTS,
     QuorumRule,
+    by_family,
     combined_ratio,
     common_ratios,
-    family_ratios,
     fleet_ratios,
+    limit_ratios,
     running_minimum,
     running_share,
     scale_scores,
@@ -33,15 +34,15 @@ def test_a_long_window_counts_only_while_the_newest_hours_are_unusual_too() -> N
     found[INDEX["higher_24h"]] = 2.0
     found[INDEX["shape_3h"]] = [0.0, 0.3, 0.9]
 
-    by_family = family_ratios(found, np.ones((3, N_STATISTICS), np.float32))
+    ratios = by_family(limit_ratios(found, np.ones((3, N_STATISTICS), np.float32)))
 
-    assert by_family[FAMILIES.index("fds")] == pytest.approx([0, 0.5, 1.5])
+    assert ratios[FAMILIES.index("fds")] == pytest.approx([0, 0.5, 1.5])
 
 
 def test_what_was_not_judged_counts_as_nothing() -> None:
     found = np.full((N_STATISTICS, 1), np.nan, np.float32)
 
-    assert (family_ratios(found, np.full((1, N_STATISTICS), np.nan, np.float32)) == 0).all()
+    assert (by_family(limit_ratios(found, np.full((1, N_STATISTICS), np.nan, np.float32))) == 0).all()
 
 
 def test_at_the_quorum_the_fleet_is_at_its_limit() -> None:

@@ -268,7 +268,7 @@ def test_a_larger_fleet_is_sampled_and_series_with_weights_of_their_own_come_fir
     baking.sweep(2)
     session = baking.shadow._session
     assert session is not None
-    assert session.names == {"c"}
+    assert list(session.race.rows) == ["c"]
     assert baking.models[A].n_servers == 1
     baking.world.buffer.close()
 
@@ -317,10 +317,17 @@ def test_a_version_that_waits_is_measured_beside_the_one_in_service_and_brings_i
     assert baking.world.errors == []
 
 
-def test_a_challenger_that_fails_costs_no_forecast_and_loses(baking: Baking) -> None:
+@pytest.fixture
+def racing(baking: Baking) -> Baking:
+    """One sweep in which B waits beside A."""
     with baking.desk.lock():
         baking.desk.keep_waiting(B, "the trainer", "compared first")
     baking.sweep(1)
+    return baking
+
+
+def test_a_challenger_that_fails_costs_no_forecast_and_loses(racing: Baking) -> None:
+    baking = racing
     baking.models[B].error = RuntimeError("boom")
     baking.sweep(3)
     race = baking.desk.standing().race
@@ -331,10 +338,8 @@ def test_a_challenger_that_fails_costs_no_forecast_and_loses(baking: Baking) -> 
     assert baking.desk.standing().waiting is None
 
 
-def test_a_champion_that_fails_is_no_evidence_for_its_challenger(baking: Baking) -> None:
-    with baking.desk.lock():
-        baking.desk.keep_waiting(B, "the trainer", "compared first")
-    baking.sweep(1)
+def test_a_champion_that_fails_is_no_evidence_for_its_challenger(racing: Baking) -> None:
+    baking = racing
     baking.models[A].error = RuntimeError("boom")
     baking.sweep(13)
     race = baking.desk.standing().race

@@ -46,7 +46,7 @@ def _null(rng: np.random.Generator, tests: dict[str, Test]) -> list[dict[str, ob
     """Return how often a week without a difference is called, without a margin, at e >= 100."""
     rows: list[dict[str, object]] = []
     for lag_1 in (0.0, 0.5, 0.8):
-        races = _persistent(rng, 2000, 168, lag_1) * REAL_SD
+        races = persistent(rng, 2000, 168, lag_1) * REAL_SD
         for name, test in tests.items():
             called = np.mean([test(race).max() >= np.log(100) for race in races])
             rows.append({"case": f"no difference, lag-1 {lag_1:g}", "test": name, "called": f"{called:.2%}"})
@@ -59,7 +59,7 @@ def _harm(rng: np.random.Generator, tests: dict[str, Test]) -> list[dict[str, ob
     needed = np.log(2 / LIMITS.alpha)
     for sd in (REAL_SD, 0.03):
         for harm in (0.0, 0.02, 0.03, 0.05, 0.1, 0.2):
-            races = _persistent(rng, 400, LIMITS.bake_hours, 0.2) * sd + harm - LIMITS.max_harm
+            races = persistent(rng, 400, LIMITS.bake_hours, 0.2) * sd + harm - LIMITS.max_harm
             for name, test in tests.items():
                 shift = LIMITS.bake_hours - len(test(races[0]))
                 hours = [_first(test(race), needed) + shift for race in races]
@@ -76,7 +76,7 @@ def _first(logs: Floats, needed: float) -> int:
     return int(np.argmax(over)) + 1 if over.any() else 10**6
 
 
-def _persistent(rng: np.random.Generator, n_race: int, n_hour: int, lag_1: float) -> Floats:
+def persistent(rng: np.random.Generator, n_race: int, n_hour: int, lag_1: float) -> Floats:
     """Return (race, hour) normal numbers of deviation 1, each correlated with the one before."""
     noise = rng.normal(size=(n_race, n_hour)) * np.sqrt(1 - lag_1**2)
     found = np.empty_like(noise)

@@ -39,6 +39,7 @@ from fleetcast.forecast.registry import Registry
 from fleetcast.promotion.evidence import GOES_ON, WORSE, Evidence, Limits, judge
 from fleetcast.promotion.race import NEW, OLD, Race
 from fleetcast.schema import ClosedBin, Floats32
+from fleetcast.settings import PromotionSettings
 from fleetcast.training.served import LayerReplay
 
 FOLDER = ROOT / "bench_run" / "promotion_races"
@@ -160,7 +161,8 @@ class Group:
         grid = self._fleet.grid
         sides = {OLD: copy.deepcopy(layer), NEW: copy.deepcopy(layer)}
         names, rows = grid.server_names, np.arange(len(grid.server_names))
-        race = Race(Evidence("1", "new", "old"), names, grid.metrics, HORIZONS, grid.bin_ms, LIMITS.min_pairs)
+        min_pairs = PromotionSettings().min_pairs
+        race = Race(Evidence("1", "new", "old"), names, grid.metrics, HORIZONS, grid.bin_ms, min_pairs)
         percents = np.array([is_percent(name) for name in grid.metrics])
         race.note_moves(rows, grid.values[:, :, start - 8 * DAY : start], percents)
         shape = (2, 2, *grid.values.shape[:2], len(HORIZONS), 3)

@@ -46,7 +46,7 @@ _WEEK = timedelta(days=7)
 def limits_of(settings: PromotionSettings) -> Limits:
     """Return the settings as what a verdict needs."""
     race = (settings.min_hours, settings.max_hours, settings.alpha)
-    return Limits(settings.bake_hours, *race, settings.rollback_alpha, settings.max_harm, settings.min_pairs)
+    return Limits(settings.bake_hours, *race, settings.rollback_alpha, settings.max_harm)
 
 
 def read_evidence(checkpoint_dir: Path, bake: Bake) -> Evidence:
@@ -135,7 +135,8 @@ def settle_bake(desk: Desk, settings: PromotionSettings, *, is_recorded: bool = 
         AlreadyRunning: another process moves things just now; the next look does it.
         StorageFull, StorageBroken: an act cannot be written down, so it did not happen.
     """
-    standing, bake = desk.standing(), desk.standing().bake
+    standing = desk.standing()
+    bake = standing.bake
     if bake is None:
         return _settle_race(desk, standing, settings) if standing.waiting else None
     verdict = judge(read_evidence(desk.folder, bake), limits_of(settings))

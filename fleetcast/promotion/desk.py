@@ -185,15 +185,16 @@ class Desk:
                 self._perform(self._entry(audit.CONFIRM, THE_BAKE, why, **about))
 
     def release_waiting(self) -> None:
-        """Put a version into service that waited for the end of a cooldown only."""
-        standing, waiting = self.standing(), self.standing().waiting
+        """Put a version into service that nothing holds back any more."""
+        standing = self.standing()
+        waiting = standing.waiting
         if waiting is None or standing.held or standing.cooldown_at(self.clock):
             return
         with self.lock():
             self.settle()
             is_as_it_was = self.standing() == standing and waiting.champion == self.registry.current_id()
             if is_as_it_was and waiting.version in self.registry.version_ids():
-                self.promote(waiting.version, _PROGRAM, f"the cooldown is over; {waiting.why}")
+                self.promote(waiting.version, _PROGRAM, f"nothing holds it back any more; {waiting.why}")
 
     def note(self, event: str, by: str, why: str, **more: Any) -> None:
         """Write down what moves nothing: a verdict, the end of a training."""

@@ -77,7 +77,6 @@ class Limits:
     better_alpha: float = 0.01
     alpha: float = 0.05
     max_harm: float = 0.01
-    min_pairs: int = 24
 
 
 @dataclass(frozen=True, slots=True)

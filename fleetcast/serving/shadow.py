@@ -37,7 +37,7 @@ from fleetcast.settings import PromotionSettings
 
 logger = logging.getLogger(__name__)
 
-FILE = "feedback_shadow.npz"  # the older model's evidence of the layer, in the buffer's folder
+FILE = "feedback_shadow.npz"  # the other model's evidence of the layer, in the buffer's folder
 _MOST_FAILURES = 3  # sweeps in a row in which the model before fails until the bake is given up
 
 
@@ -48,9 +48,8 @@ class _Session:
     bake: Bake
     serves: int  # the side that is in service: NEW in a bake, OLD in a race
     race: Race
-    predictor: Predictor | None
-    corrector: Corrector | None
-    names: frozenset[str]
+    predictor: Predictor
+    corrector: Corrector | None = None
     parts: list["_Part"] = field(default_factory=list)  # of the present sweep
     n_failures: int = 0  # of the other model, in a row
 
@@ -77,7 +76,7 @@ class _Part:
 
 
 class Shadow:
-    """Runs beside the sweeps, on their thread; not thread safe, but for `seconds` and `evidence`."""
+    """Runs beside the sweeps, on their thread; not thread safe, but for `seconds` and `is_comparing`."""
 
     def __init__(
         self,
@@ -156,9 +155,9 @@ class Shadow:
             experts: what went into them; None: the layer failed or is off.
         """
         session = self._session
-        if session is None or session.predictor is None:
+        if session is None:
             return
-        chosen = [row for row, name in enumerate(window.server_names) if name in session.names]
+        chosen = [row for row, name in enumerate(window.server_names) if name in session.race.rows]
         rows, places = np.array(chosen, np.int64), np.array(self._horizons) - 1
         if len(rows):
             series = (rows[:, None] * len(window.metrics) + np.arange(len(window.metrics))).ravel()
@@ -187,7 +186,8 @@ class Shadow:
             if session.other == NEW and session.race.note_failing(str(error) or type(error).__name__):
                 self._write(session.race)
             elif session.n_failures >= _MOST_FAILURES:
-                self._give_up(session, f"{session.bake.against} fails: {error}")
+                self._give_up(session.race, f"{session.bake.against} fails: {error}")
+                self._end()
         self.seconds = monotonic() - started
 
     def settle(self, closed: ClosedBin) -> None:
@@ -230,13 +230,14 @@ class Shadow:
         race = Race(
             evidence, names, history.metrics, self._horizons, history.bin_ms, self._settings.min_pairs
         )
-        session = _Session(bake, serves, race, None, None, frozenset(names))
+        other_version = bake.against if serves == NEW else bake.version
         try:
-            session.predictor = self._predictor(session.other_version)
+            predictor = self._predictor(other_version)
         except Exception as error:  # its file is damaged, or its settings are others
             self._note_error("shadow", error)
-            self._give_up(session, f"{session.other_version} cannot be loaded: {error}")
+            self._give_up(race, f"{other_version} cannot be loaded: {error}")
             return None
+        session = _Session(bake, serves, race, predictor)
         if corrector:
             session.corrector = self._own_corrector(session, corrector, names)
         logger.info(
@@ -284,7 +285,7 @@ class Shadow:
 
     def _compare(self, session: _Session, parts: Sequence[_Part], origin_ms: int, why_failed: str) -> None:
         race = session.race
-        if why_failed or session.predictor is None:
+        if why_failed:
             if session.serves == NEW and race.note_failing(why_failed):
                 self._write(race)
             race.void()
@@ -306,7 +307,6 @@ class Shadow:
         own = np.array([race.rows[name] for name in window.server_names])
         percents = np.array([is_percent(metric) for metric in window.metrics], np.bool_)
         race.note_moves(own, window.values, percents)
-        assert session.predictor is not None
         places, serves, other = np.array(self._horizons) - 1, session.serves, session.other
         made = session.predictor.predict(window)[:, :, places]
         said[serves, RAW, own], said[serves, SERVED, own] = part.raw, part.served
@@ -332,10 +332,9 @@ class Shadow:
             found = replace(known, failing=known.failing + 1, why_failing=why)
         write_evidence(self._desk.folder, found)
 
-    def _give_up(self, session: _Session, why: str) -> None:
-        session.race.evidence = replace(session.race.evidence, unable=why)
-        self._write(session.race)
-        self._end()
+    def _give_up(self, race: Race, why: str) -> None:
+        race.evidence = replace(race.evidence, unable=why)
+        self._write(race)
 
     def _write(self, race: Race) -> None:
         try:

@@ -68,11 +68,6 @@ class QuorumRule:
         return max(1, round(self.sustained_h * bins_per_day / 24))
 
 
-def family_ratios(statistics: Floats32, limits: Floats32) -> Floats32:
-    """Return (family, series, ...): the largest statistic over its limit, of each family."""
-    return by_family(limit_ratios(statistics, limits))
-
-
 def limit_ratios(statistics: Floats32, limits: Floats32) -> Floats32:
     """Return (statistic, series, ...): each over its limit, those of a day as far as they are supported.
 
