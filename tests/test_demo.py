@@ -68,9 +68,9 @@ def test_a_phase_holds_only_its_own_time_and_servers() -> None:
 
 def test_the_feed_is_the_sample_up_to_the_change_and_the_donor_afterwards(tmp_path: Path) -> None:
     splice.write_feed(tmp_path / "feed.parquet")
-    parts = [pd.read_parquet(splice.part(tmp_path / "feed.parquet", number)) for number in range(3)]
+    parts = [pd.read_parquet(splice.part(tmp_path / "feed.parquet", number)) for number in range(4)]
     assert parts[0].timestamp.max() < splice.END <= parts[1].timestamp.min()
-    assert parts[2].timestamp.max() == splice.FINISH - timedelta(minutes=1)
+    assert parts[3].timestamp.max() == splice.FINISH - timedelta(minutes=1)
     feed = pd.concat(parts).set_index(["server_name", "timestamp"])
     sample = pd.read_parquet(shipped_folder("samples") / splice.SAMPLE).set_index(
         ["server_name", "timestamp"]

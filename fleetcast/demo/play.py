@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     print(
         f"From {splice.CHANGE:%Y-%m-%d %H:%M} on, {changed} send what another machine, {splice.DONOR}, sent."
     )
-    print(f"At {splice.END:%Y-%m-%d %H:%M} a bad model is put into service by hand.\n")
+    print(f"At {splice.PUT_IN:%Y-%m-%d %H:%M} a bad model is put into service by hand.\n")
     try:
         outcome = run(loop, teller)
     except LoopFailed as error:
@@ -133,10 +133,12 @@ def run(loop: Loop, teller: Teller) -> Outcome:
         watcher.start()
         try:
             follow(loop, loop.replay(feed, splice.MAPS), watcher, teller)
-            sabotage = put_in(loop, watcher, teller)
+            wait_for_trainings(loop)
             follow(loop, loop.replay(splice.part(feed, 1), splice.MAPS, name="replay_1"), watcher, teller)
-            sabotage.wait(FOLDER)
+            sabotage = put_in(loop, watcher, teller)
             follow(loop, loop.replay(splice.part(feed, 2), splice.MAPS, name="replay_2"), watcher, teller)
+            sabotage.wait(FOLDER)
+            follow(loop, loop.replay(splice.part(feed, 3), splice.MAPS, name="replay_3"), watcher, teller)
         finally:
             seen = watcher.end()
         codes = loop.stop()
@@ -144,14 +146,19 @@ def run(loop: Loop, teller: Teller) -> Outcome:
     return replace(outcome, sabotage=sabotage, taken_back=sabotage.outcome(FOLDER))
 
 
-def put_in(loop: Loop, watcher: Watcher, teller: Teller) -> Sabotage:
-    """Put the bad model in, once no training runs."""
+def wait_for_trainings(loop: Loop) -> None:
+    """Wait until none runs; what it promoted comes into service with the next records."""
     end_s = monotonic() + LIMIT_S
     while any(attempt["outcome"] == RUNNING for attempt in loop.attempts()):
         if monotonic() > end_s:
             raise LoopFailed(f"a training does not end; see {FOLDER}")
         loop.check()
         sleep(0.5)
+
+
+def put_in(loop: Loop, watcher: Watcher, teller: Teller) -> Sabotage:
+    """Put the bad model in, once no training runs."""
+    wait_for_trainings(loop)
     teller.look(watcher.seen, loop.attempts())
     sabotage = put_in_bad_model(FOLDER.resolve())
     teller.say(f"a person puts a bad model into service: {sabotage.bad}")

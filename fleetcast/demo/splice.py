@@ -19,7 +19,9 @@ MAPS = ("cpu_pct=cpu_r_norm01*100", "mem_pct=mem_u_norm01*100", "disk_write_pct=
 START = datetime(2000, 1, 10, tzinfo=UTC)
 CHANGE = datetime(2000, 1, 15, 9, tzinfo=UTC)
 END = datetime(2000, 1, 16, 18, tzinfo=UTC)  # of what the closing table tells
-# then a bad model is put into service by hand: what it needs to be found, and what comes after it
+# then a model that is still to come into service does, and a bad one is put in by hand: what it needs to be
+# found, and what comes after it
+PUT_IN = datetime(2000, 1, 16, 18, 30, tzinfo=UTC)
 TAKEN_BACK_BY = datetime(2000, 1, 16, 22, 30, tzinfo=UTC)
 FINISH = datetime(2000, 1, 17, tzinfo=UTC)
 DONOR = "smd-machine-1-5"
@@ -32,9 +34,9 @@ SPLICED = {
 
 
 def write_feed(path: Path) -> None:
-    """Write what the fleet sends until END, ready for a replay, and the two parts after it beside it."""
+    """Write what the fleet sends until END, ready for a replay, and the three parts after it beside it."""
     table = _fleet()
-    bounds = (START, END, TAKEN_BACK_BY, FINISH)
+    bounds = (START, END, PUT_IN, TAKEN_BACK_BY, FINISH)
     for number, (first, last) in enumerate(pairwise(bounds)):
         times = table["timestamp"]
         is_own = pc.and_(pc.greater_equal(times, _moment(table, first)), pc.less(times, _moment(table, last)))
