@@ -38,7 +38,13 @@ from fleetcast.retraining import report as done
 from fleetcast.retraining.attempts import Attempts
 from fleetcast.retraining.decision import OrderedTraining, RetrainingDecisionEngine
 from fleetcast.retraining.inquiry import Inquiry
-from fleetcast.retraining.order import Readiness, export_for_training, training_context, training_steps
+from fleetcast.retraining.order import (
+    Readiness,
+    export_for_training,
+    forget_servers,
+    training_context,
+    training_steps,
+)
 from fleetcast.retraining.quiet import HostProbe, QuietWeek, quiet_verdict
 from fleetcast.retraining.report import DriftLog, RetrainingCheck, alert_figures
 from fleetcast.retraining.state import FAILED, STATE_FILE, VERDICTS, Attempt
@@ -221,6 +227,7 @@ class AdaptiveRetrainingDaemon:
                 self._lock.check()
                 self._look_after_models()  # first: a switch that a kill broke off is finished, then counted
                 self._trainings.note()
+                self._forget_servers()
             now = self._clock.now()
             # a rejected first candidate is no model either
             missing = self._readiness.why_not() if self._registry.current_id() is None else ""
@@ -236,6 +243,12 @@ class AdaptiveRetrainingDaemon:
                 self._trainings.note_check(check)
                 self._alerts.note(alert_figures(check, self.engine))
         return check
+
+    def _forget_servers(self) -> None:
+        try:
+            forget_servers(self._excluded, is_training=self._trainings.running is not None)
+        except FleetcastError as error:  # the next check tries again
+            logger.error("servers cannot be forgotten yet: %s", error)
 
     def check_quiet_period(self) -> bool:
         """Measure the fleet and this host; return whether it is a quiet period (details: `quiet`)."""

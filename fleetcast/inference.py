@@ -35,6 +35,7 @@ from fleetcast.serving.board import PredictionBoard
 from fleetcast.serving.capacity import Capacity
 from fleetcast.serving.corrector import Corrector
 from fleetcast.serving.export import Export
+from fleetcast.serving.forgetting import Forgetting
 from fleetcast.serving.fullness import Fullness
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.intake import Intake, RejectedRecords
@@ -135,10 +136,15 @@ class InferenceService:
 
     def _make_steps(self, workers: Workers) -> list[tuple[Worker, Callable[[], None]]]:
         """Return what a cycle does, each step watched apart."""
+        self._report.being_forgotten = self._excluded.being_forgotten
+        forgetting = Forgetting(
+            self._excluded, self._fleet, self._buffer, (self._sweeper.forget, self._intake.forget)
+        )
         return [
             (workers.step("probe"), self._intake.probe),
             (workers.step("history"), self._follow_clock),
             (workers.step("exclusions"), self._follow_exclusions),
+            (workers.step("forgetting"), forgetting.step),
             (workers.step("sweep"), lambda: self._sweeper.cycle(lambda: self._stop.is_requested)),
             (workers.step("dates"), self._fullness.step),
             (workers.step("upkeep"), self._maintain),

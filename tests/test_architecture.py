@@ -63,7 +63,7 @@ ROWS: dict[str, set[str]] = {
         "promotion",
         "retraining",
     },
-    "console": {"sources", "promotion"},
+    "console": {"sources", "promotion", "storage"},
     "client": {"sources", "ingest"},
     "backfill": {"sources", "prometheus", "ingest"},
     "live": {"sources"},

@@ -11,6 +11,7 @@ from buffer_rows import DAY_MS, NOON_MS, Key, Values, batch, rows_of, rows_of_fr
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from test_daystore import SealHere
 
 from fleetcast.clock import from_ms
 from fleetcast.errors import AlreadyRunning, StorageBroken
@@ -44,6 +45,7 @@ class BufferLife(RuleBasedStateMachine):
         self.place = tempfile.TemporaryDirectory()
         self.folder = Path(self.place.name)
         self.expected: dict[Key, Values] = {}
+        self._child, upkeep.SealProcess = upkeep.SealProcess, SealHere  # type: ignore[misc, assignment]
         self.owner = self.open()
 
     def open(self) -> DataBuffer:
@@ -75,6 +77,18 @@ class BufferLife(RuleBasedStateMachine):
             sealed = upkeep.seal(self.folder, "metrics", day, self.folder / ".sealed")
             writer.put_sealed(day, sealed.path, sealed.rejects)
 
+    @rule(server=st.sampled_from(["a", "b", "ä"]), day=st.integers(0, 2))
+    def forget(self, server: str, day: int) -> None:
+        """Forget what a server sent before some time, as far as days are sealed, and rewrite open ones."""
+        before = NOON_MS + day * DAY_MS + 2
+        while not self.owner.forget({server: before}, from_ms(before + 2 * DAY_MS)):
+            pass
+        self.expected = {
+            (name, at): values
+            for (name, at), values in self.expected.items()
+            if name != server or at >= before
+        }
+
     @rule()
     def restart(self) -> None:
         self.owner.close()
@@ -102,6 +116,7 @@ class BufferLife(RuleBasedStateMachine):
             found |= rows_of_frame(pd.read_parquet(path))
         assert found == self.expected
         self.owner.close()
+        upkeep.SealProcess = self._child  # type: ignore[misc]
         self.place.cleanup()
 
 

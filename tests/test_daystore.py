@@ -323,10 +323,10 @@ class SealHere:
 
     is_running = False
 
-    def __init__(self, folder: Path, kind_name: str, day: date, target: Path) -> None:
+    def __init__(self, folder: Path, kind_name: str, day: date, target: Path, drops: upkeep.Drops) -> None:
         self.day = day
         self.started_at = monotonic()
-        self._sealed = upkeep.seal(folder, kind_name, day, target)
+        self._sealed = upkeep.seal(folder, kind_name, day, target, drops)
 
     def result(self) -> upkeep.Sealed:
         return self._sealed

@@ -58,10 +58,10 @@ class InstantSeal:
     fails = False
     is_running = False
 
-    def __init__(self, folder: Path, kind_name: str, day: date, target: Path) -> None:
+    def __init__(self, folder: Path, kind_name: str, day: date, target: Path, drops: upkeep.Drops) -> None:
         self.day = day
         self.started_at = upkeep.monotonic()
-        self._call: Callable[[], upkeep.Sealed] = lambda: upkeep.seal(folder, kind_name, day, target)
+        self._call: Callable[[], upkeep.Sealed] = lambda: upkeep.seal(folder, kind_name, day, target, drops)
         InstantSeal.started.append(self)
 
     def result(self) -> upkeep.Sealed | None:

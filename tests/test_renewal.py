@@ -10,7 +10,7 @@ from seasonal_store import FIRST_TEST_BIN, VERSION, registry_with, rows_of, sour
 from settled_rows import RowStore, joined
 
 from fleetcast.drift.seasonal.reference import Reference
-from fleetcast.drift.seasonal.renewal import ReferenceRenewal
+from fleetcast.drift.seasonal.renewal import ReferenceRenewal, forget_in_references
 from fleetcast.settings import DriftSettings
 
 NOW_MS = START_MS + FIRST_TEST_BIN * BIN_MS + 3_600_000
@@ -77,6 +77,32 @@ def test_a_version_without_a_reference_gets_one_day_by_day(tmp_path: Path) -> No
     drift = source.evidence(VERSION, may_renew=True).detector
     assert drift is not None
     assert drift.reference.is_compared.all()
+
+
+def test_what_was_learned_of_a_forgotten_server_is_not_used_and_leaves_the_renewed_file(
+    tmp_path: Path,
+) -> None:
+    version = registry_with(tmp_path, young(10)).baseline_in_force()
+    assert version is not None
+    found = renewal(tmp_path, whole_store()).renew(version, young(10), SERVERS, METRICS, NOW_MS, ())
+    assert found is not None
+    gone, others = SERVERS[1], tuple(name for name in SERVERS if name != SERVERS[1])
+    store, folder = whole_store().read_predictions, tmp_path / "drift_reference"
+
+    def known(at_ms: int) -> Reference | None:
+        return ReferenceRenewal(store, DriftSettings(), BIN_MS, folder, {gone: at_ms}).load(version)
+
+    later, before = known(found.end_ms + 1), known(found.end_ms)
+    assert later is not None
+    assert before is not None
+    assert (later.server_names, before.server_names) == (others, found.server_names)
+    rows = [2 * SERVERS.index(name) + metric for name in others for metric in range(2)]
+    assert np.array_equal(later.limits, found.limits[rows], equal_nan=True)
+    forget_in_references(tmp_path, {gone: found.end_ms + 1})
+    (file,) = folder.glob("*.npz")
+    assert Reference.load(file).server_names == others
+    forget_in_references(tmp_path, dict.fromkeys(others, found.end_ms + 1))
+    assert list(folder.glob("*.npz")) == []
 
 
 def test_mature_servers_are_measured_by_what_their_model_was_trained_on(tmp_path: Path) -> None:

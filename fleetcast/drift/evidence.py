@@ -8,6 +8,7 @@ holds only bins after the data of that training. So no drift is judged twice.
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -21,6 +22,7 @@ from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.drift.seasonal.renewal import FOLDER as REFERENCE_FOLDER
 from fleetcast.drift.seasonal.renewal import ReferenceRenewal
 from fleetcast.errors import CorruptFile
+from fleetcast.exclusions import Exclusions
 from fleetcast.forecast.registry import Registry, Version
 from fleetcast.schema import Floats32, SettledForecasts
 from fleetcast.settings import CALIBRATED, DriftSettings, Settings
@@ -66,18 +68,22 @@ class DriftSource:
         bin_ms: int,
         folder: Path = Path(),
         correct_within_s: float = 0.0,
+        *,
+        forgotten: Mapping[str, int] | None = None,
     ) -> None:
         """Read nothing yet.
 
         Args:
             correct_within_s: how long after a bin's end late rows may still correct it.
             folder: the working directory, where a renewed reference lies.
+            forgotten: servers that people wanted forgotten, and when (ms).
         """
         self._store = store
         self._registry = registry
         self._settings = settings
         self._window = DriftWindow(self.read, settings, bin_ms)
-        renewal = ReferenceRenewal(self.one_ahead, settings, bin_ms, folder / REFERENCE_FOLDER)
+        references = folder / REFERENCE_FOLDER
+        renewal = ReferenceRenewal(self.one_ahead, settings, bin_ms, references, forgotten)
         self._follower = SeasonalFollower(
             self.one_ahead, renewal, settings, bin_ms, int(correct_within_s * 1000)
         )
@@ -88,7 +94,9 @@ class DriftSource:
     def of(cls, settings: Settings, store: "DataBuffer", registry: Registry) -> Self:
         """Return the source that a program with these settings reads."""
         bin_ms, late_s = settings.bins.bin_s * 1000, settings.bins.correct_within_s
-        return cls(store, registry, settings.drift, bin_ms, correct_within_s=late_s)
+        orders = Exclusions(settings.paths.checkpoint_dir).forgotten()
+        forgotten = {name: one.before_ms for name, one in orders.items()}
+        return cls(store, registry, settings.drift, bin_ms, correct_within_s=late_s, forgotten=forgotten)
 
     def evidence(
         self, served: str | None = None, *, may_renew: bool = False, first_training: str = ""

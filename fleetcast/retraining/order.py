@@ -6,6 +6,7 @@ drifting series, and those near it, with the time each changed. Does not know: w
 processes, what a trainer does with the list.
 """
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
@@ -16,15 +17,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fleetcast.bins import bin_means, count_trainable, enough_to_train
-from fleetcast.clock import DAY_MS, from_ms, iso_z, to_ms
+from fleetcast.clock import DAY_MS, SystemClock, from_ms, iso_z, to_ms
 from fleetcast.drift.evidence import DriftEvidence, DriftSource
 from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.drift.literal.series import change_times, series_drift
 from fleetcast.drift.report import DriftReport, drifting_json, series_json
 from fleetcast.drift.seasonal.reference import Reference
+from fleetcast.drift.seasonal.renewal import forget_in_references
 from fleetcast.errors import CorruptFile
-from fleetcast.exclusions import Exclusions
-from fleetcast.files import read_json
+from fleetcast.exclusions import Exclusions, note_forgotten
+from fleetcast.files import read_json, remove_leftover
 from fleetcast.retraining.attempts import Step
 from fleetcast.retraining.decision import FOLLOW_UP, LEARNING
 from fleetcast.retraining.report import RetrainingCheck
@@ -33,6 +35,8 @@ from fleetcast.settings import CALIBRATED, PathSettings, RetrainingSettings, Set
 
 if TYPE_CHECKING:  # pyarrow: --help answers without it
     from fleetcast.storage.store import DataBuffer
+
+logger = logging.getLogger(__name__)
 
 EXPORT_FILE = "training_data_incremental.parquet"
 CONTEXT_FILE = "training_context.json"
@@ -257,3 +261,23 @@ def export_for_training(settings: Settings, path: Path) -> str:
     days, bin_s = settings.retraining.training_days, settings.bins.bin_s
     n_rows = buffer.export_training_data(path, days, bin_s, until=until)
     return f"{n_rows} rows of the last {days} days written to {path}"
+
+
+def forget_servers(orders: Exclusions, *, is_training: bool) -> None:
+    """Remove what this program keeps of servers that people wanted forgotten, once their records are gone.
+
+    Args:
+        is_training: a training reads these files at the moment; a later check removes them.
+    Raises:
+        AlreadyRunning: a command writes the list at this moment; call it again.
+        StorageFull, StorageBroken: the same, once there is room.
+    """
+    gone = orders.forgotten().items()
+    waiting = {name: one for name, one in gone if one.records_gone and not one.drift_gone}
+    if not waiting or is_training:
+        return
+    forget_in_references(Path(), {name: one.before_ms for name, one in waiting.items()})
+    for file in (EXPORT_FILE, CONTEXT_FILE):  # made again for the next training
+        remove_leftover(Path(file))
+    note_forgotten(orders.folder, waiting, drift_gone=iso_z(SystemClock().now()))
+    logger.info("servers forgotten n=%d first=%s", len(waiting), ascii(next(iter(waiting))))

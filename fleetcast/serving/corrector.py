@@ -16,7 +16,7 @@ experts, only the widths of intervals are. The zip's own CRC-32 guards every arr
 
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class Corrector:
         self._history = history
         self._horizons = tuple(sorted(set(horizons)))
         self._saved_at = monotonic()
-        self._is_changed = False
+        self._is_changed = self._is_unforgotten = False
         self._begin()
         self._take_up()
 
@@ -176,8 +176,24 @@ class Corrector:
     def _forget_the_gone(self) -> None:
         """Give up the rows of servers that the history no longer knows."""
         gone = set(self._history.unknown(self._rows))
-        if len(gone) < _FORGET_AT:
-            return
+        if len(gone) >= _FORGET_AT:
+            self._give_up(gone)
+
+    def forget(self, servers: Collection[str]) -> None:
+        """Forget what forecasts of some servers taught, on disk as well.
+
+        Raises:
+            StorageFull, StorageBroken: the older file stands; call it again.
+        """
+        if any(name in self._rows for name in servers):
+            self._give_up(servers)
+            self._is_changed = self._is_unforgotten = True
+        if self._is_unforgotten:
+            self._saved_at = float("-inf")
+            self.save()
+            self._is_unforgotten = False
+
+    def _give_up(self, gone: Collection[str]) -> None:
         kept = [(name, row) for name, row in self._rows.items() if name not in gone]
         self._layer.mixture.reserve(len(self._rows))
         self._layer.keep_rows(np.array([row for _, row in kept], np.int64))

@@ -16,7 +16,7 @@ import json
 import logging
 import threading
 from collections import Counter as Tally
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -71,6 +71,34 @@ class RejectedRecords:
                 if not self.lost:
                     logger.warning("rejected records cannot be kept: %s", error)
                 self.lost += len(rejections)
+
+    def forget(self, servers: Collection[str]) -> bool:
+        """Leave out what was rejected of some servers; return True.
+
+        Raises:
+            StorageFull, StorageBroken: the older file stands.
+        """
+        with self._lock:
+            for path in (self.path, self.path.with_name(f"{self.path.name}.1")):
+                try:
+                    lines = path.read_text(errors="replace").splitlines()
+                except OSError:
+                    continue
+                kept = [line for line in lines if not _is_of(line, servers)]
+                if len(kept) < len(lines):
+                    files.write_atomic(path, "".join(f"{line}\n" for line in kept).encode())
+        return True
+
+
+def _is_of(line: str, servers: Collection[str]) -> bool:
+    """Whether a line is about one of the servers; of a record that was cut, its text tells."""
+    try:
+        record = json.loads(line)["record"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+    if isinstance(record, dict):
+        return record.get("server_name") in servers
+    return isinstance(record, str) and any(ascii(name) in record for name in servers)
 
 
 def _line(stamp: str, rejection: Rejection, record: object) -> str:
@@ -189,6 +217,10 @@ class Intake:
         self._buffer_settings = buffer_settings
         self._wake = wake
         self.writes = WriteHealth()
+
+    def forget(self, servers: Collection[str]) -> bool:
+        """Forget what was rejected of some servers; see `RejectedRecords.forget`."""
+        return self._rejected.forget(servers)
 
     def probe(self) -> None:
         """Find out whether records can be stored again, where the last ones could not."""

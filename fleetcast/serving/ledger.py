@@ -21,8 +21,8 @@ it is pickled.
 
 import io
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,33 @@ class Ledger:
         if due:
             self._retire(self._waiting, before_ms, 0, self.settled_through_ms)
         return sum(due)
+
+    def forget(self, servers: Collection[str]) -> None:
+        """Give up what is open of some servers; it counts as expired.
+
+        Raises:
+            StorageFull, StorageBroken: call it again; origins that are done are passed over then.
+        """
+        waiting = {origin: dict(targets) for origin, targets in self._waiting.items()}
+        n_before = sum(n for targets in waiting.values() for n in targets.values())
+        for origin, targets in waiting.items():
+            try:
+                kept = read_origin(self._path(origin))
+            except (CorruptFile, FileNotFoundError):  # it will expire
+                continue
+            left = kept.without(servers)
+            if left is kept:
+                continue
+            n_left = left.count_by_target()
+            for target, n_made in kept.count_by_target().items():
+                if target in targets:
+                    targets[target] = max(0, targets[target] - (n_made - n_left.get(target, 0)))
+            write_origin(self._path(origin), left)
+        n_gone = n_before - sum(n for targets in waiting.values() for n in targets.values())
+        if waiting != self._waiting:
+            self._write(waiting, self._settled, self._expired + n_gone, self.settled_through_ms)
+            self._waiting, self._expired = waiting, self._expired + n_gone
+            self._count()
 
     def _retire(
         self,
@@ -313,6 +340,19 @@ class OpenForecasts:
         n_made = np.isfinite(self.quantiles[..., 1]).sum(axis=(0, 1))
         targets = self.origin_ms + self.horizons.astype(np.int64) * self.bin_ms
         return {int(target): int(n) for target, n in zip(targets, n_made, strict=True) if n}
+
+    def without(self, servers: Collection[str]) -> "OpenForecasts":
+        """Return the forecasts of all other servers; itself where none is of these."""
+        rows = [row for row, name in enumerate(self.server_names) if name not in servers]
+        if len(rows) == len(self.server_names):
+            return self
+        return replace(
+            self,
+            server_names=tuple(self.server_names[row] for row in rows),
+            quantiles=self.quantiles[rows],
+            is_model=self.is_model[rows],
+            model_median=self.model_median[rows],
+        )
 
 
 def cut_to_horizons(forecast: FleetForecast, settle_horizons: tuple[int, ...]) -> OpenForecasts:

@@ -15,7 +15,7 @@ costs the comparison, never a forecast.
 
 import logging
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -203,6 +203,13 @@ class Shadow:
         except Exception as error:  # nothing that a forecast needs
             session.race.void()
             self._note_error("shadow", error)
+
+    def forget(self, servers: Collection[str]) -> None:
+        """Forget what forecasts of some servers taught about either model."""
+        of_session = self._session.corrector if self._session else None
+        for corrector in (of_session, self._kept, self._returning):
+            if corrector:
+                corrector.forget(servers)
 
     def save(self, *, at_once: bool = False) -> None:
         """Keep what the older model's layer learned, as `Corrector.save` does."""

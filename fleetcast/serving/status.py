@@ -5,7 +5,7 @@ Does not know: HTTP; the parts it asks do not know it.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -76,6 +76,7 @@ class StatusReport:
         self.phase = "the history is being restored"  # set by the daemon; "" = it is at work
         self.capacity: Capacity | None = None  # set by the daemon
         self.weak_key = ""  # set by the daemon: what is wrong with its key
+        self.being_forgotten: Callable[[], Collection[str]] = frozenset  # set by the daemon
         self.why_no_writes: Callable[[], str] = str  # set by the daemon, "" = the last ones were done
 
     @property
@@ -107,6 +108,7 @@ class StatusReport:
     def status(self) -> dict[str, Any]:
         """Return the summary for `/status`."""
         counts, not_ready = self._sweeper.counts, self.not_ready
+        being_forgotten = set(self.being_forgotten())
         taken_ms = self._fleet.history.taken_bin_ms
         return {
             "status": "not ready" if not_ready else "ready",
@@ -120,7 +122,8 @@ class StatusReport:
             "newest_record_time": _time(self._fleet.history.newest_ms),
             "backlog": len(self._fleet.due_bins()),
             "servers": len(self._fleet.servers().server_names),
-            "excluded_servers": sorted(self._fleet.left_out()),
+            "excluded_servers": sorted(set(self._fleet.left_out()) - being_forgotten),
+            "servers_being_forgotten": sorted(being_forgotten),
             "limits": self._limits(),
             "training": {"running": self._is_training()},
             "model": self._model.report(),

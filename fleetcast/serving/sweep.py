@@ -17,7 +17,7 @@ sweep that overran takes the newest closed bin and counts the others as skipped.
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -144,6 +144,21 @@ class Sweeper:
                     self.shadow.save(at_once=at_once)
             except Exception as error:  # nothing that a forecast needs
                 self._telemetry.errors.note("feedback", error)
+
+    def forget(self, servers: Collection[str]) -> bool:
+        """Forget what was forecast of some servers, and what that taught; return False where it has to wait.
+
+        Raises:
+            StorageFull, StorageBroken: call it again.
+        """
+        if self._unwritten:  # may be about them
+            return False
+        self._ledger.forget(servers)
+        if self._corrector:
+            self._corrector.forget(servers)
+        if self.shadow:
+            self.shadow.forget(servers)
+        return True
 
     def forecast_again(self, origin_ms: int) -> None:
         """Publish the newest closed bin's forecast after a restart; the ledger has it already."""

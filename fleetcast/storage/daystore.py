@@ -30,7 +30,7 @@ from fleetcast.storage.log import (
     segments,
 )
 from fleetcast.storage.quarantine import Quarantine
-from fleetcast.storage.reader import log_folder
+from fleetcast.storage.reader import Drops, log_folder
 from fleetcast.storage.retention import Retention
 from fleetcast.storage.tables import TableKind, merge
 from fleetcast.storage.upkeep import DayUpkeep, UpkeepPace
@@ -79,6 +79,7 @@ class DayStore:
         self._pending_since = 0.0
         self._log: WriteAheadLog | None = None
         self._retry_at = 0.0
+        self._drops: Drops = {}  # whose rows the log does not hold any more
 
     @property
     def pending_s(self) -> float:
@@ -168,6 +169,30 @@ class DayStore:
             if isinstance(error, OSError):
                 raise storage_error(self._folder, error) from error
             raise
+
+    def forget(self, drops: Drops, now: datetime) -> bool:
+        """Take one step towards days without the rows of some servers; return whether none has any.
+
+        Args:
+            drops: see `DayUpkeep.forget`.
+        Raises:
+            StorageFull, StorageBroken: call it again.
+        """
+        if self._log is None or monotonic() < self._retry_at:
+            return False
+        self._guard()
+        try:
+            if drops != self._drops:
+                self.flush()
+                self._drops = dict(drops)
+            with self._structure:
+                is_done = self._upkeep.forget(drops, now)
+        except (FleetcastError, OSError) as error:
+            self._retry_at = monotonic() + RETRY_S
+            if isinstance(error, OSError):
+                raise storage_error(self._folder, error) from error
+            raise
+        return is_done
 
     def close(self) -> None:
         """Flush, stop a running sealing, give up the log."""

@@ -28,7 +28,7 @@ from fleetcast.settings import BufferSettings
 from fleetcast.storage.days import list_days
 from fleetcast.storage.daystore import DayStore
 from fleetcast.storage.log import encode_batch, encode_nothing
-from fleetcast.storage.reader import DayReader, buffer_stats, export_records
+from fleetcast.storage.reader import DayReader, Drops, buffer_stats, export_records
 from fleetcast.storage.retention import Retention
 from fleetcast.storage.tables import (
     METRICS,
@@ -173,6 +173,24 @@ class DataBuffer:
         for store in self._stores:
             store.maintain(now, expires=self._expires)
 
+    def forget(self, drops: Drops, now: datetime) -> bool:
+        """Take one step towards days without some servers; return whether nothing of them is left.
+
+        Call it with the same `drops` until it returns True; after a crash, begin again: what was
+        rewritten is recognised.
+
+        Args:
+            drops: names, each with the time (ms) before which rows of it go.
+        Raises:
+            StorageFull, StorageBroken: call it again later.
+        """
+        owned = self._own()
+        is_done = [store.forget(drops, now) for store in self._stores]
+        if not all(is_done):
+            return False
+        owned.newest_ms = self._records.newest_ms()
+        return True
+
     def open(self) -> Self:
         """Take ownership now instead of at the first append; recovers what a crash left.
 
@@ -293,6 +311,20 @@ class DataBuffer:
     ) -> RecordBatch:
         """Return the records of one server with start <= time < end, sorted by time."""
         return batch_of_table(self._records.read_server(server_name, start_ms, end_ms, metrics))
+
+    def has_server(self, server_name: str) -> bool:
+        """Return whether a record or a settled forecast of a server is stored."""
+        readers = (self._records, self._forecasts)
+        return any(len(reader.read_server(server_name, 0, _END_OF_TIME_MS, [])) for reader in readers)
+
+    def newest_names(self) -> list[str]:
+        """Return the servers of the newest day of records, sorted."""
+        newest_ms = self._records.newest_ms()
+        if newest_ms is None:
+            return []
+        start_ms = newest_ms // DAY_MS * DAY_MS
+        batches = self.iter_batches(start_ms, start_ms + DAY_MS, [])
+        return sorted({name for batch in batches for name in batch.server_names})
 
     def read_server_predictions(self, server_name: str, start_ms: int, end_ms: int) -> SettledForecasts:
         """Return the settled forecasts of one server with start <= target < end."""

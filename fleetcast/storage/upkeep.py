@@ -1,4 +1,4 @@
-"""What happens to days after rows arrived: compaction, sealing, expiry.
+"""What happens to days after rows arrived: compaction, sealing, expiry, and leaving forgotten servers out.
 
 Owns: when each is due, and the child process that seals (`python -m fleetcast.storage.upkeep`, low
 priority; its memory goes back to the system when it ends): all parts of a day that is over become
@@ -29,7 +29,7 @@ from fleetcast.storage.days import (
     part_names,
     write_part,
 )
-from fleetcast.storage.reader import merge_sources
+from fleetcast.storage.reader import Drops, holds_forgotten, merge_sources, without_forgotten
 from fleetcast.storage.retention import Retention
 from fleetcast.storage.tables import METRICS, PREDICTIONS, TableKind, union_schema
 from fleetcast.storage.writer import DayWriter, Step, hidden_name
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 NICE = 10
 TIMEOUT_S = 1800.0
+_LOOK_S = 0.2  # of one look for days that hold forgotten servers
 _GROUP_ROWS = 131_072  # rows of a row group, cut between servers
 _PACKAGE_FOLDER = Path(__file__).resolve().parents[2]
 
@@ -55,7 +56,9 @@ class Sealed:
 class SealProcess:
     """The child that seals one day; `poll` never waits."""
 
-    def __init__(self, folder: Path, kind_name: str, day: date, target: Path) -> None:
+    def __init__(
+        self, folder: Path, kind_name: str, day: date, target: Path, drops: Drops | None = None
+    ) -> None:
         self.day = day
         self._target = target
         self.started_at = monotonic()
@@ -65,7 +68,10 @@ class SealProcess:
         )
         command = [sys.executable, "-m", __name__, str(folder), kind_name, day.isoformat(), str(target)]
         self._process = subprocess.Popen(
-            [*command, str(os.getpid())], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment
+            [*command, str(os.getpid()), json.dumps(drops or {})],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            env=environment,
         )
 
     @property
@@ -94,12 +100,12 @@ class SealProcess:
         remove_leftover(self._target)
 
 
-def seal(folder: Path, kind_name: str, day: date, target: Path) -> Sealed:
-    """Write the day's parts, merged, as one file at `target` and read it back."""
+def seal(folder: Path, kind_name: str, day: date, target: Path, drops: Drops | None = None) -> Sealed:
+    """Write the day's parts, merged and without what is in `drops`, as one file and read it back."""
     kind = {kind.name: kind for kind in (METRICS, PREDICTIONS)}[kind_name]
     snapshot = open_day(folder, kind, day)
     schema = union_schema(kind, [part.schema for part in snapshot.parts])
-    tables = merge_sources(snapshot.parts, [], kind, None, _GROUP_ROWS)
+    tables = without_forgotten(merge_sources(snapshot.parts, [], kind, None, _GROUP_ROWS), kind, drops or {})
     number = max((part.number for part in snapshot.parts), default=0)
     n_rows = write_part(target, tables, kind, schema, number, is_sealed=True)
     written = OpenPart(target, None, kind)
@@ -113,11 +119,11 @@ def seal(folder: Path, kind_name: str, day: date, target: Path) -> Sealed:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Seal one day: folder, kind, day, target, pid of the owner."""
-    folder, kind_name, day, target, owner = sys.argv[1:] if argv is None else argv
+    """Seal one day: folder, kind, day, target, pid of the owner, forgotten servers as JSON."""
+    folder, kind_name, day, target, owner, drops = sys.argv[1:] if argv is None else argv
     os.nice(NICE)
     try:
-        sealed = seal(Path(folder), kind_name, date.fromisoformat(day), Path(target))
+        sealed = seal(Path(folder), kind_name, date.fromisoformat(day), Path(target), json.loads(drops))
     except (FleetcastError, OSError) as error:
         print(f"sealing {kind_name} {day}: {error}", file=sys.stderr)
         remove_leftover(Path(target))
@@ -178,6 +184,9 @@ class DayUpkeep:
         self._open_days: dict[date, OpenDay] = {}
         self._sealer: SealProcess | None = None
         self._expire_at = 0.0
+        self._drops: Drops = {}
+        self._free: set[date] = set()  # days known to have no row of `_drops`
+        self._forget_at = 0.0
 
     def load(self) -> None:
         """Note the days that are folders of parts."""
@@ -233,29 +242,77 @@ class DayUpkeep:
         for day, state in sorted(self._open_days.items()):
             is_over = day_start_ms(day) + DAY_MS <= over_ms
             if is_over and wall >= max(state.changed_at + self._pace.seal_quiet_s, state.seal_after):
-                self._settle()
-                target = hidden_name(self._writer.path(day))
-                self._sealer = SealProcess(self._folder, self._kind.name, day, target)
-                self._step("seal started")
+                self._start_seal(day, {})
                 return
 
+    def _start_seal(self, day: date, drops: Drops) -> None:
+        self._settle()
+        target = hidden_name(self._writer.path(day))
+        self._sealer = SealProcess(self._folder, self._kind.name, day, target, drops)
+        self._step("seal started")
+
     def _finish_seal(self, process: SealProcess) -> None:
-        state = self._open_days[process.day]
+        state = self._open_days.get(process.day)  # None: a sealed day, written again
         path = self._writer.path(process.day)
-        state.seal_after = monotonic() + self._pace.reseal_quiet_s
+        if state:
+            state.seal_after = monotonic() + self._pace.reseal_quiet_s
         sealed = process.result()
         if sealed is None:
+            self._forget_at = monotonic() + self._pace.seal_quiet_s
             return
-        if state.changed_at >= process.started_at or list(sealed.parts) != part_names(path):
+        has_changed = state is not None and state.changed_at >= process.started_at
+        if has_changed or (path.is_dir() and list(sealed.parts) != part_names(path)):
             remove_leftover(sealed.path)  # late rows came meanwhile: it lacks them
             return
+        if not sealed.n_rows:
+            remove_leftover(sealed.path)
+            self._remove(process.day, "only forgotten servers were in it")
+            return
         self._writer.put_sealed(process.day, sealed.path, sealed.rejects)
-        del self._open_days[process.day]
+        self._open_days.pop(process.day, None)
         size = folder_bytes(path)
         name = self._kind.name
         logger.info(
             "buffer sealed kind=%s day=%s rows=%d size_bytes=%d", name, process.day, sealed.n_rows, size
         )
+
+    def forget(self, drops: Drops, now: datetime) -> bool:
+        """Write one more day without the rows of some servers; return whether no day has any.
+
+        Args:
+            drops: their names, each with the time before which rows go; the same until True is returned.
+            now: the owner's clock; a day that is over is written by a child, which also seals it.
+        """
+        if drops != self._drops:
+            self._drops, self._free = dict(drops), set()
+        if self._sealer is not None:
+            self._seal_due(now)
+            return False
+        if monotonic() < self._forget_at:
+            return False
+        until = monotonic() + _LOOK_S
+        for day in list_days(self._folder, self._kind):
+            if day in self._free or day_start_ms(day) >= max(drops.values(), default=0):
+                continue
+            if monotonic() > until:
+                return False
+            parts = open_day(self._folder, self._kind, day).parts
+            if any(holds_forgotten(part, self._kind, drops) for part in parts):
+                self._write_without(day, now)
+                return False
+            self._free.add(day)
+        return True
+
+    def _write_without(self, day: date, now: datetime) -> None:
+        is_over = day_start_ms(day) + DAY_MS <= to_ms(now - SEAL_GRACE)
+        if is_over or day not in self._open_days:
+            self._start_seal(day, self._drops)
+            return
+        self._settle()
+        self._writer.forget(day, self._drops)
+        if not self._writer.path(day).exists():
+            del self._open_days[day]
+        logger.info("buffer rewritten without forgotten servers kind=%s day=%s", self._kind.name, day)
 
     def _expire(self, now: datetime) -> None:
         keep_days, max_mb = self._retention.limits(now)

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -45,7 +46,7 @@ from fleetcast.storage.days import (
     write_part,
 )
 from fleetcast.storage.quarantine import Quarantine
-from fleetcast.storage.reader import LogRows, merge_sources
+from fleetcast.storage.reader import Drops, LogRows, holds_forgotten, merge_sources, without_forgotten
 from fleetcast.storage.tables import Flags, TableKind, choose, has_key, merge, times_ms, union_schema
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,14 @@ class DayBuild:
         """Add a part of rows whose keys are new."""
         self._schemas.append(rows.schema)
         self._write(iter([rows]), rows.schema, number)
+
+    def forget(self, part: OpenPart, drops: Drops) -> None:
+        """Take a part over without the rows of some servers; one that has no other rows is left out."""
+        rows = without_forgotten(merge_sources([part], [], self._kind), self._kind, drops)
+        first = next(rows, None)
+        if first is not None:
+            schema = union_schema(self._kind, [part.schema])
+            self._write(chain([first], rows), schema, part.number)
 
     def _finish(self) -> None:
         write_columns(self._built / COLUMNS_FILE, self._kind, self._schemas)
@@ -315,6 +324,22 @@ class DayWriter:
             build.join(small)
         self._facts.pop(day, None)
         return True
+
+    def forget(self, day: date, drops: Drops) -> None:
+        """Write the day's parts without the rows of some servers; a day that has no other rows goes."""
+        snapshot = open_day(self._folder, self._kind, day)
+        hit = [part for part in snapshot.parts if holds_forgotten(part, self._kind, drops)]
+        if not hit:
+            return
+        with DayBuild(self.path(day), self._kind, snapshot, self._quarantine, self._step) as build:
+            for part in snapshot.parts:
+                if part in hit:
+                    build.forget(part, drops)
+                else:
+                    build.keep(part)
+        self._facts.pop(day, None)
+        if not part_names(self.path(day)):
+            self.remove(day)
 
     def put_sealed(self, day: date, sealed: Path, rejects: Iterable[str] = ()) -> None:
         """Put a finished sealed file in the place of the day's parts.

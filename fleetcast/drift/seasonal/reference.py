@@ -8,6 +8,7 @@ File: `reference.npz`, format 2, one array per field of `Reference` (`fleetcast/
 shapes checked against each other when read.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -36,6 +37,7 @@ from fleetcast.files import write_atomic
 from fleetcast.schema import Floats, Floats32, Longs
 
 FORMAT = 2
+_ROW_ARRAYS = ("pull", "n_days", "start_days", "still_limits", "limits")  # a row for each series
 RANGE_FLOOR = 0.02  # of the metric's usual range in this fleet
 
 
@@ -163,6 +165,25 @@ class Reference:
             fleet=calibrate(*sample(chunks, n_metrics), limits, n_metrics, rule, rate, n_days),
         )
 
+    def servers(self, places: Sequence[int]) -> Self:
+        """Return the same of some servers, in this order; the fleet's calibration stays."""
+        n_metrics = len(self.metrics)
+        rows = (np.array(places, np.int64)[:, None] * n_metrics + np.arange(n_metrics)).ravel()
+        return replace(
+            self,
+            server_names=tuple(self.server_names[place] for place in places),
+            shape=self.shape.rows(rows),
+            books=self.books.rows(rows),
+            **{name: getattr(self, name)[rows] for name in _ROW_ARRAYS},
+        )
+
+    def without(self, forgotten: Mapping[str, int]) -> Self:
+        """Return the same without servers that people wanted forgotten since it was learned (ms, by name)."""
+        kept = [
+            place for place, name in enumerate(self.server_names) if forgotten.get(name, 0) <= self.end_ms
+        ]
+        return self if len(kept) == len(self.server_names) else self.servers(kept)
+
     def to_bytes(self) -> bytes:
         """Return the content of a reference file."""
         return pack(self, FORMAT)
@@ -239,25 +260,24 @@ def merge(old: Reference, newer: Reference) -> Reference:
     for name in ("metrics", "bin_ms", "timezone"):
         if getattr(old, name) != getattr(newer, name):
             raise BadData(f"{name} differ: {getattr(old, name)} and {getattr(newer, name)}")
-    n_metrics = len(old.metrics)
     place = {server: row for row, server in enumerate(old.server_names)}
     place |= {server: len(old.server_names) + row for row, server in enumerate(newer.server_names)}
-    rows = (np.array(list(place.values()))[:, None] * n_metrics + np.arange(n_metrics)).ravel()
     start_ms = min(old.start_ms, newer.start_ms)
     starts = [item.start_days + (item.start_ms - start_ms) // DAY_MS for item in (old, newer)]
-    return replace(
+    both = replace(
         old,
-        server_names=tuple(place),
+        server_names=(*old.server_names, *newer.server_names),
         start_ms=start_ms,
         end_ms=max(old.end_ms, newer.end_ms),
-        shape=Shape.stack([old.shape, newer.shape]).rows(rows),
-        books=Books.stack([old.books, newer.books]).rows(rows),
-        pull=np.concatenate([old.pull, newer.pull])[rows],
-        n_days=np.concatenate([old.n_days, newer.n_days])[rows],
-        start_days=np.concatenate(starts)[rows],
-        still_limits=np.concatenate([old.still_limits, newer.still_limits])[rows],
-        limits=np.concatenate([old.limits, newer.limits])[rows],
+        shape=Shape.stack([old.shape, newer.shape]),
+        books=Books.stack([old.books, newer.books]),
+        pull=np.concatenate([old.pull, newer.pull]),
+        n_days=np.concatenate([old.n_days, newer.n_days]),
+        start_days=np.concatenate(starts),
+        still_limits=np.concatenate([old.still_limits, newer.still_limits]),
+        limits=np.concatenate([old.limits, newer.limits]),
     )
+    return both.servers(list(place.values()))
 
 
 def _check_rows(path: Path, loaded: Reference) -> None:

@@ -12,7 +12,7 @@ The folder has one writer, the daemon that owns the working directory.
 """
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,7 +82,21 @@ def learn_reference(grid: FleetGrid, settings: DriftSettings, changed_ms: Floats
 class ReferenceRenewal:
     """Finds and renews the reference of the version in force. Not thread safe."""
 
-    def __init__(self, read: ReadForecasts, settings: DriftSettings, bin_ms: int, folder: Path) -> None:
+    def __init__(
+        self,
+        read: ReadForecasts,
+        settings: DriftSettings,
+        bin_ms: int,
+        folder: Path,
+        forgotten: Mapping[str, int] | None = None,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            forgotten: servers that people wanted forgotten, and when (ms): what was learned of them before
+                is passed over.
+        """
+        self._forgotten = forgotten or {}
         self._read = read
         self._settings = settings
         self._bin_ms = bin_ms
@@ -93,13 +107,15 @@ class ReferenceRenewal:
         """Return the newest reference of a version, or None where it has none that can be used."""
         for path in (self._path(version.id), version.reference_path):
             try:
-                reference = Reference.load(path)
+                reference = Reference.load(path).without(self._forgotten)
                 if path == version.reference_path:
                     version.verify(REFERENCE_FILE)
             except FileNotFoundError:
                 continue
             except CorruptFile as error:
                 logger.warning("reference passed over reason=%s", error)
+                continue
+            if not reference.server_names:
                 continue
             if (reference.bin_ms, reference.timezone) == (self._bin_ms, self._settings.timezone):
                 return reference
@@ -199,6 +215,24 @@ class ReferenceRenewal:
         for old in self._folder.glob("*.npz"):
             if old != path:
                 remove_leftover(old)
+
+
+def forget_in_references(folder: Path, forgotten: Mapping[str, int]) -> None:
+    """Write the files of a working directory's references without forgotten servers.
+
+    Raises:
+        StorageFull, StorageBroken: call it again.
+    """
+    for path in (folder / FOLDER).glob("*.npz"):
+        try:
+            known = Reference.load(path)
+        except (CorruptFile, FileNotFoundError):  # none that is used
+            continue
+        left = known.without(forgotten)
+        if not left.server_names:
+            remove_leftover(path)
+        elif left is not known:
+            left.save(path)
 
 
 def _known_days(reference: Reference) -> dict[str, int]:
