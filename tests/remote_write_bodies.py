@@ -42,6 +42,19 @@ def request_bytes(series: Iterable[Series]) -> bytes:
     return b"".join(field(1, series_bytes(labels, samples)) for labels, samples in series)
 
 
+def symbols_bytes(series: Iterable[Series], symbols: list[str] | None = None, after: bytes = b"") -> bytes:
+    """A request of remote-write 2.0; `after` stands behind each series' samples, as metadata does."""
+    table = [""] if symbols is None else symbols
+    chunks = []
+    for own, samples in series:
+        texts = [text for pair in own.items() for text in pair]
+        table += [text for text in dict.fromkeys(texts) if text not in table]
+        refs = b"".join(varint(table.index(text)) for text in texts)
+        content = field(1, refs) + b"".join(sample_bytes(time_ms, value) for time_ms, value in samples)
+        chunks.append(field(5, content + after))
+    return b"".join(field(4, text.encode()) for text in table) + b"".join(chunks)
+
+
 def packed(content: bytes) -> bytes:
     return bytes(pa.compress(content, codec="snappy", asbytes=True))
 

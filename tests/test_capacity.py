@@ -349,3 +349,19 @@ def test_disks_get_dates_from_the_stored_days_although_they_are_not_forecast(tmp
 def test_dates_are_asked_over_http(world: World) -> None:
     answer = world.client.get("/capacity/dates")
     assert (answer.status_code, "known: none yet" in answer.json()["detail"]) == (422, True)
+
+
+def test_days_before_the_oldest_record_cost_no_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = FakeClock()
+    buffer = buffer_of(tmp_path, {"a": climb(3)}, clock)
+    fullness = Fullness(build_fleet(Settings(), clock), buffer)
+    read: list[int] = []
+    whole = fullness._read
+    monkeypatch.setattr(fullness, "_read", lambda day: read.append(day) or whole(day))
+    while fullness._newest_day < 0:
+        fullness.step()
+    newest = fullness._newest_day
+    assert read == [newest, newest - 1, newest - 2]
+    buffer.close()

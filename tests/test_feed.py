@@ -14,7 +14,7 @@ import httpx
 import pyarrow as pa
 import pytest
 from prometheus_client import CollectorRegistry
-from remote_write_bodies import body, labels, packed
+from remote_write_bodies import body, labels, packed, symbols_bytes
 
 from fleetcast.api.listener import HttpListener
 from fleetcast.api.server import create_app
@@ -38,6 +38,7 @@ from fleetcast.settings import (
 CLOCK = FakeClock()
 NOW = to_ms(CLOCK.now())
 ARROW = {"Content-Type": "application/vnd.apache.arrow.stream"}
+WRITTEN = ("samples", "histograms", "exemplars")
 WRITE = {"Content-Type": "application/x-protobuf", "Content-Encoding": "snappy"}
 LOAD = body([(labels("node_load1"), [(NOW, 0.5)])])
 
@@ -169,7 +170,8 @@ def test_samples_that_can_never_be_taken_are_a_400_and_the_others_are_kept(
         (b"junk", {}, 400),
         (packed(b"junk"), {}, 400),
         (LOAD, {"Content-Type": "application/json"}, 415),
-        (LOAD, {"Content-Type": "application/x-protobuf;proto=io.prometheus.write.v2.Request"}, 415),
+        (LOAD, {"Content-Type": "application/x-protobuf;proto=io.prometheus.write.v3.Request"}, 415),
+        (LOAD, {"Content-Type": "application/x-protobuf;proto=io.prometheus.write.v2.Request"}, 400),
         (LOAD, {"Content-Type": "application/x-protobuf;proto=prometheus.WriteRequest"}, 204),
         (LOAD, {"Content-Encoding": "gzip"}, 415),
         (packed(b"\0" * (17 * 2**20)), {}, 413),
@@ -179,6 +181,19 @@ def test_a_request_that_can_never_be_taken_is_a_permanent_error(
     client: httpx.Client, content: bytes, headers: dict[str, str], code: int
 ) -> None:
     assert client.post("/api/v1/write", content=content, headers={**WRITE, **headers}).status_code == code
+
+
+def test_remote_write_2_is_told_what_was_taken(client: httpx.Client, world: World) -> None:
+    kind = {"Content-Type": 'application/x-protobuf; proto="io.prometheus.write.v2.Request"'}
+    some = [(labels("node_load1"), [(NOW, 0.5)]), (labels("up"), [(NOW, 1.0)])]
+    for series, code, n_samples in ((some, 204, "2"), ([(labels("node_load1"), [(0, 0.5)])], 400, "0")):
+        answer = client.post(
+            "/api/v1/write", content=packed(symbols_bytes(series)), headers={**WRITE, **kind}
+        )
+        assert answer.status_code == code
+        told = [answer.headers[f"x-prometheus-remote-write-{what}-written"] for what in WRITTEN]
+        assert told == [n_samples, "0", "0"]
+    assert world.batches[0].metrics["load_average"].tolist() == [0.5]
 
 
 @pytest.mark.parametrize(("error", "code"), [(StorageFull("full"), 507), (StorageBroken("broken"), 503)])

@@ -409,3 +409,30 @@ def test_a_span_is_empty_where_memory_does_not_reach() -> None:
     assert beyond[1:4].tolist() == [7.0, 8.0, 9.0]
     assert np.isnan(beyond[[0, 4]]).all()
     assert np.isnan(grid.span(5000, 9 * BIN, 2)).all()
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 40), st.floats(0, 99)), min_size=1, max_size=40)
+)
+@settings(deadline=None)
+def test_bins_that_close_together_are_what_each_would_be_alone(rows: list[Row]) -> None:
+    one, other = history(keep_bins=8), history(keep_bins=8)
+    for name, number, value in rows:
+        for bins in (one, other):
+            bins.add(batch_of((name, number * 300.0 + 7.0 * len(name), value)))
+    due = one.due(at(1e6))
+    alone = [one.close(bin_ms) for bin_ms in due]
+    together = other.close_first(due)
+    assert [(c.bin_ms, c.server_names, c.values.tolist()) for c in alone] == [
+        (c.bin_ms, c.server_names, c.values.tolist()) for c in together
+    ]
+    assert other.due(at(1e6)) == [] and other.taken_bin_ms == due[-1]
+    assert cells(one) == cells(other)
+
+
+def test_bins_of_many_rows_do_not_close_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fleetcast.serving.history._CLOSE_ROWS", 3)
+    bins = history()
+    for number in range(4):
+        bins.add(batch_of(("a", number * 300.0, 1.0), ("b", number * 300.0, 1.0)))
+    assert [closed.bin_ms for closed in bins.close_first(bins.due(at(1e6)))] == [T0]

@@ -464,3 +464,44 @@ def test_a_kill_between_a_late_row_and_its_correction_loses_neither(world: World
     assert actuals(world) == {(1, "a"): 42.0, (2, "a"): 10.0}
     counts = world.ledger.counts()
     assert counts.opened == counts.settled + counts.expired + counts.open
+
+
+def test_history_from_long_ago_makes_no_forecast_and_is_in_the_window(tmp_path: Path) -> None:
+    world = World(tmp_path, every_bin=False)
+    world.clock.advance(hours=3)
+    world.feed(*(("a", number, 10.0 * number) for number in range(5)))
+    world.sweeper.cycle()
+    assert (world.sweeper.counts.sweeps, world.sweeper.counts.bins_skipped) == (0, 5)
+    counts = world.ledger.counts()
+    assert (counts.opened, counts.due) == (0, 0)
+    assert world.ledger.resume_bin_ms == to_ms(world.start) + 4 * BIN_S * 1000
+    (part,) = world.history.parts(world.history.taken_bin_ms or 0, 9)
+    assert part.values[0, 0].tolist() == [0.0, 10.0, 20.0, 30.0, 40.0]
+    world.buffer.close()
+
+
+@pytest.mark.parametrize(("bins_late", "sweeps"), [(3, 1), (4, 1), (5, 0)])
+def test_a_forecast_is_made_as_long_as_any_of_it_is_yet_to_come(
+    tmp_path: Path, bins_late: int, sweeps: int
+) -> None:
+    world = World(tmp_path, every_bin=False)
+    world.feed(("a", 0, 1.0), ("a", 1, 1.0))
+    world.clock.time = world.start + timedelta(seconds=BIN_S * (1 + bins_late))
+    world.sweeper.cycle()
+    assert world.history.taken_bin_ms == to_ms(world.start) + BIN_S * 1000
+    assert world.sweeper.counts.sweeps == (1 if bins_late < 5 else 0) == sweeps
+    world.buffer.close()
+
+
+def test_a_fleet_that_comes_back_settles_what_was_open_before_it_forecasts_again(tmp_path: Path) -> None:
+    world = World(tmp_path, every_bin=False)
+    world.feed(*(("a", number, 10.0 * number) for number in range(3)))
+    world.sweeper.cycle()
+    opened = world.ledger.counts().opened
+    world.clock.advance(hours=3)
+    world.feed(*(("a", number, 10.0 * number) for number in range(2, 6)))
+    world.sweeper.cycle()
+    counts = world.ledger.counts()
+    assert (counts.opened, counts.settled, counts.open) == (opened, 2, 0)
+    assert counts.opened == counts.settled + counts.expired + counts.open
+    world.buffer.close()

@@ -23,10 +23,10 @@ from fleetcast.api.bodies import LIGHT_BYTES, BodyReader, Refusal, check_unpacke
 from fleetcast.api.lanes import Lanes, PostGroups, storage_refusal
 from fleetcast.clock import monotonic
 from fleetcast.errors import BadData, StorageBroken, StorageFull
-from fleetcast.prometheus.wire import BodyTooLarge
+from fleetcast.prometheus.protobuf import BodyTooLarge
 from fleetcast.serving.intake import Intake, Receipt
 from fleetcast.serving.telemetry import Telemetry
-from fleetcast.serving.writes import WriteIntake
+from fleetcast.serving.writes import WriteIntake, WriteReceipt
 from fleetcast.settings import ServerSettings
 
 JSON = "application/json"
@@ -37,7 +37,8 @@ WRONG_KEY = "X-API-Key is missing or wrong"
 _WORKERS = 32  # threads that wait for the disk together: one fdatasync then serves all of them
 _HEAVY_PENDING = 16  # large bodies at work: they must not use up the places of the small ones
 _HOLD_STEP_S = 0.002
-_REMOTE_WRITE_2 = "io.prometheus.write.v2"
+_HAS_SYMBOLS = {"": False, "prometheus.WriteRequest": False, "io.prometheus.write.v2.Request": True}
+_WRITTEN = "X-Prometheus-Remote-Write-{}-Written"
 
 
 class Feed:
@@ -98,14 +99,17 @@ class Feed:
         """
         started = monotonic()
         try:
-            if _content_type(request) != PROTOBUF or _REMOTE_WRITE_2 in request.headers["content-type"]:
-                raise Refusal(415, f"remote-write 1.0 is taken: Content-Type {PROTOBUF}, a WriteRequest")
+            has_symbols = _has_symbols(request)
             async with self._bodies.read(request, encoding="snappy") as body, self._turn(len(body)):
                 if self._writes is not None:
                     check_unpacked(body, self._writes.max_unpacked_bytes)
                 loop = asyncio.get_running_loop()
-                problems = await loop.run_in_executor(self._workers, self._take_write, body)
-            response = PlainTextResponse(problems + "\n", 400) if problems else Response(status_code=204)
+                receipt = await loop.run_in_executor(self._workers, self._take_write, body, has_symbols)
+            written = _written(receipt) if has_symbols else None
+            problems = "; ".join(receipt.problems)
+            response = (
+                PlainTextResponse(problems + "\n", 400, written) if problems else Response(None, 204, written)
+            )
         except Refusal as refusal:
             code = 503 if refusal.code in (408, 429) else refusal.code
             response = PlainTextResponse(f"{refusal}\n", code, _retry_after(refusal))
@@ -143,12 +147,12 @@ class Feed:
             receipt.n_received, receipt.by_rule, receipt.n_ignored_fields, n_refused
         )
 
-    def _take_write(self, body: bytes) -> str:
-        """Decode, derive records and store them; return what was wrong with some of the samples."""
+    def _take_write(self, body: bytes, has_symbols: bool) -> WriteReceipt:
+        """Decode, derive records and store them."""
         if self._writes is None:
             raise Refusal(404, "remote-write is not taken here")
         try:
-            receipt = self._writes.take(body)
+            receipt = self._writes.take(body, has_symbols=has_symbols)
         except (StorageFull, StorageBroken) as error:
             raise storage_refusal(error) from error
         except BodyTooLarge as error:
@@ -157,11 +161,28 @@ class Feed:
             raise Refusal(400, str(error)) from error
         self._telemetry.count_samples(receipt.samples)
         self._telemetry.count_records(receipt.n_records, receipt.faults, 0, receipt.n_fields_refused)
-        return "; ".join(receipt.problems)
+        return receipt
 
 
 def _content_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def _has_symbols(request: Request) -> bool:
+    """Return whether a remote-write request is of version 2.0; raises Refusal for what is of neither."""
+    kind, _, parameters = request.headers.get("content-type", "").partition(";")
+    fields = (part.strip().partition("=") for part in parameters.split(";"))
+    proto = next((value.strip('"') for name, _, value in fields if name.lower() == "proto"), "")
+    if kind.strip().lower() != PROTOBUF or proto not in _HAS_SYMBOLS:
+        protos = " or ".join(name for name in _HAS_SYMBOLS if name)
+        raise Refusal(415, f"remote-write 1.0 and 2.0 are taken: Content-Type {PROTOBUF}; proto={protos}")
+    return _HAS_SYMBOLS[proto]
+
+
+def _written(receipt: WriteReceipt) -> dict[str, str]:
+    """Return the headers by which a sender of version 2.0 knows what was taken."""
+    counts = {"Samples": receipt.n_accepted, "Histograms": 0, "Exemplars": 0}
+    return {_WRITTEN.format(kind): str(n) for kind, n in counts.items()}
 
 
 def _retry_after(refusal: Refusal) -> dict[str, str] | None:

@@ -207,7 +207,7 @@ WRITE_ANSWERS: dict[int | str, dict[str, Any]] = {
     400: {"description": "not a WriteRequest, or some samples were refused: the text says which"},
     401: {"description": WRONG_KEY},
     413: {"description": "too large, packed or unpacked"},
-    415: {"description": "not remote-write 1.0 in a snappy block"},
+    415: {"description": "not remote-write 1.0 or 2.0 in a snappy block"},
     503: {"description": "busy, or a sweep goes first (data clock); repeat it"},
     507: {"description": "the disk is full; repeat it"},
 }
@@ -334,7 +334,7 @@ def _write_route(path: str, door: "Door") -> APIRouter:
         },
     )
     async def remote_write() -> None:  # declared for the interface description: the door answers
-        """Take Prometheus remote-write 1.0 in: snappy block, protobuf WriteRequest."""
+        """Take Prometheus remote-write 1.0 or 2.0 in: snappy block, protobuf WriteRequest or v2.Request."""
 
     return router
 

@@ -176,9 +176,15 @@ class TermSums:
             total = totals[:, place]
             columns[term] = total / np.maximum(counts[:, place], 1) if term.aggregate == "avg" else total
         values = np.full(is_told.shape, np.nan)
+        is_due: Flags
         for number, (rule, own) in enumerate(zip(self._rules, self._own_terms, strict=True)):
-            is_due = is_whole[:, own].all(axis=1)
-            is_due &= touched[:, own].any(axis=1) | ~is_told[:, number]
+            is_due = touched[:, own[0]] | ~is_told[:, number]
+            for place in own[1:]:
+                is_due |= touched[:, place]
+            for place in own:
+                is_due &= is_whole[:, place]
+            if not is_due.any():
+                continue
             result = rule.evaluate(columns)
             is_due &= np.isfinite(result)
             values[is_due, number] = result[is_due]

@@ -272,16 +272,44 @@ def _spread(starts: Longs, ends: Longs) -> tuple[Longs, Longs]:
     return rows, np.arange(len(rows)) + np.repeat(starts - np.cumsum(sizes) + sizes, sizes)
 
 
+def first_of_runs(*columns: Longs | Codes) -> Longs:
+    """Return the first place of each run of equal rows.
+
+    >>> first_of_runs(np.array([3, 3, 5, 3])).tolist()
+    [0, 2, 3]
+    """
+    is_first = np.ones(len(columns[0]), dtype=np.bool_)
+    if len(is_first):
+        is_first[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in columns])
+    return np.flatnonzero(is_first)
+
+
+def scrapes_of(targets: Codes, times: Longs) -> tuple[Longs, Longs, Longs]:
+    """Return the targets and times of scrapes, sorted, and which scrape each sample is of."""
+    begin = first_of_runs(targets, times)
+    firsts, first_times = targets[begin].astype(np.int64), times[begin]
+    is_next = (firsts[1:] > firsts[:-1]) | (
+        (firsts[1:] == firsts[:-1]) & (first_times[1:] > first_times[:-1])
+    )
+    if is_next.all():  # as senders put them
+        of_sample = np.repeat(np.arange(len(begin)), np.diff(begin, append=len(targets)))
+        return firsts, first_times, of_sample
+    order = np.lexsort((times, targets))
+    by_target, by_time = targets[order], times[order]
+    begin = first_of_runs(by_target, by_time)
+    of_sample = np.empty(len(order), dtype=np.int64)
+    of_sample[order] = np.repeat(np.arange(len(begin)), np.diff(begin, append=len(order)))
+    return by_target[begin].astype(np.int64), by_time[begin], of_sample
+
+
 def ranks_of(groups: Longs) -> Longs:
     """Return the place of each row within its run of equal groups.
 
     >>> ranks_of(np.array([3, 3, 3, 5, 7, 7])).tolist()
     [0, 1, 2, 0, 0, 1]
     """
-    is_first = np.ones(len(groups), dtype=np.bool_)
-    is_first[1:] = groups[1:] != groups[:-1]
-    starts = np.flatnonzero(is_first)
-    ranks: Longs = np.arange(len(groups)) - starts[np.cumsum(is_first) - 1]
+    starts = first_of_runs(groups)
+    ranks: Longs = np.arange(len(groups)) - np.repeat(starts, np.diff(starts, append=len(groups)))
     return ranks
 
 
@@ -379,30 +407,31 @@ class LivingSeries:
     def rates(self, fresh: Samples) -> Floats:
         """Return each sample's rate per second; the samples are sorted and newer than what is known."""
         series, times = fresh.series, fresh.timestamps_ms
-        is_first = np.ones(len(fresh), dtype=np.bool_)
-        is_first[1:] = series[1:] != series[:-1]
-        before_ms = np.where(is_first, self.last_ms[series], np.roll(times, 1))
-        before = np.where(is_first, self._last_value[series], np.roll(fresh.values, 1))
+        before_ms, before = self.last_ms[series], self._last_value[series]
+        again = np.flatnonzero(series[1:] == series[:-1])
+        before_ms[again + 1], before[again + 1] = times[again], fresh.values[again]
         return rates_between(before_ms, before, times, fresh.values, self._gap_s * 1000)
 
     def note(self, samples: Samples, is_fresh: Flags, arrival_s: float) -> None:
         """Take note of samples, sorted by series and time; the fresh ones are the newest of their series."""
         series, times = samples.series, samples.timestamps_ms
         targets = self._series.target_of[series]
-        self._hear(np.unique(targets), arrival_s)
+        self._hear(np.unique(targets[first_of_runs(targets)]), arrival_s)
         np.maximum.at(self.newest_ms, targets, times)
-        is_value = ~samples.are_stale_marks
-        np.minimum.at(self._first_ms, series[is_value], times[is_value])
+        is_earlier = (times < self._first_ms[series]) & ~samples.are_stale_marks
+        if is_earlier.any():
+            np.minimum.at(self._first_ms, series[is_earlier], times[is_earlier])
         self._spoke_s[series] = self._clock_s[targets]
         self._sweep_of[series] = self._n_sweeps
-        fresh = samples.where(is_fresh)
+        fresh = samples if is_fresh.all() else samples.where(is_fresh)
         is_last = np.ones(len(fresh), dtype=np.bool_)
         is_last[:-1] = fresh.series[1:] != fresh.series[:-1]
-        newest = fresh.where(is_last)
+        newest = fresh if is_last.all() else fresh.where(is_last)
         self.last_ms[newest.series] = newest.timestamps_ms
         self._last_value[newest.series] = newest.values
         is_end = newest.are_stale_marks
-        self._end(newest.series[is_end], newest.timestamps_ms[is_end])
+        if is_end.any():
+            self._end(newest.series[is_end], newest.timestamps_ms[is_end])
         self._begin(newest.series[~is_end])
 
     def end_silent(self, arrival_s: float) -> None:

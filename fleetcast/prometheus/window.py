@@ -21,9 +21,11 @@ from fleetcast.prometheus.series import (
     ExporterSeries,
     LivingSeries,
     Samples,
+    first_of_runs,
     ranks_of,
     rates_between,
     roomy,
+    scrapes_of,
 )
 from fleetcast.schema import Codes, Flags, Floats, Longs
 from fleetcast.settings import RemoteWriteSettings
@@ -237,6 +239,10 @@ class ScrapeWindow:
     def add(self, batch: Batch, fates: Fates) -> Iterator[WholeScrapes]:
         """Take samples in; yield what they make whole. The living series know of them already."""
         shelves = self._shelf_of[self._series.target_of[batch.samples.series]]
+        number = int(shelves[0])
+        if np.equal(shelves, number).all():  # targets that are scraped alike share one
+            yield from self._add_to(number, batch, fates)
+            return
         for number in np.unique(shelves).tolist():
             yield from self._add_to(number, batch.where(shelves == number), fates)
 
@@ -263,18 +269,11 @@ class ScrapeWindow:
             rows = self._rows_of(shelf, batch.samples)
         looks = self._put(shelf, rows, batch)
         yield self._tell(shelf, looks, fates)
-        self._expire(shelf, np.unique(rows.targets), fates)
+        self._expire(shelf, rows.targets[first_of_runs(rows.targets)], fates)
 
     def _rows_of(self, shelf: _Shelf, samples: Samples) -> _Rows:
         """Return the scrapes of samples: which are there, and which slots the others get."""
-        targets = self._series.target_of[samples.series].astype(np.int64)
-        order = np.lexsort((samples.timestamps_ms, targets))
-        by_target, by_time = targets[order], samples.timestamps_ms[order]
-        is_first = np.ones(len(order), dtype=np.bool_)
-        is_first[1:] = (by_target[1:] != by_target[:-1]) | (by_time[1:] != by_time[:-1])
-        of_sample = np.empty(len(order), dtype=np.int64)
-        of_sample[order] = np.cumsum(is_first) - 1
-        targets, times = by_target[is_first], by_time[is_first]
+        targets, times, of_sample = scrapes_of(self._series.target_of[samples.series], samples.timestamps_ms)
         places = self._place_of[targets]
         is_it = shelf.times[places] == times[:, None]
         slots = is_it.argmax(axis=1)
@@ -327,8 +326,9 @@ class ScrapeWindow:
         fresh = np.flatnonzero(is_fresh & (rows.ranks >= n_fresh[rows.places] - shelf.width))
         targets, places, slots = rows.targets[fresh], rows.places[fresh], rows.slots[fresh]
         was_there = shelf.times[places, slots] != NEVER
-        self._displace(shelf, targets[was_there], slots[was_there], fates)
-        shelf.reset(places, slots)
+        if was_there.any():  # a slot that is free has been cleared
+            self._displace(shelf, targets[was_there], slots[was_there], fates)
+            shelf.reset(places[was_there], slots[was_there])
         pairs, series = self._series.of_targets(targets)
         shelf.cells[self._cells_of[series], slots[pairs]] = _ABSENT
         shelf.times[places, slots] = rows.times[fresh]
@@ -354,18 +354,20 @@ class ScrapeWindow:
         """Keep the samples and add the fresh ones up; return which scrapes are to be looked at."""
         series, values = batch.samples.series, batch.samples.values
         is_mark = batch.samples.are_stale_marks
-        shelf.cells[self._cells_of[series], rows.slots[rows.of_sample]] = np.where(
-            np.isnan(values) & ~is_mark, np.nan, values
+        is_other = np.isnan(values) & ~is_mark
+        shelf.cells[self._cells_of[series], rows.slots[rows.of_sample]] = (
+            np.where(is_other, np.nan, values) if is_other.any() else values
         )
         added = np.flatnonzero(batch.is_fresh & ~is_mark)
         pairs, terms = self._series.members(series[added])
-        given = np.where(self._is_rate[terms], batch.rates[added][pairs], values[added][pairs])
-        counts, totals = self._sums.sum_up(rows.of_sample[added][pairs], terms, given, len(rows.times))
+        given_by = added[pairs]
+        given = np.where(self._is_rate[terms], batch.rates[given_by], values[given_by])
+        counts, totals = self._sums.sum_up(rows.of_sample[given_by], terms, given, len(rows.times))
         at = (rows.places, rows.slots)
         shelf.counts[at] += counts
         shelf.totals[at] = self._sums.merge(shelf.totals[at], totals)
         n_terms = len(self._terms)
-        homes = rows.of_sample[~is_mark] * n_terms + self._series.home_of[series[~is_mark]]
+        homes = (rows.of_sample * n_terms + self._series.home_of[series])[~is_mark]
         shelf.waiting[at] += np.bincount(homes, minlength=len(rows.times) * n_terms).reshape(-1, n_terms)
         slow = np.zeros(len(rows.times), dtype=np.bool_)
         slow[rows.of_sample[~batch.is_fresh]] = True

@@ -6,8 +6,9 @@ need no parsing. Does not know: what series mean.
 A request is mostly series seen before. Each series of a request is one protobuf message: its labels,
 then its samples. The bytes of its labels are kept with the series' number: labels are parsed once, a
 known series costs one look into a dict, and its samples, which have one of two fixed layouts, are
-read as arrays. Concatenated protobuf messages mean their merger, so this reads what parsing would;
-everything else is parsed. A request keeps its series as bytes (on the wire an embedded message and a
+read as arrays. A request that repeats an earlier one but for times and values does not even cost that:
+`tape` says how far it does. Concatenated protobuf messages mean their merger, so this reads what parsing
+would; everything else is parsed. A request keeps its series as bytes (on the wire an embedded message and a
 byte string are the same), and labels are bytes until they are looked at, so that one that is not
 UTF-8 costs its own series only. Metadata, exemplars and native histograms are fields without a name
 here, which protobuf skips.
@@ -18,73 +19,43 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from fleetcast.errors import BadData
+from fleetcast.prometheus.labels import LABELS_MAX, UNKNOWN, KnownSeries
+from fleetcast.prometheus.protobuf import (
+    NO_REQUEST,
+    BodyTooLarge,
+    check_fields,
+    message_classes,
+    too_many,
+    unpack,
+)
 from fleetcast.prometheus.series import IGNORED, INVALID, REFUSED, Samples
+from fleetcast.prometheus.tape import FULL_BYTES, ZERO_BYTES, Bytes, Series, Tape
+from fleetcast.schema import Codes, Flags
 from fleetcast.settings import RemoteWriteSettings
 
+WriteRequestMessage, TimeSeriesMessage = message_classes(
+    "wire",
+    {"Label": [("name", 1, "bytes", ""), ("value", 2, "bytes", "")],
+     "Sample": [("value", 1, "double", ""), ("timestamp", 2, "int64", "")],
+     "TimeSeries": [("labels", 1, "message[]", "Label"), ("samples", 2, "message[]", "Sample")],
+     "WriteRequest": [("timeseries", 1, "bytes[]", "")]},
+)  # fmt: skip
 
-def _message_classes() -> tuple[Any, Any]:
-    """Return (request with its series as bytes, series), as prometheus/prompb defines them."""
-    kinds = descriptor_pb2.FieldDescriptorProto
-    package = "fleetcast.prometheus.wire"
-    file = descriptor_pb2.FileDescriptorProto(name="remote_write.proto", package=package, syntax="proto3")
-
-    def message(name: str, *fields: tuple[str, int, bool, str]) -> None:
-        made = file.message_type.add(name=name)
-        for number, (field, kind, is_repeated, type_name) in enumerate(fields, start=1):
-            made.field.add(
-                name=field,
-                number=number,
-                type=kind,
-                label=kinds.LABEL_REPEATED if is_repeated else kinds.LABEL_OPTIONAL,
-                type_name=type_name or None,
-            )
-
-    message("Label", ("name", kinds.TYPE_BYTES, False, ""), ("value", kinds.TYPE_BYTES, False, ""))
-    message("Sample", ("value", kinds.TYPE_DOUBLE, False, ""), ("timestamp", kinds.TYPE_INT64, False, ""))
-    message(
-        "TimeSeries",
-        ("labels", kinds.TYPE_MESSAGE, True, f".{package}.Label"),
-        ("samples", kinds.TYPE_MESSAGE, True, f".{package}.Sample"),
-    )
-    message("WriteRequest", ("timeseries", kinds.TYPE_BYTES, True, ""))
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    request = message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{package}.WriteRequest"))
-    series = message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{package}.TimeSeries"))
-    return request, series
-
-
-WriteRequestMessage, TimeSeriesMessage = _message_classes()
-
-
-LABELS_MAX = 256  # of one series; senders' own limits are about 30
-LABELS_BYTES_MAX = 4096  # of one series
-_TIMESERIES, _LENGTH = 1, 2  # number of the field, and its wire type
-_FIXED_BYTES = {1: 8, 5: 4}  # by wire type
-_FULL_BYTES = 18  # tag, length, tag, 8 bytes of value, tag, 6 bytes of time
-_ZERO_BYTES = 9  # proto3 leaves a value of 0 out
+_TIMESERIES = 1  # number of the field
 _TIME_BYTES = 6  # ms since 1970 from 1971 to 2109
 _FULL_MARK = np.frombuffer(b"\x12\x10\x09", dtype=np.uint8)
 _ZERO_MARK = np.frombuffer(b"\x12\x07\x10", dtype=np.uint8)
 _TIME_TAG_PLACE = 11
-_LABEL_TAG, _SAMPLE_TAG = 0x0A, 0x12
-_UNKNOWN = -100  # instead of a number: these label bytes were not seen before
-_KNOWN_BYTES_MAX = 128 * 2**20  # what remembered label bytes may take
-_LABELS_EXTRA_BYTES = 120  # of a bytes object and its place in a dict
-_EXPANSION_MAX = 32  # snappy's densest copy makes 64 bytes out of 3
+_LABEL_TAG, _SAMPLE_TAG, _SERIES_TAG = 0x0A, 0x12, 0x0A
+_LOOKS_FREE, _SERIES_PER_LOOK = (
+    4,
+    64,
+)  # where a request repeats the tape less than that, it is looked up instead
 _FAULTS_NAMED = 3
-_NO_REQUEST = "the body is not a protobuf WriteRequest"
-_NAME_MAX_CHARS = 100
-
-
-class BodyTooLarge(BadData):
-    """Raised when a body would unpack to more than is allowed."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,109 +72,150 @@ class WriteRequest:
 
 
 class WriteDecoder:
-    """Decodes requests; not thread safe.
-
-    Memory is bounded: remembered label bytes are dropped when they take too much.
-    """
+    """Decodes requests; not thread safe."""
 
     def __init__(self, number: Callable[[Mapping[str, str]], int], settings: RemoteWriteSettings) -> None:
         """Take the function that numbers a series by its labels; a negative number is not wanted."""
-        self._number = number
         self._settings = settings
-        self._known: dict[bytes, int] = {}
-        self._known_bytes = 0
+        self._known = KnownSeries(number)
+        self._tape = Tape()
+
+    @property
+    def known(self) -> KnownSeries:
+        """Return the series that requests made known."""
+        return self._known
 
     def decode(self, body: bytes) -> WriteRequest:
-        """Return the samples of a request.
+        """Return the samples of a request; `read` of its unpacked bytes."""
+        return self.read(unpack(body, self._settings.max_unpacked_bytes))
+
+    def read(self, content: bytes) -> WriteRequest:
+        """Return the samples of a request's bytes.
 
         A series whose labels are not usable is left out and named; it costs no other series.
 
         Raises:
-            BodyTooLarge: it would unpack to more than the limit.
-            BadData: it is no snappy block, or no WriteRequest; nothing of it is taken.
+            BodyTooLarge: it holds more than the limits.
+            BadData: it is no WriteRequest; nothing of it is taken.
         """
-        content = unpack(body, self._settings.max_unpacked_bytes)
-        _check_series(content, self._settings.max_request_samples)
+        found = Found(self._settings.max_request_samples)
+        place, odd = self._follow(content, found)
+        rest = content[place:] if place else content
+        check_fields(rest, (_TIMESERIES,), self._settings.max_request_samples, "series", found.n_samples)
         try:
-            chunks = list(WriteRequestMessage.FromString(content).timeseries)
+            chunks = list(WriteRequestMessage.FromString(rest).timeseries)
         except DecodeError as error:
-            raise BadData(_NO_REQUEST) from error
-        found = _Found(self._settings.max_request_samples)
-        for size in (_FULL_BYTES, _ZERO_BYTES):
-            chunks = self._take_known(chunks, size, found)
-        for chunk in chunks:
+            raise BadData(NO_REQUEST) from error
+        n_followed = found.n_samples
+        odd += self._take_known(chunks, rest, n_followed, found)
+        for chunk in odd:
             self._take_one(chunk, found)
-        self._bound_memory()
+        if self._known.bound_memory():
+            self._tape.clear()
         return found.request()
 
     def renumber(self, new_numbers: NDArray[np.int64]) -> None:
         """Follow a renumbering; labels of series that were forgotten or refused are forgotten."""
-        renumbered = {}
-        for labels, number in self._known.items():
-            new = int(new_numbers[number]) if number >= 0 else number
-            if new != REFUSED:
-                renumbered[labels] = new
-        self._known = renumbered
-        self._known_bytes = sum(map(_cost, renumbered))
+        self._known.renumber(new_numbers)
+        self._tape.clear()
 
-    def _take_known(self, chunks: list[bytes], size: int, found: "_Found") -> list[bytes]:
-        """Take series of known labels that end with one sample of `size` bytes; return the others."""
-        if not chunks:
-            return []
-        known = self._known.get
-        numbers = np.array([known(chunk[:-size], _UNKNOWN) for chunk in chunks], dtype=np.int32)
-        is_known = numbers != _UNKNOWN
-        some = chunks if is_known.all() else [chunks[place] for place in np.flatnonzero(is_known).tolist()]
-        is_plain = found.add_tails(b"".join([chunk[-size:] for chunk in some]), size, numbers[is_known])
-        is_known[is_known] = is_plain
-        return [] if is_known.all() else [chunks[place] for place in np.flatnonzero(~is_known).tolist()]
+    def _follow(self, content: bytes, found: "Found") -> tuple[int, list[bytes]]:
+        """Take the series that repeat what is on the tape; return where they end, and those among them
+        that do not.
+        """
+        cells = np.frombuffer(content, dtype=np.uint8)
+        odd: list[bytes] = []
+        missed: list[bytes] = []  # since the last series that did
+        place = n_looks = reached = 0
+        while place < len(content) and n_looks <= _LOOKS_FREE + found.n_samples // _SERIES_PER_LOOK:
+            n_looks += 1
+            chunk, end = _chunk_at(content, place)
+            if not end:
+                break
+            entry = self._entry_of(chunk)
+            if entry >= 0:
+                series, place = self._tape.follow(cells, place, entry)
+                if len(series.ends):
+                    found.add_followed(cells, series, self._known.numbers[series.slots])
+                    odd, missed, reached = odd + missed, [], place
+                    continue
+            missed.append(chunk)
+            place = end
+        return reached, odd
 
-    def _take_one(self, chunk: bytes, found: "_Found") -> None:
+    def _entry_of(self, chunk: bytes) -> int:
+        """Return where a series stands on the tape, -1 where it does not."""
+        for size in (FULL_BYTES, ZERO_BYTES):
+            slot = self._known.slot(chunk[:-size])
+            if slot != UNKNOWN:
+                return self._tape.entry_of(slot)
+        return -1
+
+    def _take_known(
+        self, chunks: list[bytes], content: bytes, n_followed: int, found: "Found"
+    ) -> list[bytes]:
+        """Take series of known labels that end with one sample of a fixed layout; return the others.
+
+        They go on the tape, where that promises to be of use.
+
+        Args:
+            content: the bytes that the chunks are of.
+        """
+        slots = np.full(len(chunks), UNKNOWN, dtype=np.int32)
+        are_full = np.zeros(len(chunks), dtype=np.bool_)
+        left = np.arange(len(chunks))
+        for size in (FULL_BYTES, ZERO_BYTES):
+            if not len(left):
+                break
+            some = chunks if len(left) == len(chunks) else [chunks[place] for place in left.tolist()]
+            its_slots = self._known.slots([chunk[:-size] for chunk in some])
+            is_known = its_slots != UNKNOWN
+            tails = [chunk[-size:] for chunk in some]
+            if not is_known.all():
+                tails = [tails[place] for place in np.flatnonzero(is_known).tolist()]
+            is_known[is_known] = found.add_tails(
+                b"".join(tails), size, self._known.numbers[its_slots[is_known]]
+            )
+            taken = left[is_known]
+            slots[taken], are_full[taken] = its_slots[is_known], size == FULL_BYTES
+            left = left[~is_known]
+        if self._tape.may_record(n_followed, len(chunks)):
+            self._record(chunks, content, slots, are_full)
+        return [chunks[place] for place in left.tolist()]
+
+    def _record(self, chunks: list[bytes], content: bytes, slots: Codes, are_full: Flags) -> None:
+        """Put series on the tape, where the request is nothing but them, one after the other."""
+        sizes = np.fromiter(map(len, chunks), dtype=np.int64, count=len(chunks))
+        ends = np.cumsum(sizes + 2 + (sizes >= 2**7) + (sizes >= 2**14) + (sizes >= 2**21))
+        if ends[-1] == len(content):  # a longer tag or length, or another field, would have taken more
+            self._tape.record(np.frombuffer(content, np.uint8), ends, slots, are_full, slots != UNKNOWN)
+
+    def _take_one(self, chunk: bytes, found: "Found") -> None:
         """Take a series of unknown labels, of several samples, or of an odd layout."""
         if len(chunk) > self._settings.max_series_bytes:
             limit = f"{self._settings.max_series_bytes} bytes (remote_write.max_series_bytes)"
             raise BodyTooLarge(f"a series of the request has {len(chunk)} bytes, at most {limit} are taken")
         end = _end_of_labels(chunk)
-        number = self._known.get(chunk[:end], _UNKNOWN)
-        if number != _UNKNOWN and _take_tails(chunk[end:], number, found):
+        slot = self._known.slot(chunk[:end])
+        number = UNKNOWN if slot == UNKNOWN else int(self._known.numbers[slot])
+        if number != UNKNOWN and _take_tails(chunk[end:], number, found):
             return
         message = _parse(chunk)
-        if number == _UNKNOWN or len(message.labels) != len(_parse(chunk[:end]).labels):
-            number = self._learn(message, chunk[:end], found)
+        is_whole = bool(end) and len(message.labels) == len(_parse(chunk[:end]).labels)
+        if number == UNKNOWN or not is_whole:
+            pairs = [(label.name, label.value) for label in message.labels[: LABELS_MAX + 1]]
+            number = found.learn(self._known, pairs, chunk[:end] if is_whole else b"")
         found.count(len(message.samples))
         for sample in message.samples:
             found.add(number, sample.timestamp, sample.value)
 
-    def _learn(self, message: Any, head: bytes, found: "_Found") -> int:
-        """Return the number of a series by its labels; remember it by their bytes if those are the head."""
-        try:
-            labels = _labels_of(message.labels)
-        except BadData as fault:
-            found.note_fault(str(fault))
-            return INVALID
-        number = self._number(labels)
-        if number == REFUSED:
-            found.n_refused_series += 1
-        elif head and len(_parse(head).labels) == len(message.labels):
-            self._known_bytes += _cost(head) if head not in self._known else 0
-            self._known[head] = number
-        return number
 
-    def _bound_memory(self) -> None:
-        if self._known_bytes <= _KNOWN_BYTES_MAX:
-            return
-        self._known = {labels: number for labels, number in self._known.items() if number >= 0}
-        self._known_bytes = sum(map(_cost, self._known))
-        if self._known_bytes > _KNOWN_BYTES_MAX // 2:
-            self._known, self._known_bytes = {}, 0
-
-
-class _Found:
+class Found:
     """The samples of one request as they are found."""
 
     def __init__(self, n_most: int) -> None:
         self._n_most = n_most
-        self._n_samples = 0
+        self.n_samples = 0
         self.n_refused_series = 0
         self._faults: list[str] = []
         self._n_faults = 0
@@ -211,6 +223,8 @@ class _Found:
         self._times: list[NDArray[np.int64]] = []
         self._values: list[NDArray[np.float64]] = []
         self._parsed: list[tuple[int, int, float]] = []
+        self._tails: list[bytes] = []  # single ones of the fixed layout, and their series
+        self._tail_numbers: list[int] = []
 
     def note_fault(self, text: str) -> None:
         """Note a series that is left out, and why."""
@@ -218,15 +232,46 @@ class _Found:
         if len(self._faults) < _FAULTS_NAMED and text not in self._faults:
             self._faults.append(text)
 
+    def learn(self, known: KnownSeries, pairs: Sequence[tuple[bytes, bytes]], head: bytes) -> int:
+        """Return the number of a series not seen before; one that is not usable is noted."""
+        try:
+            number = known.learn(pairs, head)
+        except BadData as fault:
+            self.note_fault(str(fault))
+            return INVALID
+        self.n_refused_series += number == REFUSED
+        return number
+
     def count(self, n_more: int) -> None:
         """Raise BodyTooLarge where there are more samples than a request may have."""
-        self._n_samples += n_more
-        if self._n_samples > self._n_most:
-            raise BodyTooLarge(_too_many("samples", self._n_most))
+        self.n_samples += n_more
+        if self.n_samples > self._n_most:
+            raise BodyTooLarge(too_many("samples", self._n_most))
 
     def add(self, number: int, time_ms: int, value: float) -> None:
         """Add one parsed sample."""
         self._parsed.append((number, time_ms, value))
+
+    def add_tail(self, tail: bytes, number: int) -> None:
+        """Add one sample, which `is_plain`."""
+        self.count(1)
+        self._tails.append(tail)
+        self._tail_numbers.append(number)
+
+    def add_followed(self, content: Bytes, series: Series, numbers: Codes) -> None:
+        """Add series of a request that repeats an earlier one: their layout is known to be fixed."""
+        self.count(len(numbers))
+        # eight bytes that may begin anywhere; those before a time's six are shifted out
+        words = np.ndarray((max(len(content) - 7, 0),), dtype="<u8", buffer=content, strides=(1,))
+        given = words[series.ends - 8]
+        times = given >> 16 & 0x7F
+        for place in range(1, _TIME_BYTES):
+            times |= (given >> (16 + place)) & (0x7F << (7 * place))
+        values = np.zeros(len(numbers))
+        values[series.are_full] = words[series.ends[series.are_full] - (FULL_BYTES - 3)].view("<f8")
+        self._numbers.append(numbers)
+        self._times.append(times.astype(np.int64))
+        self._values.append(values)
 
     def add_tails(
         self, tails: bytes, size: int, numbers: NDArray[np.int32], *, is_whole: bool = False
@@ -237,7 +282,7 @@ class _Found:
             is_whole: add none of them unless all have it.
         """
         cells = np.frombuffer(tails, dtype=np.uint8).reshape(len(numbers), size)
-        is_full = size == _FULL_BYTES
+        is_full = size == FULL_BYTES
         is_plain: NDArray[np.bool_] = (cells[:, :3] == (_FULL_MARK if is_full else _ZERO_MARK)).all(axis=1)
         if is_full:
             is_plain &= cells[:, _TIME_TAG_PLACE] == 0x10
@@ -256,6 +301,9 @@ class _Found:
 
     def request(self) -> WriteRequest:
         """Return everything in columns."""
+        if self._tails:
+            self.n_samples -= len(self._tails)  # they are counted again
+            self.add_tails(b"".join(self._tails), FULL_BYTES, np.array(self._tail_numbers, dtype=np.int32))
         own, times, values = zip(*self._parsed, strict=True) if self._parsed else ((), (), ())
         numbers = np.concatenate([*self._numbers, np.array(own, dtype=np.int32)])
         samples = Samples(
@@ -272,6 +320,12 @@ class _Found:
             faults=tuple(self._faults),
             n_faults=self._n_faults,
         )
+
+
+def is_plain(tail: bytes) -> bool:
+    """Return whether bytes are one sample of the fixed layout with a value."""
+    is_framed = len(tail) == FULL_BYTES and tail[:3] == b"\x12\x10\x09" and tail[_TIME_TAG_PLACE] == 0x10
+    return is_framed and tail[-1] < 0x80 and min(tail[-_TIME_BYTES:-1]) >= 0x80
 
 
 def _end_of_labels(chunk: bytes) -> int:
@@ -294,11 +348,11 @@ def _end_of_labels(chunk: bytes) -> int:
     return place
 
 
-def _take_tails(tails: bytes, number: int, found: _Found) -> bool:
+def _take_tails(tails: bytes, number: int, found: Found) -> bool:
     """Add the samples of one series and return whether all of them have the fixed layout."""
-    n_samples, rest = divmod(len(tails), _FULL_BYTES)
+    n_samples, rest = divmod(len(tails), FULL_BYTES)
     numbers = np.full(n_samples, number, dtype=np.int32)
-    return not rest and bool(found.add_tails(tails, _FULL_BYTES, numbers, is_whole=True).all())
+    return not rest and bool(found.add_tails(tails, FULL_BYTES, numbers, is_whole=True).all())
 
 
 def _parse(chunk: bytes) -> Any:
@@ -308,80 +362,19 @@ def _parse(chunk: bytes) -> Any:
         raise BadData("a time series of the body is not protobuf") from error
 
 
-def _check_series(content: bytes, n_most: int) -> None:
-    """Count the series of a request without building any, up to the limit.
-
-    A field's first byte is one of two, however long its tag is written: where those are few, there is
-    nothing to count.
-
-    Raises:
-        BodyTooLarge: there are more.
-        BadData: the bytes are no message, or hold a group, which no sender makes.
-    """
-    if content.count(b"\x0a") + content.count(b"\x8a") <= n_most:
-        return
-    place = n_series = 0
-    while place < len(content):
-        tag, place = _varint(content, place)
-        kind = tag & 7
-        n_series += tag >> 3 == _TIMESERIES
-        if n_series > n_most:
-            raise BodyTooLarge(_too_many("series", n_most))
-        if kind == 0:
-            _, place = _varint(content, place)
-        elif kind == _LENGTH:
-            length, place = _varint(content, place)
-            place += length
-        elif kind in _FIXED_BYTES:
-            place += _FIXED_BYTES[kind]
-        else:
-            raise BadData(_NO_REQUEST)
-
-
-def _varint(content: bytes, place: int) -> tuple[int, int]:
-    """Return the number that begins there, and where it ends."""
-    number = 0
-    for n_before, byte in enumerate(content[place : place + 10]):
-        number |= (byte & 0x7F) << (7 * n_before)
+def _chunk_at(content: bytes, place: int) -> tuple[bytes, int]:
+    """Return the series that begins there and where it ends; 0 where none is laid out as senders do."""
+    if content[place] != _SERIES_TAG:
+        return b"", 0
+    length = shift = 0
+    for byte in content[place + 1 : place + 4]:
+        place += 1
+        length |= (byte & 0x7F) << shift
+        shift += 7
         if byte < 0x80:
-            return number, place + n_before + 1
-    raise BadData(_NO_REQUEST)
-
-
-def _too_many(what: str, n_most: int) -> str:
-    return f"over {n_most} {what} in one request (remote_write.max_request_samples)"
-
-
-def _labels_of(found: Sequence[Any]) -> dict[str, str]:
-    """Return the labels of a series.
-
-    Raises:
-        BadData: a label is there twice, has no name, or is not UTF-8, or they are too many; says which one.
-    """
-    pairs = [(label.name, label.value) for label in found[:LABELS_MAX]]
-    labels = {_shown(name): _shown(value) for name, value in pairs}
-    own = ", ".join(f"{name}={labels[name]!r}" for name in ("instance", "job") if name in labels)
-    series = f"{labels.get('__name__', '')}{{{own}}}"
-    if len(found) > LABELS_MAX:
-        raise BadData(f"{series} has over {LABELS_MAX} labels")
-    if sum(len(name) + len(value) for name, value in pairs) > LABELS_BYTES_MAX:
-        raise BadData(f"{series} has over {LABELS_BYTES_MAX} bytes of labels")
-    seen = set()
-    for name, value in pairs:
-        if not name:
-            raise BadData(f"{series} has a label without a name")
-        if name in seen:
-            raise BadData(f"{series} has the label {_shown(name)!r} twice")
-        seen.add(name)
-        try:
-            name.decode(), value.decode()
-        except UnicodeDecodeError:
-            raise BadData(f"{series} has the label {_shown(name)!r}, which is not UTF-8") from None
-    return {name.decode(): value.decode() for name, value in pairs}
-
-
-def _shown(text: bytes) -> str:
-    return text[:_NAME_MAX_CHARS].decode("utf-8", "replace")
+            end = place + 1 + length
+            return (content[place + 1 : end], end) if end <= len(content) else (b"", 0)
+    return b"", 0
 
 
 def _varint_times(cells: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -391,35 +384,3 @@ def _varint_times(cells: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[
     for place in range(_TIME_BYTES):
         times |= (cells[:, place] & 0x7F).astype(np.int64) << (7 * place)
     return times, is_time
-
-
-def unpack(body: bytes, max_bytes: int) -> bytes:
-    """Return the content of a snappy block.
-
-    Raises:
-        BodyTooLarge: the block says that its content is larger than `max_bytes`.
-        BadData: it is no snappy block.
-    """
-    size = _stated_size(body)
-    if size > max_bytes:
-        limit = f"{max_bytes} (remote_write.max_unpacked_bytes)"
-        raise BodyTooLarge(f"the body unpacks to {size} bytes, at most {limit} are taken")
-    if size > len(body) * _EXPANSION_MAX:
-        raise BadData("the body is not a snappy block: it states an impossible size")
-    try:
-        return bytes(pa.decompress(body, decompressed_size=size, codec="snappy", asbytes=True))
-    except (pa.ArrowException, OSError) as error:
-        raise BadData("the body is not a snappy block") from error
-
-
-def _stated_size(body: bytes) -> int:
-    size = 0
-    for place, byte in enumerate(body[:5]):
-        size |= (byte & 0x7F) << (7 * place)
-        if byte < 0x80:
-            return size
-    raise BadData("the body is not a snappy block: its size is missing")
-
-
-def _cost(labels: bytes) -> int:
-    return len(labels) + _LABELS_EXTRA_BYTES

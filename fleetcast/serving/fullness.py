@@ -59,13 +59,13 @@ class Fullness:
         self._buffer = buffer
         self._days: dict[int, _Day] = {}  # by days since 1970; replaced, never changed
         self._reading: Iterator[None] | None = None
-        self._newest_day = -1  # when everything was read last
+        self._newest_day = self._begun_day = -1  # when everything was read last, and begun to be read
         self._lock = threading.Lock()
         self._ratios: tuple[tuple[str, int, int], dates.Ratios] | None = None
 
     def clear(self) -> None:
         """Forget every day, to read them again; on the thread of `step`."""
-        self._days, self._reading, self._newest_day = {}, None, -1
+        self._days, self._reading, self._newest_day, self._begun_day = {}, None, -1, -1
 
     def step(self) -> None:
         """Read one piece of the newest day that is not known yet; do nothing where all are."""
@@ -73,6 +73,7 @@ class Fullness:
             newest = self._last_whole_day()
             if newest == self._newest_day:
                 return
+            self._pass_over_days_without_records(newest)
             wanted = [day for day in range(newest, newest - DAYS, -1) if day not in self._days]
             if not wanted:
                 self._newest_day = newest
@@ -129,6 +130,17 @@ class Fullness:
         names = (name for name in self._fleet.roster.metric_names() if is_percent(name))
         others = sorted(name for name in names if not name.startswith("cpu") and name != FIRST_METRIC)
         return (FIRST_METRIC, *others[: _MOST_METRICS - 1])
+
+    def _pass_over_days_without_records(self, newest: int) -> None:
+        """Count the days before the oldest record as read, once a round: each read decodes the whole log."""
+        if newest == self._begun_day:
+            return
+        self._begun_day = newest
+        oldest = self._buffer.oldest_record_time()
+        first = newest + 1 if oldest is None else to_ms(oldest) // DAY_MS
+        nothing = _Day((), (), np.empty((0, 0), np.float32))
+        absent = range(newest - DAYS + 1, min(first, newest + 1))
+        self._days = dict.fromkeys((day for day in absent if day not in self._days), nothing) | self._days
 
     def _read(self, day: int) -> Iterator[None]:
         """Read a day piece by piece; one that cannot be read counts as empty, and is noted once."""

@@ -22,6 +22,7 @@ from fleetcast.schema import ClosedBin, Codes, Floats, Floats32, HistoryWindow, 
 from fleetcast.settings import BinSettings, ForecastSettings
 
 _REFRESH_BINS = 288  # bins read again per call: a bound on how long one call takes
+_CLOSE_ROWS = 2**18  # of bins that close together: bounds their arrays
 _UNSEEN = int(np.iinfo(np.int64).min)
 _SPARE_BINS = 96  # three moves a day at 5 minutes; more would cost more memory than time
 _FIRST_ROWS = 32
@@ -144,19 +145,40 @@ class BinHistory:
 
     def close(self, bin_ms: int) -> ClosedBin:
         """Take one due bin; due bins are taken oldest first, and only once."""
+        return self.close_first([bin_ms])[0]
+
+    def close_first(self, due: Sequence[int]) -> list[ClosedBin]:
+        """Take the first of the due bins together, as many as do not hold too many rows; at least one."""
         with self._lock:
-            assert bin_ms == min(self._open), "bins are taken oldest first"
-            parts = self._open.pop(bin_ms)
-            self._taken_ms = bin_ms
-            names = list(self._rows)
+            taken, parts, names = self._take_first(due)
         rows, times, values = (np.concatenate(column) for column in zip(*parts, strict=True))
         codes, starts, means = bin_means(rows, times, values, self.bin_ms)
         with self._grid_lock:
-            self._grid.advance(bin_ms)
+            self._grid.advance(taken[-1])
             self._grid.put(codes, starts, means)
         self._note_seen(codes, starts)
         self._forget_the_long_gone()
-        return ClosedBin(bin_ms, tuple(names[code] for code in codes), self.metrics, means.astype(np.float32))
+        by_bin = np.argsort(starts, kind="stable")
+        ends = np.searchsorted(starts[by_bin], taken, side="right").tolist()
+        closed = []
+        for bin_ms, first, end in zip(taken, [0, *ends], ends, strict=False):
+            cells = by_bin[first:end]
+            servers = tuple([names[code] for code in codes[cells].tolist()])
+            closed.append(ClosedBin(bin_ms, servers, self.metrics, means[cells].astype(np.float32)))
+        return closed
+
+    def _take_first(self, due: Sequence[int]) -> tuple[list[int], list[_Rows], list[str]]:
+        """Return bins that are open no more, their rows, and all names; caller holds the lock."""
+        parts: list[_Rows] = []
+        taken: list[int] = []
+        for bin_ms in due:
+            if taken and sum(len(part[0]) for part in (*parts, *self._open[bin_ms])) > _CLOSE_ROWS:
+                break
+            assert bin_ms == min(self._open), "bins are taken oldest first"
+            parts += self._open.pop(bin_ms)
+            taken.append(bin_ms)
+        self._taken_ms = taken[-1]
+        return taken, parts, list(self._rows)
 
     def parts(self, end_bin_ms: int, n_servers: int) -> Iterator[HistoryWindow]:
         """Yield the fleet's means up to the newest closed bin, at most `n_servers` at a time.

@@ -207,7 +207,7 @@ class Intake:
 
         Args:
             wall_clock: bounds the times of records, also while the fleet's clock stands at the data.
-            wake: called when records made a bin due.
+            wake: called when records made a bin due that a forecast is made from.
         """
         self._buffer = buffer
         self._fleet = fleet
@@ -256,7 +256,8 @@ class Intake:
         if len(batch):
             self.writes.write(lambda: self._buffer.append_batch(batch))
             self._fleet.add(batch)
-            if self._fleet.due_bins():
+            due = self._fleet.due_bins()
+            if due and self._fleet.is_of_use(due[-1]):  # history from long ago waits for the next tick
                 self._wake()
         rejections = sorted((*accepted.rejections, *refused), key=lambda rejection: rejection.index)
         n_ignored = [accepted.ignored_text_fields] + [0] * (len(parts) - 1)

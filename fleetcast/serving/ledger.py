@@ -116,6 +116,11 @@ class Ledger:
         self._note_opened(origin, counts)
         return sum(counts.values())
 
+    def pass_over(self, origin_ms: int) -> None:
+        """Note that an origin is worked off without a forecast; the next write of the account says so."""
+        if self.newest_origin_ms is None or origin_ms > self.newest_origin_ms:
+            self.newest_origin_ms = origin_ms
+
     def settle(self, closed: ClosedBin) -> "Settlement":
         """Return the forecasts for a closed bin that have an actual; changes nothing.
 
@@ -133,7 +138,7 @@ class Ledger:
                 continue
             found.append(match_actuals(kept, closed))
             left[origin] = kept.count_by_target().get(closed.bin_ms, 0) - len(found[-1])
-        return Settlement(closed.bin_ms, _concatenate(found), left)
+        return Settlement(closed.bin_ms, _concatenate(found) if found else _NO_ROWS, left)
 
     def mark_settled(self, done: "Settlement", before_ms: int) -> None:
         """Note durably that a bin's rows are stored; what still waits for bins before `before_ms` expires.
@@ -481,3 +486,6 @@ def _concatenate(parts: list[SettledForecasts]) -> SettledForecasts:
         for column in fields(SettledForecasts)
     )
     return SettledForecasts(*columns)
+
+
+_NO_ROWS = _concatenate([])  # of most bins of a history that is brought in

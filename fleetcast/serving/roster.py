@@ -193,3 +193,11 @@ class Fleet:
     def due_bins(self) -> list[int]:
         """Return the starts of the bins that wait for their sweep, oldest first."""
         return self.history.due(self.clock.now())
+
+    def is_of_use(self, bin_ms: int) -> bool:
+        """Return whether a forecast from this bin speaks of a time that is yet to come.
+
+        Recorded time is lived through bin by bin: there each one does.
+        """
+        end_ms = bin_ms + (1 + self.settings.horizon_bins) * self.history.bin_ms
+        return self.is_data_clock or end_ms > to_ms(self.clock.now())

@@ -11,7 +11,8 @@ Rows that come soon after their bin has closed correct what was settled: the bin
 rows of the same key replace the first ones. The expert layer keeps what it learned.
 
 With the data clock every closed bin gets a forecast, oldest first; with the system clock a
-sweep that overran takes the newest closed bin and counts the others as skipped.
+sweep that overran takes the newest closed bin and counts the others as skipped. So does one whose bins
+are so old that nothing a forecast from them says is yet to come (history that is brought in): it makes none.
 """
 
 import logging
@@ -43,6 +44,7 @@ from fleetcast.storage.store import DataBuffer
 
 logger = logging.getLogger(__name__)
 
+_TOGETHER = 96  # bins closed at once where no forecast comes between them; a stop waits for them
 CHUNK_SERVERS = 256  # one chunk keeps a core busy for well under a second
 _MODEL_WAIT_S = 120.0  # data clock: recorded hours must not run past a model that is still loading
 _MODEL_WAIT_STEP_S = 0.25  # between two looks at whether to stop
@@ -181,13 +183,24 @@ class Sweeper:
         every_bin = self._fleet.is_data_clock
         if every_bin:
             self._wait_for_model(should_stop)
-        for bin_ms in due:
-            if should_stop():
-                return
-            self._unwritten.append(self._history.close(bin_ms))
+        n_closed = 0
+        while n_closed < len(due) and not should_stop():
+            closed = self._history.close_first(due[n_closed : n_closed + (1 if every_bin else _TOGETHER)])
+            n_closed += len(closed)
+            self._unwritten.extend(closed)
             self._write_what_waits()
-            if every_bin or bin_ms == due[-1]:
-                self._forecast(bin_ms, n_skipped=0 if every_bin else len(due) - 1)
+            if every_bin or n_closed == len(due):
+                self._end_round(closed[-1].bin_ms, 0 if every_bin else len(due) - 1)
+
+    def _end_round(self, bin_ms: int, n_others: int) -> None:
+        """Forecast from the newest closed bin, where that is of use; the others count as skipped."""
+        if self._fleet.is_of_use(bin_ms):
+            self._forecast(bin_ms, n_others)
+            return
+        self._ledger.pass_over(bin_ms)
+        n_skipped = 1 + n_others
+        self.counts = replace(self.counts, bins_skipped=self.counts.bins_skipped + n_skipped)
+        self._telemetry.count_skipped(n_skipped)
 
     def _wait_for_model(self, should_stop: Callable[[], bool]) -> None:
         deadline = monotonic() + _MODEL_WAIT_S

@@ -268,7 +268,11 @@ class Telemetry:
         self._sweep.observe(seconds)
         self._series.labels("model").inc(n_model)
         self._series.labels("fallback").inc(n_fallback)
-        self._skipped.inc(n_skipped)
+        self.count_skipped(n_skipped)
+
+    def count_skipped(self, n_bins: int) -> None:
+        """Note closed bins that got no sweep of their own."""
+        self._skipped.inc(n_bins)
 
     def count_outcomes(self, n_settled: int, n_expired: int) -> None:
         """Note what became of forecasts that were due."""

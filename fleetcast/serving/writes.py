@@ -25,8 +25,10 @@ from fleetcast.clock import monotonic
 from fleetcast.errors import SettingsError, StorageBroken, StorageFull
 from fleetcast.ingest.columns import CodedNames, Column, RowsOf
 from fleetcast.ingest.rules import RecordRules
+from fleetcast.prometheus.protobuf import unpack
 from fleetcast.prometheus.rules import parse_rules
 from fleetcast.prometheus.series import REFUSED, ExporterSeries, LivingSeries, Samples
+from fleetcast.prometheus.symbols import SymbolDecoder
 from fleetcast.prometheus.window import Batch, Fates, ScrapeWindow, WholeScrapes
 from fleetcast.prometheus.wire import WriteDecoder, WriteRequest
 from fleetcast.schema import NODE_EXPORTER_RULES, Longs
@@ -60,6 +62,7 @@ class WriteReceipt:
     faults: Mapping[str, int]  # refused records, by rule
     n_fields_refused: int
     problems: Sequence[str]  # what the sender should know; the intake took the rest
+    n_accepted: int  # samples of this request that were not refused; those that no rule wants are not
 
 
 class WriteIntake:
@@ -86,6 +89,7 @@ class WriteIntake:
         self._lock = threading.Lock()
         self._mapping = ExporterMapping(settings)
         self._decoder = WriteDecoder(self._mapping.number, settings)
+        self._symbols = SymbolDecoder(self._decoder.known, settings)
         self._unstored: list[RowsOf] = []
 
     @property
@@ -93,16 +97,19 @@ class WriteIntake:
         """Return how many series the mapping remembers."""
         return self._mapping.n_series
 
-    def take(self, body: bytes) -> WriteReceipt:
+    def take(self, body: bytes, *, has_symbols: bool = False) -> WriteReceipt:
         """Make durable the records that a request completes.
 
+        Args:
+            has_symbols: it is of remote-write 2.0.
         Raises:
             BadData: it is no remote-write request; nothing of it was taken.
             StorageFull, StorageBroken: the records wait for the next request.
         """
+        content = unpack(body, self.max_unpacked_bytes)
         with self._lock:
             arrival_s = self._wall_s()
-            request = self._decoder.decode(body)
+            request = (self._symbols if has_symbols else self._decoder).read(content)
             rules = self._rules()
             derived = self._mapping.derive(request.samples, rules, arrival_s)
             self._forget_silent(arrival_s)
@@ -125,12 +132,14 @@ class WriteIntake:
             faults,
             sum(one.n_records for receipt in receipts for one in receipt.refused_fields),
             [*self._problems(request, derived, rules), *_refusals(receipts, faults.total())],
+            len(request.samples) + request.n_ignored - derived.n_out_of_bounds - derived.n_out_of_order,
         )
 
     def _forget_silent(self, arrival_s: float) -> None:
         new_numbers = self._mapping.forget_silent(arrival_s)
         if new_numbers is not None:
             self._decoder.renumber(new_numbers)
+            self._symbols.clear()
 
     def _keep_unstored(self, rows: list[RowsOf]) -> None:
         with self._lock:
@@ -222,7 +231,7 @@ class ExporterMapping:
         within = times >= max(rules.oldest_ms or 0, 0)
         if rules.newest_ms is not None:
             within &= times <= rules.newest_ms
-        usable = samples.where(np.flatnonzero(within))
+        usable = samples if within.all() else samples.where(np.flatnonzero(within))
         if len(usable) > _PIECE_SAMPLES:  # the oldest scrapes first, each of them as whole as it came
             usable = usable.where(np.argsort(usable.timestamps_ms, kind="stable"))
         whole: list[WholeScrapes] = []
@@ -284,8 +293,11 @@ class ExporterMapping:
         counts.repeated += n_twice
         if not len(samples):
             return []
-        rates = np.full(len(samples), np.nan)
-        rates[is_fresh] = self._living.rates(samples.where(is_fresh))
+        if is_fresh.all():
+            rates = self._living.rates(samples)
+        else:
+            rates = np.full(len(samples), np.nan)
+            rates[is_fresh] = self._living.rates(samples.where(is_fresh))
         self._living.note(samples, is_fresh, arrival_s)
         self._living.end_silent(arrival_s)
         self._fates.n_taken += int(np.count_nonzero(samples.are_stale_marks))
@@ -300,9 +312,8 @@ class ExporterMapping:
         targets = np.concatenate([np.empty(0, np.int64), *(part.targets for part in whole)])
         times = np.concatenate([np.empty(0, np.int64), *(part.timestamps_ms for part in whole)])
         values = np.concatenate([np.empty((0, len(self._rules))), *(part.values for part in whole)])
-        for number, rule in enumerate(self._rules):
-            is_out = np.logical_not(rules.in_range(rule.metric, values[:, number]))
-            values[is_out, number] = np.nan
+        low, high = np.array([rules.bounds(rule.metric) for rule in self._rules]).T
+        values[(values < low) | (values > high)] = np.nan
         is_told = ~np.isnan(values)
         some = is_told.any(axis=1)
         used, codes = np.unique(self._series.servers_of(targets[some]), return_inverse=True)
@@ -324,6 +335,8 @@ _UNFINISHED = (
 
 def _each_once(samples: Samples) -> tuple[Samples, int]:
     """Return the samples sorted by series and time, the first of each, and how many were repetitions."""
+    if (samples.series[1:] > samples.series[:-1]).all():
+        return samples, 0
     samples = samples.where(np.lexsort((samples.timestamps_ms, samples.series)))
     series, times = samples.series, samples.timestamps_ms
     is_other = np.ones(len(samples), dtype=np.bool_)
