@@ -204,7 +204,7 @@ def _send(port: int, requests: list[bytes], n_clients: int, seconds: float) -> l
             while time.monotonic() < deadline:
                 started = time.monotonic()
                 wire.sendall(requests[place % len(requests)])
-                _read_answer(wire)
+                read_answer(wire)
                 latencies.append(time.monotonic() - started)
                 place += n_clients
 
@@ -216,7 +216,8 @@ def _send(port: int, requests: list[bytes], n_clients: int, seconds: float) -> l
     return latencies
 
 
-def _read_answer(wire: socket.socket) -> None:
+def read_answer(wire: socket.socket) -> None:
+    """Read one answer of success to its end."""
     answer = b""
     while b"\r\n\r\n" not in answer:
         answer += wire.recv(65536)

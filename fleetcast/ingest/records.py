@@ -213,7 +213,7 @@ class _Sheet:
                 metrics[name], is_number = numbers(column, kinds)
                 is_good &= is_number & self._rules.in_range(name, metrics[name])
         metrics = _without_aliases({name: metrics[name] for name in columns if name in metrics})
-        metrics = {name: values for name, values in metrics.items() if not np.isnan(values).all()}
+        metrics = {name: values for name, values in metrics.items() if not _is_absent(values)}
         self._leave_out_fresh(metrics, is_good)
         self._ignored += int(n_ignored[is_good].sum())
         if is_good.all() and len(rows) == len(self._is_kept):  # all of the call, which is the usual case
@@ -291,6 +291,11 @@ def _has_bare_row(batch: RecordBatch) -> bool:
     for values in batch.metrics.values():
         is_bare &= np.isnan(values)
     return bool(is_bare.any())
+
+
+def _is_absent(values: Floats) -> bool:
+    """Whether there is no value in a column; the first cell alone tells it of most."""
+    return not len(values) or bool(np.isnan(values[0]) and np.isnan(values).all())
 
 
 def _index_of(rejection: Rejection) -> int:

@@ -212,14 +212,7 @@ class RecordRules:
         """
         if not isinstance(text, str) or len(text) > _SENT_NAME_MAX_CHARS:
             return None
-        name = text.strip()
-        if not name.isascii():
-            name = unicodedata.normalize("NFC", name)
-        if self.is_domain_cut:
-            name = _without_domain(name)
-        if self.is_lower_case:
-            name = name.lower()
-        return name if is_server_name(name) else None
+        return _server_name(text, self.is_domain_cut, self.is_lower_case)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +263,18 @@ def check_record(record: object, rules: RecordRules) -> CheckedRecord:
             values.setdefault(name, values[alias])
             del values[alias]
     return CheckedRecord(timestamp_ms, server_name, values, ignored)
+
+
+@lru_cache(maxsize=2**14)  # a fleet sends the same names for ever
+def _server_name(text: str, is_domain_cut: bool, is_lower_case: bool) -> str | None:
+    name = text.strip()
+    if not name.isascii():
+        name = unicodedata.normalize("NFC", name)
+    if is_domain_cut:
+        name = _without_domain(name)
+    if is_lower_case:
+        name = name.lower()
+    return name if is_server_name(name) else None
 
 
 def is_metric_name(name: object) -> bool:

@@ -25,7 +25,7 @@ _REFRESH_BINS = 288  # bins read again per call: a bound on how long one call ta
 _CLOSE_ROWS = 2**18  # of bins that close together: bounds their arrays
 _UNSEEN = int(np.iinfo(np.int64).min)
 _SPARE_BINS = 96  # three moves a day at 5 minutes; more would cost more memory than time
-_FIRST_ROWS = 32
+_FIRST_ROWS, _FEW_ROWS = 32, 256
 _BLOCK_ROWS = 256  # moved at once: a copy of everything would double the memory
 
 ReadRecords = Callable[[int, int], Iterable[RecordBatch]]  # (start_ms, end_ms), half open
@@ -120,7 +120,9 @@ class BinHistory:
         with self._lock:
             rows = self._rows_of(batch)
             np.maximum.at(self._newest_ms, rows, batch.timestamps_ms)
-            for start in np.unique(starts).tolist():
+            for start in (
+                sorted(set(starts.tolist())) if len(starts) < _FEW_ROWS else np.unique(starts).tolist()
+            ):
                 of_bin = starts == start
                 if self._taken_ms is not None and start <= self._taken_ms:
                     self.late_rows += int(np.count_nonzero(of_bin))

@@ -94,16 +94,22 @@ class Roster:
         """Take durable records in; a record older than its server's newest changes nothing."""
         if not len(batch):
             return
-        order = np.argsort(batch.timestamps_ms, kind="stable")
-        times = batch.timestamps_ms[order]
+        times = batch.timestamps_ms
+        cells = np.array(list(batch.metrics.values())).reshape(-1, len(batch)).T  # (record, metric)
+        order = None
+        if (times[1:] < times[:-1]).any():
+            order = np.argsort(times, kind="stable")
+            times, cells = times[order], cells[order]
         with self._lock:
-            rows = self._rows_of(batch)[order]
-            is_news = times >= self._last_seen_ms[rows]
-            for metric, column in batch.metrics.items():
-                cells = column[order]
-                is_sent = is_news & ~np.isnan(cells)
-                if is_sent.any():  # numpy assigns in order: of repeated rows the newest stays
-                    self._values[rows[is_sent], self._columns[metric]] = cells[is_sent]
+            rows = self._rows_of(batch) if order is None else self._rows_of(batch)[order]
+            columns = np.array([self._columns[metric] for metric in batch.metrics], dtype=np.int64)
+            is_sent = ~np.isnan(cells)
+            is_sent &= (times >= self._last_seen_ms[rows])[:, None]
+            if is_sent.all():  # numpy assigns in order: of repeated rows the newest stays
+                self._values[rows[:, None], columns] = cells
+            else:
+                record, metric = np.nonzero(is_sent)
+                self._values[rows[record], columns[metric]] = cells[record, metric]
             np.maximum.at(self._last_seen_ms, rows, times)
             self._changes += 1
 

@@ -7,8 +7,10 @@ a bin of five minutes holds millions of different records: bodies are sent faste
 import json
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from fleetcast.clock import from_ms
@@ -73,16 +75,87 @@ def write_bodies(first_ms: int, n_bodies: int, n_samples: int) -> Iterator[bytes
         yield bytes(pa.compress(content, codec="snappy", asbytes=True))
 
 
+def small_bodies(form: str, first_ms: int, n_bodies: int, n_records: int) -> Iterator[bytes]:
+    """Yield the same rows, a millisecond apart, as `json`, `lines` (line protocol) or `write` requests."""
+    rng = np.random.default_rng(1)
+    encode = {"json": _json_of, "lines": _lines_of, "write": _write_of}[form]
+    for number in range(n_bodies):
+        values = rng.uniform(0, 100, (n_records, len(METRICS))).round(2).tolist()
+        yield encode(first_ms + number, values)
+
+
+def _json_of(at_ms: int, rows: list[list[float]]) -> bytes:
+    stamp = from_ms(at_ms).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    records = [
+        {"timestamp": stamp, "server_name": f"web-{place:03d}", **dict(zip(METRICS, row, strict=True))}
+        for place, row in enumerate(rows)
+    ]
+    return json.dumps({"records": records}, separators=(",", ":")).encode()
+
+
+def _lines_of(at_ms: int, rows: list[list[float]]) -> bytes:
+    lines = []
+    for place, row in enumerate(rows):
+        fields = ",".join(f"{metric}={value}" for metric, value in zip(METRICS, row, strict=True))
+        lines.append(f"fleet,server_name=web-{place:03d} {fields} {at_ms}000000")
+    return "\n".join(lines).encode()
+
+
+def _write_of(at_ms: int, rows: list[list[float]]) -> bytes:
+    content = [
+        _field(1, _head(f"fleet_{metric}", f"web-{place:03d}") + _sample(value, at_ms))
+        for place, row in enumerate(rows)
+        for metric, value in zip(METRICS, row, strict=True)
+    ]
+    return bytes(pa.compress(b"".join(content), codec="snappy", asbytes=True))
+
+
+class Recorded:
+    """A recorded fleet as an exporter's gauges, its last days moved to end at a given time."""
+
+    def __init__(self, path: Path, days: float, end_ms: int) -> None:
+        frame = pd.read_parquet(path).drop(columns="anomaly_label", errors="ignore")
+        times = frame["timestamp"].dt.as_unit("ms").astype("int64")
+        frame["at_ms"] = times + end_ms // 60_000 * 60_000 - times.max()
+        recent = frame[frame["at_ms"] > end_ms - days * 86_400_000]
+        self._frame = recent.sort_values(["at_ms", "server_name"])
+        self._metrics = [name for name in frame.columns if name not in ("timestamp", "server_name", "at_ms")]
+
+    def rules(self) -> list[str]:
+        """Return the mapping rules that make each gauge a metric."""
+        return [f"{name} = max(recorded_{name})" for name in self._metrics]
+
+    def write_bodies(self, n_samples: int) -> Iterator[bytes]:
+        """Yield remote-write requests of so many samples, oldest first; the last few are left out."""
+        heads: dict[tuple[str, str], bytes] = {}
+        content: list[bytes] = []
+        columns = (self._frame[name].tolist() for name in ("at_ms", "server_name", *self._metrics))
+        for at_ms, server, *values in zip(*columns, strict=True):
+            for name, value in zip(self._metrics, values, strict=True):
+                if value != value:  # absent
+                    continue
+                key = name, server
+                head = heads.get(key) or heads.setdefault(key, _head(f"recorded_{name}", server))
+                content.append(_field(1, head + _sample(value, at_ms)))
+                if len(content) == n_samples:
+                    yield bytes(pa.compress(b"".join(content), codec="snappy", asbytes=True))
+                    content = []
+
+
 def samples_per_record() -> int:
     """Return how many samples of a scrape make one record."""
     return len(list(_heads("web-000:9100")))
 
 
+def _head(name: str, instance: str, **more: str) -> bytes:
+    labels = {"__name__": name, "instance": instance, "job": "node", **more}
+    pairs = (_field(1, key.encode()) + _field(2, labels[key].encode()) for key in sorted(labels))
+    return b"".join(_field(1, pair) for pair in pairs)
+
+
 def _heads(instance: str) -> Iterator[bytes]:
     def head(name: str, **more: str) -> bytes:
-        labels = {"__name__": name, "instance": instance, "job": "node", **more}
-        pairs = (_field(1, key.encode()) + _field(2, labels[key].encode()) for key in sorted(labels))
-        return b"".join(_field(1, pair) for pair in pairs)
+        return _head(name, instance, **more)
 
     for cpu in range(CPUS):
         yield head("node_cpu_seconds_total", cpu=str(cpu), mode="idle")
@@ -106,4 +179,5 @@ def _field(number: int, content: bytes) -> bytes:
 
 def _sample(value: float, time_ms: int) -> bytes:
     time = bytes([*(time_ms >> shift & 0x7F | 0x80 for shift in range(0, 35, 7)), time_ms >> 35])
-    return _field(2, b"\x09" + struct.pack("<d", value) + b"\x10" + time)
+    number = b"\x09" + struct.pack("<d", value) if value else b""  # proto3 leaves a zero out
+    return _field(2, number + b"\x10" + time)

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from fleetcast.api.bodies import Refusal, read_records
@@ -26,6 +25,8 @@ from fleetcast.ingest.arrow import read_columns
 from fleetcast.ingest.columns import RowsOf
 from fleetcast.ingest.json_records import JsonRecords
 from fleetcast.ingest.records import Accepted, RecordRules, accept
+from fleetcast.prometheus.protobuf import message_classes
+from fleetcast.prometheus.symbols import SymbolDecoder
 from fleetcast.prometheus.wire import WriteDecoder
 from fleetcast.schema import RecordBatch
 from fleetcast.serving.intake import Receipt
@@ -198,8 +199,10 @@ class WriteTarget:
 
     def __init__(self) -> None:
         self._parse = _full_request_class()
+        long = tuple(range(-3, 17))  # so many series are compared with earlier requests, not looked up
         self._seed_contents = [
-            self._request(values) for values in ((1.0, 2.0), (0.0, 3.5), (float("nan"), 0.0))
+            self._request(values)
+            for values in ((1.0, 2.0), (0.0, 3.5), (float("nan"), 0.0), long, long[::-1])
         ]
         self.seeds = self._seed_contents + [_packed(content) for content in self._seed_contents]
         self._begin()
@@ -262,7 +265,7 @@ class WriteTarget:
                 found.append((number, sample.timestamp, bits))
         return sorted(found)
 
-    def _request(self, values: tuple[float, float]) -> bytes:
+    def _request(self, values: Sequence[float]) -> bytes:
         request = self._parse()
         for number, value in enumerate(values):
             series = request.timeseries.add()
@@ -270,6 +273,84 @@ class WriteTarget:
                 series.labels.add(name=name.encode(), value=text.encode())
             series.samples.add(value=value, timestamp=NOW)
         return bytes(request.SerializeToString())
+
+
+class SymbolTarget:
+    """Remote-write 2.0: the decoder that keeps tables of symbols against the library, which keeps nothing."""
+
+    def __init__(self) -> None:
+        self._parse = _full_request_class(has_symbols=True)
+        self.seeds = [
+            self._request(values, order)
+            for values in ((1.0, 2.0), (0.0, 3.5), tuple(range(-3, 9)))
+            for order in (1, -1)
+        ]
+        self._begin()
+
+    def _begin(self) -> None:
+        self._numbers: dict[tuple[tuple[str, str], ...], int] = {}
+        settings = RemoteWriteSettings(max_unpacked_bytes=2**20)
+        self._decoder = SymbolDecoder(WriteDecoder(self._number, settings).known, settings)
+
+    def hit(self, body: bytes) -> bool:
+        """Read the bytes of a request, and compare."""
+        if len(self._numbers) > SERIES_KEPT:
+            self._begin()
+        try:
+            samples = self._decoder.read(body).samples
+        except BadData:
+            samples = None
+        want = self._reference(body)
+        assert (samples is None) == (want is None), "one reading took it, the other did not"
+        if samples is None:
+            return False
+        bits = samples.values.view(np.int64).tolist()
+        got = sorted(zip(samples.series.tolist(), samples.timestamps_ms.tolist(), bits, strict=True))
+        assert got == want, "read something else than the library does"
+        return True
+
+    def _number(self, labels: Mapping[str, str]) -> int:
+        return self._numbers.setdefault(tuple(sorted(labels.items())), len(self._numbers))
+
+    def _reference(self, content: bytes) -> list[tuple[int, int, int]] | None:
+        try:
+            request = self._parse.FromString(content)
+        except DecodeError:
+            return None
+        if content and not request.symbols:
+            return None
+        found = []
+        for series in request.timeseries:
+            labels = _labels_by(series.labels_refs, request.symbols)
+            if labels is not None:
+                number = self._number(labels)
+                for sample in series.samples:
+                    (bits,) = struct.unpack("<q", struct.pack("<d", sample.value))
+                    found.append((number, sample.timestamp, bits))
+        return sorted(found)
+
+    def _request(self, values: Sequence[float], order: int) -> bytes:
+        request = self._parse()
+        texts = [b"__name__", b"instance", b"web-01:9100", *(b"node_load%d" % n for n in range(len(values)))]
+        request.symbols.extend([b"", *texts[::order]])
+        places = {text: place for place, text in enumerate(request.symbols)}
+        for number, value in enumerate(values):
+            own = (b"__name__", b"node_load%d" % number, b"instance", b"web-01:9100")
+            series = request.timeseries.add(labels_refs=[places[text] for text in own])
+            series.samples.add(value=value, timestamp=NOW)
+        return bytes(request.SerializeToString())
+
+
+def _labels_by(refs: Sequence[int], symbols: Sequence[bytes]) -> dict[str, str] | None:
+    """Return the labels of a series; None where they are not usable."""
+    if len(refs) % 2 or any(ref >= len(symbols) for ref in refs):
+        return None
+    texts = [symbols[ref] for ref in refs]
+    try:
+        labels = {name.decode(): value.decode() for name, value in zip(texts[::2], texts[1::2], strict=True)}
+    except UnicodeDecodeError:
+        return None
+    return labels if 2 * len(labels) == len(refs) and "" not in labels else None
 
 
 def _plain(accepted: Accepted) -> tuple[list[int], int, list[Any]]:
@@ -309,30 +390,24 @@ def _labels_of(series: Any) -> dict[str, str] | None:
     return labels if len(labels) == len(series.labels) and "" not in labels else None
 
 
-def _full_request_class() -> Any:
-    """Return the WriteRequest message with everything parsed, unlike the one the daemon uses."""
-    kinds = descriptor_pb2.FieldDescriptorProto
-    text, double, long, message = kinds.TYPE_BYTES, kinds.TYPE_DOUBLE, kinds.TYPE_INT64, kinds.TYPE_MESSAGE
-    file = descriptor_pb2.FileDescriptorProto(name="fuzz.proto", package="fuzz", syntax="proto3")
-    layout = {
-        "Label": [("name", text, ""), ("value", text, "")],
-        "Sample": [("value", double, ""), ("timestamp", long, "")],
-        "TimeSeries": [("labels", message, ".fuzz.Label"), ("samples", message, ".fuzz.Sample")],
-        "WriteRequest": [("timeseries", message, ".fuzz.TimeSeries")],
-    }
-    for name, fields in layout.items():
-        made = file.message_type.add(name=name)
-        for number, (field, kind, type_name) in enumerate(fields, start=1):
-            label = kinds.LABEL_REPEATED if kind == message else kinds.LABEL_OPTIONAL
-            made.field.add(name=field, number=number, type=kind, label=label, type_name=type_name or None)
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("fuzz.WriteRequest"))
+def _full_request_class(*, has_symbols: bool = False) -> Any:
+    """Return the request message with every series parsed, unlike the ones the daemon uses."""
+    sample = [("value", 1, "double", ""), ("timestamp", 2, "int64", "")]
+    if has_symbols:
+        series = [("labels_refs", 1, "uint32[]", ""), ("samples", 2, "message[]", "Sample")]
+        request = [("symbols", 4, "bytes[]", ""), ("timeseries", 5, "message[]", "TimeSeries")]
+        return message_classes("fuzz.two", {"Sample": sample, "TimeSeries": series, "Request": request})[0]
+    label = [("name", 1, "bytes", ""), ("value", 2, "bytes", "")]
+    series = [("labels", 1, "message[]", "Label"), ("samples", 2, "message[]", "Sample")]
+    request = [("timeseries", 1, "message[]", "TimeSeries")]
+    layout = {"Label": label, "Sample": sample, "TimeSeries": series, "WriteRequest": request}
+    return message_classes("fuzz.one", layout)[0]
 
 
 TARGETS: dict[str, type[Target]] = {
     "json": JsonTarget,
     "arrow": ArrowTarget,
     "remote_write": WriteTarget,
+    "remote_write_2": SymbolTarget,
     "frames": FrameTarget,
 }
