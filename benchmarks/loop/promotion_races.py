@@ -1,6 +1,7 @@
-"""Bakes on recorded fleets: is a bad model taken back, how soon, and is one that is as good left alone?
+"""Bakes and races on recorded fleets: is a bad model taken back, is a better one found, and how soon?
 
     python -m benchmarks.loop.promotion_races --data FLEET.parquet [--map ...] [--groups 2 3] [--days 8]
+    python -m benchmarks.loop.promotion_races --races --days 14 --data FLEET.parquet ...
 
 A group is ten servers. Two first trainings of different seeds learn its first days; after them a bake
 starts every 12 hours, in data time. Each runs the product's own parts: the block sums
@@ -14,14 +15,21 @@ at the switch. The cases:
 
 Told are how many bakes end in a rollback, after how many hours of the bake (median, latest), and what
 clients lost meanwhile: the loss of what they got over what the older model would have given them.
+
+With `--races` a race starts once a day, as in the mode `auto`, and goes on for up to 168 whole hours; so they
+overlap. The challenger is the model of the first seed (in two cases that must not switch: another one). The
+champion is the model of the other seed, the shipped base, the same training on the first half of the days
+(older by a week), or one cut off after 100 steps. Told are how many races end in a switch, after how many
+whole hours, how many find the challenger worse, and what clients would have got from it meanwhile.
 """
 
 import argparse
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -36,7 +44,7 @@ from benchmarks.results_file import ROOT, write_results
 from fleetcast.forecast.encoding import is_percent
 from fleetcast.forecast.predictor import Forecaster, set_threads
 from fleetcast.forecast.registry import Registry
-from fleetcast.promotion.evidence import GOES_ON, WORSE, Evidence, Limits, judge
+from fleetcast.promotion.evidence import BETTER, GOES_ON, WORSE, Evidence, Limits, Verdict, judge, judge_race
 from fleetcast.promotion.race import NEW, OLD, Race
 from fleetcast.schema import ClosedBin, Floats32
 from fleetcast.settings import PromotionSettings
@@ -47,7 +55,17 @@ BASE = ROOT / "models" / "last.ckpt"
 LIMITS = Limits()
 START_EVERY = DAY // 2
 BAKE_BINS = (LIMITS.bake_hours + 2) * 12  # with the hours that it begins and ends in
+RACE_EVERY = DAY
+RACE_BINS = (LIMITS.max_hours + 2) * 12
 SEEDS = (1, 2)
+OLDER, SHORT = "older by a week", "100 steps"
+RACES = {  # challenger over champion
+    "another seed": ("seed 2", "seed 1"),
+    "over base": ("seed 1", "base"),
+    "over base, other way": ("base", "seed 1"),
+    f"over {OLDER}": ("seed 1", OLDER),
+    f"over {SHORT}": ("seed 1", SHORT),
+}
 CASES = (
     *("another seed", "another seed, other way", "shipped base", "trained after base"),
     *("moved by 20 %", "moved by 5 %", "bad after 6 hours"),
@@ -73,8 +91,31 @@ class Tally:
         }
 
 
+@dataclass
+class RaceTally:
+    """What the races of one case came to."""
+
+    started: int = 0
+    hours: list[int] = field(default_factory=list)  # whole, to a switch
+    found_worse: int = 0
+    gains: list[float] = field(default_factory=list)  # served loss over the champion's, until the race ended
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the figures of the case."""
+        return {
+            "started": self.started,
+            "switched": len(self.hours),
+            "median_hours": float(np.median(self.hours)) if self.hours else None,
+            "latest_hours": max(self.hours, default=None),
+            "found_worse": self.found_worse,
+            "clients_would_have_gained_pct": (
+                round(100 * (1 - float(np.mean(self.gains))), 2) if self.gains else None
+            ),
+        }
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the bakes, print a line a case, write the JSON."""
+    """Run the bakes or the races, print a line a case, write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--map", nargs="+", default=list(BITBRAINS_MAPS))
@@ -82,18 +123,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--servers", type=int, default=SERVERS, help="in a group")
     parser.add_argument("--history-days", type=int, default=14)
     parser.add_argument("--days", type=int, default=8)
+    parser.add_argument("--races", action="store_true", help="races of up to a week instead of bakes")
     parser.add_argument("--folder", type=Path, default=FOLDER)
     options = parser.parse_args(argv)
     set_threads(1)
-    tallies = {case: Tally() for case in CASES}
+    began_s = process_time()
+    tallies: dict[str, Any] = (
+        {case: RaceTally() for case in RACES} if options.races else {case: Tally() for case in CASES}
+    )
     for number in options.groups:
         group = Group(options, number)
-        for case in CASES:
-            group.run(case, tallies[case])
-            print(f"group {number}: {case}: {tallies[case].as_json()}", flush=True)
+        for case, tally in tallies.items():
+            (group.race if options.races else group.run)(case, tally)
+            print(f"group {number}: {case}: {tally.as_json()}", flush=True)
     rows = {case: tally.as_json() for case, tally in tallies.items()}
-    figures = {"data": options.data.name, "groups": options.groups, "days": options.days, "cases": rows}
-    print(write_results(f"promotion_races_{options.data.stem}", figures))
+    figures = {"data": options.data.name, "groups": options.groups, "servers": options.servers}
+    figures |= {"days": options.days, "cpu_s": round(process_time() - began_s), "cases": rows}
+    kind = "races_auto" if options.races else "promotion_races"
+    print(write_results(f"{kind}_{options.data.stem}", figures))
     return 0
 
 
@@ -105,21 +152,42 @@ class Group:
         days = options.history_days + options.days
         grid = recorded_grid(options.data, options.map, servers, days)
         self._fleet = natural(grid, options.history_days * DAY, None)
-        self._folder = options.folder / f"{options.data.stem}_group_{number}_of_{options.servers}"
+        self._folder = options.folder / f"{options.data.stem}_group_{number}_of_{options.servers}_{days}_days"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._rules = self._compute_rules()
-        self._said = {f"seed {seed}": self._forecast(self._train(seed)) for seed in SEEDS}
+        self._said = {f"seed {seed}": self._forecast(self._train(f"seed_{seed}", seed)) for seed in SEEDS}
         self._said["base"] = self._forecast(Forecaster.load(BASE.resolve()))
+        if options.races:
+            half = self._fleet.begin // 2
+            self._said[OLDER] = self._forecast(self._train("older", 1, until=half))
+            self._said[SHORT] = self._forecast(self._train("short", 1, "base_epochs = 1\n"))
+
+    def race(self, case: str, tally: RaceTally) -> None:
+        """Start a race every day, with the champion in service."""
+        new, old = (self._said[name] for name in RACES[case])
+        for start, layer in self._starts(old, RACE_EVERY, RACE_BINS):
+            verdict, _ = self._compare((start, start + RACE_BINS), layer, old, new, judge_race)
+            tally.started += 1
+            tally.found_worse += verdict.kind == WORSE
+            if verdict.kind == BETTER:
+                tally.hours.append(verdict.figures["hours"])
+            if verdict.figures["loss_ratio_served"]:
+                tally.gains.append(verdict.figures["loss_ratio_served"])
 
     def run(self, case: str, tally: Tally) -> None:
         """Start a bake every 12 hours."""
         old, new = self._sides(case)
-        for start, layer in self._starts(old):
+        for start, layer in self._starts(old, START_EVERY, BAKE_BINS):
             said = new
             if case == "bad after 6 hours":
                 said = new.copy()
                 self._spoil(said, start - self._fleet.begin + 72)
-            self._bake(start, layer, old, said, tally)
+            verdict, hours = self._compare((start, start + BAKE_BINS), layer, old, said, judge)
+            tally.started += 1
+            if verdict.kind == WORSE:
+                tally.hours.append(hours)
+            if verdict.figures["loss_ratio_served"]:
+                tally.lost.append(verdict.figures["loss_ratio_served"])
 
     def _sides(self, case: str) -> tuple[Floats32, Floats32]:
         """Return what the older and the new model say, (server, metric, origin, horizon, quantile)."""
@@ -142,13 +210,13 @@ class Group:
         signs = np.random.default_rng(since).choice([-3.0, 3.0], said[:, :, since:, :, 0].shape)
         said[:, :, since:] += (signs * moves[:, :, None, None])[..., None].astype(np.float32)
 
-    def _starts(self, old: Floats32) -> Iterator[tuple[int, LayerReplay]]:
-        """Yield origins at which a bake starts, with the layer as it stands after serving the older model."""
+    def _starts(self, old: Floats32, every: int, n_bins: int) -> Iterator[tuple[int, LayerReplay]]:
+        """Yield origins at which a comparison starts, with the layer as it stands after serving `old`."""
         fleet, replay = self._fleet, LayerReplay(self._fleet.grid.values, self._fleet.grid.metrics, HORIZONS)
         first = fleet.begin + DAY
-        last = fleet.grid.n_bins - BAKE_BINS
+        last = fleet.grid.n_bins - n_bins
         for origin in range(self._rules.first, last):
-            if origin >= first and (origin - first) % START_EVERY == 0:
+            if origin >= first and (origin - first) % every == 0:
                 yield origin, replay
             replay.settle(origin)
             replay.serve(origin, self._rules.at(origin), self._model_at(old, origin), LEADS)
@@ -157,8 +225,16 @@ class Group:
         place = origin - self._fleet.begin
         return said[:, :, place] if place >= 0 else np.full_like(said[:, :, 0], np.nan)
 
-    def _bake(self, start: int, layer: LayerReplay, old: Floats32, new: Floats32, tally: Tally) -> None:
-        grid = self._fleet.grid
+    def _compare(
+        self,
+        span: tuple[int, int],
+        layer: LayerReplay,
+        old: Floats32,
+        new: Floats32,
+        judge_by: Callable[[Evidence, Limits], Verdict],
+    ) -> tuple[Verdict, float]:
+        """Return the verdict of two models side by side, and how many hours it took."""
+        grid, (start, end) = self._fleet.grid, span
         sides = {OLD: copy.deepcopy(layer), NEW: copy.deepcopy(layer)}
         names, rows = grid.server_names, np.arange(len(grid.server_names))
         min_pairs = PromotionSettings().min_pairs
@@ -166,11 +242,10 @@ class Group:
         percents = np.array([is_percent(name) for name in grid.metrics])
         race.note_moves(rows, grid.values[:, :, start - 8 * DAY : start], percents)
         shape = (2, 2, *grid.values.shape[:2], len(HORIZONS), 3)
-        tally.started += 1
-        for origin in range(start, start + BAKE_BINS):
+        for origin in range(start, end):
             number = grid.start_ms // grid.bin_ms + origin
             closed = ClosedBin(number * grid.bin_ms, names, grid.metrics, grid.values[:, :, origin])
-            if race.settle(closed) and judge(race.evidence, LIMITS).kind != GOES_ON:
+            if race.settle(closed) and judge_by(race.evidence, LIMITS).kind != GOES_ON:
                 break
             said = np.empty(shape, np.float32)
             for side, model in ((NEW, new), (OLD, old)):
@@ -178,22 +253,24 @@ class Group:
                 said[side, 1] = own
                 said[side, 0] = sides[side].serve(origin, self._rules.at(origin), own, LEADS)
             race.open(number, said)
-        verdict = judge(race.evidence, LIMITS)
-        if verdict.kind == WORSE:
-            tally.hours.append(round((origin - start) / 12, 1))
-        if verdict.figures["loss_ratio_served"]:
-            tally.lost.append(verdict.figures["loss_ratio_served"])
+        return judge_by(race.evidence, LIMITS), round((origin - start) / 12, 1)
 
-    def _train(self, seed: int) -> Forecaster:
-        """Train on the history, or read what an earlier run trained."""
-        folder = self._folder / f"seed_{seed}"
+    def _train(self, name: str, seed: int, trainer: str = "", until: int | None = None) -> Forecaster:
+        """Train on the history, or read what an earlier run trained.
+
+        Args:
+            trainer: settings of the trainer, as lines of TOML.
+            until: the first bin that is not shown; None = the whole history is.
+        """
+        folder = self._folder / name
         registry = Registry(folder)
         if not registry.version_ids():
             folder.mkdir(parents=True, exist_ok=True)
             data, config = folder / "history.parquet", folder / "fleetcast.toml"
-            write_export(data, self._fleet.until(self._fleet.begin, 30))
+            write_export(data, self._fleet.until(until or self._fleet.begin, 30))
             metrics = json.dumps(list(self._fleet.grid.metrics))
-            config.write_text(f"[bins]\nforecast_metrics = {metrics}\n[trainer]\nseed = {seed}\n", "utf-8")
+            lines = f"[bins]\nforecast_metrics = {metrics}\n[trainer]\nseed = {seed}\n{trainer}"
+            config.write_text(lines, "utf-8")
             flags = ["--incremental", "--data", str(data), "--checkpoint-dir", str(folder)]
             code = tft_trainer.main([*flags, "--config", str(config)])
             if code:
