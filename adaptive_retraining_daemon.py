@@ -35,8 +35,9 @@ from fleetcast.promotion.bake import judge_bake, settle_bake
 from fleetcast.promotion.desk import Desk
 from fleetcast.promotion.orders import Order
 from fleetcast.retraining import report as done
+from fleetcast.retraining.ahead import Ahead, QuietAhead, may_wait, postpone
 from fleetcast.retraining.attempts import Attempts
-from fleetcast.retraining.decision import OrderedTraining, RetrainingDecisionEngine
+from fleetcast.retraining.decision import Decision, OrderedTraining, RetrainingDecisionEngine
 from fleetcast.retraining.inquiry import Inquiry
 from fleetcast.retraining.order import (
     Readiness,
@@ -125,6 +126,7 @@ class AdaptiveRetrainingDaemon:
         self._inquiry = Inquiry(own.retraining.daemon_url, own.retraining.request_timeout_s)
         self._host = HostProbe()
         self._quiet_week = QuietWeek(own.decision, Path(DECISIONS_FILE))
+        self._quiet_ahead = QuietAhead(own.decision, Path(DECISIONS_FILE))
         self.quiet = QuietVerdict(is_quiet=False, reason="not measured yet")
         self.engine = self._make_engine()
         timeout_s, nice = own.retraining.training_timeout_s, own.retraining.training_nice
@@ -241,6 +243,7 @@ class AdaptiveRetrainingDaemon:
             )
             if is_owner:
                 self._trainings.note_check(check)
+                self._quiet_ahead.note(check.at, check.as_json())
                 self._alerts.note(alert_figures(check, self.engine))
         return check
 
@@ -259,7 +262,8 @@ class AdaptiveRetrainingDaemon:
         is_quiet = avg_cpu < limits["quiet_cpu_percent"] and avg_mem < limits["quiet_mem_percent"]
         host = self._host.measure((*self._inquiry.pids, *self._trainings.pids))
         verdict = quiet_verdict(fleet, host, limits, self._settings.decision, is_fleet_quiet=is_quiet)
-        self.quiet = self._quiet_week.judge(verdict, self._clock.now())
+        now = self._clock.now()
+        self.quiet = self._quiet_ahead.judge(self._quiet_week.judge(verdict, now), now)
         return self.quiet.is_quiet
 
     def own(self, *, strict: bool) -> bool:
@@ -337,14 +341,22 @@ class AdaptiveRetrainingDaemon:
             learning=learning,
             ordered=OrderedTraining(f"{order.by} ordered it: {order.reason}", order.force) if order else None,
         )
+        ahead = self._look_ahead(report, decision, now)
+        decision = postpone(decision, ahead)
         self._quiet_week.note(now, self.quiet, reason=decision.reason)
         standing = self._desk.standing()
         standing = replace(standing, paused=standing.pause_at(self._desk.clock))
         check = RetrainingCheck(now, report, self.quiet, decision, missing, done.NOTHING)
         bake = judge_bake(self._desk, self._settings.promotion)
-        return replace(
-            check, learning=learning, standing=standing, bake=bake, problems=self._inquiry.problems
-        )
+        told = {"learning": learning, "problems": self._inquiry.problems, "ahead": ahead}
+        return replace(check, standing=standing, bake=bake, **told)
+
+    def _look_ahead(self, report: DriftReport, decision: Decision, now: datetime) -> Ahead:
+        """Ask the forecast of the fleet whether a training that would start now should wait."""
+        expected = self._inquiry.ahead
+        if report.basis != CALIBRATED or not may_wait(decision) or self._trainings.running:
+            return Ahead(expected)
+        return self._quiet_ahead.look(now, self.quiet, expected, self._quiet_week.waiting_since_s)
 
     def _learning(self, report: DriftReport) -> str:
         """Return why a training would pay although nothing drifted, or ""."""

@@ -155,6 +155,7 @@ class InferenceService:
         folder, horizon_bins = Path(self._settings.paths.data_buffer_dir), self._fleet.settings.horizon_bins
         capacity = Capacity(folder, self._fleet.history, horizon_bins)
         self._sweeper.capacity = self._report.capacity = capacity
+        self._report.fleet_ahead = lambda: board.outlook.fleet
         past = Past(self._fleet, self._buffer, self._settings.forecast.settle_horizons)
         overview = Overview(self._fleet, board, past, self._report, Journal())
         export = self._make_export(past)

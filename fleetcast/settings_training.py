@@ -148,7 +148,16 @@ class DecisionSettings:
         choices=("auto", "fixed"),
     )
     quiet_deadline_hours: float = setting(
-        24.0, "longest wait for a quiet fleet, where its own week decides", unit="h", low=0
+        24.0,
+        "longest wait for a quiet fleet, where its own week decides, and for a quieter hour",
+        unit="h",
+        low=0,
+    )
+    quiet_ahead: str = setting(
+        "on",
+        "on: a training waits, once, for an hour of the next 8 that the forecast calls clearly quieter "
+        "(calibrated; not with quiet_window = fixed)",
+        choices=("on", "off"),
     )
     follow_up_hours: float = setting(
         24.0,

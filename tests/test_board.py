@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from fleetcast.clock import FakeClock, to_ms
 from fleetcast.schema import FleetForecast, RecordBatch
 from fleetcast.serving import board as board_module
-from fleetcast.serving.board import ModelInfo, PredictionBoard, UnknownServer
+from fleetcast.serving.board import ModelInfo, PredictionBoard, UnknownServer, fleet_means
 from fleetcast.serving.roster import Roster
 from fleetcast.settings import ForecastSettings
 
@@ -202,3 +203,40 @@ def test_the_whole_fleet_may_be_silent_and_is_still_told(clock: FakeClock, roste
     board = PredictionBoard(roster, clock)
     clock.time += timedelta(hours=2)
     assert all(item["stale"] for item in document(board)["predictions"].values())
+
+
+def test_the_means_of_the_fleets_hours_leave_silent_servers_and_broken_series_out() -> None:
+    quantiles = np.zeros((3, 3, 26, 3), np.float32)  # 26 bins: two hours and a rest
+    quantiles[:, 1, :12, 1], quantiles[:, 1, 12:, 1] = [[10], [30], [99]], [[20], [41], [99]]
+    quantiles[:, 2, :, 1] = 50.0
+    quantiles[1, 2, 25, 1] = np.nan  # in the rest that counts for nothing
+    quantiles[0, 2, 3, 1] = np.nan
+    names, metrics = ("a", "b", "silent"), ("net", "cpu_pct", "mem_pct")
+    made = FleetForecast(0, BIN, names, metrics, quantiles, np.ones((3, 3), np.bool_), None)
+    assert fleet_means(made, {"silent"}) == {
+        "start": "1970-01-01T00:05:00Z",
+        "step_s": 3600.0,
+        "cpu_pct": [20.0, 30.5],
+        "mem_pct": [50.0, 50.0],
+    }
+    assert fleet_means(made, set(names)) is None
+    assert fleet_means(replace(made, metrics=("net", "in", "out"))) is None
+    hourly = replace(made, bin_ms=7_200_000)
+    assert fleet_means(hourly, {"silent"})["step_s"] == 7200.0  # type: ignore[index]
+    short = replace(made, quantiles=quantiles[:, :, :11])
+    assert fleet_means(short) is None, "not even an hour"
+
+
+def test_a_server_that_fell_silent_is_not_in_the_fleets_hours(clock: FakeClock, roster: Roster) -> None:
+    board = PredictionBoard(roster, clock)
+    assert board.outlook.fleet is None
+    quantiles = np.full((2, 2, 12, 3), 20.0, np.float32)
+    quantiles[1] = 40.0
+    made = replace(forecast(clock), quantiles=quantiles)
+    for is_silent, mean in ((False, 30.0), (True, 40.0)):
+        if is_silent:
+            clock.advance(hours=1)
+            add(roster, clock, "web-02", 30.0)
+        board.publish(made, MODEL)
+        assert board.outlook.fleet is not None
+        assert board.outlook.fleet["cpu_pct"] == [mean]

@@ -11,7 +11,7 @@ from told_daemon import Told
 
 from fleetcast.errors import BadData, DaemonAway
 from fleetcast.loop import Stop
-from fleetcast.retraining.inquiry import FleetLoad, Inquiry, fleet_load
+from fleetcast.retraining.inquiry import FleetAhead, FleetLoad, Inquiry, fleet_ahead, fleet_load
 
 FLEET = {"predictions": {"a": {"current": {"cpu_pct": 20.0, "mem_pct": 30.0}, "stale": False}}}
 
@@ -120,3 +120,52 @@ def test_an_empty_fleet_has_no_means() -> None:
 def test_an_answer_of_another_shape_is_no_answer(document: dict[str, Any]) -> None:
     with pytest.raises(DaemonAway, match="another shape"):
         fleet_load(document)
+
+
+AHEAD = {"start": "2026-03-02T10:05:00Z", "step_s": 3600.0, "cpu_pct": [20.0, 10.5], "mem_pct": [50, 51]}
+
+
+def test_what_is_expected_of_the_fleet_is_learned_and_forgotten_with_the_daemon(told: Told) -> None:
+    told.answers["/status"] = {"fleet_ahead": AHEAD}
+    inquiry = Inquiry(told.url, 5.0)
+    inquiry.look(Stop())
+    ahead = inquiry.ahead
+    assert (ahead.missing, ahead.n_steps, ahead.means["cpu_pct"]) == ("", 2, (20.0, 10.5))
+    assert ahead.start_of(1) - ahead.start_of(0) == 3600.0
+    assert fleet_ahead({"fleet_ahead": ahead.as_json()}) == ahead, "decisions.jsonl keeps it"
+    told.close()
+    inquiry.look(Stop())
+    assert inquiry.ahead == FleetAhead()
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (None, "says nothing"),
+        ("soon", "says nothing"),
+        ({"start": "soon"}, "something else than numbers"),
+        ({"start": None}, "something else than numbers"),
+        ({"start": "0001-01-01T00:00:00+14:00"}, "something else than numbers"),
+        ({"step_s": 0}, "something else than numbers"),
+        ({"step_s": "3600"}, "something else than numbers"),
+        ({"step_s": 1e300}, "something else than numbers"),
+        ({"cpu_pct": [20.0, float("nan")]}, "something else than numbers"),
+        ({"cpu_pct": [20.0, float("-inf")]}, "something else than numbers"),
+        ({"cpu_pct": [20.0, -1.0]}, "something else than numbers"),
+        ({"cpu_pct": [20.0, True]}, "something else than numbers"),
+        ({"cpu_pct": [20.0, [1]]}, "something else than numbers"),
+        ({"cpu_pct": [20.0, 10**400]}, "something else than numbers"),
+        ({"cpu_pct": 20.0}, "something else than numbers"),
+        ({"cpu_pct": "20"}, "something else than numbers"),
+        ({"cpu_pct": [20.0]}, "has 1, 2 hours"),
+        ({"cpu_pct": [20.0] * 3}, "has 2, 3 hours"),
+        ({"cpu_pct": [20.0], "mem_pct": [20.0]}, "has 1 hours"),
+        ({"cpu_pct": [1.0] * 49, "mem_pct": None}, "has 49 hours"),
+        ({"cpu_pct": None, "mem_pct": None}, "has no hours"),
+    ],
+)
+def test_an_odd_forecast_of_the_fleet_is_none_and_said_in_words(change: Any, why: str) -> None:
+    raw = {**AHEAD, **change} if isinstance(change, dict) else change
+    found = fleet_ahead({"fleet_ahead": raw})
+    assert why in found.missing
+    assert (found.n_steps, found.as_json()) == (0, None)

@@ -16,7 +16,7 @@ from told_daemon import Told
 from adaptive_retraining_daemon import AdaptiveRetrainingDaemon
 from data_buffer import DataBuffer
 from drift_monitor import main
-from fleetcast.clock import from_ms, iso_z
+from fleetcast.clock import HOUR_MS, from_ms, iso_z
 from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.files import read_json
 from fleetcast.retraining.report import RetrainingCheck
@@ -37,6 +37,7 @@ def lay_out(folder: Path, grid: Grid, reference: Reference, end_bin: int = FIRST
 
 def checked(told: Told, **parts: dict[str, Any]) -> RetrainingCheck:
     drift = {"basis": "calibrated", "window_size": 1000, "min_pairs": 300}
+    drift |= parts.pop("drift", {})
     own = settings(drift=drift, **{"retraining": {"mode": "advise"}, **parts})
     daemon = AdaptiveRetrainingDaemon(daemon_url=told.url, settings=own)
     with daemon.ownership():
@@ -108,6 +109,56 @@ def test_a_calm_fleet_learns_a_week_of_new_data_once_and_not_where_that_is_turne
     assert line["reason"].startswith(line["learning"])
     attempt = read_json(Path("retraining_state.json"))["attempts"][0]
     assert (attempt["rule"], attempt["outcome"]) == ("learning", "not_enough_data")
+
+
+def day_of_checks(cpu: float, until_ms: int) -> str:
+    """Return lines of `decisions.jsonl`: two days in which forecasts of a steady fleet came true."""
+    lines = []
+    for at_ms in range(until_ms - 48 * HOUR_MS, until_ms, HOUR_MS // 2):
+        measured = {"fleet_cpu_percent": cpu, "fleet_mem_percent": 30.0}
+        said = {"start": iso_z(from_ms(at_ms)), "step_s": 3600.0, "cpu_pct": [cpu] * 8, "mem_pct": [30.0] * 8}
+        line = {"at": iso_z(from_ms(at_ms)), "quiet": {"measured": measured}, "ahead": {"fleet_ahead": said}}
+        lines.append(json.dumps({**line, "rule": "none", "reason": "no drift"}))
+    return "\n".join(lines) + "\n"
+
+
+def test_drift_waits_for_a_quieter_hour_over_restarts_and_starts_with_it(folder: Path) -> None:
+    lay_out(folder, changed_grid(), usual_reference())
+    shutil.copy(ROOT / "tests" / "data" / "stand_in_trainer.py", folder / "tft_trainer.py")
+    (folder / "stand_in.txt").write_text("not enough")
+    now_ms = START_MS + END * BIN_MS
+    Path("decisions.jsonl").write_text(day_of_checks(50.0, now_ms))
+    hours = {"step_s": 3600.0, "cpu_pct": [50, 45, 20, *[50] * 5], "mem_pct": [30.0] * 8}
+    auto = {"retraining": {"mode": "auto"}}
+    with Told() as told:
+        told.answers = quiet_answers(VERSION, cpu=50.0)
+        status = told.answers["/status"]
+        status["fleet_ahead"] = {**hours, "start": iso_z(from_ms(now_ms))}
+        literal = checked(told, drift={"basis": "literal"})
+        assert literal.ahead.why == "", "the specification's rule waits for nothing"
+        first = checked(told, **auto)
+        assert (first.decision.rule, first.action) == ("drift", "nothing")
+        until = f"{from_ms(now_ms + 2 * HOUR_MS):%Y-%m-%d %H:%M}"
+        told_in_words = (
+            f"it waits for a quieter hour, until {until} UTC at the latest: mean cpu 50.0 % now, 20.0 %"
+        )
+        assert first.decision.reason.startswith(told_in_words)
+        assert "; drift: per" in first.decision.reason
+        assert f"Hours ahead: {told_in_words}" in first.as_text()
+        line = json.loads(Path("decisions.jsonl").read_text().splitlines()[-1])
+        assert line["reason"] == first.decision.reason
+        assert line["ahead"]["until"] == iso_z(from_ms(now_ms + 2 * HOUR_MS))
+        assert line["ahead"]["fleet_ahead"] == {
+            **status["fleet_ahead"],
+            "cpu_pct": [50.0, 45.0, 20.0, *[50.0] * 5],
+        }
+        assert checked(told, **auto).decision.reason == first.decision.reason, "a restart"
+        off = checked(told, decision={"quiet_ahead": "off"}, retraining={"mode": "advise"})
+        assert off.decision.should_retrain
+        del status["fleet_ahead"]
+        started = checked(told, **auto)
+    assert started.action == "started", "without a forecast it is as it was"
+    assert started.ahead.why == "the inference daemon says nothing of the hours ahead"
 
 
 def test_while_it_collects_nobody_says_the_model_is_well(folder: Path) -> None:

@@ -1,7 +1,8 @@
 """What the inference daemon says: the version it serves, and the load of its fleet.
 
-Owns: what is read out of `/status` and `/predictions/current?fields=current`, and a thread for
-each question, so that an inference daemon that hangs never delays a stop of this one.
+Owns: what is read out of `/status` and `/predictions/current?fields=current` (the fleet's load now, and
+as it is expected in the next hours), and a thread for each question, so that an inference daemon that
+hangs never delays a stop of this one.
 Does not know: HTTP (`sources.client`), which load is too much (`quiet`).
 """
 
@@ -9,11 +10,12 @@ import logging
 import math
 import queue
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
+from fleetcast.clock import from_ms, iso_z, parse_plain_utc
 from fleetcast.errors import DaemonAway, FleetcastError
 from fleetcast.loop import Stop
 from fleetcast.outbound import LOOPBACK
@@ -23,6 +25,8 @@ from fleetcast.workers import Workers
 logger = logging.getLogger(__name__)
 
 CPU, MEM = "cpu_pct", "mem_pct"
+FLEET_AHEAD = "fleet_ahead"  # of `/status`
+_MOST_STEPS, _SHORTEST_S, _LONGEST_S, _MOST_PERCENT = 48, 300, 7200, 1e6
 _LOOK_S = 0.05  # between two looks for a stop
 _MOST_PROBLEMS, _MOST_CHARS = 10, 500
 
@@ -47,6 +51,67 @@ class FleetLoad:
     def avg_mem(self) -> float:
         """Return the mean memory likewise."""
         return -math.inf if self.mem_percent is None else self.mem_percent
+
+
+@dataclass(frozen=True, slots=True)
+class FleetAhead:
+    """Means over the live servers that the inference daemon expects, hour by hour."""
+
+    start_s: float = 0.0  # of the first step, seconds since 1970
+    step_s: float = 3600.0
+    means: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # percent, by metric: CPU, MEM
+    missing: str = "the inference daemon says nothing of the hours ahead"  # why there are none, or ""
+
+    @property
+    def n_steps(self) -> int:
+        """How many steps are known."""
+        return min(map(len, self.means.values()), default=0)
+
+    def start_of(self, step: int) -> float:
+        """Return when a step begins, in seconds since 1970."""
+        return self.start_s + step * self.step_s
+
+    def as_json(self) -> dict[str, Any] | None:
+        """Return what `fleet_ahead` reads."""
+        if self.missing:
+            return None
+        start = iso_z(from_ms(int(self.start_s * 1000)))
+        return {
+            "start": start,
+            "step_s": self.step_s,
+            **{name: list(own) for name, own in self.means.items()},
+        }
+
+
+def fleet_ahead(document: Mapping[str, Any]) -> FleetAhead:
+    """Return what a `/status` says of the hours ahead, or in words why that is of no use."""
+    raw = document.get(FLEET_AHEAD)
+    if not isinstance(raw, Mapping):
+        return FleetAhead()
+    lists = {name: raw[name] for name in (CPU, MEM) if raw.get(name) is not None}
+    try:
+        start_s = parse_plain_utc(raw["start"]).timestamp()
+        step_s = _in_bounds(raw["step_s"], _SHORTEST_S, _LONGEST_S)
+        means = {
+            name: tuple(_in_bounds(item, 0, _MOST_PERCENT) for item in own) for name, own in lists.items()
+        }
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
+        return FleetAhead(
+            missing="the forecast of the fleet's hours holds something else than numbers and a time"
+        )
+    lengths = {len(own) for own in means.values()}
+    if len(lengths) != 1 or not 2 <= min(lengths) <= _MOST_STEPS:
+        shown = ", ".join(map(str, sorted(lengths))) or "no"
+        return FleetAhead(
+            missing=f"the forecast of the fleet has {shown} hours, 2 to {_MOST_STEPS} alike are needed"
+        )
+    return FleetAhead(start_s, step_s, means, missing="")
+
+
+def _in_bounds(value: object, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"expected {low} to {high}")
+    return float(value)
 
 
 def fleet_load(document: Mapping[str, Any]) -> FleetLoad:
@@ -88,12 +153,13 @@ class Inquiry:
         self.served_version: str | None = None  # None: not known
         self.pids: tuple[int, ...] = ()  # of the daemon, where it runs on this host
         self.buffer_folder = ""  # where it keeps its buffer, as it says
+        self.ahead = FleetAhead()  # what it expects of its fleet
         self.problems: tuple[str, ...] = ()  # what is wrong with it, in its words or ours
         self._told: tuple[str, ...] = ()
 
     def look(self, stop: Stop) -> None:
         """Ask which version is served and by which process; a daemon that is away leaves both unknown."""
-        self.served_version, self.pids, self.buffer_folder = None, (), ""
+        self.served_version, self.pids, self.buffer_folder, self.ahead = None, (), "", FleetAhead()
         try:
             status = self._ask("/status", stop)
         except DaemonAway as error:
@@ -101,6 +167,7 @@ class Inquiry:
             self.problems = (f"it cannot be asked: {error}",)
             return
         self._note_problems(status)
+        self.ahead = fleet_ahead(status)
         model, pid = status.get("model"), status.get("pid")
         version = model.get("version") if isinstance(model, dict) else None
         self.served_version = version if isinstance(version, str) else None

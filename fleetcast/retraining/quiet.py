@@ -180,6 +180,12 @@ class QuietWeek:
         self._load_at: dict[float, float] = {}  # seconds since 1970 -> load, by time
         self._waiting_since_s: float | None = None
 
+    @property
+    def waiting_since_s(self) -> float | None:
+        """Return since when a training waits for a quiet fleet, in seconds since 1970; None: none does."""
+        self._read()
+        return self._waiting_since_s
+
     def note(self, at: datetime, quiet: QuietVerdict, *, reason: str) -> None:
         """Take in one check."""
         self._read()
@@ -214,14 +220,7 @@ class QuietWeek:
         if self._decisions is None:
             return
         path, self._decisions = self._decisions, None
-        lines: list[dict[str, Any]] = []
-        for place in (path.with_name(f"{path.name}.1"), path):
-            try:
-                lines += read_json_lines(place)
-            except (CorruptFile, OSError) as error:
-                logger.warning("earlier decisions cannot be read: %s", error)
-        known = [(at_s, line) for line in lines if (at_s := _seconds(line.get("at"))) is not None]
-        for at_s, line in sorted(known, key=lambda item: item[0]):
+        for at_s, line in past_checks(path):
             quiet = line.get("quiet")
             measured = load_of(quiet) if isinstance(quiet, Mapping) else None
             self._note(at_s, measured, is_waiting=str(line.get("reason")).startswith(BUSY))
@@ -252,6 +251,18 @@ class QuietWeek:
     def _forget(self, now_s: float) -> None:
         for at_s in [at_s for at_s in self._load_at if at_s < now_s - WEEK_S]:
             del self._load_at[at_s]
+
+
+def past_checks(decisions: Path) -> list[tuple[float, dict[str, Any]]]:
+    """Return the checks that `decisions.jsonl` still holds with their times (seconds since 1970), by time."""
+    lines: list[dict[str, Any]] = []
+    for place in (decisions.with_name(f"{decisions.name}.1"), decisions):
+        try:
+            lines += read_json_lines(place)
+        except (CorruptFile, OSError) as error:
+            logger.warning("earlier decisions cannot be read: %s", error)
+    known = [(at_s, line) for line in lines if (at_s := _seconds(line.get("at"))) is not None]
+    return sorted(known, key=lambda item: item[0])
 
 
 def load_of(quiet: Mapping[str, Any]) -> float | None:

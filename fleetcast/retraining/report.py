@@ -9,6 +9,7 @@ import json
 import logging
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
+from typing import Any
 
 from fleetcast.alerts.engine import CheckFigures
 from fleetcast.clock import iso_z, parse_plain_utc
@@ -16,6 +17,7 @@ from fleetcast.drift.report import DriftReport
 from fleetcast.drift.seasonal.detector import TOO_FEW_DAYS, EnoughDays
 from fleetcast.promotion.audit import Standing
 from fleetcast.promotion.evidence import Verdict
+from fleetcast.retraining.ahead import Ahead
 from fleetcast.retraining.decision import Decision, RetrainingDecisionEngine, safeguards_json
 from fleetcast.schema import QuietVerdict
 
@@ -42,35 +44,38 @@ class RetrainingCheck:
     standing: Standing = field(default_factory=Standing)  # what a person ordered and did not lift
     bake: Verdict | None = None  # how the model in service stands beside the one before it
     problems: tuple[str, ...] = ()  # of the inference daemon
+    ahead: Ahead = field(default_factory=Ahead)  # what the next hours promise
 
     def with_action(self, action: str, detail: str, attempt_id: str | None = None) -> "RetrainingCheck":
         """Return the check with what was done about it."""
         return replace(self, action=action, action_detail=detail, attempt_id=attempt_id)
 
-    def as_line(self) -> str:
+    def as_json(self) -> dict[str, Any]:
         """Return the line of `decisions.jsonl`: inputs, rule, outcome."""
         decision = self.decision
-        return json.dumps(
-            {
-                "at": iso_z(self.at),
-                "drift": self.report.known_metrics(),
-                "drift_status": self.report.status,
-                "model_version": self.report.model_version,
-                "initial_missing": self.initial_missing,
-                "learning": self.learning,
-                "quiet": asdict(self.quiet),
-                "safeguards": safeguards_json(decision.safeguards),
-                "rule": decision.rule,
-                "should_retrain": decision.should_retrain,
-                "reason": decision.reason,
-                "outcome": self.action,
-                "outcome_detail": self.action_detail,
-                "attempt_id": self.attempt_id,
-                **({"held_by": self.standing.held.by} if self.standing.held else {}),
-                **({"paused_until": self.standing.paused.until} if self.standing.paused else {}),
-            },
-            allow_nan=False,
-        )
+        return {
+            "at": iso_z(self.at),
+            "drift": self.report.known_metrics(),
+            "drift_status": self.report.status,
+            "model_version": self.report.model_version,
+            "initial_missing": self.initial_missing,
+            "learning": self.learning,
+            "quiet": asdict(self.quiet),
+            "ahead": self.ahead.as_json(),
+            "safeguards": safeguards_json(decision.safeguards),
+            "rule": decision.rule,
+            "should_retrain": decision.should_retrain,
+            "reason": decision.reason,
+            "outcome": self.action,
+            "outcome_detail": self.action_detail,
+            "attempt_id": self.attempt_id,
+            **({"held_by": self.standing.held.by} if self.standing.held else {}),
+            **({"paused_until": self.standing.paused.until} if self.standing.paused else {}),
+        }
+
+    def as_line(self) -> str:
+        """Return that line as it is written."""
+        return json.dumps(self.as_json(), allow_nan=False)
 
     def as_text(self) -> str:
         """Return what `--once` prints."""
@@ -80,6 +85,8 @@ class RetrainingCheck:
             limit = self.quiet.limits.get(name)
             shown = "not measured" if value is None else f"{value:.2f}"
             lines.append(f"  {name:<22} {shown:>12}" + ("" if limit is None else f"  limit {limit:g}"))
+        if self.ahead.why:
+            lines.append(f"Hours ahead: {self.ahead.why}")
         lines += ["", "Safeguards"]
         for check in self.decision.safeguards:
             form = ".0f" if check.unit == "trainings" else ".2f"

@@ -91,6 +91,10 @@ def _of_check(check: RetrainingCheck, wall_s: float) -> Iterator[Metric]:
         "should_retrain", "1 when the newest decision was to train", check.decision.should_retrain
     )
     yield from _gauge("quiet_period", "1 when it was quiet at the newest check", check.quiet.is_quiet)
+    is_waiting = check.ahead.until_s is not None
+    yield from _gauge(
+        "waits_for_quieter_hour", "1 while a training waits for an hour that is forecast", is_waiting
+    )
     passed = {item.name: float(item.passed) for item in check.decision.safeguards}
     yield from _gauge("held", "1 while a person holds new models back", check.standing.held is not None)
     yield from _gauge("paused", "1 while a person pauses trainings", check.standing.paused is not None)

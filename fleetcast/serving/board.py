@@ -8,14 +8,14 @@ Does not know: how forecasts are made, HTTP.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from fleetcast.clock import Clock, from_ms, iso_z, monotonic
+from fleetcast.clock import HOUR_MS, Clock, from_ms, iso_z, monotonic
 from fleetcast.errors import FleetcastError
 from fleetcast.ingest.rules import RecordRules, to_significant
 from fleetcast.schema import SOURCE_FALLBACK, SOURCE_MODEL, SOURCE_WARMING_UP, FleetForecast, Floats32
@@ -25,6 +25,7 @@ SIGNIFICANT_DIGITS = 5  # a forecast is not more precise than that; 10,000 serve
 UNCHANGED_S = 5.0  # staleness comes with time alone
 _CHEAP_S = 0.005
 _COST_FACTOR = 20.0  # costly joins may take 1/20 of the time at most
+_LOAD = ("cpu_pct", "mem_pct")  # of which the fleet's means are told
 _NAMES = RecordRules(None)
 _QUANTILE_NAMES = ("p10", "p50", "p90")
 _WARMING_UP = b'"forecast":null,"timestamps":[],"source":"' + SOURCE_WARMING_UP.encode() + b'","sources":{}'
@@ -55,6 +56,7 @@ class Outlook:
     metrics: tuple[str, ...]
     peaks: Floats32  # (server, metric) the highest p90; NaN = no forecast
     origin_ms: int | None = None
+    fleet: Mapping[str, Any] | None = None  # its means hour by hour, as `/status` tells them
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,12 @@ class PredictionBoard:
 
     def publish(self, forecast: FleetForecast, model: ModelInfo | None) -> None:
         """Encode a sweep; from the next request on it is the answer."""
-        self._sweep = _encode(forecast, model)
+        present = self._roster.servers(self._clock.now())
+        silent = {
+            name for name, is_stale in zip(present.server_names, present.is_stale, strict=True) if is_stale
+        }
+        sweep = _encode(forecast, model)
+        self._sweep = replace(sweep, outlook=replace(sweep.outlook, fleet=fleet_means(forecast, silent)))
         self._n_sweeps += 1
         self._joined = {}  # frees a large fleet's document at once, not at the next request
 
@@ -223,6 +230,28 @@ def _encode(forecast: FleetForecast, model: ModelInfo | None) -> _Sweep:
     rows = {name: row for row, name in enumerate(forecast.server_names)}
     outlook = Outlook(rows, forecast.metrics, peaks, forecast.origin_ms)
     return _Sweep(model, forecasts, sources, metric_sources, timestamps, outlook)
+
+
+def fleet_means(forecast: FleetForecast, silent: Collection[str] = ()) -> dict[str, Any] | None:
+    """Return the mean p50 of CPU and memory over the servers, hour by hour; None without such forecasts.
+
+    Args:
+        silent: servers that are left out.
+    """
+    per_hour = max(1, HOUR_MS // forecast.bin_ms)
+    n_hours = forecast.quantiles.shape[2] // per_hour
+    is_live = np.array([name not in silent for name in forecast.server_names], np.bool_)
+    found: dict[str, Any] = {}
+    for metric in (name for name in _LOAD if name in forecast.metrics and n_hours):
+        medians = forecast.quantiles[is_live, forecast.metrics.index(metric), : n_hours * per_hour, 1]
+        medians = medians[np.isfinite(medians).all(axis=1)]
+        if len(medians):
+            means = medians.mean(axis=0, dtype=np.float64).reshape(n_hours, per_hour).mean(axis=1)
+            found[metric] = np.round(means, 2).tolist()
+    if not found:
+        return None
+    start = iso_z(from_ms(forecast.origin_ms + forecast.bin_ms))
+    return {"start": start, "step_s": per_hour * forecast.bin_ms / 1000, **found}
 
 
 def _source(is_model: np.bool_) -> str:

@@ -5,7 +5,7 @@ Does not know: HTTP; the parts it asks do not know it.
 """
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -75,6 +75,7 @@ class StatusReport:
         self._stats_at = float("-inf")
         self.phase = "the history is being restored"  # set by the daemon; "" = it is at work
         self.capacity: Capacity | None = None  # set by the daemon
+        self.fleet_ahead: Callable[[], Mapping[str, Any] | None] = lambda: None  # set by the daemon
         self.weak_key = ""  # set by the daemon: what is wrong with its key
         self.being_forgotten: Callable[[], Collection[str]] = frozenset  # set by the daemon
         self.why_no_writes: Callable[[], str] = str  # set by the daemon, "" = the last ones were done
@@ -140,6 +141,7 @@ class StatusReport:
                 "origin": _time(counts.last_origin_ms),
                 "seconds": counts.last_seconds,
             },
+            "fleet_ahead": self.fleet_ahead(),
             "buffer": {
                 "folder": str(self._buffer.folder),
                 "oldest_accepted": self._oldest_accepted(),

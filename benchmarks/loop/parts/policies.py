@@ -1,7 +1,8 @@
 """When to retrain, six ways: never, by the calendar, by drift, and told the truth.
 
 Owns: the policies of the loop replay. The two that look at drift are the product: `DriftSource`,
-`DriftMonitor`, `RetrainingDecisionEngine`, the quiet limits. Does not know: how training is done.
+`DriftMonitor`, `RetrainingDecisionEngine`, the quiet limits. No training waits for a quieter hour here: the
+record holds three horizons (`quiet_hours` measures that). Does not know: how training is done.
 """
 
 from dataclasses import dataclass, replace
@@ -28,7 +29,8 @@ from fleetcast.retraining.state import PROMOTED, REJECTED, Attempt, Verdict
 from fleetcast.retraining.trainings import DataSpan, data_span, follow_up, learning
 from fleetcast.schema import Floats32, QuietVerdict
 from fleetcast.setting import override
-from fleetcast.settings import CALIBRATED, Settings
+from fleetcast.settings import CALIBRATED, DecisionSettings, Settings
+from fleetcast.training.grid import TrainingGrid
 
 NEVER, WEEKLY, DAILY, LITERAL, OURS, ORACLE = "never", "weekly", "daily", "literal", "ours", "oracle"
 POLICIES = (NEVER, WEEKLY, DAILY, LITERAL, OURS, ORACLE)
@@ -129,7 +131,10 @@ class Engine:
         now = self._clock.now()
         evidence = self._source.evidence(may_renew=True)
         self._monitor.observe(evidence)
-        report, quiet = self._monitor.report(), self._week.judge(self._quiet(end), now)
+        report, quiet = (
+            self._monitor.report(),
+            self._week.judge(fleet_verdict(self._record.fleet.grid, end, self._limits), now),
+        )
         hours = self._limits.follow_up_hours if report.basis == CALIBRATED else 0.0
         learns = self._limits.learning == "on" and report.basis == CALIBRATED and report.status == READY
         decision = self._engine.decide(
@@ -176,16 +181,17 @@ class Engine:
             served_loss=self._served_loss,
         )
 
-    def _quiet(self, end: int) -> QuietVerdict:
-        """Apply the specification's limits to the newest bin; the host counts as idle."""
-        grid = self._record.fleet.grid
-        newest = dict(zip(grid.metrics, grid.values[:, :, end - 1].T, strict=True))
-        means = [_mean(newest.get(name)) for name in (CPU, MEM)]
-        fleet = FleetLoad(len(grid.server_names), *means)
-        limits = override({"quiet_cpu_percent": 60.0, "quiet_mem_percent": 70.0}, self._limits)
-        cpu_limit, mem_limit = limits.values()
-        is_quiet = fleet.avg_cpu < cpu_limit and fleet.avg_mem < mem_limit
-        return quiet_verdict(fleet, IDLE_HOST, limits, self._limits, is_fleet_quiet=is_quiet)
+
+def fleet_verdict(grid: TrainingGrid, end: int, settings: DecisionSettings | None = None) -> QuietVerdict:
+    """Apply the specification's limits to the newest bin before `end`; the host counts as idle."""
+    own = settings or DecisionSettings()
+    newest = dict(zip(grid.metrics, grid.values[:, :, end - 1].T, strict=True))
+    means = [_mean(newest.get(name)) for name in (CPU, MEM)]
+    fleet = FleetLoad(len(grid.server_names), *means)
+    limits = override({"quiet_cpu_percent": 60.0, "quiet_mem_percent": 70.0}, own)
+    cpu_limit, mem_limit = limits.values()
+    is_quiet = fleet.avg_cpu < cpu_limit and fleet.avg_mem < mem_limit
+    return quiet_verdict(fleet, IDLE_HOST, limits, own, is_fleet_quiet=is_quiet)
 
 
 def _mean(values: Floats32 | None) -> float | None:
