@@ -18,9 +18,9 @@ clients lost meanwhile: the loss of what they got over what the older model woul
 
 With `--races` a race starts once a day, as in the mode `auto`, and goes on for up to 168 whole hours; so they
 overlap. The challenger is the model of the first seed (in two cases that must not switch: another one). The
-champion is the model of the other seed, the shipped base, the same training on the first half of the days
-(older by a week), or one cut off after 100 steps. Told are how many races end in a switch, after how many
-whole hours, how many find the challenger worse, and what clients would have got from it meanwhile.
+champion is the model of the other seed, the shipped base, or the same training cut off after 100 steps. Told
+are how many races end in a switch, after how many whole hours, how many find the challenger worse, and what
+clients would have gained by it meanwhile.
 """
 
 import argparse
@@ -57,13 +57,11 @@ START_EVERY = DAY // 2
 BAKE_BINS = (LIMITS.bake_hours + 2) * 12  # with the hours that it begins and ends in
 RACE_EVERY = DAY
 RACE_BINS = (LIMITS.max_hours + 2) * 12
-SEEDS = (1, 2)
-OLDER, SHORT = "older by a week", "100 steps"
+SHORT = "100 steps"
 RACES = {  # challenger over champion
     "another seed": ("seed 2", "seed 1"),
     "over base": ("seed 1", "base"),
     "over base, other way": ("base", "seed 1"),
-    f"over {OLDER}": ("seed 1", OLDER),
     f"over {SHORT}": ("seed 1", SHORT),
 }
 CASES = (
@@ -124,13 +122,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--history-days", type=int, default=14)
     parser.add_argument("--days", type=int, default=8)
     parser.add_argument("--races", action="store_true", help="races of up to a week instead of bakes")
+    parser.add_argument("--cases", nargs="+", choices=[*CASES, *RACES], help="only these (default: all)")
     parser.add_argument("--folder", type=Path, default=FOLDER)
     options = parser.parse_args(argv)
     set_threads(1)
     began_s = process_time()
-    tallies: dict[str, Any] = (
-        {case: RaceTally() for case in RACES} if options.races else {case: Tally() for case in CASES}
-    )
+    kind = RaceTally if options.races else Tally
+    chosen = [
+        case for case in (RACES if options.races else CASES) if case in (options.cases or (*CASES, *RACES))
+    ]
+    tallies: dict[str, Any] = {case: kind() for case in chosen}
     for number in options.groups:
         group = Group(options, number)
         for case, tally in tallies.items():
@@ -139,8 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = {case: tally.as_json() for case, tally in tallies.items()}
     figures = {"data": options.data.name, "groups": options.groups, "servers": options.servers}
     figures |= {"days": options.days, "cpu_s": round(process_time() - began_s), "cases": rows}
-    kind = "races_auto" if options.races else "promotion_races"
-    print(write_results(f"{kind}_{options.data.stem}", figures))
+    name = "races_auto" if options.races else "promotion_races"
+    print(write_results(f"{name}_{options.data.stem}", figures))
     return 0
 
 
@@ -155,16 +156,11 @@ class Group:
         self._folder = options.folder / f"{options.data.stem}_group_{number}_of_{options.servers}_{days}_days"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._rules = self._compute_rules()
-        self._said = {f"seed {seed}": self._forecast(self._train(f"seed_{seed}", seed)) for seed in SEEDS}
-        self._said["base"] = self._forecast(Forecaster.load(BASE.resolve()))
-        if options.races:
-            half = self._fleet.begin // 2
-            self._said[OLDER] = self._forecast(self._train("older", 1, until=half))
-            self._said[SHORT] = self._forecast(self._train("short", 1, "base_epochs = 1\n"))
+        self._forecasts: dict[str, Floats32] = {}
 
     def race(self, case: str, tally: RaceTally) -> None:
         """Start a race every day, with the champion in service."""
-        new, old = (self._said[name] for name in RACES[case])
+        new, old = map(self._said, RACES[case])
         for start, layer in self._starts(old, RACE_EVERY, RACE_BINS):
             verdict, _ = self._compare((start, start + RACE_BINS), layer, old, new, judge_race)
             tally.started += 1
@@ -191,7 +187,7 @@ class Group:
 
     def _sides(self, case: str) -> tuple[Floats32, Floats32]:
         """Return what the older and the new model say, (server, metric, origin, horizon, quantile)."""
-        one, two, base = (self._said[name] for name in ("seed 1", "seed 2", "base"))
+        one, two, base = map(self._said, ("seed 1", "seed 2", "base"))
         level = np.nan_to_num(np.nanmean(self._fleet.grid.values, axis=2))[:, :, None, None, None]
         sides = {
             "another seed": (one, two),
@@ -255,19 +251,22 @@ class Group:
             race.open(number, said)
         return judge_by(race.evidence, LIMITS), round((origin - start) / 12, 1)
 
-    def _train(self, name: str, seed: int, trainer: str = "", until: int | None = None) -> Forecaster:
-        """Train on the history, or read what an earlier run trained.
+    def _said(self, name: str) -> Floats32:
+        """Return what a model says of the days after the history; it is trained when first asked for."""
+        if name not in self._forecasts:
+            model = Forecaster.load(BASE.resolve()) if name == "base" else self._train(name)
+            self._forecasts[name] = self._forecast(model)
+        return self._forecasts[name]
 
-        Args:
-            trainer: settings of the trainer, as lines of TOML.
-            until: the first bin that is not shown; None = the whole history is.
-        """
-        folder = self._folder / name
+    def _train(self, name: str) -> Forecaster:
+        """Train on the history, or read what an earlier run trained."""
+        folder = self._folder / name.replace(" ", "_")
+        seed, trainer = (1, "base_epochs = 1\n") if name == SHORT else (int(name.split()[1]), "")
         registry = Registry(folder)
         if not registry.version_ids():
             folder.mkdir(parents=True, exist_ok=True)
             data, config = folder / "history.parquet", folder / "fleetcast.toml"
-            write_export(data, self._fleet.until(until or self._fleet.begin, 30))
+            write_export(data, self._fleet.until(self._fleet.begin, 30))
             metrics = json.dumps(list(self._fleet.grid.metrics))
             lines = f"[bins]\nforecast_metrics = {metrics}\n[trainer]\nseed = {seed}\n{trainer}"
             config.write_text(lines, "utf-8")
