@@ -35,9 +35,9 @@ from fleetcast.promotion.bake import judge_bake, settle_bake
 from fleetcast.promotion.desk import Desk
 from fleetcast.promotion.orders import Order
 from fleetcast.retraining import report as done
-from fleetcast.retraining.ahead import Ahead, QuietAhead, may_wait, postpone
+from fleetcast.retraining.ahead import QuietAhead
 from fleetcast.retraining.attempts import Attempts
-from fleetcast.retraining.decision import Decision, OrderedTraining, RetrainingDecisionEngine
+from fleetcast.retraining.decision import OrderedTraining, RetrainingDecisionEngine
 from fleetcast.retraining.inquiry import Inquiry
 from fleetcast.retraining.order import (
     Readiness,
@@ -46,7 +46,7 @@ from fleetcast.retraining.order import (
     training_context,
     training_steps,
 )
-from fleetcast.retraining.quiet import HostProbe, QuietWeek, quiet_verdict
+from fleetcast.retraining.quiet import HostProbe, quiet_verdict
 from fleetcast.retraining.report import DriftLog, RetrainingCheck, alert_figures
 from fleetcast.retraining.state import FAILED, STATE_FILE, VERDICTS, Attempt
 from fleetcast.retraining.trainings import DECISIONS_FILE, DataSpan, Trainings, data_span
@@ -113,7 +113,7 @@ class AdaptiveRetrainingDaemon:
         self._config = config
         self._newest: datetime | None = None  # time of the newest record, as of the last look
         is_data = own.clock.mode == "data"
-        self._clock = clock or (DataClock(self._newest_seen) if is_data else SystemClock())
+        self._clock = clock or (DataClock(lambda: self._newest) if is_data else SystemClock())
         self._store = DataBuffer(own.paths.data_buffer_dir, settings=own.buffer, expire=False)
         self._excluded = Exclusions(own.paths.checkpoint_dir)
         self._store.leave_out(self._excluded)
@@ -125,8 +125,7 @@ class AdaptiveRetrainingDaemon:
         self._readiness = Readiness(self._store, own)
         self._inquiry = Inquiry(own.retraining.daemon_url, own.retraining.request_timeout_s)
         self._host = HostProbe()
-        self._quiet_week = QuietWeek(own.decision, Path(DECISIONS_FILE))
-        self._quiet_ahead = QuietAhead(own.decision, Path(DECISIONS_FILE))
+        self._ahead = QuietAhead(own.decision, Path(DECISIONS_FILE))
         self.quiet = QuietVerdict(is_quiet=False, reason="not measured yet")
         self.engine = self._make_engine()
         timeout_s, nice = own.retraining.training_timeout_s, own.retraining.training_nice
@@ -243,7 +242,7 @@ class AdaptiveRetrainingDaemon:
             )
             if is_owner:
                 self._trainings.note_check(check)
-                self._quiet_ahead.note(check.at, check.as_json())
+                self._ahead.note(check.at, check.as_json())
                 self._alerts.note(alert_figures(check, self.engine))
         return check
 
@@ -262,8 +261,7 @@ class AdaptiveRetrainingDaemon:
         is_quiet = avg_cpu < limits["quiet_cpu_percent"] and avg_mem < limits["quiet_mem_percent"]
         host = self._host.measure((*self._inquiry.pids, *self._trainings.pids))
         verdict = quiet_verdict(fleet, host, limits, self._settings.decision, is_fleet_quiet=is_quiet)
-        now = self._clock.now()
-        self.quiet = self._quiet_ahead.judge(self._quiet_week.judge(verdict, now), now)
+        self.quiet = self._ahead.judge(verdict, self._clock.now())
         return self.quiet.is_quiet
 
     def own(self, *, strict: bool) -> bool:
@@ -341,22 +339,14 @@ class AdaptiveRetrainingDaemon:
             learning=learning,
             ordered=OrderedTraining(f"{order.by} ordered it: {order.reason}", order.force) if order else None,
         )
-        ahead = self._look_ahead(report, decision, now)
-        decision = postpone(decision, ahead)
-        self._quiet_week.note(now, self.quiet, reason=decision.reason)
+        is_asked = report.basis == CALIBRATED and not self._trainings.running
+        decision, ahead = self._ahead.ask(decision, now, self.quiet, self._inquiry.ahead, is_asked=is_asked)
         standing = self._desk.standing()
         standing = replace(standing, paused=standing.pause_at(self._desk.clock))
         check = RetrainingCheck(now, report, self.quiet, decision, missing, done.NOTHING)
         bake = judge_bake(self._desk, self._settings.promotion)
         told = {"learning": learning, "problems": self._inquiry.problems, "ahead": ahead}
         return replace(check, standing=standing, bake=bake, **told)
-
-    def _look_ahead(self, report: DriftReport, decision: Decision, now: datetime) -> Ahead:
-        """Ask the forecast of the fleet whether a training that would start now should wait."""
-        expected = self._inquiry.ahead
-        if report.basis != CALIBRATED or not may_wait(decision) or self._trainings.running:
-            return Ahead(expected)
-        return self._quiet_ahead.look(now, self.quiet, expected, self._quiet_week.waiting_since_s)
 
     def _learning(self, report: DriftReport) -> str:
         """Return why a training would pay although nothing drifted, or ""."""
@@ -447,9 +437,6 @@ class AdaptiveRetrainingDaemon:
         is_other = theirs not in ("", str(self._store.folder))
         other = f" (it keeps its buffer in {theirs}: see --data-buffer-dir)" if is_other else ""
         return f"Looked at {self._store.describe()} and {self._settings.retraining.daemon_url}{other}"
-
-    def _newest_seen(self) -> datetime | None:
-        return self._newest
 
 
 def _parser(prog: str | None) -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetcast.clock import iso_z
-from fleetcast.retraining.ahead import LOOK_S, MIN_COMPARED, WAITS, Ahead, QuietAhead, may_wait, postpone
+from fleetcast.retraining.ahead import LOOK_S, MIN_COMPARED, WAITS, Ahead, QuietAhead, may_wait
 from fleetcast.retraining.decision import (
     DRIFT,
     FOLLOW_UP,
@@ -72,13 +72,14 @@ def waits_at(own: QuietAhead, hour: float, forecast: FleetAhead, quiet: QuietVer
 
 
 def test_a_training_waits_for_the_quietest_hour_and_says_so() -> None:
-    found = taught().look(at(0), verdict(), said(0, DROP, (50.0,) * 8))
+    decision = Decision(True, DRIFT, "drift: per 0.300", ())
+    forecast = said(0, DROP, (50.0,) * 8)
+    told, found = taught().ask(decision, at(0), verdict(), forecast, is_asked=True)
     assert found.until_s == at(4).timestamp()
     assert found.why == (
         "it waits for a quieter hour, until 2026-03-02 04:00 UTC at the latest: "
         "mean cpu 40.0 % now, 10.0 % expected from 2026-03-02 04:00 on"
     )
-    told = postpone(Decision(True, DRIFT, "drift: per 0.300", ()), found)
     assert (told.should_retrain, told.rule) == (False, DRIFT)
     assert told.reason == f"{found.why}; drift: per 0.300"
     assert json.loads(json.dumps(found.as_json()))["until"] == "2026-03-02T04:00:00Z"
@@ -107,11 +108,11 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_otherwise_it_starts_now_and_says_why_it_does_not_wait(case: str) -> None:
     forecast, quiet, why = CASES[case]
-    found = taught().look(at(0), quiet, forecast)
+    decision = Decision(True, DRIFT, "drift", ())
+    same, found = taught().ask(decision, at(0), quiet, forecast, is_asked=True)
+    assert same is decision
     assert found.until_s is None
     assert found.why.startswith(why), found.why
-    decision = Decision(True, DRIFT, "drift", ())
-    assert postpone(decision, found) is decision
 
 
 def test_a_fleet_that_sends_memory_only_waits_for_less_memory() -> None:
@@ -267,7 +268,12 @@ def test_where_the_promised_hour_is_busy_the_deadline_holds() -> None:
     [(DRIFT, True), (FOLLOW_UP, True), (LEARNING, True), (OVERDUE, True), (INITIAL, False), (ORDERED, False)],
 )
 def test_a_first_training_and_an_ordered_one_never_wait(rule: str, waits: bool) -> None:
-    assert may_wait(Decision(True, rule, "", ())) is waits
+    decision = Decision(True, rule, "", ())
+    assert may_wait(decision) is waits
+    own = taught()
+    asked, _ = own.ask(decision, at(0), verdict(), said(0, DROP), is_asked=True)
+    assert asked.should_retrain is not waits
+    assert own.ask(decision, at(0), verdict(), said(0, DROP), is_asked=False)[0] is decision
     assert not may_wait(Decision(False, rule, "", ()))
 
 

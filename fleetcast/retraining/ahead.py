@@ -31,7 +31,7 @@ import numpy as np
 from fleetcast.clock import from_ms, iso_z, parse_plain_utc
 from fleetcast.retraining.decision import INITIAL, LEARNING, NONE, ORDERED, WEEK_S, Decision
 from fleetcast.retraining.inquiry import CPU, FLEET_AHEAD, MEM, FleetAhead, fleet_ahead
-from fleetcast.retraining.quiet import FIXED, load_of, past_checks
+from fleetcast.retraining.quiet import FIXED, QuietWeek, load_of, past_checks
 from fleetcast.schema import Floats, QuietVerdict
 from fleetcast.settings import DecisionSettings
 
@@ -76,20 +76,16 @@ class Postponed:
     rule: str  # that asked for it at first
 
 
-def postpone(decision: Decision, ahead: Ahead) -> Decision:
-    """Return the decision, refused where the training should wait for a quieter hour."""
-    if ahead.until_s is None:
-        return decision
-    return replace(decision, should_retrain=False, reason=f"{ahead.why}; {decision.reason}")
-
-
 def may_wait(decision: Decision) -> bool:
     """Return whether a training that would start now may wait: not a fleet's first, nor a person's."""
     return decision.should_retrain and decision.rule not in (INITIAL, ORDERED)
 
 
 class QuietAhead:
-    """Remembers what was expected of the fleet and what came, and lets a training wait. Not thread safe."""
+    """Remembers what was expected of the fleet and what came, and lets a training wait. Not thread safe.
+
+    The week that relaxes the limits of a quiet period is remembered along with it.
+    """
 
     def __init__(self, settings: DecisionSettings, decisions: Path) -> None:
         """Read nothing yet.
@@ -99,6 +95,7 @@ class QuietAhead:
         """
         self._is_on = settings.quiet_ahead == "on" and settings.quiet_window != FIXED
         self._deadline_s = settings.quiet_deadline_hours * 3600
+        self._week = QuietWeek(settings, decisions)
         self._decisions: Path | None = decisions  # None: read
         self._times: list[float] = []  # of the checks of a week, rising
         self._measured: dict[str, list[float]] = {CPU: [], MEM: []}  # by metric, NaN = not
@@ -106,7 +103,8 @@ class QuietAhead:
         self._postponed: Postponed | None = None
 
     def judge(self, quiet: QuietVerdict, now: datetime) -> QuietVerdict:
-        """Return the verdict; quiet past the deadline of a training that waited for its hour in vain."""
+        """Return the verdict as the week relaxes it; quiet past the deadline of a training that waited."""
+        quiet = self._week.judge(quiet, now)
         if not self._is_on:
             return quiet
         self._read()
@@ -120,6 +118,22 @@ class QuietAhead:
             return quiet
         told = f"waited {waited_s / 3600:.1f} h, first for a quieter hour, then for a quiet fleet"
         return replace(quiet, is_quiet=True, reason=f"{told}, at most {self._deadline_s / 3600:g} h")
+
+    def ask(
+        self, decision: Decision, now: datetime, quiet: QuietVerdict, forecast: FleetAhead, *, is_asked: bool
+    ) -> tuple[Decision, Ahead]:
+        """Return the decision, refused where the training should wait, and what the look ahead found.
+
+        Args:
+            quiet: the verdict that the decision rests on.
+            is_asked: whether this decision may wait at all.
+        """
+        if not is_asked or not may_wait(decision):
+            return decision, Ahead(forecast)
+        found = self.look(now, quiet, forecast, self._week.waiting_since_s)
+        if found.until_s is None:
+            return decision, found
+        return replace(decision, should_retrain=False, reason=f"{found.why}; {decision.reason}"), found
 
     def look(
         self, now: datetime, quiet: QuietVerdict, forecast: FleetAhead, waiting_since_s: float | None = None
@@ -153,6 +167,7 @@ class QuietAhead:
     def note(self, at: datetime, line: Mapping[str, Any]) -> None:
         """Take in one check, as its line of `decisions.jsonl` has it."""
         self._read()
+        self._week.note_line(at.timestamp(), line)
         self._note(at.timestamp(), line)
 
     def _read(self) -> None:

@@ -192,6 +192,13 @@ class QuietWeek:
         measured = load_of({"measured": quiet.measured, "limits": quiet.limits})
         self._note(at.timestamp(), measured, is_waiting=reason.startswith(BUSY))
 
+    def note_line(self, at_s: float, line: Mapping[str, Any]) -> None:
+        """Take in one check, as its line of `decisions.jsonl` has it."""
+        self._read()
+        quiet = line.get("quiet")
+        measured = load_of(quiet) if isinstance(quiet, Mapping) else None
+        self._note(at_s, measured, is_waiting=str(line.get("reason")).startswith(BUSY))
+
     def judge(self, quiet: QuietVerdict, now: datetime) -> QuietVerdict:
         """Return the verdict; quiet too where a busy fleet is as quiet as it gets, or past the deadline."""
         load = load_of({"measured": quiet.measured, "limits": quiet.limits})
@@ -221,9 +228,7 @@ class QuietWeek:
             return
         path, self._decisions = self._decisions, None
         for at_s, line in past_checks(path):
-            quiet = line.get("quiet")
-            measured = load_of(quiet) if isinstance(quiet, Mapping) else None
-            self._note(at_s, measured, is_waiting=str(line.get("reason")).startswith(BUSY))
+            self.note_line(at_s, line)
 
     def _applies(self, now_s: float) -> bool:
         """Return whether the fixed gate was watched for a week and never open."""
