@@ -345,8 +345,8 @@ class AdaptiveRetrainingDaemon:
         standing = replace(standing, paused=standing.pause_at(self._desk.clock))
         check = RetrainingCheck(now, report, self.quiet, decision, missing, done.NOTHING)
         bake = judge_bake(self._desk, self._settings.promotion)
-        told = {"learning": learning, "problems": self._inquiry.problems, "ahead": ahead}
-        return replace(check, standing=standing, bake=bake, **told)
+        check = replace(check, standing=standing, bake=bake, learning=learning)
+        return replace(check, ahead=ahead, problems=self._inquiry.problems)
 
     def _learning(self, report: DriftReport) -> str:
         """Return why a training would pay although nothing drifted, or ""."""

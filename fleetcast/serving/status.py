@@ -108,9 +108,8 @@ class StatusReport:
 
     def status(self) -> dict[str, Any]:
         """Return the summary for `/status`."""
-        counts, not_ready = self._sweeper.counts, self.not_ready
+        not_ready = self.not_ready
         being_forgotten = set(self.being_forgotten())
-        taken_ms = self._fleet.history.taken_bin_ms
         return {
             "status": "not ready" if not_ready else "ready",
             "detail": not_ready,
@@ -129,6 +128,19 @@ class StatusReport:
             "training": {"running": self._is_training()},
             "model": self._model.report(),
             "ledger": asdict(self._ledger.counts()),
+            **self._sweeps(),
+            "buffer": {
+                "folder": str(self._buffer.folder),
+                "oldest_accepted": self._oldest_accepted(),
+                **self._buffer_stats(),
+            },
+            "last_errors": self._errors.newest_first(),
+        }
+
+    def _sweeps(self) -> dict[str, Any]:
+        """Return what was forecast last, and what it says of the whole fleet."""
+        counts, taken_ms = self._sweeper.counts, self._fleet.history.taken_bin_ms
+        return {
             "bins": {
                 "bin_s": self._settings.bins.bin_s,
                 "newest_closed": _time(taken_ms),
@@ -142,12 +154,6 @@ class StatusReport:
                 "seconds": counts.last_seconds,
             },
             "fleet_ahead": self.fleet_ahead(),
-            "buffer": {
-                "folder": str(self._buffer.folder),
-                "oldest_accepted": self._oldest_accepted(),
-                **self._buffer_stats(),
-            },
-            "last_errors": self._errors.newest_first(),
         }
 
     def problems(self) -> list[tuple[str, str]]:
