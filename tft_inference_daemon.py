@@ -109,10 +109,13 @@ class InferenceDaemon:
         from fleetcast.api.listener import HttpListener
         from fleetcast.inference import InferenceService
         from fleetcast.storage.store import DataBuffer
+        from fleetcast.storage.upkeep import UpkeepPace
 
         settings = self._settings
-        expire = settings.clock.mode != "data"
-        buffer = DataBuffer(settings.paths.data_buffer_dir, settings=settings.buffer, expire=expire)
+        expire, pace = settings.clock.mode != "data", UpkeepPace(bin_ms=settings.bins.bin_s * 1000)
+        buffer = DataBuffer(
+            settings.paths.data_buffer_dir, settings=settings.buffer, expire=expire, pace=pace
+        )
         self._notifier.extend_timeout(RESTORE_TIMEOUT_S)
         with ExitStack() as undo:
             try:

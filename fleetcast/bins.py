@@ -42,6 +42,8 @@ def bin_means(codes: Codes, timestamps_ms: Longs, values: Floats, bin_ms: int) -
     codes, timestamps_ms, columns = _merge_repeated(codes, timestamps_ms, columns)
     bins = timestamps_ms // bin_ms
     starts = _group_starts(codes, bins)
+    if len(starts) == len(codes):  # means already, or as few records: each is its own mean
+        return codes, bins * bin_ms, (columns if values.ndim == 2 else columns[:, 0])
     means = np.full((len(starts), columns.shape[1]), np.nan)
     for index in range(columns.shape[1]):
         means[:, index] = _group_means(columns[:, index], starts)

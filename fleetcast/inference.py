@@ -21,7 +21,7 @@ from fleetcast.api.page import add_page
 from fleetcast.api.promotion import add_promotion
 from fleetcast.api.server import Door, create_app
 from fleetcast.bins import HISTORY_BINS
-from fleetcast.clock import Clock, DataClock, SystemClock, from_ms, iso_z, monotonic, to_ms
+from fleetcast.clock import DAY_MS, Clock, DataClock, SystemClock, from_ms, iso_z, monotonic, to_ms
 from fleetcast.errors import FleetcastError, OwnershipLost, StorageBroken, StorageFull
 from fleetcast.exclusions import Exclusions
 from fleetcast.forecast.registry import Registry
@@ -341,12 +341,36 @@ def _bin(moment: datetime, history: BinHistory) -> int:
 
 
 def _read_batches(buffer: DataBuffer, fleet: Fleet, last_bin: int, newest_bin: int) -> Iterator[RecordBatch]:
-    """Yield old records with the forecast metrics only, newer ones whole: the roster shows all metrics."""
-    bin_ms = fleet.history.bin_ms
+    """Yield old bins' means with the forecast metrics only; the roster shows all metrics of newer ones.
+
+    Bins after `last_bin` are open again, and come as records: more of them may follow.
+    """
+    history = fleet.history
+    bin_ms = history.bin_ms
     gone_bins = int(fleet.settings.gone_after_s * 1000) // bin_ms
-    first = last_bin - (HISTORY_BINS - 1) * bin_ms
+    first, open_ms, end_ms = last_bin - (HISTORY_BINS - 1) * bin_ms, last_bin + bin_ms, newest_bin + bin_ms
     recent = max(first, newest_bin - gone_bins * bin_ms)
-    yield from buffer.iter_batches(first, recent, fleet.history.metrics)
-    for batch in buffer.iter_batches(recent, newest_bin + bin_ms):
-        fleet.roster.add(batch)
-        yield batch
+    yield from buffer.iter_bins(first, min(recent, open_ms), bin_ms, history.metrics)
+    yield from buffer.iter_by_bins(min(recent, open_ms), recent, bin_ms, history.metrics)
+    for start, end in _days(recent, end_ms):
+        newest = buffer.read_newest(start, end, bin_ms)
+        if newest is not None and not (newest.timestamps_ms >= open_ms).any():
+            fleet.roster.add(newest)
+            history.note_newest(newest)
+            yield from buffer.iter_bins(start, end, bin_ms, history.metrics)
+            continue
+        for batch in buffer.iter_by_bins(start, end, bin_ms):
+            fleet.roster.add(batch)
+            yield batch
+
+
+def _days(start_ms: int, end_ms: int) -> Iterator[tuple[int, int]]:
+    """Yield a span cut at midnights.
+
+    >>> list(_days(86_400_000 - 1, 86_400_000 + 2))
+    [(86399999, 86400000), (86400000, 86400002)]
+    """
+    while start_ms < end_ms:
+        midnight = (start_ms // DAY_MS + 1) * DAY_MS
+        yield start_ms, min(midnight, end_ms)
+        start_ms = midnight

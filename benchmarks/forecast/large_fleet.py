@@ -8,11 +8,18 @@ one, each forecast before the next one closes. A second connection sends 20 reco
 the while and notes how long each answer takes. At the end `/predictions/current` is read whole,
 twice, and models are replaced while sweeps go on. With `--shadow` the model was switched before the
 measured sweeps, so that the one before is compared with it (the bake), on as many servers as by default.
+
+    .venv/bin/python -m benchmarks.forecast.large_fleet --restart [--servers 10000] [--days 8] [--interval 60]
+
+measures a restart instead: sealed days of one record per server and `--interval` seconds, then ten minutes
+of an open day, are read by a new daemon three times: with the kept means, with them and the ledger of the
+start before (killed in between), and without means.
 """
 
 import argparse
 import http.client
 import itertools
+import os
 import re
 import tempfile
 import threading
@@ -24,14 +31,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from benchmarks.ingest.feed_latency import Fleet, Repeating, probe, promote, store
 from benchmarks.programs import InferenceDaemon, wait_for
 from benchmarks.results_file import write_results
+from fleetcast.clock import DAY_MS
 from fleetcast.forecast.registry import Registry
 from fleetcast.promotion.desk import Desk
+from fleetcast.schema import RecordBatch
+from fleetcast.storage.bin_days import make_bins
+from fleetcast.storage.days import day_of_ms, day_path, write_part
+from fleetcast.storage.store import DataBuffer
+from fleetcast.storage.tables import BINS, METRICS, batch_of_table, canonical, table_of_batch
 
 RELOADS = 3
+_FIRST_MS, _BIN_MS = 1_768_435_200_000, 300_000  # 2026-01-15
+_METRICS = ("cpu_pct", "mem_pct", "disk_io_mb_s", "latency_ms")
 _POST_SERVERS = 2000
 
 
@@ -42,7 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--history", type=int, default=14, help="bins sent before (a model needs 12)")
     parser.add_argument("--bins", type=int, default=3, help="bins swept one by one")
     parser.add_argument("--shadow", action="store_true", help="with the model before beside the new one")
+    parser.add_argument("--restart", action="store_true", help="measure a restart instead")
+    parser.add_argument("--days", type=int, default=8, help="sealed days of a restart")
+    parser.add_argument("--interval", type=int, default=60, help="seconds between a server's stored records")
     options = parser.parse_args(argv)
+    if options.restart:
+        with tempfile.TemporaryDirectory() as folder:
+            figures = restart(Path(folder), options.servers, options.days, options.interval)
+        print(write_results("large_fleet_restart", figures))
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         figures = run(Path(folder), options.servers, options.history, options.bins, shadow=options.shadow)
     for name, value in figures.items():
@@ -88,6 +112,105 @@ def run(folder: Path, n_servers: int, n_history: int, n_bins: int, *, shadow: bo
         "document_s_first_and_cached": [round(seconds, 2) for seconds, _ in documents],
         "reloads_s_beside_sweeps": reloads,
     }
+
+
+def restart(folder: Path, n_servers: int, n_days: int, interval_s: int) -> dict[str, Any]:
+    """Return what sealed days cost with and without means, and what a daemon's start takes."""
+    place = folder / "data_buffer"
+    figures: dict[str, Any] = {"servers": n_servers, "days": n_days, "interval_s": interval_s}
+    figures |= _store_days(place, n_servers, n_days, interval_s)
+    print(figures, flush=True)
+    for name in ("with means", "with means and a ledger", "without means"):
+        if name == "without means":
+            for path in place.glob("bins_*.parquet"):
+                path.unlink()
+        figures[name] = _start(folder)
+        print(name, figures[name], flush=True)
+    return figures
+
+
+def _store_days(place: Path, n_servers: int, n_days: int, interval_s: int) -> dict[str, float]:
+    """Write sealed days and their means; return what the last day took."""
+    place.mkdir()
+    found: dict[str, float] = {}
+    for number in range(n_days):
+        start_ms = _FIRST_MS + number * DAY_MS
+        day, n_ticks = day_of_ms(start_ms), DAY_MS // 1000 // interval_s
+        parts = [range(n_servers)[at : at + 100] for at in range(0, n_servers, 100)]
+        tables = (_rows(part, start_ms, n_ticks, interval_s) for part in parts)
+        schema = _rows(range(1), start_ms, 1, 1).schema
+        path, began = day_path(place, METRICS, day), time.process_time()
+        n_rows = write_part(path, tables, METRICS, schema, number + 1, is_sealed=True)
+        stored = time.process_time()
+        n_bins = make_bins(place, day, _BIN_MS, day_path(place, BINS, day))
+        found = {
+            "rows_a_day": n_rows,
+            "bins_a_day": n_bins,
+            "write_cpu_s_a_day": round(stored - began, 1),
+            "means_cpu_s_a_day": round(time.process_time() - stored, 2),
+            "sealed_mb_a_day": round(path.stat().st_size / 1e6, 1),
+            "means_mb_a_day": round(day_path(place, BINS, day).stat().st_size / 1e6, 1),
+        }
+    owner = DataBuffer(place, expire=False)
+    for at in range(0, n_servers, 1000):
+        servers = range(n_servers)[at : at + 1000]
+        rows = _rows(servers, _FIRST_MS + n_days * DAY_MS, 600 // interval_s, interval_s)
+        owner.append_batch(batch_of_table(rows))
+    owner.close()
+    return found
+
+
+def _rows(servers: range, start_ms: int, n_ticks: int, interval_s: int) -> pa.Table:
+    """Return rows of some servers, sorted by key: a level, a day's rhythm and noise, at two decimals."""
+    noise = np.random.default_rng([servers.start, start_ms % 2**31])
+    times = start_ms + np.arange(n_ticks, dtype=np.int64) * interval_s * 1000
+    rhythm = 10 * np.sin(times * (2 * np.pi / DAY_MS))
+    codes = np.repeat(np.arange(len(servers), dtype=np.int32), n_ticks)
+    metrics = {
+        metric: np.round(50 + np.tile(rhythm, len(servers)) + noise.normal(0, 3, len(codes)), 2)
+        for metric in _METRICS
+    }
+    names = tuple(f"server-{number:05d}" for number in servers)
+    batch = RecordBatch(names, codes, np.tile(times, len(servers)), metrics)
+    return canonical(table_of_batch(batch), METRICS)
+
+
+def _start(folder: Path) -> dict[str, float]:
+    """Start a daemon, kill it when it is ready; return when it answered, and what that took."""
+    daemon = InferenceDaemon(folder, "--clock", "data")
+    daemon.console.unlink(missing_ok=True)
+    started = time.monotonic()
+    daemon.launch()
+    try:
+        answered: dict[str, float] = {}
+        for path in ("/health", "/ready"):
+            wait_for(path, partial(_answers, daemon, path), 1800)
+            answered[path] = round(time.monotonic() - started, 1)
+        took = re.search(r"history restored .*servers=(\d+) .*took_s=([0-9.]+)", daemon.output)
+        assert took is not None
+        return {
+            "health_s": answered["/health"],
+            "restored_servers": int(took[1]),
+            "restore_s": float(took[2]),
+            "ready_s": answered["/ready"],
+            "cpu_s": round(_cpu_s(daemon), 1),
+            "peak_mb": round(_peak_mb(daemon)),
+            "load_1_min": round(os.getloadavg()[0], 1),
+        }
+    finally:
+        daemon.kill()
+
+
+def _answers(daemon: InferenceDaemon, path: str) -> bool:
+    assert daemon.process.poll() is None, daemon.output
+    link = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=5)
+    try:
+        link.request("GET", path)
+        return link.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        link.close()
 
 
 def _begin_bake(daemon: InferenceDaemon, folder: Path) -> None:

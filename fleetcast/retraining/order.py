@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fleetcast.bins import bin_means, count_trainable, enough_to_train
+from fleetcast.bins import count_trainable, enough_to_train
 from fleetcast.clock import DAY_MS, SystemClock, from_ms, iso_z, to_ms
 from fleetcast.drift.evidence import DriftEvidence, DriftSource
 from fleetcast.drift.literal.baseline import Baseline
@@ -83,10 +83,10 @@ class Readiness:
 
         A window that spans midnight is not counted: a lower bound is enough.
         """
-        found = 0
+        found, bin_ms = 0, self._bins.bin_s * 1000
         for day in range(newest_ms // DAY_MS, oldest_ms // DAY_MS - 1, -1):
             start_ms, end_ms = day * DAY_MS, (day + 1) * DAY_MS
-            for batch in self._store.iter_batches(start_ms, end_ms, self._bins.forecast_metrics):
+            for batch in self._store.iter_bins(start_ms, end_ms, bin_ms, self._bins.forecast_metrics):
                 found += self._windows_of(batch, start_ms)
                 if found >= enough:
                     return found
@@ -96,11 +96,10 @@ class Readiness:
         if not len(batch) or not batch.metrics:
             return 0
         bin_ms = self._bins.bin_s * 1000
-        values = np.stack(list(batch.metrics.values()), axis=1)
-        codes, starts, means = bin_means(batch.server_codes, batch.timestamps_ms, values, bin_ms)
-        shape = (len(batch.server_names), values.shape[1], DAY_MS // bin_ms)
+        means = np.stack(list(batch.metrics.values()), axis=1)
+        shape = (len(batch.server_names), means.shape[1], DAY_MS // bin_ms)
         grid = np.full(shape, np.nan, np.float32)
-        grid[codes, :, (starts - day_ms) // bin_ms] = means
+        grid[batch.server_codes, :, (batch.timestamps_ms - day_ms) // bin_ms] = means
         return count_trainable(grid, self._horizon_bins)
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from fleetcast.bins import bin_means
 from fleetcast.capacity import dates
 from fleetcast.clock import DAY_MS, HOUR_MS, from_ms, iso_z, to_ms
 from fleetcast.forecast.encoding import is_percent
@@ -147,8 +146,9 @@ class Fullness:
         metrics = self._wanted_metrics()
         tops: dict[str, Floats] = {}
         try:
-            for batch in self._buffer.iter_batches(day * DAY_MS, (day + 1) * DAY_MS, metrics):
-                for name, top in _tops(batch, metrics, self._fleet.history.bin_ms):
+            bin_ms = self._fleet.history.bin_ms
+            for batch in self._buffer.iter_bins(day * DAY_MS, (day + 1) * DAY_MS, bin_ms, metrics):
+                for name, top in _tops(batch, metrics):
                     tops[name] = np.fmax(tops.get(name, np.full(len(metrics), np.nan)), top)
                 yield
         finally:
@@ -181,13 +181,11 @@ class Fullness:
         }
 
 
-def _tops(batch: RecordBatch, metrics: Sequence[str], bin_ms: int) -> Iterator[tuple[str, Floats]]:
-    """Yield each server's highest mean of a bin, by metric."""
+def _tops(batch: RecordBatch, metrics: Sequence[str]) -> Iterator[tuple[str, Floats]]:
+    """Yield each server's highest mean of a bin, by metric; a server's means stand together."""
     absent = np.full(len(batch), np.nan)
-    values = np.array([batch.metrics.get(metric, absent) for metric in metrics]).T
-    if not len(batch):
-        return
-    codes, _, means = bin_means(batch.server_codes, batch.timestamps_ms, values, bin_ms)
+    means = np.array([batch.metrics.get(metric, absent) for metric in metrics]).T
+    codes = batch.server_codes
     starts = np.flatnonzero(np.append(True, codes[1:] != codes[:-1]))
     for code, top in zip(codes[starts].tolist(), np.fmax.reduceat(means, starts), strict=True):
         yield batch.server_names[code], top

@@ -254,6 +254,12 @@ class BinHistory:
                 self._late_bins.update(recent)
                 self._correctable.update(recent)
 
+    def note_newest(self, batch: RecordBatch) -> None:
+        """Take the times of records in, of which `restore` gets the means."""
+        with self._lock:
+            rows = self._rows_of(batch)
+            np.maximum.at(self._newest_ms, rows, batch.timestamps_ms)
+
     def refresh(self, read: ReadRecords, *, corrections_only: bool = False) -> list[ClosedBin]:
         """Read bins again that late rows belong to, newest first; return the corrected ones, oldest first."""
         with self._lock:
@@ -288,7 +294,9 @@ class BinHistory:
         with self._grid_lock:
             self._grid.put(codes[is_closed], starts[is_closed], means[is_closed])
         self._note_seen(codes[is_closed], starts[is_closed])
-        parts = []
+        parts: list[ClosedBin] = []
+        if not wanted:
+            return parts
         for start in np.unique(starts[is_closed]).tolist():
             if start in wanted:
                 of_bin = starts == start

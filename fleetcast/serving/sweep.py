@@ -445,7 +445,7 @@ class Sweeper:
         is_time = self._history.awaits_refresh and monotonic() - self._refreshed_at >= _REFRESH_S
         if not is_time and not (is_due and self._history.awaits_correction):
             return
-        read = partial(self._buffer.iter_batches, metrics=self._history.metrics)
+        read = partial(self._buffer.iter_bins, bin_ms=self._history.bin_ms, metrics=self._history.metrics)
         self._unwritten.extend(self._history.refresh(read, corrections_only=not is_time))
         if is_time:
             self._refreshed_at = monotonic()

@@ -12,8 +12,9 @@ import contextlib
 import logging
 import os
 import re
+import secrets
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date, datetime, timedelta
 from pathlib import Path
@@ -31,6 +32,8 @@ from fleetcast.storage.tables import (
     TableKind,
     canonical,
     choose,
+    codes_of,
+    concatenate,
     fill,
     is_canonical,
     stored_schema,
@@ -43,6 +46,7 @@ COLUMNS_FILE = "00-columns.parquet"  # sorts first: readers of the folder take t
 FORMAT_VERSION = 1
 _META_FORMAT = "fleetcast.format"
 _META_NUMBER = "fleetcast.segment"
+_META_SEAL = "fleetcast.seal"
 _PART_NAME = re.compile(r"part-(\d{12})-(\d+)\.parquet")
 _PART_GROUP_ROWS = 32_768
 _SEALED_GROUP_ROWS = 131_072
@@ -81,9 +85,12 @@ def write_part(
     number: int,
     *,
     is_sealed: bool = False,
+    notes: Callable[[], Mapping[str, str]] | None = None,
 ) -> int:
     """Write canonical tables, in order, to a new durable file; return the number of rows.
 
+    Args:
+        notes: asked for more key-value metadata when all rows are written; each table is then one row group.
     Raises:
         StorageFull, StorageBroken: nothing is left at `path`.
     """
@@ -93,16 +100,24 @@ def write_part(
     n_rows = 0
     try:
         with path.open("xb") as stream, pq.ParquetWriter(stream, written, **options) as writer:
-            writer.add_key_value_metadata({_META_FORMAT: str(FORMAT_VERSION), _META_NUMBER: str(number)})
+            writer.add_key_value_metadata(_metadata(number, is_sealed))
             for table in tables:
-                writer.write_table(fill(table, schema).cast(written), row_group_size=group_rows)
+                size = len(table) if notes else group_rows
+                writer.write_table(fill(table, schema).cast(written), row_group_size=size)
                 n_rows += len(table)
+            if notes:
+                writer.add_key_value_metadata(dict(notes()))
         fsync_file(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             path.unlink()
         raise storage_error(path, error) from error
     return n_rows
+
+
+def _metadata(number: int, is_sealed: bool) -> dict[str, str]:
+    said = {_META_FORMAT: str(FORMAT_VERSION), _META_NUMBER: str(number)}
+    return {**said, _META_SEAL: secrets.token_hex(16)} if is_sealed else said
 
 
 class OpenPart:
@@ -121,8 +136,13 @@ class OpenPart:
                 read_dictionary=list(kind.text_columns),
                 page_checksum_verification=True,
             )
+            status = Path(name_of_open_file).stat()
         metadata = self._file.metadata
         said = metadata.metadata or {}
+        self._said = said
+        # sealed before there were names: whoever writes the day again leaves another time
+        own = f"{status.st_size}-{status.st_mtime_ns}"
+        self.seal = self.note(_META_SEAL) or own  # of a sealed file: no other content has the same
         version = int(said.get(_META_FORMAT.encode(), b"0"))
         if version > FORMAT_VERSION:
             raise NotThisKind(f"format {version} is newer than {FORMAT_VERSION}")
@@ -134,6 +154,15 @@ class OpenPart:
         found = self._file.schema_arrow
         self._schema = found if is_canonical(found, kind) else canonical(found.empty_table(), kind).schema
         self._is_large = self.n_rows > _THREADS_ROWS
+
+    def note(self, name: str) -> str:
+        """Return a key-value entry of its metadata, "" where it has none."""
+        return bytes(self._said.get(name.encode(), b"")).decode(errors="replace")
+
+    @property
+    def n_groups(self) -> int:
+        """Return how many row groups it has."""
+        return int(self._file.metadata.num_row_groups)
 
     @property
     def schema(self) -> pa.Schema:
@@ -162,7 +191,7 @@ class OpenPart:
 
     def name_range(self) -> tuple[str, str] | None:
         """Return the first and last server from the footer, None where it says nothing."""
-        ranges = self._name_ranges()
+        ranges = self.name_ranges()
         known = [names for names in ranges if names is not None]
         if len(known) < len(ranges) or not known:
             return None
@@ -170,13 +199,13 @@ class OpenPart:
 
     def groups(self, names: tuple[str, str] | None) -> list[int]:
         """Return the row groups that can hold servers of this (inclusive) range of names."""
-        ranges = enumerate(self._name_ranges())
+        ranges = enumerate(self.name_ranges())
         if names is None:
             return [group for group, _ in ranges]
         return [group for group, own in ranges if own is None or (own[1] >= names[0] and own[0] <= names[1])]
 
-    def _name_ranges(self) -> list[tuple[str, str] | None]:
-        """Return the first and last server of each row group."""
+    def name_ranges(self) -> list[tuple[str, str] | None]:
+        """Return the first and last server of each row group; None where the footer does not say."""
         metadata = self._file.metadata
         place = self.column_names.index(self._kind.key[0])
         found: list[tuple[str, str] | None] = []
@@ -228,6 +257,34 @@ def _options(kind: TableKind, schema: pa.Schema, is_sealed: bool) -> dict[str, o
         "use_dictionary": [field.name for field in schema if field.name not in times],
         "column_encoding": dict.fromkeys(times, "DELTA_BINARY_PACKED"),
     }
+
+
+def servers_between(table: pa.Table, kind: TableKind, first: str | None, last: str | None) -> pa.Table:
+    """Return the rows of servers from `first` to `last`; None is no bound."""
+    if first is None or last is None or len(table) == 0:
+        return table
+    names, codes = codes_of(table.column(kind.key[0]))
+    wanted = np.array([first <= str(name) <= last for name in names], dtype=np.bool_)
+    return choose(table, wanted[codes])
+
+
+def whole_servers(tables: Iterator[pa.Table], kind: TableKind) -> Iterator[pa.Table]:
+    """Yield sorted tables cut anew, so that no server is spread over two of them."""
+    held: pa.Table | None = None
+    for table in tables:
+        if len(table) == 0:
+            continue
+        if held is None:
+            held = table
+            continue
+        _, codes = codes_of(held.column(kind.key[0]))
+        others = np.flatnonzero(codes != codes[-1])
+        n_ready = int(others[-1]) + 1 if len(others) else 0
+        if n_ready:
+            yield held.slice(0, n_ready)
+        held = concatenate([held.slice(n_ready), table], kind)
+    if held is not None:
+        yield held
 
 
 _RETRIES = 50  # each one means that the writer swapped the day just then

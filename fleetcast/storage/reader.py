@@ -20,11 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fleetcast.bins import bin_means
 from fleetcast.clock import DAY_MS
 from fleetcast.errors import BadData, CorruptFile
 from fleetcast.files import fsync_file, publish, storage_error, temp_beside
-from fleetcast.schema import RecordBatch
+from fleetcast.storage.bin_days import BinDay, bin_table, open_bins, sealed_file
 from fleetcast.storage.days import (
     OpenPart,
     day_of_ms,
@@ -34,16 +33,17 @@ from fleetcast.storage.days import (
     list_days,
     open_day,
     part_names,
+    servers_between,
     split_by_day,
+    whole_servers,
 )
 from fleetcast.storage.log import decode_payloads, read_segment, segments
 from fleetcast.storage.tables import (
+    BINS,
     METRICS,
     NUMBER,
     Flags,
     TableKind,
-    batch_of_table,
-    canonical,
     choose,
     codes_of,
     concatenate,
@@ -51,7 +51,6 @@ from fleetcast.storage.tables import (
     has_key,
     merge,
     stored_schema,
-    table_of_batch,
     times_ms,
 )
 
@@ -62,6 +61,8 @@ logger = logging.getLogger(__name__)
 
 CHUNK_ROWS = 262_144
 Drops = Mapping[str, int]  # servers that are being forgotten: their rows from before this time (ms) go
+_STRETCH_ROWS = 8 * CHUNK_ROWS  # of a day that is read by time
+_READS_MOST = 2  # times that a row may be read so: large parts of the whole day are not read by time
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,33 +122,110 @@ class DayReader:
         for day in self._days(log, start_ms, end_ms):
             first_ms = max(start_ms, day_start_ms(day))
             last_ms = min(end_ms, day_start_ms(day) + DAY_MS)
-            for table in self._read_span(day, log, first_ms, last_ms, columns, chunk_rows):
+            parts = open_day(self.folder, self.kind, day).parts
+            for table in self._rows_between(parts, log, (first_ms, last_ms), columns, chunk_rows):
                 kept = _without(table, self.left_out())
                 if len(kept):
                     yield day, kept
 
-    def _read_span(
+    def read_by_bins(
+        self, start_ms: int, end_ms: int, bin_ms: int, columns: Sequence[str] | None = None
+    ) -> Iterator[tuple[date, pa.Table]]:
+        """Yield the same rows, all that a server has of a bin in one table, in what order is fastest."""
+        log = read_log(self.folder, self.kind)
+        for day in self._days(log, start_ms, end_ms):
+            span_ms = max(start_ms, day_start_ms(day)), min(end_ms, day_start_ms(day) + DAY_MS)
+            for table in self._rows_by_bins(day, log, span_ms, bin_ms, columns):
+                kept = _without(table, self.left_out())
+                if len(kept):
+                    yield day, kept
+
+    def _rows_by_bins(
         self,
         day: date,
         log: Sequence[LogRows],
-        start_ms: int,
-        end_ms: int,
+        span_ms: tuple[int, int],
+        bin_ms: int,
+        columns: Sequence[str] | None,
+    ) -> Iterator[pa.Table]:
+        """Yield the rows of a span inside one day, stretch after stretch of time where its parts allow it."""
+        parts = open_day(self.folder, self.kind, day).parts
+        for stretch in _stretches(parts, span_ms, bin_ms):
+            yield from self._rows_between(parts, log, stretch, columns, CHUNK_ROWS)
+
+    def _rows_between(
+        self,
+        parts: Sequence[OpenPart],
+        log: Sequence[LogRows],
+        span_ms: tuple[int, int],
         columns: Sequence[str] | None,
         chunk_rows: int,
     ) -> Iterator[pa.Table]:
         """Yield the rows of a span inside one day."""
+        start_ms, end_ms = span_ms
         fresh = []
         for rows in log:
             table = _between(_narrow(rows.table, self.kind, columns), self.kind, start_ms, end_ms)
             if len(table):
                 fresh.append(LogRows(rows.number, table))
-        parts = [
-            part for part in open_day(self.folder, self.kind, day).parts if part.may_hold(start_ms, end_ms)
-        ]
+        parts = [part for part in parts if part.may_hold(start_ms, end_ms)]
         for table in merge_sources(parts, fresh, self.kind, columns, chunk_rows):
             inside = _between(table, self.kind, start_ms, end_ms)
             if len(inside):
                 yield inside
+
+    def read_bins(
+        self, start_ms: int, end_ms: int, bin_ms: int, columns: Sequence[str] | None = None
+    ) -> Iterator[tuple[date, pa.Table]]:
+        """Yield the means of the bins of the rows with start <= time < end, day by day, of whole servers.
+
+        A row stands at the start of its bin. The means that were kept of a sealed day are the same as those
+        of its rows, which are read where none were kept, or part of a bin is asked for.
+        """
+        log = read_log(self.folder, self.kind)
+        for day in self._days(log, start_ms, end_ms):
+            first_ms, last_ms = max(start_ms, day_start_ms(day)), min(end_ms, day_start_ms(day) + DAY_MS)
+            kept = self._bin_day(day, log, (first_ms, last_ms), bin_ms)
+            if kept is not None:
+                tables = kept.means(columns)
+            else:
+                rows = self._rows_by_bins(day, log, (first_ms, last_ms), bin_ms, columns)
+                tables = (bin_table(table, bin_ms) for table in rows)
+            for table in tables:
+                inside = _between(table, self.kind, first_ms // bin_ms * bin_ms, last_ms)
+                wanted = _without(inside, self.left_out())
+                if len(wanted):
+                    yield day, wanted
+
+    def read_newest(self, start_ms: int, end_ms: int, bin_ms: int) -> pa.Table | None:
+        """Return each server's newest values of the rest of a sealed day, None where it has not kept them."""
+        day = day_of_ms(start_ms)
+        kept = self._bin_day(day, read_log(self.folder, self.kind), (start_ms, end_ms), bin_ms)
+        if kept is None or kept.newest_ms >= end_ms:
+            return None
+        tables = [_between(table, self.kind, start_ms, end_ms) for table in kept.newest()]
+        return _without(concatenate(tables, self.kind), self.left_out())
+
+    def _bin_day(
+        self, day: date, log: Sequence[LogRows], span_ms: tuple[int, int], bin_ms: int
+    ) -> BinDay | None:
+        """Return the kept means of a day, None unless they are those of the rows of this span of it.
+
+        Args:
+            log: what the log held before; a row of the day in it is in no means.
+        """
+        start_ms = day_start_ms(day)
+        in_log = (times_ms(rows.table, self.kind.time_column) // DAY_MS for rows in log)
+        is_touched = any((days == start_ms // DAY_MS).any() for days in in_log)
+        if is_touched or DAY_MS % bin_ms or span_ms[0] % bin_ms:
+            return None
+        sealed = sealed_file(self.folder, day)
+        if sealed is None:
+            return None
+        kept = open_bins(self.folder, day, sealed, bin_ms)
+        if kept is None or False:
+            return None  # it has rows of the last bin that are not asked for
+        return kept
 
     def read_server(
         self, server_name: str, start_ms: int, end_ms: int, columns: Sequence[str] | None = None
@@ -166,7 +244,7 @@ class DayReader:
         found = []
         for _, _, tables in sorted(sources, key=lambda source: source[:2]):
             for table in tables:
-                own = _servers_between(table, self.kind, *names)
+                own = servers_between(table, self.kind, *names)
                 found.append(_between(own, self.kind, start_ms, end_ms))
         return merge(found, self.kind)
 
@@ -208,6 +286,8 @@ class DayReader:
         return edge(found) if found else None
 
     def _days(self, log: Sequence[LogRows], start_ms: int, end_ms: int) -> list[date]:
+        if start_ms >= end_ms:
+            return []
         days = set(list_days(self.folder, self.kind))
         for rows in log:
             numbers = np.unique(times_ms(rows.table, self.kind.time_column) // DAY_MS)
@@ -229,17 +309,35 @@ def merge_sources(
     Never more than about `chunk_rows` rows are held, unless one server alone has more.
     """
     if len(parts) == 1 and not log and parts[0].is_ours:
-        yield from _whole_servers(parts[0].tables(columns), kind)  # sorted and unique as it is
+        yield from whole_servers(parts[0].tables(columns), kind)  # sorted and unique as it is
         return
     ranges = _server_ranges(parts, log, kind, chunk_rows)
     for first, last in ranges:
         sources = [(part.number, 0, _part_rows(part, kind, columns, first, last)) for part in parts]
-        sources += [(rows.number, 1, [_servers_between(rows.table, kind, first, last)]) for rows in log]
+        sources += [(rows.number, 1, [servers_between(rows.table, kind, first, last)]) for rows in log]
         sources.sort(key=lambda source: source[:2])
         tables = [table for _, _, some in sources for table in some]
         table = merge(tables, kind)
         if len(table):
             yield table
+
+
+def _stretches(parts: Sequence[OpenPart], span_ms: tuple[int, int], bin_ms: int) -> Iterator[tuple[int, int]]:
+    """Yield a span cut between bins, so that a stretch has few rows and few parts lie in two.
+
+    Each range of servers (see `_server_ranges`) reads row groups of every part of a stretch: of 10,000
+    servers' open day, with some hundred parts, each row was read twenty times.
+    """
+    start_ms, end_ms = span_ms
+    first_ms = start_ms - start_ms % bin_ms
+    n_rows, n_bins = sum(part.n_rows for part in parts), -(-(end_ms - first_ms) // bin_ms)
+    step_ms = max(1, n_bins * _STRETCH_ROWS // max(n_rows, 1)) * bin_ms
+    ranges = [(part.n_rows, part.time_range_ms() or span_ms) for part in parts]
+    n_read = sum(rows * (newest // step_ms - oldest // step_ms + 1) for rows, (oldest, newest) in ranges)
+    if n_read > _READS_MOST * n_rows:
+        step_ms = n_bins * bin_ms
+    for start in range(first_ms, end_ms, step_ms):
+        yield max(start, start_ms), min(start + step_ms, end_ms)
 
 
 def _server_ranges(
@@ -271,34 +369,7 @@ def _part_rows(
     if first is None or last is None:
         return list(part.tables(columns))
     groups = part.groups((first, last))
-    return [_servers_between(table, kind, first, last) for table in part.tables(columns, groups)]
-
-
-def _servers_between(table: pa.Table, kind: TableKind, first: str | None, last: str | None) -> pa.Table:
-    if first is None or last is None or len(table) == 0:
-        return table
-    names, codes = codes_of(table.column(kind.key[0]))
-    wanted = np.array([first <= str(name) <= last for name in names], dtype=np.bool_)
-    return choose(table, wanted[codes])
-
-
-def _whole_servers(tables: Iterator[pa.Table], kind: TableKind) -> Iterator[pa.Table]:
-    """Yield sorted tables cut anew, so that no server is spread over two of them."""
-    held: pa.Table | None = None
-    for table in tables:
-        if len(table) == 0:
-            continue
-        if held is None:
-            held = table
-            continue
-        _, codes = codes_of(held.column(kind.key[0]))
-        others = np.flatnonzero(codes != codes[-1])
-        n_ready = int(others[-1]) + 1 if len(others) else 0
-        if n_ready:
-            yield held.slice(0, n_ready)
-        held = concatenate([held.slice(n_ready), table], kind)
-    if held is not None:
-        yield held
+    return [servers_between(table, kind, first, last) for table in part.tables(columns, groups)]
 
 
 def _without(table: pa.Table, servers: Collection[str]) -> pa.Table:
@@ -369,6 +440,8 @@ def buffer_stats(folder: Path, kind: TableKind) -> dict[str, Any]:
     every_day = sorted({*days, *by_day})
     size = sum(folder_bytes(day_path(folder, kind, day)) for day in days)
     size += folder_bytes(log_folder(folder, kind))
+    if kind is METRICS:
+        size += sum(folder_bytes(day_path(folder, BINS, day)) for day in list_days(folder, BINS))
     return {
         "file_count": len(days),
         "total_records": total,
@@ -416,23 +489,13 @@ def export_records(
         StorageFull, StorageBroken: a file that was at `path` before is untouched.
     """
     bin_ms = _bin_ms(resolution_s)
+    if bin_ms is not None:
+        start_ms -= start_ms % bin_ms  # the first bin is whole, too
     names = reader.metric_names(start_ms, end_ms)
     schema = pa.schema([*METRICS.schema, *((name, NUMBER) for name in names)])
-    tables = (table for _, table in reader.read(start_ms, end_ms, names))
-    if bin_ms is not None:
-        tables = (bin_table(table, bin_ms) for table in tables)
-    return _write(path, tables, schema)
-
-
-def bin_table(table: pa.Table, bin_ms: int) -> pa.Table:
-    """Return the bin means of whole servers; the time of a row is its bin's start."""
-    batch = batch_of_table(table)
-    metrics = list(batch.metrics)
-    # each column in one piece: means are taken column by column
-    values = np.array([batch.metrics[name] for name in metrics]).reshape(len(metrics), len(batch)).T
-    codes, starts_ms, means = bin_means(batch.server_codes, batch.timestamps_ms, values, bin_ms)
-    columns = {name: means[:, place] for place, name in enumerate(metrics)}
-    return canonical(table_of_batch(RecordBatch(batch.server_names, codes, starts_ms, columns)), METRICS)
+    if bin_ms is None:
+        return _write(path, (table for _, table in reader.read(start_ms, end_ms, names)), schema)
+    return _write(path, (table for _, table in reader.read_bins(start_ms, end_ms, bin_ms, names)), schema)
 
 
 def _bin_ms(resolution_s: float | None) -> int | None:

@@ -306,6 +306,31 @@ class DataBuffer:
         for _, table in self._records.read(start_ms, end_ms, metrics):
             yield batch_of_table(table)
 
+    def iter_by_bins(
+        self, start_ms: int, end_ms: int, bin_ms: int, metrics: Sequence[str] | None = None
+    ) -> Iterator[RecordBatch]:
+        """Yield the same records, day by day: all that a server has of a bin in one batch, in any order."""
+        for _, table in self._records.read_by_bins(start_ms, end_ms, bin_ms, metrics):
+            yield batch_of_table(table)
+
+    def iter_bins(
+        self, start_ms: int, end_ms: int, bin_ms: int, metrics: Sequence[str] | None = None
+    ) -> Iterator[RecordBatch]:
+        """Yield the means of the bins of the same records, each at the start of its bin.
+
+        They are `bin_means` of what `iter_batches` yields, sooner where a sealed day has kept them.
+        """
+        for _, table in self._records.read_bins(start_ms, end_ms, bin_ms, metrics):
+            yield batch_of_table(table)
+
+    def read_newest(self, start_ms: int, end_ms: int, bin_ms: int) -> RecordBatch | None:
+        """Return each server's newest value of each metric, at its time, of the rest of a sealed day.
+
+        None where the day has not kept them, or goes on after `end_ms`: `iter_batches` has the records.
+        """
+        table = self._records.read_newest(start_ms, end_ms, bin_ms)
+        return None if table is None else batch_of_table(table)
+
     def read_server(
         self, server_name: str, start_ms: int, end_ms: int, metrics: Sequence[str]
     ) -> RecordBatch:

@@ -9,7 +9,7 @@ Does not know: files.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -173,6 +173,7 @@ METRICS = TableKind(
     columns=(("timestamp", TIME), ("server_name", TEXT)),
     has_metrics=True,
 )
+BINS = replace(METRICS, name="bins")  # the means of a sealed day of records, at the starts of their bins
 PREDICTIONS = TableKind(
     name="predictions",
     time_column="target",

@@ -1,8 +1,9 @@
-"""What happens to days after rows arrived: compaction, sealing, expiry, and leaving forgotten servers out.
+"""What happens to days after rows arrived: compaction, sealing, means of bins, expiry, forgotten servers.
 
-Owns: when each is due, and the child process that seals (`python -m fleetcast.storage.upkeep`, low
-priority; its memory goes back to the system when it ends): all parts of a day that is over become
-one sorted, compressed Parquet file. Does not know: the log, how a sealed file takes the day's place.
+Owns: when each is due, and the child process (`python -m fleetcast.storage.upkeep`, low priority; its
+memory goes back to the system when it ends) that seals, or takes means: all parts of a day that is over
+become one sorted, compressed Parquet file, and a sealed day without means of its bins gets them.
+Does not know: the log, how a sealed file takes the day's place, what is in a file of means (`bin_days`).
 Not thread safe: the caller holds the store's structure lock.
 """
 
@@ -15,13 +16,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from fleetcast.clock import DAY_MS, monotonic, to_ms
 from fleetcast.errors import FleetcastError
-from fleetcast.files import remove_leftover
+from fleetcast.files import publish, remove_leftover, set_aside
+from fleetcast.storage.bin_days import lacks_bins, make_bins
 from fleetcast.storage.days import (
     OpenPart,
     PartName,
+    day_path,
     day_start_ms,
     folder_bytes,
     list_days,
@@ -31,8 +35,8 @@ from fleetcast.storage.days import (
 )
 from fleetcast.storage.reader import Drops, holds_forgotten, merge_sources, without_forgotten
 from fleetcast.storage.retention import Retention
-from fleetcast.storage.tables import METRICS, PREDICTIONS, TableKind, union_schema
-from fleetcast.storage.writer import DayWriter, Step, hidden_name
+from fleetcast.storage.tables import BINS, METRICS, PREDICTIONS, TableKind, union_schema
+from fleetcast.storage.writer import NEW_MARK, DayWriter, Step, hidden_name
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +44,7 @@ NICE = 10
 TIMEOUT_S = 1800.0
 _LOOK_S = 0.2  # of one look for days that hold forgotten servers
 _GROUP_ROWS = 131_072  # rows of a row group, cut between servers
+_BINS_TASK = "bins-"
 _PACKAGE_FOLDER = Path(__file__).resolve().parents[2]
 
 
@@ -53,12 +58,16 @@ class Sealed:
     n_rows: int
 
 
-class SealProcess:
-    """The child that seals one day; `poll` never waits."""
+class DayProcess:
+    """The child that makes one file of one day; `is_running` never waits."""
 
-    def __init__(
-        self, folder: Path, kind_name: str, day: date, target: Path, drops: Drops | None = None
-    ) -> None:
+    def __init__(self, folder: Path, task: str, day: date, target: Path, drops: Drops | None = None) -> None:
+        """Start it.
+
+        Args:
+            task: the name of the kind to seal, or `bins-` and the length of the bins in ms.
+            drops: servers whose rows are left out of a sealed file.
+        """
         self.day = day
         self._target = target
         self.started_at = monotonic()
@@ -66,7 +75,7 @@ class SealProcess:
         environment["PYTHONPATH"] = os.pathsep.join(
             [str(_PACKAGE_FOLDER), *filter(None, [environment.get("PYTHONPATH")])]
         )
-        command = [sys.executable, "-m", __name__, str(folder), kind_name, day.isoformat(), str(target)]
+        command = [sys.executable, "-m", __name__, str(folder), task, day.isoformat(), str(target)]
         self._process = subprocess.Popen(
             [*command, str(os.getpid()), json.dumps(drops or {})],
             stdin=subprocess.DEVNULL,
@@ -78,9 +87,19 @@ class SealProcess:
     def is_running(self) -> bool:
         """Whether it still works; one over its time is killed."""
         if self._process.poll() is None and monotonic() - self.started_at > TIMEOUT_S:
-            logger.error("killed a sealing that took too long day=%s limit_s=%g", self.day, TIMEOUT_S)
+            logger.error("killed what took too long for a day day=%s limit_s=%g", self.day, TIMEOUT_S)
             self._process.kill()
         return self._process.poll() is None
+
+    def stop(self) -> None:
+        """End it; the day stays as it is."""
+        self._process.kill()
+        self._process.communicate()
+        remove_leftover(self._target)
+
+
+class SealProcess(DayProcess):
+    """The child that seals one day."""
 
     def result(self) -> Sealed | None:
         """Return what it made, waiting for its end; None if it failed."""
@@ -93,11 +112,23 @@ class SealProcess:
         parts = tuple(PartName(number, n_rows) for number, n_rows in answer["parts"])
         return Sealed(self._target, parts, tuple(answer["rejects"]), answer["n_rows"])
 
-    def stop(self) -> None:
-        """End it; the day stays as it is."""
-        self._process.kill()
-        self._process.communicate()
+
+class BinsProcess(DayProcess):
+    """The child that takes the means of one sealed day."""
+
+    def publish(self, path: Path) -> str:
+        """Put what it made at `path`, waiting for its end; return why there is nothing, or ""."""
+        output, _ = self._process.communicate()
+        if self._process.returncode == 0:
+            try:
+                if path.is_dir() and not path.is_symlink():
+                    set_aside(path, "a folder where a file of means belongs")
+                publish(self._target, path)
+                return ""
+            except OSError as error:
+                output = str(error).encode()
         remove_leftover(self._target)
+        return output.decode(errors="replace").strip() or f"exit {self._process.returncode}"
 
 
 def seal(folder: Path, kind_name: str, day: date, target: Path, drops: Drops | None = None) -> Sealed:
@@ -119,20 +150,27 @@ def seal(folder: Path, kind_name: str, day: date, target: Path, drops: Drops | N
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Seal one day: folder, kind, day, target, pid of the owner, forgotten servers as JSON."""
-    folder, kind_name, day, target, owner, drops = sys.argv[1:] if argv is None else argv
+    """Seal one day, or take its means: folder, task, day, target, pid of the owner, forgotten servers as JSON."""
+    folder, task, day, target, owner, drops = sys.argv[1:] if argv is None else argv
     os.nice(NICE)
+    answer: dict[str, Any] = {}
     try:
-        sealed = seal(Path(folder), kind_name, date.fromisoformat(day), Path(target), json.loads(drops))
+        if task.startswith(_BINS_TASK):
+            bin_ms = int(task.removeprefix(_BINS_TASK))
+            answer["n_rows"] = make_bins(Path(folder), date.fromisoformat(day), bin_ms, Path(target))
+        else:
+            sealed = seal(Path(folder), task, date.fromisoformat(day), Path(target), json.loads(drops))
+            names = [[name.number, name.n_rows] for name in sealed.parts]
+            answer = {"parts": names, "rejects": sealed.rejects, "n_rows": sealed.n_rows}
     except (FleetcastError, OSError) as error:
-        print(f"sealing {kind_name} {day}: {error}", file=sys.stderr)
+        is_seal = not task.startswith(_BINS_TASK)  # the owner says what hinders the others, once
+        print(f"sealing {task} {day}: {error}" if is_seal else error, file=sys.stderr if is_seal else None)
         remove_leftover(Path(target))
         return 1
     if os.getppid() != int(owner):  # the owner died and cannot take this file
-        remove_leftover(sealed.path)
+        remove_leftover(Path(target))
         return 1
-    names = [[name.number, name.n_rows] for name in sealed.parts]
-    print(json.dumps({"parts": names, "rejects": sealed.rejects, "n_rows": sealed.n_rows}))
+    print(json.dumps(answer))
     return 0
 
 
@@ -141,13 +179,14 @@ SEAL_GRACE = timedelta(minutes=10)  # by the owner's clock: time for late rows
 
 @dataclass(frozen=True, slots=True)
 class UpkeepPace:
-    """Wall times between the steps, and how many parts a day may have."""
+    """Wall times between the steps, how many parts a day may have, and whether it keeps means."""
 
     compact_parts: int = 60
     compact_interval_s: float = 3600.0
     seal_quiet_s: float = 60.0  # without a new part, before a day is sealed
     reseal_quiet_s: float = 600.0  # before another try after a failure
     expire_interval_s: float = 60.0
+    bin_ms: int = 0  # length of the bins of which sealed days of records keep the means; 0: none
 
 
 @dataclass(slots=True)
@@ -181,6 +220,8 @@ class DayUpkeep:
         self._pace = pace
         self._settle = settle
         self._step = on_step
+        keeps_means = kind is METRICS and pace.bin_ms > 0 and DAY_MS % pace.bin_ms == 0
+        self._means = MeansUpkeep(folder, pace, on_step) if keeps_means else None
         self._open_days: dict[date, OpenDay] = {}
         self._sealer: SealProcess | None = None
         self._expire_at = 0.0
@@ -195,6 +236,8 @@ class DayUpkeep:
             path = self._writer.path(day)
             if path.is_dir():
                 self._open_days[day] = OpenDay(now, now, len(part_names(path)))
+        if self._means:
+            self._means.load()
 
     def note_change(self, day: date) -> None:
         """Note that rows were added to a day."""
@@ -207,6 +250,8 @@ class DayUpkeep:
         """Do what is due; `now` is the owner's clock."""
         self._compact_due()
         self._seal_due(now)
+        if self._means and self._sealer is None:
+            self._means.run()
         if expires and monotonic() >= self._expire_at:
             self._expire_at = monotonic() + self._pace.expire_interval_s
             self._expire(now)
@@ -216,6 +261,8 @@ class DayUpkeep:
         if self._sealer is not None:
             self._sealer.stop()
             self._sealer = None
+        if self._means:
+            self._means.stop()
 
     def _compact_due(self) -> None:
         now = monotonic()
@@ -270,6 +317,8 @@ class DayUpkeep:
             return
         self._writer.put_sealed(process.day, sealed.path, sealed.rejects)
         self._open_days.pop(process.day, None)
+        if self._means:
+            self._means.want(process.day)
         size = folder_bytes(path)
         name = self._kind.name
         logger.info(
@@ -326,7 +375,7 @@ class DayUpkeep:
 
     def _expire_by_size(self, days: list[date], max_mb: int) -> None:
         """Remove the oldest days until the rest fits; the newest day always stays."""
-        sizes = [folder_bytes(self._writer.path(day)) for day in days]
+        sizes = [self._bytes_of(day) for day in days]
         excess = sum(sizes) - max_mb * 1_000_000
         for day, size in list(zip(days, sizes, strict=True))[:-1]:
             if excess <= 0:
@@ -334,13 +383,95 @@ class DayUpkeep:
             self._remove(day, "more bytes than retention_max_mb")
             excess -= size
 
+    def _bytes_of(self, day: date) -> int:
+        means = folder_bytes(day_path(self._folder, BINS, day)) if self._kind is METRICS else 0
+        return folder_bytes(self._writer.path(day)) + means
+
     def _remove(self, day: date, why: str) -> None:
         if self._sealer is not None and self._sealer.day == day:
             self.stop()
         self._writer.remove(day)
         self._step("day removed")
+        if self._means:
+            self._means.remove(day)
         self._open_days.pop(day, None)
         logger.info("buffer expired kind=%s day=%s why=%s", self._kind.name, day, why)
+
+
+class MeansUpkeep:
+    """Sees to it that every sealed day of records has the means of its bins, the newest days first.
+
+    One child at a time, and never beside a sealing: no day waits for means. What fails is said once, and
+    tried again later; readers take the records meanwhile.
+    """
+
+    def __init__(self, folder: Path, pace: UpkeepPace, on_step: Step) -> None:
+        self._folder = folder
+        self._bin_ms = pace.bin_ms
+        self._pace = pace
+        self._step = on_step
+        self._wanted: list[date] = []  # sealed days to look at, the next one last
+        self._process: BinsProcess | None = None
+        self._wait_until = 0.0
+        self._said = ""  # why the last one failed
+
+    def load(self) -> None:
+        """Remove what a crash left, and want the means of every sealed day."""
+        for built in self._folder.glob(f".{BINS.name}_*.parquet{NEW_MARK}*"):
+            remove_leftover(built)
+        days = list_days(self._folder, METRICS)
+        for day in set(list_days(self._folder, BINS)).difference(days):
+            self.remove(day)
+        self._wanted = [day for day in days if day_path(self._folder, METRICS, day).is_file()]
+
+    def want(self, day: date) -> None:
+        """Look at a day next, because it was sealed."""
+        self._wanted = [*(other for other in self._wanted if other != day), day]
+
+    def run(self) -> None:
+        """Start on one day, or take over what was made of it."""
+        if self._process is not None:
+            if not self._process.is_running:
+                process, self._process = self._process, None
+                self._finish(process)
+            return
+        if self._wanted and monotonic() >= self._wait_until:
+            day = self._wanted.pop()
+            if lacks_bins(self._folder, day, self._bin_ms):
+                target = hidden_name(day_path(self._folder, BINS, day))
+                self._process = BinsProcess(self._folder, f"{_BINS_TASK}{self._bin_ms}", day, target)
+                self._step("means started")
+
+    def stop(self) -> None:
+        """End a running child."""
+        if self._process is not None:
+            self._process.stop()
+            self._process = None
+
+    def remove(self, day: date) -> None:
+        """Delete the means of a day that is no more."""
+        if self._process is not None and self._process.day == day:
+            self.stop()
+        self._wanted = [other for other in self._wanted if other != day]
+        remove_leftover(day_path(self._folder, BINS, day))
+        self._step("means removed")
+
+    def _finish(self, process: BinsProcess) -> None:
+        path = day_path(self._folder, BINS, process.day)
+        failure = process.publish(path)
+        self._step("means published")
+        if not failure:
+            self._said = ""
+            logger.info("buffer took means day=%s size_bytes=%d", process.day, folder_bytes(path))
+            return
+        if not self._said:
+            logger.warning(
+                "no means of bins are kept for now, the records are read instead day=%s why=%s",
+                *(process.day, failure),
+            )
+        self._said = failure
+        self._wait_until = monotonic() + self._pace.reseal_quiet_s
+        self._wanted.insert(0, process.day)
 
 
 if __name__ == "__main__":
