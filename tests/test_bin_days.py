@@ -177,7 +177,11 @@ class World:
             for start, parts in self.history._open.items()
         }
         return (
-            {name: np.nan_to_num(past, nan=-1.0).tobytes() for name, past in pasts.items() if past is not None},
+            {
+                name: np.nan_to_num(past, nan=-1.0).tobytes()
+                for name, past in pasts.items()
+                if past is not None
+            },
             known,
             seen,
             open_rows,
@@ -329,7 +333,10 @@ def as_no_json(path: Path) -> None:
         (lambda path: path.write_bytes(b"no parquet at all"), True),
         (as_a_folder, True),
         (as_no_json, True),
-        (lambda path: pq.write_table(pq.read_table(path), path), True),  # row groups joined by another program
+        (
+            lambda path: pq.write_table(pq.read_table(path), path),
+            True,
+        ),  # row groups joined by another program
         (lambda path: break_page(path, 0, 2), True),
         (lambda path: path.unlink(), False),
     ],

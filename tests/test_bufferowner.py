@@ -17,12 +17,14 @@ from fleetcast.clock import from_ms
 from fleetcast.errors import AlreadyRunning, StorageBroken
 from fleetcast.locks import is_locked
 from fleetcast.storage import upkeep
-from fleetcast.storage.days import list_days
+from fleetcast.storage.bin_days import make_bins, sealed_file
+from fleetcast.storage.days import day_path, list_days
 from fleetcast.storage.store import LOCK_NAME, DataBuffer
-from fleetcast.storage.tables import METRICS
+from fleetcast.storage.tables import BINS, METRICS
 from fleetcast.storage.upkeep import UpkeepPace
 
 LATER = datetime(2027, 1, 1, tzinfo=UTC)
+BIN_MS = 2
 
 rows = st.lists(
     st.tuples(
@@ -35,6 +37,18 @@ rows = st.lists(
     min_size=1,
     max_size=8,
 )
+
+
+def means(rows: dict[Key, Values]) -> dict[Key, Values]:
+    """Return the means of bins, of values whose sums are exact."""
+    by_bin: dict[Key, dict[str, list[float]]] = {}
+    for (server, time), values in rows.items():
+        found = by_bin.setdefault((server, time // BIN_MS * BIN_MS), {})
+        for name, value in values.items():
+            found.setdefault(name, []).append(value)
+    return {
+        key: {name: sum(some) / len(some) for name, some in found.items()} for key, found in by_bin.items()
+    }
 
 
 class BufferLife(RuleBasedStateMachine):
@@ -89,6 +103,15 @@ class BufferLife(RuleBasedStateMachine):
             if name != server or at >= before
         }
 
+    @rule(data=st.data())
+    def take_means(self, data: st.DataObject) -> None:
+        """Put means of bins beside any sealed day, as the child and its parent do."""
+        days = [day for day in list_days(self.folder, METRICS) if sealed_file(self.folder, day)]
+        if days:
+            day = data.draw(st.sampled_from(days))
+            make_bins(self.folder, day, BIN_MS, self.folder / ".means")
+            (self.folder / ".means").replace(day_path(self.folder, BINS, day))
+
     @rule()
     def restart(self) -> None:
         self.owner.close()
@@ -103,6 +126,7 @@ class BufferLife(RuleBasedStateMachine):
     def holds_one_row_per_key_with_the_last_values(self) -> None:
         reader = DataBuffer(self.folder)
         assert rows_of(reader.iter_batches(0, 2**45)) == self.expected
+        assert rows_of(reader.iter_bins(0, 2**45, BIN_MS)) == means(self.expected)
         stats = reader.get_stats()
         assert stats["total_records"] == len(self.expected)
         newest = max((time for _, time in self.expected), default=None)

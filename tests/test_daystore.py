@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -17,11 +18,12 @@ from fleetcast.errors import StorageBroken, StorageFull, UnknownFormat
 from fleetcast.settings import BufferSettings
 from fleetcast.storage import daystore, log, upkeep
 from fleetcast.storage import writer as writer_module
-from fleetcast.storage.days import list_days, part_names
+from fleetcast.storage.bin_days import lacks_bins, make_bins
+from fleetcast.storage.days import day_path, list_days, part_names
 from fleetcast.storage.daystore import DayStore
 from fleetcast.storage.log import encode_table
 from fleetcast.storage.reader import DayReader, log_folder
-from fleetcast.storage.tables import METRICS, batch_of_table, table_of_batch
+from fleetcast.storage.tables import BINS, METRICS, batch_of_table, table_of_batch
 from fleetcast.storage.upkeep import UpkeepPace
 
 ALWAYS_MS = 2**45
@@ -298,7 +300,7 @@ def life(folder: Path, on_step: Callable[[str], None]) -> Iterator[Rows]:
             rows.setdefault((server, time), {}).update(values)
         return {key: dict(values) for key, values in rows.items()}
 
-    owner = store(folder, on_step, compact_parts=3, seal_quiet_s=0.0)
+    owner = store(folder, on_step, compact_parts=3, seal_quiet_s=0.0, bin_ms=2)
     yield put(owner, ("a", NOON_MS, {"x": 1.0}), ("b", NOON_MS, {"x": 1.0}))
     owner.flush()
     yield put(owner, ("a", NOON_MS + 1, {"x": 2.0, "y": 2.0}), ("b", NOON_MS - DAY_MS, {"x": 3.0}))
@@ -306,16 +308,55 @@ def life(folder: Path, on_step: Callable[[str], None]) -> Iterator[Rows]:
     yield put(owner, ("a", NOON_MS, {"x": 4.0}), ("a", NOON_MS + 2, {"z": 4.0}))
     owner.flush()
     owner.maintain(datetime(2026, 1, 15, 12, tzinfo=UTC), expires=False)  # compacts, seals the 14th
-    wait_for_seal(owner, datetime(2026, 1, 15, 12, tzinfo=UTC))
+    wait_for_seal(owner, datetime(2026, 1, 15, 12, tzinfo=UTC))  # and takes its means
     yield put(owner, ("b", NOON_MS - DAY_MS, {"x": 5.0}), ("c", NOON_MS - DAY_MS, {"x": 5.0}))
     owner.flush()
     yield put(owner, ("c", NOON_MS, {"x": 6.0}))
+    wait_for_seal(owner, LATER)  # all days, and the means of the 14th anew
     owner.close()
 
 
 def wait_for_seal(owner: DayStore, now: datetime) -> None:
-    for _ in range(6):  # each round starts or ends one
+    for _ in range(12):  # each round starts or ends one, or takes means
         owner.maintain(now, expires=False)
+
+
+def means(rows: Rows) -> Rows:
+    """Return the means of bins of 2 ms."""
+    by_bin: dict[Key, list[Values]] = {}
+    for (server, time), values in rows.items():
+        by_bin.setdefault((server, time // 2 * 2), []).append(values)
+    return {
+        key: {
+            name: float(np.mean([values[name] for values in some if name in values]))
+            for name in {name for values in some for name in values}
+        }
+        for key, some in by_bin.items()
+    }
+
+
+def means_content(folder: Path) -> Rows:
+    return rows_of(
+        batch_of_table(table) for _, table in DayReader(folder, METRICS).read_bins(-ALWAYS_MS, ALWAYS_MS, 2)
+    )
+
+
+class MeansHere:
+    """Takes means in this process, at once."""
+
+    is_running = False
+
+    def __init__(self, folder: Path, task: str, day: date, target: Path) -> None:
+        self.day = day
+        self._target = target
+        make_bins(folder, day, int(task.removeprefix("bins-")), target)
+
+    def publish(self, path: Path) -> str:
+        self._target.replace(path)
+        return ""
+
+    def stop(self) -> None:
+        self._target.unlink(missing_ok=True)
 
 
 class SealHere:
@@ -338,6 +379,7 @@ class SealHere:
 @pytest.fixture
 def seals_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upkeep, "SealProcess", SealHere)
+    monkeypatch.setattr(upkeep, "BinsProcess", MeansHere)
 
 
 @pytest.mark.usefixtures("seals_here")
@@ -356,6 +398,8 @@ def test_a_life_without_faults_ends_with_every_row_in_its_day(tmp_path: Path) ->
         "old day removed",
         "segment removed",
         "seal started",
+        "means started",
+        "means published",
     }
 
 
@@ -388,10 +432,15 @@ def test_a_crash_at_any_step_loses_and_doubles_nothing(tmp_path: Path) -> None:
         else:
             pytest.fail(f"step {fatal} was not reached")
         assert content(folder) == acknowledged, f"after the crash at {fatal}: {step}"
-        owner = store(folder, seal_quiet_s=0.0)
+        assert means_content(folder) == means(acknowledged), f"after the crash at {fatal}: {step}"
+        owner = store(folder, seal_quiet_s=0.0, bin_ms=2)
         assert content(folder) == in_days(folder) == acknowledged, f"after the restart, {fatal}: {step}"
         wait_for_seal(owner, LATER)
         owner.close()
         assert in_days(folder) == acknowledged
+        assert means_content(folder) == means(acknowledged)
+        sealed = [day for day in list_days(folder, METRICS) if not part_names(day_path(folder, METRICS, day))]
+        assert list_days(folder, BINS) == sealed, f"{fatal}: {step}"
+        assert not any(lacks_bins(folder, day, 2) for day in sealed)
         left_over = [path.name for path in folder.iterdir() if path.name.startswith(".")]
         assert left_over == [], f"{fatal}: {step}"

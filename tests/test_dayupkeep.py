@@ -10,10 +10,10 @@ from buffer_rows import DAY_MS, NOON_MS, day_folder, table
 
 from fleetcast.settings import BufferSettings
 from fleetcast.storage import upkeep
-from fleetcast.storage.days import folder_bytes, list_days, part_names
+from fleetcast.storage.days import day_path, folder_bytes, list_days, part_names
 from fleetcast.storage.quarantine import Quarantine
 from fleetcast.storage.retention import Retention
-from fleetcast.storage.tables import METRICS
+from fleetcast.storage.tables import BINS, METRICS
 from fleetcast.storage.upkeep import DayUpkeep, UpkeepPace
 from fleetcast.storage.writer import DayWriter, no_step
 
@@ -225,9 +225,10 @@ def test_a_limit_on_bytes_deletes_the_oldest_days_but_never_the_newest(
     place = make(retention_max_mb=2)
     for day in range(3):
         place.add(day=day)
-    sizes = {DAY: 900_000, DAY + timedelta(days=1): 900_000, DAY + timedelta(days=2): 1_000_000}
+    sizes = {DAY: 900_000, DAY + timedelta(days=1): 800_000, DAY + timedelta(days=2): 1_000_000}
     by_path = {place.writer.path(day): size for day, size in sizes.items()}
-    monkeypatch.setattr(upkeep, "folder_bytes", lambda path: by_path[path])
+    by_path[day_path(place.folder, BINS, DAY + timedelta(days=1))] = 100_000
+    monkeypatch.setattr(upkeep, "folder_bytes", lambda path: by_path.get(path, 0))
     place.run(DAY_END + timedelta(days=2), expires=True)
     assert list_days(place.folder, METRICS) == [DAY + timedelta(days=1), DAY + timedelta(days=2)]
     by_path[place.writer.path(DAY + timedelta(days=2))] = 9_000_000

@@ -140,7 +140,7 @@ class OpenPart:
         metadata = self._file.metadata
         said = metadata.metadata or {}
         self._said = said
-        # sealed before there were names: whoever writes the day again leaves another time
+        # of a file without one: a day that is written again has another time
         own = f"{status.st_size}-{status.st_mtime_ns}"
         self.seal = self.note(_META_SEAL) or own  # of a sealed file: no other content has the same
         version = int(said.get(_META_FORMAT.encode(), b"0"))
