@@ -81,7 +81,7 @@ class Readiness:
     def _count(self, oldest_ms: int, newest_ms: int, enough: int) -> int:
         """Count windows day by day, newest first, until there are `enough`.
 
-        A window that spans midnight is not counted: a lower bound is enough.
+        A window that spans midnight, or two batches, is not counted: a lower bound is enough.
         """
         found, bin_ms = 0, self._bins.bin_s * 1000
         for day in range(newest_ms // DAY_MS, oldest_ms // DAY_MS - 1, -1):

@@ -174,7 +174,7 @@ class DayReader:
     def read_bins(
         self, start_ms: int, end_ms: int, bin_ms: int, columns: Sequence[str] | None = None
     ) -> Iterator[tuple[date, pa.Table]]:
-        """Yield the means of the bins of the rows with start <= time < end, day by day, of whole servers.
+        """Yield the means of the bins of the rows with start <= time < end, day by day.
 
         A row stands at the start of its bin. The means that were kept of a sealed day are the same as those
         of its rows, which are read where none were kept, or part of a bin is asked for.
@@ -220,7 +220,7 @@ class DayReader:
         if sealed is None:
             return None
         kept = open_bins(self.folder, day, sealed, bin_ms)
-        if kept is None or False:
+        if kept is None or (span_ms[1] % bin_ms and kept.newest_ms >= span_ms[1]):
             return None  # it has rows of the last bin that are not asked for
         return kept
 

@@ -401,8 +401,8 @@ class DayUpkeep:
 class MeansUpkeep:
     """Sees to it that every sealed day of records has the means of its bins, the newest days first.
 
-    One child at a time, and never beside a sealing: no day waits for means. What fails is said once, and
-    tried again later; readers take the records meanwhile.
+    One child at a time, begun where nothing is being sealed; no sealing waits for it. What fails is said
+    once, and tried again later; readers take the records meanwhile.
     """
 
     def __init__(self, folder: Path, pace: UpkeepPace, on_step: Step) -> None:
