@@ -563,7 +563,7 @@ def child(folder: Path, target: Path, task: str = f"bins-{BIN}") -> subprocess.C
         str(target),
     ]
     return subprocess.run(
-        [*command, str(os.getpid())],
+        [*command, str(os.getpid()), "{}"],
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
@@ -588,6 +588,39 @@ def test_a_full_disk_costs_the_means_and_no_day(
     monkeypatch.setattr("fleetcast.storage.days.fsync_file", full)
     monkeypatch.setattr("os.nice", lambda _by: 0)
     target = buffer.folder / ".target"
-    assert upkeep.main([str(buffer.folder), f"bins-{BIN}", DAY.isoformat(), str(target), "1"]) == 1
+    assert upkeep.main([str(buffer.folder), f"bins-{BIN}", DAY.isoformat(), str(target), "1", "{}"]) == 1
     assert "no space to write" in capsys.readouterr().out
     assert (target.exists(), day_folder(buffer.folder).read_bytes() == before) == (False, True)
+
+
+def named_in_means(folder: Path) -> set[str]:
+    return {
+        name
+        for path in folder.glob("*bins_*")
+        for name in pq.read_table(path).column("server_name").to_pylist()
+    }
+
+
+@pytest.mark.parametrize("late_rows", [False, True])
+def test_a_forgotten_server_has_no_means_either(buffer: DataBuffer, *, late_rows: bool) -> None:
+    """Given a sealed day, or one that late rows opened again, its old means go with the server's rows."""
+    if late_rows:
+        buffer.append_batch(batch([("a", START_MS + 1, {"cpu_pct": 7.0})]))
+        buffer.flush()
+    assert named_in_means(buffer.folder) == {"a", "b", "c"}
+    now = from_ms(START_MS + (1 if late_rows else 2) * DAY_MS)  # an open day is written in this process
+    while not buffer.forget({"b": START_MS + 2 * DAY_MS}, now):
+        pass
+    assert named_in_means(buffer.folder) == set()
+    assert {server for server, _ in day_means(buffer)} == {"a", "c"}
+
+
+def test_forgetting_leaves_the_means_of_days_without_the_server(buffer: DataBuffer) -> None:
+    owner = buffer._own().metrics._upkeep._means
+    assert owner is not None
+    owner._bin_ms = BIN
+    while not buffer.forget({"never seen": START_MS + 2 * DAY_MS}, from_ms(START_MS + 2 * DAY_MS)):
+        pass
+    assert named_in_means(buffer.folder) == {"a", "b", "c"}
+    owner.remove_stale(DAY)
+    assert not lacks_bins(buffer.folder, DAY, BIN)

@@ -102,6 +102,9 @@ class BufferLife(RuleBasedStateMachine):
             for (name, at), values in self.expected.items()
             if name != server or at >= before
         }
+        for path in self.folder.glob("*bins_*"):
+            means = pd.read_parquet(path)
+            assert not ((means.server_name == server) & (means.timestamp < from_ms(before - BIN_MS))).any()
 
     @rule(data=st.data())
     def take_means(self, data: st.DataObject) -> None:

@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date, datetime, timedelta
 from pathlib import Path
@@ -28,6 +28,7 @@ from fleetcast.clock import BIN_EPOCH, DAY_MS
 from fleetcast.errors import CorruptFile
 from fleetcast.files import fsync_file, name_regular, storage_error
 from fleetcast.storage.tables import (
+    Flags,
     NotThisKind,
     TableKind,
     canonical,
@@ -285,6 +286,34 @@ def whole_servers(tables: Iterator[pa.Table], kind: TableKind) -> Iterator[pa.Ta
         held = concatenate([held.slice(n_ready), table], kind)
     if held is not None:
         yield held
+
+
+Drops = Mapping[str, int]  # servers that are being forgotten: their rows from before this time (ms) go
+
+
+def is_forgotten(table: pa.Table, kind: TableKind, drops: Drops) -> Flags:
+    """Return which rows are of a server in `drops` and from before its time."""
+    names, codes = codes_of(table.column("server_name"))
+    never = -(2**62)
+    ends = np.array([drops.get(name, never) if name else never for name in names], dtype=np.int64)
+    return np.asarray(times_ms(table, kind.time_column) < ends[codes])
+
+
+def without_forgotten(tables: Iterable[pa.Table], kind: TableKind, drops: Drops) -> Iterator[pa.Table]:
+    """Yield the tables without those rows; none that is left empty."""
+    for table in tables:
+        kept = choose(table, ~is_forgotten(table, kind, drops)) if drops else table
+        if len(kept):
+            yield kept
+
+
+def holds_forgotten(part: OpenPart, kind: TableKind, drops: Drops) -> bool:
+    """Whether a part has such a row; only row groups that can hold one of the servers are read."""
+    span = part.time_range_ms()
+    if not drops or (span is not None and span[0] >= max(drops.values())):
+        return False
+    groups = sorted({group for name in drops for group in part.groups((name, name))})
+    return any(is_forgotten(table, kind, drops).any() for table in part.tables([], groups))
 
 
 _RETRIES = 50  # each one means that the writer swapped the day just then

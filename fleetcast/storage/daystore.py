@@ -19,7 +19,7 @@ from fleetcast.clock import monotonic
 from fleetcast.errors import CorruptFile, FleetcastError, UnknownFormat
 from fleetcast.files import fsync_dir, storage_error
 from fleetcast.settings import BufferSettings
-from fleetcast.storage.days import split_by_day
+from fleetcast.storage.days import Drops, split_by_day
 from fleetcast.storage.log import (
     Segment,
     SegmentContent,
@@ -30,7 +30,7 @@ from fleetcast.storage.log import (
     segments,
 )
 from fleetcast.storage.quarantine import Quarantine
-from fleetcast.storage.reader import Drops, log_folder
+from fleetcast.storage.reader import log_folder
 from fleetcast.storage.retention import Retention
 from fleetcast.storage.tables import TableKind, merge
 from fleetcast.storage.upkeep import DayUpkeep, UpkeepPace

@@ -9,7 +9,7 @@ Does not know: writing, which process owns the folder.
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -42,7 +42,6 @@ from fleetcast.storage.tables import (
     BINS,
     METRICS,
     NUMBER,
-    Flags,
     TableKind,
     choose,
     codes_of,
@@ -57,7 +56,6 @@ from fleetcast.storage.tables import (
 logger = logging.getLogger(__name__)
 
 CHUNK_ROWS = 262_144
-Drops = Mapping[str, int]  # servers that are being forgotten: their rows from before this time (ms) go
 _STRETCH_ROWS = 8 * CHUNK_ROWS  # of a day that is read by time
 _READS_MOST = 2  # times that a row may be read so: large parts of the whole day are not read by time
 
@@ -376,31 +374,6 @@ def _without(table: pa.Table, servers: Collection[str]) -> pa.Table:
     names, codes = codes_of(table.column("server_name"))
     is_out = np.array([name in servers for name in names], dtype=np.bool_)
     return choose(table, ~is_out[codes]) if is_out.any() else table
-
-
-def is_forgotten(table: pa.Table, kind: TableKind, drops: Drops) -> Flags:
-    """Return which rows are of a server in `drops` and from before its time."""
-    names, codes = codes_of(table.column("server_name"))
-    never = -(2**62)
-    ends = np.array([drops.get(name, never) if name else never for name in names], dtype=np.int64)
-    return np.asarray(times_ms(table, kind.time_column) < ends[codes])
-
-
-def without_forgotten(tables: Iterable[pa.Table], kind: TableKind, drops: Drops) -> Iterator[pa.Table]:
-    """Yield the tables without those rows; none that is left empty."""
-    for table in tables:
-        kept = choose(table, ~is_forgotten(table, kind, drops)) if drops else table
-        if len(kept):
-            yield kept
-
-
-def holds_forgotten(part: OpenPart, kind: TableKind, drops: Drops) -> bool:
-    """Whether a part has such a row; only row groups that can hold one of the servers are read."""
-    span = part.time_range_ms()
-    if not drops or (span is not None and span[0] >= max(drops.values())):
-        return False
-    groups = sorted({group for name in drops for group in part.groups((name, name))})
-    return any(is_forgotten(table, kind, drops).any() for table in part.tables([], groups))
 
 
 def _narrow(table: pa.Table, kind: TableKind, columns: Sequence[str] | None) -> pa.Table:

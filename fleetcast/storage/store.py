@@ -25,10 +25,10 @@ from fleetcast.ingest.records import Accepted, RecordRules, accept, accept_colum
 from fleetcast.locks import OwnerLock
 from fleetcast.schema import RecordBatch, Rejection, SettledForecasts
 from fleetcast.settings import BufferSettings
-from fleetcast.storage.days import list_days
+from fleetcast.storage.days import Drops, list_days
 from fleetcast.storage.daystore import DayStore
 from fleetcast.storage.log import encode_batch, encode_nothing
-from fleetcast.storage.reader import DayReader, Drops, buffer_stats, export_records
+from fleetcast.storage.reader import DayReader, buffer_stats, export_records
 from fleetcast.storage.retention import Retention
 from fleetcast.storage.tables import (
     METRICS,

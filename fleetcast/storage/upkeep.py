@@ -21,19 +21,22 @@ from typing import Any
 from fleetcast.clock import DAY_MS, monotonic, to_ms
 from fleetcast.errors import FleetcastError
 from fleetcast.files import publish, remove_leftover, set_aside
-from fleetcast.storage.bin_days import lacks_bins, make_bins
+from fleetcast.storage.bin_days import lacks_bins, make_bins, open_bins, sealed_file
 from fleetcast.storage.days import (
+    Drops,
     OpenPart,
     PartName,
     day_path,
     day_start_ms,
     folder_bytes,
+    holds_forgotten,
     list_days,
     open_day,
     part_names,
+    without_forgotten,
     write_part,
 )
-from fleetcast.storage.reader import Drops, holds_forgotten, merge_sources, without_forgotten
+from fleetcast.storage.reader import merge_sources
 from fleetcast.storage.retention import Retention
 from fleetcast.storage.tables import BINS, METRICS, PREDICTIONS, TableKind, union_schema
 from fleetcast.storage.writer import NEW_MARK, DayWriter, Step, hidden_name
@@ -150,7 +153,7 @@ def seal(folder: Path, kind_name: str, day: date, target: Path, drops: Drops | N
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Seal one day, or take its means: folder, task, day, target, pid of the owner, forgotten servers as JSON."""
+    """Seal one day, or take its means: folder, task, day, target, owner's pid, forgotten servers as JSON."""
     folder, task, day, target, owner, drops = sys.argv[1:] if argv is None else argv
     os.nice(NICE)
     answer: dict[str, Any] = {}
@@ -220,8 +223,7 @@ class DayUpkeep:
         self._pace = pace
         self._settle = settle
         self._step = on_step
-        keeps_means = kind is METRICS and pace.bin_ms > 0 and DAY_MS % pace.bin_ms == 0
-        self._means = MeansUpkeep(folder, pace, on_step) if keeps_means else None
+        self._means = MeansUpkeep(folder, pace, on_step) if kind is METRICS else None
         self._open_days: dict[date, OpenDay] = {}
         self._sealer: SealProcess | None = None
         self._expire_at = 0.0
@@ -349,6 +351,8 @@ class DayUpkeep:
             if any(holds_forgotten(part, self._kind, drops) for part in parts):
                 self._write_without(day, now)
                 return False
+            if self._means:
+                self._means.remove_stale(day)
             self._free.add(day)
         return True
 
@@ -361,6 +365,8 @@ class DayUpkeep:
         self._writer.forget(day, self._drops)
         if not self._writer.path(day).exists():
             del self._open_days[day]
+            if self._means:
+                self._means.remove(day)
         logger.info("buffer rewritten without forgotten servers kind=%s day=%s", self._kind.name, day)
 
     def _expire(self, now: datetime) -> None:
@@ -435,7 +441,7 @@ class MeansUpkeep:
                 process, self._process = self._process, None
                 self._finish(process)
             return
-        if self._wanted and monotonic() >= self._wait_until:
+        if self._bin_ms and self._wanted and monotonic() >= self._wait_until:
             day = self._wanted.pop()
             if lacks_bins(self._folder, day, self._bin_ms):
                 target = hidden_name(day_path(self._folder, BINS, day))
@@ -455,6 +461,15 @@ class MeansUpkeep:
         self._wanted = [other for other in self._wanted if other != day]
         remove_leftover(day_path(self._folder, BINS, day))
         self._step("means removed")
+
+    def remove_stale(self, day: date) -> None:
+        """Delete means that are not those of the day as it is: they may hold servers that were forgotten."""
+        if self._process is not None and self._process.day == day:
+            self.stop()  # it may have begun before the day was written again
+            self.want(day)
+        sealed = sealed_file(self._folder, day)
+        if sealed is None or open_bins(self._folder, day, sealed, self._bin_ms) is None:
+            remove_leftover(day_path(self._folder, BINS, day))
 
     def _finish(self, process: BinsProcess) -> None:
         path = day_path(self._folder, BINS, process.day)

@@ -36,17 +36,20 @@ from fleetcast.storage.days import (
     COLUMNS_FILE,
     READ_ERRORS,
     DaySnapshot,
+    Drops,
     OpenPart,
     PartName,
     day_path,
+    holds_forgotten,
     is_own_file,
     list_days,
     open_day,
     part_names,
+    without_forgotten,
     write_part,
 )
 from fleetcast.storage.quarantine import Quarantine
-from fleetcast.storage.reader import Drops, LogRows, holds_forgotten, merge_sources, without_forgotten
+from fleetcast.storage.reader import LogRows, merge_sources
 from fleetcast.storage.tables import Flags, TableKind, choose, has_key, merge, times_ms, union_schema
 
 logger = logging.getLogger(__name__)
