@@ -150,6 +150,7 @@ class AdaptiveRetrainingDaemon:
         self.stop = Stop()
         self.stop.install()
         with self.ownership(strict=True):
+            self._alerts.load()
             logger.info("retraining daemon started interval_s=%g", limits.interval_s)
             self._notifier.ready()
             alive, most = self._notifier.alive, limits.max_failures

@@ -20,7 +20,7 @@ from fleetcast.alerts.engine import AlertEngine, CheckFigures, facts_of_check, f
 from fleetcast.alerts.rules import FACTS, Sample
 from fleetcast.alerts.state import SILENCES_FILE, Silence, add_silence, load_state
 from fleetcast.clock import FakeClock
-from fleetcast.errors import OwnershipLost, SettingsError, StorageFull
+from fleetcast.errors import OwnershipLost, SettingsError, StorageFull, UnknownFormat
 from fleetcast.files import read_json
 from fleetcast.schema import ALERT_RULES
 from fleetcast.settings import AlertSettings, PathSettings, RetrainingSettings, Settings
@@ -534,6 +534,15 @@ def test_a_damaged_state_is_set_aside_and_what_fires_is_sent(tmp_path: Path, sin
     assert len(sink.bodies()) == 1
     assert (tmp_path / "alerts.json.corrupt").exists()
     assert load_state(tmp_path / "alerts.json").alerts[0].rule == "DriftHigh"
+
+
+def test_a_state_of_a_newer_program_is_refused_and_left_alone(tmp_path: Path, sink: Sink, told: Told) -> None:
+    newer = '{"format": 2, "alerts": []}'
+    (tmp_path / "alerts.json").write_text(newer)
+    with pytest.raises(UnknownFormat, match="format 2"):
+        AlertEngine(Settings(alerts=AlertSettings(slack_url=sink.url)), tmp_path).load()
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("alerts.json", newer)]
+    AlertEngine(Settings(), tmp_path).load()  # without a channel nothing is read
 
 
 def test_a_full_disk_keeps_no_alert_from_being_sent(

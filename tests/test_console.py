@@ -73,6 +73,27 @@ def test_one_screen_says_what_the_fleet_the_model_and_the_trainings_do(
     assert {problem["severity"] for problem in told["problems"]} == {"warning"}
 
 
+def test_a_silence_of_a_server_that_is_not_known_stands_with_a_warning(
+    world: World, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grow(world, "web-01", bins=2)
+    monkeypatch.setenv("FLEETCAST_RETRAINING_DAEMON_URL", terminal.url)
+
+    def said(server: str) -> str:
+        words = ("alerts", "silence", "LimitLikely", "--hours", "2", "--reason", "x", "--server", server)
+        assert main([*words]) == 0
+        told = capsys.readouterr()
+        assert f"LimitLikely of {server} is silent until" in told.out
+        return told.err
+
+    warned = said("web-1")
+    assert "unknown server 'web-1', nearest is web-01" in warned
+    assert "the silence waits for a server of this name" in warned
+    assert "unknown" not in said("web-01")
+    monkeypatch.setenv("FLEETCAST_RETRAINING_DAEMON_URL", "http://127.0.0.1:9")
+    assert "unknown" not in said("web-1"), "with no daemon to ask"
+
+
 def test_an_error_of_the_daemon_is_exit_code_1(world: World, terminal: Terminal) -> None:
     world.service._report.phase = "the history is being restored"
     assert "not ready: the history is being restored" in terminal.run("status", code=ExitCode.FAILED)

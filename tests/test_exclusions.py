@@ -154,6 +154,9 @@ def test_an_excluded_server_is_kept_but_not_forecast_and_comes_back_with_its_pas
     grow(world, 4, 8, "a", "b")
     assert set(world.get("/predictions/current")["predictions"]) == {"a"}
     assert world.get("/status")["excluded_servers"] == ["b"]
+    left_out = world.get("/ui/api/strip")["left_out"]
+    assert left_out["excluded"] == {"servers": 1, "names": ["b"]}
+    assert left_out["being_forgotten"]["servers"] == 0
     rows = {row["server"]: row["state"] for row in terminal.json("servers", "list")}
     assert rows == {"a": "calm", "b": "excluded"}
     assert [row["server"] for row in terminal.json("servers", "list", "--state", "excluded")] == ["b"]

@@ -190,6 +190,14 @@ def test_capacity_says_who_is_over_and_by_which_source(world: World, fleet: Flee
         fleet.full_by()
 
 
+def test_what_was_said_has_its_columns_before_anything_settled(world: World, fleet: Fleetcast) -> None:
+    grow(world, fleet, "web-01", bins=2)
+    past = fleet.history("web-01", "cpu_pct")
+    said = [f"p{part}_{bins}" for bins in (1, 12, 96) for part in (10, 50, 90)]
+    assert past.columns.tolist() == ["actual", *said]
+    assert past[said[3:]].isna().all(axis=None)
+
+
 def test_full_by_has_dates_as_times() -> None:
     row = {"server": "a", "now": 70.0, "per_day": 1.5, "basis_days": 20, "p_within": 0.9, "within_days": 30}
     rows = [

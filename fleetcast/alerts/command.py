@@ -37,8 +37,8 @@ from fleetcast.alerts.state import (
     report,
 )
 from fleetcast.clock import SystemClock, iso_z
-from fleetcast.console.daemon import ago, table
-from fleetcast.errors import BadOrder, CannotLook, ExitCode, NotDelivered
+from fleetcast.console.daemon import Daemon, ago, table
+from fleetcast.errors import BadOrder, CannotLook, ExitCode, NotDelivered, printable
 from fleetcast.program import require_own_folder, run_program, tell
 from fleetcast.promotion.orders import this_user
 from fleetcast.setting import nearest
@@ -172,7 +172,20 @@ def _silence(options: argparse.Namespace) -> int:
     )
     if not Path(ALERTS_FILE).exists():
         print(f"no {ALERTS_FILE} here: is this the retraining daemon's folder?", file=sys.stderr)
+    if options.server and options.hours:
+        _warn_of_unknown(options.server, _settings(options).retraining.daemon_url)
     return ExitCode.OK
+
+
+def _warn_of_unknown(server: str, url: str) -> None:
+    """Say that no such server is known; the silence stands, for a host that is yet to come."""
+    try:
+        with Daemon(url) as daemon:
+            daemon.ask("/accuracy", server=server, hours=1)  # it names the nearest
+    except BadOrder as error:
+        print(f"{printable(str(error))}; the silence waits for a server of this name", file=sys.stderr)
+    except CannotLook:
+        return
 
 
 _RUN: dict[str, Callable[[argparse.Namespace], int]] = {LIST: _tell_list, TEST: _test, SILENCE: _silence}

@@ -103,6 +103,15 @@ class AlertEngine:
         self._outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
         self._at_work: dict[str, tuple[WorkerThread, float]] = {}  # and since when
 
+    def load(self) -> None:
+        """Read what was told before, where that is needed and not done yet.
+
+        Raises:
+            UnknownFormat: a newer program wrote the file, which stays as it is.
+        """
+        if self._channels and not self._is_loaded:
+            self._state, self._is_loaded = state_at_start(self._path), True
+
     def note(self, figures: CheckFigures) -> None:
         """Take a check in and return at once; while a round still runs, only the newest check waits."""
         if not self._channels:
@@ -148,8 +157,7 @@ class AlertEngine:
 
     def _round(self, figures: CheckFigures) -> None:
         """Judge, save, send, and save what each channel took."""
-        if not self._is_loaded:
-            self._state, self._is_loaded = state_at_start(self._path), True
+        self.load()
         wanted = {rule.fact for rule in self._rules}
         disks = {"free_disk_gb": tuple(_free_disks(self._folders))}
         facts = {**facts_of_check(figures, self._clock.now()), **disks, **self._ask(wanted)}

@@ -22,7 +22,7 @@ from typing import Any
 from fleetcast import files
 from fleetcast.alerts.rules import ENDED, FIRING, PENDING, Alert, Labels
 from fleetcast.clock import iso_z, parse_plain_utc
-from fleetcast.errors import CorruptFile
+from fleetcast.errors import CorruptFile, UnknownFormat
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def load_state(path: Path) -> AlertState:
     except FileNotFoundError:
         return AlertState()
     if raw.get("format") != FORMAT:
-        raise CorruptFile(path, f"format {raw.get('format')!r}, this program reads {FORMAT}")
+        raise UnknownFormat(path, f"format {raw.get('format')!r}", hint=f"this program reads {FORMAT}")
     try:
         channels = {name: _channel(item) for name, item in raw["channels"].items()}
         return AlertState(tuple(_alert(item) for item in raw["alerts"]), channels)
@@ -137,9 +137,15 @@ def load_state(path: Path) -> AlertState:
 
 
 def state_at_start(path: Path) -> AlertState:
-    """Return the state for its owner; a damaged file is set aside, and what fires is sent once more."""
+    """Return the state for its owner; a damaged file is set aside, and what fires is sent once more.
+
+    Raises:
+        UnknownFormat: a newer program wrote it.
+    """
     try:
         return load_state(path)
+    except UnknownFormat:
+        raise
     except CorruptFile as error:
         files.set_aside(path, error)
         return AlertState()

@@ -28,6 +28,7 @@ MOST_ROWS = 200
 HIGH_PERCENT = 90.0  # a percent metric whose p90 gets here within the horizon is worth a look
 STALE, DRIFT, HIGH, WARMING_UP, OK = "stale", "drift", "high", "warming_up", "ok"
 STATES = (OK, WARMING_UP, HIGH, DRIFT, STALE)  # the strip's bytes are places in it: worst last
+_MOST_NAMES = 100  # of servers that are left out
 _SILENT_S = 1800.0  # a retraining daemon checks every 300 s
 
 
@@ -99,7 +100,14 @@ class Overview:
             "states": list(STATES),
             "counts": dict(zip(STATES, counts, strict=True)),
             "bytes": base64.b64encode(ordered.tobytes()).decode(),
+            "left_out": self._left_out(),
         }
+
+    def _left_out(self) -> dict[str, Any]:
+        """Return who is in none of these: excluded servers, and those being forgotten; the first by name."""
+        going = set(self._report.being_forgotten())
+        names = {"excluded": sorted(set(self._fleet.left_out()) - going), "being_forgotten": sorted(going)}
+        return {word: {"servers": len(some), "names": some[:_MOST_NAMES]} for word, some in names.items()}
 
     def table(self, query: FleetQuery) -> dict[str, Any]:
         """Return one page of the fleet's table.

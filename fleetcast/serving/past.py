@@ -130,6 +130,8 @@ class Past:
         settled = self._buffer.read_server_predictions(asked.server, asked.start_ms, asked.end_ms)
         if np.isnan(actuals).all() and not len(settled) and self._is_unknown(asked.server):
             raise self._unknown_server(asked.server, f"{asked.server!r} sent nothing between start and end")
+        forecast = set(self._history.metrics)
+        horizons = {metric: self._horizons if metric in forecast else () for metric in asked.metrics}
         return {
             "server": asked.server,
             "bin_s": asked.bin_ms // 1000,
@@ -137,7 +139,9 @@ class Past:
             "end": iso_z(from_ms(asked.end_ms)),
             "source": source,
             "metrics": {
-                metric: self._metric_json(asked, actuals[row], settled.where(settled.metric == metric))
+                metric: _metric_json(
+                    asked, horizons[metric], actuals[row], settled.where(settled.metric == metric)
+                )
                 for row, metric in enumerate(asked.metrics)
             },
         }
@@ -219,24 +223,6 @@ class Past:
         close = nearest(server, list(self._fleet.servers().server_names))
         return UnknownServer(f"unknown server {server!r}{close}", hint=hint)
 
-    def _metric_json(self, asked: Question, actuals: Floats, settled: SettledForecasts) -> dict[str, Any]:
-        """Return one metric's part.
-
-        Args:
-            actuals: the bins asked for, after those that a forecast's last value may lie in.
-        """
-        said, accuracy = {}, {}
-        for horizon in self._horizons:
-            is_ours = (
-                settled.target_ms - settled.origin_ms == horizon * asked.bin_ms
-            )  # bins of another length
-            rows = settled.where((settled.horizon == horizon) & is_ours)
-            if len(rows):
-                said[str(horizon)] = _quantiles(asked, rows)
-                accuracy[str(horizon)] = _accuracy(asked, rows, actuals)
-        n_bins = asked.n_bins
-        return {"actual": numbers(actuals[len(actuals) - n_bins :]), "said": said, "accuracy": accuracy}
-
     def _actuals(self, asked: Question, first_ms: int) -> tuple[Floats, str]:
         """Return (metric, bin) from `first_ms` to the question's end, and where they come from."""
         history = self._history
@@ -282,6 +268,27 @@ def numbers(values: Floats) -> list[float | None]:
     """
     rounded = to_significant(np.asarray(values, dtype=np.float64), SIGNIFICANT_DIGITS).tolist()
     return [None if math.isnan(value) else value for value in rounded]
+
+
+def _metric_json(
+    asked: Question, horizons: Sequence[int], actuals: Floats, settled: SettledForecasts
+) -> dict[str, Any]:
+    """Return one metric's part.
+
+    Args:
+        horizons: those that settle; none for a metric that is not forecast.
+        actuals: the bins asked for, after those that a forecast's last value may lie in.
+    """
+    said, accuracy = {}, {}
+    for horizon in horizons:
+        is_ours = (
+            settled.target_ms - settled.origin_ms == horizon * asked.bin_ms
+        )  # not bins of another length
+        rows = settled.where((settled.horizon == horizon) & is_ours)
+        said[str(horizon)] = _quantiles(asked, rows)
+        if len(rows):
+            accuracy[str(horizon)] = _accuracy(asked, rows, actuals)
+    return {"actual": numbers(actuals[len(actuals) - asked.n_bins :]), "said": said, "accuracy": accuracy}
 
 
 def _quantiles(asked: Question, rows: SettledForecasts) -> dict[str, list[float | None]]:

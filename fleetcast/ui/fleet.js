@@ -23,6 +23,7 @@ export function fleet(view, title, fields) {
   const search = of("input", { type: "search", "aria-label": "Part of a server's name", placeholder: "Find a server", value: asked.filter, maxlength: 128 });
   const table = of("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Table of servers" });
   const pager = of("div", { class: "tools" });
+  const leftOut = of("section", { class: "card", "aria-label": "Servers that are left out", hidden: true });
   let timer = 0;
 
   function ask(change) {
@@ -52,7 +53,7 @@ export function fleet(view, title, fields) {
 
   view.replaceChildren(
     of("div", { class: "head" }, title, total), tiles, strip.card,
-    of("section", { class: "card", "aria-label": "Servers" }, of("div", { class: "tools" }, search, found), table, pager));
+    of("section", { class: "card", "aria-label": "Servers" }, of("div", { class: "tools" }, search, found), table, pager), leftOut);
 
   return {
     refreshEvery: 10000,
@@ -61,9 +62,22 @@ export function fleet(view, title, fields) {
       total.textContent = seen.servers === 1 ? "1 server" : `${seen.servers.toLocaleString("en-US")} servers`;
       fill(tiles, WORST_FIRST.map((name) => tileOf(name, seen, asked, ask)));
       strip.show(seen);
+      showLeftOut(leftOut, seen.left_out);
     },
     end: () => strip.end(),
   };
+}
+
+const LEFT_OUT = [["excluded", "Excluded", "Stored, and nothing is made of it. fleetcast servers include brings one back."],
+  ["being_forgotten", "Being forgotten", "Everything stored of it is removed, day by day; then its name is free."]];
+
+function showLeftOut(card, leftOut) {
+  const some = LEFT_OUT.filter(([name]) => leftOut[name].servers);
+  card.hidden = !some.length;
+  fill(card, some.flatMap(([name, word, says]) => {
+    const { servers, names } = leftOut[name], rest = servers - names.length;
+    return [of("h2", {}, `${word}: ${count(servers)}`), of("p", { class: "names" }, names.join(", ") + (rest ? ` and ${count(rest)} more` : "")), of("p", { class: "muted" }, says)];
+  }));
 }
 
 function tileOf(name, seen, asked, ask) {
