@@ -32,6 +32,7 @@ _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of ours: they say not
 READ_MAX_BYTES = 2**30  # what is read in one piece; each kind of file has a closer bound of its own
 JSON_MAX_BYTES = 64 * 2**20
 _LINE_MAX_BYTES = 2**24
+_LINES_MAX_BYTES = 2**24  # of the end of a file of lines
 
 
 def free_bytes(folder: Path) -> int | None:
@@ -262,6 +263,8 @@ def _cut_back(path: Path, size: int) -> None:
 def read_json_lines(path: Path) -> Iterable[dict[str, Any]]:
     """Yield the JSON objects of a file of lines; torn or damaged lines are skipped.
 
+    Of a file that grew out of bounds (ours end at 5 MB) only the end is read.
+
     Raises:
         CorruptFile: it is no file that can be read.
     """
@@ -270,6 +273,7 @@ def read_json_lines(path: Path) -> Iterable[dict[str, Any]]:
     except FileNotFoundError:
         return
     with stream:
+        _skip_to_newest_lines(stream)
         while line := stream.readline(_LINE_MAX_BYTES):
             try:
                 value = json.loads(line)
@@ -277,6 +281,13 @@ def read_json_lines(path: Path) -> Iterable[dict[str, Any]]:
                 continue
             if isinstance(value, dict):
                 yield value
+
+
+def _skip_to_newest_lines(stream: BinaryIO) -> None:
+    size = os.fstat(stream.fileno()).st_size
+    if size > _LINES_MAX_BYTES:
+        stream.seek(size - _LINES_MAX_BYTES - 1)
+        stream.readline(_LINES_MAX_BYTES + 1)  # the rest of a line that began before
 
 
 def link_atomic(target: str, link: Path) -> None:

@@ -140,3 +140,13 @@ def test_a_folder_in_the_place_of_the_audit_is_read_as_no_lines_and_stops_every_
     with pytest.raises((StorageBroken, StorageFull)):
         desk.give(order("rollback"))
     assert desk.registry.current_id() == C
+
+
+def test_an_audit_that_grew_out_of_bounds_is_read_from_its_end_and_rotates(book: Audit) -> None:
+    with book.path.open("wb") as stream:
+        stream.seek(3 * 10**9)
+        stream.write(b"\n")
+    book.append(entry(order="o", phase=audit.DONE))
+    book.append(entry(order="p", phase=audit.DONE))
+    assert book.ended_orders() == {"o", "p"}
+    assert book.path.stat().st_size < audit.MAX_BYTES

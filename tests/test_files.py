@@ -259,3 +259,22 @@ def test_free_bytes_are_those_of_the_disk_a_folder_will_be_on(tmp_path: Path) ->
     assert free == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.2)
     (tmp_path / "file").touch()
     assert files.free_bytes(tmp_path / "file" / "below") is None, "it can never be a folder"
+
+
+def test_of_a_file_of_lines_out_of_bounds_the_newest_are_read_at_once(tmp_path: Path) -> None:
+    """Three sparse gigabytes with lines at both ends."""
+    path = tmp_path / "promotions.jsonl"
+    with path.open("wb") as stream:
+        stream.write(b'{"n": 1}\n')
+        stream.seek(3 * 10**9)
+        stream.write(b'\n{"n": 2}\n' + b"x" * 2**23 + b'\n{"n": 3}\n{"torn')
+    assert [item["n"] for item in read_json_lines(path)] == [2, 3]
+    bound = files._LINES_MAX_BYTES
+    for size in (bound, bound + 1, bound + 2):
+        line = b'{"n": 4}\n'
+        path.write_bytes(b"y" * (size - 2 * len(line) - 1) + b"\n" + 2 * line)
+        assert len(list(read_json_lines(path))) == 2
+    numbered = b"".join(b'{"n": %8d}\n' % number for number in range(1_300_000))
+    path.write_bytes(numbered)
+    kept = [item["n"] for item in read_json_lines(path)]
+    assert kept == list(range(1_300_000 - bound // 16, 1_300_000)), "whole lines only, none lost"

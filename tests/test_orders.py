@@ -9,7 +9,7 @@ import pytest
 from desk_folder import NOW, SPARE, order
 
 from fleetcast.clock import iso_z
-from fleetcast.errors import BadOrder, ExitCode
+from fleetcast.errors import BadOrder, ExitCode, StorageBroken
 from fleetcast.promotion import orders
 
 
@@ -145,3 +145,12 @@ def test_the_user_of_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("LOGNAME", "\x1b[31m" + "x" * 200)
     assert len(orders.this_user()) <= orders.MAX_NAME
     assert orders.this_user().isprintable()
+
+
+def test_a_file_in_the_place_of_the_folder_is_said_in_words(tmp_path: Path) -> None:
+    (tmp_path / "orders").write_text("")
+    assert list(orders.waiting(tmp_path)) == []
+    assert not orders.any_waiting(tmp_path)
+    with pytest.raises(StorageBroken, match="orders is no folder, so no order can be written down") as found:
+        orders.submit(tmp_path, order("hold"))
+    assert found.value.hint == "move it away, then give the order again"

@@ -215,6 +215,24 @@ def test_a_new_model_that_fails_is_taken_back_after_three_sweeps(baking: Baking)
     assert told == "it made no forecasts in 3 sweeps in a row: boom"
 
 
+def test_where_both_models_fail_neither_is_blamed(baking: Baking) -> None:
+    """The cause lies with what both were given; the new one alone is blamed once the older one is well."""
+    baking.switch()
+    baking.sweep(2)
+    for model in (baking.models[A], baking.models[B]):
+        model.error = RuntimeError("boom")
+    baking.sweep(5)
+    assert (baking.evidence.failing, baking.evidence.unable) == (0, "")
+    assert baking.shadow.is_comparing
+    settle_bake(baking.desk, SETTINGS)
+    assert baking.desk.registry.current_id() == B
+    baking.models[A].error = None
+    baking.sweep(3)
+    assert baking.evidence.failing == 3
+    settle_bake(baking.desk, SETTINGS)
+    assert baking.desk.registry.current_id() == A
+
+
 def test_a_new_model_that_recovers_is_not_counted_as_failing(baking: Baking) -> None:
     baking.switch()
     baking.models[B].error = RuntimeError("boom")

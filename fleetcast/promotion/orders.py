@@ -20,7 +20,7 @@ from typing import Any
 
 from fleetcast import files
 from fleetcast.clock import iso_z, parse_plain_utc
-from fleetcast.errors import BadOrder, CorruptFile
+from fleetcast.errors import BadOrder, CorruptFile, StorageBroken
 from fleetcast.forecast.registry import ORDERS_FOLDER
 from fleetcast.promotion.audit import APPROVE, HOLD, PAUSE, PROMOTE, RESUME, ROLLBACK, TRAIN_NOW, VETO
 
@@ -135,6 +135,9 @@ def submit(checkpoint_dir: Path, order: Order) -> None:
     folder = checkpoint_dir / ORDERS_FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        hint = "move it away, then give the order again"
+        raise StorageBroken(f"{folder} is no folder, so no order can be written down", hint=hint) from error
     except OSError as error:
         raise files.storage_error(folder, error) from error
     if len(_names(folder)) >= MAX_WAITING:

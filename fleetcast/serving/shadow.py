@@ -293,9 +293,13 @@ class Shadow:
     def _compare(self, session: _Session, parts: Sequence[_Part], origin_ms: int, why_failed: str) -> None:
         race = session.race
         if why_failed:
-            if session.serves == NEW and race.note_failing(why_failed):
-                self._write(race)
             race.void()
+            if (
+                session.serves == NEW
+                and self._is_other_well(session, parts)
+                and race.note_failing(why_failed)
+            ):
+                self._write(race)
             return
         shape = (2, 2, len(race.rows), len(race.metrics), len(self._horizons), 3)
         said = np.full(shape, np.nan, np.float32)
@@ -307,6 +311,15 @@ class Shadow:
         few = f"it forecasts {made[NEW]} series of the {made[OLD]} that {session.bake.against} forecasts"
         if race.note_failing(few if 2 * made[NEW] < made[OLD] else ""):
             self._write(race)
+
+    def _is_other_well(self, session: _Session, parts: Sequence[_Part]) -> bool:
+        """Return whether the other model does what the one in service could not; else neither is to blame."""
+        try:
+            made = [session.predictor.predict(part.window.of(part.rows)) for part in parts]
+        except Exception as error:  # nothing that a forecast needs
+            self._note_error("shadow", error)
+            return False
+        return any(np.isfinite(said).any() for said in made)
 
     def _say(self, session: _Session, part: _Part, said: Floats32) -> None:
         """Fill in what both models say of one part of the fleet."""
