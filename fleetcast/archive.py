@@ -9,7 +9,7 @@ what the arrays mean; each owner checks their shapes.
 import io
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -55,11 +55,18 @@ def open_arrays(path: Path, what: str) -> Iterator[Any]:
         raise CorruptFile(path, f"not {what}: {error}") from error
 
 
-def unpack(path: Path, kind: type[Kind], what: str, version: int) -> Kind:
+def unpack(
+    path: Path,
+    kind: type[Kind],
+    what: str,
+    version: int,
+    earlier: Mapping[int, Callable[[dict[str, Any]], None]] | None = None,
+) -> Kind:
     """Read a file of that format version.
 
     Args:
         what: what it is called in errors.
+        earlier: format version -> what adds the arrays that a file of that version does not have.
     Raises:
         FileNotFoundError: there is none.
         UnknownFormat: another format version wrote it.
@@ -68,9 +75,12 @@ def unpack(path: Path, kind: type[Kind], what: str, version: int) -> Kind:
     with open_arrays(path, f"a {what}") as archive:
         arrays = {name: archive[name] for name in archive.files}
     found = arrays.get("format")
-    if found is None or found.shape or found != version:
+    known = {version, *(earlier or ())}
+    if found is None or found.shape or found.item() not in known:
         raise UnknownFormat(path, f"{what} format {found}", hint=f"expected {version}")
     try:
+        if earlier and found.item() != version:
+            earlier[found.item()](arrays)
         built: Kind = _build(kind, arrays, "")
     except (KeyError, TypeError, ValueError, IndexError, BadData) as error:
         raise CorruptFile(path, f"{what} field missing or of the wrong kind: {error}") from error

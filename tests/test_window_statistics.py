@@ -64,6 +64,7 @@ def test_the_shape_is_the_kolmogorov_smirnov_distance_of_scipy() -> None:
         books.rhythm_power,
         books.rhythm_noise,
         books.log_moves,
+        books.order,
         books.distances,
     )
 

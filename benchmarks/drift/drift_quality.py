@@ -27,7 +27,7 @@ from benchmarks.drift.parts.fleets import (
 from benchmarks.drift.parts.injections import KINDS
 from benchmarks.drift.parts.ours import fitted_block
 from benchmarks.drift.parts.rules import RULES
-from benchmarks.drift.parts.trials import Tally, block_starts, change_trials, series_trials
+from benchmarks.drift.parts.trials import Tally, block_starts, change_hits, change_trials, series_trials
 from benchmarks.results_file import write_results
 from fleetcast.errors import BadData
 
@@ -78,7 +78,9 @@ def measure(fleet: RecordedFleet, options: argparse.Namespace) -> dict[str, Any]
         out["series"] = {rule: _series_figures(tally) for rule, tally in tallies.items()}
     if "changes" in parts and fleet.changes:
         change_trials(fleet, rules, options.days, tallies)
-        out["changes"] = {rule: _change_figures(tally) for rule, tally in tallies.items() if tally.changes}
+        out["changes"] = {rule: change_hits(item.changes) for rule, item in tallies.items() if item.changes}
+        found = {rule: tally.changes for rule, tally in tallies.items()}
+        out["found_changes"] = {rule: found[rule] for rule in out["changes"]}
     if "fleets" in parts:
         own = tuple(rule for rule in FLEET_RULES if rule in rules)
         fleet_tallies = {rule: FleetTally() for rule in own}
@@ -107,20 +109,18 @@ def _series_figures(tally: Tally) -> dict[str, Any]:
     return {"unchanged": tally.share(), "injected": {kind: tally.hits(kind) for kind in KINDS}}
 
 
-def _change_figures(tally: Tally) -> dict[str, Any]:
-    day, three = (100 * sum(hit) / len(tally.changes) for hit in zip(*tally.changes, strict=True))
-    return {"n": len(tally.changes), "within_24_h_pct": day, "within_72_h_pct": three}
-
-
 def pooled(sets: dict[str, Any], rules: Sequence[str]) -> dict[str, Any]:
-    """Return each rule's fleet false alarms per month over all sets, weighted by time."""
-    out = {}
+    """Return each rule's fleet false alarms per month over all sets, weighted by time, and real changes."""
+    out: dict[str, Any] = {}
     for rule in rules:
         own = [item["fleets"][rule] for item in sets.values() if rule in item.get("fleets", {})]
         days = sum(item["days"] for item in own)
         if days:
             alarms = sum(item["false_alarms_per_month"] * item["days"] for item in own)
             out[rule] = {"fleet_false_alarms_per_month": alarms / days}
+        changes = [found for item in sets.values() for found in item.get("found_changes", {}).get(rule, ())]
+        if changes:
+            out[rule] = out.get(rule, {}) | {"changes": change_hits(changes)}
     return out
 
 
@@ -145,6 +145,19 @@ def table(name: str, found: dict[str, Any]) -> str:
         per_series, per_fleet = item["series"], item["fleet"]
         lines.append(f"  {rule:<14} trainings a week: {per_series:.2f} per series, {per_fleet:.2f} per fleet")
     return "\n".join(lines)
+
+
+def _overall(item: dict[str, Any]) -> str:
+    parts = []
+    if "fleet_false_alarms_per_month" in item:
+        parts.append(f"{item['fleet_false_alarms_per_month']:.2f} fleet false alarms a month")
+    if "changes" in item:
+        found = item["changes"]
+        low, high = found["interval_95_pct"]
+        parts.append(
+            f"real changes {found['within_24_h_pct']:.0f} % [{low:.0f}-{high:.0f}] in 24 h (n {found['n']})"
+        )
+    return "; ".join(parts)
 
 
 def _hit(item: dict[str, Any]) -> str:
@@ -175,7 +188,7 @@ def measured(options: argparse.Namespace) -> int:
         print(table(fleet.name, sets[fleet.name]), flush=True)
     overall = pooled(sets, options.rules)
     for rule, item in overall.items():
-        print(f"all sets: {rule:<14} {item['fleet_false_alarms_per_month']:.2f} fleet false alarms a month")
+        print(f"all sets: {rule:<14} {_overall(item)}")
     print(NOTE)
     figures = {"half": options.half, "days": options.days, "note": NOTE, "sets": sets, "pooled": overall}
     figures["cpu_s"] = round(time.process_time() - began, 1)

@@ -15,6 +15,7 @@ from fleetcast.drift.seasonal.quorum import (
     by_family,
     common_ratios,
     fleet_ratios,
+    held_fleet,
     limit_ratios,
     running_minimum,
     running_share,
@@ -116,7 +117,7 @@ def fleet_verdict(
     common = by_family(held(common_ratios(ratios, n_days, is_compared, n_metrics, rule)))
     sustained = running_share(kept.max(axis=0) > 1, rule.sustained_bins(CHECKS_PER_DAY))
     fleet = fleet_ratios(kept, common, sustained, int(is_compared.sum()), n_metrics, rule)
-    return np.asarray(worst_ratio(fleet / factor) > 1)
+    return np.asarray(worst_ratio(held_fleet(fleet / factor, rule.fleet_hold_bins(CHECKS_PER_DAY))) > 1)
 
 
 def proxy_errors(reference: Reference, row: int, values: Floats32, start_ms: int) -> NDArray[np.float64]:

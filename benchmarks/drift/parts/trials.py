@@ -1,7 +1,7 @@
 """Single series under every rule: unchanged stretches, declared changes, real changes."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +65,7 @@ class Tally:
     series_days: float = 0.0
     delays: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # NaN = missed
     already: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    changes: list[tuple[bool, bool]] = field(default_factory=list)  # within 24 h, 72 h
+    changes: list[tuple[str, bool, bool]] = field(default_factory=list)  # server; within 24 h, 72 h
 
     def share(self) -> dict[str, Any]:
         """Return the mean share of checks in alarm with its interval over series."""
@@ -213,4 +213,19 @@ def _ask_change(
     for rule, alarms in _asked(block, row, metric, reference, lead, block.begin - LEAD, rules):
         checks = alarms[AT_START:]  # from the reference's end, a day before the change
         day, four = 2 * DAY // STEP, 4 * DAY // STEP
-        tallies[rule].changes.append((bool(checks[: day + 1].any()), bool(checks[: four + 1].any())))
+        found = (bool(checks[: day + 1].any()), bool(checks[: four + 1].any()))
+        tallies[rule].changes.append((fleet.server_names[change.server], *found))
+
+
+def change_hits(changes: Sequence[tuple[str, bool, bool]]) -> dict[str, Any]:
+    """Return the shares of real changes found; the interval draws servers: changes of one come together."""
+    hits = np.array([found[1:] for found in changes], np.float64)
+    servers = sorted({found[0] for found in changes})
+    rows = [np.flatnonzero([found[0] == server for found in changes]) for server in servers]
+    generator = np.random.default_rng(0)
+    drawn = (generator.integers(len(rows), size=len(rows)) for _ in range(BOOTSTRAPS))
+    draws = [hits[np.concatenate([rows[place] for place in places]), 0].mean() for places in drawn]
+    low, high = interval(np.array(draws))
+    day, three = 100 * hits.mean(axis=0)
+    out = {"n": len(hits), "servers": len(servers), "within_24_h_pct": float(day)}
+    return out | {"interval_95_pct": [100 * low, 100 * high], "within_72_h_pct": float(three)}

@@ -25,7 +25,6 @@ from fleetcast.clock import DAY_MS, from_ms
 from fleetcast.drift.seasonal.learning import MIN_DAYS
 from fleetcast.drift.seasonal.quorum import (
     COMBINED_THRESHOLD,
-    SUPPORT,
     THRESHOLDS,
     WEIGHTS,
     QuorumRule,
@@ -33,6 +32,7 @@ from fleetcast.drift.seasonal.quorum import (
     combined_ratio,
     common_ratios,
     fleet_ratios,
+    held_fleet,
     limit_ratios,
     scale_scores,
 )
@@ -48,6 +48,7 @@ from fleetcast.drift.seasonal.statistics import (
     NEEDS_SUPPORT,
     SHORT_H,
     STATISTICS,
+    SUPPORTS,
     BinCodes,
     RunningSums,
     statistics,
@@ -165,6 +166,7 @@ class SeasonalDetector:
         per_day = self._clock.bins_per_day
         self._short, self._long = per_day * SHORT_H // 24, per_day * LONG_H // 24
         self._hold, self._sustained = self.rule.hold_bins(per_day), self.rule.sustained_bins(per_day)
+        self._fleet_hold = self.rule.fleet_hold_bins(per_day)
         self._is_compared = reference.is_compared
         self._begin()
 
@@ -177,6 +179,7 @@ class SeasonalDetector:
         self._recent = np.full((self._short, n_series), np.nan, np.float32)  # ring of native values
         self._ratios = np.zeros((self._hold, len(FAMILIES), n_series), np.float32)  # ring
         self._common = np.zeros((self._hold, len(STATISTICS)), np.float32)  # ring
+        self._fleet = np.zeros((self._fleet_hold, len(FAMILIES)), np.float32)  # ring
         self._alarms = np.zeros((self._sustained, n_series), np.bool_)  # ring
         self._alarm_counts = np.zeros(n_series, np.int64)
         self._since = np.full(n_series, _NEVER, np.int64)
@@ -190,7 +193,7 @@ class SeasonalDetector:
         """Return how many of the newest bins the scores rest on."""
         still = self.reference.still_limits
         known = int(still[still < NEVER_STILL].max(initial=0))
-        return self._long + self._hold + self._sustained + known + 2
+        return self._long + self._hold + self._fleet_hold + self._sustained + known + 2
 
     @property
     def is_filling(self) -> bool:
@@ -263,6 +266,7 @@ class SeasonalDetector:
         place = self._n_bins % self._sustained
         self._alarm_counts += alarms.astype(np.int64) - self._alarms[place]
         self._alarms[place] = alarms
+        self._fleet[self._n_bins % self._fleet_hold] = self._newest_fleet_ratios(held, int(judged.sum()))
         self._n_bins += 1
         assert self._end_ms is not None, "a bin was taken"
         begins = alarms & (self._since == _NEVER)
@@ -284,15 +288,13 @@ class SeasonalDetector:
         return np.asarray(self._ratios.min(axis=0), np.float32)
 
     def fleet_ratios(self) -> Floats32:
-        """Return (family,): how near the fleet is to its limits, 1 = at them."""
-        found = fleet_ratios(
-            self.held_ratios(),
-            by_family(self._common.min(axis=0)),
-            self._sustained_shares(),
-            int(self._is_judged().sum()),
-            len(self.reference.metrics),
-            self.rule,
-        )
+        """Return (family,): how near the fleet is to its limits, 1 = at them for `fleet_hold_h`."""
+        order = np.arange(self._n_bins, self._n_bins + self._fleet_hold) % self._fleet_hold
+        return np.asarray(held_fleet(self._fleet[order].T, self._fleet_hold)[:, -1], np.float32)
+
+    def _newest_fleet_ratios(self, held: Floats32, n_judged: int) -> Floats32:
+        common, n_metrics = by_family(self._common.min(axis=0)), len(self.reference.metrics)
+        found = fleet_ratios(held, common, self._sustained_shares(), n_judged, n_metrics, self.rule)
         return np.asarray(found / self.reference.fleet.factor, np.float32)
 
     def _is_judged(self) -> NDArray[np.bool_]:
@@ -397,7 +399,8 @@ def worst_statistic(statistics: Floats32, limits: Floats32, held: Floats32) -> i
         held: (family,) its held ratios.
     """
     ratios = np.nan_to_num(statistics / limits, nan=0.0)
-    supported = np.where(NEEDS_SUPPORT, np.minimum(ratios, ratios[IS_SHORT].max() / SUPPORT), ratios)
+    newest = ratios[IS_SHORT].max() / np.where(NEEDS_SUPPORT, SUPPORTS, 1)
+    supported = np.where(NEEDS_SUPPORT, np.minimum(ratios, newest), ratios)
     return int(np.where(held.argmax() == FAMILY_OF, supported, -1.0).argmax())
 
 

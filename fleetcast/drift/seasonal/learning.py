@@ -35,6 +35,8 @@ from fleetcast.drift.seasonal.statistics import (
     BinCodes,
     Books,
     log_moves,
+    order,
+    pair_sums,
     statistics,
     sums_over,
     tail_codes,
@@ -242,6 +244,7 @@ def _books(
     size = np.where(present, seen.size, 0).sum(axis=1) / np.maximum(present.sum(axis=1), 1) / 1000
     about = (shape.profiles - shape.centres[:, None]) / shape.ranges[:, None]
     noise = NOISE_OF_SPREAD * np.median(shape.spreads, axis=1) / shape.ranges
+    coded = values.codes(seen.scores)
     books = Books(
         values,
         moved,
@@ -251,9 +254,10 @@ def _books(
         (about**2).mean(axis=1).astype(np.float32),
         (noise**2).astype(np.float32),
         log_moves(np.where(known, steps, 0).sum(axis=2).T / np.maximum(known.sum(axis=2), 1).T),
+        order(pair_sums(coded, np.array([coded.shape[1]]), coded.shape[1]))[:, 0],
         distances(shape.template) + (noise * PLACE_STEPS + 1)[:, None].astype(np.float32),
     )
-    own = (values.codes(seen.scores), moved.codes(novel), missed.codes(scaled_errors))
+    own = (coded, moved.codes(novel), missed.codes(scaled_errors))
     codes = BinCodes(*own, seen, steps, bins % clock.bins_per_day)
     return books, pull, codes
 

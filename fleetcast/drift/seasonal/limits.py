@@ -21,6 +21,7 @@ from fleetcast.drift.seasonal.quorum import (
     by_family,
     common_ratios,
     fleet_ratios,
+    held_fleet,
     limit_ratios,
     running_minimum,
     running_share,
@@ -43,8 +44,8 @@ PRIOR_GROWTH = {
     "error_3h": 1.8,
     "error_24h": 1.5,
     "restless_24h": 2.5,
-    "rougher_24h": 1.1,
-    "smoother_24h": 1.3,
+    "rougher_24h": 1.2,
+    "smoother_24h": 1.4,
     "shape_3h": 1.5,
     "shape_24h": 1.5,
     "below_24h": 1.6,
@@ -58,8 +59,8 @@ PRIOR_GROWTH = {
     "calmer_24h": 1.3,
 }
 # Wider than an unseen block asks for, where a statistic alone made most alarms on unchanged series: a
-# third of them goes, detection hardly changes. Measured there, too.
-MARGINS = {"error_24h": 1.2, "shape_3h": 1.2, "restless_24h": 1.2}
+# third of them goes, detection hardly changes. Narrower where it made none. Measured there, too.
+MARGINS = {"error_24h": 1.2, "shape_3h": 1.2, "smoother_24h": 1.1, "rougher_24h": 0.8}
 # Nothing but its limit holds back a statistic that stands alone, and one week says little of the next.
 _STANDS_ALONE = np.array([item.stands_alone for item in STATISTICS])
 _MARGINS = np.array([MARGINS.get(item.name, 1.0) for item in STATISTICS], np.float32)
@@ -171,7 +172,8 @@ def calibrate(
         running_minimum(common_ratios(ratios, n_days[series], is_compared, n_metrics, rule), hold)
     )
     sustained = running_share(alarms, rule.sustained_bins(per_day))
-    worst = worst_ratio(fleet_ratios(held, common, sustained, int(is_compared.sum()), n_metrics, rule))
+    fleet = fleet_ratios(held, common, sustained, int(is_compared.sum()), n_metrics, rule)
+    worst = worst_ratio(held_fleet(fleet, rule.fleet_hold_bins(per_day)))
     n_left_out = worst.size // per_day if per_day else 0
     if not n_left_out or not is_compared.any():
         return FleetCalibration(false_alarms_per_month, 1.0, 0.0, 0, 0.0)

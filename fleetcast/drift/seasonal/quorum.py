@@ -21,15 +21,14 @@ from fleetcast.drift.seasonal.statistics import (
     IS_SHORT,
     NEEDS_SUPPORT,
     PER,
+    SUPPORTS,
 )
 from fleetcast.errors import BadData
 from fleetcast.schema import Floats32, Longs
 
-# A long window remembers a disturbance for a day after it ended; it counts as long as the newest
-# hours still look at least this unusual.
-SUPPORT = 0.6
 MIN_SERVERS = 3  # fleets this large never move for one server
 MATURE_DAYS = 21  # fewer days behind a series make false alarms likelier; see drift-quality.md
+SURE_TIMES = 2.0  # a fleet this many times over its limit drifts at once
 MIN_COMMON = 3  # servers that one and the same statistic must carry over its limit
 
 # The scale of the scores, as the specification prints it. It stays when thresholds or weights are
@@ -51,17 +50,22 @@ class QuorumRule:
     sustained_h: float = 24.0
     sustained_share: float = 0.75  # "most"
     hold_h: float = 0.75  # a series is in alarm after this long over a limit
+    fleet_hold_h: float = 2.0  # a fleet drifts after this long over a limit, or when it is twice as far
 
     def __post_init__(self) -> None:
         for name in ("quorum", "sustained_quorum", "common_quorum", "sustained_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise BadData(f"{name} must be within 0..1, got {getattr(self, name)}")
-        if self.sustained_h <= 0 or self.hold_h < 0:
-            raise BadData("sustained_h must be > 0 and hold_h >= 0")
+        if self.sustained_h <= 0 or min(self.hold_h, self.fleet_hold_h) < 0:
+            raise BadData("sustained_h must be > 0, hold_h and fleet_hold_h >= 0")
 
     def hold_bins(self, bins_per_day: int) -> int:
         """Return the bins of `hold_h`, at least one."""
         return max(1, round(self.hold_h * bins_per_day / 24))
+
+    def fleet_hold_bins(self, bins_per_day: int) -> int:
+        """Return the bins of `fleet_hold_h`, at least one."""
+        return max(1, round(self.fleet_hold_h * bins_per_day / 24))
 
     def sustained_bins(self, bins_per_day: int) -> int:
         """Return the bins of `sustained_h`, at least one."""
@@ -78,8 +82,8 @@ def limit_ratios(statistics: Floats32, limits: Floats32) -> Floats32:
     bounds = limits.T.reshape(limits.T.shape + (1,) * (statistics.ndim - 2))
     with np.errstate(invalid="ignore"):
         ratios = np.maximum(np.nan_to_num(statistics / bounds, nan=0.0, posinf=0.0, neginf=0.0), 0)
-    support = ratios[IS_SHORT].max(axis=0) / SUPPORT
-    ratios[NEEDS_SUPPORT] = np.minimum(ratios[NEEDS_SUPPORT], support)
+    needed = SUPPORTS[NEEDS_SUPPORT].reshape(-1, *(1,) * (ratios.ndim - 1))
+    ratios[NEEDS_SUPPORT] = np.minimum(ratios[NEEDS_SUPPORT], ratios[IS_SHORT].max(axis=0) / needed)
     return np.asarray(ratios, np.float32)
 
 
@@ -168,6 +172,14 @@ def worst_ratio(ratios: Floats32) -> Floats32:
     """Return how near to a verdict the default rule is: any metric, or the combined score."""
     combined = combined_ratio(ratios, THRESHOLDS, WEIGHTS, COMBINED_THRESHOLD)
     return np.asarray(np.maximum(ratios.max(axis=0), combined), np.float32)
+
+
+def held_fleet(ratios: Floats32, steps: int) -> Floats32:
+    """Return fleet ratios (..., time) that lasted for `steps`; what is far over its limit need not last.
+
+    Incidents of an hour or two make most false alarms of a fleet, and a training can wait as long.
+    """
+    return np.asarray(np.maximum(running_minimum(ratios, steps), ratios / SURE_TIMES), np.float32)
 
 
 def running_minimum(ratios: Floats32, steps: int) -> Floats32:

@@ -4,10 +4,11 @@ Owns: learning it from some weeks of bins, its file, and bringing single servers
 without learning the whole fleet again. It lives beside the baseline of a model version. Does not
 know: the newest values (`SeasonalDetector`), when to renew it (`renewal`).
 
-File: `reference.npz`, format 2, one array per field of `Reference` (`fleetcast/archive.py`), their
-shapes checked against each other when read.
+File: `reference.npz`, format 3, one array per field of `Reference` (`fleetcast/archive.py`), their
+shapes checked against each other when read. Format 2 has no `books.order`: `smoother_24h` is not judged.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,7 +37,9 @@ from fleetcast.errors import BadData, CorruptFile
 from fleetcast.files import write_atomic
 from fleetcast.schema import Floats, Floats32, Longs
 
-FORMAT = 2
+logger = logging.getLogger(__name__)
+
+FORMAT = 3
 _ROW_ARRAYS = ("pull", "n_days", "start_days", "still_limits", "limits")  # a row for each series
 RANGE_FLOOR = 0.02  # of the metric's usual range in this fleet
 
@@ -201,12 +204,17 @@ class Reference:
             UnknownFormat: another format version wrote it.
             CorruptFile: it is not a reference.
         """
-        loaded = unpack(path, cls, "reference", FORMAT)
+        loaded = unpack(path, cls, "reference", FORMAT, {2: _add_order})
         try:
             _check_rows(path, loaded)
         except (AttributeError, TypeError, ValueError, IndexError, BadData) as error:
             raise CorruptFile(path, f"reference field of the wrong kind: {error}") from error
         return loaded
+
+
+def _add_order(arrays: dict[str, Any]) -> None:
+    arrays["books.order"] = np.full_like(arrays["books.log_size"], np.nan)
+    logger.info("drift reference of format 2: smoother_24h is not judged until it is learned again")
 
 
 def _check_grid(grid: FleetGrid) -> tuple[Floats32, Floats32]:
@@ -301,7 +309,7 @@ def _check_rows(path: Path, loaded: Reference) -> None:
         expected.append((f"books.{name}.shares", getattr(books, name).shares, (n_series, N_CODES)))
     for owner, names in (
         (loaded.shape, ("weekly_rows", "centres", "ranges", "lows", "highs")),
-        (books, ("log_size", "rhythm_power", "rhythm_noise")),
+        (books, ("log_size", "rhythm_power", "rhythm_noise", "order")),
         (loaded, ("pull", "n_days", "start_days", "still_limits")),
     ):
         expected += [(name, getattr(owner, name), (n_series,)) for name in names]

@@ -37,6 +37,10 @@ SHORT_H = 3
 LONG_H = 24
 MIN_COVERAGE = 0.6  # of a window's bins, else its statistics are NaN
 MOVE_NOISE = 0.2  # spreads; moves smaller than this say nothing about smoothness
+PAIR_LAGS = (1, 2)  # bins between the two values of a pair
+# A long window remembers a disturbance for a day after it ended; it counts as long as the newest
+# hours still look at least this unusual. Those of the dynamics need less: they are rarer by themselves.
+SUPPORT, DYNAMICS_SUPPORT = 0.6, 0.25
 SHARE_CAP = 0.97  # a share of 1 would be endlessly surprising
 
 PER, DSS, FDS, ANOMALY = "per", "dss", "fds", "anomaly_rate"
@@ -53,16 +57,21 @@ class Statistic:
     is_share: bool  # bounded by 1, measured as -log(1 - share)
     floor: float  # the smallest difference that matters, in the statistic's own unit
     says: str
-    stands_alone: bool = False  # counts although the newest hours by themselves look usual
+    support: float = SUPPORT  # of a limit the newest hours have to reach for a long window; 0 = none
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether a long window counts although the newest hours by themselves look usual."""
+        return not self.is_short and not self.support
 
 
 STATISTICS = (
     Statistic("innovation_3h", PER, True, True, 0.5, "is more or less predictable from bin to bin"),
     Statistic("error_3h", PER, True, True, 0.5, "is forecast worse than usual"),
-    Statistic("error_24h", PER, False, True, 0.3, "is forecast worse than usual for a day", True),
-    Statistic("restless_24h", PER, False, False, 0.3, "moves more from bin to bin"),
-    Statistic("rougher_24h", PER, False, False, 0.15, "is less smooth from bin to bin"),
-    Statistic("smoother_24h", PER, False, False, 0.15, "is smoother from bin to bin"),
+    Statistic("error_24h", PER, False, True, 0.3, "is forecast worse than usual for a day", 0),
+    Statistic("restless_24h", PER, False, False, 0.3, "moves more from bin to bin", DYNAMICS_SUPPORT),
+    Statistic("rougher_24h", PER, False, False, 0.1, "is less smooth from bin to bin", DYNAMICS_SUPPORT),
+    Statistic("smoother_24h", PER, False, False, 0.15, "is smoother from bin to bin", 0),
     Statistic("shape_3h", DSS, True, True, 0.9, "has left its usual values"),
     Statistic("shape_24h", DSS, False, True, 0.4, "is distributed differently over a day"),
     Statistic("below_24h", DSS, False, True, 0.3, "is too often at the low end"),
@@ -70,7 +79,7 @@ STATISTICS = (
     Statistic("higher_24h", FDS, False, False, 0.1, "has risen"),
     Statistic("lower_24h", FDS, False, False, 0.1, "has fallen"),
     Statistic("rhythm_down_24h", FDS, False, False, 0.25, "has lost its daily rhythm"),
-    Statistic("shifted_24h", FDS, False, True, 0.25, "has its daily rhythm at another time", True),
+    Statistic("shifted_24h", FDS, False, True, 0.25, "has its daily rhythm at another time", 0),
     Statistic("outside_3h", ANOMALY, True, True, 0.4, "is where it never was"),
     Statistic("wider_24h", ANOMALY, False, False, 0.5, "scatters more"),
     Statistic("calmer_24h", ANOMALY, False, False, 0.5, "scatters less"),
@@ -79,6 +88,7 @@ N_STATISTICS = len(STATISTICS)
 INDEX = {statistic.name: index for index, statistic in enumerate(STATISTICS)}
 IS_SHORT = np.array([statistic.is_short for statistic in STATISTICS])
 NEEDS_SUPPORT = np.array([not (item.is_short or item.stands_alone) for item in STATISTICS])
+SUPPORTS = np.array([item.support for item in STATISTICS], np.float32)
 IS_SHARE = np.array([statistic.is_share for statistic in STATISTICS])
 FAMILY_OF = np.array([FAMILIES.index(statistic.family) for statistic in STATISTICS])
 
@@ -109,6 +119,7 @@ class Books(PerSeries):
     rhythm_power: Floats32  # (series,) variance of the profile, in ranges squared
     rhythm_noise: Floats32  # (series,) what keeps a flat profile from dividing by nothing
     log_moves: Floats32  # (series, 2) log of the mean move over one and two bins
+    order: Floats32  # (series,) usual `order` of its codes; NaN in files of format 2
     distances: Floats32  # (series, lag) of the template from itself moved, and what keeps it from 0
 
 
@@ -130,6 +141,8 @@ class WindowSums:
     moved: NDArray[np.int64]  # (distance, series, time)
     n_moved: NDArray[np.int64]
     evidence: NDArray[np.int64]  # (lag, series, time)
+    short_pairs: NDArray[np.int64]  # as `pair_sums`
+    long_pairs: NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +197,45 @@ def sums_over(codes: BinCodes, step: int, short: int, long: int) -> WindowSums:
         moved=np.stack([sums(np.maximum(part, 0), long) for part in codes.moved]),
         n_moved=np.stack([sums(part >= 0, long) for part in codes.moved]),
         evidence=np.stack([sums(part, long) for part in traits.evidence]),
+        short_pairs=pair_sums(codes.values, np.arange(long // step, n_blocks + 1) * step, short),
+        long_pairs=pair_sums(codes.values, np.arange(long // step, n_blocks + 1) * step, long),
     )
+
+
+def pair_sums(codes: Bytes, ends: Longs, length: int) -> NDArray[np.int64]:
+    """Return (lag, 2, series, time): how far the codes of pairs lie apart in all, and how many pairs.
+
+    A pair has both ends in its window, which ends before the bin `ends` and is `length` bins long.
+    """
+    n_series, n_bins = codes.shape
+    out = np.empty((len(PAIR_LAGS), 2, n_series, len(ends)), np.int64)
+    for row, lag in enumerate(PAIR_LAGS):
+        for column, part in enumerate(_pairs(codes[:, lag:], codes[:, :-lag])):
+            total = np.zeros((n_series, n_bins + 1), np.int64)
+            np.cumsum(part, axis=1, out=total[:, lag + 1 :])
+            out[row, column] = total[:, ends] - total[:, ends - length + lag]
+    return out
+
+
+def _pairs(later: Bytes, earlier: Bytes) -> tuple[Shorts, NDArray[np.bool_]]:
+    """Return how far apart the codes of pairs are, 0 where one is absent, and where both are present."""
+    known = (later != ABSENT) & (earlier != ABSENT)
+    apart = np.abs(later.astype(np.int16) - earlier)
+    return np.asarray(np.where(known, apart, 0), np.int16), np.asarray(known)
+
+
+def order(pairs: NDArray[np.int64], least: float = 1) -> Floats32:
+    """Return log of how far one bin moves a series' code, over how far two do; NaN below `least` pairs.
+
+    0 = values in random order, -log 2 = a straight line. Codes are ranks in the reference: a spike is
+    one move among many.
+
+    Args:
+        pairs: (lag, 2, series, ...), as `pair_sums`.
+    """
+    known = np.where(pairs[:, 1] >= least, pairs[:, 1], np.nan)
+    one, two = pairs[:, 0] / known + 1  # a code more: a series that stands still is in no order
+    return np.asarray(np.log(one / two), np.float32)
 
 
 def statistics(sums: WindowSums, books: Books, short: int, long: int) -> Floats32:
@@ -215,6 +266,12 @@ def statistics(sums: WindowSums, books: Books, short: int, long: int) -> Floats3
     found = sums.evidence / (n_long * books.distances.T[..., None])
     out[INDEX["shifted_24h"]] = found.max(axis=0)
     out[IS_SHARE] = surprise(out[IS_SHARE])
+    # a day is smoother only while its newest hours are, too
+    newest, day = (
+        order(sums.short_pairs, MIN_COVERAGE**2 * short),
+        order(sums.long_pairs, MIN_COVERAGE**2 * long),
+    )
+    out[INDEX["smoother_24h"]] = books.order[:, None] - np.maximum(newest, day)
     _moments(out, sums, books, n_long)
     return out
 
@@ -229,7 +286,6 @@ def _moments(out: Floats32, sums: WindowSums, books: Books, n: Floats32) -> None
     one, two = log_moves(sums.moved / n_moved)
     usual_one, usual_two = books.log_moves.T[..., None]
     out[INDEX["restless_24h"]] = one - usual_one
-    out[INDEX["smoother_24h"]] = usual_one - usual_two - (one - two)
     # without memory one bin moves a value as far as two do; rougher than that is not counted
     out[INDEX["rougher_24h"]] = np.minimum(one - two, 0) - np.minimum(usual_one - usual_two, 0)
     rhythm = sums.rhythm / (n * LEVEL_STEPS)
@@ -286,6 +342,7 @@ class RunningSums:
         self._sums = np.zeros((6, n_series), np.int64)
         self._moved = np.zeros((2, 2, n_series), np.int64)  # sums and counts of each distance
         self._evidence = np.zeros((len(LAGS_H), n_series), np.int64)
+        self._pairs = np.zeros((2, len(PAIR_LAGS), 2, n_series), np.int64)  # short and long window
 
     def add(self, codes: BinCodes) -> None:
         """Take in one bin, (series, 1), and let the oldest go."""
@@ -294,8 +351,11 @@ class RunningSums:
             self._count(place, place_short=None, sign=-1)
             old = evidence(self._template, self.place[place][:, None], self.day_bins[[place]])
             self._evidence -= old[:, :, 0]
+            self._pair(self._pairs[1:], place, 1, sign=-1)
         if self.n_bins >= self.short:
-            self._count(None, place_short=(self.n_bins - self.short) % self.long, sign=-1)
+            oldest = (self.n_bins - self.short) % self.long
+            self._count(None, place_short=oldest, sign=-1)
+            self._pair(self._pairs[:1], oldest, 1, sign=-1)
         self.values[place] = codes.values[:, 0]
         self.innovations[place] = codes.innovations[:, 0]
         self.errors[place] = codes.errors[:, 0]
@@ -306,6 +366,7 @@ class RunningSums:
         self.day_bins[place] = codes.day_bins[0]
         self._count(place, place_short=place, sign=1)
         self._evidence += traits.evidence[:, :, 0]
+        self._pair(self._pairs, place, -1, sign=1)
         self.n_bins += 1
 
     def _count(self, place: int | None, *, place_short: int | None, sign: int) -> None:
@@ -324,6 +385,13 @@ class RunningSums:
             self._moved[0] += sign * np.maximum(moved, 0)
             self._moved[1] += sign * (moved >= 0)
 
+    def _pair(self, sums: NDArray[np.int64], place: int, direction: int, *, sign: int) -> None:
+        """Add the pairs of one bin with those after it (1) or before it (-1); rings start as absent."""
+        for row, lag in enumerate(PAIR_LAGS):
+            apart, known = _pairs(self.values[place], self.values[(place + direction * lag) % self.long])
+            sums[:, row, 0] += sign * apart
+            sums[:, row, 1] += sign * known
+
     def _tally(self, table: int, codes: NDArray[np.uint8], sign: int) -> None:
         self._counts[table, self._rows, np.minimum(codes, N_CODES)] += np.int16(sign)
 
@@ -341,6 +409,7 @@ class RunningSums:
             long_errors,
             outside.astype(np.int32),
             *others,
+            *self._pairs[..., None],
         )
 
     def newest(self, ring: NDArray[np.generic], bins: int) -> NDArray[np.generic]:
