@@ -39,7 +39,7 @@ def test_an_unchanged_fleet_is_judged_and_silent(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("steps", [(1, 1), (40, 3)])
 def test_a_restart_between_any_two_looks_changes_nothing(tmp_path: Path, steps: tuple[int, ...]) -> None:
-    grid, bin_now = raised(FIRST_TEST_BIN + DAY), FIRST_TEST_BIN + DAY + 30
+    grid, bin_now = raised(FIRST_TEST_BIN + DAY), FIRST_TEST_BIN + DAY + 54
     store = store_of(grid, bin_now)
     running = source_of(tmp_path, store)
     for n_bins in steps:

@@ -12,6 +12,7 @@ from fleetcast.drift.seasonal.quorum import (
     combined_ratio,
     common_ratios,
     fleet_ratios,
+    held_fleet,
     limit_ratios,
     running_minimum,
     running_share,
@@ -37,6 +38,19 @@ def test_a_long_window_counts_only_while_the_newest_hours_are_unusual_too() -> N
     ratios = by_family(limit_ratios(found, np.ones((3, N_STATISTICS), np.float32)))
 
     assert ratios[FAMILIES.index("fds")] == pytest.approx([0, 0.5, 1.5])
+
+
+def test_new_dynamics_need_less_of_the_newest_hours_and_some_windows_nothing() -> None:
+    found = np.zeros((N_STATISTICS, 2), np.float32)
+    found[INDEX["rougher_24h"], 0] = found[INDEX["smoother_24h"], 1] = 2.0
+    found[INDEX["shape_24h"]] = 2.0
+    found[INDEX["shape_3h"], 0] = 0.3
+
+    ratios = limit_ratios(found, np.ones((2, N_STATISTICS), np.float32))
+
+    assert ratios[INDEX["rougher_24h"], 0] == pytest.approx(0.3 / 0.25)
+    assert ratios[INDEX["shape_24h"]] == pytest.approx([0.3 / 0.6, 0])
+    assert ratios[INDEX["smoother_24h"], 1] == 2.0
 
 
 def test_what_was_not_judged_counts_as_nothing() -> None:
@@ -155,6 +169,15 @@ def test_a_series_is_held_until_it_was_over_for_long_enough() -> None:
     assert running_minimum(np.array([2.0], np.float32), 1).tolist() == [2]
 
 
+def test_a_fleet_drifts_when_it_lasts_or_is_far_over_its_limit() -> None:
+    lasts = np.array([[0.5, 1.2, 1.2, 1.2, 1.4, 0.9]], np.float32)
+    at_once = np.array([[0.5, 2.4, 0.5, 0.5, 0.5, 0.5]], np.float32)
+
+    assert (held_fleet(lasts, 3) > 1).ravel().tolist() == [False, False, False, True, True, False]
+    assert (held_fleet(at_once, 3) > 1).ravel().tolist() == [False, True, False, False, False, False]
+    assert RULE.fleet_hold_bins(288) == 24 and RULE.fleet_hold_bins(96) == 8
+
+
 def test_the_share_in_alarm_counts_the_last_steps() -> None:
     alarms = np.array([True, True, False, True])
 
@@ -163,7 +186,14 @@ def test_the_share_in_alarm_counts_the_last_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"quorum": 1.5}, {"sustained_quorum": -0.1}, {"sustained_h": 0.0}, {"hold_h": -1.0}]
+    "wrong",
+    [
+        {"quorum": 1.5},
+        {"sustained_quorum": -0.1},
+        {"sustained_h": 0.0},
+        {"hold_h": -1.0},
+        {"fleet_hold_h": -1.0},
+    ],
 )
 def test_a_rule_that_makes_no_sense_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(BadData, match=next(iter(wrong))):

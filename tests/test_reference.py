@@ -1,5 +1,7 @@
 """Learning a reference: what enters it, what does not, and what it says about itself."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from rhythm_fleet import (
@@ -17,6 +19,7 @@ from rhythm_fleet import (
 )
 
 from fleetcast.clock import DAY_MS
+from fleetcast.drift.seasonal.detector import SeasonalDetector
 from fleetcast.drift.seasonal.learning import (
     MIN_DAYS,
     fit_all,
@@ -228,3 +231,23 @@ def test_a_reference_of_half_a_day_compares_nothing() -> None:
     reference = fitted(weeks(1)[:, :, : DAY // 2])
 
     assert not reference.is_compared.any()
+
+
+def test_a_reference_of_format_2_judges_all_but_how_smooth_a_series_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Given a file that the release before wrote, of one server and six days
+    caplog.set_level("INFO")
+    loaded = Reference.load(Path(__file__).parent / "data" / "reference_format_2.npz")
+
+    # Then it is compared, and only the statistic it knows nothing of is not judged
+    assert loaded.is_compared.all() and np.isnan(loaded.books.order).all()
+    assert "format 2" in caplog.text
+    drift = SeasonalDetector(loaded)
+    for place in range(DAY):
+        drift.update(np.full((1, 1), 90.0 + place % 7, np.float32), place * BIN_MS + 6 * DAY_MS)
+    assert [item.server_name for item in drift.check().drifting] == ["web-01"]
+
+    # And written again it is of today's format, which says as much
+    loaded.save(tmp_path / "again.npz")
+    assert np.isnan(Reference.load(tmp_path / "again.npz").books.order).all()

@@ -1,6 +1,6 @@
 """The statistics over windows: known answers, and their kinship with Kolmogorov-Smirnov."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -14,6 +14,9 @@ from fleetcast.drift.seasonal.statistics import (
     INDEX,
     STATISTICS,
     BinCodes,
+    RunningSums,
+    order,
+    pair_sums,
     statistics,
     sums_over,
     surprise,
@@ -98,6 +101,77 @@ def test_windows_summed_in_steps_end_where_windows_summed_bin_by_bin_end() -> No
     sixth = statistics(sums_over(codes, 6, SHORT, DAY), books, SHORT, DAY)
 
     assert np.array_equal(every[:, :, ::6], sixth, equal_nan=True)
+
+
+def test_pairs_are_those_with_both_ends_in_the_window_bin_by_bin_and_at_once() -> None:
+    # Given two days of two series, some bins of which are absent
+    generator = np.random.default_rng(9)
+    book = code_book(generator.normal(size=(2, 10 * DAY)).astype(np.float32))
+    values = generator.normal(size=(2, 2 * DAY)).astype(np.float32)
+    values[0, DAY + 40 : DAY + 60] = np.nan
+    codes = coded(values, book)
+
+    # When they are taken in bin by bin, and summed at once
+    running = RunningSums(np.zeros((2, DAY), np.int16), SHORT, DAY)
+    for place in range(2 * DAY):
+        running.add(bin_of(codes, place))
+    newest, at_once = running.window_sums(), sums_over(codes, 1, SHORT, DAY)
+
+    # Then the sums are the same, and those of a day are those of its own bins alone
+    assert np.array_equal(newest.short_pairs, at_once.short_pairs[..., -1:])
+    assert np.array_equal(newest.long_pairs, at_once.long_pairs[..., -1:])
+    alone = pair_sums(codes.values[:, DAY:], np.array([DAY]), DAY)
+    assert np.array_equal(alone, newest.long_pairs)
+    assert alone[0, 1].ravel().tolist() == [DAY - 1 - 21, DAY - 1]
+
+
+def bin_of(codes: BinCodes, place: int) -> BinCodes:
+    """One bin of a stretch."""
+    part = slice(place, place + 1)
+    own = {item.name: getattr(codes.traits, item.name)[..., part] for item in fields(Traits)}
+    return BinCodes(
+        *(getattr(codes, name)[:, part] for name in ("values", "innovations", "errors")),
+        Traits(**own),
+        codes.moved[..., part],
+        codes.day_bins[part],
+    )
+
+
+def test_the_order_of_values_is_told_by_their_ranks() -> None:
+    # Given a straight line, noise, and values that turn at each bin
+    generator = np.random.default_rng(2)
+    line, noise = np.arange(48), generator.integers(0, 49, 4000)
+    turns = np.tile([0, 48], 24)
+
+    found = [
+        order(pair_sums(v.astype(np.uint8)[None], np.array([len(v)]), len(v))) for v in (line, noise, turns)
+    ]
+
+    assert found[0].item() == pytest.approx(np.log(2 / 3))  # 1 and 2 codes, and one more each
+    assert found[1].item() == pytest.approx(0, abs=0.03)
+    assert found[2].item() == pytest.approx(np.log(49))
+    unknown = np.full((1, 48), ABSENT, np.uint8)
+    assert np.isnan(order(pair_sums(unknown, np.array([48]), 48))).all()
+
+
+def test_a_saw_tooth_of_a_spiky_series_is_smoother_though_its_values_are_as_usual() -> None:
+    # Given a series of rare large spikes over noise; then the same values of a day in order, hour by hour
+    generator = np.random.default_rng(5)
+    reference = generator.lognormal(0, 2, (1, 20 * DAY)).astype(np.float32)
+    book, usual = code_book(reference), usual_reference().books.rows(np.array([0]))
+    own = replace(usual, values=book, order=np.zeros(1, np.float32))
+    day = generator.lognormal(0, 2, (1, DAY)).astype(np.float32)
+    saw = np.sort(day.reshape(12, 24), axis=1).reshape(1, DAY)
+
+    def smoother(values: np.ndarray) -> float:
+        sums = sums_over(coded(values, book), 1, SHORT, DAY)
+        return float(statistics(sums, own, SHORT, DAY)[INDEX["smoother_24h"], 0, 0])
+
+    assert smoother(saw) > 2 * FLOORS[INDEX["smoother_24h"]]
+    assert smoother(day) < FLOORS[INDEX["smoother_24h"]]
+    # And once the newest three hours are in no order again, the day is not counted as smoother any more
+    over = np.concatenate([saw[:, SHORT:], day[:, :SHORT]], axis=1)
+    assert smoother(over) < FLOORS[INDEX["smoother_24h"]]
 
 
 def test_a_tail_is_never_the_last_code() -> None:
