@@ -136,7 +136,7 @@ def test_what_is_not_compared_says_until_when(tmp_path: Path) -> None:
 
 
 def test_the_trend_rises_while_the_fleet_moves_away(tmp_path: Path) -> None:
-    report = monitor_of(tmp_path, store_of(changed_grid(), CHANGE + 36)).report()
+    report = monitor_of(tmp_path, store_of(changed_grid(), CHANGE + 60)).report()
     assert report.trends["fds"] == report.trends["anomaly_rate"] == "increasing", report.as_text()
 
 
