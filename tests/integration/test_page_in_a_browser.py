@@ -1,5 +1,6 @@
 """The page in a real Chromium, on a real daemon with a recorded fleet; nothing but the daemon is asked."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "samples" / "smd_fleet.parquet"
 MAPPED = ("cpu_pct=cpu_r_norm01*100", "mem_pct=mem_u_norm01*100", "disk_io_mb_s=disk_wb_norm01*50")
 SERVER = "smd-machine-1-2"
+VENDOR = ROOT / "tests" / "vendor"
 HOURS = 14  # forecasts of 8 h before have come due
 CONFIG = """
 [clock]
@@ -247,6 +249,33 @@ def test_text_is_readable_and_nothing_is_wider_than_the_screen(
             assert browser.evaluate("document.querySelectorAll('h1').length") == 1
 
 
+@pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
+def test_axe_finds_nothing_serious_on_any_page(daemon: InferenceDaemon, is_dark: bool) -> None:
+    axe = (VENDOR / "axe.min.js").read_text(encoding="utf-8")
+    with Browser(1200, 900, is_dark=is_dark) as browser:
+        for place in ("", f"server?name={SERVER}", "capacity", "drift", "trainings", "health"):
+            browser.open(f"{daemon.url}/ui/#/{place}")
+            browser.wait("document.querySelector('main').innerText.length > 120")
+            browser.evaluate(f"{axe}; 1")
+            found = browser.evaluate(AXE)
+            assert found["passes"] > 10, place
+            assert found["violations"] == [], place
+
+
+def test_axe_is_byte_for_byte_what_was_released() -> None:
+    (package,) = json.loads((VENDOR / "vendor.json").read_text())
+    sums = {name: hashlib.sha256((VENDOR / name).read_bytes()).hexdigest() for name in package["sha256"]}
+    assert sums == package["sha256"]
+    assert f"axe v{package['version']}" in (VENDOR / "axe.min.js").read_text()[:100]
+    assert {path.name for path in VENDOR.iterdir()} == {"vendor.json", *sums}
+
+
+# What axe-core calls serious or critical, with the first element that has it.
+AXE = """axe.run(document, {resultTypes: ["violations"]}).then((found) => ({
+  passes: found.passes.length,
+  violations: found.violations.filter((one) => ["serious", "critical"].includes(one.impact))
+    .map((one) => `${one.id}: ${one.nodes.length} such as ${one.nodes[0].html.slice(0, 160)}`),
+}))"""
 # Texts whose contrast with what lies behind them is under 4.5 (WCAG 2.2, 1.4.3); the disabled may be pale.
 PALE = """(() => {
   const parse = (colour) => (colour.match(/[\\d.]+/g) ?? []).map(Number);
