@@ -469,7 +469,12 @@ def test_a_kill_between_a_late_row_and_its_correction_loses_neither(world: World
 def test_history_from_long_ago_makes_no_forecast_and_is_in_the_window(tmp_path: Path) -> None:
     world = World(tmp_path, every_bin=False)
     world.clock.advance(hours=3)
-    world.feed(*(("a", number, 10.0 * number) for number in range(5)))
+    world.feed(*(("a", number, 10.0 * number) for number in range(4)))
+    world.sweeper.cycle()
+    assert world.history.taken_bin_ms == to_ms(world.start) + 2 * BIN_S * 1000
+    world.feed(("b", 3, 1.0), ("a", 4, 40.0))  # the newest one was left open: rows may still come
+    world.sweeper.cycle()
+    assert not world.history.awaits_refresh
     world.sweeper.cycle()
     assert (world.sweeper.counts.sweeps, world.sweeper.counts.bins_skipped) == (0, 5)
     counts = world.ledger.counts()
@@ -488,6 +493,7 @@ def test_a_forecast_is_made_as_long_as_any_of_it_is_yet_to_come(
     world.feed(("a", 0, 1.0), ("a", 1, 1.0))
     world.clock.time = world.start + timedelta(seconds=BIN_S * (1 + bins_late))
     world.sweeper.cycle()
+    world.sweeper.cycle()
     assert world.history.taken_bin_ms == to_ms(world.start) + BIN_S * 1000
     assert world.sweeper.counts.sweeps == (1 if bins_late < 5 else 0) == sweeps
     world.buffer.close()
@@ -500,6 +506,7 @@ def test_a_fleet_that_comes_back_settles_what_was_open_before_it_forecasts_again
     opened = world.ledger.counts().opened
     world.clock.advance(hours=3)
     world.feed(*(("a", number, 10.0 * number) for number in range(2, 6)))
+    world.sweeper.cycle()
     world.sweeper.cycle()
     counts = world.ledger.counts()
     assert (counts.opened, counts.settled, counts.open) == (opened, 2, 0)

@@ -145,6 +145,11 @@ class BinHistory:
         with self._lock:
             return sorted(start for start in self._open if start <= last_ms)
 
+    def n_open_rows(self, bin_ms: int) -> int:
+        """Return how many rows a bin that is not closed yet holds."""
+        with self._lock:
+            return sum(len(part[0]) for part in self._open.get(bin_ms, ()))
+
     def close(self, bin_ms: int) -> ClosedBin:
         """Take one due bin; due bins are taken oldest first, and only once."""
         return self.close_first([bin_ms])[0]

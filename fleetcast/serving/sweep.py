@@ -96,6 +96,7 @@ class Sweeper:
         self._now_ms = 0
         self._waits_for_disk = ""
         self._said: set[str] = set()
+        self._newest_old = (0, 0)  # a bin from long ago, and how many rows it held
         self._settled: dict[int, ClosedBin] = {}  # what the newest bins were settled with
         self._newest_champion: Champion | None = None  # of the newest forecast
         self._model_failure = ""  # of the newest forecast
@@ -125,7 +126,7 @@ class Sweeper:
         now = self._fleet.clock.now()  # read once: what came in meanwhile must not expire unsettled
         self._now_ms = to_ms(now)
         self._write_what_waits()
-        due = self._history.due(now)
+        due = self._without_growing(self._history.due(now))
         self._refresh(is_due=bool(due))
         if due:
             self._working.set()
@@ -136,6 +137,16 @@ class Sweeper:
         self._follow_swap()
         self._expire(now)
         self.keep_feedback()
+
+    def _without_growing(self, due: list[int]) -> list[int]:
+        """Leave the newest of bins from long ago open while rows still come into it.
+
+        History comes in faster than life: a bin closed in the middle would have to be read again.
+        """
+        if not due or self._fleet.is_of_use(due[-1]):
+            return due
+        before, self._newest_old = self._newest_old, (due[-1], self._history.n_open_rows(due[-1]))
+        return due if before == self._newest_old else due[:-1]
 
     def keep_feedback(self, *, at_once: bool = False) -> None:
         """Save what settled forecasts taught, when it is time; a full disk costs memory, no forecast."""
