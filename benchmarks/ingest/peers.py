@@ -33,7 +33,7 @@ from fleetcast.clock import SystemClock, to_ms
 
 PER_POST, ROWS_PER_POST = 2000, 20
 RECORDED = ("smd_1min", "bitbrains_5min")
-WARM_UP_POSTS = 40
+WARM_UP_POSTS = 48  # whole rounds of the clients: each sends its servers in order
 FIGURES = ("cpu_s_fed", "cpu_s_in_all", "p50_ms", "p99_ms", "bytes_a_sample", "memory_mb")
 
 
@@ -57,11 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--days", type=float, default=7.0, help="of each recorded fleet")
     parser.add_argument("--posts", type=int, default=300, help="of each made load")
+    parser.add_argument("--only", action="append", help="name of a receiver; without it, all of them")
     options = parser.parse_args(argv)
     rows = []
     for load in loads(options.data, options.days, options.posts):
         ours: Mapping[str, Any] = {}
-        for receiver in RECEIVERS:
+        for receiver in [one for one in RECEIVERS if one.name in (options.only or [one.name])]:
             row = measure(load, receiver)
             ours = row if receiver is OURS else ours
             rows.append(row)
@@ -85,15 +86,15 @@ def loads(data: Path | None, days: float, n_posts: int) -> Iterator[Load]:
             rules=recorded.rules(),
         )
     for n_clients in (1, 16):
-        rows = partial(_rows, now_ms, n_posts * (4 if n_clients == 1 else 16))
+        rows = partial(_rows, now_ms, n_posts * (4 if n_clients == 1 else 16), n_clients)
         n_samples = ROWS_PER_POST * len(bodies.METRICS)
         yield Load(f"{ROWS_PER_POST} rows a post", rows, n_samples, n_clients, are_rows=True)
 
 
-def _rows(first_ms: int, n_posts: int, receiver: Receiver) -> Iterator[bytes]:
+def _rows(first_ms: int, n_posts: int, n_clients: int, receiver: Receiver) -> Iterator[bytes]:
     """Yield the same rows in the form that a receiver takes."""
     form = receiver.rows_form if receiver.rows_path else "write"
-    return bodies.small_bodies(form, first_ms, n_posts, ROWS_PER_POST)
+    return bodies.small_bodies(form, first_ms, n_posts, ROWS_PER_POST, n_clients)
 
 
 def measure(load: Load, receiver: Receiver) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def measure(load: Load, receiver: Receiver) -> dict[str, Any]:
     n_samples = load.n_samples * len(timed)
     folder = Path(tempfile.mkdtemp(prefix="fleetcast-peers-"))
     with run(receiver, folder, load.rules) as running:
-        _send(running.port, warm_up, load.n_clients)
+        _send(running.port, warm_up, 1)
         before_s = running.cpu_s
         latencies = sorted(_send(running.port, timed, load.n_clients))
         fed_s = running.cpu_s - before_s

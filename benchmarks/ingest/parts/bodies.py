@@ -75,36 +75,39 @@ def write_bodies(first_ms: int, n_bodies: int, n_samples: int) -> Iterator[bytes
         yield bytes(pa.compress(content, codec="snappy", asbytes=True))
 
 
-def small_bodies(form: str, first_ms: int, n_bodies: int, n_records: int) -> Iterator[bytes]:
-    """Yield the same rows, a millisecond apart, as `json`, `lines` (line protocol) or `write` requests."""
+def small_bodies(form: str, first_ms: int, n_bodies: int, n_records: int, n_senders: int) -> Iterator[bytes]:
+    """Yield the same rows, a millisecond apart, as `json`, `lines` (line protocol) or `write` requests.
+
+    Each sender has servers of its own; the bodies of one are `n_senders` apart.
+    """
     rng = np.random.default_rng(1)
     encode = {"json": _json_of, "lines": _lines_of, "write": _write_of}[form]
     for number in range(n_bodies):
         values = rng.uniform(0, 100, (n_records, len(METRICS))).round(2).tolist()
-        yield encode(first_ms + number, values)
+        yield encode(first_ms + number, number % n_senders * n_records, values)
 
 
-def _json_of(at_ms: int, rows: list[list[float]]) -> bytes:
+def _json_of(at_ms: int, first: int, rows: list[list[float]]) -> bytes:
     stamp = from_ms(at_ms).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     records = [
         {"timestamp": stamp, "server_name": f"web-{place:03d}", **dict(zip(METRICS, row, strict=True))}
-        for place, row in enumerate(rows)
+        for place, row in enumerate(rows, first)
     ]
     return json.dumps({"records": records}, separators=(",", ":")).encode()
 
 
-def _lines_of(at_ms: int, rows: list[list[float]]) -> bytes:
+def _lines_of(at_ms: int, first: int, rows: list[list[float]]) -> bytes:
     lines = []
-    for place, row in enumerate(rows):
+    for place, row in enumerate(rows, first):
         fields = ",".join(f"{metric}={value}" for metric, value in zip(METRICS, row, strict=True))
         lines.append(f"fleet,server_name=web-{place:03d} {fields} {at_ms}000000")
     return "\n".join(lines).encode()
 
 
-def _write_of(at_ms: int, rows: list[list[float]]) -> bytes:
+def _write_of(at_ms: int, first: int, rows: list[list[float]]) -> bytes:
     content = [
         _field(1, _head(f"fleet_{metric}", f"web-{place:03d}") + _sample(value, at_ms))
-        for place, row in enumerate(rows)
+        for place, row in enumerate(rows, first)
         for metric, value in zip(METRICS, row, strict=True)
     ]
     return bytes(pa.compress(b"".join(content), codec="snappy", asbytes=True))
