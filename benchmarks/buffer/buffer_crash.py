@@ -120,16 +120,36 @@ class CrashRounds:
     def _read(self) -> Rows:
         found: Rows = {}
         try:
-            for batch in DataBuffer(self.folder).iter_batches(0, 2**45):
+            buffer = DataBuffer(self.folder)
+            for batch in buffer.iter_batches(0, 2**45):
                 for place in range(len(batch)):
                     key = (batch.server_names[batch.server_codes[place]], int(batch.timestamps_ms[place]))
                     self.tally.doubled += key in found
                     cells = {name: float(column[place]) for name, column in batch.metrics.items()}
                     found[key] = {name: value for name, value in cells.items() if value == value}
+            self._compare_means(buffer, found)
         except Exception as error:  # whatever it is, a reader that fails is the finding
             self.tally.unreadable += 1
             self.tally.notes.append(f"reading after kill {self.tally.kills}: {error!r}")
         return found
+
+    def _compare_means(self, buffer: DataBuffer, rows: Rows) -> None:
+        """Compare the means of bins, kept or not, with those of the rows (the sums are exact)."""
+        values: dict[tuple[str, int, str], list[float]] = {}
+        for (name, time_ms), cells in rows.items():
+            for metric, value in cells.items():
+                start_ms = time_ms // crash_writer.BIN_MS * crash_writer.BIN_MS
+                values.setdefault((name, start_ms, metric), []).append(value)
+        expected = {key: sum(some) / len(some) for key, some in values.items()}
+        found: dict[tuple[str, int, str], float] = {}
+        for batch in buffer.iter_bins(0, 2**45, crash_writer.BIN_MS):
+            for metric, column in batch.metrics.items():
+                for code, start_ms, mean in zip(batch.server_codes, batch.timestamps_ms, column, strict=True):
+                    if mean == mean:
+                        found[batch.server_names[code], int(start_ms), metric] = float(mean)
+        if found != expected:
+            self.tally.wrong += 1
+            self.tally.notes.append(f"the means after kill {self.tally.kills} are not those of the rows")
 
     def _read_by_pandas(self) -> None:
         import pandas as pd

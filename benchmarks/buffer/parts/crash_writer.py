@@ -4,8 +4,8 @@
 
 One thread per number given; thread t appends batch n, n + 1, ... of its own servers and prints
 `t n` when `append_batch` has returned. `rows_of_batch` is deterministic, so a reader knows what
-must be there. Flushing, compaction and sealing run all the time beside it, at a pace that makes
-a crash hit them.
+must be there. Flushing, compaction, sealing and taking means run all the time beside it, at a pace
+that makes a crash hit them.
 """
 
 import os
@@ -27,7 +27,8 @@ from fleetcast.storage.upkeep import UpkeepPace
 START_MS = 1_768_435_200_000  # 2026-01-15
 STEP_MS = 1_800_000  # 48 batches are a day
 SERVERS = 5
-PACE = UpkeepPace(compact_parts=4, seal_quiet_s=0.0, reseal_quiet_s=0.2)
+BIN_MS = 2 * STEP_MS
+PACE = UpkeepPace(compact_parts=4, seal_quiet_s=0.0, reseal_quiet_s=0.2, bin_ms=BIN_MS)
 SETTINGS = BufferSettings(flush_records=40, flush_interval_s=0.1)
 
 Row = tuple[str, int, str, float]  # server, time, metric, value
