@@ -7,12 +7,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.forecast.base_model import PERCENTS, RATES, SIZES, SOURCES, resized
+from benchmarks.forecast.base_model import (
+    PERCENTS,
+    RATES,
+    SIZES,
+    SOURCES,
+    SYNTHETIC_METRICS,
+    joined,
+    resized,
+)
+from benchmarks.forecast.parts.synthetic import synthetic_fleet
+from fleetcast.forecast.encoding import GridShape
 from fleetcast.forecast.predictor import Forecaster
 from fleetcast.forecast.registry import Registry
 from fleetcast.schema import HistoryWindow
 from fleetcast.settings import BinSettings, ForecastSettings
 from fleetcast.training.grid import TrainingGrid
+from fleetcast.training.sampler import WindowMix, WindowSampler
 
 ROOT = Path(__file__).parents[1]
 BIN_MS = 300_000
@@ -36,7 +47,8 @@ def test_the_shipped_base_is_small_licensed_and_says_where_it_comes_from() -> No
     assert (ROOT / "models" / "LICENSE-smd.txt").read_text().startswith("MIT License")
     (manifest,) = [json.loads(path.read_text()) for path in files if path.name == "manifest.json"]
     assert "MIT" in manifest["data"]
-    assert manifest["command"].startswith("python -m benchmarks.base_model")
+    assert manifest["command"].startswith("python -m benchmarks.forecast.base_model")
+    assert "synthetic" in manifest["data"]
 
 
 def test_the_shipped_base_knows_every_metric_that_is_forecast_by_default(shipped: Forecaster) -> None:
@@ -85,3 +97,35 @@ def test_resizing_keeps_the_shape_of_a_series_and_draws_sizes_in_bounds() -> Non
         assert ((largest[:, column] >= low) & (largest[:, column] <= high)).all()
     again = resized(replace(grid), seed=1)
     np.testing.assert_array_equal(again.values, fleet.values)
+
+
+@pytest.mark.parametrize("pace", [1.0, 2.0])
+def test_a_leak_is_forecast_to_go_on(pace: float, shipped: Forecaster) -> None:
+    # Given memory at rest for a week, then rising for a day by `pace` points an hour, now 80
+    noise = 0.3 * np.random.default_rng(1).normal(size=8 * 288)
+    rising = np.maximum(0.0, np.arange(8 * 288) - 7 * 288) * pace / 12
+    low, middle, high = shipped.predict(
+        window((80 + rising - rising[-1] + noise).astype(np.float32), "mem_pct")
+    )[0, 0].T
+    # Then it is higher in 1 and in 8 hours, and full soon is not ruled out
+    assert middle[11] > 80 and middle[95] > 80 + 2 * pace
+    assert low[11] > 78
+    assert high[95] > 80 + 7 * pace
+
+
+def test_windows_of_two_fleets_are_one_batch() -> None:
+    shape = GridShape(BIN_MS, 96)
+    batches = []
+    for seed in (1, 2):
+        fleet = synthetic_fleet(SYNTHETIC_METRICS, 2, 4 * 288, seed)
+        held_from = np.full(fleet.values.shape[:2], fleet.n_bins, np.int64)
+        batches.append(
+            WindowSampler(fleet, shape, held_from, WindowMix(), seed).batch(5, range(len(fleet.metrics)))
+        )
+    both = joined(batches)
+    assert len(both.arrays) == 10
+    for first, last in ((slice(5), batches[0]), (slice(5, 10), batches[1])):
+        np.testing.assert_array_equal(both.targets[first], last.targets)
+        np.testing.assert_array_equal(both.arrays.past[first], last.arrays.past)
+        np.testing.assert_array_equal(both.arrays.scale.origin[first], last.arrays.scale.origin)
+        np.testing.assert_array_equal(both.metric_slots[first], last.metric_slots)
