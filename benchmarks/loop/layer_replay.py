@@ -1,11 +1,12 @@
 """What the expert layer is worth beside one model, without trainings: a change of the layer in minutes.
 
-    python -m benchmarks.loop.layer_replay --data FLEET.parquet [--groups 0 1] [--scene natural moved]
+    python -m benchmarks.loop.layer_replay --data FLEET.parquet [--groups 0 1] [--scene natural] [--model F]
 
 The shipped base forecasts the scenes of `loop_replay` (a group is ten servers, 28 days of history, then
 28 replayed days); the layer serves them. Told are the error relative to repeating the last value and
-the pinball loss of p10, p50 and p90 relative to it (geometric means over series), and what share of
-actuals the 80 % band holds, percents and rates apart. What needs no layer is kept in the folder.
+the pinball loss of p10, p50 and p90 relative to it (geometric means over series), the error of the model
+alone (raw), and what share of actuals the 80 % band holds, percents and rates apart. What needs no
+layer is kept in the folder.
 """
 
 import argparse
@@ -48,9 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--groups", nargs="+", type=int, default=[0])
     parser.add_argument("--scene", nargs="+", choices=SCENES, default=[NATURAL])
     parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--model", type=Path, default=BASE)
     options = parser.parse_args(argv)
     set_threads(1)
-    model, rows = Forecaster.load(BASE.resolve()), []
+    model, rows = Forecaster.load(options.model.resolve()), []
     for group in options.groups:
         replay = _Group(options, group, model)
         for name in options.scene:
@@ -73,8 +75,10 @@ class _Group:
     def figures(self, name: str) -> dict[str, Any]:
         """Serve a scene and score it."""
         fleet = self._fleet(name)
-        quantiles = serve(fleet, self._rules(name, fleet), self._raw(name, fleet))
-        return {"error": errors(fleet, quantiles[..., 1]), **_bands(fleet, quantiles)}
+        raw = self._raw(name, fleet)
+        quantiles = serve(fleet, self._rules(name, fleet), raw)
+        found = {"error": errors(fleet, quantiles[..., 1]), "raw": errors(fleet, raw[..., 1])}
+        return {**found, **_bands(fleet, quantiles)}
 
     def _fleet(self, name: str) -> ReplayFleet:
         return scene_fleet(name, self._grid, self._begin)
@@ -126,8 +130,9 @@ def _bands(fleet: ReplayFleet, quantiles: Floats32) -> dict[str, Any]:
 
 
 def _line(row: dict[str, Any]) -> str:
-    groups = {name: error["mean"] for name, error in row["error"].items()}
+    groups, raw = ({name: item["mean"] for name, item in row[key].items()} for key in ("error", "raw"))
     parts = [f"group {row['group']} {row['scene']}", f"error {groups} by horizon {row['error']['all']}"]
+    parts += [f"raw {raw}"]
     parts += [f"{name} {row[name]}" for name in ("pinball", "inside_percents", "inside_rates")]
     return "; ".join(parts)
 
