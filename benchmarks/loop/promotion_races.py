@@ -131,17 +131,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [
         case for case in (RACES if options.races else CASES) if case in (options.cases or (*CASES, *RACES))
     ]
+    if not chosen:
+        parser.error("--cases: bakes and races have cases of their own")
     tallies: dict[str, Any] = {case: kind() for case in chosen}
+    name = "races_auto" if options.races else "promotion_races"
+    figures = {"data": options.data.name, "groups": options.groups, "servers": options.servers}
     for number in options.groups:
         group = Group(options, number)
         for case, tally in tallies.items():
             (group.race if options.races else group.run)(case, tally)
             print(f"group {number}: {case}: {tally.as_json()}", flush=True)
-    rows = {case: tally.as_json() for case, tally in tallies.items()}
-    figures = {"data": options.data.name, "groups": options.groups, "servers": options.servers}
-    figures |= {"days": options.days, "cpu_s": round(process_time() - began_s), "cases": rows}
-    name = "races_auto" if options.races else "promotion_races"
-    print(write_results(f"{name}_{options.data.stem}", figures))
+            rows = {case: tally.as_json() for case, tally in tallies.items() if tally.started}
+            so_far = {"days": options.days, "cpu_s": round(process_time() - began_s), "cases": rows}
+            path = write_results(f"{name}_{options.data.stem}", figures | so_far)
+    print(path)
     return 0
 
 

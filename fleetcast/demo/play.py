@@ -41,6 +41,7 @@ forecast_metrics = ["cpu_pct", "mem_pct", "disk_write_pct"]
 
 [decision]
 initial_min_span_s = 259200.0 # three whole days to compare with
+quiet_ahead = "off"           # an hour and more pass between two checks here: too much to wait for one
 host_load_per_core = 100.0    # the demo must not depend on what else this machine does
 host_min_available_gb = 0.5
 
