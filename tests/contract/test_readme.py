@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from alert_sink import Sink
 from spec_blocks import FENCE, ROOT, Block
 from workplace import Workplace, is_free, until
 
@@ -24,8 +25,13 @@ NOT_RUN_HERE = {
     "make test": "is this run",
 }
 GOES_ON = ("tft_inference_daemon.py", "adaptive_retraining_daemon.py --interval")
-DOCUMENTS = ("docs/ingest.md", "docs/operations.md")  # whose examples speak to a running daemon
-EXAMPLE = re.compile(r"curl .*localhost:8000|^(cat|tail) .*\| jq", re.S)
+DOCUMENTS = (
+    "docs/ingest.md",
+    "docs/operations.md",
+    "docs/page.md",
+    "docs/capacity.md",
+)  # whose examples speak to a running daemon
+EXAMPLE = re.compile(r"curl .*localhost:8000|^(cat|tail) .*\| jq|^fleetcast (capacity|servers list)", re.S)
 
 
 def commands(document: Path) -> list[str]:
@@ -79,6 +85,25 @@ def watched(place: Workplace, command: str) -> str:
     return output.read_text()
 
 
+def installed(command: str) -> str:
+    """Return a command of the installed package as a checkout has it."""
+    return re.sub(r"^fleetcast ", "python -m fleetcast ", command)
+
+
+def test_the_page_loads_and_the_first_alert_reaches_its_channel(
+    printed: dict[str, str], place: Workplace
+) -> None:
+    page = place.run("curl -sfL localhost:8000/ui/")
+    assert "fleetcast</title>" in page.stdout, page
+    with Sink() as slack:
+        place.more_environment["FLEETCAST_ALERTS_SLACK_URL"] = slack.url
+        done = place.run(installed("fleetcast alerts test"))
+        del place.more_environment["FLEETCAST_ALERTS_SLACK_URL"]
+        assert done.returncode == 0, (done.stdout, done.stderr)
+        (told,) = slack.bodies()
+    assert "this is a test, nothing is wrong" in json.dumps(told)
+
+
 def of(printed: dict[str, str], part: str) -> str:
     (found,) = (text for command, text in printed.items() if part in command)
     return found
@@ -116,7 +141,7 @@ def test_the_examples_of_the_other_documents_work_too(
     examples = [command for command in commands(ROOT / name) if EXAMPLE.search(command)]
     assert examples, "the examples moved"
     for command in examples:
-        done = place.run(command)
+        done = place.run(installed(command))
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         if "/feed/data" in command:
             assert json.loads(done.stdout)["records_rejected"] == 0, done.stdout
