@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from data_buffer import DataBuffer
 from fleetcast.clock import FakeClock, to_ms
 from fleetcast.errors import StorageFull
-from fleetcast.schema import ClosedBin, Floats32, HistoryWindow, RecordBatch, SettledForecasts
+from fleetcast.schema import ClosedBin, FleetForecast, Floats32, HistoryWindow, RecordBatch, SettledForecasts
 from fleetcast.serving.board import ModelInfo, PredictionBoard
 from fleetcast.serving.corrector import Corrector
 from fleetcast.serving.history import BinHistory
@@ -137,6 +137,20 @@ def test_every_closed_bin_is_forecast_and_settled_oldest_first(world: World) -> 
     counts = world.ledger.counts()
     assert (counts.opened, counts.settled, counts.expired, counts.open) == (8, 4, 0, 4)
     assert world.sweeper.counts.sweeps == 4
+
+
+def test_a_bin_waits_until_its_forecast_is_stored(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.feed(*(("a", number, 10.0) for number in range(3)))
+    seen, publish = [], world.board.publish
+
+    def note(forecast: FleetForecast, info: ModelInfo | None) -> None:
+        seen.append(world.sweeper.backlog)
+        publish(forecast, info)
+
+    monkeypatch.setattr(world.board, "publish", note)
+    assert world.sweeper.backlog == 2  # the clock stands before the end of the third
+    world.sweeper.cycle()
+    assert (seen, world.sweeper.backlog) == ([2, 1], 0)
 
 
 def test_nothing_due_is_a_cycle_without_effect(world: World) -> None:

@@ -120,7 +120,7 @@ class StatusReport:
             "started_at": iso_z(self._started_at),
             "clock": {"mode": self._settings.clock.mode, "now": iso_z(self._fleet.clock.now())},
             "newest_record_time": _time(self._fleet.history.newest_ms),
-            "backlog": len(self._fleet.due_bins()),
+            "backlog": self._sweeper.backlog,
             "servers": len(self._fleet.servers().server_names),
             "excluded_servers": sorted(set(self._fleet.left_out()) - being_forgotten),
             "servers_being_forgotten": sorted(being_forgotten),
@@ -165,7 +165,7 @@ class StatusReport:
             found.append(("warning", f"The key is easy to guess: {self.weak_key}."))
         if notice := self._buffer.retention_notice:
             found.append(("warning", notice))
-        n_late = len(self._fleet.due_bins())
+        n_late = self._sweeper.backlog
         if n_late > _LATE_BINS:
             found.append(("error", f"{n_late} closed bins wait for their forecast."))
         found += [("error", f"A part of the daemon failed: {text}") for text in self._workers.problems()]
@@ -215,7 +215,7 @@ class StatusReport:
                 "metric_names_limit": limits["metric_names"]["limit"],
                 "server_names": limits["server_names"]["used"],
                 "server_names_limit": limits["server_names"]["limit"],
-                "backlog_bins": len(self._fleet.due_bins()),
+                "backlog_bins": self._sweeper.backlog,
                 "open_forecasts": self._ledger.counts().open,
                 "buffer_bytes": round(stats["disk_usage_mb"] * 1e6) if "disk_usage_mb" in stats else None,
                 "buffer_day_files": stats.get("file_count"),

@@ -18,7 +18,7 @@ are so old that nothing a forecast from them says is yet to come (history that i
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -102,12 +102,18 @@ class Sweeper:
         self._model_failure = ""  # of the newest forecast
         self.problems: list[str] = []  # what kept the model in service out of the newest forecast
         self._working = threading.Event()
+        self._in_hand: Sequence[int] = ()
         self.counts = SweepCounts()
 
     @property
     def is_at_work(self) -> bool:
         """Whether bins are being worked off at this moment."""
         return self._working.is_set()
+
+    @property
+    def backlog(self) -> int:
+        """Return how many closed bins have no stored forecast yet, those in hand among them."""
+        return len({*self._fleet.due_bins(), *self._in_hand})
 
     @property
     def shadow_seconds(self) -> float | None:
@@ -129,11 +135,13 @@ class Sweeper:
         due = self._without_growing(self._history.due(now))
         self._refresh(is_due=bool(due))
         if due:
+            self._in_hand = due
             self._working.set()
             try:
                 self._work_off(due, should_stop)
             finally:
                 self._working.clear()
+                self._in_hand = ()
         self._follow_swap()
         self._expire(now)
         self.keep_feedback()
@@ -202,6 +210,7 @@ class Sweeper:
             self._write_what_waits()
             if every_bin or n_closed == len(due):
                 self._end_round(closed[-1].bin_ms, 0 if every_bin else len(due) - 1)
+                self._in_hand = due[n_closed:]
 
     def _end_round(self, bin_ms: int, n_others: int) -> None:
         """Forecast from the newest closed bin, where that is of use; the others count as skipped."""
