@@ -123,6 +123,26 @@ def test_widths_of_format_1_are_taken_over(fleet: Fleet, caplog: pytest.LogCaptu
     assert not mixture.counts.any()
 
 
+def test_what_format_3_learned_is_taken_over(fleet: Fleet) -> None:
+    fleet.close(60)
+    mixture = fleet.corrector._layer.mixture
+    before = mixture.shares(np.array([0]), np.array([[True, True]]), HOME)
+    misses = mixture.misses[:2].copy()
+    fleet.corrector.save(at_once=True)
+    path = fleet.folder / FILE
+    with np.load(path) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    arrays["format"] = np.int64(3)
+    del arrays["lately"]
+    np.savez(path, **arrays)
+    fleet.start()
+    mixture = fleet.corrector._layer.mixture
+    after = mixture.shares(np.array([0]), np.array([[True, True]]), HOME)
+    np.testing.assert_array_equal(after, before)
+    np.testing.assert_array_equal(mixture.misses[:2], misses)
+    assert not mixture.retreat(np.array([0, 1])).any()
+
+
 def test_what_format_2_learned_is_taken_over_for_series_at_home(fleet: Fleet) -> None:
     fleet.close(60)
     before = fleet.corrector._layer.mixture.shares(np.array([0]), np.array([[True, True]]), HOME)
@@ -132,7 +152,7 @@ def test_what_format_2_learned_is_taken_over_for_series_at_home(fleet: Fleet) ->
         arrays = {name: archive[name] for name in archive.files}
     states = ("losses", "counts", "last_losses", "widen", "fleet_widen")
     arrays |= {"format": np.int64(2)} | {name: arrays[name].take(0, axis=-3) for name in states}
-    del arrays["apart"], arrays["misses"]
+    del arrays["apart"], arrays["misses"], arrays["lately"]
     np.savez(path, **arrays)
     fleet.start()
     after = fleet.corrector._layer.mixture.shares(np.array([0]), np.array([[True, True]]), HOME)

@@ -259,6 +259,33 @@ def test_what_a_series_does_apart_from_usual_teaches_nothing_about_it_at_home() 
         assert mixture.shares(ROW, np.array([[True]]), has_moved)[0, 0, 0, EXPERTS.index(right)] > 0.9
 
 
+def test_a_mixture_that_fails_lately_gives_way_to_the_last_value_until_it_is_right_again() -> None:
+    mixture = Mixture(PERCENT)
+    mixture.reserve(1)
+
+    def settle(n_bins: int, *, said: float, last: float, actual: float) -> float:
+        for _ in range(n_bins):
+            mixture.learn_lately(1, ROW, *(np.array([[value]], np.float32) for value in (said, last, actual)))
+        return float(mixture.retreat(ROW)[0, 0, 1])
+
+    assert settle(500, said=52, last=45, actual=50) < 0.01, "it usually knows more than the last value"
+    assert settle(3, said=52, last=50, actual=50) < 0.01, "a quarter of an hour is no evidence"
+    assert settle(24, said=57, last=50, actual=50) > 0.95, "two hours are"
+    assert settle(24, said=50, last=45, actual=50) < 0.05, "and so is what comes after"
+    assert settle(1, said=99, last=50, actual=50) < 0.05, "one burst decides nothing"
+    assert not mixture.retreat(ROW)[0, 0, [0, 2]].any(), "other horizons have seen nothing of it"
+
+
+@pytest.mark.parametrize("pace", [2.0, -2.0])
+def test_a_trend_may_end_after_a_ninth_of_its_age_or_go_on_for_nine_times_it(pace: float) -> None:
+    random = np.random.default_rng(11)
+    hours = np.arange(3 * DAY) / 12
+    series = 50 + pace * np.maximum(0, hours - hours[-1] + 4.5) + 0.2 * random.standard_normal(len(hours))
+    _, quantiles = play(series.astype(np.float32), 12)
+    moves = np.sort((quantiles[-1] - series[-1]) / pace)  # hours of the trend, 8 hours ahead
+    np.testing.assert_allclose(moves, [0.5, 4.5, 8], atol=0.8)
+
+
 def test_intervals_follow_what_the_series_itself_was_missed_by() -> None:
     mixture = Mixture(PERCENT)
     mixture.reserve(1)

@@ -3,10 +3,11 @@
     python -m benchmarks.loop.layer_replay --data FLEET.parquet [--groups 0 1] [--scene natural] [--model F]
 
 The shipped base forecasts the scenes of `loop_replay` (a group is ten servers, 28 days of history, then
-28 replayed days); the layer serves them. Told are the error relative to repeating the last value and
-the pinball loss of p10, p50 and p90 relative to it (geometric means over series), the error of the model
-alone (raw), and what share of actuals the 80 % band holds, percents and rates apart. What needs no
-layer is kept in the folder.
+28 replayed days, or `--days`); the layer serves them. Told are the error relative to repeating the last
+value and the pinball loss of p10, p50 and p90 relative to it (geometric means over series), the error of
+the model alone (raw), what share of actuals the 80 % band holds, percents and rates apart, and for each
+metric and horizon how what is served compares with each expert alone: the answer is yes where it is at
+most 1 % worse than the best of them (in hindsight). What needs no layer is kept in the folder.
 """
 
 import argparse
@@ -29,15 +30,17 @@ from benchmarks.loop.parts.fleet import (
 )
 from benchmarks.loop.parts.lasting import scene_fleet
 from benchmarks.loop.parts.record import HORIZONS, forecast_stretch, last_values
-from benchmarks.loop.parts.scores import NAMES, errors
+from benchmarks.loop.parts.scores import NAMES, error_pair, errors, relative
 from benchmarks.loop.parts.served import SceneRules, serve
 from benchmarks.results_file import ROOT, write_results
 from fleetcast.forecast.encoding import is_percent
+from fleetcast.forecast.experts.mixture import EXPERTS, MODEL
 from fleetcast.forecast.predictor import Forecaster, set_threads
 from fleetcast.schema import QUANTILES, Floats32
 
 FOLDER = ROOT / "bench_run" / "layer_replay"
 BASE = ROOT / "models" / "last.ckpt"
+MOST_OVER_BEST = 1.01  # of the error of the best expert alone
 _ROUNDING = 0.005  # recorded with two digits
 
 
@@ -48,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--map", nargs="+", default=list(BITBRAINS_MAPS))
     parser.add_argument("--groups", nargs="+", type=int, default=[0])
     parser.add_argument("--scene", nargs="+", choices=SCENES, default=[NATURAL])
+    parser.add_argument("--days", type=int, default=REPLAY_DAYS, help="replayed days")
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--model", type=Path, default=BASE)
     options = parser.parse_args(argv)
@@ -58,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in options.scene:
             rows.append({"group": group, "scene": name, **replay.figures(name)})
             print(_line(rows[-1]), flush=True)
+            for cell in rows[-1]["alone"]:
+                print(_line_alone(cell), flush=True)
     print(write_results("layer_replay", {"data": options.data.name, "rows": rows}))
     return 0
 
@@ -66,18 +72,22 @@ class _Group:
     """Ten servers: what the base and the rules say of each scene, computed once."""
 
     def __init__(self, options: argparse.Namespace, number: int, model: Forecaster) -> None:
-        self._folder, self._model = options.folder / f"{options.data.stem}_group_{number}", model
+        self._folder, self._model = (
+            options.folder / f"{options.data.stem}_group_{number}_{options.days}d",
+            model,
+        )
         self._folder.mkdir(parents=True, exist_ok=True)
         servers = slice(number * SERVERS, (number + 1) * SERVERS)
-        self._grid = recorded_grid(options.data, options.map, servers, HISTORY_DAYS + REPLAY_DAYS)
+        self._grid = recorded_grid(options.data, options.map, servers, HISTORY_DAYS + options.days)
         self._begin = HISTORY_DAYS * DAY
 
     def figures(self, name: str) -> dict[str, Any]:
         """Serve a scene and score it."""
         fleet = self._fleet(name)
-        raw = self._raw(name, fleet)
-        quantiles = serve(fleet, self._rules(name, fleet), raw)
-        found = {"error": errors(fleet, quantiles[..., 1]), "raw": errors(fleet, raw[..., 1])}
+        rules, raw = self._rules(name, fleet), self._raw(name, fleet)
+        quantiles = serve(fleet, rules, raw)
+        alone = _alone(fleet, quantiles[..., 1], {EXPERTS[MODEL]: raw[..., 1], **rules.medians(fleet)})
+        found = {"error": errors(fleet, quantiles[..., 1]), "raw": errors(fleet, raw[..., 1]), "alone": alone}
         return {**found, **_bands(fleet, quantiles)}
 
     def _fleet(self, name: str) -> ReplayFleet:
@@ -127,6 +137,31 @@ def _bands(fleet: ReplayFleet, quantiles: Floats32) -> dict[str, Any]:
             share = inside[:, chosen][is_known[:, chosen]]
             found[kind][NAMES[horizon]] = round(float(share.mean()), 3) if len(share) else None
     return found
+
+
+def _alone(fleet: ReplayFleet, served: Floats32, experts: dict[str, Floats32]) -> list[dict[str, Any]]:
+    """Return for each metric and horizon the error of what was served and of each expert alone.
+
+    Args:
+        served: (server, metric, origin, horizon), as each of `experts`.
+    """
+    cells = []
+    for number, metric in enumerate(fleet.grid.metrics):
+        chosen = np.zeros(fleet.grid.values.shape[:2], np.bool_)
+        chosen[:, number] = True
+        for place, horizon in enumerate(HORIZONS):
+            found = {}
+            for name, said in {"served": served, **experts}.items():
+                found[name] = relative(*error_pair(fleet, said[..., place], horizon), chosen)
+            best = min(value for name, value in found.items() if name != "served" and value is not None)
+            is_met = found["served"] is not None and found["served"] <= MOST_OVER_BEST * best
+            cells.append({"metric": metric, "horizon": NAMES[horizon], "is_met": is_met, "error": found})
+    return cells
+
+
+def _line_alone(cell: dict[str, Any]) -> str:
+    parts = ", ".join(f"{name} {value}" for name, value in cell["error"].items())
+    return f"  {cell['metric']} {cell['horizon']}: {'yes' if cell['is_met'] else 'NO '} {parts}"
 
 
 def _line(row: dict[str, Any]) -> str:

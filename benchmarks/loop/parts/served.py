@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.loop.parts.fleet import DAY, ReplayFleet
 from benchmarks.loop.parts.record import HORIZONS
 from fleetcast.forecast.encoding import is_percent
-from fleetcast.forecast.experts.rules import RULES, RuleForecasts, rule_forecasts
+from fleetcast.forecast.experts.rules import RULES, RuleForecasts, from_scale, rule_forecasts
 from fleetcast.forecast.experts.trend import Trend
 from fleetcast.schema import QUANTILES, Floats32, Longs
 from fleetcast.training.served import LayerReplay
@@ -78,6 +78,15 @@ class SceneRules:
         lines |= {name: lines[name] > 0 for name in _TREND if name.startswith("is_")}
         cube = median.reshape(len(median), len(RULES), len(HORIZONS)).transpose(1, 0, 2)
         return RuleForecasts(cube, below, above, lowest[:, 0], highest[:, 0], least, Trend(**lines))
+
+    def medians(self, fleet: ReplayFleet) -> dict[str, Floats32]:
+        """Return what each rule says from the replay on, (server, metric, origin, horizon), native units."""
+        grid = fleet.grid
+        n_server, n_metric, _ = grid.values.shape
+        flags = np.tile([is_percent(name) for name in grid.metrics], n_server)
+        parts = self.values[fleet.begin - self.first :, :, : _WIDTHS[0]].transpose(1, 0, 2)
+        native = from_scale(parts, flags).reshape(n_server, n_metric, -1, len(RULES), len(HORIZONS))
+        return {name: native[:, :, :, place] for place, name in enumerate(RULES)}
 
     def write(self, path: Path) -> None:
         """Keep them; `read` brings them back."""

@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 
 from fleetcast.forecast.experts.mixture import EXPERTS, LAST, USUAL, Mixture, MixtureRates
 from fleetcast.forecast.experts.rules import NORMAL_90, RuleForecasts, from_scale, rule_forecasts, to_scale
+from fleetcast.forecast.experts.trend import REACHES
 from fleetcast.schema import Floats, Floats32, Longs
 
 SPARSE_EVERY = 3  # origins: forecasts for the far horizons are remembered from every third only
 SPARSE_FROM = 24  # bins ahead
 _LEAST_SHARE = 0.1  # of the model's half of an interval: the analogues' may not make it smaller
-_TREND_SPREAD = 0.15  # of a trend's move: how uncertain it is
 _MOST_OFFSET = 6e4  # of half precision
-# places in what is remembered, after the experts: where the trend ends, the interval served, and 1 above
-# the last value where the series had moved
-_TREND, _LOW, _MEDIAN, _HIGH, _MOVED, _N_KEPT = (len(EXPERTS) + place for place in range(6))
+# places in what is remembered, after the experts: where the trend ends, the interval served, the mixture
+# alone, and 1 above the last value where the series had moved
+_TREND, _LOW, _MEDIAN, _HIGH, _MIXED, _MOVED, _N_KEPT = (len(EXPERTS) + place for place in range(7))
 Flags = NDArray[np.bool_]
 
 
@@ -82,7 +82,8 @@ class ExpertLayer:
         z = to_scale(model.reshape(-1, n_horizon, 3), flags).reshape(*shape, 3)
         has_model: Flags = np.asarray(np.isfinite(z).all(axis=(2, 3)))
         has_moved = self.mixture.has_moved(rows)
-        shares = self.mixture.shares(rows, has_model, has_moved)  # (row, metric, knot, expert)
+        mixed = self.mixture.shares(rows, has_model, has_moved)  # (row, metric, knot, expert)
+        shares = self._retreat(rows, mixed)
         between = self.mixture.interpolation(leads)
         said = np.concatenate([z[None, ..., 1], experts.median.reshape(-1, *shape)])  # (expert, ...)
         filled = np.where(np.isfinite(said), said, said[LAST])
@@ -94,7 +95,7 @@ class ExpertLayer:
         self._bound(scaled, z, experts, shape)
         native = from_scale(scaled.reshape(-1, n_horizon, 3), flags).reshape(*shape, 3)
         moves = self._follow_trend(rows, experts, native, leads)
-        self._remember(rows, origin, said, native, (moves, has_moved), leads)
+        self._remember(rows, origin, said, native, (moves, mixed, has_moved), leads)
         return native
 
     def settle(self, number: int, rows: Longs, actual: Floats32) -> None:
@@ -120,6 +121,8 @@ class ExpertLayer:
             self.mixture.learn(knot, own, np.moveaxis(said[..., : len(EXPERTS)], -1, 0), came, had_moved)
             self.mixture.learn_widths(knot, own, said[..., _LOW : _HIGH + 1], scaled, had_moved)
             self.mixture.learn_trend(knot, own, trend - last, came - last)
+            mixed = from_scale(said[..., _MIXED].reshape(-1, 1), flags).reshape(came.shape)
+            self.mixture.learn_lately(knot, own, mixed, last, came)
             if knot == 0:
                 self.mixture.learn_apart(own, said[..., USUAL], scaled)
 
@@ -157,6 +160,13 @@ class ExpertLayer:
         for horizon, pending in zip(self.mixture.horizons, self._pending, strict=True):
             found = {name: arrays.get(f"pending_{horizon}_{name}") for name in _Pending.ARRAYS}
             pending.restore(found)
+
+    def _retreat(self, rows: Longs, mixed: Floats32) -> Floats32:
+        """Return shares (row, metric, knot, expert) with the last value where the mixture fails lately."""
+        retreat = self.mixture.retreat(rows)[..., None]
+        shares = mixed * (1 - retreat)
+        shares[..., LAST : LAST + 1] += retreat
+        return shares
 
     def _halves(
         self, z: Floats32, experts: RuleForecasts, shape: tuple[int, int, int], has_model: Flags
@@ -221,12 +231,15 @@ class ExpertLayer:
         if len(clear):
             belief = self.mixture.belief(rows, loose).reshape(n_row * n_metric, -1)[clear]
             belief = belief @ self.mixture.interpolation(leads)  # (series, horizon)
-            move = np.stack([trend.move(lead)[clear] for lead in leads.tolist()], axis=-1)
-            spread = NORMAL_90 * trend.scatter[clear, None] + _TREND_SPREAD * np.abs(move)
-            line = trend.level[clear, None] + belief * move
+            line = trend.of(clear)
+            ends = [[line.move(lead, reach) for lead in leads.tolist()] for reach in REACHES]
+            goes = np.array(ends) * np.stack([belief.T, belief.T, np.ones_like(belief.T)])
+            goes = np.sort(goes, axis=0).transpose(2, 1, 0)  # (series, horizon, quantile)
+            spread = NORMAL_90 * np.stack([line.spread(lead) for lead in leads.tolist()], axis=-1)
+            rise = line.level[:, None, None] + goes
+            rise += spread[..., None] * np.array([-1.0, 0.0, 1.0])
             flat = native.reshape(n_row * n_metric, n_horizon, 3)
             own = flat[clear]
-            rise = np.stack([line - spread, line, line + spread], axis=-1).astype(np.float32)
             trusted = np.asarray(own + belief[..., None] * (rise - own), np.float32)
             least = NORMAL_90 * trend.scatter[clear, None]
             flat[clear] = self._possible(trusted, clear % n_metric, own, least)
@@ -251,10 +264,10 @@ class ExpertLayer:
         origin: int,
         said: Floats32,
         native: Floats32,
-        state: tuple[Floats32, Flags],
+        state: tuple[Floats32, Floats32, Flags],
         leads: Longs,
     ) -> None:
-        moves, has_moved = state
+        moves, mixed, has_moved = state
         n_row, n_metric = native.shape[:2]
         flags = np.tile(self._is_percent, n_row)
         last = from_scale(said[LAST, :, :, :1].reshape(-1, 1), flags).reshape(n_row, n_metric)
@@ -266,8 +279,10 @@ class ExpertLayer:
             kept[..., : len(EXPERTS)] = np.moveaxis(said[..., place], 0, -1)
             kept[..., _TREND] = last + moves[..., knot]
             kept[..., _LOW : _HIGH + 1] = native[:, :, place]
-            sides = to_scale(kept[..., _TREND:_MOVED].reshape(-1, _MOVED - _TREND), flags)
-            kept[..., _TREND:_MOVED] = sides.reshape(n_row, n_metric, -1)
+            sides = to_scale(kept[..., _TREND:_MIXED].reshape(-1, _MIXED - _TREND), flags)
+            kept[..., _TREND:_MIXED] = sides.reshape(n_row, n_metric, -1)
+            filled = np.where(np.isfinite(said[..., place]), said[..., place], said[LAST, ..., place])
+            kept[..., _MIXED] = np.einsum("rme,erm->rm", mixed[:, :, knot], filled)
             kept[..., _MOVED] = kept[..., LAST] + has_moved
             self._pending[knot].put(origin // self._steps[knot], rows, kept)
 

@@ -19,6 +19,9 @@ what `learn` was given and nothing else. Does not know: names, files, how an exp
    nothing about it, so evidence and widths are kept for both states apart, and what is known about a
    series that has just moved is what the fleet's moved ones showed, and before there are any, that the
    experts that begin at the present value are to be preferred.
+5. Evidence of weeks is slow to forget. So beside it stands what came of the last hours: where the last
+   value beats the mixture most of the time, and by more than a tenth, it takes the mixture's place until
+   the mixture beats it again. A loss counts as twice a usual one at most, or one burst would decide.
 
 Between the settled horizons all of it is interpolated over the logarithm of the horizon.
 """
@@ -49,6 +52,7 @@ _WORST = 10.0  # a loss beyond this many times the best one's says no more
 _STAYS_BEHIND = (MIXTURES[:, [EXPERTS.index("yesterday"), USUAL]].sum(axis=1) > 0) | NEEDS_MODEL
 _HALF_OF_MISS = 3.21  # of a normal distribution: its 90 % quantile over its mean miss on one side
 LEAST_APART = (0.5, 0.05)  # of a percent, of a rate's logarithm: what to be apart means at least
+_LATELY_LEAST, _LATELY_MOST = 24, 2.0  # settled forecasts that tell what is usual; times that, a loss counts
 DAY_SEEN = 288  # bins that show how far from usual a series usually is
 Flags = NDArray[np.bool_]
 
@@ -80,6 +84,11 @@ class MixtureRates:
     borrow: float = 0.7  # power of how a series differs from the fleet at a nearer horizon
     apart_ratio: float = 2.5  # times how far it usually is: the series has moved
     moved_prior: tuple[float, float] = (1.3, 20.0)  # loss of experts that stay behind, worth so many series
+    lately_half_life: tuple[float, float] = (12.0, 4.0)  # settled forecasts: what `lately` is
+    lately_prior: float = 0.33  # share of what is usual in what is held against the mixture
+    lately_margin: float = 1.1  # how much worse than the last value it may be
+    lately_balance: float = 0.35  # how much more often the last value has to be nearer than not
+    lately_sharpness: float = 30.0
 
 
 class Mixture:
@@ -113,9 +122,12 @@ class Mixture:
         self.trend_sums: Floats32 = np.zeros((0, n_metric, n_knot, 2), np.float32)  # [said * came, said^2]
         # [how far from usual lately, how far usually, bins seen], mixing scale
         self.apart: Floats32 = np.zeros((0, n_metric, 3), np.float32)
+        # [mixture's loss, last value's loss] lately and usually, how much more often the last value was
+        # nearer lately (-1 to 1), forecasts seen
+        self.lately: Floats32 = np.zeros((0, n_metric, n_knot, 6), np.float32)
         self._pooled: tuple[Floats32, Floats32] | None = None  # of all rows, until they change
 
-    ROW_ARRAYS = ("losses", "counts", "last_losses", "widen", "misses", "trend_sums", "apart")
+    ROW_ARRAYS = ("losses", "counts", "last_losses", "widen", "misses", "trend_sums", "apart", "lately")
 
     def reserve(self, n_rows: int) -> None:
         """Make room for rows without evidence."""
@@ -168,6 +180,34 @@ class Mixture:
         self.losses[place] = self.losses[place] * keep[..., which] + np.where(
             flags[..., which], errors, np.float32(0)
         )
+
+    def learn_lately(self, knot: int, rows: Longs, mixed: Floats32, last: Floats32, actual: Floats32) -> None:
+        """Take in what the mixture and the last value said, all (row, metric) native units."""
+        errors = np.abs(np.stack([mixed, last], axis=-1) - actual[..., None])
+        old = self.lately[rows, :, knot]
+        near, usual, balance, seen = old[..., :2], old[..., 2:4], old[..., 4:5], old[..., 5:]
+        lives = self._rate("lately_half_life", knot), self._rate("half_life", knot)
+        fast, slow = (np.maximum(1 - 0.5 ** (1 / life), 1 / (seen + 1)) for life in lives)
+        most = np.where(seen < _LATELY_LEAST, np.inf, _LATELY_MOST * usual.mean(axis=-1, keepdims=True))
+        wins = np.sign(errors[..., :1] - errors[..., 1:])
+        parts = [
+            near + fast * (np.minimum(errors, most) - near),
+            usual + slow * (errors - usual),
+            balance + fast * (wins - balance),
+            seen + 1,
+        ]
+        is_known = np.isfinite(errors).all(axis=-1, keepdims=True)
+        self.lately[rows, :, knot] = np.where(is_known, np.concatenate(parts, axis=-1), old)
+
+    def retreat(self, rows: Longs) -> Floats32:
+        """Return (row, metric, knot) how far the last value takes the mixture's place, 0 to 1."""
+        found = self.lately[rows]
+        prior = self.rates.lately_prior
+        mixed, last = (found[..., side] + prior * found[..., 2 + side] + _LEAST_LOSS for side in (0, 1))
+        worse = np.minimum(mixed / (self.rates.lately_margin * last), 2) - 1
+        share = 1 / (1 + np.exp(-self.rates.lately_sharpness * worse))
+        is_told = (found[..., 4] > self.rates.lately_balance) & (found[..., 5] >= self.rates.least)
+        return np.asarray(np.where(is_told, share, 0), np.float32)
 
     def learn_apart(self, rows: Longs, usual: Floats32, actual: Floats32) -> None:
         """Take in how far actuals were from the usual day, both (row, metric) on the mixing scale."""

@@ -14,7 +14,8 @@ worth following (docs/decisions/expert-layer.md).
 3. It counts when the slope is 8 standard errors from 0, lasts 3 hours, the newest points lie on the
    line, and the points scatter around it no more than from one to the next (1.25 times).
 4. It is followed for at most as long as it lasts already, times the share of such moves that came true
-   in this series before (`belief`, 1 where nothing of the kind was seen).
+   in this series before (`belief`, 1 where nothing of the kind was seen). Its interval reaches from an end
+   after a ninth of its age to no end within nine times its age.
 """
 
 from dataclasses import dataclass, fields
@@ -30,7 +31,11 @@ _LEAST_AGE = 8  # points since the bend
 CLEAR_ERRORS, CLEAR_AGE_BINS, CLEAR_NOISE, CLEAR_SCATTER = 8.0, 36, 1.25, 0.3
 LOOSE_ERRORS, LOOSE_AGE_BINS, LOOSE_SCATTER = 5.0, 12, 0.4  # what counts as seen before
 _ON_THE_LINE, _NEWEST_POINTS, _NEWEST_ERRORS = 3.5, 4, 2.6
-_REACH = 1.0  # followed for at most so many times its age
+# a trend of age a goes on for more than r with probability a / (a + r): nine in ten for another ninth of
+# their age, one in two for their age again, one in ten for nine times their age
+REACHES = (1 / 9, 1.0, 9.0)
+_BEND_ERROR = 0.02  # of a slope: what not knowing the bend adds to its error
+_BIN_SCATTER = 1.49  # of a bin over that of medians of three, normal noise
 _JUMP_NOISE, _JUMP_RANGE = 8.0, 0.25  # a sudden jump: times the noise, and share of the window's range
 _BEND = 0.5  # of a bin's move: what a bend inside a point adds to the scatter
 _FLAT = 1e-9
@@ -49,9 +54,16 @@ class Trend:
     is_clear: Flags
     is_loose: Flags  # looks like a trend, clear or not
 
-    def move(self, lead_bins: int) -> Floats:
-        """Return how far the line goes in `lead_bins`, from its level now."""
-        return np.asarray(self.slope * np.minimum(lead_bins, _REACH * self.age_bins))
+    def move(self, lead_bins: int, reach: float = REACHES[1]) -> Floats:
+        """Return how far the line goes in `lead_bins`, from its level now, `reach` times its age at most."""
+        return np.asarray(self.slope * np.minimum(lead_bins, reach * self.age_bins))
+
+    def spread(self, lead_bins: int) -> Floats:
+        """Return the standard deviation of a bin around the line, the error of the slope included."""
+        n_point = np.maximum(self.age_bins / POINT_BINS, 1.0)
+        slope_error = self.scatter * np.sqrt(12.0 / n_point**3) / POINT_BINS
+        slope_error += _BEND_ERROR * np.abs(self.slope)
+        return np.asarray(np.hypot(_BIN_SCATTER * self.scatter, slope_error * lead_bins))
 
     def of(self, series: Longs) -> "Trend":
         """Return the lines of some series."""
