@@ -85,7 +85,7 @@ class MixtureRates:
     apart_ratio: float = 2.5  # times how far it usually is: the series has moved
     moved_prior: tuple[float, float] = (1.3, 20.0)  # loss of experts that stay behind, worth so many series
     lately_half_life: tuple[float, float] = (12.0, 4.0)  # settled forecasts: what `lately` is
-    lately_prior: float = 0.33  # share of what is usual in what is held against the mixture
+    lately_prior: float = 0.67  # share of what is usual in what is held against the mixture
     lately_margin: float = 1.1  # how much worse than the last value it may be
     lately_balance: float = 0.35  # how much more often the last value has to be nearer than not
     lately_sharpness: float = 30.0
