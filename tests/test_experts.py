@@ -276,6 +276,16 @@ def test_a_mixture_that_fails_lately_gives_way_to_the_last_value_until_it_is_rig
     assert not mixture.retreat(ROW)[0, 0, [0, 2]].any(), "other horizons have seen nothing of it"
 
 
+def test_far_ahead_the_last_hours_are_one_sample_and_decide_nothing() -> None:
+    mixture, near, far = Mixture(PERCENT), 1, 2
+    mixture.reserve(1)
+    for _ in range(500):
+        for knot in (near, far):
+            mixture.learn_lately(knot, ROW, *(np.array([[value]], np.float32) for value in (57, 50, 50)))
+    assert mixture.retreat(ROW)[0, 0, near] > 0.95
+    assert mixture.retreat(ROW)[0, 0, far] == 0
+
+
 @pytest.mark.parametrize("pace", [2.0, -2.0])
 def test_a_trend_may_end_after_a_ninth_of_its_age_or_go_on_for_nine_times_it(pace: float) -> None:
     random = np.random.default_rng(11)

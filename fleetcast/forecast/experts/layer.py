@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetcast.forecast.experts.mixture import EXPERTS, LAST, USUAL, Mixture, MixtureRates
+from fleetcast.forecast.experts.mixture import EXPERTS, FAR_FROM, LAST, USUAL, Mixture, MixtureRates
 from fleetcast.forecast.experts.rules import NORMAL_90, RuleForecasts, from_scale, rule_forecasts, to_scale
 from fleetcast.forecast.experts.trend import REACHES
 from fleetcast.schema import Floats, Floats32, Longs
 
 SPARSE_EVERY = 3  # origins: forecasts for the far horizons are remembered from every third only
-SPARSE_FROM = 24  # bins ahead
 _LEAST_SHARE = 0.1  # of the model's half of an interval: the analogues' may not make it smaller
 _MOST_OFFSET = 6e4  # of half precision
 # places in what is remembered, after the experts: where the trend ends, the interval served, the mixture
@@ -44,7 +43,7 @@ class ExpertLayer:
         """
         self.mixture = Mixture(is_percent, horizons, rates)
         self._is_percent = is_percent
-        self._steps = [SPARSE_EVERY if horizon >= SPARSE_FROM else 1 for horizon in self.mixture.horizons]
+        self._steps = [SPARSE_EVERY if horizon >= FAR_FROM else 1 for horizon in self.mixture.horizons]
         self._pending = [
             _Pending(-(-horizon // step), len(is_percent))
             for horizon, step in zip(self.mixture.horizons, self._steps, strict=True)

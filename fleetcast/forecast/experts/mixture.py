@@ -21,7 +21,8 @@ what `learn` was given and nothing else. Does not know: names, files, how an exp
    experts that begin at the present value are to be preferred.
 5. Evidence of weeks is slow to forget. So beside it stands what came of the last hours: where the last
    value beats the mixture most of the time, and by more than a tenth, it takes the mixture's place until
-   the mixture beats it again. A loss counts as twice a usual one at most, or one burst would decide.
+   the mixture beats it again. A loss counts as twice a usual one at most, or one burst would decide. Far
+   ahead, the last hours are nearly one forecast, and decide nothing.
 
 Between the settled horizons all of it is interpolated over the logarithm of the horizon.
 """
@@ -52,6 +53,7 @@ _WORST = 10.0  # a loss beyond this many times the best one's says no more
 _STAYS_BEHIND = (MIXTURES[:, [EXPERTS.index("yesterday"), USUAL]].sum(axis=1) > 0) | NEEDS_MODEL
 _HALF_OF_MISS = 3.21  # of a normal distribution: its 90 % quantile over its mean miss on one side
 LEAST_APART = (0.5, 0.05)  # of a percent, of a rate's logarithm: what to be apart means at least
+FAR_FROM = 24  # bins ahead: forecasts of one hour are nearly one sample there
 _LATELY_LEAST, _LATELY_MOST = 24, 2.0  # settled forecasts that tell what is usual; times that, a loss counts
 DAY_SEEN = 288  # bins that show how far from usual a series usually is
 Flags = NDArray[np.bool_]
@@ -207,6 +209,7 @@ class Mixture:
         worse = np.minimum(mixed / (self.rates.lately_margin * last), 2) - 1
         share = 1 / (1 + np.exp(-self.rates.lately_sharpness * worse))
         is_told = (found[..., 4] > self.rates.lately_balance) & (found[..., 5] >= self.rates.least)
+        is_told &= np.array(self.horizons) < FAR_FROM
         return np.asarray(np.where(is_told, share, 0), np.float32)
 
     def learn_apart(self, rows: Longs, usual: Floats32, actual: Floats32) -> None:
