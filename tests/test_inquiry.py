@@ -96,6 +96,29 @@ def test_a_daemon_that_hangs_does_not_hold_a_stop_up() -> None:
         assert time.monotonic() - started < 10
 
 
+@pytest.mark.parametrize(
+    "head", [b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n{"]
+)
+def test_an_answer_that_drips_for_ever_is_given_up(head: bytes) -> None:
+    over = threading.Event()
+
+    def drip(listener: socket.socket) -> None:
+        connection = listener.accept()[0]
+        with connection:
+            connection.sendall(head)
+            while not over.wait(0.05):
+                connection.sendall(b" ")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=drip, args=(listener,), daemon=True).start()
+        inquiry, stop = Inquiry(f"http://127.0.0.1:{listener.getsockname()[1]}", 0.5), Stop()
+        guard = threading.Timer(20, stop.request, args=("it hung",))
+        guard.start()
+        assert inquiry.fleet(stop).away.endswith("was not answered whole within 1 s")
+        guard.cancel()
+        over.set()
+
+
 def server(stale: bool = False, **current: Any) -> dict[str, Any]:
     return {"current": current, "stale": stale}
 
@@ -107,9 +130,10 @@ def test_the_means_are_over_live_servers_that_send_the_metric() -> None:
             "b": server(cpu_pct=30.0),
             "gone": server(stale=True, cpu_pct=99.0, mem_pct=99.0),
             "odd": server(cpu_pct=None, mem_pct="high"),
+            "too long": server(cpu_pct=10**400, mem_pct=True),
         }
     }
-    assert fleet_load(document) == FleetLoad(3, 20.0, 40.0)
+    assert fleet_load(document) == FleetLoad(4, 20.0, 40.0)
 
 
 def test_an_empty_fleet_has_no_means() -> None:

@@ -308,3 +308,20 @@ def test_it_never_waits_past_the_deadline_or_for_a_busier_hour(
     assert len(seen) <= 1, "one hour, fixed at first"
     if hour >= min(8.0, deadline):
         assert own.look(at(hour), verdict(), said(hour, DROP)).until_s is None or not seen
+
+
+def test_a_wait_that_is_long_over_does_not_call_a_busy_fleet_quiet(tmp_path: Path) -> None:
+    times = {"since": "0001-01-01T00:00:00Z", "until": "9999-12-31T23:59:59Z"}
+    path = tmp_path / "decisions.jsonl"
+    path.write_text(json.dumps({"at": iso_z(at(-1)), "rule": DRIFT, "ahead": times}) + "\n")
+    busy = verdict(90.0, is_quiet=False)
+    assert QuietAhead(DecisionSettings(), path).judge(busy, at(0)) == busy
+
+
+def test_a_clock_that_was_wrong_for_one_check_does_not_end_what_is_remembered() -> None:
+    own = taught()
+    own.note(at(10_000), line(verdict(), Ahead(said(10_000)), DRIFT))
+    for check in range(4 * 40):
+        own.note(at(check / 4), line(verdict(), Ahead(said(check / 4, mem=(50.0,) * 8))))
+    found = own.look(at(40), verdict(), said(40, DROP))
+    assert found.until_s == at(44).timestamp(), found.why

@@ -1,6 +1,7 @@
 """A fleet that is never under the fixed limits still gets its trainings."""
 
 import json
+import math
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,38 @@ def test_lines_that_are_no_decisions_are_left_out(tmp_path: Path) -> None:
     own = week(tmp_path, [*odd, *(line(hour) for hour in range(168))])
     assert own.judge(verdict(77.0), at(168)).is_quiet
     assert load_of({"measured": {}, "limits": None}) is None
+
+
+ODD: dict[str, Any] = {
+    "a number too long": {
+        **line(100),
+        "quiet": {"measured": {"fleet_mem_percent": 10**400}, "limits": LIMITS},
+    },
+    "no number": {**line(100), "quiet": {"measured": {"fleet_mem_percent": math.nan}, "limits": LIMITS}},
+    "a limit too long": {
+        **line(100),
+        "quiet": {"measured": {"fleet_mem_percent": 80.0}, "limits": {"fleet_mem_percent": 10**400}},
+    },
+    "before all time": {**line(100), "at": "0001-01-01T00:00:00+14:00"},
+    "after all time": {**line(100), "at": "9999-12-31T23:59:59-14:00"},
+    "of the future, busy": {**line(100, reason=BUSY), "at": "2036-03-02T00:00:00Z"},
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_damaged_line_changes_neither_the_week_nor_the_deadline(tmp_path: Path, odd: str) -> None:
+    waiting = f"{BUSY}; drift"
+    lines = [line(hour, reason=waiting if hour > 150 else "no drift") for hour in range(168)]
+    own = week(tmp_path, [*lines, ODD[odd]])
+    assert own.judge(verdict(77.0), at(168)).is_quiet
+    own.note(at(168), verdict(91.0), reason=waiting)
+    assert own.judge(verdict(91.0), at(175)).reason == "waited 24.0 h for a quiet fleet, at most 24 h"
+
+
+def test_a_clock_that_was_set_back_leaves_no_wait_that_ends_in_the_future(tmp_path: Path) -> None:
+    waiting = f"{BUSY}; drift"
+    own = week(tmp_path, [line(hour) for hour in range(168)])
+    own.note(at(10_000), verdict(91.0), reason=waiting)  # for one check the clock was a year ahead
+    own.note(at(168), verdict(91.0), reason=waiting)
+    assert own.waiting_since_s(at(168)) == at(168).timestamp()
+    assert own.judge(verdict(91.0), at(192)).reason == "waited 24.0 h for a quiet fleet, at most 24 h"

@@ -30,7 +30,7 @@ import numpy as np
 
 from fleetcast.clock import from_ms, iso_z, parse_plain_utc
 from fleetcast.retraining.decision import INITIAL, LEARNING, NONE, ORDERED, WEEK_S, Decision
-from fleetcast.retraining.inquiry import CPU, FLEET_AHEAD, MEM, FleetAhead, fleet_ahead
+from fleetcast.retraining.inquiry import CPU, FLEET_AHEAD, MEM, FleetAhead, finite, fleet_ahead
 from fleetcast.retraining.quiet import FIXED, QuietWeek, load_of, past_checks
 from fleetcast.schema import Floats, QuietVerdict
 from fleetcast.settings import DecisionSettings
@@ -107,7 +107,7 @@ class QuietAhead:
         quiet = self._week.judge(quiet, now)
         if not self._is_on:
             return quiet
-        self._read()
+        self._read(now.timestamp())
         waits = self._postponed
         load = load_of({"measured": quiet.measured, "limits": quiet.limits})
         is_owed = waits is not None and waits.rule != LEARNING  # one that is not urgent waits on
@@ -130,7 +130,7 @@ class QuietAhead:
         """
         if not is_asked or not may_wait(decision):
             return decision, Ahead(forecast)
-        found = self.look(now, quiet, forecast, self._week.waiting_since_s)
+        found = self.look(now, quiet, forecast, self._week.waiting_since_s(now))
         if found.until_s is None:
             return decision, found
         return replace(decision, should_retrain=False, reason=f"{found.why}; {decision.reason}"), found
@@ -147,7 +147,7 @@ class QuietAhead:
         now_s, found = now.timestamp(), Ahead(forecast)
         if not self._is_on:
             return found
-        self._read()
+        self._read(now_s)
         waits = self._postponed
         if waits and not waits.since_s <= now_s < waits.until_s:
             told = f"it waited since {_clock(waits.since_s)} for the hour of {_clock(waits.until_s)}"
@@ -166,21 +166,22 @@ class QuietAhead:
 
     def note(self, at: datetime, line: Mapping[str, Any]) -> None:
         """Take in one check, as its line of `decisions.jsonl` has it."""
-        self._read()
+        self._read(at.timestamp())
         self._week.note_line(at.timestamp(), line)
         self._note(at.timestamp(), line)
 
-    def _read(self) -> None:
-        """Take in the decisions that are still kept; skip lines that hold none."""
+    def _read(self, now_s: float) -> None:
+        """Take in the decisions that are still kept; skip lines that hold none, or are of the future."""
         if self._decisions is None:
             return
         path, self._decisions = self._decisions, None
-        for at_s, line in past_checks(path):
+        for at_s, line in past_checks(path, now_s):
             self._note(at_s, line)
 
     def _note(self, at_s: float, line: Mapping[str, Any]) -> None:
         said = line.get("ahead")
         said = said if isinstance(said, Mapping) else {}
+        self._forget_later(at_s)
         self._note_wait(at_s, line, said)
         if self._times and at_s < self._times[-1] + _SPACING_S:
             return
@@ -189,7 +190,7 @@ class QuietAhead:
         measured = measured if isinstance(measured, Mapping) else {}
         self._times.append(at_s)
         for metric, values in self._measured.items():
-            values.append(_number(measured.get(_MEASURED[metric])))
+            values.append(finite(measured.get(_MEASURED[metric])))
         forecast = fleet_ahead(said)
         if not forecast.missing and (
             not self._said or forecast.start_s >= self._said[-1].start_s + _SAID_EVERY_S
@@ -208,7 +209,19 @@ class QuietAhead:
             self._postponed = None
         elif waits is None and until_s is not None and since_s is not None and since_s <= at_s:
             until_s = min(until_s, at_s + LOOK_S, since_s + self._deadline_s)
-            self._postponed = Postponed(since_s, until_s, at_s, str(line.get("rule")))
+            if at_s < until_s:
+                self._postponed = Postponed(since_s, until_s, at_s, str(line.get("rule")))
+
+    def _forget_later(self, at_s: float) -> None:
+        """Forget what is of the future: the clock was set back."""
+        if not self._times or self._times[-1] <= at_s:
+            return
+        kept = bisect.bisect_right(self._times, at_s)
+        for values in (self._times, *self._measured.values()):
+            del values[kept:]
+        self._said = [said for said in self._said if said.start_s <= at_s + EARLY_S]
+        if self._postponed is not None and self._postponed.since_s > at_s:
+            self._postponed = None
 
     def _forget(self, now_s: float) -> None:
         gone = bisect.bisect_left(self._times, now_s - WEEK_S)
@@ -229,7 +242,7 @@ class QuietAhead:
         if not steps:
             return "no whole hour is forecast before the training has to start"
         expected = forecast.means[metric]
-        measured = _number(quiet.measured.get(_MEASURED[metric]))
+        measured = finite(quiet.measured.get(_MEASURED[metric]))
         margins, n_compared = self._margins(metric, forecast.step_s, steps, now_s)
         if n_compared < MIN_COMPARED:
             return f"{n_compared} forecasts of such hours were compared with what came, {MIN_COMPARED} needed"
@@ -291,14 +304,14 @@ def _errors(said: Floats, step_s: float, times: Floats, sums: Floats, now_s: flo
 
 
 def _is_known(quiet: QuietVerdict, forecast: FleetAhead, metric: str) -> bool:
-    return metric in forecast.means and math.isfinite(_number(quiet.measured.get(_MEASURED[metric])))
+    return metric in forecast.means and math.isfinite(finite(quiet.measured.get(_MEASURED[metric])))
 
 
 def _keeps_memory(quiet: QuietVerdict, forecast: FleetAhead, step: int) -> bool:
     """Return whether memory is not clearly higher than now in an hour, nor reaches its limit."""
     if not _is_known(quiet, forecast, MEM):
         return True
-    measured, expected = _number(quiet.measured[_MEASURED[MEM]]), forecast.means[MEM]
+    measured, expected = finite(quiet.measured[_MEASURED[MEM]]), forecast.means[MEM]
     limit = quiet.limits.get(_MEASURED[MEM], math.inf)
     return expected[step] <= min(measured, expected[0]) + LEAST_POINTS and (
         expected[step] < limit or measured >= limit
@@ -312,11 +325,6 @@ def _why_unusable(forecast: FleetAhead, now_s: float) -> str:
     if age_s < -EARLY_S:
         return f"the newest forecast of the fleet begins {-age_s / 60:.0f} minutes from now"
     return ""
-
-
-def _number(value: object) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and abs(value) < math.inf else math.nan  # type: ignore[arg-type]
 
 
 def _seconds(text: object) -> float | None:

@@ -9,13 +9,14 @@ Does not know: HTTP (`sources.client`), which load is too much (`quiet`).
 import logging
 import math
 import queue
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-from fleetcast.clock import from_ms, iso_z, parse_plain_utc
+from fleetcast.clock import from_ms, iso_z, monotonic, parse_plain_utc
 from fleetcast.errors import DaemonAway, FleetcastError
 from fleetcast.loop import Stop
 from fleetcast.outbound import LOOPBACK
@@ -134,12 +135,15 @@ def fleet_load(document: Mapping[str, Any]) -> FleetLoad:
 
 
 def _mean(current: list[Mapping[str, Any]], metric: str) -> float | None:
-    values = [
-        float(value)
-        for server in current
-        if isinstance(value := server.get(metric), int | float) and math.isfinite(value)
-    ]
+    values = [value for server in current if math.isfinite(value := finite(server.get(metric)))]
     return sum(values) / len(values) if values else None
+
+
+def finite(value: object) -> float:
+    """Return what is a finite number, else NaN: JSON has whole numbers of any length."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        return math.nan
+    return float(value)
 
 
 class Inquiry:
@@ -208,12 +212,18 @@ class Inquiry:
     def _ask(self, path: str, stop: Stop) -> dict[str, Any]:
         answers: queue.SimpleQueue[_Answer] = queue.SimpleQueue()
         Workers().thread("inquiry", partial(self._get, path, answers), once=True).start()
+        # the client's own limit is for a connection and for each part: an answer may drip for ever
+        give_up_at = monotonic() + 2 * self._timeout_s
         while True:
             try:
                 answer = answers.get(timeout=_LOOK_S)
             except queue.Empty:
                 if stop.is_requested:
                     raise DaemonAway(f"{self._url}{path} was not waited for: {stop.reason}") from None
+                if monotonic() > give_up_at:
+                    raise DaemonAway(
+                        f"{self._url}{path} was not answered whole within {2 * self._timeout_s:g} s"
+                    ) from None
                 continue
             if isinstance(answer, FleetcastError):
                 raise answer

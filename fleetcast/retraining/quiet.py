@@ -29,7 +29,7 @@ from fleetcast.clock import monotonic, parse_plain_utc, sleep
 from fleetcast.errors import CorruptFile
 from fleetcast.files import read_json_lines
 from fleetcast.retraining.decision import WEEK_S
-from fleetcast.retraining.inquiry import FleetLoad
+from fleetcast.retraining.inquiry import FleetLoad, finite
 from fleetcast.schema import QuietVerdict
 from fleetcast.settings import DecisionSettings
 
@@ -180,21 +180,20 @@ class QuietWeek:
         self._load_at: dict[float, float] = {}  # seconds since 1970 -> load, by time
         self._waiting_since_s: float | None = None
 
-    @property
-    def waiting_since_s(self) -> float | None:
+    def waiting_since_s(self, now: datetime) -> float | None:
         """Return since when a training waits for a quiet fleet, in seconds since 1970; None: none does."""
-        self._read()
+        self._read(now.timestamp())
         return self._waiting_since_s
 
     def note(self, at: datetime, quiet: QuietVerdict, *, reason: str) -> None:
         """Take in one check."""
-        self._read()
+        self._read(at.timestamp())
         measured = load_of({"measured": quiet.measured, "limits": quiet.limits})
         self._note(at.timestamp(), measured, is_waiting=reason.startswith(BUSY))
 
     def note_line(self, at_s: float, line: Mapping[str, Any]) -> None:
         """Take in one check, as its line of `decisions.jsonl` has it."""
-        self._read()
+        self._read(at_s)
         quiet = line.get("quiet")
         measured = load_of(quiet) if isinstance(quiet, Mapping) else None
         self._note(at_s, measured, is_waiting=str(line.get("reason")).startswith(BUSY))
@@ -204,7 +203,7 @@ class QuietWeek:
         load = load_of({"measured": quiet.measured, "limits": quiet.limits})
         if quiet.is_quiet or load is None or load < 1 or not quiet.is_host_quiet:
             return quiet
-        self._read()
+        self._read(now.timestamp())
         if not self._applies(now.timestamp()):
             return quiet
         level = self._lowest_quartile()
@@ -222,12 +221,12 @@ class QuietWeek:
             return replace(relative, is_quiet=True, reason=reason)
         return relative
 
-    def _read(self) -> None:
-        """Take in the decisions that are still kept; skip lines that hold none."""
+    def _read(self, now_s: float) -> None:
+        """Take in the decisions that are still kept; skip lines that hold none, or are of the future."""
         if self._decisions is None:
             return
         path, self._decisions = self._decisions, None
-        for at_s, line in past_checks(path):
+        for at_s, line in past_checks(path, now_s):
             self.note_line(at_s, line)
 
     def _applies(self, now_s: float) -> bool:
@@ -246,6 +245,10 @@ class QuietWeek:
         return 0.0 if self._waiting_since_s is None else (now_s - self._waiting_since_s) / 3600
 
     def _note(self, at_s: float, load: float | None, *, is_waiting: bool) -> None:
+        while self._load_at and next(reversed(self._load_at)) > at_s:  # the clock was set back
+            self._load_at.popitem()
+        if self._waiting_since_s is not None:
+            self._waiting_since_s = min(self._waiting_since_s, at_s)
         if not is_waiting:
             self._waiting_since_s = None
         elif self._waiting_since_s is None:
@@ -258,8 +261,12 @@ class QuietWeek:
             del self._load_at[at_s]
 
 
-def past_checks(decisions: Path) -> list[tuple[float, dict[str, Any]]]:
-    """Return the checks that `decisions.jsonl` still holds with their times (seconds since 1970), by time."""
+def past_checks(decisions: Path, now_s: float) -> list[tuple[float, dict[str, Any]]]:
+    """Return the checks until now that `decisions.jsonl` still holds, with their times, by time.
+
+    Args:
+        now_s: seconds since 1970, as the times are; a later check is of a clock that was wrong.
+    """
     lines: list[dict[str, Any]] = []
     for place in (decisions.with_name(f"{decisions.name}.1"), decisions):
         try:
@@ -267,7 +274,7 @@ def past_checks(decisions: Path) -> list[tuple[float, dict[str, Any]]]:
         except (CorruptFile, OSError) as error:
             logger.warning("earlier decisions cannot be read: %s", error)
     known = [(at_s, line) for line in lines if (at_s := _seconds(line.get("at"))) is not None]
-    return sorted(known, key=lambda item: item[0])
+    return sorted((item for item in known if item[0] <= now_s), key=lambda item: item[0])
 
 
 def load_of(quiet: Mapping[str, Any]) -> float | None:
@@ -279,17 +286,13 @@ def load_of(quiet: Mapping[str, Any]) -> float | None:
     measured, limits = quiet.get("measured"), quiet.get("limits")
     if not isinstance(measured, Mapping) or not isinstance(limits, Mapping):
         return None
-    pairs = [(measured.get(name), limits.get(name)) for name in _METRICS]
-    shares = [
-        float(value) / float(limit)
-        for value, limit in pairs
-        if isinstance(value, int | float) and isinstance(limit, int | float) and limit > 0
-    ]
+    pairs = [(finite(measured.get(name)), finite(limits.get(name))) for name in _METRICS]
+    shares = [value / limit for value, limit in pairs if math.isfinite(value) and limit > 0]
     return max(shares, default=None)
 
 
 def _seconds(text: object) -> float | None:
     try:
         return parse_plain_utc(str(text)).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
