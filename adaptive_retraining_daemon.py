@@ -242,8 +242,8 @@ class AdaptiveRetrainingDaemon:
                 *(check.decision.should_retrain, check.action, check.decision.reason),
             )
             if is_owner:
+                self._ahead.note(check.at, check.as_json())  # first: counts though no line can be written
                 self._trainings.note_check(check)
-                self._ahead.note(check.at, check.as_json())
                 self._alerts.note(alert_figures(check, self.engine))
         return check
 

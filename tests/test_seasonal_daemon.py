@@ -18,6 +18,7 @@ from data_buffer import DataBuffer
 from drift_monitor import main
 from fleetcast.clock import HOUR_MS, from_ms, iso_z
 from fleetcast.drift.seasonal.reference import Reference
+from fleetcast.errors import FleetcastError
 from fleetcast.files import read_json
 from fleetcast.retraining.report import RetrainingCheck
 
@@ -159,6 +160,31 @@ def test_drift_waits_for_a_quieter_hour_over_restarts_and_starts_with_it(folder:
         started = checked(told, **auto)
     assert started.action == "started", "without a forecast it is as it was"
     assert started.ahead.why == "the inference daemon says nothing of the hours ahead"
+
+
+def test_a_wait_that_cannot_be_written_down_does_not_begin_again(folder: Path) -> None:
+    lay_out(folder, changed_grid(), usual_reference())
+    now_ms = START_MS + END * BIN_MS
+    decisions = Path("decisions.jsonl")
+    decisions.write_text(day_of_checks(50.0, now_ms))
+    hours = {"start": iso_z(from_ms(now_ms)), "step_s": 3600.0}
+    drift = {"basis": "calibrated", "window_size": 1000, "min_pairs": 300}
+    with Told() as told:
+        told.answers = quiet_answers(VERSION, cpu=50.0)
+        status = told.answers["/status"]
+        status["fleet_ahead"] = {**hours, "cpu_pct": [50, 45, 20, *[50] * 5]}
+        own = settings(drift=drift, retraining={"mode": "advise"})
+        daemon = AdaptiveRetrainingDaemon(daemon_url=told.url, settings=own)
+        with daemon.ownership():
+            assert daemon.check_quiet_period()  # what is remembered is read
+            decisions.rename("kept")
+            decisions.mkdir()
+            with pytest.raises(FleetcastError, match=r"decisions\.jsonl"):
+                daemon.run_check_cycle()
+            decisions.rmdir()
+            status["fleet_ahead"] = {**hours, "cpu_pct": [50, 45, 20, 50, 50, 10, 50, 50]}
+            check = daemon.run_check_cycle()
+    assert check.ahead.as_json()["until"] == iso_z(from_ms(now_ms + 2 * HOUR_MS)), check.ahead.why
 
 
 def test_while_it_collects_nobody_says_the_model_is_well(folder: Path) -> None:
