@@ -48,13 +48,13 @@ def test_nothing_in_it_needs_pickle(path: Path) -> None:
 
 
 def test_an_unknown_format_is_refused_with_the_one_we_read(path: Path) -> None:
-    with pytest.raises(UnknownFormat, match="expected 2"):
+    with pytest.raises(UnknownFormat, match="expected 3"):
         Reference.load(rewritten(path, format=np.int64(9)))
 
 
 def test_a_file_of_the_first_format_is_refused_so_that_it_is_learned_again() -> None:
     """Format 1 knows no usual day bin by bin, so nothing newer can be made of it."""
-    with pytest.raises(UnknownFormat, match=r"reference format 1.*expected 2"):
+    with pytest.raises(UnknownFormat, match=r"reference format 1.*expected 3"):
         Reference.load(Path(__file__).parent / "data" / "reference_format_1.npz")
 
 

@@ -24,7 +24,7 @@ from data_buffer import DataBuffer
 buffer = DataBuffer("sealed", expire=False)
 buffer.append([{"timestamp": "2026-01-05T00:00:00Z", "server_name": "a", "cpu_pct": 1.0}])
 buffer.close()
-command = ["metrics", "2026-01-05", "sealed/day.parquet", str(os.getpid())]
+command = ["metrics", "2026-01-05", "sealed/day.parquet", str(os.getpid()), "{}"]
 subprocess.run([sys.executable, "-m", "fleetcast.storage.upkeep", "sealed", *command], check=True,
                env={**os.environ, "PYTHONPATH": "/opt/MonitoringPrediction"})
 print("sealed", os.path.getsize("sealed/day.parquet") > 0)
