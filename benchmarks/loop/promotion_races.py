@@ -18,9 +18,10 @@ clients lost meanwhile: the loss of what they got over what the older model woul
 
 With `--races` a race starts once a day, as in the mode `auto`, and goes on for up to 168 whole hours; so they
 overlap. The challenger is the model of the first seed (in two cases that must not switch: another one). The
-champion is the model of the other seed, the shipped base, or the same training cut off after 100 steps. Told
-are how many races end in a switch, after how many whole hours, how many find the challenger worse, and what
-clients would have gained by it meanwhile.
+champion is the model of the other seed, the shipped base, the same training cut off after 100 steps, or the
+challenger itself with every forecast moved up by 20 or 5 % of the series' mean. Told are how many races end
+in a switch, after how many whole hours, how many find the challenger worse, and what clients would have
+gained by it meanwhile.
 """
 
 import argparse
@@ -58,11 +59,14 @@ BAKE_BINS = (LIMITS.bake_hours + 2) * 12  # with the hours that it begins and en
 RACE_EVERY = DAY
 RACE_BINS = (LIMITS.max_hours + 2) * 12
 SHORT = "100 steps"
+MOVES = {"moved by 20 %": 0.2, "moved by 5 %": 0.05}
 RACES = {  # challenger over champion
     "another seed": ("seed 2", "seed 1"),
     "over base": ("seed 1", "base"),
     "over base, other way": ("base", "seed 1"),
     f"over {SHORT}": ("seed 1", SHORT),
+    "over moved by 20 %": ("seed 1", "moved by 20 %"),
+    "over moved by 5 %": ("seed 1", "moved by 5 %"),
 }
 CASES = (
     *("another seed", "another seed, other way", "shipped base", "trained after base"),
@@ -191,14 +195,12 @@ class Group:
     def _sides(self, case: str) -> tuple[Floats32, Floats32]:
         """Return what the older and the new model say, (server, metric, origin, horizon, quantile)."""
         one, two, base = map(self._said, ("seed 1", "seed 2", "base"))
-        level = np.nan_to_num(np.nanmean(self._fleet.grid.values, axis=2))[:, :, None, None, None]
         sides = {
             "another seed": (one, two),
             "another seed, other way": (two, one),
             "shipped base": (one, base),
             "trained after base": (base, one),
-            "moved by 20 %": (one, (one + 0.2 * level).astype(np.float32)),
-            "moved by 5 %": (one, (one + 0.05 * level).astype(np.float32)),
+            **{name: (one, self._said(name)) for name in MOVES},
         }
         return sides.get(case, (one, one))
 
@@ -256,6 +258,9 @@ class Group:
 
     def _said(self, name: str) -> Floats32:
         """Return what a model says of the days after the history; it is trained when first asked for."""
+        if name in MOVES:
+            level = np.nan_to_num(np.nanmean(self._fleet.grid.values, axis=2))[:, :, None, None, None]
+            return (self._said("seed 1") + MOVES[name] * level).astype(np.float32)
         if name not in self._forecasts:
             model = Forecaster.load(BASE.resolve()) if name == "base" else self._train(name)
             self._forecasts[name] = self._forecast(model)
