@@ -161,7 +161,7 @@ def test_a_crash_at_any_step_is_gone_on_from(tmp_path: Path) -> None:
     steps: list[str] = []
     life(tmp_path / "whole", steps.append)
     assert {"seal started", "day swapped", "day built"} <= set(steps)
-    expected = {key for key in rows_of(DataBuffer(tmp_path / "whole").iter_batches(0, 2**45))}
+    expected = set(rows_of(DataBuffer(tmp_path / "whole").iter_batches(0, 2**45)))
     assert len(expected) == 3 * 17 + 1
     for fatal in range(len(steps)):
         folder = tmp_path / str(fatal)

@@ -12,7 +12,7 @@ from remote_write_bodies import STALE, Series, field, labels, request_bytes, sym
 from fleetcast.errors import BadData
 from fleetcast.prometheus import symbols
 from fleetcast.prometheus.protobuf import BodyTooLarge
-from fleetcast.prometheus.series import REFUSED
+from fleetcast.prometheus.series import IGNORED, REFUSED
 from fleetcast.prometheus.symbols import SymbolDecoder
 from fleetcast.prometheus.wire import WriteDecoder, WriteRequest
 from fleetcast.settings import RemoteWriteSettings
@@ -132,9 +132,28 @@ def test_memory_of_tables_is_bounded(both: Both) -> None:
     for number in range(200):
         both.second.read(symbols_bytes([({"__name__": f"n{number}", "a": "b" * 200}, [(NOW, 1.0)])]))
     assert len(both.second._tables) == symbols._TABLES_MAX
-    assert both.second._n_known == sum(map(len, both.second._tables.values()))
     both.second.read(symbols_bytes([(UP, [(NOW, 1.0)])], ["", "c" * 600_000]))  # too large to be kept
     assert max(sum(map(len, table)) for table in both.second._tables) < 300
+
+
+def test_bounding_memory_by_either_version_leaves_no_series_under_anothers_number(
+    both: Both, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, ignored = ([labels(f"{kind}_{number}") for number in range(20)] for kind in ("wanted", "ignored"))
+    number = both.number
+    for decoder in (both.first, both.second):
+        decoder._known._number = lambda own: IGNORED if "ignored" in own["__name__"] else number(own)
+
+    def request(later: int) -> bytes:
+        return request_bytes([(own, [(NOW + later, 1.0)]) for own in (*wanted[:10], *ignored, *wanted[10:])])
+
+    for later in range(3):
+        want = both.first.read(request(later)).samples.series.tolist()
+    monkeypatch.setattr("fleetcast.prometheus.labels._KNOWN_BYTES_MAX", both.second._known._n_bytes - 1)
+    both.second.read(symbols_bytes([(wanted[0], [(NOW, 1.0)])]))
+    monkeypatch.undo()
+    both.first.read(request_bytes([(labels(f"new_{place}"), [(NOW, 1.0)]) for place in range(40)]))
+    assert both.first.read(request(3)).samples.series.tolist() == want
 
 
 def test_after_a_renumbering_series_are_asked_for_again(both: Both) -> None:

@@ -133,7 +133,7 @@ def test_a_tape_that_is_full_begins_anew() -> None:
     rng = random.Random(1)
     for number in range(50):
         reader.read(request_bytes(scrape(NOW + number, fleet=rng.sample(FLEET, 20))))
-        assert reader.decoder._tape.size_bytes <= 4000
+        assert reader.decoder._tape._size <= 4000
 
 
 def test_a_sender_without_an_order_is_not_recorded_for_a_while() -> None:

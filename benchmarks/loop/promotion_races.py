@@ -87,8 +87,7 @@ class Tally:
         return {
             "started": self.started,
             "taken_back": len(self.hours),
-            "median_hours": float(np.median(self.hours)) if self.hours else None,
-            "latest_hours": max(self.hours, default=None),
+            **_when(self.hours),
             "clients_lost_pct": round(100 * (float(np.mean(self.lost)) - 1), 2) if self.lost else None,
         }
 
@@ -107,13 +106,19 @@ class RaceTally:
         return {
             "started": self.started,
             "switched": len(self.hours),
-            "median_hours": float(np.median(self.hours)) if self.hours else None,
-            "latest_hours": max(self.hours, default=None),
+            **_when(self.hours),
             "found_worse": self.found_worse,
             "clients_would_have_gained_pct": (
                 round(100 * (1 - float(np.mean(self.gains))), 2) if self.gains else None
             ),
         }
+
+
+def _when(hours: Sequence[float]) -> dict[str, float | None]:
+    return {
+        "median_hours": float(np.median(hours)) if hours else None,
+        "latest_hours": max(hours, default=None),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

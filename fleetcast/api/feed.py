@@ -170,10 +170,10 @@ def _content_type(request: Request) -> str:
 
 def _has_symbols(request: Request) -> bool:
     """Return whether a remote-write request is of version 2.0; raises Refusal for what is of neither."""
-    kind, _, parameters = request.headers.get("content-type", "").partition(";")
+    parameters = request.headers.get("content-type", "").partition(";")[2]
     fields = (part.strip().partition("=") for part in parameters.split(";"))
     proto = next((value.strip('"') for name, _, value in fields if name.lower() == "proto"), "")
-    if kind.strip().lower() != PROTOBUF or proto not in _HAS_SYMBOLS:
+    if _content_type(request) != PROTOBUF or proto not in _HAS_SYMBOLS:
         protos = " or ".join(name for name in _HAS_SYMBOLS if name)
         raise Refusal(415, f"remote-write 1.0 and 2.0 are taken: Content-Type {PROTOBUF}; proto={protos}")
     return _HAS_SYMBOLS[proto]

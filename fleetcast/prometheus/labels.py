@@ -27,9 +27,15 @@ class KnownSeries:
     Memory is bounded: remembered bytes are dropped when they take too much.
     """
 
-    def __init__(self, number: Callable[[Mapping[str, str]], int]) -> None:
-        """Take the function that numbers a series by its labels; a negative number is not wanted."""
+    def __init__(self, number: Callable[[Mapping[str, str]], int], on_move: Callable[[], None]) -> None:
+        """Remember nothing yet.
+
+        Args:
+            number: numbers a series by its labels; a negative number is not wanted.
+            on_move: called when slots stand for other bytes than before.
+        """
         self._number = number
+        self._on_move = on_move
         self._slots: dict[bytes, int] = {}
         self.numbers: Codes = np.empty(0, dtype=np.int32)  # (slot,)
         self._n_bytes = 0
@@ -61,14 +67,13 @@ class KnownSeries:
         ]
         self._begin([(head, number) for head, number in renumbered if number != REFUSED])
 
-    def bound_memory(self) -> bool:
-        """Forget what takes too much; return whether anything was."""
+    def bound_memory(self) -> None:
+        """Forget what takes too much."""
         if self._n_bytes <= _KNOWN_BYTES_MAX:
-            return False
+            return
         self._begin([(head, number) for head, number in self._pairs() if number >= 0])
         if self._n_bytes > _KNOWN_BYTES_MAX // 2:
             self._begin([])
-        return True
 
     def _keep(self, head: bytes, number: int) -> None:
         slot = self._slots.setdefault(head, len(self._slots))
@@ -82,6 +87,7 @@ class KnownSeries:
 
     def _begin(self, pairs: Sequence[tuple[bytes, int]]) -> None:
         self._slots, self._n_bytes = {}, 0
+        self._on_move()
         for head, number in pairs:
             self._keep(head, number)
 

@@ -76,14 +76,21 @@ def _stated_size(body: bytes) -> int:
     raise BadData("the body is not a snappy block: its size is missing")
 
 
-def check_fields(content: bytes, wanted: Sequence[int], n_most: int, what: str, n_before: int = 0) -> None:
+def check_series(chunk: bytes, n_most: int) -> None:
+    """Raise BodyTooLarge where one series has more bytes than that."""
+    if len(chunk) > n_most:
+        limit = f"{n_most} bytes (remote_write.max_series_bytes)"
+        raise BodyTooLarge(f"a series of the request has {len(chunk)} bytes, at most {limit} are taken")
+
+
+def check_fields(content: bytes, wanted: int, n_most: int, what: str, n_before: int = 0) -> None:
     """Count length-delimited fields of a request without building any, up to the limit.
 
     A field's first byte is one of two, however long its tag is written: where those are few, there is
     nothing to count.
 
     Args:
-        wanted: their numbers, below 16.
+        wanted: their number, below 16.
         n_before: those that came before these bytes.
     Raises:
         BodyTooLarge: there are more.
@@ -92,11 +99,11 @@ def check_fields(content: bytes, wanted: Sequence[int], n_most: int, what: str, 
     n_found = n_before
     if len(content) // 2 + n_found <= n_most:
         return
-    tags = [number << 3 | _LENGTH for number in wanted]
-    if n_found + _count_bytes(content, [*tags, *(tag | 0x80 for tag in tags)]) <= n_most:
+    tag = wanted << 3 | _LENGTH
+    if n_found + _count_bytes(content, [tag, tag | 0x80]) <= n_most:
         return
     for number in _fields(content):
-        n_found += number in wanted
+        n_found += number == wanted
         if n_found > n_most:
             raise BodyTooLarge(too_many(what, n_most))
 

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 
 from fleetcast.errors import BadData
 from fleetcast.prometheus.labels import LABELS_BYTES_MAX, LABELS_MAX, UNKNOWN, KnownSeries
-from fleetcast.prometheus.protobuf import NO_REQUEST, BodyTooLarge, check_fields, message_classes
+from fleetcast.prometheus.protobuf import NO_REQUEST, check_fields, check_series, message_classes
 from fleetcast.prometheus.series import INVALID, REFUSED
 from fleetcast.prometheus.tape import FULL_BYTES
 from fleetcast.prometheus.wire import Found, WriteRequest, is_plain
@@ -46,11 +46,10 @@ class SymbolDecoder:
         self._known = known
         self._settings = settings
         self._tables: dict[tuple[bytes, ...], dict[bytes, int]] = {}
-        self._n_known = 0
 
     def clear(self) -> None:
         """Forget the tables: series were numbered anew."""
-        self._tables, self._n_known = {}, 0
+        self._tables = {}
 
     def read(self, content: bytes) -> WriteRequest:
         """Return the samples of a request's bytes; see `WriteDecoder.read`.
@@ -60,8 +59,8 @@ class SymbolDecoder:
             BadData: it is no Request; nothing of it is taken.
         """
         n_most = self._settings.max_request_samples
-        check_fields(content, (_TIMESERIES,), n_most, "series")
-        check_fields(content, (_SYMBOL,), n_most * _SYMBOLS_PER_SERIES, "symbols")
+        check_fields(content, _TIMESERIES, n_most, "series")
+        check_fields(content, _SYMBOL, n_most * _SYMBOLS_PER_SERIES, "symbols")
         try:
             request = RequestMessage.FromString(content)
         except DecodeError as error:
@@ -80,21 +79,19 @@ class SymbolDecoder:
         """Return the series known under a table; the one that was used longest ago makes room."""
         if sum(map(len, symbols)) + _SYMBOL_EXTRA_BYTES * len(symbols) > _TABLE_BYTES_MAX:
             return {}
-        if self._n_known > _KNOWN_MAX:
+        if sum(map(len, self._tables.values())) > _KNOWN_MAX:
             self.clear()
         numbers = self._tables.pop(symbols, None)
         if numbers is None:
             numbers = {}
             while len(self._tables) >= _TABLES_MAX:
-                self._n_known -= len(self._tables.pop(next(iter(self._tables))))
+                self._tables.pop(next(iter(self._tables)))
         self._tables[symbols] = numbers
         return numbers
 
     def _take(self, chunk: bytes, symbols: Sequence[bytes], numbers: dict[bytes, int], found: Found) -> None:
         """Take one series: of a known table as an array, otherwise parsed."""
-        if len(chunk) > self._settings.max_series_bytes:
-            limit = f"{self._settings.max_series_bytes} bytes (remote_write.max_series_bytes)"
-            raise BodyTooLarge(f"a series of the request has {len(chunk)} bytes, at most {limit} are taken")
+        check_series(chunk, self._settings.max_series_bytes)
         end = _end_of_refs(chunk)
         rest = chunk[:end] + chunk[end + FULL_BYTES :] if end else b""
         number = numbers.get(rest, UNKNOWN)
@@ -117,7 +114,6 @@ class SymbolDecoder:
         """Keep a series, where the rest of its bytes is all of it but the sample."""
         other = SeriesMessage.FromString(rest)
         if not other.samples and other.labels_refs == message.labels_refs:
-            self._n_known += rest not in numbers
             numbers[rest] = number
 
     def _number(self, refs: Sequence[int], symbols: Sequence[bytes], found: Found) -> int:

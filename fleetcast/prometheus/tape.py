@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fleetcast.prometheus.series import roomy
 from fleetcast.schema import Codes, Flags, Longs
 
 Bytes = NDArray[np.uint8]
@@ -56,11 +57,6 @@ class Tape:
         self._are_full: Flags = np.empty(0, dtype=np.bool_)  # (entry,)
         self._size = self._n_entries = 0
         self._entry_of: Codes = np.empty(0, dtype=np.int32)  # (slot,) where it is on the tape, -1: nowhere
-
-    @property
-    def size_bytes(self) -> int:
-        """Return how many bytes of requests are recorded."""
-        return self._size
 
     def entry_of(self, slot: int) -> int:
         """Return where a series is on the tape, -1 where it is not."""
@@ -130,16 +126,14 @@ class Tape:
         ):
             mask[ends[of_size][:, None] + np.arange(-size, 0)] = pattern
         size, n_entries = self._size + len(content), self._n_entries + len(ends)
-        self._content = _with_room(self._content, size)
-        self._mask = _with_room(self._mask, size)
+        self._content = roomy(self._content, size - 1)
+        self._mask = roomy(self._mask, size - 1)
         self._content[self._size : size], self._mask[self._size : size] = content, mask
         for name, values in (("_ends", ends + self._size), ("_slots", slots), ("_are_full", are_full)):
-            column = _with_room(getattr(self, name), n_entries)
+            column = roomy(getattr(self, name), n_entries - 1)
             column[self._n_entries : n_entries] = values
             setattr(self, name, column)
-        n_known = len(self._entry_of)
-        self._entry_of = _with_room(self._entry_of, int(slots.max()) + 1)
-        self._entry_of[n_known:] = -1
+        self._entry_of = roomy(self._entry_of, int(slots.max()), -1)
         self._entry_of[slots] = np.arange(self._n_entries, n_entries, dtype=np.int32)
         self._size, self._n_entries = size, n_entries
 
@@ -152,12 +146,3 @@ def _runs(chosen: Flags) -> Iterator[tuple[int, int]]:
     """
     edges = np.flatnonzero(np.diff(chosen.astype(np.int8), prepend=0, append=0))
     yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
-
-
-def _with_room(array: NDArray, size: int) -> NDArray:  # type: ignore[type-arg]
-    """Return the array, longer where it has not so many places."""
-    if size <= len(array):
-        return array
-    longer = np.empty(max(size, len(array) * 3 // 2), dtype=array.dtype)
-    longer[: len(array)] = array
-    return longer

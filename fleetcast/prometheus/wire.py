@@ -28,6 +28,7 @@ from fleetcast.prometheus.protobuf import (
     NO_REQUEST,
     BodyTooLarge,
     check_fields,
+    check_series,
     message_classes,
     too_many,
     unpack,
@@ -51,10 +52,8 @@ _FULL_MARK = np.frombuffer(b"\x12\x10\x09", dtype=np.uint8)
 _ZERO_MARK = np.frombuffer(b"\x12\x07\x10", dtype=np.uint8)
 _TIME_TAG_PLACE = 11
 _LABEL_TAG, _SAMPLE_TAG, _SERIES_TAG = 0x0A, 0x12, 0x0A
-_LOOKS_FREE, _SERIES_PER_LOOK = (
-    4,
-    64,
-)  # where a request repeats the tape less than that, it is looked up instead
+# where a request repeats the tape less than that, it is looked up instead
+_LOOKS_FREE, _SERIES_PER_LOOK = 4, 64
 _FAULTS_NAMED = 3
 
 
@@ -77,8 +76,8 @@ class WriteDecoder:
     def __init__(self, number: Callable[[Mapping[str, str]], int], settings: RemoteWriteSettings) -> None:
         """Take the function that numbers a series by its labels; a negative number is not wanted."""
         self._settings = settings
-        self._known = KnownSeries(number)
         self._tape = Tape()
+        self._known = KnownSeries(number, on_move=lambda: self._tape.clear())
 
     @property
     def known(self) -> KnownSeries:
@@ -101,7 +100,7 @@ class WriteDecoder:
         found = Found(self._settings.max_request_samples)
         place, odd = self._follow(content, found)
         rest = content[place:] if place else content
-        check_fields(rest, (_TIMESERIES,), self._settings.max_request_samples, "series", found.n_samples)
+        check_fields(rest, _TIMESERIES, self._settings.max_request_samples, "series", found.n_samples)
         try:
             chunks = list(WriteRequestMessage.FromString(rest).timeseries)
         except DecodeError as error:
@@ -110,14 +109,12 @@ class WriteDecoder:
         odd += self._take_known(chunks, rest, n_followed, found)
         for chunk in odd:
             self._take_one(chunk, found)
-        if self._known.bound_memory():
-            self._tape.clear()
+        self._known.bound_memory()
         return found.request()
 
     def renumber(self, new_numbers: NDArray[np.int64]) -> None:
         """Follow a renumbering; labels of series that were forgotten or refused are forgotten."""
         self._known.renumber(new_numbers)
-        self._tape.clear()
 
     def _follow(self, content: bytes, found: "Found") -> tuple[int, list[bytes]]:
         """Take the series that repeat what is on the tape; return where they end, and those among them
@@ -192,9 +189,7 @@ class WriteDecoder:
 
     def _take_one(self, chunk: bytes, found: "Found") -> None:
         """Take a series of unknown labels, of several samples, or of an odd layout."""
-        if len(chunk) > self._settings.max_series_bytes:
-            limit = f"{self._settings.max_series_bytes} bytes (remote_write.max_series_bytes)"
-            raise BodyTooLarge(f"a series of the request has {len(chunk)} bytes, at most {limit} are taken")
+        check_series(chunk, self._settings.max_series_bytes)
         end = _end_of_labels(chunk)
         slot = self._known.slot(chunk[:end])
         number = UNKNOWN if slot == UNKNOWN else int(self._known.numbers[slot])

@@ -145,15 +145,10 @@ def open_bins(folder: Path, day: date, sealed: OpenPart, bin_ms: int) -> BinDay 
     except FileNotFoundError:
         return None
     except (*READ_ERRORS, TypeError) as error:
-        if not _is_gone(path, error):
-            logger.warning("a bins file is not used, the records are read path=%s error=%s", path, error)
+        logger.warning("a bins file is not used, the records are read path=%s error=%s", path, error)
         return None
     # otherwise of other records of this day, or of bins of another length: it is going to be made anew
     return BinDay(day, part, sealed, bin_ms, n_means) if is_its_own else None
-
-
-def _is_gone(path: Path, error: BaseException) -> bool:
-    return isinstance(error, OSError) and not path.exists()
 
 
 def sealed_file(folder: Path, day: date) -> OpenPart | None:

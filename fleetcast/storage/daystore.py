@@ -9,7 +9,8 @@ crashes in between. One process at a time may own the folder; `DataBuffer` sees 
 
 import logging
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -159,16 +160,11 @@ class DayStore:
         if self._log is None or monotonic() < self._retry_at:
             return
         self._guard()
-        try:
+        with self._retry_later():
             if self.is_flush_due:
                 self.flush()
             with self._structure:
                 self._upkeep.run(now, expires=expires)
-        except (FleetcastError, OSError) as error:
-            self._retry_at = monotonic() + RETRY_S
-            if isinstance(error, OSError):
-                raise storage_error(self._folder, error) from error
-            raise
 
     def forget(self, drops: Drops, now: datetime) -> bool:
         """Take one step towards days without the rows of some servers; return whether none has any.
@@ -181,18 +177,24 @@ class DayStore:
         if self._log is None or monotonic() < self._retry_at:
             return False
         self._guard()
-        try:
+        with self._retry_later():
             if drops != self._drops:
                 self.flush()
                 self._drops = dict(drops)
             with self._structure:
                 is_done = self._upkeep.forget(drops, now)
+        return is_done
+
+    @contextmanager
+    def _retry_later(self) -> Iterator[None]:
+        """Where it fails, let nothing of the upkeep be tried for a while."""
+        try:
+            yield
         except (FleetcastError, OSError) as error:
             self._retry_at = monotonic() + RETRY_S
             if isinstance(error, OSError):
                 raise storage_error(self._folder, error) from error
             raise
-        return is_done
 
     def close(self) -> None:
         """Flush, stop a running sealing, give up the log."""

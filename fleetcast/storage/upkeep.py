@@ -157,8 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder, task, day, target, owner, drops = sys.argv[1:] if argv is None else argv
     os.nice(NICE)
     answer: dict[str, Any] = {}
+    is_seal = not task.startswith(_BINS_TASK)  # the owner says what hinders the others, once
     try:
-        if task.startswith(_BINS_TASK):
+        if not is_seal:
             bin_ms = int(task.removeprefix(_BINS_TASK))
             answer["n_rows"] = make_bins(Path(folder), date.fromisoformat(day), bin_ms, Path(target))
         else:
@@ -166,7 +167,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             names = [[name.number, name.n_rows] for name in sealed.parts]
             answer = {"parts": names, "rejects": sealed.rejects, "n_rows": sealed.n_rows}
     except (FleetcastError, OSError) as error:
-        is_seal = not task.startswith(_BINS_TASK)  # the owner says what hinders the others, once
         print(f"sealing {task} {day}: {error}" if is_seal else error, file=sys.stderr if is_seal else None)
         remove_leftover(Path(target))
         return 1

@@ -332,8 +332,6 @@ class DayWriter:
         """Write the day's parts without the rows of some servers; a day that has no other rows goes."""
         snapshot = open_day(self._folder, self._kind, day)
         hit = [part for part in snapshot.parts if holds_forgotten(part, self._kind, drops)]
-        if not hit:
-            return
         with DayBuild(self.path(day), self._kind, snapshot, self._quarantine, self._step) as build:
             for part in snapshot.parts:
                 if part in hit:

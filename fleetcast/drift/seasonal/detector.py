@@ -43,12 +43,9 @@ from fleetcast.drift.seasonal.statistics import (
     FAMILIES,
     FAMILY_OF,
     INDEX,
-    IS_SHORT,
     LONG_H,
-    NEEDS_SUPPORT,
     SHORT_H,
     STATISTICS,
-    SUPPORTS,
     BinCodes,
     RunningSums,
     statistics,
@@ -398,10 +395,8 @@ def worst_statistic(statistics: Floats32, limits: Floats32, held: Floats32) -> i
         statistics, limits: (statistic,) of that series.
         held: (family,) its held ratios.
     """
-    ratios = np.nan_to_num(statistics / limits, nan=0.0)
-    newest = ratios[IS_SHORT].max() / np.where(NEEDS_SUPPORT, SUPPORTS, 1)
-    supported = np.where(NEEDS_SUPPORT, np.minimum(ratios, newest), ratios)
-    return int(np.where(held.argmax() == FAMILY_OF, supported, -1.0).argmax())
+    ratios = limit_ratios(statistics[:, None], limits[None])[:, 0]
+    return int(np.where(held.argmax() == FAMILY_OF, ratios, -1.0).argmax())
 
 
 def change_bin(sums: RunningSums, series: int, statistic: int) -> int:
