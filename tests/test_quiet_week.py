@@ -44,6 +44,10 @@ def week(folder: Path, lines: list[dict[str, Any]], own: DecisionSettings | None
     return QuietWeek(own or DecisionSettings(), path)
 
 
+def note(own: QuietWeek, hour: int, mem: float, reason: str) -> None:
+    own.note_line(at(hour).timestamp(), line(hour, mem, reason))
+
+
 def at(hour: float) -> datetime:
     return START + timedelta(hours=hour)
 
@@ -80,7 +84,7 @@ def test_a_fleet_is_not_waited_for_longer_than_the_deadline(tmp_path: Path) -> N
 
 def test_a_check_that_asks_for_nothing_ends_the_waiting(tmp_path: Path) -> None:
     own = week(tmp_path, [line(hour, reason=f"{BUSY}; drift") for hour in range(168)])
-    own.note(at(168), verdict(91.0), reason="no drift")
+    note(own, 168, 91.0, reason="no drift")
     assert not own.judge(verdict(91.0), at(169)).is_quiet
 
 
@@ -93,7 +97,7 @@ def test_a_restart_knows_the_same_week(tmp_path: Path) -> None:
     lines = [line(hour) for hour in range(190)]
     running = week(tmp_path, lines[:100])
     for hour in range(100, 190):
-        running.note(at(hour), verdict(mem_at(hour)), reason="no drift")
+        note(running, hour, mem_at(hour), reason="no drift")
     restarted = week(tmp_path, lines)
     for mem in (77.0, 80.0, 91.0):
         assert running.judge(verdict(mem), at(190)) == restarted.judge(verdict(mem), at(190))
@@ -128,14 +132,14 @@ def test_a_damaged_line_changes_neither_the_week_nor_the_deadline(tmp_path: Path
     lines = [line(hour, reason=waiting if hour > 150 else "no drift") for hour in range(168)]
     own = week(tmp_path, [*lines, ODD[odd]])
     assert own.judge(verdict(77.0), at(168)).is_quiet
-    own.note(at(168), verdict(91.0), reason=waiting)
+    note(own, 168, 91.0, reason=waiting)
     assert own.judge(verdict(91.0), at(175)).reason == "waited 24.0 h for a quiet fleet, at most 24 h"
 
 
 def test_a_clock_that_was_set_back_leaves_no_wait_that_ends_in_the_future(tmp_path: Path) -> None:
     waiting = f"{BUSY}; drift"
     own = week(tmp_path, [line(hour) for hour in range(168)])
-    own.note(at(10_000), verdict(91.0), reason=waiting)  # for one check the clock was a year ahead
-    own.note(at(168), verdict(91.0), reason=waiting)
+    note(own, 10_000, 91.0, reason=waiting)  # for one check the clock was a year ahead
+    note(own, 168, 91.0, reason=waiting)
     assert own.waiting_since_s(at(168)) == at(168).timestamp()
     assert own.judge(verdict(91.0), at(192)).reason == "waited 24.0 h for a quiet fleet, at most 24 h"

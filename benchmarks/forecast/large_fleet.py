@@ -21,7 +21,6 @@ import itertools
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -108,7 +107,7 @@ def run(folder: Path, n_servers: int, n_history: int, n_bins: int, *, shadow: bo
             print(sweeps[-1], flush=True)
         prober.join()
         documents = [_timed_read(daemon) for _ in range(2)]
-        peak_mb = _peak_mb(daemon)
+        peak_mb = _peak_mb(daemon.process.pid)
         print(f"peak {peak_mb:.0f} MB, idle {idle_mb:.0f} MB, documents {documents}", flush=True)
         reloads = _reload_beside_sweeps(daemon, fleet, folder)
     return {
@@ -158,7 +157,7 @@ def restore_once(place: Path) -> dict[str, float]:
         "servers": history.n_servers,
         "cpu_s": round(time.process_time() - cpu, 1),
         "wall_s": round(time.monotonic() - began, 1),
-        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_mb": round(_peak_mb()),
         "load_1_min": round(os.getloadavg()[0], 1),
     }
 
@@ -228,7 +227,7 @@ def _start(folder: Path) -> dict[str, float]:
             "restore_s": float(took[2]),
             "ready_s": answered["/ready"],
             "cpu_s": round(_cpu_s(daemon), 1),
-            "peak_mb": round(_peak_mb(daemon)),
+            "peak_mb": round(_peak_mb(daemon.process.pid)),
             "load_1_min": round(os.getloadavg()[0], 1),
         }
     finally:
@@ -355,8 +354,8 @@ def _cpu_s(daemon: InferenceDaemon) -> float:
     return (int(fields[11]) + int(fields[12])) / 100
 
 
-def _peak_mb(daemon: InferenceDaemon) -> float:
-    lines = Path(f"/proc/{daemon.process.pid}/status").read_text().splitlines()
+def _peak_mb(pid: int | str = "self") -> float:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1000 for line in lines if line.startswith("VmHWM"))
 
 

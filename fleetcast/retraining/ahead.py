@@ -31,7 +31,7 @@ import numpy as np
 from fleetcast.clock import from_ms, iso_z, parse_plain_utc
 from fleetcast.retraining.decision import INITIAL, LEARNING, NONE, ORDERED, WEEK_S, Decision
 from fleetcast.retraining.inquiry import CPU, FLEET_AHEAD, MEM, FleetAhead, finite, fleet_ahead
-from fleetcast.retraining.quiet import FIXED, QuietWeek, load_of, past_checks
+from fleetcast.retraining.quiet import FIXED, MEASURED, QuietWeek, load_of, past_checks
 from fleetcast.schema import Floats, QuietVerdict
 from fleetcast.settings import DecisionSettings
 
@@ -43,7 +43,6 @@ RELIED, NEWEST, MIN_COMPARED = 0.8, 3, 24
 WAITS = "it waits for a quieter hour"  # how such a refusal begins
 STARTED = "started"  # the outcome of a check that started a training
 _SPACING_S, _SAID_EVERY_S = 60.0, 3300.0
-_MEASURED = {CPU: "fleet_cpu_percent", MEM: "fleet_mem_percent"}
 _SHORT = {CPU: "cpu", MEM: "mem"}
 
 
@@ -190,7 +189,7 @@ class QuietAhead:
         measured = measured if isinstance(measured, Mapping) else {}
         self._times.append(at_s)
         for metric, values in self._measured.items():
-            values.append(finite(measured.get(_MEASURED[metric])))
+            values.append(finite(measured.get(MEASURED[metric])))
         forecast = fleet_ahead(said)
         if not forecast.missing and (
             not self._said or forecast.start_s >= self._said[-1].start_s + _SAID_EVERY_S
@@ -242,7 +241,7 @@ class QuietAhead:
         if not steps:
             return "no whole hour is forecast before the training has to start"
         expected = forecast.means[metric]
-        measured = finite(quiet.measured.get(_MEASURED[metric]))
+        measured = finite(quiet.measured.get(MEASURED[metric]))
         margins, n_compared = self._margins(metric, forecast.step_s, steps, now_s)
         if n_compared < MIN_COMPARED:
             return f"{n_compared} forecasts of such hours were compared with what came, {MIN_COMPARED} needed"
@@ -304,15 +303,15 @@ def _errors(said: Floats, step_s: float, times: Floats, sums: Floats, now_s: flo
 
 
 def _is_known(quiet: QuietVerdict, forecast: FleetAhead, metric: str) -> bool:
-    return metric in forecast.means and math.isfinite(finite(quiet.measured.get(_MEASURED[metric])))
+    return metric in forecast.means and math.isfinite(finite(quiet.measured.get(MEASURED[metric])))
 
 
 def _keeps_memory(quiet: QuietVerdict, forecast: FleetAhead, step: int) -> bool:
     """Return whether memory is not clearly higher than now in an hour, nor reaches its limit."""
     if not _is_known(quiet, forecast, MEM):
         return True
-    measured, expected = finite(quiet.measured[_MEASURED[MEM]]), forecast.means[MEM]
-    limit = quiet.limits.get(_MEASURED[MEM], math.inf)
+    measured, expected = finite(quiet.measured[MEASURED[MEM]]), forecast.means[MEM]
+    limit = quiet.limits.get(MEASURED[MEM], math.inf)
     return expected[step] <= min(measured, expected[0]) + LEAST_POINTS and (
         expected[step] < limit or measured >= limit
     )

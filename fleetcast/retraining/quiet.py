@@ -29,7 +29,7 @@ from fleetcast.clock import monotonic, parse_plain_utc, sleep
 from fleetcast.errors import CorruptFile
 from fleetcast.files import read_json_lines
 from fleetcast.retraining.decision import WEEK_S
-from fleetcast.retraining.inquiry import FleetLoad, finite
+from fleetcast.retraining.inquiry import CPU, MEM, FleetLoad, finite
 from fleetcast.schema import QuietVerdict
 from fleetcast.settings import DecisionSettings
 
@@ -44,7 +44,7 @@ MIN_CHECKS = 84  # one every two hours; fewer give no picture of a week
 QUARTILE = 0.25
 LOAD = "fleet_load_of_limits"
 BUSY = "not a quiet period"  # how a refusal for the fleet's or the host's load begins
-_METRICS = ("fleet_cpu_percent", "fleet_mem_percent")
+MEASURED = {CPU: "fleet_cpu_percent", MEM: "fleet_mem_percent"}  # as a check's line has the fleet's means
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,12 +185,6 @@ class QuietWeek:
         self._read(now.timestamp())
         return self._waiting_since_s
 
-    def note(self, at: datetime, quiet: QuietVerdict, *, reason: str) -> None:
-        """Take in one check."""
-        self._read(at.timestamp())
-        measured = load_of({"measured": quiet.measured, "limits": quiet.limits})
-        self._note(at.timestamp(), measured, is_waiting=reason.startswith(BUSY))
-
     def note_line(self, at_s: float, line: Mapping[str, Any]) -> None:
         """Take in one check, as its line of `decisions.jsonl` has it."""
         self._read(at_s)
@@ -286,7 +280,7 @@ def load_of(quiet: Mapping[str, Any]) -> float | None:
     measured, limits = quiet.get("measured"), quiet.get("limits")
     if not isinstance(measured, Mapping) or not isinstance(limits, Mapping):
         return None
-    pairs = [(finite(measured.get(name)), finite(limits.get(name))) for name in _METRICS]
+    pairs = [(finite(measured.get(name)), finite(limits.get(name))) for name in MEASURED.values()]
     shares = [value / limit for value, limit in pairs if math.isfinite(value) and limit > 0]
     return max(shares, default=None)
 

@@ -17,6 +17,7 @@ from fleetcast.drift.report import DriftReport
 from fleetcast.drift.seasonal.detector import TOO_FEW_DAYS, EnoughDays
 from fleetcast.promotion.audit import Standing
 from fleetcast.promotion.evidence import Verdict
+from fleetcast.retraining.ahead import STARTED as STARTED
 from fleetcast.retraining.ahead import Ahead
 from fleetcast.retraining.decision import Decision, RetrainingDecisionEngine, safeguards_json
 from fleetcast.schema import QuietVerdict
@@ -24,7 +25,7 @@ from fleetcast.schema import QuietVerdict
 logger = logging.getLogger(__name__)
 
 MOST_LINES = 20  # a check
-STARTED, NOTHING, ADVISED, BESIDE, TRAINING = "started", "nothing", "advised", "beside", "training"
+NOTHING, ADVISED, BESIDE, TRAINING = "nothing", "advised", "beside", "training"  # and STARTED
 PAUSED = "paused"  # by a person
 
 

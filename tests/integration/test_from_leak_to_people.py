@@ -6,8 +6,6 @@ of a made fleet past them in a minute; the records end now, so that node_exporte
 
 import re
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from alert_sink import Sink
 from test_alertmanager import active, alertmanager
 from test_alertmanager import real_program as real_alertmanager
 from test_grafana_queries import ask, ask_when_up
-from test_prometheus import NEEDED, ROOT, real_programs, running
+from test_prometheus import NEEDED, ROOT, real_programs, running, serving
 
 from benchmarks.programs import InferenceDaemon, Program, free_port, wait_for
 from fleetcast.clock import iso_z
@@ -26,14 +24,12 @@ from fleetcast.sources.client import RequestRefused
 pytestmark = pytest.mark.slow
 __all__ = ["real_alertmanager", "real_programs"]  # skip, or fail in CI, where a program is absent
 BIN = timedelta(minutes=5)
-BINS, LEAK_BEGINS, LEAK_A_BIN = (
-    400,
-    200,
-    0.3,
-)  # bins until now; windows of 8 h have settled by then; percent a bin
+BINS, LEAK_BEGINS, LEAK_A_BIN = 400, 200, 0.3  # until now; windows of 8 h have settled by then; percent
 LEVEL, LIMIT = 30.0, 90.0
 FULL = LEAK_BEGINS + int((LIMIT - LEVEL) / LEAK_A_BIN)
 INTERVAL_S = 0.5
+LIKELY = 'fleetcast_capacity_probability{server="leak",metric="mem_pct"} > 0.5'
+RULE = 'ALERTS{alertname="FleetcastLimitLikely",metric="mem_pct"}'
 RETRAINING = "adaptive_retraining_daemon.py"
 
 
@@ -87,20 +83,6 @@ scrape_configs:
 """
 
 
-@contextmanager
-def prometheus(folder: Path, daemon: InferenceDaemon, exporter_port: int) -> Iterator[str]:
-    config, port = folder / "prometheus.yml", free_port()
-    config.write_text(configuration(daemon, exporter_port))
-    command = [
-        NEEDED[0],
-        f"--config.file={config}",
-        f"--storage.tsdb.path={folder / 'tsdb'}",
-        f"--web.listen-address=127.0.0.1:{port}",
-    ]
-    with running(*command, log=folder / "prometheus.log"):
-        yield f"http://127.0.0.1:{port}"
-
-
 def environ(alerts: dict[str, str]) -> dict[str, str]:
     shorter = ("LimitLikely: capacity_p > 0.5 warning", "Down: daemon_away > 0 critical")
     rules = ",".join((*shorter, "DiskLow: off", "NoData: off", "ServersSilent: off"))
@@ -136,7 +118,7 @@ def test_a_leak_becomes_a_series_an_answer_and_one_alert_that_ends(tmp_path: Pat
     with (
         Sink() as people,
         InferenceDaemon(tmp_path, environ=settings) as daemon,
-        prometheus(tmp_path, daemon, exporter_port) as url,
+        serving(tmp_path, configuration(daemon, exporter_port)) as url,
         retraining(tmp_path, daemon.url, settings) as checks,
     ):
         fleet = MadeFleet(daemon)
@@ -164,6 +146,8 @@ def test_a_leak_becomes_a_series_an_answer_and_one_alert_that_ends(tmp_path: Pat
             assert FULL - hour < 36, "by three hours at most"
             wait_for("the forecast rises", lambda: forecast_8h(url) > LIMIT - 10.0, 30)
             wait_for("people hear of it", lambda: bool(told(people, "firing")), 30)
+            for query in (LIKELY, RULE):
+                wait_for(query, lambda query=query: bool(ask(url, query)), 30)
             daemon.kill()
             checks.kill()
         with alertmanager(tmp_path, am_port, people) as am:
@@ -190,9 +174,8 @@ def test_a_leak_becomes_a_series_an_answer_and_one_alert_that_ends(tmp_path: Pat
                     return values
 
                 wait_for("this host by remote-write", lambda: "mem_pct" in real_host(), 40)
-            assert ask(url, 'fleetcast_capacity_probability{server="leak",metric="mem_pct"} > 0.5') == []
-            firing = ask(url, 'ALERTS{alertname="FleetcastLimitLikely",server="leak"}')
-            assert firing == [], "the shipped rule agrees"
+            assert ask(url, LIKELY) == []
+            assert ask(url, RULE) == [], "the shipped rule agrees"
     assert len(told(people, "firing")) == 1, (
         "one alert for people, over a kill of ours and a restart of theirs"
     )

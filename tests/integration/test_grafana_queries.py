@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from real_scrape import write_retraining_numbers
-from test_prometheus import NEEDED, ROOT, real_programs, running
+from test_prometheus import ROOT, real_programs, serving
 
 from benchmarks.programs import InferenceDaemon, free_port, wait_for
 from fleetcast.clock import iso_z
@@ -22,6 +22,7 @@ from fleetcast.clock import iso_z
 pytestmark = pytest.mark.slow
 __all__ = ["real_programs"]  # skips, or fails in CI, where there is no Prometheus
 KEY = "0123456789abcdef"
+RECEIVER = "--web.enable-remote-write-receiver"
 SERVER = 'web "01" \\ {x}'
 ENVIRON = {
     "TFT_API_KEY": KEY,
@@ -52,21 +53,6 @@ def configuration(folder: Path, daemon: InferenceDaemon) -> str:
         assert old in documented
         documented = documented.replace(old, new)
     return documented
-
-
-@contextmanager
-def prometheus(folder: Path, daemon: InferenceDaemon, port: int) -> Iterator[str]:
-    config = folder / "prometheus.yml"
-    config.write_text(configuration(folder, daemon))
-    command = [
-        NEEDED[0],
-        f"--config.file={config}",
-        f"--storage.tsdb.path={folder / 'tsdb'}",
-        f"--web.listen-address=127.0.0.1:{port}",
-        "--web.enable-remote-write-receiver",
-    ]
-    with running(*command, log=folder / "prometheus.log"):
-        yield f"http://127.0.0.1:{port}"
 
 
 @contextmanager
@@ -118,7 +104,7 @@ def test_every_panel_has_data_of_a_real_daemon_and_forecasts_arrive_by_remote_wr
     written = {"FLEETCAST_EXPORT_REMOTE_WRITE_URL": f"http://127.0.0.1:{port}/api/v1/write"}
     with (
         InferenceDaemon(tmp_path, environ={**ENVIRON, **written}) as daemon,
-        prometheus(tmp_path, daemon, port) as url,
+        serving(tmp_path, configuration(tmp_path, daemon), RECEIVER, port=port) as url,
     ):
         with sending(daemon):
             before = 'fleetcast_requests_refused_total{reason="key"} == 0'  # or no increase is seen

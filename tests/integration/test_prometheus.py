@@ -63,20 +63,23 @@ def running(*command: str, log: Path) -> Iterator[None]:
 
 
 @contextmanager
+def serving(folder: Path, configuration: str, *flags: str, port: int | None = None) -> Iterator[str]:
+    """Run Prometheus with that configuration; give its address."""
+    config, address = folder / "prometheus.yml", f"127.0.0.1:{port or free_port()}"
+    config.write_text(configuration)
+    own = (f"--config.file={config}", f"--storage.tsdb.path={folder / 'tsdb'}")
+    with running(NEEDED[0], *own, f"--web.listen-address={address}", *flags, log=folder / "prometheus.log"):
+        yield f"http://{address}"
+
+
+@contextmanager
 def prometheus(folder: Path, daemon_url: str) -> Iterator[str]:
     """Run both programs; give Prometheus's address."""
-    exporter_port, port = free_port(), free_port()
-    config = folder / "prometheus.yml"
-    config.write_text(configuration(exporter_port, daemon_url))
+    exporter_port = free_port()
     exporter = [NEEDED[1], f"--web.listen-address=127.0.0.1:{exporter_port}"]
-    server = [
-        NEEDED[0],
-        f"--config.file={config}",
-        f"--storage.tsdb.path={folder / 'tsdb'}",
-        f"--web.listen-address=127.0.0.1:{port}",
-    ]
-    with running(*exporter, log=folder / "exporter.log"), running(*server, log=folder / "prometheus.log"):
-        yield f"http://127.0.0.1:{port}"
+    scraped = configuration(exporter_port, daemon_url)
+    with running(*exporter, log=folder / "exporter.log"), serving(folder, scraped) as url:
+        yield url
 
 
 def samples(url: str, query: str) -> dict[int, float]:

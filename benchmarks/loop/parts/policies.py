@@ -5,7 +5,7 @@ Owns: the policies of the loop replay. The two that look at drift are the produc
 record holds three horizons (`quiet_hours` measures that). Does not know: how training is done.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -152,7 +152,7 @@ class Engine:
             ),
             learning=self._learning(now) if learns else "",
         )
-        self._week.note(now, quiet, reason=decision.reason)
+        self._week.note_line(now.timestamp(), {"quiet": asdict(quiet), "reason": decision.reason})
         self.checks += 1
         self.in_alarm += report.needs_retraining
         if not decision.should_retrain:
