@@ -158,8 +158,12 @@ def _line(row: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     head = f"{row['load']:<44}{row['clients']:>3}  {row['receiver']:<18}"
     if "samples" not in row:
         return head + "n/a"
-    cells = [f"{name} {row[name]:>7} ({row[name] / ours[name]:.2f})" for name in FIGURES if ours.get(name)]
+    cells = [f"{name} {row[name]:>7}{_ratio(row[name], ours.get(name))}" for name in FIGURES]
     return head + "  ".join(cells)
+
+
+def _ratio(figure: float, ours: float | None) -> str:
+    return f" ({figure / ours:.2f})" if ours else ""
 
 
 if __name__ == "__main__":

@@ -133,7 +133,8 @@ def test_a_leak_becomes_a_series_an_answer_and_one_alert_that_ends(tmp_path: Pat
                 return rows
 
             while not likely() and fleet.next_bin < FULL:
-                fleet.send(4, leaks=True)
+                fleet.send(4, leaks=True)  # the answer must hold once all of them are forecast
+                wait_for("the sweeps", lambda: daemon.status()["backlog"] == 0, 30)
             (row,) = likely()
             assert row["server"] == "leak"
             wait_for("the alert", lambda: any(a["labels"].get("server") == "leak" for a in active(am)), 30)
