@@ -1,13 +1,15 @@
 """One request to an address of the settings: bounded in time, and telling no one the address or its keys.
 
-Owns: how such a request is made (requests), and what may be said of one that failed. Does not know: what
-is sent, and when it is tried again.
+Owns: how such a request is made (requests), what may be said of one that failed, and the limit in
+time. Does not know: what is sent, and when it is tried again.
 """
 
 import contextlib
 import socket
 import threading
+import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -40,7 +42,7 @@ def request(
         NotDelivered: with the status or the cause, never with the address.
     """
     try:
-        with _Limit(timeout_s) as limit, requests.Session() as session:
+        with TimeLimit(timeout_s) as limit, requests.Session() as session:
             session.mount("http://", limit.adapter)
             session.mount("https://", limit.adapter)
             session.trust_env = urlsplit(url).hostname not in LOOPBACK
@@ -67,63 +69,88 @@ def request(
     raise NotDelivered(f"HTTP {answer.status_code}: {says}", retry_after_s=_seconds(answer.headers))
 
 
-class _Limit:
-    """Ends the connections of its adapter when the time is over.
+class TimeLimit:
+    """Ends the connection of its adapter when the time of a `with` block is over, block after block.
 
-    The limits of sockets are for each read, so an answer that drips would never end.
+    The limits of sockets are for each read, so an answer that drips would never end. One thread at a time
+    may use it. What comes from a connection that was ended may look whole: ask `is_over` before it is used.
+    Closing the adapter, or the session that it is mounted on, closes its connections.
     """
 
     def __init__(self, limit_s: float) -> None:
-        self.is_over = False
+        self.is_over = False  # in the newest block
         self.adapter = _TwinAdapter(self)
         self._lock = threading.Lock()
         self._twins: list[socket.socket] = []  # under the lock
         self._limit_s, self._is_left = limit_s, threading.Event()
-        self._thread = Workers().thread("limit of a request", self._wait, once=True)
+        weakref.finalize(self, _close_all, self._twins)
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        with self._lock:
+            self.is_over, self._is_left = False, threading.Event()
+        wait = partial(self._wait, self._is_left)
+        Workers().thread("limit of a request", wait, once=True).start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._is_left.set()
         with self._lock:
-            for twin in self._twins:
-                twin.close()
-            self._twins.clear()
+            self._is_left.set()
 
     def watch(self, connection: socket.socket) -> None:
-        """Keep a second handle: encryption takes the first one over."""
+        """Keep a second handle: encryption takes the first one over. The connection before has ended."""
         with self._lock:
+            _close_all(self._twins)
             self._twins.append(connection.dup())
-        if self.is_over:
-            self._end()
+            if self.is_over:
+                self._end()
 
-    def _wait(self) -> None:
-        if not self._is_left.wait(self._limit_s):
-            self._end()
+    def forget(self) -> None:
+        """Close the second handle."""
+        with self._lock:
+            _close_all(self._twins)
+
+    def _wait(self, is_left: threading.Event) -> None:
+        if is_left.wait(self._limit_s):
+            return
+        with self._lock:
+            if not is_left.is_set():  # it was left while this thread woke up
+                self.is_over = True
+                self._end()
 
     def _end(self) -> None:
-        with self._lock:
-            self.is_over = True
-            for twin in self._twins:
-                with contextlib.suppress(OSError):  # it ended by itself
-                    twin.shutdown(socket.SHUT_RDWR)
+        """End the connection; the caller holds the lock."""
+        for twin in self._twins:
+            with contextlib.suppress(OSError):  # it ended by itself
+                twin.shutdown(socket.SHUT_RDWR)
+
+
+def _close_all(twins: list[socket.socket]) -> None:
+    while twins:
+        twins.pop().close()
 
 
 class _TwinAdapter(HTTPAdapter):
     """Shows each new connection to a limit."""
 
-    def __init__(self, limit: _Limit) -> None:
+    def __init__(self, limit: TimeLimit) -> None:
         self._limit = limit
         super().__init__()
+
+    def close(self) -> None:
+        """Close the connections, and their second handles."""
+        super().close()
+        self._limit.forget()
 
     def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
         """Return the pool of an address; it belongs to this adapter alone."""
         pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
+        if getattr(pool.ConnectionCls, "is_watched", False):
+            return pool
         watch = self._limit.watch
 
         class Watched(pool.ConnectionCls):  # type: ignore[misc]
+            is_watched = True
+
             def _new_conn(self) -> socket.socket:
                 made: socket.socket = super()._new_conn()
                 watch(made)

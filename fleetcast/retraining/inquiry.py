@@ -20,7 +20,7 @@ from fleetcast.clock import from_ms, iso_z, monotonic, parse_plain_utc
 from fleetcast.errors import DaemonAway, FleetcastError
 from fleetcast.loop import Stop
 from fleetcast.outbound import LOOPBACK
-from fleetcast.sources.client import DaemonClient
+from fleetcast.sources.client import WHOLE, DaemonClient
 from fleetcast.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -212,8 +212,8 @@ class Inquiry:
     def _ask(self, path: str, stop: Stop) -> dict[str, Any]:
         answers: queue.SimpleQueue[_Answer] = queue.SimpleQueue()
         Workers().thread("inquiry", partial(self._get, path, answers), once=True).start()
-        # the client's own limit is for a connection and for each part: an answer may drip for ever
-        give_up_at = monotonic() + 2 * self._timeout_s
+        # the client's own limit does not end the look for the address of a name
+        give_up_at = monotonic() + WHOLE * self._timeout_s + _LOOK_S
         while True:
             try:
                 answer = answers.get(timeout=_LOOK_S)
@@ -222,7 +222,7 @@ class Inquiry:
                     raise DaemonAway(f"{self._url}{path} was not waited for: {stop.reason}") from None
                 if monotonic() > give_up_at:
                     raise DaemonAway(
-                        f"{self._url}{path} was not answered whole within {2 * self._timeout_s:g} s"
+                        f"{self._url}{path} was not answered whole within {WHOLE * self._timeout_s:g} s"
                     ) from None
                 continue
             if isinstance(answer, FleetcastError):
