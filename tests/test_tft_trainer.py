@@ -290,7 +290,7 @@ def test_a_change_moves_only_what_changed_and_the_shipped_base_is_trained_like_o
     # When one series changes for good and the context of a training names it
     later = fleet(110)
     is_changed = (later.server_name == "web-1") & (later.timestamp >= pd.Timestamp("2026-01-08T14:00:00Z"))
-    later.loc[is_changed, "cpu_pct"] = 50 + 40 * np.sign(np.sin(np.arange(is_changed.sum())))
+    later.loc[is_changed, "cpu_pct"] = 95.0
     later.to_parquet("data.parquet")
     told = {"server": "web-1", "metric": "cpu_pct", "since": "2026-01-08T14:00:00Z"}
     (workplace / "training_context.json").write_text(json.dumps({"drifting": [told]}))
