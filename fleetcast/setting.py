@@ -147,6 +147,9 @@ def _check_item(info: SettingInfo, kind: Any, value: Sequence[Any], place: int) 
 def _check_scalar(info: SettingInfo, kind: Any, value: Any) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    choices = info.meta["choices"]
+    if choices and (type(value) is not kind or value not in choices):
+        raise ValueError(f"must be one of {', '.join(map(str, choices))}, got {info.say(value)}")
     if type(value) is not kind:
         raise ValueError(f"must be {kind.__name__}, got {info.say(value)}")
     if kind is float and not math.isfinite(value):
@@ -156,8 +159,6 @@ def _check_scalar(info: SettingInfo, kind: Any, value: Any) -> Any:
         raise ValueError(f"must be >= {low}, got {info.say(value)}")
     if high is not None and value > high:
         raise ValueError(f"must be <= {high}, got {info.say(value)}")
-    if info.meta["choices"] and value not in info.meta["choices"]:
-        raise ValueError(f"must be one of {', '.join(info.meta['choices'])}, got {info.say(value)}")
     return value
 
 

@@ -13,7 +13,14 @@ import pytest
 
 from adaptive_retraining_daemon import RetrainingDecisionEngine
 from fleetcast.clock import BIN_EPOCH, FakeClock, to_ms
-from fleetcast.errors import CorruptFile, FleetcastError, SettingsError, StorageFull, UnknownFormat
+from fleetcast.errors import (
+    CannotStart,
+    CorruptFile,
+    FleetcastError,
+    SettingsError,
+    StorageFull,
+    UnknownFormat,
+)
 from fleetcast.files import write_json
 from fleetcast.forecast.registry import ATTEMPT_LOCK, Registry
 from fleetcast.locks import OwnerLock
@@ -281,3 +288,16 @@ def test_the_installation_is_dated_by_the_first_check_that_knows_the_time(clock:
     clock.advance(days=1)
     own.trainings.note()
     assert own.engine.log.installed_at == started == clock.now() - timedelta(days=1)
+
+
+@pytest.mark.parametrize(
+    "name", ["retraining_state.json", "decisions.jsonl", "training_context.json", "retraining_metrics.prom"]
+)
+def test_a_folder_in_the_place_of_a_file_is_told_before_anything_starts(clock: FakeClock, name: str) -> None:
+    Path(name).mkdir()
+    own = Daemon(clock)
+    with pytest.raises(CannotStart, match=f"{name} must be a file, it is a folder"):
+        own.trainings.take_over()
+    with pytest.raises(CannotStart, match=f"{name} must be a file, it is a folder"):
+        own.start()
+    assert own.attempts.spawns == 0

@@ -306,7 +306,7 @@ class Desk:
             entry = _PLANS[order.kind](self, order)
         except OrderRefused as refusal:
             self.audit.append(replace(self._of(order), phase=audit.REFUSED, why=str(refusal)))
-            logger.warning("order refused kind=%s by=%s why=%s", order.kind, order.by, refusal)
+            logger.info("order refused kind=%s by=%s why=%s", order.kind, order.by, refusal)
         else:
             self._perform(entry)
         self._remove(order)

@@ -17,6 +17,7 @@ something; each that brings nothing doubles the wait. docs/decisions/learning-tr
 """
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from fleetcast.clock import BIN_EPOCH, DAY_MS, HOUR_MS, Clock, from_ms, parse_plain_utc, plain_utc, to_ms
-from fleetcast.errors import FleetcastError
+from fleetcast.errors import CannotStart, FleetcastError
 from fleetcast.files import append_line, write_json
 from fleetcast.forecast.registry import Version, new_version_id
 from fleetcast.promotion.orders import Order
@@ -46,6 +47,7 @@ from fleetcast.retraining.state import (
     NOT_ENOUGH_DATA,
     PROMOTED,
     REJECTED,
+    STATE_FILE,
     VERDICTS,
     Attempt,
     RetrainingState,
@@ -139,7 +141,12 @@ class Trainings:
         return learning(attempts, last, history, served_loss=verdict.served_loss if verdict else None)
 
     def take_over(self) -> None:
-        """Become the owner: read the state, adopt a training that still runs."""
+        """Become the owner: read the state, adopt a training that still runs.
+
+        Raises:
+            CannotStart: a file that a check writes cannot be written; see `require_files`.
+        """
+        require_files(self._path.parent)
         self._use(state_at_start(self._path, self._clock_mode, self._clock.now()))
         if self.running:
             is_running = self._attempts.is_running(self.running)
@@ -200,7 +207,9 @@ class Trainings:
             order: the person's order behind it, if one is.
         Raises:
             FleetcastError: it could not be started, which counts as a failed training.
+            CannotStart: its check could not be written down, which counts as none.
         """
+        require_files(self._path.parent)
         if not self._attempts.reserve():
             return None
         now = self._clock.now()
@@ -263,6 +272,24 @@ class Trainings:
     def _use(self, state: RetrainingState) -> None:
         self._state = state
         self._engine.log, self._engine.backoff = state.log, state.backoff
+
+
+def require_files(folder: Path) -> None:
+    """Refuse to train where a check could not be written down.
+
+    Raises:
+        CannotStart: something else stands where a file has to be, or the decisions take no more lines.
+    """
+    for name in (STATE_FILE, DECISIONS_FILE, CONTEXT_FILE, TEXTFILE):
+        path = folder / name
+        if path.exists() and not path.is_file():
+            what = "a folder" if path.is_dir() else "something else"
+            hint = "move it away: the daemon makes the file itself"
+            raise CannotStart(f"{path.absolute()} must be a file, it is {what}", hint=hint)
+    path = folder / DECISIONS_FILE
+    if path.exists() and not os.access(path, os.R_OK | os.W_OK):
+        hint = "give it to the user of the daemon"
+        raise CannotStart(f"{path.absolute()} must be readable and writable, it is not", hint=hint)
 
 
 def follow_up(
