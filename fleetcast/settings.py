@@ -158,9 +158,14 @@ class BufferSettings:
     retention_max_mb: int = setting(
         0, "from this size of records (or forecasts) on, the oldest days go; 0: no limit", unit="MB", low=0
     )
-    flush_records: int = setting(10_000, "records after which the log becomes a part", low=1)
-    flush_interval_s: float = setting(
-        45.0, "longest time that an accepted record stays outside its day file", unit="s", low=0.05, high=60
+    publish_records: int = setting(10_000, "records in the log that become a part at once", low=1)
+    publish_s: float = setting(
+        300.0,
+        "longest time that an accepted record stays outside its day file; a fleet that sends 1,000 records "
+        "a minute never waits longer than 60 s",
+        unit="s",
+        low=0.05,
+        high=600,
     )
     percent_decimals: int = setting(2, "decimals of `_pct` metrics", low=0, high=12)
     significant_digits: int = setting(4, "significant digits of other metrics", low=1, high=17)

@@ -180,7 +180,7 @@ def test_ten_thousand_records_are_flushed_by_themselves(buffer: DataBuffer, tmp_
 def test_a_flush_that_fails_does_not_fail_the_append(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    buffer = DataBuffer(tmp_path, settings=BufferSettings(flush_records=1), clock=FakeClock(NOW))
+    buffer = DataBuffer(tmp_path, settings=BufferSettings(publish_records=1), clock=FakeClock(NOW))
 
     def full(_path: Path) -> None:
         raise OSError(28, "No space left on device")

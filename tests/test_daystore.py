@@ -20,7 +20,7 @@ from fleetcast.storage import daystore, log, upkeep
 from fleetcast.storage import writer as writer_module
 from fleetcast.storage.bin_days import lacks_bins, make_bins
 from fleetcast.storage.days import day_path, list_days, part_names
-from fleetcast.storage.daystore import DayStore
+from fleetcast.storage.daystore import PART_ROWS, DayStore, publish_after_s
 from fleetcast.storage.log import encode_table
 from fleetcast.storage.reader import DayReader, log_folder
 from fleetcast.storage.tables import BINS, METRICS, batch_of_table, table_of_batch
@@ -108,7 +108,7 @@ def test_segment_numbers_are_never_used_twice(tmp_path: Path) -> None:
 def test_a_flush_is_due_by_rows_or_by_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(daystore, "monotonic", lambda: now[0])
-    owner = DayStore(tmp_path, METRICS, BufferSettings(flush_records=3, flush_interval_s=45.0))
+    owner = DayStore(tmp_path, METRICS, BufferSettings(publish_records=3, publish_s=60.0))
     owner.open()
     assert owner.is_flush_due is False
     append(owner, ("a", NOON_MS, {"x": 1.0}))
@@ -119,6 +119,27 @@ def test_a_flush_is_due_by_rows_or_by_age(tmp_path: Path, monkeypatch: pytest.Mo
     assert (owner.pending_s, len(in_days(tmp_path))) == (0, 1)
     append(owner, *(("a", NOON_MS + tick, {"x": 1.0}) for tick in range(3)))
     assert owner.is_flush_due is True
+
+
+def test_few_rows_wait_longer_for_their_part_than_many() -> None:
+    default = BufferSettings()
+    waits_s = [publish_after_s(default, n_rows) for n_rows in (1, PART_ROWS - 1, PART_ROWS, 9_999, 10_000)]
+    assert waits_s == [285.0, 285.0, 45.0, 45.0, 0.0]  # 300 s and 60 s, less what a join may take
+    soon = BufferSettings(publish_s=2.0)
+    assert [publish_after_s(soon, n_rows) for n_rows in (1, PART_ROWS)] == [1.5, 1.5]
+
+
+def test_five_minutes_of_a_small_fleet_outlive_a_crash(tmp_path: Path) -> None:
+    """The process dies with every row in the log; the next owner makes parts of them at once."""
+    owner = store(tmp_path)
+    rows: Rows = {}
+    for tick in range(60):
+        ticked = [(f"s{number:02d}", NOON_MS + 5_000 * tick, {"x": float(tick)}) for number in range(20)]
+        append(owner, *ticked)
+        rows |= {(server, time): values for server, time, values in ticked}
+    assert (in_days(tmp_path), content(tmp_path) == rows) == ({}, True)  # our readers see the log
+    store(tmp_path).close()
+    assert content(tmp_path) == in_days(tmp_path) == rows
 
 
 def test_a_row_of_many_metrics_does_not_make_many_rows_wide(
@@ -269,7 +290,7 @@ def test_a_full_disk_at_the_flush_keeps_the_log_and_is_tried_again(
 def test_a_failing_maintenance_waits_before_it_tries_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    owner = DayStore(tmp_path, METRICS, BufferSettings(flush_records=1))
+    owner = DayStore(tmp_path, METRICS, BufferSettings(publish_records=1))
     owner.open()
     append(owner, ("a", NOON_MS, {"x": 1.0}))
 
@@ -380,6 +401,18 @@ class SealHere:
 def seals_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upkeep, "SealProcess", SealHere)
     monkeypatch.setattr(upkeep, "BinsProcess", MeansHere)
+
+
+@pytest.mark.usefixtures("seals_here")
+def test_what_waits_in_the_log_is_published_before_its_day_is_sealed(tmp_path: Path) -> None:
+    owner = store(tmp_path, seal_quiet_s=0.0)
+    append(owner, ("a", NOON_MS, {"x": 1.0}))
+    owner.flush()
+    append(owner, ("a", NOON_MS + 1, {"x": 2.0}))
+    wait_for_seal(owner, LATER)
+    assert day_folder(tmp_path).is_file()
+    assert in_days(tmp_path) == {("a", NOON_MS): {"x": 1.0}, ("a", NOON_MS + 1): {"x": 2.0}}
+    owner.close()
 
 
 @pytest.mark.usefixtures("seals_here")

@@ -105,3 +105,24 @@ def test_every_mix_of_names_makes_one_table() -> None:
     table, _ = decoded([encode_batch(one) for one in sent])
     assert [row["server_name"] for row in table.to_pylist()] == list("aabbab")
     assert all(first < last for first, last in pairwise(row["timestamp"] for row in table.to_pylist()))
+
+
+def test_of_ticks_that_are_read_together_a_wrong_one_costs_only_itself() -> None:
+    ticks = [
+        batch([("a", NOON_MS + tick, {"x": float(tick), "y": -1.0}), ("b", NOON_MS + tick, {"x": 9.0})])
+        for tick in range(5)
+    ]
+    payloads = [encode_batch(tick) for tick in ticks]
+    wrong = payloads[2][:-4] + b"\xff\xff\xff\xff"  # the last row's server
+    table, bad = decoded([*payloads[:2], wrong, *payloads[3:]])
+    assert bad == [wrong]
+    expected = {place: value for kept in (0, 1, 3, 4) for place, value in rows_of([ticks[kept]]).items()}
+    assert rows_in(table) == expected
+    assert table.column("timestamp").cast(pa.int64()).to_pylist() == [
+        NOON_MS + tick for tick in (0, 0, 1, 1, 3, 3, 4, 4)
+    ]
+
+
+def test_rows_without_metrics_are_read_too() -> None:
+    bare = RecordBatch(ONE.server_names, ONE.server_codes, ONE.timestamps_ms, {})
+    assert len(decoded([encode_batch(bare)] * 2)[0]) == 4

@@ -39,7 +39,7 @@ from fleetcast.settings import BufferSettings, RemoteWriteSettings
 N_BODIES = 60
 WARM_UP_S = 1.0
 LOADER_LIMIT_S, AT_REST_CPU_S = 60.0, 0.03  # per half a second
-NO_FLUSH = {"FLEETCAST_BUFFER_FLUSH_RECORDS": "1000000000", "FLEETCAST_BUFFER_FLUSH_INTERVAL_S": "60"}
+NO_FLUSH = {"FLEETCAST_BUFFER_PUBLISH_RECORDS": "1000000000", "FLEETCAST_BUFFER_PUBLISH_S": "60"}
 WRITE_HEADERS = "Content-Type: application/x-protobuf\r\nContent-Encoding: snappy"
 Bodies = Callable[[int, int, int], Iterator[bytes]]
 
@@ -139,7 +139,7 @@ def _wait_for_the_loader(process: psutil.Process) -> None:
 def path_alone(form: Form) -> dict[str, Any]:
     """Return the rate of decoding, checking and appending durably, by CPU time of this process."""
     folder = Path(tempfile.mkdtemp(prefix="fleetcast-ingest-"))
-    buffer = DataBuffer(folder, settings=BufferSettings(flush_records=10**9))
+    buffer = DataBuffer(folder, settings=BufferSettings(publish_records=10**9))
     take = _path_of(form, buffer)
     bodies = list(form.bodies(to_ms(SystemClock().now()) - 60_000, N_BODIES, form.n_per_post))
     for body in bodies[:10]:

@@ -40,7 +40,24 @@ from fleetcast.storage.writer import DayWriter, Step, no_step
 logger = logging.getLogger(__name__)
 
 SEGMENT_CELLS_MAX = 2**22  # a segment is read back as one table of its rows times all its columns
+PART_ROWS = (
+    1_000  # of a part that costs about as much CPU as its rows in the log (benchmarks/buffer/buffer.py)
+)
+LARGE_FLEET_S = 60.0  # longest wait of that many rows
+_LEAD_S = 15.0  # a publication begins so long before the wait is over, as it may wait for a join itself
 RETRY_S = 5.0  # after a failure; a full disk needs no attempt per second
+
+
+def publish_after_s(settings: BufferSettings, n_rows: int) -> float:
+    """Return how old the oldest of so many rows in the log gets before they become parts.
+
+    >>> [publish_after_s(BufferSettings(), n_rows) for n_rows in (999, 1_000, 10_000)]
+    [285.0, 45.0, 0.0]
+    """
+    if n_rows >= settings.publish_records:
+        return 0.0
+    wait_s = settings.publish_s if n_rows < PART_ROWS else min(settings.publish_s, LARGE_FLEET_S)
+    return wait_s - min(_LEAD_S, wait_s / 4)
 
 
 class DayStore:
@@ -139,10 +156,9 @@ class DayStore:
     @property
     def is_flush_due(self) -> bool:
         """Whether the log has waited long enough, or is long enough, to become parts."""
-        if self._n_pending == 0:
-            return False
+        n_rows = self._n_pending
         age_s = monotonic() - self._pending_since
-        return self._n_pending >= self._settings.flush_records or age_s >= self._settings.flush_interval_s
+        return n_rows > 0 and age_s >= publish_after_s(self._settings, n_rows)
 
     def flush(self) -> int:
         """Move every row of the log into its day; return how many rows moved."""
@@ -161,7 +177,8 @@ class DayStore:
             return
         self._guard()
         with self._retry_later():
-            if self.is_flush_due:
+            # rows that came late for a day that is about to be sealed belong in its file
+            if self.is_flush_due or (self._n_pending and self._upkeep.day_to_seal(now)):
                 self.flush()
             with self._structure:
                 self._upkeep.run(now, expires=expires)

@@ -21,7 +21,7 @@ import os
 import re
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -39,6 +39,7 @@ from fleetcast.storage.tables import METRICS, TableKind, canonical, concatenate,
 TAG = b"FCR\x01"
 _HEAD = struct.Struct("<4s4I")
 _SEPARATOR = "\n"
+_SMALL_BYTES = 65_536  # of a payload that is read together with those like it; copying larger ones costs more
 
 
 def encode_table(table: pa.Table) -> bytes:
@@ -76,26 +77,54 @@ def decode_payloads(
     """Return the rows of payloads in their order; an undecodable one costs only itself."""
     tables: list[pa.Table] = []
     alike: list[_Columns] = []  # one after the other, with the same names
-    for payload in payloads:
-        try:
-            columns = _columns(payload, kind)
-            if alike and (columns is None or columns.names != alike[0].names):
-                tables.append(_table(alike))
-                alike = []
-            if columns is None:
-                tables.append(_stream(payload, kind))
-            else:
-                alike.append(columns)
-        except READ_ERRORS as error:
-            on_bad(payload, error)
+    for columns in _read(payloads, kind, on_bad):
+        if alike and (isinstance(columns, pa.Table) or columns.names != alike[0].names):
+            tables.append(_table(alike))
+            alike = []
+        if isinstance(columns, pa.Table):
+            tables.append(columns)
+        else:
+            alike.append(columns)
     if alike:
         tables.append(_table(alike))
     return concatenate(tables, kind)
 
 
+def _read(
+    payloads: Sequence[bytes], kind: TableKind, on_bad: Callable[[bytes, Exception], None]
+) -> Iterator["_Columns | pa.Table"]:
+    """Yield what payloads hold; those that are wrong in a run of them are found one by one."""
+    for run in _runs(payloads):
+        try:
+            yield _columns(run, kind) if run[0].startswith(TAG) else _stream(run[0], kind)
+        except READ_ERRORS as error:
+            if len(run) == 1:
+                on_bad(run[0], error)
+                continue
+            for payload in run:
+                yield from _read([payload], kind, on_bad)
+
+
+def _runs(payloads: Sequence[bytes]) -> Iterator[list[bytes]]:
+    """Yield payloads of records that differ in numbers only together, any other alone."""
+    run: list[bytes] = []
+    head = b""
+    for payload in payloads:
+        if head and len(payload) == len(run[0]) and payload.startswith(head):
+            run.append(payload)
+            continue
+        if run:
+            yield run
+        run, head = [payload], b""
+        if payload.startswith(TAG) and _HEAD.size <= len(payload) <= _SMALL_BYTES:
+            head = payload[: _HEAD.size + _HEAD.unpack_from(payload)[4]]
+    if run:
+        yield run
+
+
 @dataclass(frozen=True, slots=True)
 class _Columns:
-    """The rows of one payload; the arrays lie in its bytes."""
+    """The rows of payloads with the same names."""
 
     n_metrics: int
     names: tuple[str, ...]  # metrics, then servers
@@ -104,10 +133,9 @@ class _Columns:
     codes: Codes
 
 
-def _columns(payload: bytes, kind: TableKind) -> _Columns | None:
-    """Return the plain columns of a payload, None for an Arrow stream; ValueError where they do not fit."""
-    if payload[: len(TAG)] != TAG:
-        return None
+def _columns(run: Sequence[bytes], kind: TableKind) -> _Columns:
+    """Return the plain columns of a run of payloads; ValueError where they do not fit."""
+    payload = run[0]
     if kind is not METRICS or len(payload) < _HEAD.size:
         raise ValueError("a payload of records has no place here")
     _, n_rows, n_metrics, n_servers, n_bytes = _HEAD.unpack_from(payload)
@@ -117,11 +145,14 @@ def _columns(payload: bytes, kind: TableKind) -> _Columns | None:
     names = _names(payload[_HEAD.size : times_at])
     if codes_at + 4 * n_rows != len(payload) or len(names) != n_metrics + n_servers:
         raise ValueError("a payload of records does not have the size it says")
-    codes = np.frombuffer(payload, "<i4", n_rows, codes_at)
-    if n_rows and not 0 <= codes.min() <= codes.max() < n_servers:
+    cells = np.frombuffer(b"".join(run), np.uint8).reshape(len(run), -1)  # (payload, byte)
+    codes = np.ascontiguousarray(cells[:, codes_at:]).reshape(-1).view("<i4")
+    if len(codes) and not 0 <= codes.min() <= codes.max() < n_servers:
         raise ValueError("a payload of records names a server it does not have")
-    values = np.frombuffer(payload, "<f8", n_rows * n_metrics, values_at).reshape(n_metrics, n_rows)
-    return _Columns(n_metrics, names, np.frombuffer(payload, "<i8", n_rows, times_at), values, codes)
+    flat = np.ascontiguousarray(cells[:, values_at:codes_at]).reshape(-1).view("<f8")
+    values = flat.reshape(len(run), n_metrics, n_rows).transpose(1, 0, 2).reshape(n_metrics, len(codes))
+    times = np.ascontiguousarray(cells[:, times_at:values_at]).reshape(-1).view("<i8")
+    return _Columns(n_metrics, names, times, values, codes)
 
 
 def _table(alike: Sequence[_Columns]) -> pa.Table:
@@ -311,6 +342,7 @@ class WriteAheadLog:
         self._descriptor: int | None = None
         self._size_bytes = 0
         self._open_number = -1
+        self._open_path = folder  # of the open segment, looked at before each write
 
     def append(self, payload: bytes) -> None:
         """Write one frame and return when it is durable.
@@ -375,7 +407,7 @@ class WriteAheadLog:
     def _is_in_place(self, descriptor: int) -> bool:
         """Whether the open segment still has its name: what is written to one without goes at its close."""
         try:
-            found = self._path(self._open_number).stat()
+            found = self._open_path.stat()
         except FileNotFoundError:
             return False
         return os.path.samestat(found, os.fstat(descriptor))
@@ -433,6 +465,7 @@ class WriteAheadLog:
         finally:
             self._next_number += 1  # a number is never used twice, not even after a failure
         self._open_number = self._next_number - 1
+        self._open_path = path
         self._size_bytes = 0
         return self._descriptor
 

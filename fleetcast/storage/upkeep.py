@@ -280,19 +280,24 @@ class DayUpkeep:
                 state.compacted_at = now
 
     def _seal_due(self, now: datetime) -> None:
-        """Start sealing the oldest day that is over and quiet, or take over the finished one."""
+        """Start sealing a day, or take over the finished one."""
         if self._sealer is not None:
             if not self._sealer.is_running:
                 process, self._sealer = self._sealer, None
                 self._finish_seal(process)
-            return
-        wall = monotonic()
-        over_ms = to_ms(now - SEAL_GRACE)
+        elif (day := self.day_to_seal(now)) is not None:
+            self._start_seal(day, {})
+
+    def day_to_seal(self, now: datetime) -> date | None:
+        """Return the oldest day that is over and quiet, None while one is being sealed."""
+        if self._sealer is not None:
+            return None
+        wall, over_ms = monotonic(), to_ms(now - SEAL_GRACE)
         for day, state in sorted(self._open_days.items()):
             is_over = day_start_ms(day) + DAY_MS <= over_ms
             if is_over and wall >= max(state.changed_at + self._pace.seal_quiet_s, state.seal_after):
-                self._start_seal(day, {})
-                return
+                return day
+        return None
 
     def _start_seal(self, day: date, drops: Drops) -> None:
         self._settle()

@@ -33,7 +33,7 @@ steps_per_epoch = 25
 batch_size = 64
 hidden_size = 16
 [buffer]
-flush_interval_s = 2.0
+publish_s = 2.0
 """
 
 

@@ -29,7 +29,7 @@ STEP_MS = 1_800_000  # 48 batches are a day
 SERVERS = 5
 BIN_MS = 2 * STEP_MS
 PACE = UpkeepPace(compact_parts=4, seal_quiet_s=0.0, reseal_quiet_s=0.2, bin_ms=BIN_MS)
-SETTINGS = BufferSettings(flush_records=40, flush_interval_s=0.1)
+SETTINGS = BufferSettings(publish_records=40, publish_s=0.1)
 
 Row = tuple[str, int, str, float]  # server, time, metric, value
 
