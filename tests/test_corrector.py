@@ -119,27 +119,32 @@ def test_widths_of_format_1_are_taken_over(fleet: Fleet, caplog: pytest.LogCaptu
         fleet.start()
     assert "format 1" in caplog.text
     mixture = fleet.corrector._layer.mixture
-    np.testing.assert_array_equal(mixture.widen[:2, :, 0], arrays["widen"])
+    np.testing.assert_allclose(mixture.widen[:2, :, 0], arrays["widen"], atol=1e-6)
     assert not mixture.counts.any()
 
 
-def test_what_format_3_learned_is_taken_over(fleet: Fleet) -> None:
+@pytest.mark.parametrize("older", [3, 4])
+def test_what_formats_3_and_4_learned_is_taken_over(fleet: Fleet, older: int) -> None:
     fleet.close(60)
     mixture = fleet.corrector._layer.mixture
     before = mixture.shares(np.array([0]), np.array([[True, True]]), HOME)
-    misses = mixture.misses[:2].copy()
+    misses, total = mixture.misses[:2].copy(), (mixture.widen + mixture.fleet_widen)[:2]
     fleet.corrector.save(at_once=True)
     path = fleet.folder / FILE
     with np.load(path) as archive:
         arrays = {name: archive[name] for name in archive.files}
-    arrays["format"] = np.int64(3)
-    del arrays["lately"]
+    arrays["format"] = np.int64(older)
+    if older == 3:
+        del arrays["lately"]
     np.savez(path, **arrays)
     fleet.start()
     mixture = fleet.corrector._layer.mixture
     after = mixture.shares(np.array([0]), np.array([[True, True]]), HOME)
     np.testing.assert_array_equal(after, before)
     np.testing.assert_array_equal(mixture.misses[:2], misses)
+    # what the fleet's part of a factor was, in full, is what both parts are now
+    factors = mixture.factors(np.array([0, 1]), np.zeros((2, 2), np.bool_))
+    np.testing.assert_allclose(np.log(factors), np.clip(total[:, :, 0], -1.5, 1.5), atol=1e-5)
     assert not mixture.retreat(np.array([0, 1])).any()
 
 

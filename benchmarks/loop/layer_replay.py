@@ -5,7 +5,8 @@
 The shipped base forecasts the scenes of `loop_replay` (a group is ten servers, 28 days of history, then
 28 replayed days, or `--days`); the layer serves them. Told are the error relative to repeating the last
 value and the pinball loss of p10, p50 and p90 relative to it (geometric means over series), the error of
-the model alone (raw), what share of actuals the 80 % band holds, percents and rates apart, and for each
+the model alone (raw), what share of actuals the 80 % band holds, percents and rates apart, the same of
+the series at the first, fifth and ninth tenth, and for each
 metric and horizon how what is served compares with each expert alone: the answer is yes where it is at
 most 1 % worse than the best of them (in hindsight). What needs no layer is kept in the folder.
 """
@@ -121,7 +122,8 @@ class _Group:
 def _bands(fleet: ReplayFleet, quantiles: Floats32) -> dict[str, Any]:
     """Return the pinball loss by horizon, and what the band holds, by horizon and kind of metric."""
     values, percents = fleet.grid.values, np.array([is_percent(name) for name in fleet.grid.metrics])
-    levels, found = np.array(QUANTILES), {"pinball": {}, "inside_percents": {}, "inside_rates": {}}
+    kinds = ("pinball", "inside_percents", "inside_rates", "inside_series")
+    levels, found = np.array(QUANTILES), {name: {} for name in kinds}
     for place, horizon in enumerate(HORIZONS):
         origins = np.arange(fleet.begin, fleet.grid.n_bins - horizon)
         actual, said = values[:, :, origins + horizon], quantiles[:, :, : len(origins), place]
@@ -136,6 +138,9 @@ def _bands(fleet: ReplayFleet, quantiles: Floats32) -> dict[str, Any]:
         for kind, chosen in (("inside_percents", percents), ("inside_rates", ~percents)):
             share = inside[:, chosen][is_known[:, chosen]]
             found[kind][NAMES[horizon]] = round(float(share.mean()), 3) if len(share) else None
+        by_series = np.where(is_known, inside, np.nan).reshape(-1, len(origins))
+        shares = np.nanmean(by_series[is_known.reshape(by_series.shape).any(axis=1)], axis=1)
+        found["inside_series"][NAMES[horizon]] = np.quantile(shares, (0.1, 0.5, 0.9)).round(2).tolist()
     return found
 
 
@@ -168,7 +173,9 @@ def _line(row: dict[str, Any]) -> str:
     groups, raw = ({name: item["mean"] for name, item in row[key].items()} for key in ("error", "raw"))
     parts = [f"group {row['group']} {row['scene']}", f"error {groups} by horizon {row['error']['all']}"]
     parts += [f"raw {raw}"]
-    parts += [f"{name} {row[name]}" for name in ("pinball", "inside_percents", "inside_rates")]
+    parts += [
+        f"{name} {row[name]}" for name in ("pinball", "inside_percents", "inside_rates", "inside_series")
+    ]
     return "; ".join(parts)
 
 

@@ -6,13 +6,14 @@ Does not know: how forecasts are mixed (`forecast/experts/`), when bins close, t
 A kill loses what was learned since the last save, at most a minute, and which forecasts were open:
 those teach nothing. A file that cannot be read is logged, and learning starts afresh.
 
-`feedback.npz` (format 4): `format`, `bin_ms`, `through_ms` (newest bin that taught), `horizons`, the arrays
+`feedback.npz` (format 5): `format`, `bin_ms`, `through_ms` (newest bin that taught), `horizons`, the arrays
 of `Mixture` (`losses`, `counts`, `last_losses`, `widen`, `misses`, `trend_sums`, `apart`, `lately`: a row per
 server; `fleet_widen`), after a clean stop the open forecasts (`pending_*`), and names as UTF-8 lines in byte
-arrays (`servers`, `metrics`, `version`). Format 3 had no `lately` and other open forecasts. Format 2 knew one
-state of a series, where it usually is: its arrays are taken over for that state, open forecasts are not. Of
-format 1, written before there were experts, only the widths of intervals are. The zip's own CRC-32 guards
-every array; nothing is pickled.
+arrays (`servers`, `metrics`, `version`). Up to format 4 the fleet's part of a factor counted in full: what no
+longer counts of it is taken over into the series' own. Format 3 had no `lately` and other open forecasts.
+Format 2 knew one state of a series, where it usually is: its arrays are taken over for that state, open
+forecasts are not. Of format 1, written before there were experts, only the widths of intervals are. The zip's
+own CRC-32 guards every array; nothing is pickled.
 """
 
 import io
@@ -40,7 +41,7 @@ from fleetcast.serving.ledger import pack_lines, unpack_lines
 logger = logging.getLogger(__name__)
 
 FILE = "feedback.npz"
-FORMAT = 4
+FORMAT = 5
 SAVE_S = 60.0  # wall time between two saves
 _FORGET_AT = 64  # servers not seen any more before their rows are given up
 # what older formats have in common with ours, by format
@@ -48,6 +49,7 @@ _SHARED = {
     1: ("widen", "fleet_widen"),
     2: ("losses", "counts", "last_losses", "widen", "trend_sums", "fleet_widen"),
     3: (*(name for name in Mixture.ROW_ARRAYS if name != "lately"), "fleet_widen"),
+    4: (*Mixture.ROW_ARRAYS, "fleet_widen"),
     FORMAT: (*Mixture.ROW_ARRAYS, "fleet_widen"),
 }
 
@@ -239,6 +241,8 @@ class Corrector:
                 mixture.fleet_widen = found
             else:
                 own[:n_row] = found
+        if found_format < FORMAT:
+            mixture.take_over_fleet_part()
         self._layer.restore_pending(arrays)
 
 

@@ -12,7 +12,8 @@ what `learn` was given and nothing else. Does not know: names, files, how an exp
 2. A half of the interval is drawn towards what the series' own misses ask for, and then stretched by
    a factor, moved up by a miss and down by a hit so that one in ten is missed on either side (adaptive
    conformal inference, Gibbs and Candes, arXiv:2106.00170, on the logarithm of the factor): a part
-   common to the fleet's metric, which learns from every series at once, and a part of the series.
+   common to the fleet's metric, which learns from every series at once, and a part of the series,
+   which takes over as its own forecasts settle: one in ten is to be missed of each series.
 3. The belief in a trend is the slope of what happened on what the trend said, through the origin.
 4. A series that has been apart from its usual day for an hour, by far more than it ever is, has moved:
    another service runs there, a neighbour failed over. What was learned while it was at home says
@@ -77,6 +78,7 @@ class MixtureRates:
     width_doubt: tuple[float, float] = (24.0, 48.0)  # settled forecasts after which it is half of that
     widen_step: tuple[float, float] = (0.05, 0.01)  # of the series' factor: at 1 bin, at 96
     fleet_step: tuple[float, float] = (0.1, 0.05)  # of the fleet's factor
+    fleet_doubt: float = 4.0  # times `doubt`: settled forecasts after which the fleet's factor counts half
     trend_half_life: float = 576.0  # bins: two days
     trend_prior: float = 24.0  # how many bins of the present trend its prior belief is worth
     apart_half_life: tuple[float, float] = (
@@ -241,13 +243,46 @@ class Mixture:
         excess = np.where(is_known[..., None], missed - np.float32(_MISS), np.float32(0))
         place = (*self._place(rows, has_moved), knot)
         self._learn_misses(place, knot, np.where(is_known, actual - served[..., 1], np.float32(np.nan)))
-        moved = self.widen[place] + self._rate("widen_step", knot) * excess
-        self.widen[place] = np.clip(moved, -_WIDEN_LIMIT, _WIDEN_LIMIT)
-        for state, is_there in ((AT_HOME, is_known & ~has_moved), (MOVED, is_known & has_moved)):
-            total = np.where(is_there[..., None], excess, np.float32(0)).sum(axis=0)
-            mean = total / np.maximum(is_there.sum(axis=0), 1)[:, None]
-            fleet = self.fleet_widen[:, state, knot] + self._rate("fleet_step", knot) * mean
-            self.fleet_widen[:, state, knot] = np.clip(fleet, -_WIDEN_LIMIT, _WIDEN_LIMIT)
+        self._widen(place, knot, excess, (is_known & ~has_moved, is_known & has_moved))
+
+    def _widen(
+        self, place: tuple[Longs, Longs, Longs, int], knot: int, excess: Floats32, known: tuple[Flags, Flags]
+    ) -> None:
+        """Move the factors by excess (row, metric, side) of misses; `known` is (row, metric) by state.
+
+        A factor at its limit cannot answer, so its series has no say in the fleet's: one that never moves
+        would narrow the intervals of all others for ever.
+        """
+        fleet = self._fleet_part(place[:3])[:, :, knot]
+        total = self.widen[place] + fleet
+        step = self._rate("widen_step", knot)
+        has_say = (np.abs(total) < _WIDEN_LIMIT - step) | (np.sign(total) != np.sign(excess))
+        moved = self.widen[place] + step * excess
+        self.widen[place] = np.clip(moved, -_WIDEN_LIMIT - fleet, _WIDEN_LIMIT - fleet)
+        for state, is_there in enumerate(known):
+            counts = is_there[..., None] & has_say
+            mean = np.where(counts, excess, np.float32(0)).sum(axis=0) / np.maximum(counts.sum(axis=0), 1)
+            changed = self.fleet_widen[:, state, knot] + self._rate("fleet_step", knot) * mean
+            self.fleet_widen[:, state, knot] = np.clip(changed, -_WIDEN_LIMIT, _WIDEN_LIMIT)
+
+    def take_over_fleet_part(self) -> None:
+        """Give each series, as its own, what would no longer count of the fleet's factor: nothing jumps."""
+        own = self.widen + self.fleet_widen * (1 - self._fleet_share(self.misses))
+        self.widen = np.asarray(np.clip(own, -_WIDEN_LIMIT, _WIDEN_LIMIT), np.float32)
+
+    def _fleet_part(self, place: tuple[Longs, Longs, Longs]) -> Floats32:
+        """Return (row, metric, knot, side) the fleet's part of factors, which own settled forecasts end.
+
+        Otherwise the fleet's mean would be right, and each series wrong: those that are easy to forecast
+        would narrow the intervals of all others.
+        """
+        share = self._fleet_share(self.misses[place])
+        return np.asarray(self.fleet_widen[place[1:]] * share, np.float32)
+
+    def _fleet_share(self, misses: Floats32) -> Floats32:
+        """Return (..., knot, 1) how far the fleet's factor counts beside such evidence, 0 to 1."""
+        doubt = self.rates.fleet_doubt * self._by_knot("doubt")[:, None]
+        return np.asarray(doubt / (misses[..., 2:] + doubt), np.float32)
 
     def _learn_misses(self, place: tuple[Longs, Longs, Longs, int], knot: int, miss: Floats32) -> None:
         """Take in actual minus median, (row, metric), NaN = unknown."""
@@ -302,7 +337,7 @@ class Mixture:
     def factors(self, rows: Longs, has_moved: Flags) -> Floats32:
         """Return (row, metric, knot, [below, above]) by how much to stretch the halves of an interval."""
         place = self._place(rows, has_moved)
-        widen = np.clip(self.widen[place] + self.fleet_widen[place[1:]], -_WIDEN_LIMIT, _WIDEN_LIMIT)
+        widen = np.clip(self.widen[place] + self._fleet_part(place), -_WIDEN_LIMIT, _WIDEN_LIMIT)
         return np.asarray(np.exp(widen), np.float32)
 
     def own_halves(self, rows: Longs, has_moved: Flags) -> tuple[Floats32, Floats32]:
