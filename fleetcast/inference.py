@@ -36,7 +36,7 @@ from fleetcast.serving.capacity import Capacity
 from fleetcast.serving.corrector import Corrector
 from fleetcast.serving.export import Export
 from fleetcast.serving.forgetting import Forgetting
-from fleetcast.serving.fullness import Fullness
+from fleetcast.serving.fullness import Fullness, Soonest
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.intake import Intake, RejectedRecords
 from fleetcast.serving.journal import Journal
@@ -146,7 +146,7 @@ class InferenceService:
             (workers.step("exclusions"), self._follow_exclusions),
             (workers.step("forgetting"), forgetting.step),
             (workers.step("sweep"), lambda: self._sweeper.cycle(lambda: self._stop.is_requested)),
-            (workers.step("dates"), self._fullness.step),
+            (workers.step("dates"), self._follow_dates),
             (workers.step("upkeep"), self._maintain),
         ]
 
@@ -155,6 +155,7 @@ class InferenceService:
         folder, horizon_bins = Path(self._settings.paths.data_buffer_dir), self._fleet.settings.horizon_bins
         capacity = Capacity(folder, self._fleet.history, horizon_bins)
         self._sweeper.capacity = self._report.capacity = capacity
+        self._soonest = self._report.soonest = Soonest(self._fullness, self._fleet.clock)
         self._report.fleet_ahead = lambda: board.outlook.fleet
         past = Past(self._fleet, self._buffer, self._settings.forecast.settle_horizons)
         overview = Overview(self._fleet, board, past, self._report, Journal())
@@ -210,6 +211,10 @@ class InferenceService:
         for worker, work in self._steps:
             worker.run(work)
         self._telemetry.workers.look_after()
+
+    def _follow_dates(self) -> None:
+        self._fullness.step()
+        self._soonest.step()
 
     def _follow_clock(self) -> None:
         if not self._fleet.is_data_clock and self._is_ahead_of_the_clock():

@@ -17,6 +17,7 @@ from fleetcast.retraining.decision import TrainingLog, TrainingStamp
 from fleetcast.retraining.state import RetrainingState
 from fleetcast.retraining.telemetry import TEXTFILE, RetrainingTelemetry, read_textfile
 from fleetcast.serving.capacity import CapacityGauges
+from fleetcast.serving.fullness import FullnessGauges
 from fleetcast.serving.telemetry import GAUGES, Snapshot, Telemetry
 
 JOB = {"job": "fleetcast"}  # as the documented configuration names it
@@ -45,7 +46,11 @@ def whole_scrape(folder: Path) -> dict[str, list[Labels]]:
         {("cpu_pct", "forecast"): 0.1},
         {("web-01", "cpu_pct"): 0.5},
     )
-    told = Snapshot(dict.fromkeys(GAUGES, 1.0), "v1", False, {"web-01": 1.0}, capacity, {"data_buffer": 1})
+    disk = "disk_usage_pct"
+    dates = {("web-01", disk): 1.8e9}
+    fullness = FullnessGauges({(disk, 7): 1, (disk, 30): 1}, {disk: 0}, {disk: 1.8e9}, dates, dates)
+    seen = {"web-01": 1.0}
+    told = Snapshot(dict.fromkeys(GAUGES, 1.0), "v1", False, seen, capacity, fullness, {"data_buffer": 1})
     texts = [*write_retraining_numbers(folder), telemetry.render(told)]
     export = export_of()
     export.note_settled(settled("web-01", 1, 41.0, 44.0))

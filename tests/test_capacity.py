@@ -27,7 +27,7 @@ from fleetcast.clock import DAY_MS, FakeClock, from_ms
 from fleetcast.inference import build_fleet
 from fleetcast.schema import Floats
 from fleetcast.serving.capacity import Capacity, CapacityQuestion, _Published, _Standing
-from fleetcast.serving.fullness import DatesQuestion, Fullness
+from fleetcast.serving.fullness import DatesQuestion, Fullness, FullnessGauges, Soonest
 from fleetcast.settings import Settings
 
 NINETY = LIMITS.index(90.0)
@@ -365,3 +365,109 @@ def test_days_before_the_oldest_record_cost_no_reading(
     newest = fullness._newest_day
     assert read == [newest, newest - 1, newest - 2]
     buffer.close()
+
+
+@pytest.fixture
+def disks(tmp_path: Path) -> Iterator[tuple[Fullness, Soonest, FakeClock]]:
+    """Disks of which one is full within a week, one within a month, one is full, and one does not climb."""
+    clock = FakeClock()
+    series = {
+        "soon": climb(40, 1.0, 51.0),
+        "sooner": climb(40, 1.0, 53.0),
+        "later": climb(40, 1.0, 38.0),
+        "full": climb(40, 0.0, 97.0),
+        "steady": climb(40, 0.0),
+    }
+    buffer = buffer_of(tmp_path, series, clock)
+    fullness = Fullness(build_fleet(Settings(), clock), buffer)
+    yield fullness, Soonest(fullness, clock), clock
+    buffer.close()
+
+
+def look(fullness: Fullness, soonest: Soonest) -> FullnessGauges:
+    """Go on until everything was looked at."""
+    for _ in range(1000):
+        fullness.step()
+        soonest.step()
+        if (told := soonest.gauges(100)) is not None:
+            return told
+    raise AssertionError("it never ended")
+
+
+DISK = "disk_usage_pct"
+
+
+def test_a_scrape_says_what_the_answers_say_of_the_disks_that_are_full_soon(
+    disks: tuple[Fullness, Soonest, FakeClock],
+) -> None:
+    fullness, soonest, clock = disks
+    assert soonest.gauges(100) is None, "before the days were read"
+    told = look(fullness, soonest)
+    rows = {row["server"]: row["full_between"] for row in fullness.answer(DatesQuestion())["rows"]}
+    week, month = ((clock.now() + timedelta(days=days)).isoformat() for days in (7, 30))
+    dated = {name: days for name, days in rows.items() if days}
+    assert {"soon", "sooner", "later"} <= dated.keys()
+    for n_days, end in ((7, week), (30, month)):
+        assert told.within[DISK, n_days] == sum(days[0] < end for days in dated.values())
+    assert 0 < told.within[DISK, 7] < told.within[DISK, 30]
+    assert told.full == {DISK: 1}
+    for times, place in ((told.early, 0), (told.late, 1)):
+        said = {name: from_ms(int(at * 1000)).date().isoformat() for (name, _metric), at in times.items()}
+        assert said == {name: days[place] for name, days in dated.items()}
+    assert told.earliest[DISK] == min(told.early.values())
+
+
+def test_the_soonest_disks_are_named_and_no_more_than_allowed(
+    disks: tuple[Fullness, Soonest, FakeClock],
+) -> None:
+    fullness, soonest, _clock = disks
+    times = look(fullness, soonest).early
+    assert list(times.values()) == sorted(times.values())
+    told = soonest.gauges(2)
+    assert told is not None
+    assert list(told.early) == list(told.late) == list(times)[:2]
+
+
+def test_disks_are_looked_at_once_a_day_and_their_dates_come_nearer_at_each_scrape(
+    disks: tuple[Fullness, Soonest, FakeClock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fullness, soonest, clock = disks
+    before = look(fullness, soonest)
+    asked: list[str] = []
+    rows = fullness.rows
+    monkeypatch.setattr(fullness, "rows", lambda metric: asked.append(metric) or rows(metric))
+    for _ in range(50):
+        fullness.step()
+        soonest.step()
+    assert asked == []
+    clock.advance(days=1)
+    for _ in range(50):
+        fullness.step()
+        soonest.step()
+    assert asked == [DISK]
+    after = soonest.gauges(100)
+    assert after is not None
+    assert after.within[DISK, 30] >= before.within[DISK, 30]
+    # and once the history is read again, nothing is said until it is
+    fullness.clear()
+    soonest.step()
+    assert soonest.gauges(100) is None
+
+
+def test_a_look_that_fails_is_told_and_tried_again_later(
+    disks: tuple[Fullness, Soonest, FakeClock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fullness, soonest, _clock = disks
+    while fullness._newest_day < 0:
+        fullness.step()
+    now = [0.0]
+    monkeypatch.setattr("fleetcast.serving.fullness.monotonic", lambda: now[0])
+    monkeypatch.setattr(fullness, "metrics", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        soonest.step()
+    for _ in range(10):
+        soonest.step()  # not at once
+    monkeypatch.undo()
+    monkeypatch.setattr("fleetcast.serving.fullness.monotonic", lambda: now[0])
+    now[0] = 61.0
+    assert look(fullness, soonest).full == {DISK: 1}

@@ -31,6 +31,8 @@ _MOST_SERIES = 300  # that ratios are taken from
 _SIGNIFICANT = 1.645  # a slope whose 90 % interval holds zero is none
 _MOST_LATE = 2.0  # a range that ends beyond so many records says nothing
 
+Judged = tuple[float, float, float]  # lead, clarity, ratio
+
 
 @dataclass(frozen=True, slots=True)
 class Trend:
@@ -105,18 +107,30 @@ def compare(maxima: Sequence[Floats]) -> Ratios:
     Args:
         maxima: (day,) of each series; of a large fleet, evenly chosen ones are enough.
     """
-    step = max(1, len(maxima) // _MOST_SERIES)
-    found: list[tuple[float, float, float]] = []
-    for series in list(maxima)[::step]:
-        for today in range(FEWEST_DAYS - 1, len(series) - 1):
-            trend = find_trend(series[: today + 1])
-            if trend is not None and trend.is_climb and trend.days >= FEWEST_DAYS:
-                found += _judge_line(trend, series[today], series[today + 1 :])
-    columns = np.array(found, np.float64).reshape(-1, 3).T
-    return Ratios(*columns)
+    return gather([judged for series in choose(maxima) for judged in judge(series)])
 
 
-def _judge_line(trend: Trend, now: float, ahead: Floats) -> Iterator[tuple[float, float, float]]:
+def choose(maxima: Sequence[Floats]) -> Sequence[Floats]:
+    """Return evenly chosen series, which are enough to compare."""
+    return list(maxima)[:: max(1, len(maxima) // _MOST_SERIES)]
+
+
+def judge(series: Floats) -> list[Judged]:
+    """Return how one (day,) series went on after each day that looked like a climb."""
+    found: list[Judged] = []
+    for today in range(FEWEST_DAYS - 1, len(series) - 1):
+        trend = find_trend(series[: today + 1])
+        if trend is not None and trend.is_climb and trend.days >= FEWEST_DAYS:
+            found += _judge_line(trend, series[today], series[today + 1 :])
+    return found
+
+
+def gather(found: Sequence[Judged]) -> Ratios:
+    """Return the comparisons of several series as one."""
+    return Ratios(*np.array(found, np.float64).reshape(-1, 3).T)
+
+
+def _judge_line(trend: Trend, now: float, ahead: Floats) -> Iterator[Judged]:
     """Yield (lead, clarity, ratio) of each day that the line leads to and the record can judge."""
     tops = np.maximum.accumulate(np.where(np.isfinite(ahead), ahead, -np.inf))
     for lead in range(1, trend.days + 1):

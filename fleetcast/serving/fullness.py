@@ -5,6 +5,9 @@ time, newest first; which metrics count (those in percent, `disk_usage_pct` firs
 what a trend is (`capacity/dates.py`), HTTP. Nothing is kept on disk: after a restart the days are read again.
 
 `step` belongs to the daemon's main thread and reads one piece of a day; answers are safe from any thread.
+
+`Soonest` is what `/metrics` says of it: one look at every server a day, a slice of time at a time. How near a
+date is, is asked at each scrape, as the retraining daemon's alert asks it: from now to the early date.
 """
 
 import threading
@@ -16,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from fleetcast.capacity import dates
-from fleetcast.clock import DAY_MS, HOUR_MS, from_ms, iso_z, to_ms
+from fleetcast.clock import DAY_MS, HOUR_MS, Clock, from_ms, iso_z, monotonic, parse_plain_utc, to_ms
 from fleetcast.forecast.encoding import is_percent
-from fleetcast.schema import Floats, Floats32, RecordBatch
+from fleetcast.schema import Floats, Floats32, Longs, RecordBatch
 from fleetcast.serving.past import BadQuestion
 from fleetcast.serving.roster import Fleet
 from fleetcast.storage.store import DataBuffer
@@ -28,6 +31,11 @@ FIRST_METRIC = "disk_usage_pct"
 DEFAULT_LIMIT = 95.0
 _MOST_METRICS = 8
 _RIPE_MS = HOUR_MS  # after midnight, records of the day before still come
+WITHIN_DAYS = (7, 30)  # the first as in the retraining daemon's alert DiskFullSoon
+MOST_NAMED = 100  # servers of a metric, whatever server.max_server_labels allows: they change every day
+_SLICE_S = 0.05  # of the main thread, once a cycle: sweeps must not wait
+_DAY_S = DAY_MS / 1000
+_RETRY_S = 60.0  # after a look that failed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +68,7 @@ class Fullness:
         self._reading: Iterator[None] | None = None
         self._newest_day = self._begun_day = -1  # when everything was read last, and begun to be read
         self._lock = threading.Lock()
-        self._ratios: tuple[tuple[str, int, int], dates.Ratios] | None = None
+        self._ratios: dict[str, tuple[tuple[int, int], dates.Ratios]] = {}  # by metric, of which days
 
     def clear(self) -> None:
         """Forget every day, to read them again; on the thread of `step`."""
@@ -93,8 +101,8 @@ class Fullness:
         Raises:
             BadQuestion: with what would be right.
         """
-        if asked.metric not in self._metrics():
-            known = ", ".join(self._metrics()) or "none yet"
+        if asked.metric not in self.metrics():
+            known = ", ".join(self.metrics()) or "none yet"
             raise BadQuestion(f"no day of {asked.metric[:80]!r} is known", hint=f"known: {known}")
         if not 0.0 < asked.limit <= 100.0:
             raise BadQuestion(f"limit must be over 0 and at most 100, got {asked.limit:g}")
@@ -119,7 +127,34 @@ class Fullness:
             "rows": rows[: asked.n_rows],
         }
 
-    def _metrics(self) -> list[str]:
+    @property
+    def is_known(self) -> bool:
+        """Return whether all days were read once and since then only new ones were added."""
+        return self._newest_day >= 0
+
+    def whole_days(self) -> object | None:
+        """Return what changes when a day was added, None while days are still to be read."""
+        is_whole = self._newest_day >= 0 and self._newest_day == self._last_whole_day()
+        return self._days if is_whole else None
+
+    def rows(self, metric: str) -> Iterator[dict[str, Any] | None]:
+        """Yield the outlooks for the default limit, by name; None first, while the past is compared."""
+        days = self._days
+        newest = max(days)
+        names, maxima = _matrix(days, metric, newest)
+        made_of = (newest, len(days))
+        found: list[dates.Judged] = []
+        for series in dates.choose(maxima):
+            found += dates.judge(series)
+            yield None
+        ratios = dates.gather(found)
+        with self._lock:
+            self._ratios[metric] = (made_of, ratios)
+        for name, series in zip(names, maxima, strict=True):
+            yield self._row(name, dates.look_ahead(series, DEFAULT_LIMIT, ratios), newest)
+
+    def metrics(self) -> list[str]:
+        """Return the metrics that any day holds, by name."""
         return sorted({metric for day in self._days.values() for metric in day.metrics})
 
     def _last_whole_day(self) -> int:
@@ -159,11 +194,11 @@ class Fullness:
 
     def _compare(self, metric: str, days: dict[int, _Day], maxima: Sequence[Floats]) -> dates.Ratios:
         """Return the fleet's comparisons, made once for the same days."""
-        made_of = (metric, max(days), len(days))
+        made_of = (max(days), len(days))
         with self._lock:
-            if self._ratios is None or self._ratios[0] != made_of:
-                self._ratios = (made_of, dates.compare(maxima))
-            return self._ratios[1]
+            if metric not in self._ratios or self._ratios[metric][0] != made_of:
+                self._ratios[metric] = (made_of, dates.compare(maxima))
+            return self._ratios[metric][1]
 
     def _row(self, name: str, found: dates.Outlook, newest: int) -> dict[str, Any]:
         day = partial(_date, newest)
@@ -181,6 +216,102 @@ class Fullness:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class DatesAhead:
+    """The dates of one metric, in seconds since 1970; the earliest first."""
+
+    early: tuple[tuple[float, str], ...]  # time and server
+    late: dict[str, float]  # by server
+    n_full: int  # servers that were at the limit on the newest day
+
+
+@dataclass(frozen=True)
+class FullnessGauges:
+    """What a scrape reads; the labels are bounded."""
+
+    within: dict[tuple[str, int], int]  # by metric and days
+    full: dict[str, int]  # by metric
+    earliest: dict[str, float]  # by metric that has a date
+    early: dict[tuple[str, str], float]  # by server and metric
+    late: dict[tuple[str, str], float]
+
+
+class Soonest:
+    """Looks once a day; `step` belongs to the thread of `Fullness.step`, `gauges` is safe from any."""
+
+    def __init__(self, fullness: Fullness, clock: Clock) -> None:
+        """Know nothing yet."""
+        self._fullness = fullness
+        self._clock = clock
+        self._waits_until = float("-inf")  # after a failure
+        self._looking: Iterator[None] | None = None
+        self._begun: object | None = None
+        self._known: dict[str, DatesAhead] | None = None
+
+    def step(self) -> None:
+        """Look on for a slice of time; do nothing where days are still to be read, or nothing is new."""
+        whole = self._fullness.whole_days()
+        if whole is None:
+            if not self._fullness.is_known:
+                self._known, self._begun, self._looking = None, None, None
+            return
+        if monotonic() < self._waits_until:
+            return
+        if whole is not self._begun:
+            self._begun, self._looking = whole, self._look()
+        ends_at = monotonic() + _SLICE_S
+        while self._looking is not None and monotonic() < ends_at:
+            try:
+                next(self._looking)
+            except StopIteration:
+                self._looking = None
+            except BaseException:
+                self._begun, self._looking = None, None
+                self._waits_until = monotonic() + _RETRY_S
+                raise
+
+    def _look(self) -> Iterator[None]:
+        """Ask for every server's dates, one after the other, and publish them at the end."""
+        known = {}
+        for metric in self._fullness.metrics():
+            early, late, n_full = [], {}, 0
+            for row in self._fullness.rows(metric):
+                if row is None:
+                    yield
+                    continue
+                n_full += row["why_no_date"] == dates.OVER
+                if row["full_between"]:
+                    first, last = (parse_plain_utc(day).timestamp() for day in row["full_between"])
+                    early.append((first, row["server"]))
+                    late[row["server"]] = last
+                yield
+            known[metric] = DatesAhead(tuple(sorted(early)), late, n_full)
+        self._known = known
+
+    def gauges(self, most_named: int) -> FullnessGauges | None:
+        """Return what a scrape says now, None before every day was read and looked at.
+
+        Args:
+            most_named: servers of a metric that get a label of their own, at most `MOST_NAMED`.
+        """
+        known = self._known
+        if known is None:
+            return None
+        now_s = self._clock.now().timestamp()
+        told = FullnessGauges({}, {}, {}, {}, {})
+        for metric, ahead in known.items():
+            times = np.array([at for at, _server in ahead.early])
+            for days in WITHIN_DAYS:
+                told.within[metric, days] = int(np.searchsorted(times, now_s + days * _DAY_S))
+            told.full[metric] = ahead.n_full
+            if ahead.early:
+                told.earliest[metric] = ahead.early[0][0]
+            for at, server in ahead.early[: min(most_named, MOST_NAMED)]:
+                told.early[server, metric] = at
+                told.late[server, metric] = ahead.late[server]
+        return told
+
+
 def _tops(batch: RecordBatch, metrics: Sequence[str]) -> Iterator[tuple[str, Floats]]:
     """Yield each server's highest mean of a bin, by metric; a server's means stand together."""
     absent = np.full(len(batch), np.nan)
@@ -193,17 +324,19 @@ def _tops(batch: RecordBatch, metrics: Sequence[str]) -> Iterator[tuple[str, Flo
 
 def _matrix(days: dict[int, _Day], metric: str, newest: int) -> tuple[list[str], list[Floats]]:
     """Return the servers by name, and of each the maxima of the days up to the newest; NaN = none."""
-    oldest = min((day for day, one in days.items() if metric in one.metrics), default=newest)
-    maxima: dict[str, Floats] = {}
-    for day, one in days.items():
-        if metric not in one.metrics:
-            continue
-        for name, value in zip(one.server_names, one.values[:, one.metrics.index(metric)], strict=True):
-            if np.isfinite(value):
-                series = maxima.setdefault(name, np.full(newest - oldest + 1, np.nan))
-                series[day - oldest] = value
-    names = sorted(maxima)
-    return names, [maxima[name] for name in names]
+    held = {day: one for day, one in days.items() if metric in one.metrics}
+    oldest = min(held, default=newest)
+    names = sorted({name for one in held.values() for name in one.server_names})
+    row_of = {name: row for row, name in enumerate(names)}
+    maxima = np.full((len(names), newest - oldest + 1), np.nan)
+    servers: tuple[str, ...] = ()
+    rows: Longs = np.empty(0, np.int64)
+    for day, one in sorted(held.items()):
+        if one.server_names != servers:  # mostly those of the day before
+            servers, rows = one.server_names, np.array([row_of[name] for name in one.server_names], np.int64)
+        maxima[rows, day - oldest] = one.values[:, one.metrics.index(metric)]
+    is_known = np.isfinite(maxima).any(axis=1)
+    return [name for name, known in zip(names, is_known, strict=True) if known], list(maxima[is_known])
 
 
 def _rank(row: dict[str, Any]) -> tuple[bool, str, float, str]:

@@ -18,6 +18,7 @@ from fleetcast.files import free_bytes
 from fleetcast.forecast.registry import ATTEMPT_LOCK, TRAINER_LOCK, lock_paths
 from fleetcast.locks import is_locked
 from fleetcast.serving.capacity import Capacity
+from fleetcast.serving.fullness import Soonest
 from fleetcast.serving.ledger import Ledger
 from fleetcast.serving.model_loader import ModelLoader
 from fleetcast.serving.roster import Fleet
@@ -75,6 +76,7 @@ class StatusReport:
         self._stats_at = float("-inf")
         self.phase = "the history is being restored"  # set by the daemon; "" = it is at work
         self.capacity: Capacity | None = None  # set by the daemon
+        self.soonest: Soonest | None = None  # set by the daemon
         self.fleet_ahead: Callable[[], Mapping[str, Any] | None] = lambda: None  # set by the daemon
         self.weak_key = ""  # set by the daemon: what is wrong with its key
         self.being_forgotten: Callable[[], Collection[str]] = frozenset  # set by the daemon
@@ -203,7 +205,8 @@ class StatusReport:
         present = self._fleet.servers()
         stats, limits = self._buffer_stats(), self._limits()
         model = self._model.report()
-        shown = range(min(len(present.server_names), self._settings.server.max_server_labels))
+        most_named = self._settings.server.max_server_labels
+        shown = range(min(len(present.server_names), most_named))
         newest_ms = self._fleet.history.newest_ms
         return Snapshot(
             gauges={
@@ -228,7 +231,8 @@ class StatusReport:
             },
             model_version=model["version"],
             is_base_model=bool(model["base"]),
-            capacity=self.capacity.gauges(self._settings.server.max_server_labels) if self.capacity else None,
+            capacity=self.capacity.gauges(most_named) if self.capacity else None,
+            fullness=self.soonest.gauges(most_named) if self.soonest else None,
             free_disk_bytes={"data_buffer": free_bytes(self._buffer.folder)},
             server_last_seen_s={
                 present.server_names[row]: float(present.last_seen_ms[row]) / 1000 for row in shown

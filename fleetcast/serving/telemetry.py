@@ -28,6 +28,7 @@ from fleetcast.clock import Clock, iso_z, monotonic
 from fleetcast.errors import FleetcastError
 from fleetcast.ingest.rules import OTHER_RULE, RULES
 from fleetcast.serving.capacity import CapacityGauges
+from fleetcast.serving.fullness import FullnessGauges
 from fleetcast.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class Snapshot:
     is_base_model: bool = False
     server_last_seen_s: Mapping[str, float] = field(default_factory=dict)  # already limited
     capacity: CapacityGauges | None = None
+    fullness: FullnessGauges | None = None
     free_disk_bytes: Mapping[str, int | None] = field(default_factory=dict)  # by folder
 
 
@@ -378,6 +380,8 @@ class _States(Collector):
         )
         if snapshot.capacity is not None:
             yield from _capacity_families(snapshot.capacity)
+        if snapshot.fullness is not None:
+            yield from _fullness_families(snapshot.fullness)
 
     def _error_families(self) -> Iterable[Metric]:
         errors = CounterMetricFamily("fleetcast_errors", "errors lived through, by part", labels=["part"])
@@ -434,3 +438,33 @@ def _capacity_families(gauges: CapacityGauges) -> Iterable[Metric]:
     for labels, p in gauges.probability.items():
         probability.add_metric(list(labels), p)
     yield from (expected, likely, over, brier, probability)
+
+
+def _fullness_families(gauges: FullnessGauges) -> Iterable[Metric]:
+    """Yield how many servers are full soon, and when those that are first."""
+    within = GaugeMetricFamily(
+        "fleetcast_capacity_full_within",
+        "servers that reach 95 % in less than so many days, at the earliest; those at it are in none",
+        labels=["metric", "within_days"],
+    )
+    for (metric, days), n_servers in gauges.within.items():
+        within.add_metric([metric, str(days)], n_servers)
+    early = GaugeMetricFamily(
+        "fleetcast_capacity_full_early_timestamp_seconds",
+        "first day on which a server may reach 95 %, of the soonest (server.max_server_labels, at most 100)",
+        labels=["server", "metric"],
+    )
+    late = GaugeMetricFamily(
+        "fleetcast_capacity_full_late_timestamp_seconds",
+        "last day on which the same server will have reached 95 %",
+        labels=["server", "metric"],
+    )
+    for family, values in ((early, gauges.early), (late, gauges.late)):
+        for labels, at in values.items():
+            family.add_metric(list(labels), at)
+    full = "servers that were at 95 % or more on the newest whole day"
+    first = "earliest day on which any server may reach 95 %"
+    yield within
+    yield _by_label("fleetcast_capacity_full", full, "metric", gauges.full)
+    yield _by_label("fleetcast_capacity_earliest_full_timestamp_seconds", first, "metric", gauges.earliest)
+    yield from (early, late)
