@@ -526,3 +526,22 @@ def test_a_fleet_that_comes_back_settles_what_was_open_before_it_forecasts_again
     assert (counts.opened, counts.settled, counts.open) == (opened, 2, 0)
     assert counts.opened == counts.settled + counts.expired + counts.open
     world.buffer.close()
+
+
+def test_a_model_that_comes_after_bins_of_no_use_makes_no_forecast_and_no_error(tmp_path: Path) -> None:
+    world = World(tmp_path, every_bin=False)
+    world.feed(*(("a", number, 10.0 * number) for number in range(3)))
+    world.sweeper.cycle()
+    world.clock.advance(hours=3)
+    world.feed(*(("a", number, 10.0 * number) for number in range(2, 6)))
+    world.sweeper.cycle()
+    n_sweeps = world.sweeper.counts.sweeps
+    world.service.champion = Champion(Model(), ModelInfo("v1", "2026-01-15T10:00:00Z", False))
+    world.sweeper.cycle()
+    assert world.sweeper.counts.sweeps == n_sweeps
+    # and the first bin that is of use again is forecast by it
+    newest = int((world.clock.now() - world.start).total_seconds() // BIN_S)
+    world.feed(("a", newest, 1.0), ("a", newest + 1, 1.0))
+    world.sweeper.cycle()
+    assert world.board.model == world.service.champion.info
+    world.buffer.close()

@@ -193,6 +193,8 @@ class Sweeper:
         champion, origin_ms = self._model.champion, self.counts.last_origin_ms
         if champion is None or champion is self._newest_champion or origin_ms is None:
             return
+        if origin_ms != self._history.taken_bin_ms:  # bins that were of no use were closed since then
+            return
         if not self._fleet.is_data_clock or self._newest_champion is None:
             logger.info("forecast again, a model came into service version=%s", champion.info.version)
             self._forecast(origin_ms)
