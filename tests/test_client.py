@@ -1,11 +1,8 @@
-import socket
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 from scripted_daemon import Reply, ScriptedDaemon
+from test_outbound import dripping
 
 from fleetcast.errors import BadData, DaemonAway
 from fleetcast.loop import Stop
@@ -128,29 +125,6 @@ def test_a_retry_after_that_is_no_number_does_not_stop_the_retry(header: str) ->
         assert sender(daemon).send(RECORDS) == FeedAnswer(8, 0)
 
 
-@contextmanager
-def raw_server(start: bytes, more: bytes, *, wait_s: float) -> Iterator[tuple[str, threading.Event]]:
-    """Answer with `start`, then `more` again and again; the event tells that the client hung up."""
-    ended = threading.Event()
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def answer() -> None:
-        peer, _ = listener.accept()
-        with peer:
-            peer.recv(65_536)
-            try:
-                peer.sendall(start)
-                for _ in range(600):
-                    peer.sendall(more)
-                    time.sleep(wait_s)
-            except OSError:
-                ended.set()
-
-    threading.Thread(target=answer, daemon=True).start()
-    with listener:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", ended
-
-
 @pytest.mark.parametrize(
     ("start", "more"),
     [
@@ -161,7 +135,7 @@ def raw_server(start: bytes, more: bytes, *, wait_s: float) -> Iterator[tuple[st
     ],
 )
 def test_an_answer_that_drips_is_given_up_at_the_limit(start: bytes, more: bytes) -> None:
-    with raw_server(start, more, wait_s=0.05) as (url, ended):
+    with dripping(start, more, wait_s=0.05) as (url, ended):
         with DaemonClient(url, timeout_s=0.2) as client, pytest.raises(DaemonAway) as caught:
             client.status()
         assert caught.value.args[0] == f"{url}/status was not answered whole within 0.4 s"
@@ -170,7 +144,7 @@ def test_an_answer_that_drips_is_given_up_at_the_limit(start: bytes, more: bytes
 
 def test_an_answer_that_is_too_large_is_not_read_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DaemonClient, "most_bytes", 1_000_000)
-    with raw_server(b"HTTP/1.1 200 OK\r\n\r\n", b" " * 65_536, wait_s=0.0) as (url, ended):
+    with dripping(b"HTTP/1.1 200 OK\r\n\r\n", b" " * 65_536, wait_s=0.0) as (url, ended):
         with DaemonClient(url) as client, pytest.raises(DaemonAway, match="of more than 1,000,000 bytes"):
             client.status()
         assert ended.wait(20)
@@ -179,7 +153,7 @@ def test_an_answer_that_is_too_large_is_not_read_on(monkeypatch: pytest.MonkeyPa
 def test_of_a_refusal_that_is_large_the_beginning_is_told() -> None:
     head = b"HTTP/1.1 500 No\r\n\r\n"
     with (
-        raw_server(head, b"x" * 65_536, wait_s=0.0) as (url, _),
+        dripping(head, b"x" * 65_536, wait_s=0.0) as (url, _),
         DaemonClient(url) as client,
         pytest.raises(RequestRefused) as caught,
     ):
@@ -191,7 +165,7 @@ def test_json_that_is_nested_too_deep_is_no_answer() -> None:
     body = b"[" * 200_000
     head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body)
     with (
-        raw_server(head, body, wait_s=0.1) as (url, _),
+        dripping(head, body, wait_s=0.1) as (url, _),
         DaemonClient(url) as client,
         pytest.raises(DaemonAway, match="did not answer with JSON"),
     ):

@@ -14,8 +14,8 @@ from fleetcast.outbound import request
 
 
 @contextmanager
-def dripping(start: bytes, more: bytes) -> Iterator[tuple[str, threading.Event]]:
-    """Answer with `start`, then `more` ten times a second; the event tells that the sender hung up."""
+def dripping(start: bytes, more: bytes, *, wait_s: float = 0.1) -> Iterator[tuple[str, threading.Event]]:
+    """Answer with `start`, then `more` again and again; the event tells that the sender hung up."""
     ended = threading.Event()
     listener = socket.create_server(("127.0.0.1", 0))
 
@@ -27,13 +27,13 @@ def dripping(start: bytes, more: bytes) -> Iterator[tuple[str, threading.Event]]
                 peer.sendall(start)
                 for _ in range(600):
                     peer.sendall(more)
-                    time.sleep(0.1)
+                    time.sleep(wait_s)
             except OSError:
                 ended.set()
 
     threading.Thread(target=answer, daemon=True).start()
     with listener:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/", ended
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", ended
 
 
 @pytest.mark.parametrize(
