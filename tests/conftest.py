@@ -1,11 +1,24 @@
-"""What every test may rely on: a process whose signals, log, umask and environment are as they were."""
+"""What every test may rely on: a process whose signals, log, umask and environment are as they were.
+
+`make test` has two workers (`-n 2 --dist loadgroup`). The tests of a file share one, so that its fixtures are
+made once; so do all tests of `tests/contract/`, whose commands as printed need port 8000.
+"""
 
 import logging
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say which tests must run in one worker."""
+    contract = Path(__file__).parent / "contract"
+    for item in items:
+        group = "port 8000" if contract in item.path.parents else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)

@@ -83,7 +83,8 @@ def test_a_hangup_ends_nothing_and_an_output_that_is_gone_ends_all_in_order(tmp_
         _until(process, r"^live on ")
         process.send_signal(signal.SIGHUP)
         _until(process, r"signal SIGHUP ends nothing")
-        _until(process, r"newest record")
+        console = tmp_path / "retraining.console"
+        wait_for("the last daemon to take signals", lambda: "daemon started" in console.read_text(), 60)
         assert process.stdout is not None
 
         process.stdout.close()  # as when its terminal is closed
