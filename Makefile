@@ -33,7 +33,7 @@ check: .venv/.requirements-dev  ## lint, format and types
 	$(BIN)/mypy
 
 test: check  ## everything CI runs: check, unit, doctest, contract, integration, coverage
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --cov --cov-report=term --cov-fail-under=90
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-fail-under=90
 
 docs: .venv/.requirements  ## make docs/settings.md again from the dataclasses
 	$(BIN)/python -m fleetcast.settings > docs/settings.md
