@@ -8,7 +8,7 @@ marks, but not with pytest 9.2: pytest-xdist issue 1386.)
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -28,6 +28,21 @@ class _Files(LoadFileScheduling):  # type: ignore[misc]  # untyped
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Files:
     """Choose which worker runs what."""
     return _Files(config, log)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """Let a worker tell of a failed test whose text has lone surrogates: it can send UTF-8 alone."""
+    return _utf8((yield))
+
+
+def _utf8(value: Any) -> Any:
+    """Return what a report holds, with each lone surrogate as its escape."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_utf8(key): _utf8(entry) for key, entry in value.items()}
+    return [_utf8(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 @pytest.fixture(autouse=True)
