@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from fleetcast import files
 from fleetcast.clock import SystemClock, iso_z, monotonic
 from fleetcast.errors import ExitCode, FleetcastError, OrderRefused, SettingsError
-from fleetcast.exclusions import Exclusions
+from fleetcast.exclusions import AllBut, Exclusions
 from fleetcast.forecast.registry import (
     ATTEMPTS_FOLDER,
     BASELINE_FILE,
@@ -50,7 +50,9 @@ from fleetcast.promotion.orders import new_order, this_user
 from fleetcast.settings import Settings, load_settings
 
 if TYPE_CHECKING:
+    from fleetcast.drift.seasonal.reference import Reference
     from fleetcast.schema import ChangedSeries
+    from fleetcast.storage.store import DataBuffer
     from fleetcast.training.challenger import Training
     from fleetcast.training.context import TrainingContext
     from fleetcast.training.grid import TrainingGrid
@@ -128,8 +130,9 @@ class Attempt:
         from fleetcast.training.grid import TrainingGrid
 
         bins, data = self._settings.bins, Path(self._options.data)
-        grid = TrainingGrid.read(data, bins.forecast_metrics, bins.bin_s * 1000)
         context = TrainingContext.find(data, os.environ.get(ATTEMPT_ID_VARIABLE))
+        most, wanted = self._settings.trainer.max_cells, context.wanted_servers()
+        grid = TrainingGrid.read(data, bins.forecast_metrics, bins.bin_s * 1000, most, wanted)
         self._id = _safe_id(context.attempt_id) or self._id
         return grid, context
 
@@ -173,7 +176,9 @@ class Attempt:
         from fleetcast.training.verdict import training_reference
 
         buffer = DataBuffer(self._settings.paths.data_buffer_dir, settings=self._settings.buffer)
-        buffer.leave_out(Exclusions(self._settings.paths.checkpoint_dir))
+        excluded = Exclusions(self._settings.paths.checkpoint_dir)
+        others = AllBut(set(grid.server_names).difference(excluded()))
+        buffer.leave_out(lambda: others)
         try:
             reference = training_reference(
                 grid, changed, lambda start, end: buffer.read_predictions(start, end, 1), self._settings.drift
@@ -181,7 +186,26 @@ class Attempt:
         except FleetcastError as error:
             logger.warning("no drift reference made reason=%s", error)
             return {}
-        return {REFERENCE_FILE: reference.to_bytes()}
+        whole = self._with_unread(reference, grid, buffer.leave_out(excluded))
+        return {REFERENCE_FILE: whole.to_bytes()}
+
+    def _with_unread(self, reference: "Reference", grid: "TrainingGrid", buffer: "DataBuffer") -> "Reference":
+        """Return a reference with what was known of live servers that this training did not read."""
+        from fleetcast.bins import LIVE_DAYS
+        from fleetcast.drift.evidence import DriftSource
+        from fleetcast.drift.seasonal.reference import merge
+
+        try:
+            known = DriftSource.of(self._settings, buffer, self._registry).reference_in_force()
+            unread = set(known.server_names).difference(grid.server_names) if known else set()
+            if known is None or not unread:
+                return reference
+            live = unread.intersection(buffer.newest_names(LIVE_DAYS, grid.bin_ms))
+            rows = [row for row, name in enumerate(known.server_names) if name in live]
+            return merge(reference, known.servers(rows)) if rows else reference
+        except FleetcastError as error:
+            logger.warning("the drift reference holds the servers of the training alone reason=%s", error)
+            return reference
 
     def _keep(self, training: "Training", challenger: "Challenger", reference: Mapping[str, bytes]) -> str:
         """Write the verdict down, then the version; then put it into service if the gate let it through.

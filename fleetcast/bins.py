@@ -1,15 +1,19 @@
-"""Records → bins: the means a model sees, and whether there are enough of them to train.
+"""Records → bins: the means a model sees, whether there are enough to train, and of which servers.
 
-Owns: `bin_means`, the one way rows become bins (the server and the trainer both call it), and
-the count of trainable windows. numpy only. Does not know: what a model makes of the bins
-(`encoding`), files, clocks.
+Owns: `bin_means`, the one way rows become bins (the server and the trainer both call it), the count of
+trainable windows, and the sample of a fleet too large to train on whole. numpy only. Does not know: what
+a model makes of the bins (`encoding`), files, clocks.
 """
+
+from collections.abc import Collection, Iterable
+from hashlib import blake2b
 
 import numpy as np
 
 from fleetcast.schema import Codes, Floats, Floats32, Longs
 from fleetcast.settings import DecisionSettings
 
+LIVE_DAYS = 2  # of a fleet too large to train on whole, a server that was silent for longer is passed over
 HISTORY_BINS = 2304  # bins of history a forecast may look at: 8 days of 5 minutes
 DAY_BINS = 288  # bins in which a series shows its present level and spread: 1 day of 5 minutes
 RECENT_BINS = 12  # a series silent for longer has no origin to forecast from: 1 hour of 5 minutes
@@ -129,3 +133,38 @@ def enough_to_train(span_s: float, n_windows: int, settings: DecisionSettings) -
     if n_windows < settings.initial_min_windows:
         return f"{n_windows} of {settings.initial_min_windows} trainable windows"
     return ""
+
+
+def sample_servers(names: Collection[str], wanted: Iterable[str], most: int, day: int) -> frozenset[str]:
+    """Return the servers to train on: all of a small fleet, of a larger one a sample by hash.
+
+    The wanted servers are in it first, up to half of it. The others are the same for all programs on the same
+    day, and others on another: over some trainings a model sees more of the fleet than one could hold.
+
+    Args:
+        wanted: those that drift, the worst first.
+        most: how many servers a training can hold, 2 at least.
+        day: the day of the newest data, since 1970.
+
+    >>> sorted(sample_servers(["a", "b", "c"], ["c"], 3, 20_000))
+    ['a', 'b', 'c']
+    >>> len(sample_servers([f"web-{n}" for n in range(100)], ["web-7"], 10, 20_000))
+    10
+    """
+    if len(names) <= most:
+        return frozenset(names)
+    known = set(names)
+    chosen = dict.fromkeys(name for name in wanted if name in known)
+    first = list(chosen)[: most // 2]
+    rest = sorted(known.difference(first), key=lambda name: _lot(name, day))
+    return frozenset(first + rest[: most - len(first)])
+
+
+def _lot(name: str, day: int) -> bytes:
+    """Return what a server draws on a day: the smallest are trained on."""
+    return blake2b(f"{day}:{name}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def most_servers(max_cells: int, n_metrics: int, n_bins: int) -> int:
+    """Return how many servers have at most so many (server, metric, bin) cells; 2 at least."""
+    return max(2, max_cells // max(1, n_metrics * n_bins))

@@ -53,6 +53,18 @@ class Forgotten:
         return to_ms(parse_plain_utc(self.before or self.at))
 
 
+class AllBut:
+    """The names of all servers but these, where only these are read."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        """Take the names."""
+        self._names = frozenset(names)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a server is none of them."""
+        return name not in self._names
+
+
 class Exclusions:
     """The names in force for one process; `look` and `names` are safe from any thread."""
 

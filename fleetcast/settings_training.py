@@ -69,6 +69,13 @@ class TrainerSettings:
     holdout_max_s: float = setting(
         86_400.0, "longest tail that is kept out of training for the gate", unit="s", low=3600.0
     )
+    max_cells: int = setting(
+        70_000_000,
+        "(server, metric, bin) cells of a training: 2,000 servers of 4 metrics and 30 days. Of a larger "
+        "fleet the servers that drift are trained on, and a sample of the others",
+        low=10_000,
+        high=2_000_000_000,
+    )
     keep_versions: int = setting(
         20, "newest versions kept, besides the one in service, the one before it and the baseline's", low=1
     )

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from fleetcast.bins import bin_means, count_trainable, enough_to_train
-from fleetcast.settings import DecisionSettings
+from fleetcast.bins import bin_means, count_trainable, enough_to_train, most_servers, sample_servers
+from fleetcast.settings import DecisionSettings, TrainerSettings
 
 BIN_MS = 300_000
 
@@ -93,3 +93,40 @@ def test_too_little_data_says_how_much_is_needed() -> None:
     assert "47.0 h of 48 h" in enough_to_train(47 * 3600, 10_000, settings)
     assert "199 of 200" in enough_to_train(49 * 3600, 199, settings)
     assert enough_to_train(48 * 3600, 200, settings) == ""
+
+
+FLEET = [f"web-{number:04}" for number in range(1000)]
+
+
+def test_a_fleet_that_fits_is_trained_on_whole() -> None:
+    assert sample_servers(FLEET, FLEET[:3], 1000, 20_000) == set(FLEET)
+    assert sample_servers([], [], 2, -1) == set()
+
+
+def test_a_sample_has_the_wanted_first_and_is_the_same_all_day() -> None:
+    wanted = ["web-0007", "gone", "web-0007", "web-0900"]
+    sample = sample_servers(FLEET, wanted, 100, 20_000)
+    assert len(sample) == 100
+    assert {"web-0007", "web-0900"} <= sample < set(FLEET)
+    assert sample == sample_servers(FLEET[::-1], wanted, 100, 20_000)
+    assert sample_servers(sample, wanted, 60, 20_000) < sample  # a smaller one is a part of it
+
+
+def test_many_wanted_leave_half_of_the_sample_to_the_others() -> None:
+    sample = sample_servers(FLEET, FLEET[:500], 100, 20_000)
+    assert set(FLEET[:50]) <= sample
+    assert len(sample) == 100
+    assert len(sample.intersection(FLEET[500:])) >= 15  # drawn evenly from the 950 others
+
+
+def test_over_some_days_the_whole_fleet_is_seen() -> None:
+    seen = frozenset().union(*(sample_servers(FLEET, [], 200, day) for day in range(20_000, 20_030)))
+    assert len(seen) > 990
+
+
+def test_how_many_servers_fit_follows_the_cells() -> None:
+    default = TrainerSettings().max_cells
+    assert 2000 <= most_servers(default, 4, 30 * 288 + 1) < 2100
+    assert most_servers(default, 8, 30 * 288 + 1) >= 1000
+    assert most_servers(10, 4, 8640) == 2
+    assert most_servers(default, 0, 0) == default

@@ -20,6 +20,7 @@ from fleetcast.clock import SystemClock
 from fleetcast.drift.literal.window import PairWindow
 from fleetcast.errors import AlreadyRunning, BadOrder, CorruptFile, ExitCode
 from fleetcast.exclusions import FILE_NAME, LOCK_NAME, Exclusions, exclude, include, read
+from fleetcast.files import write_json
 from fleetcast.locks import OwnerLock
 from fleetcast.retraining.order import export_for_training
 
@@ -222,6 +223,26 @@ def test_drift_and_training_leave_it_out(tmp_path: Path, monkeypatch: pytest.Mon
         assert set(pd.read_parquet("export.parquet").server_name) == {"web-01", "web-03"}
         include(tmp_path / "checkpoints", ["web-02"])
         assert judged() == set(SERVERS)
+    own.buffer.close()
+
+
+def test_of_a_fleet_too_large_to_train_on_whole_a_sample_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = SmallFleet(tmp_path)
+    own.grow(700)
+    two_fit = settings(trainer={"max_cells": 4 * 701 * 2})
+    write_json(Path("training_context.json"), {"drifting": [{"server": "web-03", "metric": "cpu_pct"}]})
+    for left_out in ("", "web-01"):
+        if left_out:
+            leave_out(tmp_path / "checkpoints", left_out)
+        said = export_for_training(two_fit, tmp_path / "export.parquet")
+        names = set(pd.read_parquet("export.parquet").server_name)
+        assert "web-03" in names
+        assert left_out not in names
+        assert len(names) == 2
+        assert ("of a sample of 2 of 3 servers" in said) == (not left_out)
     own.buffer.close()
 
 

@@ -61,6 +61,7 @@ def test_bins_do_not_depend_on_how_a_day_is_cut(
 ) -> None:
     export_records(reader, tmp_path / "whole", 0, 2**45, 300)
     monkeypatch.setattr("fleetcast.storage.reader.CHUNK_ROWS", 1)
+    monkeypatch.setattr("fleetcast.storage.reader._EXPORT_ROWS", 1)
     export_records(reader, tmp_path / "cut", 0, 2**45, 300)
     assert pq.ParquetFile(tmp_path / "cut").metadata.num_row_groups == 6
     first, second = pd.read_parquet(tmp_path / "whole"), pd.read_parquet(tmp_path / "cut")

@@ -62,10 +62,13 @@ def test_the_export_comes_first_and_is_done_by_a_child_too() -> None:
         "training_data_incremental.parquet",
     ]
     assert export.env["FLEETCAST_RETRAINING_TRAINING_DAYS"] == "30"
+    assert export.env["FLEETCAST_TRAINER_MAX_CELLS"] == "70000000"
     assert train.env == {}
     elsewhere = replace(Settings(), paths=replace(Settings().paths, data_buffer_dir="/srv/buffer"))
     for step in training_steps(elsewhere, ROOT / "adaptive_retraining_daemon.py", None):
         assert step.env["FLEETCAST_PATHS_DATA_BUFFER_DIR"] == "/srv/buffer"
+    for step in training_steps(Settings(), ROOT / "adaptive_retraining_daemon.py", Path("own.toml")):
+        assert step.argv[-2:] == ["--config", "own.toml"]
 
 
 def context(store: RowStore, *, with_baseline: bool = True, rule: str = "drift") -> dict[str, object]:

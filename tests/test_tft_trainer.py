@@ -13,8 +13,10 @@ import pandas as pd
 import pytest
 
 import tft_trainer
+from data_buffer import DataBuffer
 from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.drift.seasonal.reference import Reference
+from fleetcast.files import write_json
 from fleetcast.forecast.predictor import Forecaster
 from fleetcast.forecast.registry import REFERENCE_FILE, TRAINER_LOCK, Registry
 from fleetcast.locks import OwnerLock
@@ -209,6 +211,29 @@ def test_a_base_then_an_increment_then_a_rollback(
     assert registry.current_id() == base.id
     assert not (workplace / "lightning_logs").exists()
     assert {path.name for path in workplace.iterdir()} == {"checkpoints", "data.parquet", "fleetcast.toml"}
+
+
+@pytest.mark.slow
+def test_a_sample_leaves_the_drift_reference_of_the_other_servers(workplace: Path) -> None:
+    # Given a model, and a drift reference, of six servers, of which one is not in the buffer any more
+    rows = pd.concat([fleet(), fleet(seed=1).replace({"server_name": r"web"}, "db", regex=True)])
+    rows.to_parquet("data.parquet")
+    buffer = DataBuffer(workplace / "data_buffer", expire=False)
+    buffer.append(rows[(rows.server_name != "db-2") & (rows.timestamp >= "2026-01-07")].to_dict("records"))
+    buffer.close()
+    assert tft_trainer.main(["--data", "data.parquet", "--epochs", "1"]) == 0
+    # When the next training holds five of them
+    write_json(workplace / "training_context.json", {"drifting": [{"server": "web-1", "metric": "cpu_pct"}]})
+    (workplace / "fleetcast.toml").write_text(SMALL + "max_cells = 10_000\n")
+    assert tft_trainer.main(["--data", "data.parquet", "--incremental", "--epochs", "1"]) == 0
+    # Then the server that drifts is one of the five, and what was known of the others is known still
+    in_force = Registry(workplace / "checkpoints").baseline_in_force()
+    assert in_force is not None
+    trained_on = set(Baseline.load(in_force.baseline_path).server_names)
+    assert len(trained_on) == 5
+    assert "web-1" in trained_on
+    known = set(Reference.load(in_force.reference_path).server_names)
+    assert known == trained_on | (set(rows.server_name) - {"db-2"})
 
 
 @pytest.mark.slow

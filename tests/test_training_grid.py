@@ -156,3 +156,18 @@ def test_an_export_that_is_no_file_is_bad_data_at_once(tmp_path: Path, kind: str
     put(kind, tmp_path / "export.parquet")
     with pytest.raises(BadData, match="cannot be read as parquet"):
         TrainingGrid.read(tmp_path / "export.parquet", ("cpu_pct",), 300_000)
+
+
+def test_of_too_many_servers_a_sample_is_read_with_the_wanted_in_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = frame(12, 300, tuple(f"web-{number:02}" for number in range(40)))
+    path = written(tmp_path / "large.parquet", rows, 30)
+    whole = TrainingGrid.read(path, ("cpu_pct",), BIN_MS)
+    assert len(whole.server_names) == 40
+    with caplog.at_level("INFO"):
+        sample = TrainingGrid.read(path, ("cpu_pct",), BIN_MS, max_cells=10 * 12, wanted=["web-33"])
+    assert "servers=10 of=40" in caplog.text
+    assert "web-33" in sample.server_names
+    places = [whole.server_names.index(name) for name in sample.server_names]
+    np.testing.assert_array_equal(sample.values, whole.values[places])

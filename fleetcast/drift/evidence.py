@@ -83,9 +83,9 @@ class DriftSource:
         self._settings = settings
         self._window = DriftWindow(self.read, settings, bin_ms)
         references = folder / REFERENCE_FOLDER
-        renewal = ReferenceRenewal(self.one_ahead, settings, bin_ms, references, forgotten)
+        self._renewal = ReferenceRenewal(self.one_ahead, settings, bin_ms, references, forgotten)
         self._follower = SeasonalFollower(
-            self.one_ahead, renewal, settings, bin_ms, int(correct_within_s * 1000)
+            self.one_ahead, self._renewal, settings, bin_ms, int(correct_within_s * 1000)
         )
         self._loaded: tuple[Version, Baseline, int] | None = None  # version, baseline, data end
         self._unusable = ""  # why the baseline in force is not
@@ -133,6 +133,15 @@ class DriftSource:
             fleet_ratios=tuple(self._follower.ratios),
             unknown_servers=self._follower.unknown_servers(),
         )
+
+    def reference_in_force(self) -> Reference | None:
+        """Return the reference in force, None where there is none that can be used.
+
+        Raises:
+            BadCheckpoint: `baseline.npz` leads nowhere.
+        """
+        version = self._registry.baseline_in_force()
+        return None if version is None else self._renewal.load(version)
 
     @property
     def last_trained(self) -> Version | None:

@@ -7,6 +7,7 @@ processes, what a trainer does with the list.
 """
 
 import logging
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fleetcast.bins import count_trainable, enough_to_train
+from fleetcast.bins import LIVE_DAYS, count_trainable, enough_to_train, most_servers, sample_servers
 from fleetcast.clock import DAY_MS, SystemClock, from_ms, iso_z, to_ms
 from fleetcast.drift.evidence import DriftEvidence, DriftSource
 from fleetcast.drift.literal.baseline import Baseline
@@ -25,7 +26,7 @@ from fleetcast.drift.report import DriftReport, drifting_json, series_json
 from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.drift.seasonal.renewal import forget_in_references
 from fleetcast.errors import CorruptFile
-from fleetcast.exclusions import Exclusions, note_forgotten
+from fleetcast.exclusions import AllBut, Exclusions, note_forgotten
 from fleetcast.files import read_json, remove_leftover
 from fleetcast.retraining.attempts import Step
 from fleetcast.retraining.decision import FOLLOW_UP, LEARNING
@@ -111,6 +112,8 @@ def training_steps(settings: Settings, program: Path, config: Path | None) -> li
         config: the settings file named on the command line, if any.
     """
     exported = {
+        "FLEETCAST_PATHS_CHECKPOINT_DIR": settings.paths.checkpoint_dir,  # names the excluded servers
+        "FLEETCAST_TRAINER_MAX_CELLS": str(settings.trainer.max_cells),
         _BUFFER_DIR: settings.paths.data_buffer_dir,
         "FLEETCAST_RETRAINING_TRAINING_DAYS": str(settings.retraining.training_days),
         "FLEETCAST_BINS_BIN_S": str(settings.bins.bin_s),
@@ -118,8 +121,9 @@ def training_steps(settings: Settings, program: Path, config: Path | None) -> li
     }
     elsewhere = settings.paths.data_buffer_dir != PathSettings().data_buffer_dir
     settled = {name: exported[name] for name in (_BUFFER_DIR,) if elsewhere}  # for the drift reference
+    named = [] if config is None else ["--config", str(config)]
     return [
-        Step([sys.executable, str(program), "--export", EXPORT_FILE], exported),
+        Step([sys.executable, str(program), "--export", EXPORT_FILE, *named], exported),
         Step(trainer_command(settings, program.parent, config), settled),
     ]
 
@@ -251,15 +255,40 @@ def export_end(clock_mode: str, newest: datetime | None) -> datetime | None:
 
 
 def export_for_training(settings: Settings, path: Path) -> str:
-    """Write the newest days of records, in the model's bins; return what was done."""
+    """Write the newest days of records, in the model's bins; return what was done.
+
+    Of a fleet too large to train on whole, the servers that drift are written, and a sample of the others.
+    """
     from fleetcast.storage.store import DataBuffer  # pyarrow: see above
 
     buffer = DataBuffer(settings.paths.data_buffer_dir, settings=settings.buffer, expire=False)
-    buffer.leave_out(Exclusions(settings.paths.checkpoint_dir))
-    until = export_end(settings.clock.mode, buffer.newest_record_time())
+    excluded = Exclusions(settings.paths.checkpoint_dir)
+    buffer.leave_out(excluded)
+    newest = buffer.newest_record_time()
+    names, chosen = _sample(buffer, newest, settings)
+    if len(chosen) < len(names):
+        others = AllBut(chosen)
+        buffer.leave_out(lambda: others)
     days, bin_s = settings.retraining.training_days, settings.bins.bin_s
-    n_rows = buffer.export_training_data(path, days, bin_s, until=until)
-    return f"{n_rows} rows of the last {days} days written to {path}"
+    n_rows = buffer.export_training_data(path, days, bin_s, until=export_end(settings.clock.mode, newest))
+    sample = f" of a sample of {len(chosen)} of {len(names)} servers" if len(chosen) < len(names) else ""
+    return f"{n_rows} rows{sample} of the last {days} days written to {path}"
+
+
+def _sample(
+    buffer: "DataBuffer", newest: datetime | None, settings: Settings
+) -> tuple[list[str], frozenset[str]]:
+    """Return the servers of the newest days, and those of them to train on."""
+    oldest = buffer.oldest_record_time()
+    if newest is None or oldest is None:
+        return [], frozenset()
+    bins, bin_ms = settings.bins, settings.bins.bin_s * 1000
+    days = min(float(settings.retraining.training_days), (newest - oldest) / timedelta(days=1))
+    n_bins = math.ceil(days * DAY_MS / bin_ms) + 1
+    most = most_servers(settings.trainer.max_cells, len(bins.forecast_metrics), n_bins)
+    names = buffer.newest_names(LIVE_DAYS, bin_ms)
+    wanted = (str(item.get("server")) for item in drifting_before(Path(CONTEXT_FILE)))
+    return names, sample_servers(names, wanted, most, to_ms(newest) // DAY_MS)
 
 
 def forget_servers(orders: Exclusions, *, is_training: bool) -> None:

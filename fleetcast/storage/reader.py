@@ -9,7 +9,7 @@ Does not know: writing, which process owns the folder.
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -48,6 +48,7 @@ from fleetcast.storage.tables import (
     concatenate,
     fill,
     has_key,
+    in_pieces,
     merge,
     stored_schema,
     times_ms,
@@ -56,6 +57,7 @@ from fleetcast.storage.tables import (
 logger = logging.getLogger(__name__)
 
 CHUNK_ROWS = 262_144
+_EXPORT_ROWS = 65_536  # rows of a row group of an export, at least, but for the last
 _STRETCH_ROWS = 8 * CHUNK_ROWS  # of a day that is read by time
 _READS_MOST = 2  # times that a row may be read so: large parts of the whole day are not read by time
 
@@ -100,7 +102,7 @@ class DayReader:
     def __init__(self, folder: Path, kind: TableKind) -> None:
         self.folder = folder
         self.kind = kind
-        self.left_out: Callable[[], Collection[str]] = frozenset  # servers that `read` passes over
+        self.left_out: Callable[[], Container[str]] = frozenset  # servers that `read` passes over
 
     def read(
         self,
@@ -367,9 +369,9 @@ def _part_rows(
     return [servers_between(table, kind, first, last) for table in part.tables(columns, groups)]
 
 
-def _without(table: pa.Table, servers: Collection[str]) -> pa.Table:
+def _without(table: pa.Table, servers: Container[str]) -> pa.Table:
     """Return the rows of all other servers."""
-    if not servers:
+    if not servers:  # an empty set
         return table
     names, codes = codes_of(table.column("server_name"))
     is_out = np.array([name in servers for name in names], dtype=np.bool_)
@@ -485,8 +487,8 @@ def _write(path: Path, tables: Iterator[pa.Table], schema: pa.Schema) -> int:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with pq.ParquetWriter(temp, written, compression="zstd", use_dictionary=dictionary) as writer:
-            for table in tables:
-                writer.write_table(fill(table, schema).cast(written))
+            for table in in_pieces((fill(table, schema).cast(written) for table in tables), _EXPORT_ROWS):
+                writer.write_table(table)
                 n_rows += len(table)
         fsync_file(temp)
         publish(temp, path)

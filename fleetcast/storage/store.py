@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from itertools import islice
@@ -254,11 +254,12 @@ class DataBuffer:
         logger.info("buffer opened folder=%s newest_ms=%s", self._folder, owned.newest_ms)
         return owned
 
-    def leave_out(self, servers: Callable[[], Collection[str]]) -> Self:
+    def leave_out(self, servers: Callable[[], Container[str]]) -> Self:
         """Pass over the rows of these servers wherever rows of all servers are read; return self.
 
         Args:
-            servers: their names at the moment of reading. `read_server` still finds each of them.
+            servers: their names at the moment of reading, or `exclusions.AllBut`. `read_server` still finds
+                each of them.
         """
         self._records.left_out = self._forecasts.left_out = servers
         return self
@@ -342,13 +343,17 @@ class DataBuffer:
         readers = (self._records, self._forecasts)
         return any(len(reader.read_server(server_name, 0, _END_OF_TIME_MS, [])) for reader in readers)
 
-    def newest_names(self) -> list[str]:
-        """Return the servers of the newest day of records, sorted."""
+    def newest_names(self, days: int = 1, bin_ms: int = DAY_MS) -> list[str]:
+        """Return the servers of the newest days of records, sorted.
+
+        Args:
+            bin_ms: sooner if it is the length of the bins whose means sealed days keep.
+        """
         newest_ms = self._records.newest_ms()
         if newest_ms is None:
             return []
-        start_ms = newest_ms // DAY_MS * DAY_MS
-        batches = self.iter_batches(start_ms, start_ms + DAY_MS, [])
+        end_ms = newest_ms // DAY_MS * DAY_MS + DAY_MS
+        batches = self.iter_bins(end_ms - days * DAY_MS, end_ms, bin_ms, [])
         return sorted({name for batch in batches for name in batch.server_names})
 
     def read_server_predictions(self, server_name: str, start_ms: int, end_ms: int) -> SettledForecasts:

@@ -8,7 +8,7 @@ Does not know: files.
 0.4 s and 40 MB. Arrow buffers do not, and are not copied.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -265,6 +265,18 @@ def concatenate(tables: Sequence[pa.Table], kind: TableKind) -> pa.Table:
     is_alike = all(table.schema.equals(tables[0].schema) for table in tables)
     whole = pa.concat_tables(tables, promote_options="none" if is_alike else "default")
     return whole.unify_dictionaries().combine_chunks()
+
+
+def in_pieces(tables: Iterable[pa.Table], least: int) -> Iterator[pa.Table]:
+    """Yield the rows of tables of one schema in tables of at least so many, but for the last."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table)
+        if sum(map(len, waiting)) >= least:
+            yield pa.concat_tables(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting)
 
 
 def key_ranks(table: pa.Table, kind: TableKind) -> Longs:

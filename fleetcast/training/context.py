@@ -66,6 +66,10 @@ class TrainingContext:
         drifting, known = (_entries(content.get(name)) for name in ("drifting", "known_changes"))
         return cls(attempt_id or (own_id if isinstance(own_id, str) else None), drifting, known)
 
+    def wanted_servers(self) -> list[str]:
+        """Return the servers that must be in a sample of the fleet, the worst first."""
+        return [str(item.get("server")) for item in self.drifting]
+
     def changed_series(self, grid: TrainingGrid) -> tuple[ChangedSeries, ...]:
         """Return the drifting series of a grid, each once, with the bin of its (first) change."""
         oldest: dict[tuple[int, int], ChangedSeries] = {}
@@ -89,13 +93,18 @@ def _entries(content: object) -> tuple[Mapping[str, Any], ...]:
 def _find_changes(entries: Iterable[Mapping[str, Any]], grid: TrainingGrid) -> Iterator[ChangedSeries]:
     servers = {name: index for index, name in enumerate(grid.server_names)}
     metrics = {name: index for index, name in enumerate(grid.metrics)}
+    absent = []
     for item in entries:
         server, metric = servers.get(str(item.get("server"))), metrics.get(str(item.get("metric")))
         since_bin = _since_bin(item, grid)
         if server is None or metric is None or since_bin is None:
-            logger.warning("changed series ignored: not in the data entry=%.200s", item)
+            absent.append(item)
             continue
         yield ChangedSeries(server, metric, since_bin)
+    if absent:
+        logger.warning(
+            "changed series ignored: not in the data count=%d first=%.200s", len(absent), absent[0]
+        )
 
 
 def _since_bin(item: Mapping[str, Any], grid: TrainingGrid) -> int | None:

@@ -1,11 +1,12 @@
 """A training export → the grid of bins a training samples from.
 
 Owns: reading the parquet export (raw rows or bins) into (server, metric, bin), with bounded
-memory and by the same `bin_means` the server uses. Does not know: windows, models, gates.
+memory and by the same `bin_means` the server uses; of too many servers a sample. Does not know:
+windows, models, gates.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fleetcast.bins import bin_means
+from fleetcast.bins import bin_means, most_servers, sample_servers
 from fleetcast.clock import DAY_MS, SystemClock, to_ms
 from fleetcast.errors import BadData, CorruptFile
 from fleetcast.files import name_regular
@@ -22,8 +23,8 @@ from fleetcast.schema import Codes, Floats, Floats32, Longs
 
 logger = logging.getLogger(__name__)
 
-MAX_DAYS = 100  # older rows are left out: one row of 1970 must not make a grid of 50 years
 MAX_CELLS = 2_000_000_000  # 8 GB of float32
+MAX_DAYS = 100  # older rows are left out: one row of 1970 must not make a grid of 50 years
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,34 +57,43 @@ class TrainingGrid:
         return (moment_ms - self.start_ms) // self.bin_ms
 
     @classmethod
-    def read(cls, path: Path, metrics: tuple[str, ...], bin_ms: int) -> Self:
+    def read(
+        cls,
+        path: Path,
+        metrics: tuple[str, ...],
+        bin_ms: int,
+        max_cells: int = MAX_CELLS,
+        wanted: Iterable[str] = (),
+    ) -> Self:
         """Read an export.
 
         Args:
             path: parquet with `timestamp`, `server_name` and metric columns, in any order.
             metrics: the columns wanted; absent ones are left out.
+            max_cells: of servers with more (server, metric, bin) cells a sample is read.
+            wanted: servers that are in a sample first.
         Raises:
             BadData: the file is not of this shape, or holds no wanted metric.
         """
         try:
             with name_regular(path) as name, pq.ParquetFile(name) as source:
-                return cls._read(_Export(path, source, metrics), bin_ms)
+                return cls._read(_Export(path, source, metrics), bin_ms, max_cells, wanted)
         except (pa.ArrowException, OSError, CorruptFile) as error:
             raise BadData(f"{path} cannot be read as parquet: {error}") from error
 
     @classmethod
-    def _read(cls, export: "_Export", bin_ms: int) -> Self:
+    def _read(cls, export: "_Export", bin_ms: int, max_cells: int, wanted: Iterable[str]) -> Self:
         spans = [export.time_span(group) for group in range(export.n_groups)]
         newest = max((span[1] for span in spans), default=-1)
         oldest = max(min((span[0] for span in spans), default=0), newest - MAX_DAYS * DAY_MS)
         start = oldest // bin_ms * bin_ms
         n_bins = max(0, newest // bin_ms - start // bin_ms + 1)
-        names = export.server_names()
+        everyone = export.server_names()
+        most = most_servers(max_cells, len(export.metrics), n_bins)
+        names = tuple(sorted(sample_servers(everyone, wanted, most, newest // DAY_MS)))
+        if len(names) < len(everyone):
+            logger.info("a sample of the servers is read servers=%d of=%d", len(names), len(everyone))
         shape = (len(names), len(export.metrics), n_bins)
-        if np.prod(shape, dtype=np.float64) > MAX_CELLS:
-            raise BadData(
-                f"{export.path}: {shape} (server, metric, bin) cells are too many", hint="longer bins"
-            )
         values = np.full(shape, np.nan, np.float32)
         codes_of = {name: code for code, name in enumerate(names)}
         for codes, times, rows in _complete_bins(export.groups(codes_of), spans, bin_ms):
@@ -176,7 +186,9 @@ class _Export:
             names = table.column("server_name").cast(pa.string()).combine_chunks().dictionary_encode()
             if isinstance(names, pa.ChunkedArray):
                 names = names.combine_chunks()
-            lookup = np.array([codes_of[str(name)] for name in names.dictionary.to_pylist()] + [-1], np.int32)
+            lookup = np.array(
+                [codes_of.get(str(name), -1) for name in names.dictionary.to_pylist()] + [-1], np.int32
+            )
             codes = lookup[names.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
             columns = [table.column(metric).cast(pa.float64()).to_numpy() for metric in self.metrics]
             kept = (codes >= 0) & (times >= 0) & (times <= self._latest_ms)
