@@ -129,7 +129,7 @@ def restart(folder: Path, n_servers: int, n_days: int, interval_s: int) -> dict[
     """Return what sealed days cost with and without means, and what a daemon's start takes."""
     place = folder / "data_buffer"
     figures: dict[str, Any] = {"servers": n_servers, "days": n_days, "interval_s": interval_s}
-    figures |= _store_days(place, n_servers, n_days, interval_s)
+    figures |= store_days(place, n_servers, n_days, interval_s)
     print(figures, flush=True)
     figures["daemon"] = _start(folder)
     for name in ("with means", "without means"):
@@ -162,7 +162,7 @@ def restore_once(place: Path) -> dict[str, float]:
     }
 
 
-def _store_days(place: Path, n_servers: int, n_days: int, interval_s: int) -> dict[str, float]:
+def store_days(place: Path, n_servers: int, n_days: int, interval_s: int) -> dict[str, float]:
     """Write sealed days and their means; return what the last day took."""
     place.mkdir()
     found: dict[str, float] = {}
