@@ -159,6 +159,7 @@ def _settings(options: argparse.Namespace) -> Settings:
             "paths.data_buffer_dir": options.data_buffer_dir,
             "paths.checkpoint_dir": options.checkpoint_dir,
             "clock.mode": options.clock,
+            "forecast.shards": options.shards,
         },
     )
     host = settings.server.host
@@ -192,6 +193,8 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--data-buffer-dir", help="folder of the buffer (default: ./data_buffer)")
     parser.add_argument("--checkpoint-dir", help="folder of the model versions (default: ./checkpoints)")
     parser.add_argument("--clock", help="system, or data: now is the newest record's time")
+    parser.add_argument("--engine", choices=("local",), default="local", help="where shards run: here")
+    parser.add_argument("--shards", type=int, metavar="N", help="processes that forecast (default: 1)")
     parser.add_argument("--config", type=Path, help="settings file (default: ./fleetcast.toml, if present)")
     return parser
 

@@ -46,6 +46,7 @@ from fleetcast.serving.overview import Overview
 from fleetcast.serving.past import Past
 from fleetcast.serving.roster import Fleet, Roster
 from fleetcast.serving.shadow import Shadow
+from fleetcast.serving.shards import make_engine
 from fleetcast.serving.status import StatusReport
 from fleetcast.serving.sweep import Sweeper
 from fleetcast.serving.telemetry import Telemetry
@@ -145,6 +146,7 @@ class InferenceService:
             (workers.step("history"), self._follow_clock),
             (workers.step("exclusions"), self._follow_exclusions),
             (workers.step("forgetting"), forgetting.step),
+            (workers.step("shards"), self._engine.look_after),
             (workers.step("sweep"), lambda: self._sweeper.cycle(lambda: self._stop.is_requested)),
             (workers.step("dates"), self._follow_dates),
             (workers.step("upkeep"), self._maintain),
@@ -161,6 +163,7 @@ class InferenceService:
         overview = Overview(self._fleet, board, past, self._report, Journal())
         export = self._make_export(past)
         door = Door(api_key, self._telemetry)
+        self._engine = self._sweeper.engine = make_engine(self._settings)
         desk = Desk(registry)
         self._sweeper.shadow = Shadow(
             desk,
@@ -196,6 +199,7 @@ class InferenceService:
         )
         logger.info("listening url=%s clock=%s", self._listener.url, self._settings.clock.mode)
         self._model.start()
+        self._engine.start()
         if self._sender:
             self._sender.start()
         self._restore()
@@ -249,6 +253,7 @@ class InferenceService:
         if not self._listener.stop(DRAIN_S + 2.0):
             logger.warning("requests were still at work after %.0f s", DRAIN_S)
         self._page_desk.close()
+        self._engine.stop()
         if self._sender:
             self._sender.stop()
         try:

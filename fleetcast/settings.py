@@ -210,6 +210,12 @@ class ForecastSettings:
     )
     feedback: str = setting("on", "settled forecasts correct the model's next ones", choices=("on", "off"))
     torch_threads: int = setting(1, "threads of a sweep (2 on busy cores were slower)", low=1, high=64)
+    shards: int = setting(
+        1,
+        "processes that forecast the servers of a sweep, some 300 MB each; 1: the daemon does it itself",
+        low=1,
+        high=256,
+    )
 
 
 @dataclass(frozen=True)

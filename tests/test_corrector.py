@@ -10,6 +10,7 @@ from fleetcast.errors import StorageBroken
 from fleetcast.schema import Floats32, HistoryWindow, RecordBatch
 from fleetcast.serving.corrector import FILE, Corrector
 from fleetcast.serving.history import BinHistory
+from fleetcast.serving.shard import rules_of
 from fleetcast.settings import BinSettings, ForecastSettings
 
 BIN = 300_000
@@ -49,7 +50,7 @@ class Fleet:
         window = next(self.history.parts(T0 + (self.n_bins - 1) * BIN, 99))
         quantiles = np.full((2, 2, 96, 3), np.nan, np.float32)
         quantiles[:, 0] = np.array([MODEL - 20, MODEL, MODEL + 20], np.float32)
-        self.corrector.correct(window, quantiles)
+        self.corrector.mix(window, quantiles, rules_of(window, 96))
         assert np.isnan(quantiles[:, 1]).all(), "a metric without a forecast stays unknown"
         return np.asarray(quantiles[0, 0])
 
@@ -203,7 +204,7 @@ def test_servers_long_gone_give_up_their_rows(fleet: Fleet) -> None:
     fleet.close(100)
     names = tuple(f"gone-{i}" for i in range(100))
     window = HistoryWindow(names, METRICS, np.full((100, 2, 12), 50, np.float32), 0, BIN)
-    fleet.corrector.correct(window, np.ones((100, 2, 96, 3), np.float32))
+    fleet.corrector.mix(window, np.ones((100, 2, 96, 3), np.float32), rules_of(window, 96))
     before = fleet.forecast()
     fleet.corrector.save(at_once=True)
     assert set(fleet.corrector._rows) == {"a", "b"}

@@ -241,7 +241,7 @@ def test_a_model_that_forecasts_nothing_of_a_grown_fleet_is_a_problem(
     assert [line.levelname for line in caplog.records if problem in line.message] == ["WARNING"]
 
 
-@pytest.mark.parametrize("step", ["learn", "correct", "save"])
+@pytest.mark.parametrize("step", ["learn", "mix", "save"])
 def test_an_expert_layer_that_fails_costs_no_forecast_and_no_actual(
     world: World, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

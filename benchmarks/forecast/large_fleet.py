@@ -1,6 +1,6 @@
 """The real daemon with 10,000 servers: sweeps, memory, the feed beside them, hot reloads.
 
-    .venv/bin/python -m benchmarks.forecast.large_fleet [--servers 10000] [--bins 3] [--shadow]
+    .venv/bin/python -m benchmarks.forecast.large_fleet [--servers 10000] [--bins 3] [--shadow] [--shards 2]
 
 One daemon, the real network (random weights, hidden 32), fed over loopback: `--history` bins of
 one record per server fast (their sweeps overtake each other, as after an outage), then bins one by
@@ -8,6 +8,7 @@ one, each forecast before the next one closes. A second connection sends 20 reco
 the while and notes how long each answer takes. At the end `/predictions/current` is read whole,
 twice, and models are replaced while sweeps go on. With `--shadow` the model was switched before the
 measured sweeps, so that the one before is compared with it (the bake), on as many servers as by default.
+With `--shards` the daemon has that many processes that forecast; their CPU seconds and memory are told, too.
 
     .venv/bin/python -m benchmarks.forecast.large_fleet --restart [--servers 10000] [--days 8] [--interval 60]
 
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 
 from benchmarks.ingest.feed_latency import Fleet, Repeating, probe, promote, store
@@ -46,6 +48,7 @@ from fleetcast.schema import RecordBatch
 from fleetcast.serving import roster
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.ledger import Ledger
+from fleetcast.serving.shards import MODULE as SHARD
 from fleetcast.settings import BinSettings, ForecastSettings
 from fleetcast.storage.bin_days import make_bins
 from fleetcast.storage.days import day_of_ms, day_path, write_part
@@ -65,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--history", type=int, default=14, help="bins sent before (a model needs 12)")
     parser.add_argument("--bins", type=int, default=3, help="bins swept one by one")
     parser.add_argument("--shadow", action="store_true", help="with the model before beside the new one")
+    parser.add_argument("--shards", type=int, default=1, help="processes that forecast")
     parser.add_argument("--restart", action="store_true", help="measure a restart instead")
     parser.add_argument("--days", type=int, default=8, help="sealed days of a restart")
     parser.add_argument("--interval", type=int, default=60, help="seconds between a server's stored records")
@@ -79,26 +83,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(write_results(f"large_fleet_restart_{options.interval}s", figures))
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        figures = run(Path(folder), options.servers, options.history, options.bins, shadow=options.shadow)
+        figures = run(Path(folder), options)
     for name, value in figures.items():
         print(f"{name:32s} {value}")
-    print(write_results("large_fleet_shadow" if options.shadow else "large_fleet", figures))
+    name = f"large_fleet_{options.shards}_shards" if options.shards > 1 else "large_fleet"
+    print(write_results(f"{name}_shadow" if options.shadow else name, figures))
     return 0
 
 
-def run(folder: Path, n_servers: int, n_history: int, n_bins: int, *, shadow: bool) -> dict[str, Any]:
+def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of one daemon."""
     promote(folder, 0)
-    with InferenceDaemon(folder) as daemon:
+    n_servers, n_bins = options.servers, options.bins
+    with InferenceDaemon(folder, "--shards", str(options.shards)) as daemon:
         wait_for("the model", lambda: daemon.status()["model"]["version"] is not None)
         idle_mb = daemon.memory_bytes / 1e6
         fleet = LargeFleet(daemon, n_servers)
-        for _ in range(n_history):
+        for _ in range(options.history):
             fleet.send_a_bin()
         wait_for("the backlog", lambda: daemon.status()["backlog"] == 0, 300)
-        if shadow:
+        if options.shadow:
             _begin_bake(daemon, folder)
-        sweeps: list[dict[str, float]] = []
+        sweeps: list[dict[str, Any]] = []
         latencies_ms: list[float] = []
         prober = threading.Thread(target=_probe_until, args=(daemon, fleet, latencies_ms, sweeps, n_bins))
         prober.start()
@@ -108,6 +114,7 @@ def run(folder: Path, n_servers: int, n_history: int, n_bins: int, *, shadow: bo
         prober.join()
         documents = [_timed_read(daemon) for _ in range(2)]
         peak_mb = _peak_mb(daemon.process.pid)
+        shards_mb = [round(_peak_mb(pid)) for pid in _shards_of(daemon)]
         print(f"peak {peak_mb:.0f} MB, idle {idle_mb:.0f} MB, documents {documents}", flush=True)
         reloads = _reload_beside_sweeps(daemon, fleet, folder)
     return {
@@ -119,6 +126,8 @@ def run(folder: Path, n_servers: int, n_history: int, n_bins: int, *, shadow: bo
         "feed_requests": len(latencies_ms),
         "idle_mb": round(idle_mb),
         "peak_above_idle_mb": round(peak_mb - idle_mb),
+        "shards_peak_mb": shards_mb,
+        "load_1_min": round(os.getloadavg()[0], 1),
         "document_mb": round(documents[0][1] / 1e6, 1),
         "document_s_first_and_cached": [round(seconds, 2) for seconds, _ in documents],
         "reloads_s_beside_sweeps": reloads,
@@ -226,7 +235,7 @@ def _start(folder: Path) -> dict[str, float]:
             "restored_servers": int(took[1]),
             "restore_s": float(took[2]),
             "ready_s": answered["/ready"],
-            "cpu_s": round(_cpu_s(daemon), 1),
+            "cpu_s": round(_cpu_s(daemon.process.pid), 1),
             "peak_mb": round(_peak_mb(daemon.process.pid)),
             "load_1_min": round(os.getloadavg()[0], 1),
         }
@@ -270,10 +279,11 @@ class LargeFleet(Fleet):
             self._send()
         self._names = names
 
-    def sweep_once(self) -> dict[str, float]:
+    def sweep_once(self) -> dict[str, Any]:
         """Close a bin and wait for its sweep; return what both took."""
         before = self._daemon.status()["sweep"]["count"]
-        cpu_before, started = _cpu_s(self._daemon), time.monotonic()
+        shards = _shards_of(self._daemon)
+        cpu_before, started = [_cpu_s(pid) for pid in (self._daemon.process.pid, *shards)], time.monotonic()
         self.send_a_bin()
         sent = time.monotonic()
         wait_for("the sweep", lambda: self._daemon.status()["sweep"]["count"] > before, 300)
@@ -285,17 +295,18 @@ class LargeFleet(Fleet):
             "send_s": round(sent - started, 2),
             "bin_closed_to_published_s": round(published - sent, 2),
             **({"shadow_s": round(shadow_s, 2)} if shadow_s is not None else {}),
-            "daemon_cpu_s": round(_cpu_s(self._daemon) - cpu_before, 2),
+            **_cpu_used(self._daemon, shards, cpu_before),
         }
 
     def _shadow_s(self) -> float | None:
         """Return how long the comparison after the sweep took, None without one."""
         if _shadow_seconds(self._daemon) is None:
             return None
-        used = _cpu_s(self._daemon)
+        pid = self._daemon.process.pid
+        used = _cpu_s(pid)
         while True:  # it goes on after the forecasts are published
             time.sleep(0.5)
-            now = _cpu_s(self._daemon)
+            now = _cpu_s(pid)
             if now - used < 0.2:
                 return _shadow_seconds(self._daemon)
             used = now
@@ -314,7 +325,7 @@ def _probe_until(
     daemon: InferenceDaemon,
     fleet: LargeFleet,
     latencies_ms: list[float],
-    sweeps: list[dict[str, float]],
+    sweeps: list[dict[str, Any]],
     n_bins: int,
 ) -> None:
     def moment() -> datetime:
@@ -349,8 +360,21 @@ def _serves_another(daemon: InferenceDaemon, version: str) -> bool:
     return bool(daemon.status()["model"]["version"] != version)
 
 
-def _cpu_s(daemon: InferenceDaemon) -> float:
-    fields = Path(f"/proc/{daemon.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+def _shards_of(daemon: InferenceDaemon) -> list[int]:
+    children = psutil.Process(daemon.process.pid).children()
+    return [child.pid for child in children if SHARD in child.cmdline()]
+
+
+def _cpu_used(daemon: InferenceDaemon, shards: Sequence[int], before: Sequence[float]) -> dict[str, Any]:
+    """Return the CPU seconds since then, of the daemon and of each shard."""
+    own, *others = [
+        round(_cpu_s(pid) - was, 2) for pid, was in zip((daemon.process.pid, *shards), before, strict=True)
+    ]
+    return {"daemon_cpu_s": own, **({"shards_cpu_s": others} if others else {})}
+
+
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / 100
 
 

@@ -127,22 +127,16 @@ class Corrector:
         self._through_ms = closed.bin_ms
         self._is_changed = True
 
-    def correct(self, part: HistoryWindow, quantiles: Floats32) -> RuleForecasts:
+    def mix(
+        self, part: HistoryWindow, quantiles: Floats32, experts: RuleForecasts, leads: Longs | None = None
+    ) -> None:
         """Mix the model's (or the naive) forecasts of one part of the fleet with the experts', in place.
 
         Args:
             quantiles: (server, metric, horizon, quantile), NaN = none.
-        Returns:
-            what the experts that need no model say.
+            experts: what the rules say of the same servers and bins ahead.
+            leads: these bins ahead; None: every one.
         """
-        experts = self._layer.experts(part.values, max(1, DAY_MS // part.bin_ms), quantiles.shape[2])
-        self.mix(part, quantiles, experts)
-        return experts
-
-    def mix(
-        self, part: HistoryWindow, quantiles: Floats32, experts: RuleForecasts, leads: Longs | None = None
-    ) -> None:
-        """Mix forecasts with what experts say of the same servers and bins ahead (None: every one)."""
         origin = part.end_bin_ms // part.bin_ms
         served = self._layer.serve(self._rows_of(part.server_names), origin, experts, quantiles, leads)
         is_served = np.isfinite(served).all(axis=(2, 3)) & np.isfinite(quantiles).all(axis=(2, 3))

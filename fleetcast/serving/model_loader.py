@@ -46,6 +46,7 @@ class Champion:
     predictor: Predictor
     info: ModelInfo
     n_specialised: int = 0  # series that a specialist forecasts
+    path: Path | None = None  # of the model, where another process can load it
 
 
 class ModelLoader:
@@ -205,7 +206,7 @@ class ModelLoader:
             predictor = self._load(version.model_path)
             self._warm_up(predictor, version.model_path)
             info = ModelInfo(version.id, iso_z(version.created_at), version.is_base)
-            return Champion(predictor, info, version.n_specialist_series)
+            return Champion(predictor, info, version.n_specialist_series, version.model_path)
         except OtherBins as error:
             if not version.is_base:
                 self._note(error)

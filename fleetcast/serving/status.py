@@ -154,6 +154,7 @@ class StatusReport:
                 "count": counts.sweeps,
                 "origin": _time(counts.last_origin_ms),
                 "seconds": counts.last_seconds,
+                "shards": self._sweeper.engine.report(),
             },
             "fleet_ahead": self.fleet_ahead(),
         }
@@ -167,6 +168,9 @@ class StatusReport:
             found.append(("warning", f"The key is easy to guess: {self.weak_key}."))
         if notice := self._buffer.retention_notice:
             found.append(("warning", notice))
+        shards = self._sweeper.engine.report()
+        if shards["restarts"] and shards["ready"] < shards["wanted"]:
+            found.append(("warning", f"Shards that forecast: {shards['ready']} of {shards['wanted']}."))
         n_late = self._sweeper.backlog
         if n_late > _LATE_BINS:
             found.append(("error", f"{n_late} closed bins wait for their forecast."))
@@ -204,7 +208,7 @@ class StatusReport:
         """Return the states a scrape reads."""
         present = self._fleet.servers()
         stats, limits = self._buffer_stats(), self._limits()
-        model = self._model.report()
+        model, shards = self._model.report(), self._sweeper.engine.report()
         most_named = self._settings.server.max_server_labels
         shown = range(min(len(present.server_names), most_named))
         newest_ms = self._fleet.history.newest_ms
@@ -226,6 +230,8 @@ class StatusReport:
                 "model_age_seconds": _age_s(model["trained_at"]),
                 "training_running": float(self._is_training()),
                 "load_failures": self._model.n_failures,
+                "shards_ready": shards["ready"],
+                "shard_restarts": shards["restarts"],
                 "shadow_seconds": self._sweeper.shadow_seconds,
                 "late_records": self._fleet.history.late_rows,
             },

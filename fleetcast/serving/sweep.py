@@ -39,6 +39,8 @@ from fleetcast.serving.ledger import Ledger
 from fleetcast.serving.model_loader import Champion, ModelLoader
 from fleetcast.serving.roster import Fleet
 from fleetcast.serving.shadow import Shadow
+from fleetcast.serving.shard import PartForecast
+from fleetcast.serving.shards import Engine, OneProcess
 from fleetcast.serving.telemetry import Telemetry
 from fleetcast.storage.store import DataBuffer
 
@@ -89,6 +91,7 @@ class Sweeper:
         self.capacity: Capacity | None = None  # set by the daemon
         self.shadow: Shadow | None = None  # the same
         self.export: Export | None = None  # the same
+        self.engine: Engine = OneProcess(fleet.settings.horizon_bins)  # the same
         self._horizon_bins = fleet.settings.horizon_bins
         self._naive = NaiveForecaster(self._horizon_bins)
         self._unwritten: deque[ClosedBin | FleetForecast] = deque()  # in order; the disk refused the first
@@ -266,16 +269,18 @@ class Sweeper:
         names: list[str] = []
         has_ripe = False
         made: list[tuple[Floats32, Flags, Floats32]] = []  # quantiles, sources, medians of each part
-        for part in self._history.parts(origin_ms, CHUNK_SERVERS):
+        parts = self._history.parts(origin_ms, CHUNK_SERVERS)
+        with_rules = self._corrector is not None
+        for part, said in self.engine.forecasts(parts, champion, with_rules=with_rules):
             shape = (*part.values.shape[:2], self._horizon_bins, 3)
             quantiles = np.full(shape, np.nan, dtype=np.float32)
             sources = np.zeros(shape[:2], dtype=np.bool_)
             if champion:
-                champion = self._fill_by_model(champion, part, quantiles, sources)
+                champion = self._fill_by_model(champion, said, quantiles, sources)
                 has_ripe |= not sources.any() and self._has_ripe(part)
             self._fill_by_naive_rules(part, quantiles, sources)
             medians = quantiles[..., 1].copy()
-            self._correct(part, quantiles, sources)
+            self._correct(part, said, quantiles, sources)
             names += part.server_names
             made.append((quantiles, sources, medians))
         if champion and has_ripe and not any(flags.any() for _, flags, _ in made):
@@ -334,23 +339,26 @@ class Sweeper:
             if self.shadow:
                 self.shadow.return_evidence(self._corrector)
 
-    def _correct(self, part: HistoryWindow, quantiles: Floats32, sources: Flags) -> None:
+    def _correct(self, part: HistoryWindow, said: PartForecast, quantiles: Floats32, sources: Flags) -> None:
         """Make forecasts what clients get; the model's own stay known where another is compared with it."""
         raw = None
         if self.shadow and self.shadow.is_comparing:
             raw = np.where(sources[..., None, None], quantiles, np.float32(np.nan))
-        experts = self._mix(part, quantiles)
+        experts = self._mix(part, said, quantiles)
         if self.shadow and raw is not None:
             self.shadow.collect(part, raw, quantiles, experts)
         widen_young(part, quantiles)
 
-    def _mix(self, part: HistoryWindow, quantiles: Floats32) -> RuleForecasts | None:
+    def _mix(self, part: HistoryWindow, said: PartForecast, quantiles: Floats32) -> RuleForecasts | None:
         """Let the expert layer mix its forecasts in; where it fails, the uncorrected ones go out."""
         if not self._corrector:
             return None
         uncorrected = quantiles.copy()
         try:
-            return self._corrector.correct(part, quantiles)
+            if said.rules is None:
+                raise said.rules_failure or RuntimeError("no rules")
+            self._corrector.mix(part, quantiles, said.rules)
+            return said.rules
         except Exception as error:  # the boundary of what may be left out
             quantiles[:] = uncorrected
             self._note_failure("feedback", "the expert layer", error)
@@ -376,19 +384,16 @@ class Sweeper:
             quantiles[without] = block
 
     def _fill_by_model(
-        self, champion: Champion, part: HistoryWindow, quantiles: Floats32, sources: Flags
+        self, champion: Champion, said: PartForecast, quantiles: Floats32, sources: Flags
     ) -> Champion | None:
         """Fill in what the model forecasts; a model that fails is left out of this sweep."""
-        try:
-            made = champion.predictor.predict(part)
-            if made.shape != quantiles.shape:
-                raise ValueError(f"forecasts of shape {made.shape}, expected {quantiles.shape}")
-        except Exception as error:  # the boundary of what may be left out
+        if said.model is None:
+            error = said.model_failure or RuntimeError("it was not asked")
             self._note_failure("model", f"the model {champion.info.version}", error)
             self._model_failure = str(error) or type(error).__name__
             return None
-        is_made = np.isfinite(made).all(axis=(2, 3))
-        quantiles[is_made] = made[is_made]
+        is_made = np.isfinite(said.model).all(axis=(2, 3))
+        quantiles[is_made] = said.model[is_made]
         sources[:] = is_made
         return champion
 

@@ -71,6 +71,8 @@ GAUGES = {
     "model_age_seconds": "wall time since the model in service was made",
     "training_running": "1 while a training runs",
     "late_records": "records since the start that came after their bin closed",
+    "shards_ready": "processes that forecast now; 1 where the daemon does it itself",
+    "shard_restarts": "shards that ended since the start, and were started again",
     "shadow_seconds": "how long the model before took in the newest sweep; only while it is compared",
     "load_failures": "model versions that should serve and cannot be loaded, as of the newest try",
 }

@@ -1,0 +1,370 @@
+"""Who forecasts the parts of a sweep: this process, or shards, processes beside it.
+
+Owns: starting shards, giving each the next part as soon as it is free, starting one again that ended, and the
+order of the answers. History, ledger, expert layer and files stay the daemon's: what a shard computes depends
+on the window and the model alone, so any number of shards forecasts the same, to the bit, and a restart with
+another number needs no migration. Does not know: how a window is forecast (`shard`), what sweeps make of it.
+
+A part whose shard dies goes to another one. A part that has ended two shards goes without a forecast of the
+model and is told; while no shard is there, this process forecasts itself.
+"""
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Protocol
+
+from fleetcast.clock import monotonic
+from fleetcast.schema import HistoryWindow
+from fleetcast.serving.model_loader import Champion
+from fleetcast.serving.shard import PartForecast, SharedArrays, forecast_part, question, said_by
+from fleetcast.settings import Settings
+from fleetcast.workers import GrowingPause
+
+logger = logging.getLogger(__name__)
+
+MODULE = "fleetcast.serving.shard"
+ANSWER_LIMIT_S = 120.0  # a part takes less than a second; a shard that is stopped answers never
+STOP_LIMIT_S = 5.0
+_LOOK_S = 1.0
+_DEATHS_OF_A_PART = 2
+_AHEAD = 2  # parts for each shard that are answered before an older one is: bounds what waits in memory
+_PACKAGE_FOLDER = Path(__file__).parents[2]
+_Item = tuple[int, HistoryWindow]
+
+
+class Engine(Protocol):
+    """Forecasts the parts of a sweep."""
+
+    def forecasts(
+        self, parts: Iterator[HistoryWindow], champion: Champion | None, *, with_rules: bool
+    ) -> Iterator[tuple[HistoryWindow, PartForecast]]:
+        """Yield each part with what is forecast of it, in order."""
+
+    def start(self) -> None:
+        """Start what it needs; does not wait."""
+
+    def look_after(self) -> None:
+        """Notice what happened to the shards; does not wait."""
+
+    def report(self) -> dict[str, int]:
+        """Return how many shards there are to be, are ready, and were started again."""
+
+    def stop(self) -> None:
+        """End what was started."""
+
+
+class OneProcess:
+    """This process forecasts, part by part."""
+
+    def __init__(self, horizon_bins: int) -> None:
+        self._horizon_bins = horizon_bins
+
+    def forecasts(
+        self, parts: Iterator[HistoryWindow], champion: Champion | None, *, with_rules: bool
+    ) -> Iterator[tuple[HistoryWindow, PartForecast]]:
+        """Yield each part with what is forecast of it, in order; a model that fails is asked once."""
+        predictor = champion.predictor if champion else None
+        for part in parts:
+            said = forecast_part(part, predictor, self._horizon_bins, with_rules=with_rules)
+            predictor = None if said.model_failure else predictor
+            yield part, said
+
+    def start(self) -> None:
+        """Do nothing: it is there."""
+
+    def look_after(self) -> None:
+        """Do nothing: there are no shards."""
+
+    def report(self) -> dict[str, int]:
+        """Return that there is one process."""
+        return {"wanted": 1, "ready": 1, "restarts": 0}
+
+    def stop(self) -> None:
+        """Do nothing: nothing was started."""
+
+
+class Shards:
+    """Processes beside this one forecast; the methods belong to the thread that sweeps."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Start none yet."""
+        own = settings.forecast
+        self._told = {
+            "bin_ms": settings.bins.bin_s * 1000,
+            "horizon_bins": own.horizon_bins,
+            "min_history_s": own.model_min_history_s,
+            "threads": own.torch_threads,
+        }
+        self._n_wanted = own.shards
+        self._alone = OneProcess(own.horizon_bins)
+        self._shards: list[_Process] = []
+        self._pause = GrowingPause()
+        self._restarts = 0
+        self._is_begun = False
+
+    def start(self) -> None:
+        """Start the processes; they are ready some seconds later."""
+        self._is_begun = True
+        self._start_missing()
+
+    def stop(self) -> None:
+        """End the processes."""
+        self._is_begun = False
+        for shard in self._shards:
+            shard.close()
+        for shard in self._shards:
+            shard.join(STOP_LIMIT_S)
+        self._shards.clear()
+
+    def report(self) -> dict[str, int]:
+        """Return how many there are to be, how many are ready, and how many were started again."""
+        n_ready = sum(shard.is_ready for shard in list(self._shards))  # other threads ask, too
+        return {"wanted": self._n_wanted, "ready": n_ready, "restarts": self._restarts}
+
+    def look_after(self) -> None:
+        """Notice which shards are ready or gone, and start again what is missing; does not wait."""
+        self._look(None)
+
+    def _look(self, sweep: "_Sweep | None", limit_s: float = 0.0) -> None:
+        for shard in wait_for(self._shards, limit_s):
+            self._hear(shard, sweep)
+        self._start_missing()
+
+    def forecasts(
+        self, parts: Iterator[HistoryWindow], champion: Champion | None, *, with_rules: bool
+    ) -> Iterator[tuple[HistoryWindow, PartForecast]]:
+        """Yield each part with what is forecast of it, in order."""
+        if champion is not None and champion.path is None:  # a model that no other process can load
+            yield from self._alone.forecasts(parts, champion, with_rules=with_rules)
+            return
+        sweep = _Sweep(parts, champion, with_rules)
+        for shard in [one for one in self._shards if one.item is not None]:
+            self._lose(shard)  # it works for a sweep that failed
+        while True:
+            self._look(sweep)
+            self._give(sweep)
+            if sweep.next_index in sweep.done:
+                yield sweep.pop()
+            elif any(shard.item is not None for shard in self._shards):
+                self._look(sweep, _LOOK_S)
+                self._end_hung(sweep)
+            elif (item := sweep.take()) is not None:  # no shard is there
+                self._forecast_alone(sweep, item)
+            else:
+                return
+
+    def _give(self, sweep: "_Sweep") -> None:
+        """Give each free shard a part."""
+        for shard in [one for one in self._shards if one.is_free]:
+            item = sweep.take(_AHEAD * self._n_wanted)
+            if item is None:
+                return
+            if not shard.ask(item, sweep.champion, with_rules=sweep.with_rules):
+                sweep.put_back(item)
+                self._lose(shard)
+
+    def _hear(self, shard: "_Process", sweep: "_Sweep | None") -> None:
+        item, said = shard.item, shard.hear()
+        if said is None:
+            self._lose(shard, sweep)
+        elif item is not None and sweep is not None:
+            sweep.done[item[0]] = (item[1], said)
+            self._pause.reset()
+
+    def _end_hung(self, sweep: "_Sweep") -> None:
+        for shard in [one for one in self._shards if one.is_hung]:
+            logger.error("killed a shard that does not answer pid=%d limit_s=%g", shard.pid, ANSWER_LIMIT_S)
+            self._lose(shard, sweep)
+
+    def _lose(self, shard: "_Process", sweep: "_Sweep | None" = None) -> None:
+        """Give up a shard that has ended; its part is another one's."""
+        self._shards.remove(shard)
+        shard.kill()
+        self._pause.begin()
+        self._restarts += 1
+        how = shard.end()
+        logger.error("a shard ended, it is started again pid=%d %s", shard.pid, how)
+        if shard.item is not None and sweep is not None:
+            sweep.give_back(shard.item, how)
+
+    def _start_missing(self) -> None:
+        if not self._is_begun or self._pause.left_s:
+            return
+        while len(self._shards) < self._n_wanted:
+            try:
+                self._shards.append(_Process(self._told))
+            except OSError as error:  # no memory, no process
+                logger.error("a shard cannot be started error=%s", error)
+                self._pause.begin()
+                return
+
+    def _forecast_alone(self, sweep: "_Sweep", item: _Item) -> None:
+        """Forecast a part here: no shard is there."""
+        ((part, said),) = self._alone.forecasts(iter([item[1]]), sweep.champion, with_rules=sweep.with_rules)
+        sweep.done[item[0]] = (part, said)
+
+
+def make_engine(settings: Settings) -> Engine:
+    """Return who forecasts, by the settings; it is not started yet."""
+    return Shards(settings) if settings.forecast.shards > 1 else OneProcess(settings.forecast.horizon_bins)
+
+
+class _Sweep:
+    """The parts of one sweep: not yet asked, in hand, answered."""
+
+    def __init__(self, parts: Iterator[HistoryWindow], champion: Champion | None, with_rules: bool) -> None:
+        self.champion, self.with_rules = champion, with_rules
+        self.done: dict[int, tuple[HistoryWindow, PartForecast]] = {}
+        self.next_index = 0
+        self._parts = enumerate(parts)
+        self._again: deque[_Item] = deque()
+        self._deaths: dict[int, int] = {}
+        self._n_taken = 0
+
+    def take(self, most_ahead: int | None = None) -> _Item | None:
+        """Return the next part to ask for, None where there is none.
+
+        Args:
+            most_ahead: parts that may be asked for or answered before the next one in order is.
+        """
+        if self._again:
+            return self._again.popleft()
+        if most_ahead is not None and self._n_taken - self.next_index >= most_ahead:
+            return None
+        item = next(self._parts, None)
+        self._n_taken += item is not None
+        return item
+
+    def pop(self) -> tuple[HistoryWindow, PartForecast]:
+        """Return the next answer in order."""
+        self.next_index += 1
+        return self.done.pop(self.next_index - 1)
+
+    def put_back(self, item: _Item) -> None:
+        """Let another shard forecast a part that was not asked for."""
+        self._again.appendleft(item)
+
+    def give_back(self, item: _Item, how: str) -> None:
+        """Let another shard forecast a part, or none where it has ended too many."""
+        index, part = item
+        self._deaths[index] = self._deaths.get(index, 0) + 1
+        if self._deaths[index] < _DEATHS_OF_A_PART:
+            self.put_back(item)
+            return
+        failure = RuntimeError(
+            f"{self._deaths[index]} shards ended over {len(part.server_names)} servers: {how}"
+        )
+        self.done[index] = (
+            part,
+            PartForecast(
+                None, None, failure if self.champion else None, failure if self.with_rules else None
+            ),
+        )
+
+
+class _Process:
+    """One shard, as the daemon sees it."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        """Start the process.
+
+        Raises:
+            OSError: it cannot be started.
+        """
+        self.is_ready = False
+        self.item: _Item | None = None  # in hand
+        self._asked_at = monotonic()
+        ours, theirs = socket.socketpair()
+        blocks = [os.memfd_create(f"fleetcast-{name}") for name in ("questions", "answers")]
+        self._questions, self._answers = (SharedArrays(block) for block in blocks)
+        self._blocks = blocks
+        environment = dict(os.environ)
+        paths = [str(_PACKAGE_FOLDER), *filter(None, [environment.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        handles = (theirs.fileno(), *blocks)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", MODULE, *map(str, handles)],
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                pass_fds=handles,
+            )
+        self.channel = Connection(ours.detach())
+        self.channel.send_bytes(json.dumps(settings).encode())
+
+    @property
+    def pid(self) -> int:
+        """Return its process number."""
+        return self._process.pid
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it can be given a part."""
+        return self.is_ready and self.item is None
+
+    @property
+    def is_hung(self) -> bool:
+        """Whether it has not answered for too long."""
+        return self.item is not None and monotonic() - self._asked_at > ANSWER_LIMIT_S
+
+    def ask(self, item: _Item, champion: Champion | None, *, with_rules: bool) -> bool:
+        """Give it a part; return False where it is gone."""
+        self.item, self._asked_at = item, monotonic()
+        layout = self._questions.put({"values": item[1].values})
+        path = str(champion.path) if champion and champion.path else ""
+        try:
+            self.channel.send_bytes(question(item[1], path, layout, with_rules=with_rules))
+        except OSError:
+            return False
+        return True
+
+    def hear(self) -> PartForecast | None:
+        """Return what it says; None where it is gone."""
+        try:
+            answer = json.loads(self.channel.recv_bytes())
+        except (EOFError, OSError):
+            return None
+        if not self.is_ready:
+            self.is_ready = True
+            return PartForecast()
+        self.item = None
+        return said_by(self._answers.get(answer["layout"]), answer["failures"])
+
+    def close(self) -> None:
+        """Let it end."""
+        self.channel.close()
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+        self.close()
+
+    def join(self, limit_s: float) -> None:
+        """Wait for its end."""
+        try:
+            self._process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        for block in self._blocks:
+            os.close(block)
+
+    def end(self) -> str:
+        """Return how it ended."""
+        self.join(STOP_LIMIT_S)
+        code = self._process.returncode
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def wait_for(shards: list[_Process], limit_s: float) -> list[_Process]:
+    """Return which shards have said something, or are gone."""
+    by_channel = {shard.channel: shard for shard in shards}
+    return [by_channel[channel] for channel in wait(list(by_channel), limit_s)]  # type: ignore[index]
