@@ -104,7 +104,7 @@ class InferenceService:
         corrector = None
         if settings.forecast.feedback != "off":
             corrector = Corrector(folder, self._fleet.history, settings.forecast.settle_horizons)
-        board = PredictionBoard(self._fleet.roster, self._fleet.clock)
+        board = PredictionBoard(self._fleet.roster, self._fleet.clock, settings.server.max_document_servers)
         self._fullness = Fullness(self._fleet, buffer)
         self._sweeper = Sweeper(
             self._fleet, buffer, self._ledger, self._model, corrector, board, self._telemetry

@@ -87,6 +87,11 @@ class ServerSettings:
     max_answer_bytes: int = setting(
         64 * 2**20, "most bytes of answers that clients have not read yet; further ones get 503", low=2**20
     )
+    max_document_servers: int = setting(
+        20_000,
+        "most servers with forecasts in one answer; `?shard=` asks for a share of a larger fleet",
+        low=1,
+    )
     max_query_servers: int = setting(500, "most servers that one query may name", low=1)
     max_pending_posts: int = setting(64, "POSTs at work at once; further ones get 503", low=1)
     hold_s: float = setting(

@@ -12,7 +12,15 @@ import pytest
 from fleetcast.clock import FakeClock, to_ms
 from fleetcast.schema import FleetForecast, RecordBatch
 from fleetcast.serving import board as board_module
-from fleetcast.serving.board import ModelInfo, PredictionBoard, UnknownServer, fleet_means
+from fleetcast.serving.board import (
+    BadShare,
+    ModelInfo,
+    PredictionBoard,
+    TooManyServers,
+    UnknownServer,
+    fleet_means,
+    share_of,
+)
 from fleetcast.serving.roster import Roster
 from fleetcast.settings import ForecastSettings
 
@@ -141,6 +149,37 @@ def test_current_leaves_the_forecasts_out(clock: FakeClock, roster: Roster) -> N
 def test_an_unknown_server_is_named(clock: FakeClock, roster: Roster) -> None:
     with pytest.raises(UnknownServer, match="'web-03'"):
         PredictionBoard(roster, clock).document(["web-01", "web-03"])
+
+
+def test_shares_of_a_fleet_are_equal_and_together_the_whole(clock: FakeClock) -> None:
+    roster = Roster(ForecastSettings())
+    for number in range(200):
+        add(roster, clock, f"web-{number:03}", 1.0)
+    board = PredictionBoard(roster, clock, 60)
+    with pytest.raises(TooManyServers, match=r"200 servers .* at most 60 \(ask for shares, \?shard=0/8"):
+        board.document()
+    assert len(json.loads(b"".join(board.document(only_current=True)))["predictions"]) == 200
+    shares = [
+        list(json.loads(b"".join(board.document(share=(which, 8))))["predictions"]) for which in range(8)
+    ]
+    assert sorted(name for share in shares for name in share) == [f"web-{number:03}" for number in range(200)]
+    assert max(map(len, shares)) < 45
+    with pytest.raises(TooManyServers):
+        board.document(share=(0, 1))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1", "1/1", "2/1", "0/0", "-1/2", "1/2/3", "\u0661/\u0662", "1/2 ", "0x1/2", "a/b"]
+)
+def test_what_is_no_share_is_refused(text: str) -> None:
+    with pytest.raises(BadShare, match="K from 0 to N - 1"):
+        share_of(text)
+
+
+def test_a_share_of_named_servers_is_refused() -> None:
+    assert share_of(None, servers=["a"]) is None
+    with pytest.raises(BadShare, match="exclude each other"):
+        share_of("0/2", servers=["a"])
 
 
 def test_new_values_show_between_sweeps(clock: FakeClock, roster: Roster) -> None:

@@ -19,7 +19,7 @@ from fleetcast.api.server import BrowserGuard, create_app
 from fleetcast.clock import FakeClock, SystemClock
 from fleetcast.errors import StorageBroken, StorageFull
 from fleetcast.schema import Rejection
-from fleetcast.serving.board import UnknownServer
+from fleetcast.serving.board import TooManyServers, UnknownServer
 from fleetcast.serving.intake import Receipt
 from fleetcast.serving.telemetry import Snapshot, Telemetry
 from fleetcast.settings import ServerSettings
@@ -45,10 +45,19 @@ class Daemon:
         self.taken += parts
         return [Receipt(len(raw) - len(self.rejections), self.rejections, 0) for raw in parts]
 
-    def document(self, servers: Sequence[str] = (), *, only_current: bool = False) -> Sequence[bytes]:
+    def document(
+        self,
+        servers: Sequence[str] = (),
+        *,
+        only_current: bool = False,
+        share: tuple[int, int] | None = None,
+    ) -> Sequence[bytes]:
         if "nobody" in servers:
             raise UnknownServer("unknown server 'nobody'")
-        return [json.dumps({"servers": list(servers), "only_current": only_current}).encode()]
+        if share == (0, 1):
+            raise TooManyServers("20001 servers are too many")
+        told: dict[str, Any] = {"servers": list(servers), "only_current": only_current}
+        return [json.dumps(told | ({"share": share} if share else {})).encode()]
 
     def is_held(self) -> bool:
         return self.held()
@@ -202,6 +211,12 @@ def test_predictions_may_be_narrowed(client: httpx.Client) -> None:
     assert client.get("/predictions/current").json() == {"servers": [], "only_current": False}
     narrowed = client.get("/predictions/current?server=a&server=b&fields=current").json()
     assert narrowed == {"servers": ["a", "b"], "only_current": True}
+    share = client.get("/predictions/current?shard=3/16").json()
+    assert share == {"servers": [], "only_current": False, "share": [3, 16]}
+    too_large = client.get("/predictions/current?shard=0/1")
+    assert (too_large.status_code, too_large.json()) == (413, {"detail": "20001 servers are too many"})
+    for wrong in ("shard=1/1", "shard=x", "shard=0/2&server=a"):
+        assert client.get(f"/predictions/current?{wrong}").status_code == 422, wrong
 
 
 def test_an_unknown_server_is_404_and_an_unknown_field_422(client: httpx.Client) -> None:

@@ -28,7 +28,7 @@ from fleetcast.api.bodies import encode
 from fleetcast.api.connection import PIECE_BYTES
 from fleetcast.api.feed import ARROW, JSON, PROTOBUF, WRONG_KEY, Feed, FeedDoor
 from fleetcast.clock import SystemClock, iso_z
-from fleetcast.serving.board import PredictionBoard, UnknownServer
+from fleetcast.serving.board import BadShare, PredictionBoard, TooManyServers, UnknownServer, share_of
 from fleetcast.serving.intake import Intake
 from fleetcast.serving.status import StatusReport
 from fleetcast.serving.telemetry import Telemetry
@@ -211,11 +211,13 @@ WRITE_ANSWERS: dict[int | str, dict[str, Any]] = {
     503: {"description": "busy, or a sweep goes first (data clock); repeat it"},
     507: {"description": "the disk is full; repeat it"},
 }
+_CODES = {UnknownServer: 404, TooManyServers: 413, BadShare: 422}
 PREDICTION_ANSWERS = answers(
     PREDICTIONS,
     e401=WRONG_KEY,
     e404="unknown server",
-    e422="too many servers",
+    e413="too many servers for one document; ?shard=K/N asks for a share of them",
+    e422="too many servers named",
     e503="too many answers unread",
 )
 STATUS_ANSWERS = answers(OBJECT, e401=WRONG_KEY)
@@ -298,19 +300,21 @@ def _guarded_routes(
     @router.get(
         "/predictions/current",
         responses=PREDICTION_ANSWERS,
-        dependencies=[Depends(only("server", "fields"))],
+        dependencies=[Depends(only("server", "fields", "shard"))],
     )
     def predictions_current(
         server: Annotated[list[str], Query(description="narrow to these servers")] = [],  # noqa: B006
         fields: Annotated[Literal["current"] | None, Query(description="leave the forecasts out")] = None,
+        shard: Annotated[str | None, Query(description="K/N: share K of N of the fleet, K from 0")] = None,
     ) -> Response:
         """Return the newest values and forecasts of the fleet."""
         if len(server) > max_query_servers:
             raise HTTPException(422, f"a query names at most {max_query_servers} servers; ask for all")
         try:
-            document = board.document(server, only_current=fields == "current")
-        except UnknownServer as error:
-            raise HTTPException(404, str(error)) from error
+            share = share_of(shard, servers=server)
+            document = board.document(server, only_current=fields == "current", share=share)
+        except (UnknownServer, TooManyServers, BadShare) as error:
+            raise HTTPException(_CODES[type(error)], str(error)) from error
         return Pieces(document)
 
     @router.get("/status", responses=STATUS_ANSWERS, dependencies=[Depends(only())])

@@ -7,7 +7,9 @@ make may be as old as some of its makings took.
 Does not know: how forecasts are made, HTTP.
 """
 
+import re
 import threading
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +31,14 @@ _LOAD = ("cpu_pct", "mem_pct")  # of which the fleet's means are told
 _NAMES = RecordRules(None)
 _QUANTILE_NAMES = ("p10", "p50", "p90")
 _WARMING_UP = b'"forecast":null,"timestamps":[],"source":"' + SOURCE_WARMING_UP.encode() + b'","sources":{}'
+
+
+class TooManyServers(FleetcastError):
+    """Raised when a document would hold more servers than one may."""
+
+
+class BadShare(FleetcastError):
+    """Raised when a request names no share of the fleet."""
 
 
 class UnknownServer(FleetcastError):
@@ -91,7 +101,13 @@ class _Joined:
 class PredictionBoard:
     """Publishes sweeps and answers requests; every method is safe from any thread."""
 
-    def __init__(self, roster: Roster, clock: Clock) -> None:
+    def __init__(self, roster: Roster, clock: Clock, max_servers: int = 20_000) -> None:
+        """Publish nothing yet.
+
+        Args:
+            max_servers: most servers with forecasts in one document.
+        """
+        self._max_servers = max_servers
         self._roster = roster
         self._clock = clock
         self._sweep = _Sweep(None, {}, {}, {})
@@ -125,15 +141,24 @@ class PredictionBoard:
         """Return where a server's forecast comes from, as the document says it."""
         return self._sweep.sources.get(server_name, SOURCE_WARMING_UP.encode()).decode()
 
-    def document(self, servers: Sequence[str] = (), *, only_current: bool = False) -> Sequence[bytes]:
+    def document(
+        self,
+        servers: Sequence[str] = (),
+        *,
+        only_current: bool = False,
+        share: tuple[int, int] | None = None,
+    ) -> Sequence[bytes]:
         """Return the JSON document in pieces, narrowed to `servers` where any are given.
 
+        Args:
+            share: (which, of how many): the servers of one of so many equal shares, always the same ones.
         Raises:
             UnknownServer: one of them is not in the fleet.
+            TooManyServers: the whole fleet, or the share, does not fit; never of current values alone.
         """
-        if servers:
+        if servers or share:
             with self._narrowing:
-                return self._join(servers, only_current)
+                return self._join(servers, only_current, share)
         with self._lock:
             joined = self._joined.get(only_current)
             if joined is None or not self._is_fresh(joined):
@@ -156,7 +181,9 @@ class PredictionBoard:
         document = self._join((), only_current)
         return _Joined(document, changes, monotonic(), monotonic() - started)
 
-    def _join(self, servers: Sequence[str], only_current: bool) -> Sequence[bytes]:
+    def _join(
+        self, servers: Sequence[str], only_current: bool, share: tuple[int, int] | None = None
+    ) -> Sequence[bytes]:
         now = self._clock.now()
         sweep, present = self._sweep, self._roster.servers(now)
         if servers:
@@ -170,10 +197,41 @@ class PredictionBoard:
                 )
             rows = list(dict.fromkeys(row_of[name] for name in servers))
         else:
-            rows = list(range(len(present.server_names)))
+            names = present.server_names
+            rows = [row for row, name in enumerate(names) if share is None or _is_of(name, *share)]
+            if len(rows) > self._max_servers and not only_current:
+                n = 2 * -(-len(names) // self._max_servers)
+                raise TooManyServers(
+                    f"{len(rows)} servers are too many for one document, at most {self._max_servers}",
+                    hint=f"ask for shares, ?shard=0/{n} to ?shard={n - 1}/{n}, or for ?server=",
+                )
         pieces = _server_pieces(present, rows, sweep, only_current)
         head = {"timestamp": iso_z(now), "model": sweep.model.as_dict() if sweep.model else None}
         return [msgspec.json.encode(head)[:-1], b',"predictions":{', *pieces, b"}}"]
+
+
+def share_of(text: str | None, *, servers: Sequence[str] = ()) -> tuple[int, int] | None:
+    """Return which share of how many `K/N` asks for.
+
+    >>> share_of("3/16")
+    (3, 16)
+
+    Raises:
+        BadShare: it names none, or servers are named beside it.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise BadShare(f"no share of the fleet: {text[:50]!r}", hint="?shard=K/N, K from 0 to N - 1")
+    if servers:
+        raise BadShare("?shard= and ?server= exclude each other")
+    return int(found[1]), int(found[2])
+
+
+def _is_of(server_name: str, which: int, of: int) -> bool:
+    """Return whether a server belongs to one of so many equal shares of the fleet."""
+    return zlib.crc32(server_name.encode("utf-8", "surrogatepass")) % of == which
 
 
 def _server_pieces(
