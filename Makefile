@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test run faults attacks bench-peers docs demo clean
+.PHONY: help install check test run faults attacks bench-peers docs demo cluster-demo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,7 +21,11 @@ help:  ## list the targets
 	$(BIN)/python -m pip install --quiet -r requirements-torch.txt
 	touch $@
 
-.venv/.requirements-dev: .venv/.requirements requirements-dev.txt
+.venv/.requirements-cluster: .venv/.requirements requirements-cluster.txt
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements-cluster.txt
+	touch $@
+
+.venv/.requirements-dev: .venv/.requirements-cluster requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements-dev.txt
 	touch $@
 
@@ -40,6 +44,9 @@ docs: .venv/.requirements  ## make docs/settings.md again from the dataclasses
 
 demo: .venv/.requirements  ## the whole loop on bundled real data, 3 CPU minutes; state stays in demo_run/
 	$(BIN)/python -m fleetcast.demo
+
+cluster-demo: .venv/.requirements-cluster  ## shards on two Ray nodes of this machine, one is killed: the account
+	$(BIN)/python -m benchmarks.loop.cluster_demo
 
 run: .venv/.requirements  ## both daemons on this machine's own metrics, live until Ctrl+C; state in run/
 	@$(BIN)/python -m fleetcast.live

@@ -15,6 +15,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -160,6 +161,7 @@ def _settings(options: argparse.Namespace) -> Settings:
             "paths.checkpoint_dir": options.checkpoint_dir,
             "clock.mode": options.clock,
             "forecast.shards": options.shards,
+            "forecast.engine": options.engine,
         },
     )
     host = settings.server.host
@@ -167,6 +169,11 @@ def _settings(options: argparse.Namespace) -> Settings:
         raise SettingsError(
             [f"server.host {host} is open to others, and {KEY_VARIABLE} is not set"],
             hint=f"set {KEY_VARIABLE}, which clients then send as X-API-Key, or listen on 127.0.0.1",
+        )
+    if settings.forecast.engine == "ray" and find_spec("ray") is None:
+        raise SettingsError(
+            ["forecast.engine is ray, and Ray is not installed"],
+            hint="pip install --no-deps --require-hashes -r requirements-cluster.txt",
         )
     if (problem := weak_key(os.environ.get(KEY_VARIABLE, ""))) and not _is_loopback(host):
         raise SettingsError([f"server.host {host} is open to others: {problem}"])
@@ -193,7 +200,7 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--data-buffer-dir", help="folder of the buffer (default: ./data_buffer)")
     parser.add_argument("--checkpoint-dir", help="folder of the model versions (default: ./checkpoints)")
     parser.add_argument("--clock", help="system, or data: now is the newest record's time")
-    parser.add_argument("--engine", choices=("local",), default="local", help="where shards run: here")
+    parser.add_argument("--engine", help="where shards run: local, or ray: a Ray cluster (docs/scaling.md)")
     parser.add_argument("--shards", type=int, metavar="N", help="processes that forecast (default: 1)")
     parser.add_argument("--config", type=Path, help="settings file (default: ./fleetcast.toml, if present)")
     return parser

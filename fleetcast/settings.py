@@ -217,10 +217,14 @@ class ForecastSettings:
     torch_threads: int = setting(1, "threads of a sweep (2 on busy cores were slower)", low=1, high=64)
     shards: int = setting(
         1,
-        "processes that forecast the servers of a sweep, some 300 MB each; 1: the daemon does it itself",
+        "processes that forecast the servers of a sweep, some 300 MB each; 1 and local: the daemon itself",
         low=1,
         high=256,
     )
+    engine: str = setting(
+        "local", "where shards run: on this machine, or as actors of a Ray cluster", choices=("local", "ray")
+    )
+    ray_address: str = setting("auto", "of the Ray cluster; auto: the one that this machine belongs to")
 
 
 @dataclass(frozen=True)

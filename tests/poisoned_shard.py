@@ -1,25 +1,31 @@
-"""A shard that a server named `poison` ends, one named `sleep` stops, and `rules` makes fail."""
+"""A shard that a server named `poison` ends, and one named `sleep` stops."""
 
 import os
 import sys
 import time
-from multiprocessing.connection import Connection
+from collections.abc import Mapping
 from typing import Any
 
+from fleetcast.schema import Floats32
 from fleetcast.serving import shard
 
 
 class PoisonedShard(shard.Shard):
     """Dies of what it is asked."""
 
-    def _answer(self, asked: dict[str, Any], *given: Any) -> bytes:
-        if "poison" in asked["names"]:
-            os._exit(9)
-        if "sleep" in asked["names"]:
-            time.sleep(600)
-        return super()._answer(asked, *given)
+    def prepare(self, settings: Mapping[str, Any]) -> shard.Answer:
+        answer = super().prepare(settings)
+
+        def poisoned(asked: Mapping[str, Any], values: Floats32) -> Any:
+            if "poison" in asked["names"]:
+                os._exit(9)
+            if "sleep" in asked["names"]:
+                time.sleep(600)
+            return answer(asked, values)
+
+        return poisoned
 
 
 if __name__ == "__main__":
-    channel, questions, answers = (int(text) for text in sys.argv[1:])
-    PoisonedShard(Connection(channel), shard.SharedArrays(questions), shard.SharedArrays(answers)).run()
+    (own,) = shard.shards_of(sys.argv[1:], PoisonedShard)
+    own.run()

@@ -63,6 +63,7 @@ ROWS: dict[str, set[str]] = {
         "promotion",
         "retraining",
     },
+    "cluster": {"serving"},
     "console": {"sources", "promotion", "storage"},
     "client": {"sources", "ingest"},
     "backfill": {"sources", "prometheus", "ingest"},
@@ -77,6 +78,7 @@ OWNERS = {
     "torch": {"forecast", "training"},
     "pytorch_forecasting": {"forecast"},
     "lightning": {"forecast", "training"},
+    "ray": {"cluster"},
     "requests": {"sources.client", "outbound"},
     "psutil": {"sources.agent", "retraining.quiet"},
     "fastapi": {"api"},
@@ -93,7 +95,7 @@ OWNERS = {
 NOT_ON_THE_GROUND = ("pandas", "pyarrow")
 DURABLE_OWNERS = {"files", "storage.log"}
 LOCK_OWNER = "locks"
-MAX_FILES = 149  # with shards: the process that forecasts, and what the daemon knows of such processes
+MAX_FILES = 151  # with shards: what forecasts, what the daemon knows of them, and the same on Ray
 MAX_FILE_LINES = 500
 LONG_FILE_LINES = 400  # a warning: look for the seam
 MAX_SINGLE_IMPORTERS = 28  # with the decoder of remote-write 2.0, which only the intake of writes asks

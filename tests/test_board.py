@@ -177,9 +177,9 @@ def test_what_is_no_share_is_refused(text: str) -> None:
 
 
 def test_a_share_of_named_servers_is_refused() -> None:
-    assert share_of(None, servers=["a"]) is None
+    assert share_of(None, ["a"]) is None
     with pytest.raises(BadShare, match="exclude each other"):
-        share_of("0/2", servers=["a"])
+        share_of("0/2", ["a"])
 
 
 def test_new_values_show_between_sweeps(clock: FakeClock, roster: Roster) -> None:

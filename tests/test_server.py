@@ -48,9 +48,9 @@ class Daemon:
     def document(
         self,
         servers: Sequence[str] = (),
+        share: tuple[int, int] | None = None,
         *,
         only_current: bool = False,
-        share: tuple[int, int] | None = None,
     ) -> Sequence[bytes]:
         if "nobody" in servers:
             raise UnknownServer("unknown server 'nobody'")

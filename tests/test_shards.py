@@ -41,9 +41,8 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Shards]]:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
 
     def begin(n: int = 2, run: str = module.MODULE, *, is_ready: bool = True) -> Shards:
-        monkeypatch.setattr(module, "MODULE", run)
         own = Settings()
-        started.append(Shards(replace(own, forecast=replace(own.forecast, shards=n))))
+        started.append(Shards(replace(own, forecast=replace(own.forecast, shards=n)), [run]))
         started[-1].start()
         if is_ready:
             wait_until_ready(started[-1], n)

@@ -95,7 +95,8 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of one daemon."""
     promote(folder, 0)
     n_servers, n_bins = options.servers, options.bins
-    with InferenceDaemon(folder, "--shards", str(options.shards)) as daemon:
+    environ = {"FLEETCAST_SERVER_MAX_SERVER_NAMES": str(2 * n_servers)}
+    with InferenceDaemon(folder, "--shards", str(options.shards), environ=environ) as daemon:
         wait_for("the model", lambda: daemon.status()["model"]["version"] is not None)
         idle_mb = daemon.memory_bytes / 1e6
         fleet = LargeFleet(daemon, n_servers)
@@ -112,7 +113,8 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             sweeps.append(fleet.sweep_once())
             print(sweeps[-1], flush=True)
         prober.join()
-        documents = [_timed_read(daemon) for _ in range(2)]
+        share = f"?shard=0/{2 * -(-n_servers // 20_000)}" if n_servers > 20_000 else ""
+        documents = [_timed_read(daemon, share) for _ in range(2)]
         peak_mb = _peak_mb(daemon.process.pid)
         shards_mb = [round(_peak_mb(pid)) for pid in _shards_of(daemon)]
         print(f"peak {peak_mb:.0f} MB, idle {idle_mb:.0f} MB, documents {documents}", flush=True)
@@ -335,11 +337,11 @@ def _probe_until(
         latencies_ms += probe(daemon, moment, 0.5)
 
 
-def _timed_read(daemon: InferenceDaemon) -> tuple[float, int]:
+def _timed_read(daemon: InferenceDaemon, share: str) -> tuple[float, int]:
     """Return the seconds a whole document took, and its bytes."""
     started = time.monotonic()
     link = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=60)
-    link.request("GET", "/predictions/current")
+    link.request("GET", f"/predictions/current{share}")
     n_bytes = len(link.getresponse().read())
     link.close()
     return time.monotonic() - started, n_bytes

@@ -311,8 +311,7 @@ def _guarded_routes(
         if len(server) > max_query_servers:
             raise HTTPException(422, f"a query names at most {max_query_servers} servers; ask for all")
         try:
-            share = share_of(shard, servers=server)
-            document = board.document(server, only_current=fields == "current", share=share)
+            document = board.document(server, share_of(shard, server), only_current=fields == "current")
         except (UnknownServer, TooManyServers, BadShare) as error:
             raise HTTPException(_CODES[type(error)], str(error)) from error
         return Pieces(document)

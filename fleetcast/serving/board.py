@@ -144,9 +144,9 @@ class PredictionBoard:
     def document(
         self,
         servers: Sequence[str] = (),
+        share: tuple[int, int] | None = None,
         *,
         only_current: bool = False,
-        share: tuple[int, int] | None = None,
     ) -> Sequence[bytes]:
         """Return the JSON document in pieces, narrowed to `servers` where any are given.
 
@@ -210,7 +210,7 @@ class PredictionBoard:
         return [msgspec.json.encode(head)[:-1], b',"predictions":{', *pieces, b"}}"]
 
 
-def share_of(text: str | None, *, servers: Sequence[str] = ()) -> tuple[int, int] | None:
+def share_of(text: str | None, servers: Sequence[str] = ()) -> tuple[int, int] | None:
     """Return which share of how many `K/N` asks for.
 
     >>> share_of("3/16")

@@ -19,6 +19,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ _ALIGN = 64
 _RULES = "rules."
 _TREND = "trend."
 Arrays = Mapping[str, NDArray[Any]]
+Answer = Callable[..., tuple[dict[str, NDArray[Any]], dict[str, str]]]
 Layout = list[tuple[str, str, Sequence[int], int]]  # name, type, shape, where it begins
 
 
@@ -160,73 +162,115 @@ def question(part: HistoryWindow, model: str, layout: Layout, *, with_rules: boo
     return json.dumps(asked).encode()
 
 
-class Shard:
-    """The loop of the process."""
+class Answerer:
+    """Answers questions with models that it loads once."""
 
-    def __init__(self, channel: Connection, questions: SharedArrays, answers: SharedArrays) -> None:
-        self._channel, self._questions, self._answers = channel, questions, answers
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        """Import what a forecast needs: seconds, once.
+
+        Args:
+            settings: as the daemon tells them: `bin_ms`, `horizon_bins`, `min_history_s`, `threads`.
+        """
+        from fleetcast.forecast.predictor import Forecaster, set_threads  # torch
+
+        set_threads(settings["threads"])
+        self._load: Callable[[Path], Predictor] = partial(
+            Forecaster.load,
+            bin_ms=settings["bin_ms"],
+            horizon_bins=settings["horizon_bins"],
+            min_history_s=settings["min_history_s"],
+        )
+        self._horizon_bins = int(settings["horizon_bins"])
         self._models: dict[str, Predictor] = {}
 
-    def run(self) -> None:
-        """Answer until the daemon is gone."""
-        try:
-            settings = json.loads(self._channel.recv_bytes())
-            load = _loader(settings)
-            self._channel.send_bytes(b"{}")  # ready
-            while True:
-                self._channel.send_bytes(self._answer(json.loads(self._channel.recv_bytes()), settings, load))
-        except (EOFError, OSError):
-            return
+    def answer(
+        self, asked: Mapping[str, Any], values: Floats32, file: Path | None = None
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+        """Return the arrays that are said of a part, and what failed.
 
-    def _answer(
-        self, asked: dict[str, Any], settings: Mapping[str, Any], load: Callable[[Path], Predictor]
-    ) -> bytes:
-        values = self._questions.get(asked["layout"])["values"]
+        Args:
+            asked: a question.
+            values: (server, metric, bin)
+            file: where the model is in this place; None: where the question says.
+        """
         names, metrics = tuple(asked["names"]), tuple(asked["metrics"])
         part = HistoryWindow(names, metrics, values, asked["end_bin_ms"], asked["bin_ms"])
         failures: dict[str, str] = {}
         predictor = None
         try:
-            predictor = self._model(asked["model"], load)
+            predictor = self._model(asked["model"], file)
         except Exception as error:  # the daemon loaded it: the file was taken away meanwhile
             failures["model"] = str(error) or type(error).__name__
-        said = forecast_part(part, predictor, settings["horizon_bins"], with_rules=asked["with_rules"])
+        said = forecast_part(part, predictor, self._horizon_bins, with_rules=asked["with_rules"])
         for name, failure in (("model", said.model_failure), ("rules", said.rules_failure)):
             if failure is not None:
                 failures[name] = str(failure) or type(failure).__name__
-        return json.dumps({"layout": self._answers.put(arrays_of(said)), "failures": failures}).encode()
+        return arrays_of(said), failures
 
-    def _model(self, path: str, load: Callable[[Path], Predictor]) -> Predictor | None:
+    def knows(self, model: str) -> bool:
+        """Whether a model is loaded."""
+        return model in self._models
+
+    def _model(self, path: str, file: Path | None) -> Predictor | None:
         if path and path not in self._models:
-            self._models[path] = load(Path(path))
+            self._models[path] = self._load(file or Path(path))
             for old in list(self._models)[:-_MODELS_KEPT]:
                 del self._models[old]
         return self._models.get(path)
 
 
-def _loader(settings: Mapping[str, Any]) -> Callable[[Path], Predictor]:
-    from fleetcast.forecast.predictor import Forecaster, set_threads  # torch: seconds, once
+class Lost(Exception):
+    """Raised by what answers where it is lost itself: `prepare` makes another."""
 
-    set_threads(settings["threads"])
 
-    def load(path: Path) -> Predictor:
-        return Forecaster.load(
-            path,
-            bin_ms=settings["bin_ms"],
-            horizon_bins=settings["horizon_bins"],
-            min_history_s=settings["min_history_s"],
-        )
+class Shard:
+    """The loop of a shard over one channel."""
 
-    return load
+    def __init__(self, channel: Connection, questions: SharedArrays, answers: SharedArrays) -> None:
+        self._channel, self._questions, self._answers = channel, questions, answers
+
+    def run(self) -> None:
+        """Answer until the daemon is gone."""
+        try:
+            settings = json.loads(self._channel.recv_bytes())
+            answer = self.prepare(settings)
+            self._tell({})  # ready
+            while True:
+                asked = json.loads(self._channel.recv_bytes())
+                try:
+                    arrays, failures = answer(asked, self._questions.get(asked["layout"])["values"])
+                    self._tell({"layout": self._answers.put(arrays), "failures": failures})
+                except Lost as error:  # the part goes to another shard meanwhile
+                    self._tell({"lost": str(error)})
+                    answer = self.prepare(settings)
+                    self._tell({})
+        except (EOFError, OSError):
+            return
+
+    def prepare(self, settings: Mapping[str, Any]) -> Answer:
+        """Return what answers."""
+        return Answerer(settings).answer
+
+    def _tell(self, message: Mapping[str, Any]) -> None:
+        self._channel.send_bytes(json.dumps(message).encode())
 
 
 def main(argv: Sequence[str]) -> int:
     """Be a shard of the daemon that started this process."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    channel, questions, answers = (int(text) for text in argv)
-    Shard(Connection(channel), SharedArrays(questions), SharedArrays(answers)).run()
+    for shard in shards_of(argv):
+        shard.run()
     return 0
+
+
+def shards_of(argv: Sequence[str], kind: type[Shard] = Shard) -> list[Shard]:
+    """Return the shards that a command line names: three handles for each."""
+    handles = [int(text) for text in argv]
+    return [
+        kind(Connection(channel), SharedArrays(questions), SharedArrays(answers))
+        for channel, questions, answers in zip(*(handles[place::3] for place in range(3)), strict=True)
+    ]
 
 
 if __name__ == "__main__":

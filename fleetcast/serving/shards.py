@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,8 +31,9 @@ from fleetcast.workers import GrowingPause
 logger = logging.getLogger(__name__)
 
 MODULE = "fleetcast.serving.shard"
+RAY_MODULE = "fleetcast.cluster.ray_shards"  # only ever a process of its own: nothing here imports Ray
+GONE = "gone"
 ANSWER_LIMIT_S = 120.0  # a part takes less than a second; a shard that is stopped answers never
-STOP_LIMIT_S = 5.0
 _LOOK_S = 1.0
 _DEATHS_OF_A_PART = 2
 _AHEAD = 2  # parts for each shard that are answered before an older one is: bounds what waits in memory
@@ -94,8 +95,16 @@ class OneProcess:
 class Shards:
     """Processes beside this one forecast; the methods belong to the thread that sweeps."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Start none yet."""
+    def __init__(
+        self, settings: Settings, program: Sequence[str] = (MODULE,), *, share_process: bool = False
+    ) -> None:
+        """Start none yet.
+
+        Args:
+            program: the module that is a shard, and its first arguments.
+            share_process: shards that are started together have one process.
+        """
+        self._program, self._share_process = program, share_process
         own = settings.forecast
         self._told = {
             "bin_ms": settings.bins.bin_s * 1000,
@@ -105,7 +114,7 @@ class Shards:
         }
         self._n_wanted = own.shards
         self._alone = OneProcess(own.horizon_bins)
-        self._shards: list[_Process] = []
+        self._shards: list[_Shard] = []
         self._pause = GrowingPause()
         self._restarts = 0
         self._is_begun = False
@@ -119,9 +128,7 @@ class Shards:
         """End the processes."""
         self._is_begun = False
         for shard in self._shards:
-            shard.close()
-        for shard in self._shards:
-            shard.join(STOP_LIMIT_S)
+            shard.end()  # it keeps nothing
         self._shards.clear()
 
     def report(self) -> dict[str, int]:
@@ -171,36 +178,43 @@ class Shards:
                 sweep.put_back(item)
                 self._lose(shard)
 
-    def _hear(self, shard: "_Process", sweep: "_Sweep | None") -> None:
+    def _hear(self, shard: "_Shard", sweep: "_Sweep | None") -> None:
         item, said = shard.item, shard.hear()
-        if said is None:
-            self._lose(shard, sweep)
-        elif item is not None and sweep is not None:
-            sweep.done[item[0]] = (item[1], said)
+        if said is not None and item is not None:
+            if sweep is not None:
+                sweep.done[item[0]] = (item[1], said)
             self._pause.reset()
+        elif shard.why_lost == GONE:
+            self._lose(shard, sweep)
+        elif shard.why_lost:  # its other half, elsewhere; it gets another one
+            self._restarts += 1
+            logger.error("a shard was lost, it is started again error=%s", shard.why_lost)
+            shard.item = None
+            if item is not None and sweep is not None:
+                sweep.give_back(item, shard.why_lost)
 
     def _end_hung(self, sweep: "_Sweep") -> None:
         for shard in [one for one in self._shards if one.is_hung]:
             logger.error("killed a shard that does not answer pid=%d limit_s=%g", shard.pid, ANSWER_LIMIT_S)
             self._lose(shard, sweep)
 
-    def _lose(self, shard: "_Process", sweep: "_Sweep | None" = None) -> None:
-        """Give up a shard that has ended; its part is another one's."""
-        self._shards.remove(shard)
-        shard.kill()
+    def _lose(self, lost: "_Shard", sweep: "_Sweep | None" = None) -> None:
+        """Give up a shard that has ended, with all of its process; their parts are other ones'."""
         self._pause.begin()
-        self._restarts += 1
-        how = shard.end()
-        logger.error("a shard ended, it is started again pid=%d %s", shard.pid, how)
-        if shard.item is not None and sweep is not None:
-            sweep.give_back(shard.item, how)
+        for shard in [one for one in self._shards if one.process is lost.process]:
+            self._shards.remove(shard)
+            self._restarts += 1
+            how = shard.end()
+            logger.error("a shard ended, it is started again pid=%d %s", shard.pid, how)
+            if shard.item is not None and sweep is not None:
+                sweep.give_back(shard.item, how)
 
     def _start_missing(self) -> None:
         if not self._is_begun or self._pause.left_s:
             return
-        while len(self._shards) < self._n_wanted:
+        while n_missing := self._n_wanted - len(self._shards):
             try:
-                self._shards.append(_Process(self._told))
+                self._shards += _begin(self._program, self._told, n_missing if self._share_process else 1)
             except OSError as error:  # no memory, no process
                 logger.error("a shard cannot be started error=%s", error)
                 self._pause.begin()
@@ -214,7 +228,10 @@ class Shards:
 
 def make_engine(settings: Settings) -> Engine:
     """Return who forecasts, by the settings; it is not started yet."""
-    return Shards(settings) if settings.forecast.shards > 1 else OneProcess(settings.forecast.horizon_bins)
+    own = settings.forecast
+    if own.engine == "ray":
+        return Shards(settings, (RAY_MODULE, own.ray_address), share_process=True)
+    return Shards(settings) if own.shards > 1 else OneProcess(own.horizon_bins)
 
 
 class _Sweep:
@@ -270,40 +287,32 @@ class _Sweep:
         )
 
 
-class _Process:
-    """One shard, as the daemon sees it."""
+class _Shard:
+    """One shard, as the daemon sees it: a channel and two blocks of memory; its process may hold others."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        """Start the process.
-
-        Raises:
-            OSError: it cannot be started.
-        """
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        """Open the channel; `begin` hands its other end to a process."""
         self.is_ready = False
         self.item: _Item | None = None  # in hand
+        self.why_lost = ""
         self._asked_at = monotonic()
-        ours, theirs = socket.socketpair()
-        blocks = [os.memfd_create(f"fleetcast-{name}") for name in ("questions", "answers")]
-        self._questions, self._answers = (SharedArrays(block) for block in blocks)
-        self._blocks = blocks
-        environment = dict(os.environ)
-        paths = [str(_PACKAGE_FOLDER), *filter(None, [environment.get("PYTHONPATH")])]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
-        handles = (theirs.fileno(), *blocks)
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", MODULE, *map(str, handles)],
-                stdin=subprocess.DEVNULL,
-                env=environment,
-                pass_fds=handles,
-            )
+        ours, self._theirs = socket.socketpair()
+        self._blocks = [os.memfd_create(f"fleetcast-{name}") for name in ("questions", "answers")]
+        self._questions, self._answers = (SharedArrays(block) for block in self._blocks)
+        self.handles = (self._theirs.fileno(), *self._blocks)
         self.channel = Connection(ours.detach())
         self.channel.send_bytes(json.dumps(settings).encode())
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def begin(self, process: "subprocess.Popen[bytes]") -> None:
+        """Belong to a process, which has the other end now."""
+        self.process = process
+        self._theirs.close()
 
     @property
     def pid(self) -> int:
         """Return its process number."""
-        return self._process.pid
+        return self.process.pid if self.process else 0
 
     @property
     def is_free(self) -> bool:
@@ -317,54 +326,63 @@ class _Process:
 
     def ask(self, item: _Item, champion: Champion | None, *, with_rules: bool) -> bool:
         """Give it a part; return False where it is gone."""
-        self.item, self._asked_at = item, monotonic()
         layout = self._questions.put({"values": item[1].values})
         path = str(champion.path) if champion and champion.path else ""
         try:
             self.channel.send_bytes(question(item[1], path, layout, with_rules=with_rules))
         except OSError:
             return False
+        self.item, self._asked_at = item, monotonic()
         return True
 
     def hear(self) -> PartForecast | None:
-        """Return what it says; None where it is gone."""
+        """Return what it says of the part in hand; None where it is ready, has lost the part, or is gone."""
         try:
             answer = json.loads(self.channel.recv_bytes())
         except (EOFError, OSError):
+            self.is_ready, self.why_lost = False, GONE
             return None
-        if not self.is_ready:
-            self.is_ready = True
-            return PartForecast()
-        self.item = None
-        return said_by(self._answers.get(answer["layout"]), answer["failures"])
-
-    def close(self) -> None:
-        """Let it end."""
-        self.channel.close()
-
-    def kill(self) -> None:
-        """End it at once."""
-        self._process.kill()
-        self.close()
-
-    def join(self, limit_s: float) -> None:
-        """Wait for its end."""
-        try:
-            self._process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        for block in self._blocks:
-            os.close(block)
+        if "layout" in answer:
+            self.item = None
+            return said_by(self._answers.get(answer["layout"]), answer["failures"])
+        self.why_lost = answer.get("lost", "")
+        self.is_ready = not self.why_lost
+        return None
 
     def end(self) -> str:
-        """Return how it ended."""
-        self.join(STOP_LIMIT_S)
-        code = self._process.returncode
+        """End it with its process, at once; return how that ended."""
+        assert self.process is not None, "it was begun"
+        self.channel.close()
+        self.process.kill()
+        code = self.process.wait()
+        for block in self._blocks:
+            os.close(block)
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def wait_for(shards: list[_Process], limit_s: float) -> list[_Process]:
+def _begin(program: Sequence[str], settings: Mapping[str, Any], n: int) -> list[_Shard]:
+    """Start one process with so many shards.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    shards = [_Shard(settings) for _ in range(n)]
+    environment = dict(os.environ)
+    paths = [str(_PACKAGE_FOLDER), *filter(None, [environment.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    handles = [handle for shard in shards for handle in shard.handles]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *program, *map(str, handles)],
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        pass_fds=handles,
+    )
+    for shard in shards:
+        shard.begin(process)
+    return shards
+
+
+def wait_for(shards: Sequence[_Shard], limit_s: float) -> list[_Shard]:
     """Return which shards have said something, or are gone."""
     by_channel = {shard.channel: shard for shard in shards}
     return [by_channel[channel] for channel in wait(list(by_channel), limit_s)]  # type: ignore[index]

@@ -1,0 +1,1 @@
+"""Shards on other machines; nothing else imports what this needs."""
