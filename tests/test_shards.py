@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,7 +24,8 @@ from fleetcast.serving.shard import PartForecast, SharedArrays, arrays_of, forec
 from fleetcast.serving.shards import OneProcess, Shards
 from fleetcast.settings import Settings
 
-BASE = (Path(__file__).parents[1] / "models" / "last.ckpt").resolve()
+ROOT = Path(__file__).parents[1]
+BASE = (ROOT / "models" / "last.ckpt").resolve()
 METRICS = Settings().bins.forecast_metrics
 BIN_MS, HORIZON = 300_000, 96
 Said = list[tuple[HistoryWindow, PartForecast]]
@@ -225,3 +228,15 @@ def test_nothing_said_is_nothing_sent() -> None:
     said = said_by({}, {"model": "no memory"})
     assert (said.model, said.rules, said.rules_failure) == (None, None, None)
     assert str(said.model_failure) == "no memory"
+
+
+def test_the_engine_of_this_machine_touches_no_ray(start: Callable[..., Shards]) -> None:
+    shards = start(1)
+    (pid,) = {shard.pid for shard in shards._shards}
+    assert "/ray/" not in Path(f"/proc/{pid}/maps").read_text()
+    code = (
+        "import sys, fleetcast.inference, fleetcast.serving.shard, tft_inference_daemon\n"
+        "print([name for name in ('ray', 'obstore', 'confluent_kafka') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -50,6 +50,7 @@ from fleetcast.serving.history import BinHistory
 from fleetcast.serving.ledger import Ledger
 from fleetcast.serving.shards import MODULE as SHARD
 from fleetcast.settings import BinSettings, ForecastSettings
+from fleetcast.sources.client import DaemonClient
 from fleetcast.storage.bin_days import make_bins
 from fleetcast.storage.days import day_of_ms, day_path, write_part
 from fleetcast.storage.store import DataBuffer
@@ -266,11 +267,11 @@ def _begin_bake(daemon: InferenceDaemon, folder: Path) -> None:
 
 
 class LargeFleet(Fleet):
-    """A fleet that is sent in several posts per bin, and not gone: its first bin was 16 hours ago."""
+    """A fleet that is sent in several posts per bin; its first bin was 7 hours ago: forecasts are of use."""
 
     def __init__(self, daemon: InferenceDaemon, n_servers: int) -> None:
         super().__init__(daemon, n_servers)
-        self._bin_start += timedelta(days=20) - timedelta(hours=16)
+        self._bin_start += timedelta(days=20) - timedelta(hours=7)
 
     def send_a_bin(self) -> None:
         """Send one record per server of the next bin."""
@@ -350,16 +351,17 @@ def _timed_read(daemon: InferenceDaemon, share: str) -> tuple[float, int]:
 def _reload_beside_sweeps(daemon: InferenceDaemon, fleet: LargeFleet, folder: Path) -> list[float]:
     """Replace the model a few times while sweeps go on; return what the daemon's log says each took."""
     numbers = itertools.count(1)
-    with Repeating(fleet.sweep_once, pause_s=0.0):
+    # a client is for one thread, and the sweeps' thread uses the daemon's own
+    with Repeating(fleet.sweep_once, pause_s=0.0), DaemonClient(daemon.url, timeout_s=20) as client:
         for _ in range(RELOADS):
-            replaced = daemon.status()["model"]["version"]
+            replaced = client.status()["model"]["version"]
             promote(folder, next(numbers))
-            wait_for("the reload", partial(_serves_another, daemon, replaced), 120)
+            wait_for("the reload", partial(_serves_another, client, replaced), 120)
     return [float(took) for took in re.findall(r"model in service .*took_s=([0-9.]+)", daemon.output)][1:]
 
 
-def _serves_another(daemon: InferenceDaemon, version: str) -> bool:
-    return bool(daemon.status()["model"]["version"] != version)
+def _serves_another(client: DaemonClient, version: str) -> bool:
+    return bool(client.status()["model"]["version"] != version)
 
 
 def _shards_of(daemon: InferenceDaemon) -> list[int]:

@@ -35,6 +35,7 @@ RAY_MODULE = "fleetcast.cluster.ray_shards"  # only ever a process of its own: n
 GONE = "gone"
 ANSWER_LIMIT_S = 120.0  # a part takes less than a second; a shard that is stopped answers never
 _LOOK_S = 1.0
+_END_S = 2.0  # an idle shard ends as soon as its channel does
 _DEATHS_OF_A_PART = 2
 _AHEAD = 2  # parts for each shard that are answered before an older one is: bounds what waits in memory
 _PACKAGE_FOLDER = Path(__file__).parents[2]
@@ -200,14 +201,17 @@ class Shards:
 
     def _lose(self, lost: "_Shard", sweep: "_Sweep | None" = None) -> None:
         """Give up a shard that has ended, with all of its process; their parts are other ones'."""
-        self._pause.begin()
-        for shard in [one for one in self._shards if one.process is lost.process]:
+        pause_s = self._pause.begin()
+        all_lost = [one for one in self._shards if one.process is lost.process]
+        for shard in all_lost:
             self._shards.remove(shard)
             self._restarts += 1
             how = shard.end()
-            logger.error("a shard ended, it is started again pid=%d %s", shard.pid, how)
             if shard.item is not None and sweep is not None:
                 sweep.give_back(shard.item, how)
+        if all_lost:
+            how = f"shards={len(all_lost)} pid={lost.pid} {how}"
+            logger.error("shards ended, they are started again after %g s %s", pause_s, how)
 
     def _start_missing(self) -> None:
         if not self._is_begun or self._pause.left_s:
@@ -350,11 +354,14 @@ class _Shard:
         return None
 
     def end(self) -> str:
-        """End it with its process, at once; return how that ended."""
+        """End it with its process; return how that ended."""
         assert self.process is not None, "it was begun"
         self.channel.close()
-        self.process.kill()
-        code = self.process.wait()
+        try:  # it may be ending: by whatever, that is worth to be told
+            code = self.process.wait(0.0 if self.is_hung else _END_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait()
         for block in self._blocks:
             os.close(block)
         return f"signal {-code}" if code < 0 else f"exit code {code}"
