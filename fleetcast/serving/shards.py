@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 MODULE = "fleetcast.serving.shard"
 RAY_MODULE = "fleetcast.cluster.ray_shards"  # only ever a process of its own: nothing here imports Ray
 GONE = "gone"
-ANSWER_LIMIT_S = 120.0  # a part takes less than a second; a shard that is stopped answers never
+ANSWER_LIMIT_S = 60.0  # a part takes less than a second; a shard that is stopped answers never
 _LOOK_S = 1.0
 _END_S = 2.0  # an idle shard ends as soon as its channel does
 _DEATHS_OF_A_PART = 2
@@ -128,6 +128,8 @@ class Shards:
     def stop(self) -> None:
         """End the processes."""
         self._is_begun = False
+        for shard in self._shards:
+            shard.channel.close()  # all at once
         for shard in self._shards:
             shard.end()  # it keeps nothing
         self._shards.clear()
