@@ -1,14 +1,16 @@
 """Records → bins: the means a model sees, whether there are enough to train, and of which servers.
 
-Owns: `bin_means`, the one way rows become bins (the server and the trainer both call it), the count of
-trainable windows, and the sample of a fleet too large to train on whole. numpy only. Does not know: what
-a model makes of the bins (`encoding`), files, clocks.
+Owns: `bin_means`, the one way rows become bins (the server and the trainer both call it), the 16 bits in
+which a daemon remembers a mean (`BinCodes`), the count of trainable windows, and the sample of a fleet too
+large to train on whole. numpy only. Does not know: what a model makes of the bins (`encoding`), files,
+clocks.
 """
 
 from collections.abc import Collection, Iterable
 from hashlib import blake2b
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fleetcast.schema import Codes, Floats, Floats32, Longs
 from fleetcast.settings import DecisionSettings
@@ -17,6 +19,14 @@ LIVE_DAYS = 2  # of a fleet too large to train on whole, a server that was silen
 HISTORY_BINS = 2304  # bins of history a forecast may look at: 8 days of 5 minutes
 DAY_BINS = 288  # bins in which a series shows its present level and spread: 1 day of 5 minutes
 RECENT_BINS = 12  # a series silent for longer has no origin to forecast from: 1 hour of 5 minutes
+NO_MEAN = 65_535  # the code of a bin without a record
+_LAST_CODE = NO_MEAN - 1
+_LOW_PERCENT, _FINE_PERCENTS = -1.0, 101.0  # the lowest that is accepted; points above it up to 100
+_PERCENT_STEP, _HIGH_PERCENT_STEP = 0.005, 0.02  # points
+_SMALL_RATE, _RATE_STEP, _FAR_RATE_STEP = 1e-6, 0.0016, 0.01971  # of log(1 + rate / smallest), to 3.4e38
+_MIDDLE_CODE, _RATE_CODES = 32_767, 30_000  # of a rate of 0; fine steps on either side of it
+
+MeanCodes = NDArray[np.uint16]
 
 
 def bin_means(codes: Codes, timestamps_ms: Longs, values: Floats, bin_ms: int) -> tuple[Codes, Longs, Floats]:
@@ -97,6 +107,58 @@ def _group_means(column: Floats, starts: Longs) -> Floats:
     counts = np.add.reduceat(present.astype(np.int64), starts)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(sums / counts)
+
+
+class BinCodes:
+    """Means of one metric as 16 bits.
+
+    Percents are kept to 0.0025 points up to 100 and to 0.01 up to 1000; other metrics to 0.1 % from 1e-5
+    to 7e14 on either side of 0, to 1 % beyond; 0 is exact. A code depends on its mean alone, so a restart,
+    which reads the means again, brings back the same values.
+
+    >>> percents, rates = BinCodes(is_percent=True), BinCodes(is_percent=False)
+    >>> percents.decode(percents.encode(np.array([-1.0, 12.34, 100.0, 1000.0, np.nan]))).tolist()
+    [-1.0, 12.34000015258789, 100.0, 1000.0, nan]
+    >>> np.round(rates.decode(rates.encode(np.array([-3.0, 0.0, 52.3]))), 2).tolist()
+    [-3.0, 0.0, 52.31999969482422]
+    """
+
+    def __init__(self, *, is_percent: bool) -> None:
+        self._is_percent = is_percent
+        codes = np.arange(NO_MEAN, dtype=np.float64)
+        if is_percent:
+            values = _bend_up(codes, _FINE_PERCENTS, _PERCENT_STEP, _HIGH_PERCENT_STEP) + _LOW_PERCENT
+        else:
+            steps = codes - _MIDDLE_CODE
+            logs = _bend_up(np.abs(steps), _RATE_CODES * _RATE_STEP, _RATE_STEP, _FAR_RATE_STEP)
+            values = np.copysign(_SMALL_RATE * np.expm1(logs), steps)
+        self._values = np.append(values + 0.0, np.nan).astype(np.float32)  # (code,)
+
+    def encode(self, means: Floats) -> MeanCodes:
+        """Return the codes of means; those out of reach get the nearest that is in it."""
+        if self._is_percent:
+            apart = np.maximum(means - _LOW_PERCENT, 0.0)
+            codes = _bend_down(apart, _FINE_PERCENTS, _PERCENT_STEP, _HIGH_PERCENT_STEP)
+        else:
+            logs = np.log1p(np.abs(means) / _SMALL_RATE)
+            steps = _bend_down(logs, _RATE_CODES * _RATE_STEP, _RATE_STEP, _FAR_RATE_STEP)
+            codes = np.copysign(steps, means) + _MIDDLE_CODE
+        kept = np.clip(np.rint(codes), 0, _LAST_CODE)
+        return np.where(np.isnan(kept), NO_MEAN, kept).astype(np.uint16)
+
+    def decode(self, codes: MeanCodes, values: Floats32 | None = None) -> Floats32:
+        """Return the means of codes, in `values` where that is given."""
+        return self._values.take(codes, out=values, mode="clip")  # a checked index costs twice the time
+
+
+def _bend_up(codes: Floats, knee: float, step: float, far_step: float) -> Floats:
+    """Return what lies so many steps from 0: they are longer beyond the knee."""
+    return np.where(codes * step <= knee, codes * step, knee + (codes - knee / step) * far_step)
+
+
+def _bend_down(values: Floats, knee: float, step: float, far_step: float) -> Floats:
+    """Return how many steps values lie from 0, not rounded."""
+    return np.where(values <= knee, values / step, knee / step + (values - knee) / far_step)
 
 
 def count_trainable(values: Floats32, horizon_bins: int) -> int:

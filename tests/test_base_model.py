@@ -21,6 +21,7 @@ from fleetcast.forecast.encoding import GridShape
 from fleetcast.forecast.predictor import Forecaster
 from fleetcast.forecast.registry import Registry
 from fleetcast.schema import HistoryWindow
+from fleetcast.serving.history import BinGrid
 from fleetcast.settings import BinSettings, ForecastSettings
 from fleetcast.training.grid import TrainingGrid
 from fleetcast.training.sampler import WindowMix, WindowSampler
@@ -128,3 +129,29 @@ def test_windows_of_two_fleets_are_one_batch() -> None:
         np.testing.assert_array_equal(both.arrays.past[first], last.arrays.past)
         np.testing.assert_array_equal(both.arrays.scale.origin[first], last.arrays.scale.origin)
         np.testing.assert_array_equal(both.metric_slots[first], last.metric_slots)
+
+
+def test_no_forecast_moves_by_a_hundredth_of_a_point_because_a_mean_is_kept_in_sixteen_bits(
+    shipped: Forecaster,
+) -> None:
+    # Given means of many records, which fall between two codes
+    metrics = ("cpu_pct", "mem_pct", "disk_io_mb_s", "latency_ms")
+    rng = np.random.default_rng(11)
+    drawn = rng.normal(0, 1, (24, len(metrics), 2304)) * rng.uniform(0.01, 3, (24, len(metrics), 1))
+    rhythm = 8 * np.sin(np.arange(2304) * (2 * np.pi / 288))
+    exact = (rng.uniform(20, 80, (24, len(metrics), 1)) + rhythm + drawn).clip(0, 100)
+    names = tuple(f"server-{number}" for number in range(24))
+    grid = BinGrid(metrics, BIN_MS, 2304)
+    for number in range(2304):
+        grid.advance(number * BIN_MS)
+        grid.put(np.arange(24, dtype=np.int32), np.full(24, number * BIN_MS), exact[:, :, number])
+    kept = grid.values(np.arange(24))
+    # When both are forecast
+    first, second = (
+        shipped.predict(HistoryWindow(names, metrics, values, 1_700_000_100_000, BIN_MS))
+        for values in (exact.astype(np.float32), kept)
+    )
+    # Then percents move by less than 0.01 points, rates by less than 0.2 %
+    assert (kept != exact.astype(np.float32)).mean() > 0.9
+    assert np.abs(second - first)[:, :2].max() < 0.01
+    assert np.abs(second / first - 1)[:, 2:].max() < 0.002

@@ -1,11 +1,20 @@
 """Claims about bins and trainable windows."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from fleetcast.bins import bin_means, count_trainable, enough_to_train, most_servers, sample_servers
+from fleetcast.bins import (
+    NO_MEAN,
+    BinCodes,
+    bin_means,
+    count_trainable,
+    enough_to_train,
+    most_servers,
+    sample_servers,
+)
 from fleetcast.settings import DecisionSettings, TrainerSettings
 
 BIN_MS = 300_000
@@ -130,3 +139,50 @@ def test_how_many_servers_fit_follows_the_cells() -> None:
     assert most_servers(default, 8, 30 * 288 + 1) >= 1000
     assert most_servers(10, 4, 8640) == 2
     assert most_servers(default, 0, 0) == default
+
+
+def kept(values: list[float], *, is_percent: bool) -> np.ndarray:
+    coder = BinCodes(is_percent=is_percent)
+    return coder.decode(coder.encode(np.array(values, np.float64))).astype(np.float64)
+
+
+@given(st.lists(st.floats(-1, 1000), min_size=1))
+def test_a_percent_is_kept_to_a_quarter_of_its_second_decimal_and_beyond_100_to_one(
+    values: list[float],
+) -> None:
+    apart = np.abs(kept(values, is_percent=True) - values)
+    assert (apart <= np.where(np.array(values) <= 100, 0.00251, 0.01005)).all()
+
+
+@given(st.integers(-100, 10_000))
+def test_a_percent_of_two_decimals_is_exact(hundredths: int) -> None:
+    assert kept([hundredths / 100], is_percent=True)[0] == np.float32(hundredths / 100)
+
+
+@given(st.lists(st.one_of(st.floats(1e-5, 7e14), st.floats(-7e14, -1e-5)), min_size=1))
+def test_a_rate_of_either_sign_is_kept_to_a_thousandth(values: list[float]) -> None:
+    assert (np.abs(kept(values, is_percent=False) / values - 1) <= 0.001).all()
+
+
+@given(st.lists(st.floats(-3.4e38, 3.4e38), min_size=1), st.booleans())
+def test_any_value_has_a_finite_code_and_larger_ones_never_have_smaller_codes(
+    values: list[float], is_percent: bool
+) -> None:
+    values.sort()
+    found = kept(values, is_percent=is_percent)
+    assert np.isfinite(found).all()
+    assert (np.diff(found) >= 0).all()
+    if not is_percent:
+        assert (np.abs(found - values) <= 0.0101 * np.abs(values) + 1e-8).all()
+
+
+@pytest.mark.parametrize("is_percent", [True, False])
+def test_every_code_stands_for_the_value_that_gets_it(is_percent: bool) -> None:
+    coder, every = BinCodes(is_percent=is_percent), np.arange(NO_MEAN + 1).astype(np.uint16)
+    values = coder.decode(every)
+    again = coder.decode(coder.encode(values.astype(np.float64)))
+    assert_array_equal(again, values)
+    assert np.isnan(values[NO_MEAN])
+    assert np.isfinite(values[:NO_MEAN]).all()
+    assert kept([0.0, np.nan], is_percent=is_percent)[0] == 0.0
+    assert coder.encode(np.array([np.nan]))[0] == NO_MEAN

@@ -29,9 +29,10 @@ from fleetcast.clock import DataClock, from_ms
 from fleetcast.forecast.encoding import GridShape
 from fleetcast.forecast.network import NetworkConfig, build
 from fleetcast.forecast.predictor import Forecaster, ModelDescription, set_threads
-from fleetcast.schema import FleetForecast, Floats32, HistoryWindow
+from fleetcast.schema import FleetForecast, Floats, Floats32, HistoryWindow
 from fleetcast.serving.board import PredictionBoard
 from fleetcast.serving.corrector import Corrector
+from fleetcast.serving.history import BinGrid
 from fleetcast.serving.roster import Roster
 from fleetcast.serving.sweep import CHUNK_SERVERS
 from fleetcast.settings import ForecastSettings
@@ -39,12 +40,12 @@ from fleetcast.settings import ForecastSettings
 METRICS = ("cpu_pct", "mem_pct", "disk_io_mb_s", "latency_ms")
 BIN_MS, HORIZON = 300_000, 96
 NEWEST_MS = 1_768_471_200_000
-STAGES = ("network", "correction", "json")
+STAGES = ("history", "network", "correction", "json")
 WARM_ROUNDS = 1
 
 
 class RollingArrays:
-    """A fleet's bins as the history keeps them: float32, a few spare columns."""
+    """A fleet's bins as the history keeps them: 16-bit codes, decoded part by part."""
 
     metrics: tuple[str, ...] = METRICS
     bin_ms = BIN_MS
@@ -54,18 +55,24 @@ class RollingArrays:
         day = 2 * np.pi * np.arange(HISTORY_BINS) / 288
         few = 40 + 15 * np.sin(day) + rng.normal(0, 4, (200, len(METRICS), HISTORY_BINS))
         few[::9, :, 700:760] = np.nan  # a server was down
-        self._values: Floats32 = np.empty((n_servers, len(METRICS), HISTORY_BINS + 96), np.float32)
-        for start in range(0, n_servers, len(few)):
-            block = self._values[start : start + len(few), :, :HISTORY_BINS]
-            block[:] = few[: len(block)].clip(0, 100)
+        self._grid = BinGrid(METRICS, BIN_MS, HISTORY_BINS)
+        self._grid.advance(NEWEST_MS)
+        for row in range(n_servers):
+            self._put(row, few[row % len(few)].clip(0, 100))
         self.server_names = tuple(f"server-{number:05d}" for number in range(n_servers))
+
+    def _put(self, row: int, values: Floats) -> None:
+        """Fill a server's row with values (metric, bin)."""
+        n_bins = values.shape[1]
+        starts = NEWEST_MS - np.arange(n_bins)[::-1] * BIN_MS
+        self._grid.put(np.full(n_bins, row, np.int32), starts, values.T)
 
     def parts(self) -> Iterator[HistoryWindow]:
         """Yield what a sweep is given, part by part."""
         for start in range(0, len(self.server_names), CHUNK_SERVERS):
-            rows = slice(start, start + CHUNK_SERVERS)
-            values = self._values[rows, :, :HISTORY_BINS]
-            yield HistoryWindow(self.server_names[rows], METRICS, values, NEWEST_MS, BIN_MS)
+            names = self.server_names[start : start + CHUNK_SERVERS]
+            values = self._grid.values(np.arange(start, start + len(names)))
+            yield HistoryWindow(names, METRICS, values, NEWEST_MS, BIN_MS)
 
     def recent(self, server_names: Sequence[str], last_bin_ms: int, n_bins: int = 12) -> Floats32:
         """Nothing is settled here."""
@@ -134,7 +141,8 @@ def sweep(
     """Return the CPU seconds of each stage of one sweep."""
     took = dict.fromkeys(STAGES, 0.0)
     made = []
-    for part in arrays.parts():
+    parts = arrays.parts()
+    while part := _timed(took, "history", partial(next, parts, None)):
         quantiles = _timed(took, "network", partial(model.predict, part))
         is_model = np.isfinite(quantiles).all(axis=(2, 3))
         medians = quantiles[..., 1].copy()

@@ -1,7 +1,8 @@
 """The fleet's recent past in bins: which bins are closed, what they hold, what a model sees.
 
 Owns: the rule by which a bin closes, the rows of bins still open, and the last 8 days of means in
-one rolling array. Does not know: the buffer's files (it is handed batches), forecasts, HTTP.
+one rolling array of 16-bit codes, the newest hour of them also as they are. Does not know: the buffer's
+files (it is handed batches), forecasts, HTTP.
 
 A bin closes `close_grace_s` after its end by the caller's clock, also when a record of a later bin
 came sooner: several senders of one server need not be in step. Rows that come later are counted
@@ -16,8 +17,9 @@ from datetime import datetime
 
 import numpy as np
 
-from fleetcast.bins import HISTORY_BINS, bin_means
+from fleetcast.bins import HISTORY_BINS, NO_MEAN, RECENT_BINS, BinCodes, MeanCodes, bin_means
 from fleetcast.clock import from_ms, to_ms
+from fleetcast.forecast.encoding import is_percent
 from fleetcast.schema import ClosedBin, Codes, Floats, Floats32, HistoryWindow, Longs, RecordBatch
 from fleetcast.settings import BinSettings, ForecastSettings
 
@@ -63,7 +65,7 @@ class BinHistory:
         self._taken_ms: int | None = None  # the newest closed bin
         self._late_bins: set[int] = set()
         self._correctable: set[int] = set()  # of these, closed bins whose actuals are to be corrected
-        self._grid = BinGrid(len(self.metrics), self.bin_ms, self._keep_bins)
+        self._grid = BinGrid(self.metrics, self.bin_ms, self._keep_bins)
         self._seen_bin_ms: Longs = np.full(64, _UNSEEN, dtype=np.int64)  # newest closed bin with a record
 
     @property
@@ -190,8 +192,8 @@ class BinHistory:
     def parts(self, end_bin_ms: int, n_servers: int) -> Iterator[HistoryWindow]:
         """Yield the fleet's means up to the newest closed bin, at most `n_servers` at a time.
 
-        A whole fleet's would be copied as soon as one server is gone. The values hold until the next
-        `close`. Servers unseen for `gone_after_s` are left out.
+        A whole fleet's would take twice the memory of its codes. Servers unseen for `gone_after_s` are left
+        out.
         """
         names, rows = self._here(end_bin_ms)
         for start in range(0, len(rows), n_servers):
@@ -207,9 +209,7 @@ class BinHistory:
 
     def _part(self, names: list[str], rows: Longs, end_bin_ms: int) -> HistoryWindow:
         with self._grid_lock:  # a longer array may move
-            view = self._grid.view(len(names))
-        is_run = len(rows) and int(rows[-1]) - int(rows[0]) == len(rows) - 1
-        values = view[int(rows[0]) : int(rows[-1]) + 1] if is_run else view[rows]
+            values = self._grid.values(rows)
         return HistoryWindow(tuple(names[row] for row in rows), self.metrics, values, end_bin_ms, self.bin_ms)
 
     def past(self, server_name: str, last_bin_ms: int, n_bins: int) -> Floats32 | None:
@@ -353,16 +353,18 @@ class BinHistory:
 class BinGrid:
     """Means (server, metric, bin) of the `keep_bins` newest bins; NaN = no record. Not thread safe.
 
-    A window is a view, not a copy: the array has spare columns on its right and is moved to the
-    left once these are used up, a few times a day.
+    A window is decoded when it is asked for. The newest hour is also kept as it came: what a series is now
+    goes into its forecast undamped. The array has spare columns on its right and is moved to the left once
+    these are used up, a few times a day.
     """
 
-    def __init__(self, n_metrics: int, bin_ms: int, keep_bins: int) -> None:
+    def __init__(self, metrics: Sequence[str], bin_ms: int, keep_bins: int) -> None:
         self.bin_ms = bin_ms
         self.keep_bins = keep_bins
-        self._values: Floats32 = np.full(
-            (_FIRST_ROWS, n_metrics, keep_bins + _SPARE_BINS), np.nan, dtype=np.float32
-        )
+        self._coders = [BinCodes(is_percent=is_percent(metric)) for metric in metrics]
+        shape = (_FIRST_ROWS, len(metrics), keep_bins + _SPARE_BINS)
+        self._codes: MeanCodes = np.full(shape, NO_MEAN, np.uint16)
+        self._newest: Floats32 = np.full((*shape[:2], min(RECENT_BINS, keep_bins)), np.nan, np.float32)
         self._end = keep_bins  # one past the newest column
         self.newest_bin_ms: int | None = None
         self.oldest_used_ms: int | None = None  # oldest bin that was ever given a value
@@ -375,12 +377,15 @@ class BinGrid:
         steps = (bin_ms - self.newest_bin_ms) // self.bin_ms
         assert steps >= 0, f"bins close in order: {bin_ms} after {self.newest_bin_ms}"
         self.newest_bin_ms = bin_ms
+        kept = max(0, self._newest.shape[2] - steps)
+        self._newest[:, :, :kept] = self._newest[:, :, steps : steps + kept].copy()
+        self._newest[:, :, kept:] = np.nan
         if steps >= self.keep_bins:  # a gap longer than the memory
-            self._values[:] = np.nan
+            self._codes[:] = NO_MEAN
             self._end = self.keep_bins
             self.oldest_used_ms = None
             return
-        if self._end + steps > self._values.shape[2]:
+        if self._end + steps > self._codes.shape[2]:
             self._move_left(self.keep_bins - steps)
             self._end = self.keep_bins
         else:
@@ -389,36 +394,56 @@ class BinGrid:
     def put(self, rows: Codes, bin_starts_ms: Longs, means: Floats) -> None:
         """Set the cells of `rows` at `bin_starts_ms` (cell, metric); those out of reach are dropped."""
         assert self.newest_bin_ms is not None, "advance first"
-        columns = self._end - 1 - (self.newest_bin_ms - bin_starts_ms) // self.bin_ms
-        is_kept = (columns < self._end) & (columns >= self._end - self.keep_bins)
+        ages = (self.newest_bin_ms - bin_starts_ms) // self.bin_ms
+        is_kept = (ages >= 0) & (ages < self.keep_bins)
         if not is_kept.any():
             return
         self._reserve(int(rows.max()) + 1)
-        self._values[rows[is_kept], :, columns[is_kept]] = means[is_kept]
+        for place, coder in enumerate(self._coders):
+            self._codes[rows[is_kept], place, self._end - 1 - ages[is_kept]] = coder.encode(
+                means[is_kept, place]
+            )
+        n_newest = self._newest.shape[2]
+        is_new = is_kept & (ages < n_newest)
+        self._newest[rows[is_new], :, n_newest - 1 - ages[is_new]] = means[is_new]
         oldest = int(bin_starts_ms[is_kept].min())
         self.oldest_used_ms = oldest if self.oldest_used_ms is None else min(self.oldest_used_ms, oldest)
 
-    def view(self, n_rows: int) -> Floats32:
-        """Return (row, metric, bin) from the oldest bin used to the newest; good until the next change."""
-        self._reserve(n_rows)
-        return self._values[:n_rows, :, self._end - self._n_used() : self._end]
+    def values(self, rows: Longs) -> Floats32:
+        """Return (row, metric, bin) from the oldest bin used to the newest."""
+        self._reserve(int(rows.max(initial=-1)) + 1)
+        return self._decode(rows, self._end - self._n_used(), self._end)
 
     def span(self, row: int, last_bin_ms: int, n_bins: int) -> Floats32:
-        """Return a copy (metric, bin) of a row's `n_bins` bins up to `last_bin_ms`; NaN out of reach."""
-        values = np.full((self._values.shape[1], n_bins), np.nan, dtype=np.float32)
-        if self.newest_bin_ms is None or row >= len(self._values):
+        """Return (metric, bin) of a row's `n_bins` bins up to `last_bin_ms`; NaN out of reach."""
+        values = np.full((len(self._coders), n_bins), np.nan, dtype=np.float32)
+        if self.newest_bin_ms is None or row >= len(self._codes):
             return values
         stop = self._end - (self.newest_bin_ms - last_bin_ms) // self.bin_ms
         first, last = max(stop - n_bins, self._end - self.keep_bins), min(stop, self._end)
         if first < last:
-            values[:, first - stop + n_bins : last - stop + n_bins] = self._values[row, :, first:last]
+            found = self._decode(np.array([row]), first, last)[0]
+            values[:, first - stop + n_bins : last - stop + n_bins] = found
         return values
 
     def keep_rows(self, rows: Codes) -> None:
-        """Forget every row but `rows`, which move up in this order."""
-        kept = self._values[rows]
-        self._values[: len(rows)] = kept
-        self._values[len(rows) :] = np.nan
+        """Forget every row but `rows`, rising, which move up in this order."""
+        for array, empty in ((self._codes, NO_MEAN), (self._newest, np.nan)):
+            for first in range(0, len(rows), _BLOCK_ROWS):
+                block = rows[first : first + _BLOCK_ROWS]
+                array[first : first + len(block)] = array[block]
+            array[len(rows) :] = empty
+
+    def _decode(self, rows: Longs, first: int, last: int) -> Floats32:
+        """Return (row, metric, bin) of the columns from `first` to before `last`."""
+        values = np.empty((len(rows), len(self._coders), last - first), np.float32)
+        for row, into in zip(rows.tolist(), values, strict=True):
+            for place, coder in enumerate(self._coders):
+                coder.decode(self._codes[row, place, first:last], into[place])
+        begin = self._end - self._newest.shape[2]  # column of the oldest that is kept as it came
+        if last > (start := max(first, begin)):
+            values[:, :, start - first :] = self._newest[rows, :, start - begin : last - begin]
+        return values
 
     def _n_used(self) -> int:
         if self.newest_bin_ms is None or self.oldest_used_ms is None:
@@ -427,19 +452,21 @@ class BinGrid:
 
     def _move_left(self, keep: int) -> None:
         """Bring the newest `keep` columns to the left edge; all others become empty."""
-        for first in range(0, len(self._values), _BLOCK_ROWS):
-            block = self._values[first : first + _BLOCK_ROWS]
+        for first in range(0, len(self._codes), _BLOCK_ROWS):
+            block = self._codes[first : first + _BLOCK_ROWS]
             block[:, :, :keep] = block[:, :, self._end - keep : self._end].copy()
-            block[:, :, keep:] = np.nan
+            block[:, :, keep:] = NO_MEAN
 
     def _reserve(self, n_rows: int) -> None:
-        have, n_metrics, width = self._values.shape
+        have = len(self._codes)
         if n_rows <= have:
             return
-        # in place: the system moves pages, and a copy of everything would double the memory; views
-        # that are still referred to are not used any more (see `view`)
-        self._values.resize((max(n_rows, have + _BLOCK_ROWS), n_metrics, width), refcheck=False)
-        self._values[have:] = np.nan
+        n_rows = max(n_rows, have + _BLOCK_ROWS)
+        # in place: the system moves pages, and a copy of everything would double the memory
+        self._codes.resize((n_rows, *self._codes.shape[1:]), refcheck=False)
+        self._codes[have:] = NO_MEAN
+        self._newest.resize((n_rows, *self._newest.shape[1:]), refcheck=False)
+        self._newest[have:] = np.nan
 
 
 def _grow(array: Longs, size: int) -> Longs:
