@@ -1,7 +1,9 @@
-"""The predictions document: exact JSON, encoded once per sweep, fresh where that is cheap."""
+"""The predictions document: exact JSON, encoded while it is read, fresh where that is cheap."""
 
+import gc
 import json
 import tracemalloc
+import weakref
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -10,7 +12,8 @@ import numpy as np
 import pytest
 
 from fleetcast.clock import FakeClock, to_ms
-from fleetcast.schema import FleetForecast, RecordBatch
+from fleetcast.ingest.rules import to_significant
+from fleetcast.schema import FleetForecast, Floats, RecordBatch
 from fleetcast.serving import board as board_module
 from fleetcast.serving.board import (
     BadShare,
@@ -279,3 +282,79 @@ def test_a_server_that_fell_silent_is_not_in_the_fleets_hours(clock: FakeClock, 
         board.publish(made, MODEL)
         assert board.outlook.fleet is not None
         assert board.outlook.fleet["cpu_pct"] == [mean]
+
+
+def fleet_of(clock: FakeClock, n_servers: int) -> tuple[Roster, FleetForecast]:
+    """Servers with a day of four metrics each: 3 KB of numbers, 7 KB of JSON."""
+    names = tuple(f"web-{number:04}" for number in range(n_servers))
+    roster = Roster(ForecastSettings())
+    codes, times = np.arange(n_servers, dtype=np.int32), np.full(n_servers, to_ms(clock.now()))
+    roster.add(RecordBatch(names, codes, times, {"cpu_pct": np.full(n_servers, 12.5)}))
+    quantiles = np.random.default_rng(1).uniform(10, 90, (n_servers, 4, 96, 3)).astype(np.float32)
+    sources = np.ones((n_servers, 4), np.bool_)
+    made = FleetForecast(to_ms(clock.now()), BIN, names, ("a", "b", "c", "d"), quantiles, sources, "v")
+    return roster, made
+
+
+def test_neither_a_sweep_nor_a_reader_keeps_the_json_of_a_large_fleet(clock: FakeClock) -> None:
+    roster, made = fleet_of(clock, 2000)
+    board = PredictionBoard(roster, clock)
+    tracemalloc.start()
+    board.publish(made, MODEL)
+    published, _ = tracemalloc.get_traced_memory()
+    n_bytes = sum(len(piece) for piece in board.document())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert n_bytes > 14e6
+    assert published < 1.5e6, "names, sources and the highest values"
+    assert peak < published + 6e6, "the newest 512 servers"
+
+
+def test_readers_at_one_time_share_what_is_encoded(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = []
+
+    def count(values: Floats, digits: int) -> Floats:
+        encoded.append(1)
+        return to_significant(values, digits)
+
+    monkeypatch.setattr(board_module, "to_significant", count)
+    roster, made = fleet_of(clock, 300)
+    board = PredictionBoard(roster, clock)
+    board.publish(made, MODEL)
+    documents = [
+        b"".join(pieces) for pieces in (board.document(), board.document(), board.document(["web-0007"]))
+    ]
+    assert documents[0] == documents[1]
+    assert json.loads(documents[2])["predictions"].keys() == {"web-0007"}
+    assert len(encoded) == 300
+
+
+def test_two_readers_of_one_document_each_get_it_whole(clock: FakeClock) -> None:
+    roster, made = fleet_of(clock, 10)
+    board = PredictionBoard(roster, clock)
+    board.publish(made, MODEL)
+    first, second = iter(board.document()), iter(board.document())
+    together = list(zip(first, second, strict=True))
+    assert all(one == other for one, other in together)
+    json.loads(b"".join(one for one, _ in together))
+
+
+def test_a_sweep_is_freed_when_the_next_one_is_published_and_its_last_reader_is_done(
+    clock: FakeClock,
+) -> None:
+    roster, made = fleet_of(clock, 10)
+    board = PredictionBoard(roster, clock)
+    board.publish(made, MODEL)
+    reader = iter(board.document())
+    next(reader)
+    freed = weakref.ref(made.quantiles)
+    _, made = fleet_of(clock, 10)
+    gc.disable()
+    try:
+        board.publish(made, MODEL)
+        assert freed() is not None
+        assert b"".join(reader).endswith(b"}}"), "it reads on"
+        del reader
+        assert freed() is None, "without the collector of cycles, which may come late"
+    finally:
+        gc.enable()

@@ -4,7 +4,7 @@
 
 Ours: what a sweep does with 8 days of 5-minute bins of 4 metrics: encode the windows, run the
 network (hidden 32), read its answer, correct it by settled forecasts, encode 96 steps x 3
-quantiles as the JSON that `/predictions/current` joins. Peer: the same library's model trained in
+quantiles as the JSON of `/predictions/current`, read once. Peer: the same library's model trained in
 its documented way, `TemporalFusionTransformer.from_dataset(...).predict(DataFrame)` at 288 -> 96,
 in the same process; its answer is an array, not JSON, and its weights are random (speed does not
 depend on them). CPU seconds of this process, one torch thread. Memory is what the process holds
@@ -29,7 +29,7 @@ from fleetcast.clock import DataClock, from_ms
 from fleetcast.forecast.encoding import GridShape
 from fleetcast.forecast.network import NetworkConfig, build
 from fleetcast.forecast.predictor import Forecaster, ModelDescription, set_threads
-from fleetcast.schema import FleetForecast, Floats, Floats32, HistoryWindow
+from fleetcast.schema import FleetForecast, Floats, Floats32, HistoryWindow, RecordBatch
 from fleetcast.serving.board import PredictionBoard
 from fleetcast.serving.corrector import Corrector
 from fleetcast.serving.history import BinGrid
@@ -117,7 +117,7 @@ def measured(model: Forecaster, n_servers: int) -> dict[str, Any]:
     idle_mb = _memory_mb("VmRSS")
     _forget_peak()
     arrays = RollingArrays(n_servers)
-    board = PredictionBoard(Roster(ForecastSettings()), DataClock(lambda: from_ms(NEWEST_MS)))
+    board = PredictionBoard(_roster(arrays.server_names), DataClock(lambda: from_ms(NEWEST_MS)))
     with tempfile.TemporaryDirectory() as folder:
         corrector = Corrector(Path(folder), arrays, (1, 12, 96))
         corrector.note_version(model.version)
@@ -154,7 +154,16 @@ def sweep(
         NEWEST_MS, BIN_MS, arrays.server_names, METRICS, columns[0], columns[1], "v", columns[2]
     )
     _timed(took, "json", partial(board.publish, forecast, None))
+    _timed(took, "json", lambda: sum(len(piece) for piece in board.document()))
     return took
+
+
+def _roster(server_names: tuple[str, ...]) -> Roster:
+    """Return servers that are here, with a value each."""
+    roster, n_servers = Roster(ForecastSettings()), len(server_names)
+    times, values = np.full(n_servers, NEWEST_MS), {METRICS[0]: np.full(n_servers, 40.0)}
+    roster.add(RecordBatch(server_names, np.arange(n_servers, dtype=np.int32), times, values))
+    return roster
 
 
 def _timed(took: dict[str, float], stage: str, work: Callable[[], Any]) -> Any:

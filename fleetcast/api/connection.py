@@ -1,16 +1,18 @@
 """One HTTP connection: what it may cost before, between and after its requests.
 
-Owns: the limits that uvicorn does not have. Every byte that is no body is bounded in every state of
-the parser; answers leave in pieces, must be read at a minimum rate, and are bounded together; where
-connections are used up, the one that has waited longest makes room. Does not know: routes, keys;
-bodies have their own limits in `bodies`.
+Owns: the limits that uvicorn does not have, and documents that are sent in pieces. Every byte that is no body
+is bounded in every state of the parser; answers leave in pieces, must be read at a minimum rate, and are
+bounded together; where connections are used up, the one that has waited longest makes room. Does not know:
+routes, keys; bodies have their own limits in `bodies`.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from starlette.concurrency import iterate_in_threadpool
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -302,3 +304,47 @@ class _Answer:
         start = {"type": "http.response.start", "status": 503, "headers": headers}
         await self._connection.pass_on(self._send, start, 0)
         await self._connection.pass_on(self._send, {"type": "http.response.body", "body": _UNREAD}, 0)
+
+
+class Pieces(Response):
+    """A document that is joined piece by piece while it is sent, never as a whole.
+
+    Pieces that are made while they are read are made in another thread, and their length is not told before.
+    """
+
+    def __init__(self, pieces: Iterable[bytes], media_type: str = "application/json") -> None:
+        super().__init__(media_type=media_type)
+        if isinstance(pieces, Sequence):
+            self.headers["content-length"] = str(sum(map(len, pieces)))
+        else:
+            del self.headers["content-length"]
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it; how fast is for the connection to say."""
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        if isinstance(self._pieces, Sequence):
+            for block in blocks(self._pieces, PIECE_BYTES):
+                await send({"type": "http.response.body", "body": block, "more_body": True})
+        else:
+            async for block in iterate_in_threadpool(blocks(self._pieces, PIECE_BYTES)):
+                await send({"type": "http.response.body", "body": block, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+def blocks(pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
+    """Yield pieces joined to blocks of about `size` bytes.
+
+    >>> list(blocks([b"ab", b"c", b"defg"], 3))
+    [b'abc', b'defg']
+    """
+    block: list[bytes] = []
+    n_bytes = 0
+    for piece in pieces:
+        block.append(piece)
+        n_bytes += len(piece)
+        if n_bytes >= size:
+            yield b"".join(block)
+            block, n_bytes = [], 0
+    if block:
+        yield b"".join(block)

@@ -22,8 +22,9 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, 
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 
 from fleetcast.api.bodies import encode
+from fleetcast.api.connection import Pieces
 from fleetcast.api.feed import JSON, WRONG_KEY
-from fleetcast.api.server import PROMETHEUS, Door, Pieces, Schema, answers, only
+from fleetcast.api.server import PROMETHEUS, Door, Schema, answers, only
 from fleetcast.errors import FleetcastError
 from fleetcast.serving.board import UnknownServer
 from fleetcast.serving.capacity import MOST_ROWS as MOST_CAPACITY_ROWS

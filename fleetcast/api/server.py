@@ -14,7 +14,7 @@ import copy
 import hmac
 import ipaddress
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
 
@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fleetcast import __version__
 from fleetcast.api.bodies import encode
-from fleetcast.api.connection import PIECE_BYTES
+from fleetcast.api.connection import Pieces
 from fleetcast.api.feed import ARROW, JSON, PROTOBUF, WRONG_KEY, Feed, FeedDoor
 from fleetcast.clock import SystemClock, iso_z
 from fleetcast.serving.board import BadShare, PredictionBoard, TooManyServers, UnknownServer, share_of
@@ -143,39 +143,6 @@ ERROR: Schema = {
 }
 OBJECT: Schema = {"type": "object"}
 BINARY: Schema = {"type": "string", "format": "binary"}
-
-
-class Pieces(Response):
-    """A document that is joined piece by piece while it is sent, never as a whole."""
-
-    def __init__(self, pieces: Sequence[bytes], media_type: str = JSON) -> None:
-        super().__init__(media_type=media_type, headers={"content-length": str(sum(map(len, pieces)))})
-        self._pieces = pieces
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it; how fast is for the connection to say."""
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        for block in blocks(self._pieces, PIECE_BYTES):
-            await send({"type": "http.response.body", "body": block, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
-
-
-def blocks(pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
-    """Yield pieces joined to blocks of about `size` bytes.
-
-    >>> list(blocks([b"ab", b"c", b"defg"], 3))
-    [b'abc', b'defg']
-    """
-    block: list[bytes] = []
-    n_bytes = 0
-    for piece in pieces:
-        block.append(piece)
-        n_bytes += len(piece)
-        if n_bytes >= size:
-            yield b"".join(block)
-            block, n_bytes = [], 0
-    if block:
-        yield b"".join(block)
 
 
 def answers(ok: Schema, **errors: str) -> dict[int | str, dict[str, Any]]:
@@ -312,9 +279,9 @@ def _guarded_routes(
             raise HTTPException(422, f"a query names at most {max_query_servers} servers; ask for all")
         try:
             document = board.document(server, share_of(shard, server), only_current=fields == "current")
+            return Pieces(document)
         except (UnknownServer, TooManyServers, BadShare) as error:
             raise HTTPException(_CODES[type(error)], str(error)) from error
-        return Pieces(document)
 
     @router.get("/status", responses=STATUS_ANSWERS, dependencies=[Depends(only())])
     def status() -> Response:

@@ -1,17 +1,18 @@
-"""The answer to `GET /predictions/current`, kept as encoded pieces.
+"""The answer to `GET /predictions/current`, encoded in pieces while it is read.
 
-Owns: the shape of that document. A sweep encodes each server's forecast once; a request gets a list
-of pieces, never joined, so that answers that are read slowly share them. `current` and `stale` change
-between sweeps, so a new request encodes them again when that is cheap; a document that is costly to
-make may be as old as some of its makings took.
+Owns: the shape of that document. Between sweeps only the forecasts' numbers are kept. A request for the whole
+fleet gets a document that encodes a server when it is read so far; the newest encoded servers are kept, so
+that answers that are read at one time share them. `current` and `stale` change between sweeps, so a new
+request tells them anew when that is cheap; what is costly to look up may be as old as some look-ups took.
 Does not know: how forecasts are made, HTTP.
 """
 
 import re
 import threading
 import zlib
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import msgspec
@@ -20,13 +21,14 @@ import numpy as np
 from fleetcast.clock import HOUR_MS, Clock, from_ms, iso_z, monotonic
 from fleetcast.errors import FleetcastError
 from fleetcast.ingest.rules import RecordRules, to_significant
-from fleetcast.schema import SOURCE_FALLBACK, SOURCE_MODEL, SOURCE_WARMING_UP, FleetForecast, Floats32
+from fleetcast.schema import SOURCE_FALLBACK, SOURCE_MODEL, SOURCE_WARMING_UP, Flags, FleetForecast, Floats32
 from fleetcast.serving.roster import PresentServers, Roster
 
 SIGNIFICANT_DIGITS = 5  # a forecast is not more precise than that; 10,000 servers are 70 MB of digits
 UNCHANGED_S = 5.0  # staleness comes with time alone
 _CHEAP_S = 0.005
 _COST_FACTOR = 20.0  # costly joins may take 1/20 of the time at most
+_SHARED_SERVERS = 512  # encoded forecasts that are kept for other readers: about 5 MB
 _LOAD = ("cpu_pct", "mem_pct")  # of which the fleet's means are told
 _NAMES = RecordRules(None)
 _QUANTILE_NAMES = ("p10", "p50", "p90")
@@ -69,30 +71,54 @@ class Outlook:
     fleet: Mapping[str, Any] | None = None  # its means hour by hour, as `/status` tells them
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Sweep:
-    """The encoded pieces of one sweep, by server."""
+    """The forecasts of one sweep, encoded server by server when they are asked for."""
 
     model: ModelInfo | None
-    forecasts: dict[str, bytes]
-    sources: dict[str, bytes]
-    metric_sources: dict[str, bytes]  # of each metric with a forecast; shared by servers with the same ones
-    timestamps: bytes = b""  # the same for every server: 20 MB less at 10,000
+    rows: Mapping[str, int]  # of each server with a forecast
+    is_model: Flags  # (server, metric)
+    forecast: Callable[[int], bytes]  # of a row
+    metric_sources: Mapping[int, bytes]  # of a row; servers with the same ones share them
+    timestamps: bytes = b""  # the same for every server
     outlook: Outlook = Outlook({}, (), np.empty((0, 0), np.float32))
+    turn: threading.Lock = field(default_factory=threading.Lock)  # many readers at once would starve the rest
 
     def pieces(self, name: str) -> tuple[bytes, ...]:
         """Return a server's forecast, its time steps and its sources, not joined."""
-        forecast = self.forecasts.get(name)
-        if forecast is None:
+        row = self.rows.get(name)
+        if row is None:
             return (_WARMING_UP,)
-        return forecast, self.timestamps, self.sources[name], self.metric_sources[name]
+        with self.turn:
+            forecast = self.forecast(row)
+        return forecast, self.timestamps, self.source(name).encode(), self.metric_sources[row]
+
+    def source(self, name: str) -> str:
+        """Return where a server's forecast comes from."""
+        row = self.rows.get(name)
+        return SOURCE_WARMING_UP if row is None else _source(self.is_model[row].any())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Document:
+    """One document of many servers; each reader gets its pieces as far as it has read."""
+
+    head: bytes
+    present: PresentServers
+    rows: Sequence[int]
+    sweep: _Sweep
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self.head
+        yield from _server_pieces(self.present, self.rows, self.sweep, only_current=False)
+        yield b"}}"
 
 
 @dataclass(frozen=True, slots=True)
 class _Joined:
     """One whole document and what it was made of."""
 
-    document: Sequence[bytes]
+    document: Iterable[bytes]
     changes: tuple[int, int]
     made_at: float
     cost_s: float
@@ -110,22 +136,22 @@ class PredictionBoard:
         self._max_servers = max_servers
         self._roster = roster
         self._clock = clock
-        self._sweep = _Sweep(None, {}, {}, {})
+        self._sweep = _NO_SWEEP
         self._n_sweeps = 0
         self._joined: dict[bool, _Joined] = {}
         self._narrowing = threading.Lock()  # forty at once would only take turns, and the event loop last
         self._lock = threading.Lock()  # one join at a time: others wait for it and share it
 
     def publish(self, forecast: FleetForecast, model: ModelInfo | None) -> None:
-        """Encode a sweep; from the next request on it is the answer."""
+        """Let a sweep be the answer from the next request on; its arrays must not change any more."""
         present = self._roster.servers(self._clock.now())
         silent = {
             name for name, is_stale in zip(present.server_names, present.is_stale, strict=True) if is_stale
         }
-        sweep = _encode(forecast, model)
+        sweep = _prepare(forecast, model)
         self._sweep = replace(sweep, outlook=replace(sweep.outlook, fleet=fleet_means(forecast, silent)))
         self._n_sweeps += 1
-        self._joined = {}  # frees a large fleet's document at once, not at the next request
+        self._joined = {}  # frees the sweep before at once, not at the next request
 
     @property
     def model(self) -> ModelInfo | None:
@@ -139,7 +165,7 @@ class PredictionBoard:
 
     def source(self, server_name: str) -> str:
         """Return where a server's forecast comes from, as the document says it."""
-        return self._sweep.sources.get(server_name, SOURCE_WARMING_UP.encode()).decode()
+        return self._sweep.source(server_name)
 
     def document(
         self,
@@ -147,8 +173,10 @@ class PredictionBoard:
         share: tuple[int, int] | None = None,
         *,
         only_current: bool = False,
-    ) -> Sequence[bytes]:
+    ) -> Iterable[bytes]:
         """Return the JSON document in pieces, narrowed to `servers` where any are given.
+
+        What is read of a whole fleet's forecasts, or of a share, is encoded while it is read.
 
         Args:
             share: (which, of how many): the servers of one of so many equal shares, always the same ones.
@@ -183,7 +211,7 @@ class PredictionBoard:
 
     def _join(
         self, servers: Sequence[str], only_current: bool, share: tuple[int, int] | None = None
-    ) -> Sequence[bytes]:
+    ) -> Iterable[bytes]:
         now = self._clock.now()
         sweep, present = self._sweep, self._roster.servers(now)
         if servers:
@@ -205,9 +233,11 @@ class PredictionBoard:
                     f"{len(rows)} servers are too many for one document, at most {self._max_servers}",
                     hint=f"ask for shares, ?shard=0/{n} to ?shard={n - 1}/{n}, or for ?server=",
                 )
-        pieces = _server_pieces(present, rows, sweep, only_current)
-        head = {"timestamp": iso_z(now), "model": sweep.model.as_dict() if sweep.model else None}
-        return [msgspec.json.encode(head)[:-1], b',"predictions":{', *pieces, b"}}"]
+        told = {"timestamp": iso_z(now), "model": sweep.model.as_dict() if sweep.model else None}
+        head = msgspec.json.encode(told)[:-1] + b',"predictions":{'
+        if not servers and not only_current:
+            return Document(head, present, rows, sweep)
+        return [head, *_server_pieces(present, rows, sweep, only_current=only_current), b"}}"]
 
 
 def share_of(text: str | None, servers: Sequence[str] = ()) -> tuple[int, int] | None:
@@ -235,10 +265,10 @@ def _is_of(server_name: str, which: int, of: int) -> bool:
 
 
 def _server_pieces(
-    present: PresentServers, rows: list[int], sweep: _Sweep, only_current: bool
-) -> list[bytes]:
+    present: PresentServers, rows: Sequence[int], sweep: _Sweep, *, only_current: bool
+) -> Iterator[bytes]:
     encoder = msgspec.json.Encoder()
-    pieces: list[bytes] = []
+    comma = b""
     for row in rows:
         name, cells = present.server_names[row], present.values[row]
         columns = np.flatnonzero(~np.isnan(cells))  # of 512 metrics of a fleet, a server has a few
@@ -246,48 +276,63 @@ def _server_pieces(
             present.metrics[column]: value
             for column, value in zip(columns.tolist(), cells[columns].tolist(), strict=True)
         }
-        forecast: tuple[bytes, ...]
+        yield comma + encoder.encode(name) + b':{"current":' + encoder.encode(current) + b","
         if only_current:
-            forecast = b'"source":"', sweep.sources.get(name, SOURCE_WARMING_UP.encode()), b'"'
+            yield b'"source":"' + sweep.source(name).encode() + b'"'
         else:
-            forecast = sweep.pieces(name)
-        stale = b"true" if present.is_stale[row] else b"false"
-        start = encoder.encode(name) + b':{"current":' + encoder.encode(current) + b","
-        pieces += [b"," if pieces else b"", start, *forecast, b',"stale":', stale, b"}"]
-    return pieces
+            yield from sweep.pieces(name)
+        yield b',"stale":true}' if present.is_stale[row] else b',"stale":false}'
+        comma = b","
 
 
-def _encode(forecast: FleetForecast, model: ModelInfo | None) -> _Sweep:
-    """Encode each server's part of a sweep; leave out servers without any forecast."""
+def _prepare(forecast: FleetForecast, model: ModelInfo | None) -> _Sweep:
+    """Return what is needed to tell a sweep; servers without any forecast are left out."""
     encoder = msgspec.json.Encoder()
-    steps = np.arange(1, forecast.quantiles.shape[2] + 1)
+    quantiles, metrics = forecast.quantiles, forecast.metrics
+    steps = np.arange(1, quantiles.shape[2] + 1)
     targets = [iso_z(from_ms(forecast.origin_ms + int(step) * forecast.bin_ms)) for step in steps]
     timestamps = b',"timestamps":' + encoder.encode(targets) + b',"source":"'
-    is_whole = np.asarray(np.isfinite(forecast.quantiles).all(axis=(2, 3)))  # (server, metric)
+    is_whole = np.asarray(np.isfinite(quantiles).all(axis=(2, 3)))  # (server, metric)
     is_model = np.asarray(is_whole & forecast.sources)
-    forecasts, sources, metric_sources = {}, {}, {}
     shared: dict[tuple[bytes, bytes], bytes] = {}
-    for row, name in enumerate(forecast.server_names):
-        columns = np.flatnonzero(is_whole[row])
-        if not len(columns):
-            continue
-        # (metric, quantile, horizon); one server at a time keeps the pauses for other threads short
-        digits = to_significant(
-            forecast.quantiles[row, columns].transpose(0, 2, 1).astype(np.float64), SIGNIFICANT_DIGITS
-        ).tolist()
-        by_metric = {
-            forecast.metrics[column]: dict(zip(_QUANTILE_NAMES, quantiles, strict=True))
-            for column, quantiles in zip(columns, digits, strict=True)
-        }
-        sources[name] = _source(is_model[row].any()).encode()
-        told = {forecast.metrics[column]: _source(is_model[row, column]) for column in columns}
+    metric_sources = {}
+    for row in np.flatnonzero(is_whole.any(axis=1)).tolist():
+        told = {metrics[column]: _source(is_model[row, column]) for column in np.flatnonzero(is_whole[row])}
         key = is_whole[row].tobytes(), is_model[row].tobytes()
-        metric_sources[name] = shared.setdefault(key, b'","sources":' + encoder.encode(told))
-        forecasts[name] = b'"forecast":' + encoder.encode(by_metric)
-    peaks = np.fmax.reduce(forecast.quantiles[..., 2], axis=2)
+        metric_sources[row] = shared.setdefault(key, b'","sources":' + encoder.encode(told))
     rows = {name: row for row, name in enumerate(forecast.server_names)}
-    outlook = Outlook(rows, forecast.metrics, peaks, forecast.origin_ms)
-    return _Sweep(model, forecasts, sources, metric_sources, timestamps, outlook)
+    outlook = Outlook(rows, metrics, np.fmax.reduce(quantiles[..., 2], axis=2), forecast.origin_ms)
+    # no method of the sweep: that would be a cycle, and its arrays would wait for the collector
+    encode = lru_cache(_SHARED_SERVERS)(partial(_encode_server, quantiles, metrics, is_whole))
+    return _Sweep(
+        model,
+        {forecast.server_names[row]: row for row in metric_sources},
+        is_model,
+        encode,
+        metric_sources,
+        timestamps,
+        outlook,
+    )
+
+
+def _encode_server(quantiles: Floats32, metrics: Sequence[str], is_whole: Flags, row: int) -> bytes:
+    """Return one server's forecast; at most a tenth of a millisecond, for the sake of other threads."""
+    columns = np.flatnonzero(is_whole[row]).tolist()
+    digits = to_significant(  # (metric, quantile, horizon)
+        quantiles[row, columns].transpose(0, 2, 1).astype(np.float64), SIGNIFICANT_DIGITS
+    ).tolist()
+    by_metric = {
+        metrics[column]: dict(zip(_QUANTILE_NAMES, of_metric, strict=True))
+        for column, of_metric in zip(columns, digits, strict=True)
+    }
+    return b'"forecast":' + msgspec.json.encode(by_metric)
+
+
+def _no_forecast(row: int) -> bytes:
+    raise KeyError(row)
+
+
+_NO_SWEEP = _Sweep(None, {}, np.empty((0, 0), np.bool_), _no_forecast, {})
 
 
 def fleet_means(forecast: FleetForecast, silent: Collection[str] = ()) -> dict[str, Any] | None:

@@ -268,30 +268,32 @@ class Sweeper:
         self._follow_version(champion)
         names: list[str] = []
         has_ripe = False
-        made: list[tuple[Floats32, Flags, Floats32]] = []  # quantiles, sources, medians of each part
+        all_quantiles, all_sources, all_medians = self._make_room(self._history.n_servers)
         parts = self._history.parts(origin_ms, CHUNK_SERVERS)
         with_rules = self._corrector is not None
         for part, said in self.engine.forecasts(parts, champion, with_rules=with_rules):
-            shape = (*part.values.shape[:2], self._horizon_bins, 3)
-            quantiles = np.full(shape, np.nan, dtype=np.float32)
-            sources = np.zeros(shape[:2], dtype=np.bool_)
+            rows = slice(len(names), len(names) + len(part.server_names))
+            quantiles, sources = all_quantiles[rows], all_sources[rows]
+            quantiles[:], sources[:] = np.nan, False
             if champion:
                 champion = self._fill_by_model(champion, said, quantiles, sources)
                 has_ripe |= not sources.any() and self._has_ripe(part)
             self._fill_by_naive_rules(part, quantiles, sources)
-            medians = quantiles[..., 1].copy()
+            all_medians[rows] = quantiles[..., 1]
             self._correct(part, said, quantiles, sources)
             names += part.server_names
-            made.append((quantiles, sources, medians))
-        if champion and has_ripe and not any(flags.any() for _, flags, _ in made):
+        made = slice(len(names))
+        if champion and has_ripe and not all_sources[made].any():
             self._say_that_it_forecasts_none(champion)
-        quantiles, sources, medians = (
-            [np.concatenate(column) for column in zip(*made, strict=True)] if made else self._nothing()
-        )
         return FleetForecast(
             origin_ms, self._history.bin_ms, tuple(names), self._history.metrics,
-            quantiles, sources, version, medians,
+            all_quantiles[made], all_sources[made], version, all_medians[made],
         )  # fmt: skip
+
+    def _make_room(self, n_servers: int) -> tuple[Floats32, Flags, Floats32]:
+        """Return quantiles, sources and medians that are filled part by part: joining would double them."""
+        shape = (n_servers, len(self._history.metrics), self._horizon_bins, 3)
+        return np.empty(shape, np.float32), np.empty(shape[:2], np.bool_), np.empty(shape[:3], np.float32)
 
     def _note_capacity(self, forecast: FleetForecast) -> None:
         """Say who passes a limit; where that fails, what was said before stands."""
@@ -368,10 +370,6 @@ class Sweeper:
         self._telemetry.errors.note(part, error)
         text = f"{what} failed, forecasts go out without it: {error or type(error).__name__}"
         self.problems = list(dict.fromkeys([*self.problems, text]))
-
-    def _nothing(self) -> tuple[Floats32, Flags, Floats32]:
-        shape = (0, len(self._history.metrics), self._horizon_bins, 3)
-        return np.empty(shape, np.float32), np.empty(shape[:2], np.bool_), np.empty(shape[:3], np.float32)
 
     def _fill_by_naive_rules(self, part: HistoryWindow, quantiles: Floats32, sources: Flags) -> None:
         """Fill in what the model did not forecast."""
