@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -101,16 +101,21 @@ def remove_stale_temps(folder: Path) -> int:
     return sum(remove_leftover(path) for path in folder.glob(f".*{TEMP_MARK}*"))
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes | Callable[[BinaryIO], object]) -> None:
     """Replace `path` by `data` in one durable step: temp, fsync, rename, fsync folder.
 
+    Args:
+        data: or what writes it, where it is too large to be held as a whole.
     Raises:
         StorageFull, StorageBroken: the old content of `path` still stands.
     """
     temp = temp_beside(path)
     try:
         with temp.open("xb") as stream:
-            stream.write(data)
+            if isinstance(data, bytes):
+                stream.write(data)
+            else:
+                data(stream)
             stream.flush()
             os.fsync(stream.fileno())
         if path.is_dir() and not path.is_symlink():  # no rename replaces a folder by a file
@@ -119,6 +124,9 @@ def write_atomic(path: Path, data: bytes) -> None:
     except OSError as error:
         remove_leftover(temp)
         raise storage_error(path, error) from error
+    except BaseException:  # of what writes it
+        remove_leftover(temp)
+        raise
 
 
 def publish(temp: Path, path: Path) -> None:

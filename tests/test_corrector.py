@@ -1,12 +1,14 @@
 """Feedback in service: what settled bins teach survives a restart, and damage costs no forecast."""
 
 import logging
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fleetcast.errors import StorageBroken
+from fleetcast.forecast.experts.layer import ExpertLayer
 from fleetcast.schema import Floats32, HistoryWindow, RecordBatch
 from fleetcast.serving.corrector import FILE, Corrector
 from fleetcast.serving.history import BinHistory
@@ -209,3 +211,29 @@ def test_servers_long_gone_give_up_their_rows(fleet: Fleet) -> None:
     fleet.corrector.save(at_once=True)
     assert set(fleet.corrector._rows) == {"a", "b"}
     np.testing.assert_array_equal(fleet.forecast(), before)
+
+
+def test_a_save_of_a_large_fleet_holds_no_second_copy_of_it(tmp_path: Path) -> None:
+    history = BinHistory(BinSettings(), ForecastSettings())
+    corrector = Corrector(tmp_path, history, (1, 12, 96))
+    corrector._rows = {f"server-{row}": row for row in range(5000)}
+    mixture = corrector._layer.mixture
+    mixture.reserve(5000)
+    n_bytes = sum(getattr(mixture, name).nbytes for name in mixture.ROW_ARRAYS)
+    corrector._is_changed = True
+    history.unknown = lambda names: []  # type: ignore[method-assign]
+    tracemalloc.start()
+    corrector.save(at_once=True)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (tmp_path / FILE).stat().st_size > n_bytes
+    assert peak < n_bytes
+
+
+def test_rows_of_a_growing_fleet_have_few_spare_ones() -> None:
+    layer = ExpertLayer(np.ones(1, np.bool_))
+    for n_rows in range(256, 10_001, 256):
+        layer.mixture.reserve(n_rows)
+        layer._pending[0]._reserve(n_rows)
+    assert len(layer.mixture.losses) < 1.13 * 10_000
+    assert layer._pending[0].n_rows < 1.13 * 10_000

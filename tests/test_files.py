@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from odd_files import put
@@ -63,6 +64,27 @@ def test_a_failed_atomic_write_keeps_the_old_content_and_says_why(
     monkeypatch.undo()
     assert path.read_bytes() == b"old"
     assert hidden(tmp_path) == []
+
+
+def test_a_content_that_is_written_in_pieces_replaces_the_old_one_only_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "state.bin"
+    write_atomic(path, b"old")
+
+    def fail(stream: BinaryIO) -> None:
+        stream.write(b"ne")
+        raise ValueError("what writes it failed")
+
+    def fill_the_disk(stream: BinaryIO) -> None:
+        stream.write(b"ne")
+        failing(errno.ENOSPC)
+
+    with pytest.raises(ValueError, match="failed"):
+        write_atomic(path, fail)
+    with pytest.raises(StorageFull):
+        write_atomic(path, fill_the_disk)
+    assert (path.read_bytes(), hidden(tmp_path)) == (b"old", [])
+    write_atomic(path, lambda stream: stream.write(b"new"))
+    assert path.read_bytes() == b"new"
 
 
 def test_a_folder_that_is_missing_is_a_broken_storage_not_a_crash(tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ forecasts are not. Of format 1, written before there were experts, only the widt
 own CRC-32 guards every array; nothing is pickled.
 """
 
-import io
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -160,7 +160,7 @@ class Corrector:
         arrays = {name: getattr(mixture, name)[: len(self._rows)] for name in Mixture.ROW_ARRAYS}
         arrays["fleet_widen"] = mixture.fleet_widen
         arrays |= self._layer.pending_arrays() if at_once else {}
-        files.write_atomic(self._path, _pack(kept, self._horizons, arrays))
+        files.write_atomic(self._path, partial(_write, kept, self._horizons, arrays))
         self._is_changed = False
 
     @property
@@ -258,8 +258,7 @@ def _with_states(found: NDArray[Any], n_dims: int) -> NDArray[Any]:
     return np.stack([found, np.zeros_like(found)], axis=-3)
 
 
-def _pack(kept: _Kept, horizons: tuple[int, ...], arrays: Arrays) -> bytes:
-    stream = io.BytesIO()
+def _write(kept: _Kept, horizons: tuple[int, ...], arrays: Arrays, stream: BinaryIO) -> None:
     np.savez(
         stream,
         allow_pickle=False,
@@ -272,7 +271,6 @@ def _pack(kept: _Kept, horizons: tuple[int, ...], arrays: Arrays) -> bytes:
         version=pack_lines([kept.version or ""]),
         **arrays,
     )
-    return stream.getvalue()
 
 
 def _unpack(path: Path) -> tuple[_Kept, dict[str, NDArray[Any]]]:

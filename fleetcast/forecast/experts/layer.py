@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetcast.forecast.experts.mixture import EXPERTS, FAR_FROM, LAST, USUAL, Mixture, MixtureRates
+from fleetcast.forecast.experts.mixture import (
+    EXPERTS,
+    FAR_FROM,
+    LAST,
+    SPARE_SHARE,
+    USUAL,
+    Mixture,
+    MixtureRates,
+)
 from fleetcast.forecast.experts.rules import NORMAL_90, RuleForecasts, from_scale, rule_forecasts, to_scale
 from fleetcast.forecast.experts.trend import REACHES
 from fleetcast.schema import Floats, Floats32, Longs
@@ -348,7 +356,7 @@ class _Pending:
         missing = n_rows - self.n_rows
         if missing > 0:
             n_slot, n_metric = len(self.origins), self.last.shape[2]
-            more = np.full((n_slot, max(missing, self.n_rows // 2), n_metric), np.nan, np.float32)
+            more = np.full((n_slot, max(missing, self.n_rows // SPARE_SHARE), n_metric), np.nan, np.float32)
             self.last = np.concatenate([self.last, more], axis=1)
             offsets = np.full((*more.shape, _N_KEPT), np.nan, np.float16)
             self.offsets = np.concatenate([self.offsets, offsets], axis=1)

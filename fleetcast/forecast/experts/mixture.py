@@ -56,6 +56,7 @@ _HALF_OF_MISS = 3.21  # of a normal distribution: its 90 % quantile over its mea
 LEAST_APART = (0.5, 0.05)  # of a percent, of a rate's logarithm: what to be apart means at least
 FAR_FROM = 24  # bins ahead: forecasts of one hour are nearly one sample there
 _LATELY_LEAST, _LATELY_MOST = 24, 2.0  # settled forecasts that tell what is usual; times that, a loss counts
+SPARE_SHARE = 8  # rows are added by an eighth: a large fleet's spare ones would take tens of MB
 DAY_SEEN = 288  # bins that show how far from usual a series usually is
 Flags = NDArray[np.bool_]
 
@@ -139,7 +140,7 @@ class Mixture:
         if missing > 0:
             for name in self.ROW_ARRAYS:
                 have = getattr(self, name)
-                more = np.zeros((max(missing, len(have) // 2), *have.shape[1:]), np.float32)
+                more = np.zeros((max(missing, len(have) // SPARE_SHARE), *have.shape[1:]), np.float32)
                 setattr(self, name, np.concatenate([have, more]))
 
     def keep_rows(self, rows: Longs) -> None:
