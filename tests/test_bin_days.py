@@ -572,7 +572,7 @@ def test_a_full_disk_costs_the_means_and_no_day(
     def full(_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fleetcast.storage.days.fsync_file", full)
+    monkeypatch.setattr("fleetcast.storage.parts.fsync_file", full)
     monkeypatch.setattr("os.nice", lambda _by: 0)
     target = buffer.folder / ".target"
     assert upkeep.main([str(buffer.folder), f"bins-{BIN}", DAY.isoformat(), str(target), "1", "{}"]) == 1

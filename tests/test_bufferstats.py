@@ -6,8 +6,8 @@ from buffer_rows import DAY_MS, NOON_MS, Values, batch, day_folder
 
 from fleetcast.settings import BufferSettings
 from fleetcast.storage import reader
-from fleetcast.storage.days import OpenPart
 from fleetcast.storage.daystore import DayStore
+from fleetcast.storage.parts import OpenPart
 from fleetcast.storage.reader import buffer_stats
 from fleetcast.storage.tables import METRICS, table_of_batch
 

@@ -186,7 +186,7 @@ def test_a_flush_that_fails_does_not_fail_the_append(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("fleetcast.storage.days.fsync_file", full)
+        patched.setattr("fleetcast.storage.parts.fsync_file", full)
         assert buffer.append([record(load=1)]).accepted == 1
     assert "stay in the log" in caplog.text
     assert len(content(buffer)) == 1

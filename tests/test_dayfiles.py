@@ -10,7 +10,6 @@ from buffer_rows import DAY_MS, NOON_MS, day_folder, table
 
 from fleetcast.files import exchange, remove_leftover
 from fleetcast.storage.days import (
-    PartName,
     day_of_ms,
     day_path,
     day_start_ms,
@@ -20,8 +19,8 @@ from fleetcast.storage.days import (
     open_day,
     part_names,
     split_by_day,
-    write_part,
 )
+from fleetcast.storage.parts import PartName, write_part
 from fleetcast.storage.tables import METRICS, PREDICTIONS, batch_of_table, times_ms
 
 DAY = date(2026, 1, 15)

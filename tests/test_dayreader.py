@@ -8,10 +8,10 @@ import pytest
 from buffer_rows import DAY_MS, NOON_MS, Key, Values, batch, day_folder, one_segment, rows_of, table
 
 from fleetcast.settings import BufferSettings
-from fleetcast.storage import days
+from fleetcast.storage import parts
 from fleetcast.storage import reader as reader_module
-from fleetcast.storage.days import OpenPart, PartName, write_part
 from fleetcast.storage.daystore import DayStore
+from fleetcast.storage.parts import OpenPart, PartName, write_part
 from fleetcast.storage.reader import DayReader, LogRows, merge_sources
 from fleetcast.storage.tables import METRICS, batch_of_table, codes_of, table_of_batch
 
@@ -89,7 +89,7 @@ def test_edges_are_those_of_all_rows(store: DayStore, reader: DayReader) -> None
 def test_a_large_day_comes_in_pieces_of_whole_servers(
     store: DayStore, reader: DayReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(days, "_PART_GROUP_ROWS", 7)
+    monkeypatch.setattr(parts, "_PART_GROUP_ROWS", 7)
     for tick in range(5):
         append(store, *((f"s{n:02d}", NOON_MS + tick, {"x": float(n)}) for n in range(12)))
         if tick < 4:
@@ -102,7 +102,7 @@ def test_a_large_day_comes_in_pieces_of_whole_servers(
 
 
 def test_one_part_alone_is_cut_between_servers_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(days, "_PART_GROUP_ROWS", 7)
+    monkeypatch.setattr(parts, "_PART_GROUP_ROWS", 7)
     rows = table(*((f"s{n}", NOON_MS + tick, {"x": 1.0}) for n in range(3) for tick in range(10)))
     path = tmp_path / PartName(1, len(rows)).text
     write_part(path, iter([rows]), METRICS, rows.schema, 1)
@@ -183,7 +183,7 @@ def test_one_server_is_read_from_parts_and_log_and_newer_rows_win(store: DayStor
 def test_only_the_row_groups_of_the_server_asked_for_are_read(
     tmp_path: Path, reader: DayReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(days, "_PART_GROUP_ROWS", 10)
+    monkeypatch.setattr(parts, "_PART_GROUP_ROWS", 10)
     rows = [
         (f"s{number:02}", NOON_MS + tick, {"x": float(number)}) for number in range(20) for tick in range(10)
     ]

@@ -279,7 +279,7 @@ def test_a_full_disk_at_the_flush_keeps_the_log_and_is_tried_again(
         real(path)
 
     with monkeypatch.context() as patched:
-        patched.setattr("fleetcast.storage.days.fsync_file", full_at_the_second_day)
+        patched.setattr("fleetcast.storage.parts.fsync_file", full_at_the_second_day)
         with pytest.raises(StorageFull):
             owner.flush()
     assert len(content(tmp_path)) == 2
@@ -298,7 +298,7 @@ def test_a_failing_maintenance_waits_before_it_tries_again(
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patched:
-        patched.setattr("fleetcast.storage.days.fsync_file", broken)
+        patched.setattr("fleetcast.storage.parts.fsync_file", broken)
         with pytest.raises(StorageBroken):
             owner.maintain(LATER, expires=False)
         owner.maintain(LATER, expires=False)

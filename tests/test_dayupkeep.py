@@ -11,8 +11,7 @@ from buffer_rows import DAY_MS, NOON_MS, day_folder, table
 from fleetcast.settings import BufferSettings
 from fleetcast.storage import upkeep
 from fleetcast.storage.days import day_path, folder_bytes, list_days, part_names
-from fleetcast.storage.quarantine import Quarantine
-from fleetcast.storage.retention import Retention
+from fleetcast.storage.retention import Quarantine, Retention
 from fleetcast.storage.tables import BINS, METRICS
 from fleetcast.storage.upkeep import DayUpkeep, UpkeepPace
 from fleetcast.storage.writer import DayWriter, no_step

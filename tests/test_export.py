@@ -11,7 +11,6 @@ from buffer_rows import DAY_MS, NOON_MS, Values, batch, rows_of_frame
 
 from fleetcast.errors import BadData, StorageBroken, StorageFull
 from fleetcast.settings import BufferSettings
-from fleetcast.storage import reader as reader_module
 from fleetcast.storage.daystore import DayStore
 from fleetcast.storage.reader import DayReader, export_records
 from fleetcast.storage.tables import METRICS, table_of_batch
@@ -61,7 +60,7 @@ def test_bins_do_not_depend_on_how_a_day_is_cut(
 ) -> None:
     export_records(reader, tmp_path / "whole", 0, 2**45, 300)
     monkeypatch.setattr("fleetcast.storage.reader.CHUNK_ROWS", 1)
-    monkeypatch.setattr("fleetcast.storage.reader._EXPORT_ROWS", 1)
+    monkeypatch.setattr("fleetcast.storage.parts._EXPORT_ROWS", 1)
     export_records(reader, tmp_path / "cut", 0, 2**45, 300)
     assert pq.ParquetFile(tmp_path / "cut").metadata.num_row_groups == 6
     first, second = pd.read_parquet(tmp_path / "whole"), pd.read_parquet(tmp_path / "cut")
@@ -92,7 +91,7 @@ def test_a_failed_export_leaves_the_one_before(
     def full(_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(reader_module, "fsync_file", full)
+    monkeypatch.setattr("fleetcast.storage.parts.fsync_file", full)
     with pytest.raises(StorageFull):
         export_records(reader, path, 0, 2**45, None)
     assert path.read_bytes() == before

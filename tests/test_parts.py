@@ -11,8 +11,8 @@ import pytest
 from buffer_rows import NOON_MS, rows_of, rows_of_frame, table
 
 from fleetcast.errors import StorageBroken, StorageFull
-from fleetcast.storage import days
-from fleetcast.storage.days import READ_ERRORS, OpenPart, PartName, write_part
+from fleetcast.storage import parts
+from fleetcast.storage.parts import READ_ERRORS, OpenPart, PartName, write_part
 from fleetcast.storage.tables import METRICS, NotThisKind, batch_of_table
 
 FLEET = table(
@@ -70,7 +70,7 @@ def test_a_part_stays_readable_when_its_name_is_gone(tmp_path: Path) -> None:
 
 
 def test_row_groups_are_found_by_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(days, "_PART_GROUP_ROWS", 100)
+    monkeypatch.setattr(parts, "_PART_GROUP_ROWS", 100)
     part = OpenPart(written(tmp_path), None, METRICS)
     assert part.groups(None) == [0, 1, 2, 3, 4, 5]
     assert part.groups(("s00", "s00")) == [0]
@@ -87,7 +87,7 @@ def test_absent_values_and_columns_of_others_are_null(tmp_path: Path) -> None:
 
 
 def test_a_damaged_row_group_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(days, "_PART_GROUP_ROWS", 100)
+    monkeypatch.setattr(parts, "_PART_GROUP_ROWS", 100)
     path = written(tmp_path)
     column = pq.ParquetFile(path).metadata.row_group(2).column(2)
     place = column.data_page_offset + column.total_compressed_size - 5
@@ -151,7 +151,7 @@ def test_a_foreign_file_with_our_columns_is_read_and_marked(tmp_path: Path) -> N
 
 def test_a_newer_format_is_refused_with_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as newer:
-        newer.setattr(days, "FORMAT_VERSION", 2)
+        newer.setattr(parts, "FORMAT_VERSION", 2)
         path = written(tmp_path)
     with pytest.raises(NotThisKind, match="format 2 is newer than 1"):
         OpenPart(path, None, METRICS)
@@ -161,7 +161,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     def no_space(_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(days, "fsync_file", no_space)
+    monkeypatch.setattr(parts, "fsync_file", no_space)
     with pytest.raises(StorageFull):
         write_part(tmp_path / "part", iter([FLEET]), METRICS, FLEET.schema, 1)
     assert list(tmp_path.iterdir()) == []

@@ -6,15 +6,18 @@ import time
 from datetime import date
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from buffer_rows import NOON_MS, day_folder, rows_of_frame, table
 
-from fleetcast.storage import upkeep
-from fleetcast.storage.days import OpenPart, PartName, write_part
-from fleetcast.storage.quarantine import Quarantine
-from fleetcast.storage.tables import METRICS
+from fleetcast.schema import RecordBatch
+from fleetcast.storage import parts, upkeep
+from fleetcast.storage.parts import DICTIONARY, Encoding, OpenPart, PartName, encodings_by_trial, write_part
+from fleetcast.storage.retention import Quarantine
+from fleetcast.storage.tables import METRICS, floats, nulls_for_nan, table_of_batch
 from fleetcast.storage.upkeep import Sealed, SealProcess, seal
 from fleetcast.storage.writer import DayWriter
 
@@ -47,13 +50,93 @@ def test_a_sealed_day_is_compressed_and_checksummed(day: Path) -> None:
     seal(day, "metrics", DAY, day / "sealed")
     column = pq.ParquetFile(day / "sealed").metadata.row_group(0).column(2)
     assert column.compression == "ZSTD"
-    assert "RLE_DICTIONARY" in column.encodings
     data = bytearray((day / "sealed").read_bytes())
     data[column.data_page_offset + column.total_compressed_size // 2] ^= 1
     (day / "sealed").write_bytes(bytes(data))
     part = OpenPart(day / "sealed", None, METRICS)
     list(part.tables())
     assert part.n_damaged_groups == 1
+
+
+def odd_day(n_servers: int = 4, n_rows: int = 1_500) -> pa.Table:
+    """A day of columns for each of which another encoding is best, and of odd numbers."""
+    rng = np.random.default_rng(5)
+    size = n_servers * n_rows
+    odd = np.array([-0.0, 0.0, 5e-324, -2.2e-308, np.inf, 1.5])
+    columns = {
+        "few": rng.integers(0, 50, size) * 1.001,
+        "walk": (rng.normal(0, 3, size).cumsum() + 5_000).round(1),
+        "raw": 1.0 + rng.random(size),
+        "odd": odd[rng.integers(0, len(odd), size)],
+        "same": np.full(size, 7.0),
+    }
+    names = [f"s{number}" for number in range(n_servers)]
+    times = NOON_MS + np.tile(np.arange(n_rows) * 1_000, n_servers)
+    codes = np.repeat(np.arange(n_servers, dtype=np.int32), n_rows)
+    rows = table_of_batch(RecordBatch(names, codes, times, columns))
+    gaps = nulls_for_nan(np.where(rng.random(size) < 0.3, np.nan, columns["few"]))
+    return rows.append_column("sparse", gaps).append_column("zz_nan", pa.array(np.full(size, np.nan)))
+
+
+def whole_form(monkeypatch: pytest.MonkeyPatch, path: Path, rows: pa.Table, form: str | None) -> Path:
+    """Seal rows with one encoding for every column of numbers; None is by trial."""
+    with monkeypatch.context() as patched:
+        if form is not None:
+            every = Encoding(form, 9)
+            patched.setattr(
+                parts,
+                "encodings_by_trial",
+                lambda table, schema: dict.fromkeys(table.column_names[2:], every),
+            )
+        write_part(path, iter([rows]), METRICS, rows.schema, 1, is_sealed=True)
+    return path
+
+
+FORMS = ("RLE_DICTIONARY", "PLAIN", "BYTE_STREAM_SPLIT")
+
+
+def column_sizes(path: Path) -> dict[str, int]:
+    group = pq.read_metadata(path).row_group(0)
+    columns = [group.column(place) for place in range(group.num_columns)]
+    return {column.path_in_schema: column.total_compressed_size for column in columns[2:]}
+
+
+def test_each_column_is_sealed_in_the_encoding_that_makes_it_smallest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = odd_day()
+    sizes = {form: column_sizes(whole_form(monkeypatch, tmp_path / form, rows, form)) for form in FORMS}
+    best = {name: min(FORMS, key=lambda form: sizes[form][name]) for name in ("few", "walk", "raw")}
+    assert list(best.values()) == list(FORMS), "the day has a column for each"
+    tried = column_sizes(whole_form(monkeypatch, tmp_path / "tried", rows, None))
+    for name, size in tried.items():
+        assert size <= min(own[name] for own in sizes.values()), name
+
+
+def test_only_the_columns_that_gain_most_are_compressed_at_the_costly_level() -> None:
+    rows = odd_day(n_rows=5_000)
+    chosen = encodings_by_trial(rows, rows.schema)
+    assert [name for name, own in chosen.items() if own.level > DICTIONARY.level] == ["walk"]
+    wide = pa.concat_tables([rows] * 4)
+    assert {own.level for own in encodings_by_trial(wide, rows.schema).values()} == {DICTIONARY.level}
+
+
+@pytest.mark.parametrize("form", [*FORMS, None])
+def test_whatever_the_encoding_pandas_reads_the_same_values_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str | None
+) -> None:
+    rows = odd_day()
+    part = tmp_path / "part"
+    write_part(part, iter([rows]), METRICS, rows.schema, 1)
+    before = pd.read_parquet(part)
+    after = pd.read_parquet(whole_form(monkeypatch, tmp_path / "sealed", rows, form))
+    pd.testing.assert_frame_equal(before, after, check_exact=True)
+    for name in rows.column_names[2:]:
+        assert (before[name].to_numpy().view("u8") == after[name].to_numpy().view("u8")).all(), name
+    own = np.concatenate(
+        [floats(some.column("odd")) for some in OpenPart(tmp_path / "sealed", None, METRICS).tables()]
+    )
+    assert (own.view("u8") == floats(rows.column("odd")).view("u8")).all()
 
 
 def test_large_days_are_sealed_in_row_groups_of_whole_servers(

@@ -4,20 +4,26 @@
 
 Days of the fleet of `buffer.py` (the first one is generated, the others are the same values at later
 times). Each way to read runs in a process of its own, whose memory before it counts as idle. `--real`
-takes Parquet files of recorded metrics (timestamp, server_name, numbers), of which only sizes are
-taken. `noise_bits` is the information in the generator's rounded noise: no codec without loss gets below.
+takes Parquet files of recorded metrics (timestamp, server_name, numbers), of which sizes and the CPU seconds
+of the child that seals are taken; `anomaly_label` is no metric. `noise_bits` is the information in the
+generator's rounded noise: no codec without loss gets below.
 """
 
 import argparse
 import json
 import math
+import os
+import resource
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -27,7 +33,9 @@ from data_buffer import DataBuffer
 from fleetcast.clock import DAY_MS, FakeClock, from_ms, monotonic
 from fleetcast.ingest.rules import round_rows
 from fleetcast.schema import RecordBatch
-from fleetcast.storage.days import day_of_ms, day_path, split_by_day, write_part
+from fleetcast.storage import parts
+from fleetcast.storage.days import day_of_ms, day_path, list_days, split_by_day
+from fleetcast.storage.parts import write_part
 from fleetcast.storage.reader import bin_table
 from fleetcast.storage.tables import METRICS, batch_of_table, canonical, floats, merge, table_of_batch
 from fleetcast.storage.upkeep import seal
@@ -89,15 +97,20 @@ def sealed_days(place: Path, servers: int, days: int) -> dict[str, float]:
     }
 
 
-def sealed(place: Path, table: pa.Table) -> tuple[float, int]:
-    """Put the first day's rows into `place` as a sealed file; return CPU seconds and bytes of sealing."""
-    place.mkdir(exist_ok=True)
+def open_day_of(place: Path, table: pa.Table) -> Path:
+    """Put one day's rows into `place` as a folder of one part; return the folder."""
     ((day, rows),) = split_by_day(table, METRICS).items()
     path = day_path(place, METRICS, day)
-    path.mkdir()
+    path.mkdir(parents=True)
     write_part(path / f"part-000000000001-{len(rows)}.parquet", iter([rows]), METRICS, rows.schema, 1)
+    return path
+
+
+def sealed(place: Path, table: pa.Table) -> tuple[float, int]:
+    """Put the first day's rows into `place` as a sealed file; return CPU seconds and bytes of sealing."""
+    path = open_day_of(place, table)
     cpu = cpu_s()
-    seal(place, "metrics", day, place / ".sealed")
+    seal(place, "metrics", list_days(place, METRICS)[0], place / ".sealed")
     used_s = cpu_s() - cpu
     for part in path.iterdir():
         part.unlink()
@@ -106,22 +119,63 @@ def sealed(place: Path, table: pa.Table) -> tuple[float, int]:
     return used_s, path.stat().st_size
 
 
+def child_cpu_s(place: Path, table: pa.Table) -> float:
+    """Return the CPU seconds of the child that seals a day, its start included."""
+    folder = place / "child"
+    day = open_day_of(folder, table).stem.removeprefix("metrics_")
+    arguments = [str(folder), "metrics", day, str(folder / ".sealed"), str(os.getpid()), "{}"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "fleetcast.storage.upkeep", *arguments]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def by_trial_or_not(table: pa.Table) -> dict[str, float]:
+    """Return bytes and the best CPU seconds of nine readings by pandas, with and without a trial."""
+    figures: dict[str, float] = {}
+    for way, trial in (("trial", parts.encodings_by_trial), ("dictionary", lambda _table, _schema: {})):
+        with tempfile.TemporaryDirectory() as place, patch.object(parts, "encodings_by_trial", trial):
+            path = Path(place) / "day.parquet"
+            write_part(path, iter([table]), METRICS, table.schema, 1, is_sealed=True)
+            used_s = []
+            for _ in range(9):
+                before = cpu_s()
+                pd.read_parquet(path)
+                used_s.append(cpu_s() - before)
+            figures |= {f"{way}_bytes": path.stat().st_size, f"{way}_pandas_cpu_s": min(used_s)}
+    return figures
+
+
 def real_sizes(file: Path) -> dict[str, float]:
     """Return the bytes of recorded metrics, rounded as ingest does, one sealed file a day."""
-    table = canonical(pq.read_table(file), METRICS)
+    recorded = pq.read_table(file)
+    metrics = [name for name in recorded.column_names if name != "anomaly_label"]
+    table = canonical(recorded.select(metrics), METRICS)
     for number, name in enumerate(table.column_names[2:], 2):
         table = table.set_column(
             number, name, pa.array(round_rows([name], floats(table.column(name))[None], 2, 4)[0])
         )
-    size = n_rows = n_samples = 0
+    size = n_rows = n_samples = n_days = 0
+    used_s = 0.0
+    pages: Counter[str] = Counter()
     days = split_by_day(merge([table], METRICS), METRICS)
     for day in list(days)[:: max(len(days) // 7, 1)]:
         with tempfile.TemporaryDirectory() as place:
             rows = canonical(days[day], METRICS)
             size += sealed(Path(place), rows)[1]
+            used_s += child_cpu_s(Path(place), rows)
+            pages += Counter(by_trial_or_not(rows))
+            n_days += 1
         n_rows += len(rows)
         n_samples += sum(len(rows) - rows.column(name).null_count for name in rows.column_names[2:])
-    return {"rows": n_rows, "bytes_per_row": size / n_rows, "bytes_per_sample": size / n_samples}
+    return {
+        "rows": n_rows,
+        "bytes_per_row": size / n_rows,
+        "bytes_per_sample": size / n_samples,
+        "seal_child_cpu_s_per_day": used_s / n_days,
+        **pages,
+    }
 
 
 def main() -> int:

@@ -52,7 +52,8 @@ from fleetcast.serving.shards import MODULE as SHARD
 from fleetcast.settings import BinSettings, ForecastSettings
 from fleetcast.sources.client import DaemonClient
 from fleetcast.storage.bin_days import make_bins
-from fleetcast.storage.days import day_of_ms, day_path, write_part
+from fleetcast.storage.days import day_of_ms, day_path
+from fleetcast.storage.parts import write_part
 from fleetcast.storage.store import DataBuffer
 from fleetcast.storage.tables import BINS, METRICS, batch_of_table, canonical, table_of_batch
 

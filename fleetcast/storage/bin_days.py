@@ -24,16 +24,8 @@ from fleetcast.bins import bin_means
 from fleetcast.clock import DAY_MS
 from fleetcast.errors import CorruptFile
 from fleetcast.schema import Floats, Longs, RecordBatch
-from fleetcast.storage.days import (
-    READ_ERRORS,
-    OpenPart,
-    day_path,
-    day_start_ms,
-    open_day,
-    servers_between,
-    whole_servers,
-    write_part,
-)
+from fleetcast.storage.days import day_path, day_start_ms, open_day, servers_between, whole_servers
+from fleetcast.storage.parts import READ_ERRORS, OpenPart, write_part
 from fleetcast.storage.tables import (
     BINS,
     METRICS,

@@ -30,9 +30,8 @@ from fleetcast.storage.log import (
     read_segment,
     segments,
 )
-from fleetcast.storage.quarantine import Quarantine
 from fleetcast.storage.reader import log_folder
-from fleetcast.storage.retention import Retention
+from fleetcast.storage.retention import Quarantine, Retention
 from fleetcast.storage.tables import TableKind, merge
 from fleetcast.storage.upkeep import DayUpkeep, UpkeepPace
 from fleetcast.storage.writer import DayWriter, Step, no_step

@@ -33,7 +33,7 @@ import pyarrow as pa
 from fleetcast.errors import FleetcastError, StorageBroken
 from fleetcast.files import fsync_dir, read_regular, storage_error
 from fleetcast.schema import Codes, Floats, Longs, RecordBatch
-from fleetcast.storage.days import READ_ERRORS
+from fleetcast.storage.parts import READ_ERRORS
 from fleetcast.storage.tables import METRICS, TableKind, canonical, concatenate, table_of_batch
 
 TAG = b"FCR\x01"

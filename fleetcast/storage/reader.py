@@ -6,7 +6,6 @@ the log is read before the days, and a row that moved meanwhile is in both and m
 Does not know: writing, which process owns the folder.
 """
 
-import contextlib
 import logging
 import math
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -18,14 +17,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from fleetcast.clock import DAY_MS
 from fleetcast.errors import BadData, CorruptFile
-from fleetcast.files import fsync_file, publish, storage_error, temp_beside
 from fleetcast.storage.bin_days import BinDay, bin_table, open_bins, sealed_file
 from fleetcast.storage.days import (
-    OpenPart,
     day_of_ms,
     day_path,
     day_start_ms,
@@ -38,6 +34,7 @@ from fleetcast.storage.days import (
     whole_servers,
 )
 from fleetcast.storage.log import decode_payloads, read_segment, segments
+from fleetcast.storage.parts import OpenPart, write_export
 from fleetcast.storage.tables import (
     BINS,
     METRICS,
@@ -46,18 +43,14 @@ from fleetcast.storage.tables import (
     choose,
     codes_of,
     concatenate,
-    fill,
     has_key,
-    in_pieces,
     merge,
-    stored_schema,
     times_ms,
 )
 
 logger = logging.getLogger(__name__)
 
 CHUNK_ROWS = 262_144
-_EXPORT_ROWS = 65_536  # rows of a row group of an export, at least, but for the last
 _STRETCH_ROWS = 8 * CHUNK_ROWS  # of a day that is read by time
 _READS_MOST = 2  # times that a row may be read so: large parts of the whole day are not read by time
 
@@ -166,8 +159,9 @@ class DayReader:
             if len(table):
                 fresh.append(LogRows(rows.number, table))
         parts = [part for part in parts if part.may_hold(start_ms, end_ms)]
+        is_inside = all(part.lies_in(start_ms, end_ms) for part in parts)
         for table in merge_sources(parts, fresh, self.kind, columns, chunk_rows):
-            inside = _between(table, self.kind, start_ms, end_ms)
+            inside = table if is_inside else _between(table, self.kind, start_ms, end_ms)
             if len(inside):
                 yield inside
 
@@ -466,8 +460,10 @@ def export_records(
     names = reader.metric_names(start_ms, end_ms)
     schema = pa.schema([*METRICS.schema, *((name, NUMBER) for name in names)])
     if bin_ms is None:
-        return _write(path, (table for _, table in reader.read(start_ms, end_ms, names)), schema)
-    return _write(path, (table for _, table in reader.read_bins(start_ms, end_ms, bin_ms, names)), schema)
+        found = reader.read(start_ms, end_ms, names)
+    else:
+        found = reader.read_bins(start_ms, end_ms, bin_ms, names)
+    return write_export(path, (table for _, table in found), schema)
 
 
 def _bin_ms(resolution_s: float | None) -> int | None:
@@ -477,24 +473,3 @@ def _bin_ms(resolution_s: float | None) -> int | None:
     if bin_ms <= 0 or DAY_MS % bin_ms:
         raise BadData(f"resolution_s must divide a day (86400 s), got {resolution_s}")
     return bin_ms
-
-
-def _write(path: Path, tables: Iterator[pa.Table], schema: pa.Schema) -> int:
-    temp = temp_beside(path)
-    written = stored_schema(schema)
-    dictionary: Sequence[str] = [name for name in schema.names if name != "timestamp"]
-    n_rows = 0
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with pq.ParquetWriter(temp, written, compression="zstd", use_dictionary=dictionary) as writer:
-            for table in in_pieces((fill(table, schema).cast(written) for table in tables), _EXPORT_ROWS):
-                writer.write_table(table)
-                n_rows += len(table)
-        fsync_file(temp)
-        publish(temp, path)
-    except OSError as error:
-        raise storage_error(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):  # usually it became `path`
-            temp.unlink()
-    return n_rows

@@ -24,8 +24,6 @@ from fleetcast.files import publish, remove_leftover, set_aside
 from fleetcast.storage.bin_days import lacks_bins, make_bins, open_bins, sealed_file
 from fleetcast.storage.days import (
     Drops,
-    OpenPart,
-    PartName,
     day_path,
     day_start_ms,
     folder_bytes,
@@ -34,11 +32,11 @@ from fleetcast.storage.days import (
     open_day,
     part_names,
     without_forgotten,
-    write_part,
 )
+from fleetcast.storage.parts import OpenPart, PartName, write_part
 from fleetcast.storage.reader import merge_sources
 from fleetcast.storage.retention import Retention
-from fleetcast.storage.tables import BINS, METRICS, PREDICTIONS, TableKind, union_schema
+from fleetcast.storage.tables import BINS, METRICS, PREDICTIONS, TableKind, fill, in_pieces, union_schema
 from fleetcast.storage.writer import NEW_MARK, DayWriter, Step, hidden_name
 
 logger = logging.getLogger(__name__)
@@ -141,7 +139,8 @@ def seal(folder: Path, kind_name: str, day: date, target: Path, drops: Drops | N
     schema = union_schema(kind, [part.schema for part in snapshot.parts])
     tables = without_forgotten(merge_sources(snapshot.parts, [], kind, None, _GROUP_ROWS), kind, drops or {})
     number = max((part.number for part in snapshot.parts), default=0)
-    n_rows = write_part(target, tables, kind, schema, number, is_sealed=True)
+    pieces = in_pieces((fill(table, schema) for table in tables), _GROUP_ROWS // 2)
+    n_rows = write_part(target, pieces, kind, schema, number, is_sealed=True)
     written = OpenPart(target, None, kind)
     n_read = sum(len(table) for table in written.tables())
     if n_read != n_rows or written.n_damaged_groups:

@@ -34,11 +34,8 @@ from fleetcast.files import (
 )
 from fleetcast.storage.days import (
     COLUMNS_FILE,
-    READ_ERRORS,
     DaySnapshot,
     Drops,
-    OpenPart,
-    PartName,
     day_path,
     holds_forgotten,
     is_own_file,
@@ -46,10 +43,10 @@ from fleetcast.storage.days import (
     open_day,
     part_names,
     without_forgotten,
-    write_part,
 )
-from fleetcast.storage.quarantine import Quarantine
+from fleetcast.storage.parts import READ_ERRORS, OpenPart, PartName, write_part
 from fleetcast.storage.reader import LogRows, merge_sources
+from fleetcast.storage.retention import Quarantine
 from fleetcast.storage.tables import Flags, TableKind, choose, has_key, merge, times_ms, union_schema
 
 logger = logging.getLogger(__name__)
