@@ -163,6 +163,13 @@ class BufferSettings:
     retention_max_mb: int = setting(
         0, "from this size of records (or forecasts) on, the oldest days go; 0: no limit", unit="MB", low=0
     )
+    archive_after_days: int = setting(
+        0,
+        "a month becomes one smaller file when its newest day is this old; 0: none does",
+        unit="days",
+        low=0,
+        high=3650,
+    )
     publish_records: int = setting(10_000, "records in the log that become a part at once", low=1)
     publish_s: float = setting(
         300.0,

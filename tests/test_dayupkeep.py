@@ -3,15 +3,16 @@
 import dataclasses
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 from buffer_rows import DAY_MS, NOON_MS, day_folder, table
 
 from fleetcast.settings import BufferSettings
-from fleetcast.storage import upkeep
-from fleetcast.storage.days import day_path, folder_bytes, list_days, part_names
-from fleetcast.storage.retention import Quarantine, Retention
+from fleetcast.storage import retention, upkeep
+from fleetcast.storage.days import Quarantine, day_path, folder_bytes, list_days, part_names
+from fleetcast.storage.retention import Retention
 from fleetcast.storage.tables import BINS, METRICS
 from fleetcast.storage.upkeep import DayUpkeep, UpkeepPace
 from fleetcast.storage.writer import DayWriter, no_step
@@ -83,10 +84,11 @@ def wall(monkeypatch: pytest.MonkeyPatch) -> Wall:
 @pytest.fixture
 def make(tmp_path: Path, wall: Wall, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Place]:
     def build(**settings: int) -> Place:
-        retention = Retention(tmp_path_factory.mktemp("state"), BufferSettings(**settings))
-        retention._put_in_force()  # as if it had been so for long
+        limits = Retention(tmp_path_factory.mktemp("state"), BufferSettings(**settings))
+        limits._put_in_force()  # as if it had been so for long
         writer = DayWriter(tmp_path, METRICS, Quarantine(tmp_path / "quarantine"))
-        upkeep = DayUpkeep(tmp_path, writer, METRICS, retention, UpkeepPace(), lambda: None, no_step)
+        expiry = partial(limits.expiry, tmp_path, METRICS)
+        upkeep = DayUpkeep(tmp_path, writer, METRICS, expiry, UpkeepPace(), lambda: None, no_step)
         upkeep.load()
         return Place(tmp_path, writer, upkeep, wall)
 
@@ -227,7 +229,7 @@ def test_a_limit_on_bytes_deletes_the_oldest_days_but_never_the_newest(
     sizes = {DAY: 900_000, DAY + timedelta(days=1): 800_000, DAY + timedelta(days=2): 1_000_000}
     by_path = {place.writer.path(day): size for day, size in sizes.items()}
     by_path[day_path(place.folder, BINS, DAY + timedelta(days=1))] = 100_000
-    monkeypatch.setattr(upkeep, "folder_bytes", lambda path: by_path.get(path, 0))
+    monkeypatch.setattr(retention, "folder_bytes", lambda path: by_path.get(path, 0))
     place.run(DAY_END + timedelta(days=2), expires=True)
     assert list_days(place.folder, METRICS) == [DAY + timedelta(days=1), DAY + timedelta(days=2)]
     by_path[place.writer.path(DAY + timedelta(days=2))] = 9_000_000

@@ -11,10 +11,9 @@ from buffer_rows import NOON_MS, Key, Values, day_folder, rows_of, rows_of_frame
 from fleetcast import files
 from fleetcast.errors import StorageFull
 from fleetcast.storage import writer as writer_module
-from fleetcast.storage.days import COLUMNS_FILE, open_day, part_names
+from fleetcast.storage.days import COLUMNS_FILE, Quarantine, open_day, part_names
 from fleetcast.storage.parts import PartName, write_part
 from fleetcast.storage.reader import merge_sources
-from fleetcast.storage.retention import Quarantine
 from fleetcast.storage.tables import METRICS, batch_of_table
 from fleetcast.storage.writer import DayWriter
 

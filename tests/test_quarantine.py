@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fleetcast.storage.retention import Quarantine
+from fleetcast.storage.days import Quarantine
 
 
 def sizes(folder: Path) -> list[int]:

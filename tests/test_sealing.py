@@ -15,8 +15,8 @@ from buffer_rows import NOON_MS, day_folder, rows_of_frame, table
 
 from fleetcast.schema import RecordBatch
 from fleetcast.storage import parts, upkeep
+from fleetcast.storage.days import Quarantine
 from fleetcast.storage.parts import DICTIONARY, Encoding, OpenPart, PartName, encodings_by_trial, write_part
-from fleetcast.storage.retention import Quarantine
 from fleetcast.storage.tables import METRICS, floats, nulls_for_nan, table_of_batch
 from fleetcast.storage.upkeep import Sealed, SealProcess, seal
 from fleetcast.storage.writer import DayWriter

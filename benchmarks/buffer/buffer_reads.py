@@ -4,9 +4,9 @@
 
 Days of the fleet of `buffer.py` (the first one is generated, the others are the same values at later
 times). Each way to read runs in a process of its own, whose memory before it counts as idle. `--real`
-takes Parquet files of recorded metrics (timestamp, server_name, numbers), of which sizes and the CPU seconds
-of the child that seals are taken; `anomaly_label` is no metric. `noise_bits` is the information in the
-generator's rounded noise: no codec without loss gets below.
+takes Parquet files of recorded metrics (timestamp, server_name, numbers), of which sizes (of days, and of the
+fullest month in one file) and the CPU seconds of the child that seals are taken; `anomaly_label` is no
+metric. `noise_bits` is the information in the generator's rounded noise: no codec without loss gets below.
 """
 
 import argparse
@@ -18,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -34,9 +36,10 @@ from fleetcast.clock import DAY_MS, FakeClock, from_ms, monotonic
 from fleetcast.ingest.rules import round_rows
 from fleetcast.schema import RecordBatch
 from fleetcast.storage import parts
-from fleetcast.storage.days import day_of_ms, day_path, list_days, split_by_day
+from fleetcast.storage.days import day_of_ms, day_path, day_start_ms, list_days, month_path, split_by_day
 from fleetcast.storage.parts import write_part
 from fleetcast.storage.reader import bin_table
+from fleetcast.storage.retention import archive
 from fleetcast.storage.tables import METRICS, batch_of_table, canonical, floats, merge, table_of_batch
 from fleetcast.storage.upkeep import seal
 
@@ -175,7 +178,50 @@ def real_sizes(file: Path) -> dict[str, float]:
         "bytes_per_sample": size / n_samples,
         "seal_child_cpu_s_per_day": used_s / n_days,
         **pages,
+        **{f"archive_{name}": figure for name, figure in archive_figures(days).items()},
     }
+
+
+def archive_figures(days: Mapping[date, pa.Table]) -> dict[str, float]:
+    """Return bytes and CPU seconds of the fullest month in one file, and of reading it and its days."""
+    fullest, _ = Counter(day.replace(day=1) for day in days).most_common(1)[0]
+    own = {day: canonical(rows, METRICS) for day, rows in days.items() if day.replace(day=1) == fullest}
+    n_samples = sum(
+        len(rows) - rows.column(name).null_count for rows in own.values() for name in rows.column_names[2:]
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        for day, rows in own.items():
+            write_part(day_path(place, METRICS, day), iter([rows]), METRICS, rows.schema, 1, is_sealed=True)
+        read_days = read_cpu_s(place)
+        before = cpu_s()
+        archive(place, fullest, place / ".month", {})
+        used_s = cpu_s() - before
+        for day in own:
+            day_path(place, METRICS, day).unlink()
+        path = month_path(place, METRICS, fullest)
+        (place / ".month").rename(path)
+        figures = {"read_days_cpu_s": read_days, "read_month_cpu_s": read_cpu_s(place)}
+        figures["read_a_day_of_it_cpu_s"] = read_cpu_s(place, max(own))
+        return figures | {
+            "days": len(own),
+            "samples": n_samples,
+            "bytes_per_sample": path.stat().st_size / n_samples,
+            "archive_cpu_s": used_s,
+        }
+
+
+def read_cpu_s(place: Path, day: date | None = None) -> float:
+    """Return the best CPU seconds of three readings of all records, or of a day of them."""
+    start_ms = day_start_ms(day) if day else 0
+    end_ms = start_ms + DAY_MS if day else 2**45
+    used_s = []
+    for _ in range(3):
+        before = cpu_s()
+        for _batch in DataBuffer(place, expire=False).iter_batches(start_ms, end_ms):
+            pass
+        used_s.append(cpu_s() - before)
+    return min(used_s)
 
 
 def main() -> int:

@@ -1,30 +1,40 @@
 """The day files of a folder: which there are, and consistent snapshots of one day.
 
-Owns: `<kind>_YYYY-MM-DD.parquet` as a sealed file or as a folder of parts, how all parts of a day are
-opened at one instant while a writer swaps them, which rows are of servers that are being forgotten.
+Owns: `<kind>_YYYY-MM-DD.parquet` as a sealed file or as a folder of parts, `<kind>_YYYY-MM.parquet` as what
+holds the days that have neither, how all parts of a day are opened at one instant while a writer swaps
+them, the quarantine (`data_buffer/quarantine/`), where damaged bytes and foreign files are kept for people
+to look at, which rows are of servers that are being forgotten.
 Does not know: Parquet (`parts`), the log.
 """
 
+import contextlib
+import json
 import logging
 import os
 import re
+import secrets
+import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date, timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from fleetcast.clock import BIN_EPOCH, DAY_MS
-from fleetcast.storage.parts import READ_ERRORS, OpenPart, PartName
+from fleetcast.files import fsync_dir
+from fleetcast.storage.parts import READ_ERRORS, OpenPart, PartName, PartRows
 from fleetcast.storage.tables import (
     Flags,
     TableKind,
     choose,
     codes_of,
     concatenate,
+    in_order,
     times_ms,
 )
 
@@ -89,6 +99,8 @@ def holds_forgotten(part: OpenPart, kind: TableKind, drops: Drops) -> bool:
     return any(is_forgotten(table, kind, drops).any() for table in part.tables([], groups))
 
 
+DAYS_NOTE = "fleetcast.days"
+_HELD_ROWS = 524_288  # of days of a month that are read together
 _RETRIES = 50  # each one means that the writer swapped the day just then
 
 
@@ -122,20 +134,108 @@ def split_by_day(table: pa.Table, kind: TableKind) -> dict[date, pa.Table]:
 
 
 def list_days(folder: Path, kind: TableKind) -> list[date]:
-    """Return the days that have a file or folder, oldest first; foreign names are not looked at."""
-    pattern = re.compile(rf"{kind.name}_(\d{{4}}-\d\d-\d\d)\.parquet")
+    """Return the days that have a file or folder, or lie in a month, oldest first."""
+    days = _dates(folder, rf"{kind.name}_(\d{{4}}-\d\d-\d\d)\.parquet", "")
+    for month in list_months(folder, kind):
+        found = open_month(month_path(folder, kind, month), kind)
+        days.update(found.days if found else ())
+    return sorted(days)
+
+
+def list_months(folder: Path, kind: TableKind) -> list[date]:
+    """Return the first days of the months that have a file, oldest first."""
+    return sorted(_dates(folder, rf"{kind.name}_(\d{{4}}-\d\d)\.parquet", "-01"))
+
+
+def month_path(folder: Path, kind: TableKind, day: date) -> Path:
+    """Return the path of the archived month of a day."""
+    return folder / f"{kind.name}_{day:%Y-%m}.parquet"
+
+
+def _dates(folder: Path, pattern: str, end: str) -> set[date]:
     try:
         names = [entry.name for entry in os.scandir(folder)]
     except (FileNotFoundError, NotADirectoryError):
-        return []
-    days = []
+        return set()
+    found = set()
     for name in names:
-        if match := pattern.fullmatch(name):
-            try:
-                days.append(date.fromisoformat(match[1]))
-            except ValueError:  # like 2026-02-30
-                continue
-    return sorted(days)
+        if match := re.fullmatch(pattern, name):
+            with contextlib.suppress(ValueError):  # like 2026-02-30
+                found.add(date.fromisoformat(match[1] + end))
+    return found
+
+
+class MonthFile:
+    """An archived month, open: one sealed file, sorted by server and time, with the rows of many days.
+
+    The note `fleetcast.days` is JSON: of each day its number, rows, oldest and newest time, and seal. Not
+    thread safe: days that follow each other are read together, and held.
+    """
+
+    def __init__(self, path: Path, kind: TableKind) -> None:
+        """Open `path`; raises one of `READ_ERRORS`, or TypeError where the note is none."""
+        self.part = OpenPart(path, None, kind)
+        self._kind = kind
+        self.days: dict[date, PartRows] = {}
+        for day, (number, n_rows, oldest, newest, seal) in json.loads(self.part.note(DAYS_NOTE)).items():
+            self.days[date.fromisoformat(day)] = PartRows(number, n_rows, (oldest, newest), seal)
+        self._held: dict[date, list[pa.Table]] = {}
+        self._held_of: Any = None  # the columns and row groups of what is held
+
+    def day(self, day: date) -> OpenPart:
+        """Return one of its days as a sealed file."""
+        return self.part.narrow(partial(self._tables_of, day), self.days[day])
+
+    def others(self, days: Collection[date]) -> OpenPart:
+        """Return the rows of all days but some as one part."""
+        facts = [own for day, own in self.days.items() if day not in days]
+        edges = [edge for own in facts for edge in own.span_ms] or [0]
+        number = max((own.number for own in facts), default=0)
+        rows = PartRows(number, sum(own.n_rows for own in facts), (min(edges), max(edges)), self.part.seal)
+        return self.part.narrow(partial(self._tables_without, days), rows)
+
+    def _tables_without(
+        self, days: Collection[date], columns: Sequence[str] | None, groups: Sequence[int] | None
+    ) -> Iterator[pa.Table]:
+        numbers = [day_start_ms(day) // DAY_MS for day in days]
+        for table in self.part.tables(columns, groups):
+            yield choose(table, ~np.isin(times_ms(table, self._kind.time_column) // DAY_MS, numbers))
+
+    def _tables_of(
+        self, day: date, columns: Sequence[str] | None, groups: Sequence[int] | None
+    ) -> Iterator[pa.Table]:
+        asked = (columns and tuple(columns), groups and tuple(groups), columns is None, groups is None)
+        if asked != self._held_of or day not in self._held:
+            self._held = {}
+            for other in sorted(own for own in self.days if own >= day):
+                if self._held and sum(self.days[own].n_rows for own in (*self._held, other)) > _HELD_ROWS:
+                    break
+                self._held[other] = []
+            for table in self.part.tables(columns, groups):
+                self._hold(table)
+            self._held_of = asked
+        yield from self._held[day]
+
+    def _hold(self, table: pa.Table) -> None:
+        """Hold the rows of a row group by day."""
+        numbers = times_ms(table, self._kind.time_column) // DAY_MS
+        by_day = in_order(table, np.argsort(numbers, kind="stable"))
+        distinct, counts = np.unique(numbers, return_counts=True)
+        for number, size, end in zip(distinct, counts, np.cumsum(counts), strict=True):
+            day = day_of_ms(int(number) * DAY_MS)
+            if day in self._held:
+                self._held[day].append(by_day.slice(int(end - size), int(size)))
+
+
+def open_month(path: Path, kind: TableKind) -> MonthFile | None:
+    """Return an archived month, None where there is none or it cannot be read."""
+    try:
+        return MonthFile(path, kind)
+    except FileNotFoundError:
+        return None
+    except (*READ_ERRORS, TypeError) as error:
+        logger.warning("skipped an unreadable month path=%s error=%s", path, error)
+        return None
 
 
 def part_names(path: Path) -> list[PartName]:
@@ -163,20 +263,45 @@ class DaySnapshot:
         return sum(part.n_rows for part in self.parts)
 
 
+class Days:
+    """Opens the days of one kind in one folder; an archived month is opened once while it stays the same."""
+
+    def __init__(self, folder: Path, kind: TableKind) -> None:
+        self._folder = folder
+        self._kind = kind
+        self._month: tuple[Path, MonthFile] | None = None
+
+    def open(self, day: date) -> DaySnapshot:
+        """Open a day as it is at one instant; a day that does not exist has no parts.
+
+        A day's own file or folder wins over the month: it is newer, or the same.
+        """
+        path = day_path(self._folder, self._kind, day)
+        for _ in range(_RETRIES):
+            try:
+                snapshot = _try_open(path, self._kind)
+            except FileNotFoundError:  # a part went away: the day was swapped, look at the new one
+                if path.exists():
+                    continue
+                month = self._open_month(day)  # a day goes only after its month is there
+                return DaySnapshot([month.day(day)] if month else [], is_sealed=month is not None)
+            if snapshot is not None:
+                return snapshot
+        logger.warning("gave up opening a day that changes all the time path=%s", path)
+        return DaySnapshot([], damaged=(path.name,))
+
+    def _open_month(self, day: date) -> MonthFile | None:
+        """Return the month that holds a day."""
+        path = month_path(self._folder, self._kind, day)
+        if self._month is None or self._month[0] != path or not _is_same(path, self._month[1].part.status):
+            month = open_month(path, self._kind)
+            self._month = (path, month) if month else None
+        return self._month[1] if self._month and day in self._month[1].days else None
+
+
 def open_day(folder: Path, kind: TableKind, day: date) -> DaySnapshot:
-    """Open a day as it is at one instant; a day that does not exist has no parts."""
-    path = day_path(folder, kind, day)
-    for _ in range(_RETRIES):
-        try:
-            snapshot = _try_open(path, kind)
-        except FileNotFoundError:  # a part went away: the day was swapped, look at the new one
-            if not path.exists():
-                return DaySnapshot([])
-            continue
-        if snapshot is not None:
-            return snapshot
-    logger.warning("gave up opening a day that changes all the time path=%s", path)
-    return DaySnapshot([], damaged=(path.name,))
+    """Open one day; see `Days.open`."""
+    return Days(folder, kind).open(day)
 
 
 def _try_open(path: Path, kind: TableKind) -> DaySnapshot | None:
@@ -237,3 +362,64 @@ def folder_bytes(path: Path) -> int:
 def is_own_file(text: str) -> bool:
     """Whether a file in a day's folder is one of ours."""
     return text == COLUMNS_FILE or PartName.parse(text) is not None
+
+
+MAX_BYTES = 64 * 2**20
+
+
+class Quarantine:
+    """Keeps damaged bytes; beyond `max_bytes` the oldest are deleted.
+
+    Keeping is best effort: a full disk must not stop the repair that it is part of.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int = MAX_BYTES) -> None:
+        self.folder = folder
+        self._max_bytes = max_bytes
+        self.n_kept = 0
+
+    def keep_bytes(self, name: str, data: bytes) -> None:
+        """Keep bytes cut out of a file."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._free_name(name).write_bytes(data[: self._max_bytes])
+        except OSError as error:
+            logger.error("cannot keep damaged bytes name=%s size_bytes=%d error=%s", name, len(data), error)
+        self._note(name, len(data))
+
+    def keep_file(self, path: Path) -> None:
+        """Keep a damaged or foreign file under a second name; the caller removes the first."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            target = self._free_name(f"{path.parent.name}.{path.name}")
+            try:
+                os.link(path, target)
+            except OSError:
+                shutil.copyfile(path, target)
+            fsync_dir(self.folder)
+            self._note(path.name, target.stat().st_size)
+        except OSError as error:
+            logger.error("cannot keep a damaged file path=%s error=%s", path, error)
+
+    def _free_name(self, name: str) -> Path:
+        return self.folder / f"{name.lstrip('.')}.{secrets.token_hex(4)}"
+
+    def _note(self, name: str, size_bytes: int) -> None:
+        self.n_kept += 1
+        logger.warning("quarantined name=%s size_bytes=%d folder=%s", name, size_bytes, self.folder)
+        self._stay_bounded()
+
+    def _stay_bounded(self) -> None:
+        """Delete the oldest until the rest fits; the newest stays in any case."""
+        try:
+            kept = sorted(
+                (entry.stat().st_ctime_ns, entry) for entry in self.folder.iterdir() if entry.is_file()
+            )
+            excess = sum(path.stat().st_size for _, path in kept) - self._max_bytes
+            for _, path in kept[:-1]:
+                if excess <= 0:
+                    break
+                excess -= path.stat().st_size
+                path.unlink()
+        except OSError as error:  # a person tidies up meanwhile, or the disk is full
+            logger.warning("cannot bound the quarantine folder=%s error=%s", self.folder, error)

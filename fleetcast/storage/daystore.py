@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,7 +21,7 @@ from fleetcast.clock import monotonic
 from fleetcast.errors import CorruptFile, FleetcastError, UnknownFormat
 from fleetcast.files import fsync_dir, storage_error
 from fleetcast.settings import BufferSettings
-from fleetcast.storage.days import Drops, split_by_day
+from fleetcast.storage.days import Drops, Quarantine, split_by_day
 from fleetcast.storage.log import (
     Segment,
     SegmentContent,
@@ -31,8 +32,8 @@ from fleetcast.storage.log import (
     segments,
 )
 from fleetcast.storage.reader import log_folder
-from fleetcast.storage.retention import Quarantine, Retention
-from fleetcast.storage.tables import TableKind, merge
+from fleetcast.storage.retention import MonthsUpkeep, Retention
+from fleetcast.storage.tables import METRICS, TableKind, merge
 from fleetcast.storage.upkeep import DayUpkeep, UpkeepPace
 from fleetcast.storage.writer import DayWriter, Step, no_step
 
@@ -84,11 +85,21 @@ class DayStore:
             folder,
             self._writer,
             kind,
-            retention or Retention(folder, settings),
+            partial((retention or Retention(folder, settings)).expiry, folder, kind),
             pace or UpkeepPace(),
             self._settle,
             on_step,
         )
+        self._months = None
+        if kind is METRICS:
+            self._months = MonthsUpkeep(
+                folder,
+                self._writer,
+                settings.archive_after_days,
+                (pace or UpkeepPace()).archive_interval_s,
+                on_step,
+                self._upkeep.look_at_means,
+            )
         self._structure = threading.RLock()  # held while days change; never while appending
         self._pending = threading.Lock()
         self._n_pending = self._segment_rows = 0
@@ -119,6 +130,8 @@ class DayStore:
         self._writer.recover()
         numbers = [segment.number for segment in segments(folder)]
         self._log = WriteAheadLog(folder, max([self._writer.newest_number(), *numbers]) + 1, self._guard)
+        if self._months:
+            self._months.load()
         self._upkeep.load()
         self._apply_segments(self._log.rotate())
 
@@ -181,6 +194,8 @@ class DayStore:
                 self.flush()
             with self._structure:
                 self._upkeep.run(now, expires=expires)
+                if self._months:
+                    self._months.run(now)
 
     def forget(self, drops: Drops, now: datetime) -> bool:
         """Take one step towards days without the rows of some servers; return whether none has any.
@@ -198,7 +213,8 @@ class DayStore:
                 self.flush()
                 self._drops = dict(drops)
             with self._structure:
-                is_done = self._upkeep.forget(drops, now)
+                is_done = self._months is None or self._months.forget(drops)
+                is_done = is_done and self._upkeep.forget(drops, now)
         return is_done
 
     @contextmanager
@@ -220,6 +236,8 @@ class DayStore:
             self.flush()
         finally:
             self._upkeep.stop()
+            if self._months:
+                self._months.stop()
             self._log.close()
             self._log = None
 

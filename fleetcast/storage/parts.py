@@ -8,6 +8,7 @@ so replaying a segment twice writes the same name; the row count saves opening i
 """
 
 import contextlib
+import copy
 import logging
 import re
 import secrets
@@ -86,19 +87,48 @@ def write_part(
     Raises:
         StorageFull, StorageBroken: nothing is left at `path`.
     """
-    written = stored_schema(schema)
     rest = iter(tables)
     start = list(islice(rest, 1))
     chosen = encodings_by_trial(start[0], schema) if is_sealed and start else {}
     options = _sealed_options(kind, schema, chosen) if is_sealed else _open_options(kind)
-    group_rows = _SEALED_GROUP_ROWS if is_sealed else _PART_GROUP_ROWS
+    group_rows = 0 if notes else _SEALED_GROUP_ROWS if is_sealed else _PART_GROUP_ROWS
+    return _write(path, chain(start, rest), schema, options, group_rows, _metadata(number, is_sealed), notes)
+
+
+def write_month(
+    path: Path,
+    tables: Iterator[pa.Table],
+    kind: TableKind,
+    schema: pa.Schema,
+    number: int,
+    notes: Callable[[], Mapping[str, str]],
+) -> int:
+    """Write an archived month as `write_part` writes a sealed day, smaller for more CPU; return its rows."""
+    rest = iter(tables)
+    start = list(islice(rest, 1))
+    options = _sealed_options(kind, schema, _archive_encodings(start[0], schema) if start else {})
+    whole = {"data_page_size": _ARCHIVE_PAGE_BYTES, "dictionary_pagesize_limit": _ARCHIVE_PAGE_BYTES}
+    said = _metadata(number, is_sealed=True)
+    return _write(path, chain(start, rest), schema, {**options, **whole}, 0, said, notes)
+
+
+def _write(
+    path: Path,
+    tables: Iterator[pa.Table],
+    schema: pa.Schema,
+    options: Mapping[str, Any],
+    group_rows: int,
+    said: Mapping[str, str],
+    notes: Callable[[], Mapping[str, str]] | None,
+) -> int:
+    """Write a file; with no `group_rows` each table is a row group."""
+    written = stored_schema(schema)
     n_rows = 0
     try:
         with path.open("xb") as stream, pq.ParquetWriter(stream, written, **options) as writer:
-            writer.add_key_value_metadata(_metadata(number, is_sealed))
-            for table in chain(start, rest):
-                size = len(table) if notes else group_rows
-                writer.write_table(fill(table, schema).cast(written), row_group_size=size)
+            writer.add_key_value_metadata(dict(said))
+            for table in tables:
+                writer.write_table(fill(table, schema).cast(written), row_group_size=group_rows or len(table))
                 n_rows += len(table)
             if notes:
                 writer.add_key_value_metadata(dict(notes()))
@@ -115,6 +145,18 @@ def _metadata(number: int, is_sealed: bool) -> dict[str, str]:
     return {**said, _META_SEAL: secrets.token_hex(16)} if is_sealed else said
 
 
+Source = Callable[[Sequence[str] | None, Sequence[int] | None], Iterator[pa.Table]]
+
+
+class PartRows(NamedTuple):
+    """What is known of the rows of a file that stand for a part of their own."""
+
+    number: int
+    n_rows: int
+    span_ms: tuple[int, int]  # oldest and newest time
+    seal: str
+
+
 class OpenPart:
     """An open part (or sealed file): it stays readable when its name is gone.
 
@@ -125,13 +167,16 @@ class OpenPart:
         """Open `path`, which is only used now; raises one of `READ_ERRORS`."""
         self._kind = kind
         self._label = str(path)
+        self._source: Source | None = None
+        self._facts: PartRows | None = None
+        self._whole: OpenPart | None = None  # never itself: a cycle would keep its file open
         with name_regular(path) as name_of_open_file:
             self._file = pq.ParquetFile(
                 pa.OSFile(name_of_open_file),
                 read_dictionary=list(kind.text_columns),
                 page_checksum_verification=True,
             )
-            status = Path(name_of_open_file).stat()
+            self.status = status = Path(name_of_open_file).stat()
         metadata = self._file.metadata
         said = metadata.metadata or {}
         self._said = said
@@ -151,6 +196,22 @@ class OpenPart:
         self._schema = found if self._is_canonical else canonical(found.empty_table(), kind).schema
         self._is_large = self.n_rows > _THREADS_ROWS
 
+    def narrow(self, source: "Source", facts: PartRows) -> "OpenPart":
+        """Return this file as one that holds some of its rows only; its footer may name servers of others.
+
+        Args:
+            source: yields the rows of some row groups, as `tables` does.
+        """
+        own = copy.copy(self)
+        own._source, own._facts, own._whole = source, facts, self
+        own.number, own.n_rows, own.seal, own.n_damaged_groups = facts.number, facts.n_rows, facts.seal, 0
+        return own
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether it is some rows of a file that holds others, too."""
+        return self._facts is not None
+
     def note(self, name: str) -> str:
         """Return a key-value entry of its metadata, "" where it has none."""
         return bytes(self._said.get(name.encode(), b"")).decode(errors="replace")
@@ -167,6 +228,8 @@ class OpenPart:
 
     def time_range_ms(self) -> tuple[int, int] | None:
         """Return the oldest and newest time from the footer, None where it says nothing."""
+        if self._facts is not None:
+            return self._facts.span_ms
         metadata = self._file.metadata
         if not self.is_ours:  # a foreign file may count in other units
             return None
@@ -224,6 +287,11 @@ class OpenPart:
         Args:
             columns: metrics to read; None reads all, an empty one the key columns only.
         """
+        if self._source is not None:
+            assert self._whole is not None
+            yield from self._source(columns, groups)
+            self.n_damaged_groups = self._whole.n_damaged_groups
+            return
         wanted = self._columns(columns)
         for group in range(self._file.metadata.num_row_groups) if groups is None else groups:
             try:
@@ -281,6 +349,8 @@ _SPLIT = Encoding("BYTE_STREAM_SPLIT", 9)  # wins where numbers are not rounded
 _STRONG = Encoding("PLAIN", 15)  # four times the CPU of `_PLAIN`
 _STRONG_CELLS = 80_000  # of a day are written so: 0.04 CPU s more, beside 0.33 for the start of the child
 _STRONG_ROWS = 65_536  # of the first row group, at most: a day of a larger one has many
+_ARCHIVE_DICTIONARY = Encoding("RLE_DICTIONARY", 19)  # three times the CPU of level 9
+_ARCHIVE_PAGE_BYTES = 2**24  # a column of a row group in one page, its dictionary in another
 _TRIAL_SHARE = 16
 _TRIAL_ROWS = (1_024, 8_192)  # at least and at most, in `_TRIAL_PIECES` stretches of the first row group
 _TRIAL_PIECES = 4
@@ -305,6 +375,15 @@ def encodings_by_trial(table: pa.Table, schema: pa.Schema) -> dict[str, Encoding
         by_gain = sorted(names, key=lambda name: gains[name], reverse=True)
         chosen |= {name: _STRONG for name in by_gain[:n_strong] if gains[name] > 0}
     return chosen
+
+
+def _archive_encodings(table: pa.Table, schema: pa.Schema) -> dict[str, Encoding]:
+    """Return how each column of numbers gets smallest in a file that is written once, as tried on a table."""
+    names = [name for name in table.column_names if schema.field(name).type == NUMBER]
+    if not names or not len(table):
+        return {}
+    sizes = {each: _trial_sizes(table.select(names), each) for each in (_ARCHIVE_DICTIONARY, _STRONG, _SPLIT)}
+    return {name: min(sizes, key=lambda each: sizes[each][name]) for name in names}
 
 
 def _some_rows(table: pa.Table) -> pa.Table:

@@ -22,11 +22,14 @@ from fleetcast.clock import DAY_MS
 from fleetcast.errors import BadData, CorruptFile
 from fleetcast.storage.bin_days import BinDay, bin_table, open_bins, sealed_file
 from fleetcast.storage.days import (
+    Days,
     day_of_ms,
     day_path,
     day_start_ms,
     folder_bytes,
     list_days,
+    list_months,
+    month_path,
     open_day,
     part_names,
     servers_between,
@@ -108,11 +111,11 @@ class DayReader:
 
         A day comes in one or more tables that hold whole servers, sorted by key, one row per key.
         """
-        log = read_log(self.folder, self.kind)
+        log, opened = read_log(self.folder, self.kind), Days(self.folder, self.kind)
         for day in self._days(log, start_ms, end_ms):
             first_ms = max(start_ms, day_start_ms(day))
             last_ms = min(end_ms, day_start_ms(day) + DAY_MS)
-            parts = open_day(self.folder, self.kind, day).parts
+            parts = opened.open(day).parts
             for table in self._rows_between(parts, log, (first_ms, last_ms), columns, chunk_rows):
                 kept = _without(table, self.left_out())
                 if len(kept):
@@ -122,24 +125,23 @@ class DayReader:
         self, start_ms: int, end_ms: int, bin_ms: int, columns: Sequence[str] | None = None
     ) -> Iterator[tuple[date, pa.Table]]:
         """Yield the same rows, all that a server has of a bin in one table, in what order is fastest."""
-        log = read_log(self.folder, self.kind)
+        log, opened = read_log(self.folder, self.kind), Days(self.folder, self.kind)
         for day in self._days(log, start_ms, end_ms):
             span_ms = max(start_ms, day_start_ms(day)), min(end_ms, day_start_ms(day) + DAY_MS)
-            for table in self._rows_by_bins(day, log, span_ms, bin_ms, columns):
+            for table in self._rows_by_bins(opened.open(day).parts, log, span_ms, bin_ms, columns):
                 kept = _without(table, self.left_out())
                 if len(kept):
                     yield day, kept
 
     def _rows_by_bins(
         self,
-        day: date,
+        parts: Sequence[OpenPart],
         log: Sequence[LogRows],
         span_ms: tuple[int, int],
         bin_ms: int,
         columns: Sequence[str] | None,
     ) -> Iterator[pa.Table]:
         """Yield the rows of a span inside one day, stretch after stretch of time where its parts allow it."""
-        parts = open_day(self.folder, self.kind, day).parts
         for stretch in _stretches(parts, span_ms, bin_ms):
             yield from self._rows_between(parts, log, stretch, columns, CHUNK_ROWS)
 
@@ -173,14 +175,14 @@ class DayReader:
         A row stands at the start of its bin. The means that were kept of a sealed day are the same as those
         of its rows, which are read where none were kept, or part of a bin is asked for.
         """
-        log = read_log(self.folder, self.kind)
+        log, opened = read_log(self.folder, self.kind), Days(self.folder, self.kind)
         for day in self._days(log, start_ms, end_ms):
             first_ms, last_ms = max(start_ms, day_start_ms(day)), min(end_ms, day_start_ms(day) + DAY_MS)
             kept = self._bin_day(day, log, (first_ms, last_ms), bin_ms)
             if kept is not None:
                 tables = kept.means(columns)
             else:
-                rows = self._rows_by_bins(day, log, (first_ms, last_ms), bin_ms, columns)
+                rows = self._rows_by_bins(opened.open(day).parts, log, (first_ms, last_ms), bin_ms, columns)
                 tables = (bin_table(table, bin_ms) for table in rows)
             for table in tables:
                 inside = _between(table, self.kind, first_ms // bin_ms * bin_ms, last_ms)
@@ -228,8 +230,9 @@ class DayReader:
         names = (server_name, server_name)
         log = read_log(self.folder, self.kind)
         sources = [(rows.number, 1, iter([_narrow(rows.table, self.kind, columns)])) for rows in log]
+        opened = Days(self.folder, self.kind)
         for day in self._days(log, start_ms, end_ms):
-            for part in open_day(self.folder, self.kind, day).parts:
+            for part in opened.open(day).parts:
                 if part.may_hold(start_ms, end_ms):
                     sources.append((part.number, 0, part.tables(columns, part.groups(names))))
         found = []
@@ -246,8 +249,9 @@ class DayReader:
         for rows in log:
             if len(_between(rows.table, self.kind, start_ms, end_ms)):
                 names.update(rows.table.column_names)
+        opened = Days(self.folder, self.kind)
         for day in self._days([], start_ms, end_ms):
-            for part in open_day(self.folder, self.kind, day).parts:
+            for part in opened.open(day).parts:
                 names.update(part.schema.names)
         return sorted(names - set(self.kind.schema.names))
 
@@ -264,13 +268,9 @@ class DayReader:
         log = read_log(self.folder, self.kind)
         times = [times_ms(rows.table, self.kind.time_column) for rows in log if len(rows.table)]
         found = [int(edge(some)) for some in times]
-        days = list_days(self.folder, self.kind)
+        days, opened = list_days(self.folder, self.kind), Days(self.folder, self.kind)
         for day in reversed(days) if newest else days:
-            in_day = [
-                edge_of
-                for part in open_day(self.folder, self.kind, day).parts
-                for edge_of in _edges(part, self.kind)
-            ]
+            in_day = [edge_of for part in opened.open(day).parts for edge_of in _edges(part, self.kind)]
             if in_day:
                 found.append(edge(in_day))
                 break
@@ -401,15 +401,17 @@ def buffer_stats(folder: Path, kind: TableKind) -> dict[str, Any]:
     log = read_log(folder, kind)  # before the days: a row that moves meanwhile is not missed
     days = list_days(folder, kind)
     by_day = _log_by_day(log, kind)
-    total = sum(_rows_of_day(folder, kind, day) for day in days)
+    opened, months = Days(folder, kind), list_months(folder, kind)
+    total = sum(_rows_of_day(folder, kind, day, opened) for day in days)
     total += sum(_new_rows(folder, kind, day, rows) for day, rows in by_day.items())
     every_day = sorted({*days, *by_day})
     size = sum(folder_bytes(day_path(folder, kind, day)) for day in days)
+    size += sum(folder_bytes(month_path(folder, kind, month)) for month in months)
     size += folder_bytes(log_folder(folder, kind))
     if kind is METRICS:
         size += sum(folder_bytes(day_path(folder, BINS, day)) for day in list_days(folder, BINS))
     return {
-        "file_count": len(days),
+        "file_count": len(months) + sum(day_path(folder, kind, day).exists() for day in days),
         "total_records": total,
         "date_range": {
             "start": every_day[0].isoformat() if every_day else None,
@@ -419,11 +421,11 @@ def buffer_stats(folder: Path, kind: TableKind) -> dict[str, Any]:
     }
 
 
-def _rows_of_day(folder: Path, kind: TableKind, day: date) -> int:
+def _rows_of_day(folder: Path, kind: TableKind, day: date, opened: Days) -> int:
     path = day_path(folder, kind, day)
     if path.is_dir():
         return sum(name.n_rows for name in part_names(path))
-    return open_day(folder, kind, day).n_rows
+    return opened.open(day).n_rows
 
 
 def _log_by_day(log: Sequence[LogRows], kind: TableKind) -> dict[date, pa.Table]:

@@ -1,23 +1,60 @@
-"""What is kept for how long: days when the setting shrinks, and damaged bytes in the quarantine.
+"""What is kept for how long: days when the setting shrinks, and months as one file each.
 
 Owns: `retention.json` in the buffer's folder (format 1): the limits in force, and since when smaller ones
-wait, as the old limit still holds for a day; `data_buffer/quarantine/`, how much it may hold and what goes
-first. No program reads the quarantine back: it is for people to look at. Does not know: how a day is
-deleted (`upkeep`), what is damaged, or why.
+wait, as the old limit still holds for a day; which days and months are too old; when a month becomes one
+file, the child (`python -m fleetcast.storage.retention`) that writes it and compares it with its days, and
+the order in which it takes their place. Does not know: how a day is sealed or deleted (`upkeep`), how the
+days of a month are read (`days`).
 """
 
+import json
 import logging
 import os
 import secrets
-import shutil
-from datetime import datetime, timedelta
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from fleetcast.clock import iso_z, parse_plain_utc
+import numpy as np
+import pyarrow as pa
+
+from fleetcast.clock import BIN_EPOCH, iso_z, monotonic, parse_plain_utc, to_ms
 from fleetcast.errors import CorruptFile, FleetcastError
-from fleetcast.files import fsync_dir, read_json, write_json
+from fleetcast.files import publish, read_json, remove_leftover, write_json
 from fleetcast.settings import BufferSettings
+from fleetcast.storage.bin_days import sealed_file
+from fleetcast.storage.days import (
+    DAYS_NOTE,
+    Drops,
+    MonthFile,
+    day_path,
+    day_start_ms,
+    folder_bytes,
+    holds_forgotten,
+    list_days,
+    list_months,
+    month_path,
+    open_month,
+    split_by_day,
+    without_forgotten,
+)
+from fleetcast.storage.parts import READ_ERRORS, OpenPart, write_month
+from fleetcast.storage.reader import merge_sources
+from fleetcast.storage.tables import (
+    BINS,
+    METRICS,
+    NUMBER,
+    TableKind,
+    fill,
+    floats,
+    in_pieces,
+    times_ms,
+    union_schema,
+)
+from fleetcast.storage.upkeep import NICE, DayProcess, Unit
+from fleetcast.storage.writer import DayWriter, Step, hidden_name
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +89,24 @@ class Retention:
                 logger.warning("the smaller retention holds from now on: %s", self._words())
                 self._put_in_force()
         return self._in_force
+
+    def expiry(self, folder: Path, kind: TableKind, now: datetime) -> list[tuple[Unit, str]]:
+        """Return what is to be deleted, the oldest first, and why; the newest day always stays."""
+        keep_days, max_mb = self.limits(now)
+        oldest = (now - timedelta(days=keep_days)).date()
+        units = _units(folder, kind)
+        found = [(unit, "older than the retention") for unit in units if unit[1][-1] < oldest]
+        if not max_mb:
+            return found
+        rest = [unit for unit in units if unit[1][-1] >= oldest]
+        sizes = [_bytes_of(folder, kind, unit) for unit in rest]
+        excess = sum(sizes) - max_mb * 1_000_000
+        for unit, size in list(zip(rest, sizes, strict=True))[:-1]:
+            if excess <= 0:
+                break
+            found.append((unit, "more bytes than retention_max_mb"))
+            excess -= size
+        return found
 
     def _begin(self, now: datetime) -> None:
         self._since = now
@@ -110,6 +165,23 @@ class Retention:
         return ", ".join(f"{name} {old} to {new}" for name, old, new in pairs if old != new)
 
 
+def _units(folder: Path, kind: TableKind) -> list[Unit]:
+    """Return the days, those of an archived month together, the oldest first."""
+    months = list_months(folder, kind)
+    days_of: dict[tuple[date | None, date], list[date]] = {}
+    for day in list_days(folder, kind):
+        month = day.replace(day=1)
+        days_of.setdefault((month, month) if month in months else (None, day), []).append(day)
+    return [(month, days) for (month, _), days in days_of.items()]
+
+
+def _bytes_of(folder: Path, kind: TableKind, unit: Unit) -> int:
+    month, days = unit
+    paths = [day_path(folder, kind, day) for day in days]
+    paths += [day_path(folder, BINS, day) for day in days] if kind is METRICS else []
+    return sum(map(folder_bytes, [*paths, *([month_path(folder, kind, month)] if month else [])]))
+
+
 def _shrinks(old: Limits, new: Limits) -> bool:
     days, size = new[0] < old[0], bool(new[1]) and (old[1] == 0 or new[1] < old[1])
     return days or size
@@ -123,62 +195,257 @@ def _limits(said: dict[str, Any]) -> Limits:
     return int(said["retention_days"]), int(said["retention_max_mb"])
 
 
-MAX_BYTES = 64 * 2**20
+_ARCHIVE_GROUP_ROWS = 131_072  # rows of a row group of a month, cut between servers
 
 
-class Quarantine:
-    """Keeps damaged bytes; beyond `max_bytes` the oldest are deleted.
+def archive(folder: Path, month: date, target: Path, drops: Drops) -> dict[str, Any]:
+    """Write the days of a month as one file, without what is in `drops`, and compare it with them.
 
-    Keeping is best effort: a full disk must not stop the repair that it is part of.
+    Sealed days of their own, and days of the month as it was that have no file of their own, are taken in.
+
+    Returns:
+        `of`: the seal of the month as it was; `absorbed`: the seals of the days' own files; `n_rows`.
+    Raises:
+        CorruptFile: something could not be read, or does not read back.
+        StorageFull, StorageBroken: nothing is left at `target`.
+    """
+    path = month_path(folder, METRICS, month)
+    old = open_month(path, METRICS)
+    if old is None and path.exists():
+        raise CorruptFile(path, "not a month of ours; move it away")
+    days = [day for day in list_days(folder, METRICS) if day.replace(day=1) == month]
+    own = {day: part for day in days if (part := _own_file(folder, day)) is not None}
+    apart = {day for day in days if day_path(folder, METRICS, day).exists()}
+    parts = [*own.values(), *([old.others(apart)] if old else [])]
+    facts = {day: (part.number, part.n_rows, part.seal) for day, part in own.items()}
+    for day, rows in (old.days if old else {}).items():
+        if day not in apart:
+            facts[day] = (rows.number, rows.n_rows, rows.seal)
+    schema = union_schema(METRICS, [part.schema for part in parts])
+
+    def pieces() -> Iterator[pa.Table]:
+        merged = merge_sources(parts, [], METRICS, None, _ARCHIVE_GROUP_ROWS)
+        kept = without_forgotten(merged, METRICS, drops)
+        return in_pieces((fill(table, schema) for table in kept), _ARCHIVE_GROUP_ROWS // 2)
+
+    content = _DaysOf(facts)
+    number = max((part.number for part in parts), default=0)
+    n_rows = write_month(target, content.note(pieces()), METRICS, schema, number, content.notes)
+    _compare(target, pieces(), n_rows)
+    if any(part.n_damaged_groups for part in parts):
+        raise CorruptFile(path, "a day of it is damaged, its days stay as they are")
+    absorbed = {day.isoformat(): part.seal for day, part in own.items()}
+    return {"of": old.part.seal if old else "", "absorbed": absorbed, "n_rows": n_rows}
+
+
+def _own_file(folder: Path, day: date) -> OpenPart | None:
+    """Return the sealed file of a day that is not only in its month."""
+    return sealed_file(folder, day) if day_path(folder, METRICS, day).is_file() else None
+
+
+class _DaysOf:
+    """What a month says of its days, counted while its rows are written."""
+
+    def __init__(self, facts: Mapping[date, tuple[int, int, str]]) -> None:
+        self._facts = facts  # of each day as it was: number, rows, seal
+        self._rows: dict[date, list[int]] = {}  # rows, oldest and newest time
+
+    def note(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        """Yield the tables and count their rows."""
+        for table in tables:
+            for day, rows in split_by_day(table, METRICS).items():
+                times = times_ms(rows, METRICS.time_column)
+                n_rows, oldest, newest = self._rows.get(day, [0, int(times[0]), int(times[0])])
+                edges = min(oldest, int(times.min())), max(newest, int(times.max()))
+                self._rows[day] = [n_rows + len(rows), *edges]
+            yield table
+
+    def notes(self) -> dict[str, str]:
+        """Return the note; a day with fewer rows than before has another seal."""
+        said = {}
+        for day, (n_rows, oldest, newest) in sorted(self._rows.items()):
+            number, n_before, seal = self._facts[day]
+            own = seal if n_rows == n_before else secrets.token_hex(16)
+            said[day.isoformat()] = [number, n_rows, oldest, newest, own]
+        return {DAYS_NOTE: json.dumps(said)}
+
+
+def _compare(target: Path, expected: Iterator[pa.Table], n_rows: int) -> None:
+    """Make sure that a file holds exactly these tables, bit for bit, one a row group."""
+    written = MonthFile(target, METRICS)
+    n_same = 0
+    for found, table in zip(written.part.tables(), expected, strict=False):
+        is_same = found.column_names == table.column_names and len(found) == len(table)
+        n_same += len(table) if is_same and all(map(_is_same, found.columns, table.columns)) else 0
+    if n_same != n_rows or sum(facts.n_rows for facts in written.days.values()) != n_rows:
+        raise CorruptFile(target, f"does not read back: {n_same} of {n_rows} rows are those of the days")
+
+
+def _is_same(found: pa.ChunkedArray, column: pa.ChunkedArray) -> bool:
+    if found.type == NUMBER:
+        is_alike: bool = (floats(found).view(np.int64) == floats(column).view(np.int64)).all()
+        return is_alike and found.null_count == column.null_count
+    plain = pa.string() if pa.types.is_dictionary(found.type) else found.type
+    return bool(found.cast(plain).equals(column.cast(plain)))
+
+
+class ArchiveProcess(DayProcess):
+    """The child that writes one month."""
+
+    PROGRAM = "fleetcast.storage.retention"
+
+    def result(self) -> dict[str, Any] | None:
+        """Return what it says of the finished file, waiting for its end; None if it failed."""
+        output, _ = self._process.communicate()
+        if self._process.returncode != 0:
+            logger.error("archiving failed month=%s exit=%d", f"{self.day:%Y-%m}", self._process.returncode)
+            remove_leftover(self.target)
+            return None
+        answer: dict[str, Any] = json.loads(output)
+        return answer
+
+
+class MonthsUpkeep:
+    """Sees to it that months become one file each, and that none holds a forgotten server.
+
+    A month is published before its days' own files go. Until then both are there, and the day's own file
+    wins; after a crash between the two, `load` ends it.
     """
 
-    def __init__(self, folder: Path, max_bytes: int = MAX_BYTES) -> None:
-        self.folder = folder
-        self._max_bytes = max_bytes
-        self.n_kept = 0
+    def __init__(
+        self,
+        folder: Path,
+        writer: DayWriter,
+        after_days: int,
+        interval_s: float,
+        on_step: Step,
+        on_change: Callable[[date], None],
+    ) -> None:
+        """Remember what to keep.
 
-    def keep_bytes(self, name: str, data: bytes) -> None:
-        """Keep bytes cut out of a file."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._free_name(name).write_bytes(data[: self._max_bytes])
-        except OSError as error:
-            logger.error("cannot keep damaged bytes name=%s size_bytes=%d error=%s", name, len(data), error)
-        self._note(name, len(data))
+        Args:
+            after_days: age of the newest day of a month that becomes one file; 0: none does.
+            on_change: told of each day of a month that is without some servers now.
+        """
+        self._folder = folder
+        self._writer = writer
+        self._after = timedelta(days=after_days)
+        self._interval_s = interval_s
+        self._step = on_step
+        self._on_change = on_change
+        self._process: ArchiveProcess | None = None
+        self._drops: Drops = {}
+        self._wait_until = 0.0
+        self._free: set[tuple[date, str]] = set()  # months, with seals, known to have no row of `_drops`
 
-    def keep_file(self, path: Path) -> None:
-        """Keep a damaged or foreign file under a second name; the caller removes the first."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            target = self._free_name(f"{path.parent.name}.{path.name}")
-            try:
-                os.link(path, target)
-            except OSError:
-                shutil.copyfile(path, target)
-            fsync_dir(self.folder)
-            self._note(path.name, target.stat().st_size)
-        except OSError as error:
-            logger.error("cannot keep a damaged file path=%s error=%s", path, error)
+    def load(self) -> None:
+        """Delete the days' own files that a crash left beside the same in their month."""
+        for month in list_months(self._folder, METRICS):
+            opened = open_month(month_path(self._folder, METRICS, month), METRICS)
+            for day, facts in (opened.days if opened else {}).items():
+                own = _own_file(self._folder, day)
+                if own is not None and own.seal == facts.seal:
+                    self._writer.remove(day)
 
-    def _free_name(self, name: str) -> Path:
-        return self.folder / f"{name.lstrip('.')}.{secrets.token_hex(4)}"
+    def run(self, now: datetime) -> None:
+        """Start on a month that is due, or take over the finished one."""
+        if self._process is not None:
+            if not self._process.is_running:
+                process, self._process = self._process, None
+                self._finish(process)
+        elif self._after and monotonic() >= self._wait_until:
+            self._wait_until = monotonic() + self._interval_s
+            if (month := self._due(now)) is not None:
+                self._start(month, {})
 
-    def _note(self, name: str, size_bytes: int) -> None:
-        self.n_kept += 1
-        logger.warning("quarantined name=%s size_bytes=%d folder=%s", name, size_bytes, self.folder)
-        self._stay_bounded()
+    def _due(self, now: datetime) -> date | None:
+        """Return the oldest month that is old enough and has days of their own, all sealed."""
+        days_of: dict[date, list[date]] = {}
+        for day in list_days(self._folder, METRICS):
+            days_of.setdefault(day.replace(day=1), []).append(day)
+        for month, days in days_of.items():
+            end = (month + timedelta(days=31)).replace(day=1)
+            is_old = day_start_ms(end) <= to_ms(now - self._after)
+            is_open = any(day_path(self._folder, METRICS, day).is_dir() for day in days)
+            if is_old and not is_open and any(_own_file(self._folder, day) for day in days):
+                return month
+        return None
 
-    def _stay_bounded(self) -> None:
-        """Delete the oldest until the rest fits; the newest stays in any case."""
-        try:
-            kept = sorted(
-                (entry.stat().st_ctime_ns, entry) for entry in self.folder.iterdir() if entry.is_file()
-            )
-            excess = sum(path.stat().st_size for _, path in kept) - self._max_bytes
-            for _, path in kept[:-1]:
-                if excess <= 0:
-                    break
-                excess -= path.stat().st_size
-                path.unlink()
-        except OSError as error:  # a person tidies up meanwhile, or the disk is full
-            logger.warning("cannot bound the quarantine folder=%s error=%s", self.folder, error)
+    def forget(self, drops: Drops) -> bool:
+        """Write one more month without the rows of some servers; return whether no month has any."""
+        if self._process is not None:
+            self.run(BIN_EPOCH)  # takes over what is finished
+            return False
+        if drops != self._drops:
+            self._drops, self._free = dict(drops), set()
+        for month in list_months(self._folder, METRICS):
+            opened = open_month(month_path(self._folder, METRICS, month), METRICS)
+            if opened is None or (month, opened.part.seal) in self._free:
+                continue
+            if holds_forgotten(opened.part, METRICS, drops):
+                self._start(month, drops)
+                return False
+            for day in opened.days:  # a crash may have come between the month and its means
+                self._on_change(day)
+            self._free.add((month, opened.part.seal))
+        return True
+
+    def stop(self) -> None:
+        """End a running child; its month stays as it is."""
+        if self._process is not None:
+            self._process.stop()
+            self._process = None
+
+    def _start(self, month: date, drops: Drops) -> None:
+        target = hidden_name(month_path(self._folder, METRICS, month))
+        self._process = ArchiveProcess(self._folder, METRICS.name, month, target, drops)
+        self._step("archive started")
+
+    def _finish(self, process: ArchiveProcess) -> None:
+        answer = process.result()
+        if answer is None:
+            return
+        month, path = process.day, month_path(self._folder, METRICS, process.day)
+        old = open_month(path, METRICS)
+        absorbed = {date.fromisoformat(day): seal for day, seal in answer["absorbed"].items()}
+        own = {day: part.seal for day in absorbed if (part := _own_file(self._folder, day)) is not None}
+        if (old.part.seal if old else "") != answer["of"] or own != absorbed:
+            remove_leftover(process.target)  # something changed meanwhile: it lacks that
+            return
+        if answer["n_rows"]:
+            publish(process.target, path)
+        else:
+            remove_leftover(process.target)
+            remove_leftover(path)
+        self._step("month published")
+        for day in absorbed:
+            self._writer.remove(day)
+            self._step("archived day removed")
+        if not answer["n_rows"]:
+            for day in [*(old.days if old else ()), *absorbed]:
+                self._on_change(day)
+        logger.info(
+            "buffer archived month=%s days=%d rows=%d size_bytes=%d",
+            *(f"{month:%Y-%m}", len(absorbed), answer["n_rows"], folder_bytes(path)),
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Archive one month: folder, kind, its first day, target, owner's pid, forgotten servers as JSON."""
+    folder, _, month, target, owner, drops = sys.argv[1:] if argv is None else argv
+    os.nice(NICE)
+    try:
+        answer = archive(Path(folder), date.fromisoformat(month), Path(target), json.loads(drops))
+    except (FleetcastError, *READ_ERRORS) as error:
+        print(f"archiving {month}: {error}", file=sys.stderr)
+        remove_leftover(Path(target))
+        return 1
+    if os.getppid() != int(owner):  # the owner died and cannot take this file
+        remove_leftover(Path(target))
+        return 1
+    print(json.dumps(answer))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -29,13 +29,13 @@ from fleetcast.storage.days import (
     folder_bytes,
     holds_forgotten,
     list_days,
+    month_path,
     open_day,
     part_names,
     without_forgotten,
 )
 from fleetcast.storage.parts import OpenPart, PartName, write_part
 from fleetcast.storage.reader import merge_sources
-from fleetcast.storage.retention import Retention
 from fleetcast.storage.tables import BINS, METRICS, PREDICTIONS, TableKind, fill, in_pieces, union_schema
 from fleetcast.storage.writer import NEW_MARK, DayWriter, Step, hidden_name
 
@@ -62,6 +62,8 @@ class Sealed:
 class DayProcess:
     """The child that makes one file of one day; `is_running` never waits."""
 
+    PROGRAM = "fleetcast.storage.upkeep"
+
     def __init__(self, folder: Path, task: str, day: date, target: Path, drops: Drops | None = None) -> None:
         """Start it.
 
@@ -70,15 +72,16 @@ class DayProcess:
             drops: servers whose rows are left out of a sealed file.
         """
         self.day = day
-        self._target = target
+        self.target = target
+        self.drops = drops or {}
         self.started_at = monotonic()
         environment = dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(
             [str(_PACKAGE_FOLDER), *filter(None, [environment.get("PYTHONPATH")])]
         )
-        command = [sys.executable, "-m", __name__, str(folder), task, day.isoformat(), str(target)]
+        command = [sys.executable, "-m", self.PROGRAM, str(folder), task, day.isoformat(), str(target)]
         self._process = subprocess.Popen(
-            [*command, str(os.getpid()), json.dumps(drops or {})],
+            [*command, str(os.getpid()), json.dumps(self.drops)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             env=environment,
@@ -96,7 +99,7 @@ class DayProcess:
         """End it; the day stays as it is."""
         self._process.kill()
         self._process.communicate()
-        remove_leftover(self._target)
+        remove_leftover(self.target)
 
 
 class SealProcess(DayProcess):
@@ -107,11 +110,11 @@ class SealProcess(DayProcess):
         output, _ = self._process.communicate()
         if self._process.returncode != 0:
             logger.error("sealing failed day=%s exit=%d", self.day, self._process.returncode)
-            remove_leftover(self._target)
+            remove_leftover(self.target)
             return None
         answer = json.loads(output)
         parts = tuple(PartName(number, n_rows) for number, n_rows in answer["parts"])
-        return Sealed(self._target, parts, tuple(answer["rejects"]), answer["n_rows"])
+        return Sealed(self.target, parts, tuple(answer["rejects"]), answer["n_rows"])
 
 
 class BinsProcess(DayProcess):
@@ -124,11 +127,11 @@ class BinsProcess(DayProcess):
             try:
                 if path.is_dir() and not path.is_symlink():
                     set_aside(path, "a folder where a file of means belongs")
-                publish(self._target, path)
+                publish(self.target, path)
                 return ""
             except OSError as error:
                 output = str(error).encode()
-        remove_leftover(self._target)
+        remove_leftover(self.target)
         return output.decode(errors="replace").strip() or f"exit {self._process.returncode}"
 
 
@@ -179,6 +182,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 SEAL_GRACE = timedelta(minutes=10)  # by the owner's clock: time for late rows
 
 
+Unit = tuple[date | None, list[date]]  # what goes together: a day, or an archived month with its days
+
+
 @dataclass(frozen=True, slots=True)
 class UpkeepPace:
     """Wall times between the steps, how many parts a day may have, and whether it keeps means."""
@@ -188,6 +194,7 @@ class UpkeepPace:
     seal_quiet_s: float = 60.0  # without a new part, before a day is sealed
     reseal_quiet_s: float = 600.0  # before another try after a failure
     expire_interval_s: float = 60.0
+    archive_interval_s: float = 3600.0  # between two looks for a month to archive
     bin_ms: int = 0  # length of the bins of which sealed days of records keep the means; 0: none
 
 
@@ -209,16 +216,19 @@ class DayUpkeep:
         folder: Path,
         writer: DayWriter,
         kind: TableKind,
-        retention: Retention,
+        expiry: Callable[[datetime], list[tuple[Unit, str]]],
         pace: UpkeepPace,
         settle: Callable[[], None],
         on_step: Step,
     ) -> None:
-        """Remember what to keep; `settle` is called before parts lose the numbers of their segments."""
+        """Remember what to keep; `expiry` says what is to be deleted, the oldest first, and why.
+
+        `settle` is called before parts lose the numbers of their segments.
+        """
         self._folder = folder
         self._writer = writer
         self._kind = kind
-        self._retention = retention
+        self._expiry = expiry
         self._pace = pace
         self._settle = settle
         self._step = on_step
@@ -264,6 +274,12 @@ class DayUpkeep:
             self._sealer = None
         if self._means:
             self._means.stop()
+
+    def look_at_means(self, day: date) -> None:
+        """Take the means of a day of a month anew where the month was written without some of its rows."""
+        if self._means:
+            self._means.remove_stale(day)
+            self._means.want(day)
 
     def _compact_due(self) -> None:
         now = monotonic()
@@ -349,6 +365,8 @@ class DayUpkeep:
         for day in list_days(self._folder, self._kind):
             if day in self._free or day_start_ms(day) >= max(drops.values(), default=0):
                 continue
+            if not self._writer.path(day).exists():  # in a month, which is written again as a whole
+                continue
             if monotonic() > until:
                 return False
             parts = open_day(self._folder, self._kind, day).parts
@@ -374,28 +392,12 @@ class DayUpkeep:
         logger.info("buffer rewritten without forgotten servers kind=%s day=%s", self._kind.name, day)
 
     def _expire(self, now: datetime) -> None:
-        keep_days, max_mb = self._retention.limits(now)
-        oldest = (now - timedelta(days=keep_days)).date()
-        days = list_days(self._folder, self._kind)
-        for day in days:
-            if day < oldest:
-                self._remove(day, "older than the retention")
-        if max_mb:
-            self._expire_by_size([day for day in days if day >= oldest], max_mb)
-
-    def _expire_by_size(self, days: list[date], max_mb: int) -> None:
-        """Remove the oldest days until the rest fits; the newest day always stays."""
-        sizes = [self._bytes_of(day) for day in days]
-        excess = sum(sizes) - max_mb * 1_000_000
-        for day, size in list(zip(days, sizes, strict=True))[:-1]:
-            if excess <= 0:
-                return
-            self._remove(day, "more bytes than retention_max_mb")
-            excess -= size
-
-    def _bytes_of(self, day: date) -> int:
-        means = folder_bytes(day_path(self._folder, BINS, day)) if self._kind is METRICS else 0
-        return folder_bytes(self._writer.path(day)) + means
+        for (month, days), why in self._expiry(now):
+            if month:  # first: without a day's own file its older version in the month would be seen
+                remove_leftover(month_path(self._folder, self._kind, month))
+                self._step("month removed")
+            for day in days:
+                self._remove(day, why)
 
     def _remove(self, day: date, why: str) -> None:
         if self._sealer is not None and self._sealer.day == day:
@@ -432,7 +434,7 @@ class MeansUpkeep:
         days = list_days(self._folder, METRICS)
         for day in set(list_days(self._folder, BINS)).difference(days):
             self.remove(day)
-        self._wanted = [day for day in days if day_path(self._folder, METRICS, day).is_file()]
+        self._wanted = [day for day in days if not day_path(self._folder, METRICS, day).is_dir()]
 
     def want(self, day: date) -> None:
         """Look at a day next, because it was sealed."""

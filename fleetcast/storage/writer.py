@@ -36,6 +36,7 @@ from fleetcast.storage.days import (
     COLUMNS_FILE,
     DaySnapshot,
     Drops,
+    Quarantine,
     day_path,
     holds_forgotten,
     is_own_file,
@@ -46,7 +47,6 @@ from fleetcast.storage.days import (
 )
 from fleetcast.storage.parts import READ_ERRORS, OpenPart, PartName, write_part
 from fleetcast.storage.reader import LogRows, merge_sources
-from fleetcast.storage.retention import Quarantine
 from fleetcast.storage.tables import Flags, TableKind, choose, has_key, merge, times_ms, union_schema
 
 logger = logging.getLogger(__name__)
@@ -95,8 +95,8 @@ class DayBuild:
                 raise storage_error(self._path, error) from error
 
     def keep(self, part: OpenPart) -> None:
-        """Take a part over as it is; a foreign file is written anew in our form."""
-        if not part.is_ours:
+        """Take a part over as it is; a foreign file, or rows of a month, are written anew in our form."""
+        if not part.is_ours or part.is_narrow:
             self.rewrite(part, None)
             return
         source = self._path
@@ -254,7 +254,7 @@ class DayWriter:
         days = list_days(self._folder, self._kind)
         numbers = [name.number for day in days for name in part_names(self.path(day))]
         for day in days:
-            if self.path(day).is_file():
+            if not self.path(day).is_dir():  # sealed, or in an archived month
                 numbers += [part.number for part in open_day(self._folder, self._kind, day).parts]
         return max(numbers, default=0)
 
