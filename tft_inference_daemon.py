@@ -103,10 +103,7 @@ class InferenceDaemon:
 
     def _build_service(self) -> "InferenceService":
         """Lock the buffer, bind the port, wire the parts; on a failure nothing stays taken."""
-        # --help does without pandas, pyarrow and the HTTP library; pyarrow would import pandas at
-        # its first array, half a second into the first request
-        import pandas  # noqa: F401
-
+        # --help does without pyarrow and the HTTP library
         from fleetcast.api.listener import HttpListener
         from fleetcast.inference import InferenceService
         from fleetcast.storage.store import DataBuffer

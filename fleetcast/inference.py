@@ -1,6 +1,6 @@
 """The parts of the inference daemon: how they are wired, started and stopped, and how a restart recovers.
 
-Owns: the order of start-up (serve, load a model in the background, restore) and of shutdown; from
+Owns: the order of start-up (take posts, serve, load a model in the background, restore) and of shutdown; from
 where the buffer is read at a start, and at which bin sweeps go on. Does not know: flags, signals,
 exit codes; how the buffer recovers its own log (it has, before a service is built).
 """
@@ -9,17 +9,14 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import date, datetime
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
+from fleetcast.api.feed import Door, create_front
 from fleetcast.api.listener import HttpListener
-from fleetcast.api.page import Desk as PageDesk
-from fleetcast.api.page import add_page
-from fleetcast.api.promotion import add_promotion
-from fleetcast.api.server import Door, create_app
 from fleetcast.bins import HISTORY_BINS
 from fleetcast.clock import DAY_MS, Clock, DataClock, SystemClock, from_ms, iso_z, monotonic, to_ms
 from fleetcast.errors import FleetcastError, OwnershipLost, StorageBroken, StorageFull
@@ -27,25 +24,16 @@ from fleetcast.exclusions import Exclusions
 from fleetcast.forecast.registry import Registry
 from fleetcast.ingest.rules import FUTURE_LIMIT
 from fleetcast.loop import FreeMemory, Stop
-from fleetcast.prometheus.outgoing import Receiver, Sender
-from fleetcast.promotion.desk import Desk
-from fleetcast.retraining.telemetry import TEXTFILE, read_textfile
 from fleetcast.schema import RecordBatch
 from fleetcast.serving.board import PredictionBoard
-from fleetcast.serving.capacity import Capacity
 from fleetcast.serving.corrector import Corrector
-from fleetcast.serving.export import Export
 from fleetcast.serving.forgetting import Forgetting
 from fleetcast.serving.fullness import Fullness, Soonest
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.intake import Intake, RejectedRecords
-from fleetcast.serving.journal import Journal
 from fleetcast.serving.ledger import Ledger
 from fleetcast.serving.model_loader import ModelLoader, Predictor
-from fleetcast.serving.overview import Overview
-from fleetcast.serving.past import Past
 from fleetcast.serving.roster import Fleet, Roster
-from fleetcast.serving.shadow import Shadow
 from fleetcast.serving.shards import make_engine
 from fleetcast.serving.status import StatusReport
 from fleetcast.serving.sweep import Sweeper
@@ -56,6 +44,14 @@ from fleetcast.settings import Settings
 from fleetcast.storage.store import DataBuffer
 from fleetcast.workers import Worker, Workers
 
+if TYPE_CHECKING:  # imported once posts are taken, since each import keeps the first of them waiting
+    from fleetcast.api.page import Desk as PageDesk
+    from fleetcast.prometheus.outgoing import Sender
+    from fleetcast.promotion.desk import Desk
+    from fleetcast.serving.export import Export
+    from fleetcast.serving.past import Past
+    from fleetcast.serving.shadow import Shadow
+
 logger = logging.getLogger(__name__)
 
 MAINTAIN_S = 1.0
@@ -65,7 +61,8 @@ DRAIN_S = 10.0  # for requests at work when a stop is asked for
 class InferenceService:
     """The parts of one running daemon; `start`, `cycle` and `close` belong to the main thread."""
 
-    _sender: Sender | None = None  # of forecasts, where they are sent by remote-write
+    _sender: "Sender | None" = None  # of forecasts, where they are sent by remote-write
+    _page_desk: "PageDesk | None" = None  # once the page is served
 
     def __init__(
         self,
@@ -84,50 +81,56 @@ class InferenceService:
             SettingsError: the folder was kept with the other clock.
             StorageFull, StorageBroken: the folder cannot be written.
         """
-        self._settings = settings
+        self._settings, self._api_key = settings, api_key
         self._load_model = load_model
         self._excluded = Exclusions(settings.paths.checkpoint_dir)
         self._buffer = buffer.leave_out(self._excluded)
-        self._listener = listener
-        self._stop = stop
+        self._listener, self._stop = listener, stop
         self._maintained_at, self._memory = float("-inf"), FreeMemory()
         self._first_day: date | None = None
         wall_clock = wall_clock or SystemClock()
         folder = Path(settings.paths.data_buffer_dir)
         self._fleet = replace(build_fleet(settings, wall_clock), left_out=self._excluded)
-        self._telemetry = Telemetry(CollectorRegistry(), wall_clock, partial(read_textfile, Path(TEXTFILE)))
+        self._telemetry = Telemetry(CollectorRegistry(), wall_clock, _read_trainings)
         self._ledger = Ledger(
             folder, settings.forecast.settle_horizons, self._fleet.history.bin_ms, settings.clock.mode
         )
-        registry = Registry(Path(settings.paths.checkpoint_dir), Path(settings.paths.models_dir))
-        self._model = self._make_loader(registry, load_model)
+        self._registry = Registry(Path(settings.paths.checkpoint_dir), Path(settings.paths.models_dir))
+        self._model = self._make_loader(load_model)
         corrector = None
         if settings.forecast.feedback != "off":
             corrector = Corrector(folder, self._fleet.history, settings.forecast.settle_horizons)
-        board = PredictionBoard(self._fleet.roster, self._fleet.clock, settings.server.max_document_servers)
+        most = settings.server.max_document_servers
+        self._board = PredictionBoard(self._fleet.roster, self._fleet.clock, most)
         self._fullness = Fullness(self._fleet, buffer)
+        self._soonest = Soonest(self._fullness, self._fleet.clock)
         self._sweeper = Sweeper(
-            self._fleet, buffer, self._ledger, self._model, corrector, board, self._telemetry
+            self._fleet, buffer, self._ledger, self._model, corrector, self._board, self._telemetry
         )
         self._report = StatusReport(
             settings, self._fleet, buffer, self._ledger, self._model, self._sweeper, self._telemetry
         )
-        self._report.weak_key = weak_key(api_key)
-        if self._report.weak_key:
-            logger.warning("the key is easy to guess: %s", self._report.weak_key)
+        self._note_key(api_key)
         rejected = RejectedRecords(folder, settings.server.quarantine_max_bytes)
         intake = Intake(
             buffer, self._fleet, rejected, wall_clock, settings.server, settings.buffer, stop.wake
         )
         self._intake, self._report.why_no_writes = intake, lambda: intake.writes.problem
-        writes = WriteIntake(settings.remote_write, intake.take, intake.rules)
-        self._app = create_app(intake, board, self._report, self._telemetry, settings.server, api_key, writes)
-        self._page_desk = self._add_routes(board, registry, api_key)
+        self._writes = WriteIntake(settings.remote_write, intake.take, intake.rules)
+        self._front = create_front(
+            intake, self._report.is_held, self._telemetry, settings.server, api_key, self._writes
+        )
+        self._engine = self._sweeper.engine = make_engine(settings)
         self._steps = self._make_steps(self._telemetry.workers)
 
-    def _make_loader(self, registry: Registry, load_model: Callable[[Path], Predictor]) -> ModelLoader:
+    def _note_key(self, api_key: str) -> None:
+        self._report.weak_key = weak_key(api_key)
+        if self._report.weak_key:
+            logger.warning("the key is easy to guess: %s", self._report.weak_key)
+
+    def _make_loader(self, load_model: Callable[[Path], Predictor]) -> ModelLoader:
         return ModelLoader(
-            registry,
+            self._registry,
             load_model,
             bin_ms=self._fleet.history.bin_ms,
             horizon_bins=self._settings.forecast.horizon_bins,
@@ -152,20 +155,36 @@ class InferenceService:
             (workers.step("upkeep"), self._maintain),
         ]
 
-    def _add_routes(self, board: PredictionBoard, registry: Registry, api_key: str) -> PageDesk:
-        """Add what is not about records and forecasts: the page, capacity, and which model is in service."""
-        folder, horizon_bins = Path(self._settings.paths.data_buffer_dir), self._fleet.settings.horizon_bins
+    def _open_routes(self) -> None:
+        """Serve what is not a post of records, too: the import of its framework would keep posts waiting."""
+        from fleetcast.api.page import add_page
+        from fleetcast.api.promotion import add_promotion
+        from fleetcast.api.server import create_app
+        from fleetcast.promotion.desk import Desk
+        from fleetcast.serving.capacity import Capacity
+        from fleetcast.serving.journal import Journal
+        from fleetcast.serving.overview import Overview
+        from fleetcast.serving.past import Past
+
+        own, key, told = self._settings, self._api_key, self._telemetry
+        folder, horizon_bins = Path(own.paths.data_buffer_dir), self._fleet.settings.horizon_bins
         capacity = Capacity(folder, self._fleet.history, horizon_bins)
         self._sweeper.capacity = self._report.capacity = capacity
-        self._soonest = self._report.soonest = Soonest(self._fullness, self._fleet.clock)
-        self._report.fleet_ahead = lambda: board.outlook.fleet
-        past = Past(self._fleet, self._buffer, self._settings.forecast.settle_horizons)
-        overview = Overview(self._fleet, board, past, self._report, Journal())
+        self._report.fleet_ahead, self._report.soonest = lambda: self._board.outlook.fleet, self._soonest
+        past = Past(self._fleet, self._buffer, own.forecast.settle_horizons)
+        overview = Overview(self._fleet, self._board, past, self._report, Journal())
         export = self._make_export(past)
-        door = Door(api_key, self._telemetry)
-        self._engine = self._sweeper.engine = make_engine(self._settings)
-        desk = Desk(registry)
-        self._sweeper.shadow = Shadow(
+        door, desk = Door(key, told), Desk(self._registry)
+        self._sweeper.shadow = self._make_shadow(desk)
+        app = create_app(self._board, self._report, told, own.server, key, self._writes.path)
+        add_promotion(app, desk, own.promotion, door, key)
+        self._page_desk = add_page(app, overview, past, capacity, self._fullness, door, export)
+        self._front.open(app)
+
+    def _make_shadow(self, desk: "Desk") -> "Shadow":
+        from fleetcast.serving.shadow import Shadow
+
+        return Shadow(
             desk,
             self._fleet.history,
             self._load_model,
@@ -173,32 +192,35 @@ class InferenceService:
             self._settings.forecast.settle_horizons,
             self._telemetry.errors.note,
         )
-        add_promotion(self._app, desk, self._settings.promotion, door, api_key)
-        return add_page(self._app, overview, past, capacity, self._fullness, door, export)
 
-    def _make_export(self, past: Past) -> Export | None:
+    def _make_export(self, past: "Past") -> "Export | None":
         """Return what is scraped; what is sent by remote-write begins with `start`."""
+        from fleetcast.serving.export import Export
+
         own, horizons = self._settings.export, self._settings.forecast.settle_horizons
         if own.enabled == "off" and not own.remote_write_url:
             return None
         export = self._sweeper.export = Export(own, self._fleet, horizons, past)
         if own.remote_write_url:
+            from fleetcast.prometheus.outgoing import Receiver, Sender
+
             receiver, told = Receiver(own.remote_write_url, own.remote_write_token), self._telemetry
             self._sender = Sender(receiver, export.requests, told.count_forecast_write, told.workers)
             export.on_news = self._sender.wake
         return export if own.enabled == "on" else None
 
     def start(self) -> None:
-        """Serve at once, load a model beside, then bring back what a restart has to."""
+        """Take posts at once, then answer the rest, load a model beside, bring back what a restart has to."""
         self._listener.start(
-            self._app,
+            self._front,
             DRAIN_S,
             max_answer_bytes=self._settings.server.max_answer_bytes,
             on_end=self._telemetry.count_connection_end,
             workers=self._telemetry.workers,
         )
         logger.info("listening url=%s clock=%s", self._listener.url, self._settings.clock.mode)
-        self._model.start()
+        self._open_routes()
+        self._model.start()  # last: importing torch holds everything else up
         self._engine.start()
         if self._sender:
             self._sender.start()
@@ -252,7 +274,8 @@ class InferenceService:
         self._report.phase = "the daemon is stopping"
         if not self._listener.stop(DRAIN_S + 2.0):
             logger.warning("requests were still at work after %.0f s", DRAIN_S)
-        self._page_desk.close()
+        if self._page_desk:
+            self._page_desk.close()
         self._engine.stop()
         if self._sender:
             self._sender.stop()
@@ -298,6 +321,13 @@ class InferenceService:
         """Whether bins were closed that, by the present clock, cannot have begun."""
         taken_ms = self._fleet.history.taken_bin_ms
         return taken_ms is not None and from_ms(taken_ms) > self._fleet.clock.now() + 2 * FUTURE_LIMIT
+
+
+def _read_trainings() -> bytes:
+    """Return what the retraining daemon of this folder last said of itself."""
+    from fleetcast.retraining.telemetry import TEXTFILE, read_textfile
+
+    return read_textfile(Path(TEXTFILE))
 
 
 def build_fleet(settings: Settings, wall_clock: Clock) -> Fleet:

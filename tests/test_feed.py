@@ -16,6 +16,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from remote_write_bodies import body, labels, packed, symbols_bytes
 
+from fleetcast.api.feed import create_front
 from fleetcast.api.listener import HttpListener
 from fleetcast.api.server import create_app
 from fleetcast.clock import FakeClock, to_ms
@@ -78,10 +79,10 @@ def client_of(world: World, api_key: str = "") -> Iterator[httpx.Client]:
     listener = HttpListener("127.0.0.1", 0)
 
     report: Any = SimpleNamespace(is_held=lambda: world.is_held(), not_ready="", snapshot=Snapshot)
-    app = create_app(
-        world.intake, world.board, report, world.telemetry, world.settings, api_key, world.writes
-    )
-    listener.start(app, 5.0)
+    held, told, own, writes = report.is_held, world.telemetry, world.settings, world.writes
+    front = create_front(world.intake, held, told, own, api_key, writes)
+    front.open(create_app(world.board, report, told, own, api_key, writes.path))
+    listener.start(front, 5.0)
     with httpx.Client(base_url=listener.url, trust_env=False) as client:
         yield client
     assert listener.stop(10.0)

@@ -13,9 +13,10 @@ from desk_folder import STATES, WAITS, A, B, C, desk_of
 from prometheus_client import CollectorRegistry
 from test_server import Daemon
 
+from fleetcast.api.feed import Door, create_front
 from fleetcast.api.listener import HttpListener
 from fleetcast.api.promotion import add_promotion
-from fleetcast.api.server import Door, create_app
+from fleetcast.api.server import create_app
 from fleetcast.clock import FakeClock
 from fleetcast.forecast.registry import Registry
 from fleetcast.promotion import orders
@@ -34,10 +35,12 @@ WITH_KEY = {"X-API-Key": KEY}
 def client_of(folder: Path, api_key: str) -> Iterator[httpx.Client]:
     parts: Any = Daemon()
     telemetry, listener = Telemetry(CollectorRegistry(), FakeClock()), HttpListener("127.0.0.1", 0)
-    app = create_app(parts, parts, parts, telemetry, ServerSettings(), api_key)
+    app = create_app(parts, parts, telemetry, ServerSettings(), api_key)
     door = Door(api_key, telemetry)
     add_promotion(app, Desk(Registry(folder)), PromotionSettings(), door, api_key)
-    listener.start(app, 5.0)
+    front = create_front(parts, parts.is_held, telemetry, ServerSettings(), api_key)
+    front.open(app)
+    listener.start(front, 5.0)
     with httpx.Client(base_url=listener.url, trust_env=False) as client:
         yield client
     assert listener.stop(10.0)

@@ -14,8 +14,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from fleetcast.api import bodies
+from fleetcast.api.feed import BrowserGuard, create_front
 from fleetcast.api.listener import HttpListener
-from fleetcast.api.server import BrowserGuard, create_app
+from fleetcast.api.server import create_app
 from fleetcast.clock import FakeClock, SystemClock
 from fleetcast.errors import StorageBroken, StorageFull
 from fleetcast.schema import Rejection
@@ -79,7 +80,10 @@ def client_of(daemon: Daemon, api_key: str = "", **settings: Any) -> Iterator[ht
     telemetry = Telemetry(CollectorRegistry(), FakeClock())
     listener = HttpListener("127.0.0.1", 0)
     parts: Any = daemon  # stands in for intake, board and report
-    listener.start(create_app(parts, parts, parts, telemetry, ServerSettings(**settings), api_key), 5.0)
+    own = ServerSettings(**settings)
+    front = create_front(parts, parts.is_held, telemetry, own, api_key)
+    front.open(create_app(parts, parts, telemetry, own, api_key))
+    listener.start(front, 5.0)
     with httpx.Client(base_url=listener.url, trust_env=False) as client:
         yield client
     assert listener.stop(10.0)
@@ -89,6 +93,25 @@ def client_of(daemon: Daemon, api_key: str = "", **settings: Any) -> Iterator[ht
 def client(daemon: Daemon) -> Iterator[httpx.Client]:
     with client_of(daemon) as client:
         yield client
+
+
+def test_posts_are_taken_before_the_other_routes_are_there(daemon: Daemon) -> None:
+    telemetry, own = Telemetry(CollectorRegistry(), FakeClock()), ServerSettings()
+    listener = HttpListener("127.0.0.1", 0)
+    parts: Any = daemon
+    front = create_front(parts, parts.is_held, telemetry, own)
+    listener.start(front, 5.0)
+    with httpx.Client(base_url=listener.url, trust_env=False) as client, ThreadPoolExecutor(1) as pool:
+        status = pool.submit(httpx.get, f"{listener.url}/status", trust_env=False)
+        foreign = client.post("/feed/data", json=GOOD, headers={"host": "evil.example"})
+        taken = client.post("/feed/data", json=GOOD)
+        is_waiting = not status.done()
+        front.open(create_app(parts, parts, telemetry, own))
+        answered = status.result(10.0)
+    assert listener.stop(10.0)
+    assert (foreign.status_code, taken.status_code, daemon.taken) == (421, 200, [GOOD["records"]])
+    assert is_waiting
+    assert answered.json() == {"pid": 7}
 
 
 def test_records_are_handed_on_and_the_answer_counts_them(client: httpx.Client, daemon: Daemon) -> None:

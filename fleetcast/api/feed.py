@@ -1,23 +1,32 @@
-"""The routes that take records in: bounded waiting, worker threads, one answer per request.
+"""The front of the HTTP interface: it takes records in from the first moment, and guards every path.
 
-Owns: content types, the form of an error for each kind of sender, how much work may wait. Reads raw
-bodies itself (`bodies`) and hands them to threads (`lanes`; remote-write to a pool of its own), so
-that the event loop only ever waits. Does not know: what records are; what a full or broken disk
-answers (`lanes.storage_refusal`).
+Owns: content types, the form of an error for each kind of sender, how much work may wait, and the
+guards. Reads raw bodies itself (`bodies`) and hands them to threads (`lanes`; remote-write to a pool of
+its own), so that the event loop only ever waits. Does not know: what records are; what a full or broken
+disk answers (`lanes.storage_refusal`); the other routes (`server`).
 
 `FeedDoor` answers these POSTs before any routing: a web framework's routing, dependencies and exit
 stacks cost a post of 20 records as much as all the rest of the event loop's work. The routes are
-still declared to the framework, for the interface description.
+still declared to the framework, for the interface description. To import the framework takes longer
+than all else that a post needs: `Front` answers posts meanwhile, and lets other requests wait for it.
+
+Without a key the daemon listens on loopback, but a browser on the same host is on loopback, too.
+A page may point a name of its own at 127.0.0.1 (DNS rebinding) and read the answers, or post
+across origins without reading. The first shows in `Host`, the second in `Origin`: `BrowserGuard`
+refuses both. With a key it is not needed, since a page does not know the key.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import hmac
+import ipaddress
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fleetcast.api.bodies import LIGHT_BYTES, BodyReader, Refusal, check_unpacked, encode
 from fleetcast.api.lanes import Lanes, PostGroups, storage_refusal
@@ -29,6 +38,7 @@ from fleetcast.serving.telemetry import Telemetry
 from fleetcast.serving.writes import WriteIntake, WriteReceipt
 from fleetcast.settings import ServerSettings
 
+FEED_PATH = "/feed/data"
 JSON = "application/json"
 ARROW = "application/vnd.apache.arrow.stream"
 PROTOBUF = "application/x-protobuf"
@@ -37,6 +47,8 @@ WRONG_KEY = "X-API-Key is missing or wrong"
 _WORKERS = 32  # threads that wait for the disk together: one fdatasync then serves all of them
 _HEAVY_PENDING = 16  # large bodies at work: they must not use up the places of the small ones
 _HOLD_STEP_S = 0.002
+_ROUTES_STEP_S = 0.01  # between looks whether the other routes are there
+_FOREIGN_HOST = 421
 _HAS_SYMBOLS = {"": False, "prometheus.WriteRequest": False, "io.prometheus.write.v2.Request": True}
 _WRITTEN = "X-Prometheus-Remote-Write-{}-Written"
 
@@ -189,6 +201,82 @@ def _retry_after(refusal: Refusal) -> dict[str, str] | None:
     return {"Retry-After": str(refusal.retry_after_s)} if refusal.retry_after_s else None
 
 
+class Front:
+    """The ASGI application: it answers posts of records, and hands other requests to what `open` gives it.
+
+    A request for another route that comes before `open` waits for it. `open` may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        feed: Feed,
+        door: "Door",
+        telemetry: Telemetry,
+        settings: ServerSettings,
+        *,
+        write_path: str | None = None,
+        is_guarded: bool,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            write_path: where Prometheus remote-write is taken; None leaves that route out.
+            is_guarded: whether browsers of foreign pages are refused; a key does so otherwise.
+        """
+        self._feed = feed
+        self._routes: ASGIApp | None = None
+        answers = {FEED_PATH: feed.answer} | ({write_path: feed.answer_write} if write_path else {})
+        app: ASGIApp = FeedDoor(self._ask_routes, answers, door.is_welcome, door.note)
+        if is_guarded:  # a request passes it before the door
+            app = BrowserGuard(app, settings.allowed_hosts, telemetry.count_refusal)
+        self._app = HeadDoor(app)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection event of ASGI."""
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def open(self, routes: ASGIApp) -> None:
+        """Hand requests that are no posts of records to `routes`."""
+        self._routes = routes
+
+    async def _ask_routes(self, scope: Scope, receive: Receive, send: Send) -> None:
+        while self._routes is None:
+            await asyncio.sleep(_ROUTES_STEP_S)
+        await self._routes(scope, receive, send)
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        """Open the feed when the server begins, and let it finish when the server ends."""
+        await receive()
+        self._feed.open()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        self._feed.close()
+        await send({"type": "lifespan.shutdown.complete"})
+
+
+def create_front(
+    intake: Intake,
+    is_held: Callable[[], bool],
+    telemetry: Telemetry,
+    settings: ServerSettings,
+    api_key: str = "",
+    writes: WriteIntake | None = None,
+) -> Front:
+    """Build what answers posts of records.
+
+    Args:
+        is_held: whether a sweep or a training goes first.
+        api_key: empty means that no key is asked for.
+        writes: takes Prometheus remote-write; None leaves that route out.
+    """
+    feed, door = Feed(intake, writes, is_held, telemetry, settings), Door(api_key, telemetry)
+    path = writes.path if writes is not None else None
+    return Front(feed, door, telemetry, settings, write_path=path, is_guarded=not api_key)
+
+
 class FeedDoor:
     """ASGI middleware: answers POSTs to its own paths, hands every other request on."""
 
@@ -223,3 +311,104 @@ class FeedDoor:
             self._on_refusal(scope)
             response = Response(encode({"detail": WRONG_KEY}), 401, media_type="application/json")
         await response(scope, receive, send)
+
+
+class Door:
+    """Lets requests with the right key in, and counts the others."""
+
+    def __init__(self, api_key: str, telemetry: Telemetry) -> None:
+        self._wanted = api_key.encode()
+        self._telemetry = telemetry
+
+    def is_welcome(self, given: str | None) -> bool:
+        """Return whether a key opens the guarded routes, compared in constant time."""
+        found = (given or "").encode("latin-1", "replace")
+        return not self._wanted or hmac.compare_digest(found, self._wanted)
+
+    def note(self, scope: Scope) -> None:
+        """Count a request that has no right key."""
+        self._telemetry.count_refusal("key", _peer(scope))
+
+
+class HeadDoor:
+    """Middleware that answers HEAD as GET without the body, on every path: `wget --spider` asks so."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self._app({**scope, "method": "GET"}, receive, send_head)
+
+
+class BrowserGuard:
+    """Middleware that answers 421 for a foreign `Host` and 403 for a foreign `Origin`."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        allowed_hosts: Iterable[str],
+        on_refusal: Callable[[str, str], None] = lambda _reason, _peer: None,
+    ) -> None:
+        self._app = app
+        self._on_refusal = on_refusal
+        self._allowed = {name.lower() for name in allowed_hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] == "http":
+            status, why = self.refusal(dict(scope["headers"]))
+            if status:
+                self._on_refusal("host" if status == _FOREIGN_HOST else "origin", _peer(scope))
+                refusal = Response(json.dumps({"detail": why}), status, media_type=JSON)
+                await refusal(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def refusal(self, headers: dict[bytes, bytes]) -> tuple[int, str]:
+        """Return the status and the reason, (0, "") for a request that may pass.
+
+        >>> guard = BrowserGuard(lambda *_: None, ["forecasts.example"])
+        >>> guard.refusal({b"host": b"127.0.0.1:8000"})
+        (0, '')
+        >>> guard.refusal({b"host": b"evil.example"})[0]
+        421
+        """
+        host = headers.get(b"host", b"").decode("latin-1")
+        if not self._is_ours(host):
+            return (
+                _FOREIGN_HOST,
+                f"this daemon is not known as {host[:80]!r}: set server.allowed_hosts or a TFT_API_KEY",
+            )
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        if origin and origin.partition("://")[2].lower() != host.lower():
+            return 403, f"a page of {origin[:80]!r} may not ask without a TFT_API_KEY"
+        return 0, ""
+
+    def _is_ours(self, host: str) -> bool:
+        name = _without_port(host).lower()
+        if name in self._allowed or name.endswith(".localhost"):
+            return True
+        try:
+            ipaddress.ip_address(name)  # no other can point an address here, as they can a name
+        except ValueError:
+            return False
+        return True
+
+
+def _without_port(host: str) -> str:
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.rpartition(":")[0] if host.count(":") == 1 else host
+
+
+def _peer(scope: Scope) -> str:
+    client = scope.get("client")
+    return str(client[0]) if client else "unknown"

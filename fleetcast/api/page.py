@@ -23,8 +23,8 @@ from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBea
 
 from fleetcast.api.bodies import encode
 from fleetcast.api.connection import Pieces
-from fleetcast.api.feed import JSON, WRONG_KEY
-from fleetcast.api.server import PROMETHEUS, Door, Schema, answers, only
+from fleetcast.api.feed import JSON, WRONG_KEY, Door
+from fleetcast.api.server import PROMETHEUS, Schema, answers, only, require_key
 from fleetcast.errors import FleetcastError
 from fleetcast.serving.board import UnknownServer
 from fleetcast.serving.capacity import MOST_ROWS as MOST_CAPACITY_ROWS
@@ -232,7 +232,7 @@ def add_page(
         what answers; the caller closes it.
     """
     desk = Desk()
-    guard = [Depends(door.check())]
+    guard = [Depends(require_key(door))]
     app.include_router(_history_route(past, desk.ask, guard))
     for prefix, is_shown in (("", True), ("/ui/api", False)):  # the page asks below its own path
         router = _capacity_routes(past, capacity, fullness, desk.ask, guard)

@@ -15,8 +15,8 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Respons
 from starlette.concurrency import run_in_threadpool
 
 from fleetcast.api.bodies import BodyReader, Refusal, encode
-from fleetcast.api.feed import JSON
-from fleetcast.api.server import OBJECT, Door, answers, only
+from fleetcast.api.feed import JSON, Door
+from fleetcast.api.server import OBJECT, answers, only, require_key
 from fleetcast.clock import SystemClock
 from fleetcast.errors import BadOrder, StorageBroken, StorageFull
 from fleetcast.promotion import orders
@@ -54,7 +54,7 @@ _GIVEN = {
 
 def add_promotion(app: FastAPI, desk: Desk, settings: PromotionSettings, door: Door, api_key: str) -> None:
     """Add the routes to an application of `create_app`."""
-    app.include_router(_routes(_Orders(desk, api_key), settings, door.check()))
+    app.include_router(_routes(_Orders(desk, api_key), settings, require_key(door)))
 
 
 def _routes(

@@ -2,42 +2,28 @@
 
 Owns: routes, status codes, authentication, and what `/openapi.json` says (plain OpenAPI;
 changes are additive only, and `tests/test_server.py` compares it with the answers). `feed` answers
-the routes that take records in. Does not know: models, bins, how answers are made.
-
-Without a key the daemon listens on loopback, but a browser on the same host is on loopback, too.
-A page may point a name of its own at 127.0.0.1 (DNS rebinding) and read the answers, or post
-across origins without reading. The first shows in `Host`, the second in `Origin`: `BrowserGuard`
-refuses both. With a key it is not needed, since a page does not know the key.
+the routes that take records in, and guards these. Does not know: models, bins, how answers are made.
 """
 
 import copy
-import hmac
-import ipaddress
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import APIKeyHeader
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fleetcast import __version__
 from fleetcast.api.bodies import encode
 from fleetcast.api.connection import Pieces
-from fleetcast.api.feed import ARROW, JSON, PROTOBUF, WRONG_KEY, Feed, FeedDoor
+from fleetcast.api.feed import ARROW, FEED_PATH, JSON, PROTOBUF, WRONG_KEY, Door
 from fleetcast.clock import SystemClock, iso_z
 from fleetcast.serving.board import BadShare, PredictionBoard, TooManyServers, UnknownServer, share_of
-from fleetcast.serving.intake import Intake
 from fleetcast.serving.status import StatusReport
 from fleetcast.serving.telemetry import Telemetry
-from fleetcast.serving.writes import WriteIntake
 from fleetcast.settings import ServerSettings
 
-FEED_PATH = "/feed/data"
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
-_FOREIGN_HOST = 421
 Schema = dict[str, Any]
 
 _NUMBERS: Schema = {"type": "array", "items": {"type": "number"}}
@@ -191,43 +177,26 @@ STATUS_ANSWERS = answers(OBJECT, e401=WRONG_KEY)
 
 
 def create_app(
-    intake: Intake,
     board: PredictionBoard,
     report: StatusReport,
     telemetry: Telemetry,
     settings: ServerSettings,
     api_key: str = "",
-    writes: WriteIntake | None = None,
+    write_path: str | None = None,
 ) -> FastAPI:
-    """Build the application.
+    """Build the routes behind the front; those that take records in are only declared.
 
     Args:
         api_key: empty means that no key is asked for.
-        writes: takes Prometheus remote-write; None leaves that route out.
+        write_path: where the front takes Prometheus remote-write.
     """
-    feed = Feed(intake, writes, report.is_held, telemetry, settings)
-
-    @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        feed.open()
-        yield
-        feed.close()
-
     title, no_docs = "fleetcast inference daemon", None  # `page` serves /docs
-    app = FastAPI(title=title, version=__version__, lifespan=lifespan, docs_url=no_docs, redoc_url=no_docs)
-    answers_by_path = {FEED_PATH: feed.answer}
+    app = FastAPI(title=title, version=__version__, docs_url=no_docs, redoc_url=no_docs)
     door = Door(api_key, telemetry)
     app.include_router(_guarded_routes(board, report, door, settings.max_query_servers))
-    if writes is not None:
-        answers_by_path[writes.path] = feed.answer_write
-        app.include_router(_write_route(writes.path, door))
-    app.add_middleware(FeedDoor, answers=answers_by_path, is_welcome=door.is_welcome, on_refusal=door.note)
-    if not api_key:  # added after the door, so that requests pass it before the door
-        app.add_middleware(
-            BrowserGuard, allowed_hosts=settings.allowed_hosts, on_refusal=telemetry.count_refusal
-        )
+    if write_path is not None:
+        app.include_router(_write_route(write_path, door))
     app.include_router(_open_routes(report, telemetry))
-    app.add_middleware(HeadDoor)
     app.openapi = _with_present_example(app.openapi)  # type: ignore[method-assign]
     return app
 
@@ -249,7 +218,7 @@ def _with_present_example(describe: Callable[[], Schema]) -> Callable[[], Schema
 def _guarded_routes(
     board: PredictionBoard, report: StatusReport, door: "Door", max_query_servers: int
 ) -> APIRouter:
-    router = APIRouter(dependencies=[Depends(door.check())])
+    router = APIRouter(dependencies=[Depends(require_key(door))])
 
     @router.post(
         FEED_PATH,
@@ -292,7 +261,7 @@ def _guarded_routes(
 
 
 def _write_route(path: str, door: "Door") -> APIRouter:
-    router = APIRouter(dependencies=[Depends(door.check())])
+    router = APIRouter(dependencies=[Depends(require_key(door))])
 
     @router.post(
         path,
@@ -333,37 +302,16 @@ def _open_routes(report: StatusReport, telemetry: Telemetry) -> APIRouter:
     return router
 
 
-class Door:
-    """Lets requests with the right key in, and counts the others."""
+def require_key(door: Door) -> Callable[..., Awaitable[None]]:
+    """Return the dependency that the framework's routes check the key by."""
+    header = APIKeyHeader(name="X-API-Key", auto_error=False)
 
-    def __init__(self, api_key: str, telemetry: Telemetry) -> None:
-        self._wanted = api_key.encode()
-        self._telemetry = telemetry
+    async def check(request: Request, given: Annotated[str | None, Depends(header)]) -> None:
+        if not door.is_welcome(given):
+            door.note(request.scope)
+            raise HTTPException(401, WRONG_KEY)
 
-    def is_welcome(self, given: str | None) -> bool:
-        """Return whether a key opens the guarded routes, compared in constant time."""
-        found = (given or "").encode("latin-1", "replace")
-        return not self._wanted or hmac.compare_digest(found, self._wanted)
-
-    def note(self, scope: Scope) -> None:
-        """Count a request that has no right key."""
-        self._telemetry.count_refusal("key", _peer(scope))
-
-    def check(self) -> Callable[..., Awaitable[None]]:
-        """Return the dependency that the framework's routes check the key by."""
-        header = APIKeyHeader(name="X-API-Key", auto_error=False)
-
-        async def check(request: Request, given: Annotated[str | None, Depends(header)]) -> None:
-            if not self.is_welcome(given):
-                self.note(request.scope)
-                raise HTTPException(401, WRONG_KEY)
-
-        return check
-
-
-def _peer(scope: Scope) -> str:
-    client = scope.get("client")
-    return str(client[0]) if client else "unknown"
+    return check
 
 
 def only(*names: str) -> Callable[[Request], Awaitable[None]]:
@@ -381,82 +329,3 @@ def only(*names: str) -> Callable[[Request], Awaitable[None]]:
             )
 
     return check
-
-
-class HeadDoor:
-    """Middleware that answers HEAD as GET without the body, on every path: `wget --spider` asks so."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on."""
-        if scope["type"] != "http" or scope["method"] != "HEAD":
-            await self._app(scope, receive, send)
-            return
-
-        async def send_head(message: Message) -> None:
-            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
-
-        await self._app({**scope, "method": "GET"}, receive, send_head)
-
-
-class BrowserGuard:
-    """Middleware that answers 421 for a foreign `Host` and 403 for a foreign `Origin`."""
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        allowed_hosts: Iterable[str],
-        on_refusal: Callable[[str, str], None] = lambda _reason, _peer: None,
-    ) -> None:
-        self._app = app
-        self._on_refusal = on_refusal
-        self._allowed = {name.lower() for name in allowed_hosts}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or refuse it."""
-        if scope["type"] == "http":
-            status, why = self.refusal(dict(scope["headers"]))
-            if status:
-                self._on_refusal("host" if status == _FOREIGN_HOST else "origin", _peer(scope))
-                refusal = Response(json.dumps({"detail": why}), status, media_type=JSON)
-                await refusal(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-    def refusal(self, headers: dict[bytes, bytes]) -> tuple[int, str]:
-        """Return the status and the reason, (0, "") for a request that may pass.
-
-        >>> guard = BrowserGuard(lambda *_: None, ["forecasts.example"])
-        >>> guard.refusal({b"host": b"127.0.0.1:8000"})
-        (0, '')
-        >>> guard.refusal({b"host": b"evil.example"})[0]
-        421
-        """
-        host = headers.get(b"host", b"").decode("latin-1")
-        if not self._is_ours(host):
-            return (
-                _FOREIGN_HOST,
-                f"this daemon is not known as {host[:80]!r}: set server.allowed_hosts or a TFT_API_KEY",
-            )
-        origin = headers.get(b"origin", b"").decode("latin-1")
-        if origin and origin.partition("://")[2].lower() != host.lower():
-            return 403, f"a page of {origin[:80]!r} may not ask without a TFT_API_KEY"
-        return 0, ""
-
-    def _is_ours(self, host: str) -> bool:
-        name = _without_port(host).lower()
-        if name in self._allowed or name.endswith(".localhost"):
-            return True
-        try:
-            ipaddress.ip_address(name)  # no other can point an address here, as they can a name
-        except ValueError:
-            return False
-        return True
-
-
-def _without_port(host: str) -> str:
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.rpartition(":")[0] if host.count(":") == 1 else host
