@@ -347,16 +347,17 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
 
 
 def _print_report(options: argparse.Namespace) -> int:
-    # pyarrow: nothing else of this file needs the buffer
-    from fleetcast.retraining.order import Readiness
-    from fleetcast.storage.store import DataBuffer
-
     folders = {
         "paths.data_buffer_dir": options.data_buffer_dir,
         "paths.checkpoint_dir": options.checkpoint_dir,
     }
     settings = load_settings(options.config, folders)
-    store = DataBuffer(buffer_folder(settings), settings.buffer.retention_days)
+    folder = buffer_folder(settings)
+    # pyarrow: nothing else of this file needs the buffer
+    from fleetcast.retraining.order import Readiness
+    from fleetcast.storage.store import DataBuffer
+
+    store = DataBuffer(folder, settings.buffer.retention_days)
     store.leave_out(Exclusions(settings.paths.checkpoint_dir))
     registry = Registry(Path(settings.paths.checkpoint_dir), models_dir(settings))
     source = DriftSource.of(settings, store, registry)

@@ -9,7 +9,6 @@ import hashlib
 import hmac
 import json
 import re
-import smtplib
 import ssl
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from datetime import datetime, timedelta
 from email.message import EmailMessage
 from email.utils import format_datetime, make_msgid
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from fleetcast.alerts.messages import (
@@ -36,6 +35,9 @@ from fleetcast.clock import Clock
 from fleetcast.errors import NotDelivered, SettingsError
 from fleetcast.outbound import cause, request
 from fleetcast.settings import AlertSettings
+
+if TYPE_CHECKING:
+    import smtplib
 
 ALERTMANAGER, SLACK, WEBHOOK, PAGERDUTY = "alertmanager", "slack", "webhook", "pagerduty"
 EMAIL, APPRISE, HEARTBEAT = "email", "apprise", "heartbeat"
@@ -121,7 +123,9 @@ class EmailChannel:
             raise NotDelivered(f"{own.smtp_host}: {cause(error)}") from None
         return f"taken by {own.smtp_host}"
 
-    def _connect(self) -> smtplib.SMTP:
+    def _connect(self) -> "smtplib.SMTP":
+        import smtplib  # 10 ms of a check that sends nothing
+
         own = self.settings
         if own.smtp_security == "tls":
             context = ssl.create_default_context()

@@ -12,11 +12,13 @@ view column many rows can point at one text, so texts beyond any use are left ou
 
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as kinds
+from numpy.typing import NDArray
 
 from fleetcast.errors import BadData
 from fleetcast.ingest.columns import NO_NAME, NO_TIME, CodedNames, Column, Flags, NotNumbers, join_column
@@ -41,20 +43,23 @@ def coded_texts(array: pa.Array) -> CodedNames:
         return _coded_views(array)
     if not kinds.is_dictionary(array.type):
         array = array.dictionary_encode()
-    codes = np.asarray(array.indices.cast(pa.int32()).fill_null(NO_NAME), dtype=np.int32)
-    values = array.dictionary
+    indices, values = array.indices.cast(pa.int32()), array.dictionary
+    codes = np.where(_is_there(indices), _numbers(indices, np.int32), np.int32(NO_NAME))
     if kinds.is_string_view(values.type):
         inner = _coded_views(values)
         return CodedNames(inner.names, np.where(codes == NO_NAME, NO_NAME, inner.codes[codes]))
-    sizes = np.asarray(pc.binary_length(values).fill_null(0))
-    if len(sizes) and sizes.max() > TEXT_MAX_BYTES:
-        values = pc.if_else(pa.array(sizes <= TEXT_MAX_BYTES), values, pa.scalar(None, values.type))
+    lengths = pc.binary_length(values).cast(pa.int64())
+    is_long = _is_there(lengths) & (_numbers(lengths, np.int64) > TEXT_MAX_BYTES)
+    if is_long.any():
+        kept = pa.py_buffer(np.packbits(~is_long, bitorder="little"))
+        is_kept = pa.Array.from_buffers(pa.bool_(), len(values), [None, kept])
+        values = pc.if_else(is_kept, values, pa.nulls(len(values), values.type))
     return CodedNames(values.to_pylist(), codes)
 
 
 def _coded_views(array: pa.Array) -> CodedNames:
     """Read each distinct view once, and only those of rows that are there."""
-    is_there = np.asarray(array.is_valid().to_numpy(zero_copy_only=False), dtype=np.bool_)
+    is_there = _is_there(array)
     codes = np.full(len(array), NO_NAME, dtype=np.int32)
     if not is_there.any():
         return CodedNames((), codes)
@@ -198,7 +203,7 @@ def _columns(batch: pa.RecordBatch) -> dict[str, Column]:
 
 def _times_ms(array: pa.Array) -> Longs:
     """Return ms since 1970, NO_TIME where absent or beyond what 64 bits hold."""
-    times = np.asarray(array.view(pa.int64()).fill_null(NO_TIME), dtype=np.int64)
+    times = np.where(_is_there(array), _numbers(array.view(pa.int64()), np.int64), NO_TIME)
     is_time = times != NO_TIME
     match array.type.unit:
         case "s":
@@ -219,12 +224,31 @@ def _metric(array: pa.Array) -> Column:
     if not (kinds.is_integer(kind) or kinds.is_floating(kind) or kinds.is_decimal(kind)):
         return NotNumbers(str(kind)[:60], _is_there(array))
     doubles = array.cast(pa.float64(), safe=False)
-    values = doubles.to_numpy(zero_copy_only=False)
+    values = _numbers(doubles, np.float64)
+    if array.null_count:
+        values = np.where(_is_there(array), values, np.nan)
     if np.count_nonzero(np.isnan(values)) == array.null_count:
-        return np.asarray(values, dtype=np.float64)
+        return values
     own: list[object] = doubles.to_pylist()
     return own
 
 
 def _is_there(array: pa.Array) -> Flags:
-    return np.asarray(array.is_valid().to_numpy(zero_copy_only=False), dtype=np.bool_)
+    if not array.null_count:
+        return np.ones(len(array), np.bool_)
+    bitmap, start = array.buffers()[0], array.offset
+    if bitmap is None:  # of nulls alone, or of a kind that has none
+        found = array.is_valid()
+        bitmap, start = found.buffers()[1], found.offset
+    bits = np.unpackbits(np.frombuffer(bitmap, np.uint8), count=start + len(array), bitorder="little")
+    return bits[start:].view(np.bool_)
+
+
+def _numbers(array: pa.Array, kind: type[np.generic]) -> NDArray[Any]:
+    """Return values of fixed width; what a null holds is undefined.
+
+    `to_numpy`, `fill_null` and `pa.scalar` would import pandas first: half a second of the first request.
+    """
+    if not len(array):
+        return np.zeros(0, kind)
+    return np.frombuffer(array.buffers()[1], kind, array.offset + len(array))[array.offset :]

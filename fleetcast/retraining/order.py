@@ -30,11 +30,11 @@ from fleetcast.exclusions import AllBut, Exclusions, note_forgotten
 from fleetcast.files import read_json, remove_leftover
 from fleetcast.retraining.attempts import Step
 from fleetcast.retraining.decision import FOLLOW_UP, LEARNING
-from fleetcast.retraining.report import RetrainingCheck
 from fleetcast.schema import RecordBatch
 from fleetcast.settings import CALIBRATED, PathSettings, RetrainingSettings, Settings
 
-if TYPE_CHECKING:  # pyarrow: --help answers without it
+if TYPE_CHECKING:  # pyarrow and requests: --help and the drift report answer without them
+    from fleetcast.retraining.report import RetrainingCheck
     from fleetcast.storage.store import DataBuffer
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def _trainer_script(named: str, program_dir: Path) -> Path:
 
 
 def training_context(
-    check: RetrainingCheck,
+    check: "RetrainingCheck",
     evidence: DriftEvidence,
     source: DriftSource,
     before: Path = Path(CONTEXT_FILE),

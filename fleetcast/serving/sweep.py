@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,15 +35,17 @@ from fleetcast.schema import ClosedBin, FleetForecast, Floats32, HistoryWindow, 
 from fleetcast.serving.board import PredictionBoard
 from fleetcast.serving.capacity import Capacity
 from fleetcast.serving.corrector import Corrector
-from fleetcast.serving.export import Export
 from fleetcast.serving.ledger import Ledger
 from fleetcast.serving.model_loader import Champion, ModelLoader
 from fleetcast.serving.roster import Fleet
-from fleetcast.serving.shadow import Shadow
 from fleetcast.serving.shard import PartForecast
 from fleetcast.serving.shards import Engine, OneProcess
 from fleetcast.serving.telemetry import Telemetry
 from fleetcast.storage.store import DataBuffer
+
+if TYPE_CHECKING:  # what they import keeps the first post waiting
+    from fleetcast.serving.export import Export
+    from fleetcast.serving.shadow import Shadow
 
 logger = logging.getLogger(__name__)
 

@@ -193,7 +193,7 @@ class OpenPart:
         self.column_names: list[str] = self._file.schema_arrow.names
         found = self._file.schema_arrow
         self._is_canonical = is_canonical(found, kind)
-        self._schema = found if self._is_canonical else canonical(found.empty_table(), kind).schema
+        self._schema = found if self._is_canonical else canonical(_without_rows(found), kind).schema
         self._is_large = self.n_rows > _THREADS_ROWS
 
     def narrow(self, source: "Source", facts: PartRows) -> "OpenPart":
@@ -307,6 +307,10 @@ class OpenPart:
         if columns is None:
             return None
         return [*self._kind.schema.names, *(name for name in columns if name in self.column_names)]
+
+
+def _without_rows(schema: pa.Schema) -> pa.Table:
+    return pa.Table.from_batches([], schema=schema)  # `empty_table` would import pandas
 
 
 def _common_options(kind: TableKind) -> dict[str, Any]:
