@@ -81,8 +81,7 @@ class InferenceService:
             SettingsError: the folder was kept with the other clock.
             StorageFull, StorageBroken: the folder cannot be written.
         """
-        self._settings, self._api_key = settings, api_key
-        self._load_model = load_model
+        self._settings, self._api_key, self._load_model = settings, api_key, load_model
         self._excluded = Exclusions(settings.paths.checkpoint_dir)
         self._buffer = buffer.leave_out(self._excluded)
         self._listener, self._stop = listener, stop
