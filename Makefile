@@ -29,7 +29,8 @@ help:  ## list the targets
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements-dev.txt
 	touch $@
 
-install: .venv/.requirements  ## make .venv with the pinned requirements
+install: .venv/.requirements  ## make .venv with the pinned requirements, and compile our files: the units write none
+	$(BIN)/python -m compileall -q *.py fleetcast
 
 check: .venv/.requirements-dev  ## lint, format and types
 	$(BIN)/ruff check .
