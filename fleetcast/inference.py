@@ -119,7 +119,7 @@ class InferenceService:
         self._front = create_front(
             intake, self._report.is_held, self._telemetry, settings.server, api_key, self._writes
         )
-        self._engine = self._sweeper.engine = make_engine(settings)
+        self._engine = self._sweeper.engine = make_engine(settings, lambda: stop.is_requested)
         self._steps = self._make_steps(self._telemetry.workers)
 
     def _note_key(self, api_key: str) -> None:

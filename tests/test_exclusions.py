@@ -8,15 +8,15 @@ from typing import Any
 import pandas as pd
 import pytest
 from buffer_rows import NOON_MS, batch, rows_of
-from settled_rows import settled
-from small_fleet import SERVERS, SmallFleet, quiet_answers, settings
+from settled_rows import BIN_MS, START_MS, settled
+from small_fleet import HISTORY_BINS, SERVERS, SmallFleet, quiet_answers, settings
 from test_console import Terminal
 from test_inference import World
 from told_daemon import Told
 
 from adaptive_retraining_daemon import AdaptiveRetrainingDaemon
 from data_buffer import DataBuffer
-from fleetcast.clock import SystemClock
+from fleetcast.clock import SystemClock, from_ms, iso_z
 from fleetcast.drift.literal.window import PairWindow
 from fleetcast.errors import AlreadyRunning, BadOrder, CorruptFile, ExitCode
 from fleetcast.exclusions import FILE_NAME, LOCK_NAME, Exclusions, exclude, include, read
@@ -243,6 +243,29 @@ def test_of_a_fleet_too_large_to_train_on_whole_a_sample_is_exported(
         assert left_out not in names
         assert len(names) == 2
         assert ("of a sample of 2 of 3 servers" in said) == (not left_out)
+    own.buffer.close()
+
+
+def test_a_sample_is_drawn_from_the_servers_that_still_send(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = SmallFleet(tmp_path)
+    own.grow(300)
+    dead = [
+        {
+            "timestamp": iso_z(from_ms(START_MS - HISTORY_BINS * BIN_MS)),
+            "server_name": f"gone-{n:02}",
+            "cpu_pct": 1.0,
+        }
+        for n in range(40)
+    ]
+    own.buffer.append(dead)
+    own.grow(600)
+    three_fit = settings(trainer={"max_cells": 4 * 902 * 3})
+    said = export_for_training(three_fit, tmp_path / "export.parquet")
+    assert set(pd.read_parquet("export.parquet").server_name) == set(SERVERS)
+    assert "of a sample of 3 of 43 servers" in said
     own.buffer.close()
 
 

@@ -150,14 +150,76 @@ def test_a_shard_that_does_not_answer_is_killed(
     assert said.model is not None  # no shard was there any more
 
 
-def test_a_model_that_a_shard_cannot_load_is_a_failure_of_the_model(
+def test_a_model_that_a_shard_cannot_load_is_still_in_the_daemons_memory(
     start: Callable[..., Shards], champion: Champion, tmp_path: Path
 ) -> None:
     lost = replace(champion, path=tmp_path / "gone.ckpt")
-    for _, said in start(1).forecasts(iter(parts()), lost, with_rules=True):
-        assert said.model is None
-        assert "gone.ckpt" in str(said.model_failure)
-        assert said.rules is not None
+    found = list(start(1).forecasts(iter(parts()), lost, with_rules=True))
+    assert_same(found, list(OneProcess(HORIZON).forecasts(iter(parts()), champion, with_rules=True)))
+
+
+def test_long_names_do_not_fill_a_channel(start: Callable[..., Shards], champion: Champion) -> None:
+    shards = start(1)
+    os.kill(shards._shards[0].pid, signal.SIGSTOP)
+    names = tuple(f"{chr(0x20000) * 118}{number}" for number in range(3))
+    large = [replace(part, server_names=names * 100) for part in parts(n_parts=1)]  # more JSON than it holds
+    large = [replace(part, values=np.tile(part.values, (100, 1, 1))) for part in large]
+    answers = shards.forecasts(iter(large), champion, with_rules=False)
+    shards._look(None)
+    shards._give(module._Sweep(iter(large), champion, with_rules=False))  # does not block
+    os.kill(shards._shards[0].pid, signal.SIGCONT)
+    assert next(answers)[1].model is not None
+
+
+def test_a_shard_that_hangs_before_it_is_ready_is_noticed(
+    start: Callable[..., Shards], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "START_LIMIT_S", 0.3)
+    monkeypatch.setattr(module, "_MISSING_S", 0.2)
+    shards = start(1, is_ready=False)
+    os.kill(shards._shards[0].pid, signal.SIGSTOP)
+    time.sleep(0.5)
+    assert "0 of 1 shards are ready" in shards.problem
+    shards.look_after()
+    assert shards.report()["restarts"] == 1
+
+
+def test_a_stop_waits_for_no_hung_shard(
+    start: Callable[..., Shards], champion: Champion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_STOPPING_S", 0.2)
+    shards = start(2)
+    shards.is_stopping = lambda: True
+    for shard in shards._shards:
+        os.kill(shard.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    assert len(list(shards.forecasts(iter(parts()), champion, with_rules=False))) == 7
+    assert time.monotonic() - began < 20
+
+
+def test_shards_that_cannot_be_started_leave_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_given: object, **_named: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    own = Settings()
+    shards = Shards(replace(own, forecast=replace(own.forecast, shards=3)))
+    monkeypatch.setattr(module.subprocess, "Popen", fail)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(5):
+        shards._pause.reset()
+        shards.start()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert shards.report() == {"wanted": 3, "ready": 0, "restarts": 0}
+
+
+def test_shards_that_end_together_are_started_again_together(start: Callable[..., Shards]) -> None:
+    shards = start(4)
+    for shard in shards._shards:
+        os.kill(shard.pid, signal.SIGKILL)
+    time.sleep(0.3)
+    shards.look_after()
+    assert shards.report()["restarts"] == 4
+    assert shards._pause.left_s <= 1.0
 
 
 def test_answers_of_a_sweep_that_was_given_up_are_not_taken_for_another_ones(

@@ -357,7 +357,7 @@ def _reload_beside_sweeps(daemon: InferenceDaemon, fleet: LargeFleet, folder: Pa
         for _ in range(RELOADS):
             replaced = client.status()["model"]["version"]
             promote(folder, next(numbers))
-            wait_for("the reload", partial(_serves_another, client, replaced), 120)
+            wait_for("the reload", partial(_serves_another, client, replaced), 900)
     return [float(took) for took in re.findall(r"model in service .*took_s=([0-9.]+)", daemon.output)][1:]
 
 

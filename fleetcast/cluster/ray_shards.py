@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from fleetcast.clock import sleep
 from fleetcast.schema import Floats32
-from fleetcast.serving.shard import Answer, Answerer, Lost, Shard, shards_of
+from fleetcast.serving.shard import Answer, Answerer, Lost, Shard, die_with_parent, shards_of
 from fleetcast.workers import GrowingPause, Workers
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class RayShard(Shard):
                 model = self.models.reference(asked["model"])
             except OSError as error:  # the daemon loaded it: the file was taken away meanwhile
                 model, asked = None, {**asked, "model": ""}
-                missing = {"model": str(error)}
+                missing = {"load": str(error)}
             else:
                 missing = {}
             try:
@@ -133,6 +133,7 @@ def _short(error: Exception) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Be the shards of the daemon that started this process; end with it."""
+    die_with_parent()
     address, *handles = argv
     shards, parent = shards_of(handles, RayShard), os.getppid()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

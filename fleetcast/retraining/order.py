@@ -265,30 +265,32 @@ def export_for_training(settings: Settings, path: Path) -> str:
     excluded = Exclusions(settings.paths.checkpoint_dir)
     buffer.leave_out(excluded)
     newest = buffer.newest_record_time()
-    names, chosen = _sample(buffer, newest, settings)
-    if len(chosen) < len(names):
+    n_servers, chosen = _sample(buffer, newest, settings)
+    if len(chosen) < n_servers:
         others = AllBut(chosen)
         buffer.leave_out(lambda: others)
     days, bin_s = settings.retraining.training_days, settings.bins.bin_s
     n_rows = buffer.export_training_data(path, days, bin_s, until=export_end(settings.clock.mode, newest))
-    sample = f" of a sample of {len(chosen)} of {len(names)} servers" if len(chosen) < len(names) else ""
+    sample = f" of a sample of {len(chosen)} of {n_servers} servers" if len(chosen) < n_servers else ""
     return f"{n_rows} rows{sample} of the last {days} days written to {path}"
 
 
-def _sample(
-    buffer: "DataBuffer", newest: datetime | None, settings: Settings
-) -> tuple[list[str], frozenset[str]]:
-    """Return the servers of the newest days, and those of them to train on."""
+def _sample(buffer: "DataBuffer", newest: datetime | None, settings: Settings) -> tuple[int, frozenset[str]]:
+    """Return how many servers have records to export, and the names of those to train on.
+
+    Where they are too many, those that sent something in the newest days are trained on, or a sample of them.
+    """
     oldest = buffer.oldest_record_time()
     if newest is None or oldest is None:
-        return [], frozenset()
+        return 0, frozenset()
     bins, bin_ms = settings.bins, settings.bins.bin_s * 1000
     days = min(float(settings.retraining.training_days), (newest - oldest) / timedelta(days=1))
     n_bins = math.ceil(days * DAY_MS / bin_ms) + 1
     most = most_servers(settings.trainer.max_cells, len(bins.forecast_metrics), n_bins)
-    names = buffer.newest_names(LIVE_DAYS, bin_ms)
+    everyone = buffer.newest_names(math.ceil(days) + 1, bin_ms)
+    names = everyone if len(everyone) <= most else buffer.newest_names(LIVE_DAYS, bin_ms)
     wanted = (str(item.get("server")) for item in drifting_before(Path(CONTEXT_FILE)))
-    return names, sample_servers(names, wanted, most, to_ms(newest) // DAY_MS)
+    return len(everyone), sample_servers(names, wanted, most, to_ms(newest) // DAY_MS)
 
 
 def forget_servers(orders: Exclusions, *, is_training: bool) -> None:

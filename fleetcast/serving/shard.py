@@ -8,10 +8,11 @@ nothing but models it has loaded: killed at any moment, it costs the part it had
 socket does, with the daemon; signals of a terminal or of systemd are the daemon's. Does not know: which
 parts there are, the expert layer's evidence, what clients get.
 
-A message is a line of JSON over the socket; arrays stand in two blocks of memory without a name. The daemon
-writes the first block and the shard the second, each only while the other waits.
+A message is a short line of JSON over the socket; arrays stand in two blocks of memory without a name. The
+daemon writes the first block and the shard the second, each only while the other waits.
 """
 
+import ctypes
 import json
 import mmap
 import os
@@ -36,6 +37,8 @@ from fleetcast.serving.model_loader import Predictor
 
 _MODELS_KEPT = 2  # the model in service, and the one before while a sweep ends
 _ALIGN = 64
+_MOST_CHARS = 2000  # of what failed
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 _RULES = "rules."
 _TREND = "trend."
 Arrays = Mapping[str, NDArray[Any]]
@@ -150,16 +153,15 @@ def said_by(arrays: Arrays, failures: Mapping[str, str]) -> PartForecast:
     return PartForecast(own.get("model"), rules, model_failure, rules_failure)
 
 
-def question(part: HistoryWindow, model: str, layout: Layout, *, with_rules: bool) -> bytes:
-    """Return what a shard is asked.
+def question(part: HistoryWindow, model: str, *, with_rules: bool) -> dict[str, NDArray[Any]]:
+    """Return what a shard is asked: the values, and the rest as JSON, since a channel takes short lines only.
 
     Args:
         model: file of the model, "" for none.
-        layout: of the array `values`.
     """
     asked = {"names": part.server_names, "metrics": part.metrics, "end_bin_ms": part.end_bin_ms}
-    asked |= {"bin_ms": part.bin_ms, "model": model, "with_rules": with_rules, "layout": layout}
-    return json.dumps(asked).encode()
+    asked |= {"bin_ms": part.bin_ms, "model": model, "with_rules": with_rules}
+    return {"values": part.values, "asked": np.frombuffer(json.dumps(asked).encode(), np.uint8)}
 
 
 class Answerer:
@@ -200,12 +202,12 @@ class Answerer:
         try:
             predictor = self._model(asked["model"], file)
         except Exception as error:  # the daemon loaded it: the file was taken away meanwhile
-            failures["model"] = str(error) or type(error).__name__
+            failures["load"] = str(error) or type(error).__name__
         said = forecast_part(part, predictor, self._horizon_bins, with_rules=asked["with_rules"])
         for name, failure in (("model", said.model_failure), ("rules", said.rules_failure)):
             if failure is not None:
                 failures[name] = str(failure) or type(failure).__name__
-        return arrays_of(said), failures
+        return arrays_of(said), {name: text[:_MOST_CHARS] for name, text in failures.items()}
 
     def knows(self, model: str) -> bool:
         """Whether a model is loaded."""
@@ -236,14 +238,16 @@ class Shard:
             answer = self.prepare(settings)
             self._tell({})  # ready
             while True:
-                asked = json.loads(self._channel.recv_bytes())
+                layout = json.loads(self._channel.recv_bytes())
                 try:
-                    arrays, failures = answer(asked, self._questions.get(asked["layout"])["values"])
-                    self._tell({"layout": self._answers.put(arrays), "failures": failures})
-                except Lost as error:  # the part goes to another shard meanwhile
-                    self._tell({"lost": str(error)})
+                    found = self._questions.get(layout)
+                    arrays, failures = answer(json.loads(found["asked"].tobytes()), found["values"])
+                    told = {"layout": self._answers.put(arrays), "failures": failures}
+                except (Lost, OSError) as error:  # the part goes to another shard meanwhile
+                    self._tell({"lost": str(error)[:_MOST_CHARS] or type(error).__name__})
                     answer = self.prepare(settings)
-                    self._tell({})
+                    told = {}
+                self._tell(told)
         except (EOFError, OSError):
             return
 
@@ -259,9 +263,15 @@ def main(argv: Sequence[str]) -> int:
     """Be a shard of the daemon that started this process."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    die_with_parent()
     for shard in shards_of(argv):
         shard.run()
     return 0
+
+
+def die_with_parent() -> None:
+    """Let the kernel end this process with the one that started it, even if it is stopped or at work."""
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
 
 def shards_of(argv: Sequence[str], kind: type[Shard] = Shard) -> list[Shard]:

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +33,12 @@ logger = logging.getLogger(__name__)
 MODULE = "fleetcast.serving.shard"
 RAY_MODULE = "fleetcast.cluster.ray_shards"  # only ever a process of its own: nothing here imports Ray
 GONE = "gone"
+START_LIMIT_S = 120.0  # a shard imports torch and is ready
+_MISSING_S = 30.0  # a shard that is started again is back sooner
+_NEXT_LIMIT_S, _STOPPING_S = (
+    15.0,
+    5.0,
+)  # after a shard did not answer in this sweep; where the daemon is to end
 ANSWER_LIMIT_S = 60.0  # a part takes less than a second; a shard that is stopped answers never
 _LOOK_S = 1.0
 _END_S = 2.0  # an idle shard ends as soon as its channel does
@@ -58,6 +64,10 @@ class Engine(Protocol):
 
     def report(self) -> dict[str, int]:
         """Return how many shards there are to be, are ready, and were started again."""
+
+    @property
+    def problem(self) -> str:
+        """Return what has been wrong with the shards for a while, "" where all is well."""
 
     def stop(self) -> None:
         """End what was started."""
@@ -89,6 +99,8 @@ class OneProcess:
         """Return that there is one process."""
         return {"wanted": 1, "ready": 1, "restarts": 0}
 
+    problem = ""
+
     def stop(self) -> None:
         """Do nothing: nothing was started."""
 
@@ -119,10 +131,12 @@ class Shards:
         self._pause = GrowingPause()
         self._restarts = 0
         self._is_begun = False
+        self._whole_at = monotonic()  # when all shards were ready, as of the newest look
+        self.is_stopping: Callable[[], bool] = lambda: False  # set by the daemon
 
     def start(self) -> None:
         """Start the processes; they are ready some seconds later."""
-        self._is_begun = True
+        self._is_begun, self._whole_at = True, monotonic()
         self._start_missing()
 
     def stop(self) -> None:
@@ -130,8 +144,9 @@ class Shards:
         self._is_begun = False
         for shard in self._shards:
             shard.channel.close()  # all at once
+        deadline = monotonic() + _END_S
         for shard in self._shards:
-            shard.end()  # it keeps nothing
+            shard.end(max(0.0, deadline - monotonic()))  # it keeps nothing
         self._shards.clear()
 
     def report(self) -> dict[str, int]:
@@ -139,14 +154,29 @@ class Shards:
         n_ready = sum(shard.is_ready for shard in list(self._shards))  # other threads ask, too
         return {"wanted": self._n_wanted, "ready": n_ready, "restarts": self._restarts}
 
+    @property
+    def problem(self) -> str:
+        """Return which shards have been missing for a while, "" where none have."""
+        told, missing_s = self.report(), monotonic() - self._whole_at
+        if told["ready"] == told["wanted"] or missing_s < _MISSING_S:
+            return ""
+        return f"{told['ready']} of {told['wanted']} shards are ready, for {missing_s:.0f} s"
+
     def look_after(self) -> None:
         """Notice which shards are ready or gone, and start again what is missing; does not wait."""
         self._look(None)
+        for shard in [one for one in self._shards if one.waits_s > START_LIMIT_S and not self._share_process]:
+            logger.error(
+                "killed a shard that does not become ready pid=%d limit_s=%g", shard.pid, START_LIMIT_S
+            )
+            self._lose(shard)
 
     def _look(self, sweep: "_Sweep | None", limit_s: float = 0.0) -> None:
         for shard in wait_for(self._shards, limit_s):
             self._hear(shard, sweep)
         self._start_missing()
+        if all(shard.is_ready for shard in self._shards) and len(self._shards) == self._n_wanted:
+            self._whole_at = monotonic()
 
     def forecasts(
         self, parts: Iterator[HistoryWindow], champion: Champion | None, *, with_rules: bool
@@ -184,11 +214,14 @@ class Shards:
     def _hear(self, shard: "_Shard", sweep: "_Sweep | None") -> None:
         item, said = shard.item, shard.hear()
         if said is not None and item is not None:
-            if sweep is not None:
+            if sweep is not None and shard.cannot_load:  # this process has the model in memory
+                self._forecast_alone(sweep, item)
+            elif sweep is not None:
                 sweep.done[item[0]] = (item[1], said)
-            self._pause.reset()
+            if self.report()["ready"] == self._n_wanted:
+                self._pause.reset()
         elif shard.why_lost == GONE:
-            self._lose(shard, sweep)
+            self._lose(shard, sweep, _END_S)
         elif shard.why_lost:  # its other half, elsewhere; it gets another one
             self._restarts += 1
             logger.error("a shard was lost, it is started again error=%s", shard.why_lost)
@@ -197,23 +230,29 @@ class Shards:
                 sweep.give_back(item, shard.why_lost)
 
     def _end_hung(self, sweep: "_Sweep") -> None:
-        for shard in [one for one in self._shards if one.is_hung]:
-            logger.error("killed a shard that does not answer pid=%d limit_s=%g", shard.pid, ANSWER_LIMIT_S)
-            self._lose(shard, sweep)
+        limit_s = _STOPPING_S if self.is_stopping() else _NEXT_LIMIT_S if sweep.has_hung else ANSWER_LIMIT_S
+        for shard in [one for one in self._shards if one.item is not None and one.waits_s > limit_s]:
+            logger.error("killed a shard that does not answer pid=%d limit_s=%g", shard.pid, limit_s)
+            sweep.has_hung = True
+            self._lose(shard, sweep, 0.0)
 
-    def _lose(self, lost: "_Shard", sweep: "_Sweep | None" = None) -> None:
-        """Give up a shard that has ended, with all of its process; their parts are other ones'."""
-        pause_s = self._pause.begin()
+    def _lose(self, lost: "_Shard", sweep: "_Sweep | None" = None, limit_s: float = 0.0) -> None:
+        """Give up a shard, with all of its process; their parts are other ones'.
+
+        Args:
+            limit_s: how long to wait for its end, if it may be ending; then it is killed.
+        """
+        pause_s = self._pause.left_s or self._pause.begin()
         all_lost = [one for one in self._shards if one.process is lost.process]
         for shard in all_lost:
             self._shards.remove(shard)
             self._restarts += 1
-            how = shard.end()
+            how = shard.end(limit_s)
             if shard.item is not None and sweep is not None:
                 sweep.give_back(shard.item, how)
         if all_lost:
             how = f"shards={len(all_lost)} pid={lost.pid} {how}"
-            logger.error("shards ended, they are started again after %g s %s", pause_s, how)
+            logger.error("shards ended, they are started again after %.0f s %s", pause_s, how)
 
     def _start_missing(self) -> None:
         if not self._is_begun or self._pause.left_s:
@@ -232,12 +271,15 @@ class Shards:
         sweep.done[item[0]] = (part, said)
 
 
-def make_engine(settings: Settings) -> Engine:
+def make_engine(settings: Settings, is_stopping: Callable[[], bool] = lambda: False) -> Engine:
     """Return who forecasts, by the settings; it is not started yet."""
     own = settings.forecast
-    if own.engine == "ray":
-        return Shards(settings, (RAY_MODULE, own.ray_address), share_process=True)
-    return Shards(settings) if own.shards > 1 else OneProcess(own.horizon_bins)
+    if own.engine == "local" and own.shards == 1:
+        return OneProcess(own.horizon_bins)
+    is_ray = own.engine == "ray"
+    shards = Shards(settings, (RAY_MODULE, own.ray_address) if is_ray else (MODULE,), share_process=is_ray)
+    shards.is_stopping = is_stopping
+    return shards
 
 
 class _Sweep:
@@ -247,6 +289,7 @@ class _Sweep:
         self.champion, self.with_rules = champion, with_rules
         self.done: dict[int, tuple[HistoryWindow, PartForecast]] = {}
         self.next_index = 0
+        self.has_hung = False
         self._parts = enumerate(parts)
         self._again: deque[_Item] = deque()
         self._deaths: dict[int, int] = {}
@@ -298,12 +341,12 @@ class _Shard:
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         """Open the channel; `begin` hands its other end to a process."""
-        self.is_ready = False
+        self.is_ready = self.cannot_load = False
         self.item: _Item | None = None  # in hand
         self.why_lost = ""
         self._asked_at = monotonic()
-        ours, self._theirs = socket.socketpair()
         self._blocks = [os.memfd_create(f"fleetcast-{name}") for name in ("questions", "answers")]
+        ours, self._theirs = socket.socketpair()
         self._questions, self._answers = (SharedArrays(block) for block in self._blocks)
         self.handles = (self._theirs.fileno(), *self._blocks)
         self.channel = Connection(ours.detach())
@@ -326,17 +369,17 @@ class _Shard:
         return self.is_ready and self.item is None
 
     @property
-    def is_hung(self) -> bool:
-        """Whether it has not answered for too long."""
-        return self.item is not None and monotonic() - self._asked_at > ANSWER_LIMIT_S
+    def waits_s(self) -> float:
+        """Return for how long it has had a part in hand, or has not become ready; 0 where it is free."""
+        return 0.0 if self.is_free else monotonic() - self._asked_at
 
     def ask(self, item: _Item, champion: Champion | None, *, with_rules: bool) -> bool:
         """Give it a part; return False where it is gone."""
-        layout = self._questions.put({"values": item[1].values})
         path = str(champion.path) if champion and champion.path else ""
         try:
-            self.channel.send_bytes(question(item[1], path, layout, with_rules=with_rules))
-        except OSError:
+            layout = self._questions.put(question(item[1], path, with_rules=with_rules))
+            self.channel.send_bytes(json.dumps(layout).encode())
+        except OSError:  # gone, or no memory
             return False
         self.item, self._asked_at = item, monotonic()
         return True
@@ -345,28 +388,34 @@ class _Shard:
         """Return what it says of the part in hand; None where it is ready, has lost the part, or is gone."""
         try:
             answer = json.loads(self.channel.recv_bytes())
+            if "layout" in answer:
+                self.item = None
+                self.cannot_load = "load" in answer["failures"]
+                return said_by(self._answers.get(answer["layout"]), answer["failures"])
         except (EOFError, OSError):
             self.is_ready, self.why_lost = False, GONE
             return None
-        if "layout" in answer:
-            self.item = None
-            return said_by(self._answers.get(answer["layout"]), answer["failures"])
         self.why_lost = answer.get("lost", "")
-        self.is_ready = not self.why_lost
+        self.is_ready, self._asked_at = not self.why_lost, monotonic()
         return None
 
-    def end(self) -> str:
-        """End it with its process; return how that ended."""
+    def end(self, limit_s: float) -> str:
+        """End it with its process, which is killed after a while; return how that ended."""
         assert self.process is not None, "it was begun"
-        self.channel.close()
-        try:  # it may be ending: by whatever, that is worth to be told
-            code = self.process.wait(0.0 if self.is_hung else _END_S)
+        self.close()
+        try:
+            code = self.process.wait(limit_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
             code = self.process.wait()
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+    def close(self) -> None:
+        """Give back what the channel takes."""
+        self.channel.close()
+        self._theirs.close()
         for block in self._blocks:
             os.close(block)
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def _begin(program: Sequence[str], settings: Mapping[str, Any], n: int) -> list[_Shard]:
@@ -380,12 +429,17 @@ def _begin(program: Sequence[str], settings: Mapping[str, Any], n: int) -> list[
     paths = [str(_PACKAGE_FOLDER), *filter(None, [environment.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     handles = [handle for shard in shards for handle in shard.handles]
-    process = subprocess.Popen(
-        [sys.executable, "-m", *program, *map(str, handles)],
-        stdin=subprocess.DEVNULL,
-        env=environment,
-        pass_fds=handles,
-    )
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *program, *map(str, handles)],
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            pass_fds=handles,
+        )
+    except OSError:
+        for shard in shards:
+            shard.close()
+        raise
     for shard in shards:
         shard.begin(process)
     return shards

@@ -168,9 +168,8 @@ class StatusReport:
             found.append(("warning", f"The key is easy to guess: {self.weak_key}."))
         if notice := self._buffer.retention_notice:
             found.append(("warning", notice))
-        shards = self._sweeper.engine.report()
-        if shards["restarts"] and shards["ready"] < shards["wanted"]:
-            found.append(("warning", f"Shards that forecast: {shards['ready']} of {shards['wanted']}."))
+        if problem := self._sweeper.engine.problem:
+            found.append(("warning", f"Not all shards forecast: {problem}."))
         n_late = self._sweeper.backlog
         if n_late > _LATE_BINS:
             found.append(("error", f"{n_late} closed bins wait for their forecast."))
