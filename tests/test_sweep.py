@@ -125,6 +125,16 @@ def world(tmp_path: Path) -> Iterator[World]:
     world.buffer.close()
 
 
+def test_a_daemon_that_ends_before_its_first_forecast_goes_on_with_its_first_bin(world: World) -> None:
+    world.feed(*(("a", number, 10.0) for number in range(3)))
+    world.sweeper.cycle(lambda: True)  # the stop comes while the model still loads
+    assert world.settled() == []
+    again = Ledger(world.folder, world.settings.settle_horizons, BIN_S * 1000)
+    assert again.resume_bin_ms == to_ms(world.start) - BIN_S * 1000
+    again.begin(2**40)  # only a new account begins
+    assert again.resume_bin_ms == to_ms(world.start) - BIN_S * 1000
+
+
 def test_every_closed_bin_is_forecast_and_settled_oldest_first(world: World) -> None:
     world.feed(*(("a", number, 10.0 * number) for number in range(5)))
     world.sweeper.cycle()

@@ -116,6 +116,12 @@ class Ledger:
         self._note_opened(origin, counts)
         return sum(counts.values())
 
+    def begin(self, before_ms: int) -> None:
+        """Note durably, in a new account only, that bins after this one are to be worked off."""
+        if self.resume_bin_ms is None:
+            self.newest_origin_ms = before_ms
+            self._write(self._waiting, self._settled, self._expired, self.settled_through_ms)
+
     def pass_over(self, origin_ms: int) -> None:
         """Note that an origin is worked off without a forecast; the next write of the account says so."""
         if self.newest_origin_ms is None or origin_ms > self.newest_origin_ms:

@@ -209,6 +209,7 @@ class Sweeper:
         self._model.notice()
         every_bin = self._fleet.is_data_clock
         if every_bin:
+            self._begin_account(due[0])
             self._wait_for_model(should_stop)
         n_closed = 0
         while n_closed < len(due) and not should_stop():
@@ -219,6 +220,13 @@ class Sweeper:
             if every_bin or n_closed == len(due):
                 self._end_round(closed[-1].bin_ms, 0 if every_bin else len(due) - 1)
                 self._in_hand = due[n_closed:]
+
+    def _begin_account(self, first_bin_ms: int) -> None:
+        """Let a daemon that ends before its first forecast go on with this bin when it starts again."""
+        try:
+            self._ledger.begin(first_bin_ms - self._history.bin_ms)
+        except (StorageFull, StorageBroken) as error:
+            self._telemetry.errors.note("ledger", error)
 
     def _end_round(self, bin_ms: int, n_others: int) -> None:
         """Forecast from the newest closed bin, where that is of use; the others count as skipped."""
