@@ -287,8 +287,10 @@ def _sample(buffer: "DataBuffer", newest: datetime | None, settings: Settings) -
     days = min(float(settings.retraining.training_days), (newest - oldest) / timedelta(days=1))
     n_bins = math.ceil(days * DAY_MS / bin_ms) + 1
     most = most_servers(settings.trainer.max_cells, len(bins.forecast_metrics), n_bins)
-    everyone = buffer.newest_names(math.ceil(days) + 1, bin_ms)
-    names = everyone if len(everyone) <= most else buffer.newest_names(LIVE_DAYS, bin_ms)
+    names = everyone = buffer.newest_names(LIVE_DAYS, bin_ms)
+    if len(names) <= most:  # but with those that are silent since they may not fit
+        everyone = buffer.newest_names(math.ceil(days) + 1, bin_ms)
+        names = everyone if len(everyone) <= most else names
     wanted = (str(item.get("server")) for item in drifting_before(Path(CONTEXT_FILE)))
     return len(everyone), sample_servers(names, wanted, most, to_ms(newest) // DAY_MS)
 
