@@ -14,7 +14,7 @@ import psutil
 
 from fleetcast.demo.harness import free_port
 from fleetcast.errors import DaemonAway
-from fleetcast.sources.client import DaemonClient
+from fleetcast.sources.client import DaemonClient, RequestRefused
 
 __all__ = ["InferenceDaemon", "Program", "free_port", "wait_for"]
 
@@ -154,6 +154,14 @@ class InferenceDaemon(Program):
         try:
             return bool(self.client.get("/ready"))
         except DaemonAway:
+            return False
+
+    def takes(self, records: list[dict[str, Any]]) -> bool:
+        """Post records; return whether they were taken, or have to wait for a sweep (data clock)."""
+        try:
+            return self.client.post_records(records).received == len(records)
+        except RequestRefused as error:
+            assert error.status == 429, error
             return False
 
     def status(self) -> dict[str, Any]:

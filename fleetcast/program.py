@@ -1,8 +1,9 @@
 """How a program of this project runs: its errors become exit codes; where its shipped files are.
 
 Owns: how an answer is printed, the lines on stderr when a program ends badly, which folder a program
-reads as the buffer, in whose folder root leaves no file, and where `models/` and `samples/` lie in a
-checkout and in an installed package. Does not know: what the programs do.
+reads as the buffer, in whose folder root leaves no file, where `models/` and `samples/` lie in a
+checkout and in an installed package, and where a child finds the package. Does not know: what the
+programs do.
 """
 
 import json
@@ -35,6 +36,12 @@ def run_program(name: str, work: Callable[[], int]) -> int:
         if isinstance(error, SettingsError) and error.hint:
             print(f"{name}: {_safe(error.hint)}", file=sys.stderr)
         return int(error.exit_code)
+
+
+def child_environment() -> dict[str, str]:
+    """Return the environment of a child that runs a module of this package, wherever the package lies."""
+    paths = [str(_PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def tell(lines: Iterable[str], document: object = None) -> None:

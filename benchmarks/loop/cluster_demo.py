@@ -23,7 +23,6 @@ from benchmarks.programs import InferenceDaemon, wait_for
 from benchmarks.results_file import ROOT
 from data_buffer import DataBuffer
 from fleetcast.clock import iso_z, monotonic
-from fleetcast.sources.client import RequestRefused
 
 SAMPLE = ROOT / "samples" / "smd_fleet.parquet"
 NODE_MEMORY = 150 * 2**20
@@ -90,7 +89,7 @@ def _play(folder: Path, bins: list[list[dict[str, Any]]], cluster: Any) -> dict[
             wait_for("two shards", partial(_has_shards, daemon, 2), 120)
             _say("two shards are ready, each on a node of its own")
         for number, records in enumerate(bins):
-            wait_for("the records to be taken", partial(_is_taken, daemon, records), 120)
+            wait_for("the records to be taken", partial(daemon.takes, records), 120)
             if cluster is not None and number == len(bins) // 2:
                 cluster.remove_node(nodes.pop(), allow_graceful=False)
                 _say(f"a node is killed after {number + 1} bins")
@@ -103,14 +102,6 @@ def _play(folder: Path, bins: list[list[dict[str, Any]]], cluster: Any) -> dict[
         status = daemon.status()
         assert daemon.stop() == 0, daemon.output
     return status
-
-
-def _is_taken(daemon: InferenceDaemon, records: list[dict[str, Any]]) -> bool:
-    try:
-        return daemon.client.post_records(records).received == len(records)
-    except RequestRefused as error:
-        assert error.status == 429, error
-        return False
 
 
 def _has_shards(daemon: InferenceDaemon, n: int) -> bool:

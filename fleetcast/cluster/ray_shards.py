@@ -25,6 +25,7 @@ import ray
 from numpy.typing import NDArray
 
 from fleetcast.clock import sleep
+from fleetcast.program import child_environment
 from fleetcast.schema import Floats32
 from fleetcast.serving.shard import Answer, Answerer, Lost, Shard, die_with_parent, shards_of
 from fleetcast.workers import GrowingPause, Workers
@@ -34,7 +35,6 @@ logger = logging.getLogger(__name__)
 NAMESPACE = "fleetcast"
 _MODELS_KEPT = 2
 _LOOK_S = 1.0
-_PACKAGE_FOLDER = Path(__file__).parents[2]
 _Said = tuple[dict[str, NDArray[Any]], dict[str, str]]
 
 
@@ -137,13 +137,12 @@ def main(argv: Sequence[str]) -> int:
     address, *handles = argv
     shards, parent = shards_of(handles, RayShard), os.getppid()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    paths = os.pathsep.join([str(_PACKAGE_FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         ray.init(
             address=address,
             namespace=NAMESPACE,
             log_to_driver=False,
-            runtime_env={"env_vars": {"PYTHONPATH": paths}},
+            runtime_env={"env_vars": {"PYTHONPATH": child_environment()["PYTHONPATH"]}},
         )
     except (ConnectionError, RuntimeError) as error:
         print(

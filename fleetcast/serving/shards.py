@@ -18,10 +18,10 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any, Protocol
 
 from fleetcast.clock import monotonic
+from fleetcast.program import child_environment
 from fleetcast.schema import HistoryWindow
 from fleetcast.serving.model_loader import Champion
 from fleetcast.serving.shard import PartForecast, SharedArrays, forecast_part, question, said_by
@@ -35,16 +35,13 @@ RAY_MODULE = "fleetcast.cluster.ray_shards"  # only ever a process of its own: n
 GONE = "gone"
 START_LIMIT_S = 120.0  # a shard imports torch and is ready
 _MISSING_S = 30.0  # a shard that is started again is back sooner
-_NEXT_LIMIT_S, _STOPPING_S = (
-    15.0,
-    5.0,
-)  # after a shard did not answer in this sweep; where the daemon is to end
 ANSWER_LIMIT_S = 60.0  # a part takes less than a second; a shard that is stopped answers never
+_NEXT_LIMIT_S = 15.0  # after another shard did not answer in this sweep
+_STOPPING_S = 5.0  # where the daemon is to end
 _LOOK_S = 1.0
 _END_S = 2.0  # an idle shard ends as soon as its channel does
 _DEATHS_OF_A_PART = 2
 _AHEAD = 2  # parts for each shard that are answered before an older one is: bounds what waits in memory
-_PACKAGE_FOLDER = Path(__file__).parents[2]
 _Item = tuple[int, HistoryWindow]
 
 
@@ -425,15 +422,12 @@ def _begin(program: Sequence[str], settings: Mapping[str, Any], n: int) -> list[
         OSError: it cannot be started.
     """
     shards = [_Shard(settings) for _ in range(n)]
-    environment = dict(os.environ)
-    paths = [str(_PACKAGE_FOLDER), *filter(None, [environment.get("PYTHONPATH")])]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
     handles = [handle for shard in shards for handle in shard.handles]
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", *program, *map(str, handles)],
             stdin=subprocess.DEVNULL,
-            env=environment,
+            env=child_environment(),
             pass_fds=handles,
         )
     except OSError:

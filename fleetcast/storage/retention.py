@@ -53,7 +53,7 @@ from fleetcast.storage.tables import (
     times_ms,
     union_schema,
 )
-from fleetcast.storage.upkeep import NICE, DayProcess, Unit
+from fleetcast.storage.upkeep import NICE, DayProcess, Unit, hand_over
 from fleetcast.storage.writer import DayWriter, Step, hidden_name
 
 logger = logging.getLogger(__name__)
@@ -440,11 +440,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"archiving {month}: {error}", file=sys.stderr)
         remove_leftover(Path(target))
         return 1
-    if os.getppid() != int(owner):  # the owner died and cannot take this file
-        remove_leftover(Path(target))
-        return 1
-    print(json.dumps(answer))
-    return 0
+    return hand_over(Path(target), answer, int(owner))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 from fleetcast.clock import DAY_MS, monotonic, to_ms
 from fleetcast.errors import FleetcastError
 from fleetcast.files import publish, remove_leftover, set_aside
+from fleetcast.program import child_environment
 from fleetcast.storage.bin_days import lacks_bins, make_bins, open_bins, sealed_file
 from fleetcast.storage.days import (
     Drops,
@@ -46,7 +47,6 @@ TIMEOUT_S = 1800.0
 _LOOK_S = 0.2  # of one look for days that hold forgotten servers
 _GROUP_ROWS = 131_072  # rows of a row group, cut between servers
 _BINS_TASK = "bins-"
-_PACKAGE_FOLDER = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +75,12 @@ class DayProcess:
         self.target = target
         self.drops = drops or {}
         self.started_at = monotonic()
-        environment = dict(os.environ)
-        environment["PYTHONPATH"] = os.pathsep.join(
-            [str(_PACKAGE_FOLDER), *filter(None, [environment.get("PYTHONPATH")])]
-        )
         command = [sys.executable, "-m", self.PROGRAM, str(folder), task, day.isoformat(), str(target)]
         self._process = subprocess.Popen(
             [*command, str(os.getpid()), json.dumps(self.drops)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            env=environment,
+            env=child_environment(),
         )
 
     @property
@@ -172,8 +168,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sealing {task} {day}: {error}" if is_seal else error, file=sys.stderr if is_seal else None)
         remove_leftover(Path(target))
         return 1
-    if os.getppid() != int(owner):  # the owner died and cannot take this file
-        remove_leftover(Path(target))
+    return hand_over(Path(target), answer, int(owner))
+
+
+def hand_over(target: Path, answer: object, owner: int) -> int:
+    """Tell the owner what its child made, where it still lives; return the child's exit code."""
+    if os.getppid() != owner:  # it died and cannot take this file
+        remove_leftover(target)
         return 1
     print(json.dumps(answer))
     return 0

@@ -16,7 +16,6 @@ from benchmarks.programs import InferenceDaemon, wait_for
 from data_buffer import DataBuffer
 from fleetcast.clock import iso_z, to_ms
 from fleetcast.schema import SettledForecasts
-from fleetcast.sources.client import RequestRefused
 
 pytestmark = pytest.mark.slow
 START = datetime(2020, 1, 1, tzinfo=UTC)
@@ -36,16 +35,8 @@ def records(number: int) -> list[dict[str, Any]]:
 def feed(daemon: InferenceDaemon, first: int, last: int) -> None:
     """Send bins one by one, each as soon as it is taken, and wait for the sweeps."""
     for number in range(first, last):
-        wait_for("the POST to be taken", partial(taken, daemon, records(number)))
+        wait_for("the POST to be taken", partial(daemon.takes, records(number)))
     wait_for("the sweeps", lambda: daemon.status()["backlog"] == 0)
-
-
-def taken(daemon: InferenceDaemon, rows: list[dict[str, Any]]) -> bool:
-    try:
-        return daemon.client.post_records(rows).received == len(rows)
-    except RequestRefused as error:
-        assert error.status == 429, error
-        return False
 
 
 def start(folder: Path, n_shards: int) -> InferenceDaemon:
