@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test run faults attacks bench-peers docs demo cluster-demo clean
+.PHONY: help install check test run faults attacks bench-peers dashboard-check docs demo cluster-demo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -62,5 +62,10 @@ bench-peers: .venv/.requirements  ## drift checks beside Evidently, NannyML, Ali
 	$(BIN)/python -m benchmarks.drift.peer_environments
 	$(BIN)/python -m benchmarks.drift.drift_speed
 
+dashboard-check:  ## deploy/grafana/ beside Grafana's own types (needs npm, downloads 2 packages into .grafana/)
+	npm install --no-audit --no-fund --no-save --ignore-scripts --prefix .grafana typescript@7.0.2 @grafana/schema@13.2.3
+	cat tests/grafana_types.ts deploy/grafana/fleetcast.json > .grafana/dashboard.ts
+	.grafana/node_modules/.bin/tsc --noEmit --strict --skipLibCheck --module nodenext --moduleResolution nodenext .grafana/dashboard.ts
+
 clean:  ## remove what tests and demo leave behind (not .venv)
-	rm -rf demo_run bench_run build fleetcast.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf demo_run bench_run build fleetcast.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .grafana

@@ -29,7 +29,7 @@ from fleetcast.files import write_json
 from fleetcast.forecast.registry import Registry
 from fleetcast.locks import OwnerLock, read_pid
 from fleetcast.loop import Stop, SystemdNotifier, configure_logging, run_every
-from fleetcast.program import models_dir, run_program
+from fleetcast.program import models_dir, require_ray, run_program
 from fleetcast.promotion.audit import TRAINING
 from fleetcast.promotion.bake import judge_bake, settle_bake
 from fleetcast.promotion.desk import Desk
@@ -452,6 +452,7 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--data-buffer-dir", help="folder of the buffer (default: ./data_buffer)")
     parser.add_argument("--checkpoint-dir", help="folder of the models (default: ./checkpoints)")
     parser.add_argument("--mode", choices=("auto", "advise"), help="advise: decide, but never train")
+    parser.add_argument("--engine", choices=("local", "ray"), help="where trainings run (default: local)")
     parser.add_argument("--clock", choices=("system", "data"), help="what now means (default: system)")
     parser.add_argument("--config", type=Path, help="settings file (default: ./fleetcast.toml, if present)")
     action = parser.add_mutually_exclusive_group()
@@ -466,11 +467,14 @@ def _settings(options: argparse.Namespace) -> Settings:
         "retraining.daemon_url": options.daemon_url,
         "retraining.interval_s": options.interval,
         "retraining.mode": options.mode,
+        "retraining.engine": options.engine,
         "paths.data_buffer_dir": options.data_buffer_dir,
         "paths.checkpoint_dir": options.checkpoint_dir,
         "clock.mode": options.clock,
     }
-    return load_settings(options.config, flags)
+    settings = load_settings(options.config, flags)
+    require_ray(settings.retraining.engine, "retraining.engine")
+    return settings
 
 
 def _with_arguments(
@@ -483,17 +487,11 @@ def _with_arguments(
     """Return the settings with the constructor's arguments in them; None leaves a setting as it is."""
     if check_interval is not None and not check_interval > 0:
         raise BadData(f"check_interval must be > 0 seconds, got {check_interval!r}")
-    own = settings.retraining
-    return replace(
-        settings,
-        paths=replace(settings.paths, data_buffer_dir=data_buffer_dir or settings.paths.data_buffer_dir),
-        retraining=replace(
-            own,
-            daemon_url=daemon_url or own.daemon_url,
-            interval_s=check_interval or own.interval_s,
-            training_script=training_script or own.training_script,
-        ),
-    )
+    paths, own = settings.paths, settings.retraining
+    url, script = daemon_url or own.daemon_url, training_script or own.training_script
+    own = replace(own, daemon_url=url, training_script=script, interval_s=check_interval or own.interval_s)
+    paths = replace(paths, data_buffer_dir=data_buffer_dir or paths.data_buffer_dir)
+    return replace(settings, paths=paths, retraining=own)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ Does not know: drift, decisions, training: those belong to the retraining daemon
 """
 
 import argparse
+import gc
 import ipaddress
 import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ from fleetcast.errors import (
     StorageFull,
 )
 from fleetcast.loop import Stop, SystemdNotifier, configure_logging, run_every
-from fleetcast.program import run_program, with_models_dir
+from fleetcast.program import require_ray, run_program, with_models_dir
 from fleetcast.setting import weak_key
 from fleetcast.settings import Settings, load_settings
 
@@ -78,6 +78,7 @@ class InferenceDaemon:
         self._stop.install()
         service = self._build_service()
         service.start()
+        gc.freeze()  # what is there now stays: a collection between two posts must not look through all of it
         self._notifier.ready(service.status_line())
 
         def cycle() -> None:
@@ -130,13 +131,13 @@ class InferenceDaemon:
 
 
 def _exit_past_loader(code: ExitCode) -> None:
-    """End without the interpreter's clean-up, which may abort a thread in the middle of importing torch."""
+    """End without the interpreter's clean-up, which may abort a thread in the middle of an import."""
     logging.shutdown()
     os._exit(code)
 
 
 def _load_model(settings: Settings, path: Path) -> "Predictor":
-    # torch takes seconds to import, so not before it is needed
+    # numpy and its libraries wait until the first post can be taken
     from fleetcast.forecast.predictor import Forecaster, set_threads
 
     set_threads(settings.forecast.torch_threads)
@@ -167,11 +168,7 @@ def _settings(options: argparse.Namespace) -> Settings:
             [f"server.host {host} is open to others, and {KEY_VARIABLE} is not set"],
             hint=f"set {KEY_VARIABLE}, which clients then send as X-API-Key, or listen on 127.0.0.1",
         )
-    if settings.forecast.engine == "ray" and find_spec("ray") is None:
-        raise SettingsError(
-            ["forecast.engine is ray, and Ray is not installed"],
-            hint="pip install --no-deps --require-hashes -r requirements-cluster.txt",
-        )
+    require_ray(settings.forecast.engine, "forecast.engine")
     if (problem := weak_key(os.environ.get(KEY_VARIABLE, ""))) and not _is_loopback(host):
         raise SettingsError([f"server.host {host} is open to others: {problem}"])
     return with_models_dir(settings)

@@ -7,6 +7,8 @@
 Owns: flags, the lock, the order of writing: audit → version → last.ckpt → baseline.npz → old versions
 deleted → attempt. Each step is one rename, so a kill leaves the old state or the new one. A training
 from scratch notes each epoch: started again with the same data and settings, a killed one resumes.
+With `retraining.engine = "ray"` another machine makes the weights of an incremental training
+(`training/elsewhere`); this process holds the lock meanwhile, judges and writes.
 Does not know: when to train, how a version is put into service (`promotion/desk`). While a person holds
 new models back, a version that passed the gate waits.
 
@@ -27,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from fleetcast import files
 from fleetcast.clock import SystemClock, iso_z, monotonic
-from fleetcast.errors import ExitCode, FleetcastError, OrderRefused, SettingsError
+from fleetcast.errors import ClusterAway, ExitCode, FleetcastError, OrderRefused, SettingsError
 from fleetcast.exclusions import AllBut, Exclusions
 from fleetcast.forecast.registry import (
     ATTEMPTS_FOLDER,
@@ -51,11 +53,12 @@ from fleetcast.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from fleetcast.drift.seasonal.reference import Reference
+    from fleetcast.forecast.predictor import Forecaster
     from fleetcast.schema import ChangedSeries
     from fleetcast.storage.store import DataBuffer
     from fleetcast.training.challenger import Training
-    from fleetcast.training.context import TrainingContext
-    from fleetcast.training.grid import TrainingGrid
+    from fleetcast.training.elsewhere import Job
+    from fleetcast.training.grid import TrainingContext, TrainingGrid
     from fleetcast.training.verdict import Challenger, Champion
 
 logger = logging.getLogger("tft_trainer")
@@ -126,8 +129,7 @@ class Attempt:
     def _load(self) -> "tuple[TrainingGrid, TrainingContext]":
         """Read the data, and what the daemon says about the attempt."""
         # torch, lightning, pyarrow: seconds that --help and a refused lock do not pay
-        from fleetcast.training.context import TrainingContext
-        from fleetcast.training.grid import TrainingGrid
+        from fleetcast.training.grid import TrainingContext, TrainingGrid
 
         bins, data = self._settings.bins, Path(self._options.data)
         context = TrainingContext.find(data, os.environ.get(ATTEMPT_ID_VARIABLE))
@@ -141,6 +143,7 @@ class Attempt:
     ) -> "tuple[Training, Challenger]":
         """Train a challenger and judge it by what the training did not see."""
         from fleetcast.training.challenger import Training, find_champion
+        from fleetcast.training.elsewhere import Job
 
         settings = self._settings
         self._champion_before = self._registry.current_id()
@@ -154,9 +157,19 @@ class Attempt:
             *(self._id, version_id, training.parent_id or "fresh weights"),
             *(champion.version.id if champion else "fallback", epochs, settings.trainer.steps_per_epoch),
         )
-        state_path = self._registry.folder / BASE_STATE_FILE
-        model = training.train(version_id, iso_z(self._clock.now()), state_path)
-        return training, training.judge(model, champion)
+        job = Job(grid, changed, settings, start, epochs, version_id, iso_z(self._clock.now()))
+        return training, training.judge(self._carry_out(training, job), champion)
+
+    def _carry_out(self, training: "Training", job: "Job") -> "Forecaster":
+        """Return the trained model: of another machine where the settings say so and one is there."""
+        from fleetcast.training.elsewhere import train_elsewhere
+
+        if self._options.incremental and self._settings.retraining.engine == "ray":
+            try:
+                return train_elsewhere(job)
+            except ClusterAway as error:
+                logger.warning("trained on this machine instead reason=%s", error)
+        return training.train(job.version_id, job.trained_at, self._registry.folder / BASE_STATE_FILE)
 
     def _epochs(self, start: "Champion | None") -> int:
         """Return how long to train: --epochs adds to a model of this fleet; its first takes a base's."""

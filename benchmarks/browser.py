@@ -120,10 +120,23 @@ class Browser:
     def press(self, key: str) -> None:
         """Press and release a key that writes nothing, as `ArrowRight`, `Enter`, `Tab`."""
         codes = {"Tab": 9, "Enter": 13, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
+        codes |= {"Escape": 27, "+": 187, "-": 189, "PageUp": 33}
         said = {"key": key, "code": key, "windowsVirtualKeyCode": codes[key]}
         text = {"text": "\r"} if key == "Enter" else {}
         self.call("Input.dispatchKeyEvent", type="keyDown", **said, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", **said)
+
+    def drag(self, selector: str, start: float, end: float) -> None:
+        """Drag over an element with the mouse, between two shares of its width."""
+        box = self.evaluate(
+            f"(() => {{ const it = document.querySelector({json.dumps(selector)});"
+            " it.scrollIntoView({block: 'center'}); return it.getBoundingClientRect().toJSON(); })()"
+        )
+        steps = [("mouseMoved", start), ("mousePressed", start), ("mouseMoved", (start + end) / 2)]
+        for kind, share in (*steps, ("mouseMoved", end), ("mouseReleased", end)):
+            x, y = box["x"] + share * box["width"], box["y"] + box["height"] / 2
+            button = {"button": "left", "buttons": 1, "clickCount": 1} if kind != "mouseMoved" else {}
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
 
     def write(self, text: str) -> None:
         """Write text where the focus is."""

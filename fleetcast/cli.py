@@ -40,7 +40,7 @@ COMMANDS = {
     ),
     "accuracy": (_CONSOLE, "show forecast errors beside those of repeating the last value"),
     "capacity": (_CONSOLE, "show who passes a limit within hours, and which disks are full by when"),
-    "alerts": ("fleetcast.alerts.command", "list what fires, test a channel, silence a rule"),
+    "alerts": ("fleetcast.console.alerts", "list what fires, test a channel, silence a rule"),
     "doctor": ("fleetcast.console.doctor", "say what is wrong, and what would be right"),
     "settings": (_CONSOLE, "check the settings; show where each value comes from"),
     "completion": (_CONSOLE, "print the completion of this command's words for bash"),

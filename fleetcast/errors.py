@@ -4,9 +4,14 @@ Owns: which failures exist and which exit code each one means.
 Does not know: who raises them.
 """
 
+import unicodedata
 from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
+
+_QUOTED_MAX_CHARS = 80
+# Letters and symbols to Unicode that show nothing: Hangul's fillers, Braille's blank, a note without a head.
+_BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800\U0001d159")
 
 
 class ExitCode(IntEnum):
@@ -28,6 +33,27 @@ def printable(text: str) -> str:
     'caf\u00e9 \\\\x1b[31mred'
     """
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def quote(text: object) -> str:
+    """Return what others sent, in quotes, as a message repeats it: on one line, and no more than its start.
+
+    >>> quote("web-01"), quote("x" * 5000) == "'" + "x" * 80 + "...'"
+    ("'web-01'", True)
+    """
+    sent = text if isinstance(text, str) else repr(text)
+    if len(sent) > _QUOTED_MAX_CHARS:
+        sent = f"{sent[:_QUOTED_MAX_CHARS]}..."
+    return repr(sent) if isinstance(text, str) else sent
+
+
+def is_visible(text: str) -> bool:
+    """Whether a text shows anything: not only blanks and marks that want a character before them.
+
+    >>> is_visible("caf\u00e9"), is_visible("\u0301"), is_visible("\u200b"), is_visible("\u3164 ")
+    (True, False, False, False)
+    """
+    return any(unicodedata.category(char)[0] in "LNPS" and char not in _BLANK for char in text)
 
 
 class FleetcastError(Exception):
@@ -120,6 +146,14 @@ class BadOrder(FleetcastError):
 
 class OrderRefused(FleetcastError):
     """Raised when an order cannot be carried out as things stand; the audit says why."""
+
+
+class ClusterAway(FleetcastError):
+    """Raised when no other machine can carry a training out; the caller does it itself."""
+
+
+class TrainingLost(FleetcastError):
+    """Raised when a training failed on another machine, as it would on this one."""
 
 
 class DaemonAway(FleetcastError):

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # linux/fs.h: swap two paths in one step
 TEMP_MARK = ".tmp-"
+MOVE_IT = "move it away, or correct what it leads to, and start again"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of ours: they say nothing about the file
 READ_MAX_BYTES = 2**30  # what is read in one piece; each kind of file has a closer bound of its own
@@ -51,7 +52,30 @@ def storage_error(path: Path, error: OSError) -> StorageFull | StorageBroken:
     """Return the error of our tree for an `OSError` of a write."""
     if error.errno in _FULL:
         return StorageFull(f"no space to write {path}: {error.strerror}", hint="free disk space")
+    wants_folder = error.errno in (errno.EEXIST, errno.ENOTDIR)
+    if in_the_way := find_misplaced(path, wants_folder=wants_folder):
+        return StorageBroken(f"cannot write {path}: {in_the_way}", hint=MOVE_IT)
     return StorageBroken(f"cannot write {path}: {error}")
+
+
+def find_misplaced(path: Path, *, wants_folder: bool) -> str:
+    """Return in words what stands where a folder, or a plain file, belongs: at a path or above it; or ""."""
+    for place in (*reversed(path.parents), path):
+        belongs = "a folder" if wants_folder or place != path else "a plain file"
+        found = _kind(place)
+        if found not in ("", belongs):
+            return f"{place} is {found}, and {belongs} belongs there"
+    return ""
+
+
+def _kind(place: Path) -> str:
+    try:
+        mode = place.stat().st_mode
+    except OSError:
+        return "a link that leads nowhere" if place.is_symlink() else ""
+    if stat.S_ISDIR(mode):
+        return "a folder"
+    return "a plain file" if stat.S_ISREG(mode) else "a pipe, a socket or a device"
 
 
 def fsync_dir(folder: Path) -> None:
@@ -204,7 +228,10 @@ def read_regular(path: Path, max_bytes: int = READ_MAX_BYTES) -> bytes:
     """Return the bytes of a regular file; raises what `open_regular` raises."""
     with open_regular(path, max_bytes=max_bytes) as stream:
         try:
-            data = stream.read(max_bytes + 1)
+            size = os.fstat(stream.fileno()).st_size
+            data = stream.read(size + 1)  # memory for the limit would be asked for, half a GB
+            if len(data) > size:  # it grew meanwhile
+                data += stream.read(max_bytes + 1 - len(data))
         except OSError as error:  # a disk that cannot read its own bytes
             raise CorruptFile(path, f"cannot be read: {error.strerror}") from error
     if len(data) > max_bytes:

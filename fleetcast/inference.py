@@ -55,6 +55,7 @@ if TYPE_CHECKING:  # imported once posts are taken, since each import keeps the 
 logger = logging.getLogger(__name__)
 
 MAINTAIN_S = 1.0
+_BEFORE_ALL_MS = -1  # in an account that began before the first record
 DRAIN_S = 10.0  # for requests at work when a stop is asked for
 
 
@@ -91,16 +92,16 @@ class InferenceService:
         folder = Path(settings.paths.data_buffer_dir)
         self._fleet = replace(build_fleet(settings, wall_clock), left_out=self._excluded)
         self._telemetry = Telemetry(CollectorRegistry(), wall_clock, _read_trainings)
-        self._ledger = Ledger(
-            folder, settings.forecast.settle_horizons, self._fleet.history.bin_ms, settings.clock.mode
-        )
+        horizons, bin_ms = settings.forecast.settle_horizons, self._fleet.history.bin_ms
+        self._ledger = Ledger(folder, horizons, bin_ms, settings.clock.mode)
+        if self._fleet.is_data_clock:
+            begin_account(buffer, self._ledger, self._fleet.history)
         self._registry = Registry(Path(settings.paths.checkpoint_dir), Path(settings.paths.models_dir))
         self._model = self._make_loader(load_model)
-        corrector = None
-        if settings.forecast.feedback != "off":
-            corrector = Corrector(folder, self._fleet.history, settings.forecast.settle_horizons)
-        most = settings.server.max_document_servers
-        self._board = PredictionBoard(self._fleet.roster, self._fleet.clock, most)
+        is_fed_back = settings.forecast.feedback != "off"
+        corrector = Corrector(folder, self._fleet.history, horizons) if is_fed_back else None
+        most, metrics = settings.server.max_document_servers, self._fleet.history.metrics
+        self._board = PredictionBoard(self._fleet.roster, self._fleet.clock, most, metrics)
         self._fullness = Fullness(self._fleet, buffer)
         self._soonest = Soonest(self._fullness, self._fleet.clock)
         self._sweeper = Sweeper(
@@ -140,6 +141,7 @@ class InferenceService:
     def _make_steps(self, workers: Workers) -> list[tuple[Worker, Callable[[], None]]]:
         """Return what a cycle does, each step watched apart."""
         self._report.being_forgotten = self._excluded.being_forgotten
+        self._intake.note_times = self._fullness.note
         forgetting = Forgetting(
             self._excluded, self._fleet, self._buffer, (self._sweeper.forget, self._intake.forget)
         )
@@ -166,12 +168,11 @@ class InferenceService:
         from fleetcast.serving.past import Past
 
         own, key, told = self._settings, self._api_key, self._telemetry
-        folder, horizon_bins = Path(own.paths.data_buffer_dir), self._fleet.settings.horizon_bins
-        capacity = Capacity(folder, self._fleet.history, horizon_bins)
+        capacity = Capacity(Path(own.paths.data_buffer_dir), self._fleet)
         self._sweeper.capacity = self._report.capacity = capacity
         self._report.fleet_ahead, self._report.soonest = lambda: self._board.outlook.fleet, self._soonest
         past = Past(self._fleet, self._buffer, own.forecast.settle_horizons)
-        overview = Overview(self._fleet, self._board, past, self._report, Journal())
+        overview = Overview(self._fleet, self._board, past, self._report, Journal(), capacity)
         export = self._make_export(past)
         door, desk = Door(key, told), Desk(self._registry)
         self._sweeper.shadow = self._make_shadow(desk)
@@ -219,7 +220,7 @@ class InferenceService:
         )
         logger.info("listening url=%s clock=%s", self._listener.url, self._settings.clock.mode)
         self._open_routes()
-        self._model.start()  # last: importing torch holds everything else up
+        self._model.start()  # last: a model takes longer than all else
         self._engine.start()
         if self._sender:
             self._sender.start()
@@ -337,6 +338,18 @@ def build_fleet(settings: Settings, wall_clock: Clock) -> Fleet:
     return Fleet(history, Roster(settings.forecast), clock, settings.forecast, is_data_clock)
 
 
+def begin_account(buffer: DataBuffer, ledger: Ledger, history: BinHistory) -> None:
+    """Note, before the first post, which bins a new account works off: all that no record is stored of yet.
+
+    However early the daemon ends, the next start goes on with the first of them.
+
+    Raises:
+        StorageFull, StorageBroken: the account cannot be written.
+    """
+    newest = buffer.newest_record_time()
+    ledger.begin(_BEFORE_ALL_MS if newest is None else _bin(newest, history) - history.bin_ms)
+
+
 def restore(
     buffer: DataBuffer, fleet: Fleet, ledger: Ledger, should_stop: Callable[[], bool] = lambda: False
 ) -> int | None:
@@ -358,7 +371,10 @@ def restore(
     now = None if fleet.is_data_clock else fleet.clock.now()
     newest = newest if now is None else min(newest, now + FUTURE_LIMIT)
     newest_bin = _bin(newest, history)
-    taken = _find_taken_bin(newest_bin, ledger.resume_bin_ms, now, history)
+    resume = ledger.resume_bin_ms
+    if resume == _BEFORE_ALL_MS and (oldest := buffer.oldest_record_time()) is not None:
+        resume = _bin(oldest, history) - history.bin_ms
+    taken = _find_taken_bin(newest_bin, resume, now, history)
     batches = _read_batches(buffer, fleet, min(taken, newest_bin), newest_bin)
     history.restore(takewhile(lambda _: not should_stop(), batches), taken)
     logger.info(

@@ -16,7 +16,7 @@ from typing import Self
 
 from fleetcast.clock import sleep
 from fleetcast.errors import AlreadyRunning, CannotStart, CorruptFile, OwnershipLost
-from fleetcast.files import read_regular
+from fleetcast.files import MOVE_IT, find_misplaced, read_regular
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +72,16 @@ class OwnerLock:
         except BaseException as error:
             self.release()
             if isinstance(error, OSError):
-                raise CannotStart(f"cannot open {error.filename or self.path}: {error.strerror}") from error
+                raise self._refusal(error) from error
             raise
         return self
+
+    def _refusal(self, error: OSError) -> CannotStart:
+        """Return what people are told of a lock that cannot be taken."""
+        for path, is_folder in ((self.folder, True), (self.path, False)):
+            if path is not None and (in_the_way := find_misplaced(path, wants_folder=is_folder)):
+                return CannotStart(f"cannot open {self.path}: {in_the_way}", hint=MOVE_IT)
+        return CannotStart(f"cannot open {error.filename or self.path}: {error.strerror}")
 
     def _lock_folder(self, folder: Path) -> None:
         self._folder_descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -93,11 +100,14 @@ class OwnerLock:
     def _lock_file(self) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
         descriptor = os.open(self.path, flags, 0o644)
-        if not _try_lock(descriptor):
+        try:
+            if not _try_lock(descriptor):
+                raise AlreadyRunning(self._what, self._holder_pid())
+            os.ftruncate(descriptor, 0)  # it refuses a pipe
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        except BaseException:
             os.close(descriptor)
-            raise AlreadyRunning(self._what, self._holder_pid())
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            raise
         return descriptor
 
     def _holder_pid(self) -> int | None:

@@ -5,6 +5,8 @@ time. Does not know: what is sent, and when it is tried again.
 """
 
 import contextlib
+import ipaddress
+import queue
 import socket
 import threading
 import weakref
@@ -15,7 +17,9 @@ from urllib.parse import urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
+from requests.exceptions import BaseHTTPError  # type: ignore[attr-defined]  # urllib3's, as it is named there
 
+from fleetcast.clock import monotonic
 from fleetcast.errors import NotDelivered, printable
 from fleetcast.workers import Workers
 
@@ -72,8 +76,9 @@ def request(
 class TimeLimit:
     """Ends the connection of its adapter when the time of a `with` block is over, block after block.
 
-    The limits of sockets are for each read, so an answer that drips would never end. One thread at a time
-    may use it. What comes from a connection that was ended may look whole: ask `is_over` before it is used.
+    The limits of sockets are for each read, so an answer that drips would never end; the system's look-up of
+    a name has none, and each of its addresses would have the limit for itself. One thread at a time may use
+    it. What comes from a connection that was ended may look whole: ask `is_over` before it is used.
     Closing the adapter, or the session that it is mounted on, closes its connections.
     """
 
@@ -83,11 +88,13 @@ class TimeLimit:
         self._lock = threading.Lock()
         self._twins: list[socket.socket] = []  # under the lock
         self._limit_s, self._is_left = limit_s, threading.Event()
+        self._ends_at = float("-inf")
         weakref.finalize(self, _close_all, self._twins)
 
     def __enter__(self) -> Self:
         with self._lock:
             self.is_over, self._is_left = False, threading.Event()
+            self._ends_at = monotonic() + self._limit_s
         wait = partial(self._wait, self._is_left)
         Workers().thread("limit of a request", wait, once=True).start()
         return self
@@ -95,6 +102,55 @@ class TimeLimit:
     def __exit__(self, *exc: object) -> None:
         with self._lock:
             self._is_left.set()
+
+    def left_s(self) -> float:
+        """Return what is left of the block's time.
+
+        Raises:
+            TimeoutError: nothing is.
+        """
+        left_s = self._ends_at - monotonic()
+        if left_s > 0:
+            return left_s
+        self.is_over = True
+        raise TimeoutError
+
+    def look_up(self, host: str) -> list[str]:
+        """Return the addresses of a host; a system that goes on to look for them is left to itself.
+
+        Raises:
+            TimeoutError: they did not come in time.
+            OSError: there are none.
+        """
+        if _is_address(host):
+            return [host]
+        found: queue.SimpleQueue[list[str] | OSError] = queue.SimpleQueue()
+        Workers().thread("look-up of a name", lambda: found.put(_addresses(host)), once=True).start()
+        try:
+            answer = found.get(timeout=self.left_s())
+        except queue.Empty:
+            self.is_over = True
+            raise TimeoutError from None
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    def connect(self, host: str, port: int) -> socket.socket:
+        """Return a watched connection to the first address of a host that takes one.
+
+        Raises:
+            OSError: none does, or there was no time left.
+        """
+        *others, last = self.look_up(host)
+        for address in others:
+            with contextlib.suppress(OSError):
+                return self._open(address, port)
+        return self._open(last, port)
+
+    def _open(self, address: str, port: int) -> socket.socket:
+        made = socket.create_connection((address, port), self.left_s())
+        self.watch(made)
+        return made
 
     def watch(self, connection: socket.socket) -> None:
         """Keep a second handle: encryption takes the first one over. The connection before has ended."""
@@ -146,18 +202,50 @@ class _TwinAdapter(HTTPAdapter):
         pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
         if getattr(pool.ConnectionCls, "is_watched", False):
             return pool
-        watch = self._limit.watch
+        limit = self._limit
 
         class Watched(pool.ConnectionCls):  # type: ignore[misc]
             is_watched = True
+            _dns_host: str
+            timeout: float | None
 
             def _new_conn(self) -> socket.socket:
+                name, longest_s = self._dns_host, self.timeout
+                *others, last = limit.look_up(name)
+                try:
+                    for address in others:
+                        with contextlib.suppress(BaseHTTPError):
+                            return self._connect_to(address, longest_s)
+                    return self._connect_to(last, longest_s)
+                finally:
+                    self._dns_host = name  # that certificates and the head of the request are about
+
+            def _connect_to(self, address: str, longest_s: float | None) -> socket.socket:
+                left_s = limit.left_s()
+                self._dns_host, self.timeout = address, min(left_s, longest_s or left_s)
                 made: socket.socket = super()._new_conn()
-                watch(made)
+                limit.watch(made)
                 return made
 
         pool.ConnectionCls = Watched
         return pool
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+def _addresses(host: str) -> list[str] | OSError:
+    """Return what the system knows of a name, each address once, the one to try first at the front."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:  # UnicodeError: a label of more than 63 characters
+        return error if isinstance(error, OSError) else OSError(0, "no name of a host")
+    return list(dict.fromkeys(str(place[0]) for *_, place in found))
 
 
 def _late(limit_s: float) -> str:

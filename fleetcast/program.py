@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from fleetcast.errors import CannotLook, CannotStart, FleetcastError, SettingsError, printable
@@ -42,6 +43,19 @@ def child_environment() -> dict[str, str]:
     """Return the environment of a child that runs a module of this package, wherever the package lies."""
     paths = [str(_PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def require_ray(engine: str, key: str) -> None:
+    """Refuse `ray` where Ray is not installed; nothing is imported.
+
+    Args:
+        key: of the setting.
+    Raises:
+        SettingsError: with what to type.
+    """
+    if engine == "ray" and find_spec("ray") is None:
+        hint = "pip install --no-deps --require-hashes -r requirements-cluster.txt"
+        raise SettingsError([f"{key} is ray, and Ray is not installed"], hint=hint)
 
 
 def tell(lines: Iterable[str], document: object = None) -> None:

@@ -9,7 +9,7 @@ not know: where values come from or go to.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 QUANTILES = (0.1, 0.5, 0.9)
 SOURCE_WARMING_UP = "warming_up"
+SOURCE_NOT_FORECAST = "not_forecast"  # a server sends none of the metrics that are forecast
 SOURCE_FALLBACK = "fallback"
 SOURCE_MODEL = "model"
 
@@ -53,6 +54,40 @@ class RefusedField:
     def as_dict(self) -> dict[str, Any]:
         """Return the plain form the HTTP interface answers with."""
         return {"field": self.field, "records": self.n_records, "reason": self.reason}
+
+
+class NameRows(dict[str, int]):
+    """Rows by name, in the order of appearance; a tuple of names that comes again is looked up once.
+
+    A sender's posts name the same servers each time. Names are only added: to move rows, make another.
+
+    >>> names = NameRows()
+    >>> names.of(("web-1", "web-2")).tolist(), names.of(("web-2", "web-3")).tolist()
+    ([0, 1], [1, 2])
+    """
+
+    _TUPLES_MAX, _LENGTH_MAX = 64, 2048  # that are remembered: 2 MB of places at most
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        super().__init__({name: row for row, name in enumerate(names)})
+        self._known: dict[tuple[str, ...], Codes] = {}
+
+    def of(self, names: tuple[str, ...]) -> Codes:
+        """Return the row of each name, new ones for those not seen before; the array is shared."""
+        found = self._known.get(names)
+        if found is None:
+            found = np.array([self.setdefault(name, len(self)) for name in names], dtype=np.int32)
+            if len(names) <= self._LENGTH_MAX:
+                if len(self._known) >= self._TUPLES_MAX:
+                    self._known.clear()
+                self._known[names] = found
+        return found
+
+    def unknown(self, names: Iterable[str]) -> list[str]:
+        """Return the names without a row."""
+        if isinstance(names, tuple) and names in self._known:
+            return []
+        return [name for name in names if name not in self]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -152,6 +152,8 @@ def _check_scalar(info: SettingInfo, kind: Any, value: Any) -> Any:
         raise ValueError(f"must be one of {', '.join(map(str, choices))}, got {info.say(value)}")
     if type(value) is not kind:
         raise ValueError(f"must be {kind.__name__}, got {info.say(value)}")
+    if kind is str and "\0" in value:
+        raise ValueError(f"must hold no NUL, got {info.say(value)}")
     if kind is float and not math.isfinite(value):
         raise ValueError(f"must be finite, got {info.say(value)}")
     low, high = info.meta["low"], info.meta["high"]
@@ -182,7 +184,9 @@ def from_file(
     try:
         tables = tomllib.loads(read_regular(path, CONFIG_MAX_BYTES).decode("utf-8-sig"))
     except FileNotFoundError:
-        if config is not None:
+        if path.is_symlink():  # its settings are meant
+            problems.append(f"{path} is a link that leads nowhere")
+        elif config is not None:
             problems.append(f"{path} does not exist")
         return
     except (OSError, ValueError, CorruptFile) as error:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fleetcast.clock import DAY_MS
-from fleetcast.errors import SettingsError
+from fleetcast.errors import SettingsError, quote
 from fleetcast.schema import ALERT_RULES, NODE_EXPORTER_RULES
 from fleetcast.setting import PAGE_HEAD, SettingInfo, check, from_environment, from_file, setting, table
 from fleetcast.settings_training import (
@@ -221,7 +221,12 @@ class ForecastSettings:
         3600.0, "history that a server needs before the model forecasts it", unit="s", low=0
     )
     feedback: str = setting("on", "settled forecasts correct the model's next ones", choices=("on", "off"))
-    torch_threads: int = setting(1, "threads of a sweep (2 on busy cores were slower)", low=1, high=64)
+    torch_threads: int = setting(
+        1,
+        "threads of a matrix product in a sweep (more gain nothing)",
+        low=1,
+        high=64,
+    )
     shards: int = setting(
         1,
         "processes that forecast the servers of a sweep, some 300 MB each; 1 and local: the daemon itself",
@@ -268,6 +273,10 @@ class AlertSettings:
     messages_per_hour: int = setting(20, "most messages of a channel; then one sums up", low=1, high=1000)
     timeout_s: float = setting(10.0, "longest wait for a channel", unit="s", low=0.1, high=60)
     page_url: str = setting("", "address of the page, as readers of a message reach it")
+    title_template: str = setting("", "first line of messages, for example `{fleet}: {rule} is {state}`")
+    text_template: str = setting(
+        "", "their other lines, for example `{lines}` (docs/alerts.md lists the fields)"
+    )
     alertmanager_urls: tuple[str, ...] = setting(
         (), "Alertmanagers; where one is set, the channels below get nothing", is_secret=True
     )
@@ -361,6 +370,11 @@ def _cross_checks(values: Mapping[str, Any]) -> Iterator[str]:
     bin_s = values.get("bins.bin_s", BinSettings.bin_s)
     if DAY_S % bin_s:
         yield f"bins.bin_s must divide a day ({DAY_S} s), got {bin_s}"
+    metrics = values.get("bins.forecast_metrics", BinSettings.forecast_metrics)
+    if odd := [name for name in metrics if not re.fullmatch("[a-z][a-z0-9_]{0,63}", name)]:
+        yield f"bins.forecast_metrics must be names of the form [a-z][a-z0-9_]*, got {quote(odd[0])}"
+    if len(set(metrics)) < len(metrics):
+        yield f"bins.forecast_metrics must name each metric once, got {list(metrics)}"
     horizon = values.get("forecast.horizon_bins", ForecastSettings.horizon_bins)
     settle = values.get("forecast.settle_horizons", ForecastSettings.settle_horizons)
     if any(not 1 <= item <= horizon for item in settle):
@@ -369,18 +383,21 @@ def _cross_checks(values: Mapping[str, Any]) -> Iterator[str]:
     most = values.get("promotion.max_hours", PromotionSettings.max_hours)
     if least > most:
         yield f"promotion.min_hours must be at most max_hours ({most}), got {least}: no model would ever win"
+    path = values.get("remote_write.path", RemoteWriteSettings.path)
+    if not re.fullmatch(r"/[^\s{}?#]*", path):
+        yield f"remote_write.path must be a path such as /api/v1/write, got {quote(path)}"
     if not re.match(r"https?://.|$", values.get("export.remote_write_url", "")):
         yield "export.remote_write_url must begin with http:// or https://"
     servers = values.get("export.servers", ExportSettings.servers)
     try:
         re.compile(servers)
     except re.error as error:
-        yield f"export.servers must be a regular expression, got {servers!r}: {error}"
+        yield f"export.servers must be a regular expression, got {quote(servers)}: {error}"
     timezone = values.get("drift.timezone", DriftSettings.timezone)
     try:
         zoneinfo.ZoneInfo(timezone)
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-        yield f"drift.timezone must name a time zone like Europe/Berlin, got {timezone!r}"
+        yield f"drift.timezone must name a time zone like Europe/Berlin, got {quote(timezone)}"
 
 
 def page() -> str:

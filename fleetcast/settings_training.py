@@ -246,6 +246,11 @@ class RetrainingSettings:
     interval_s: float = setting(300.0, "wall time between checks", unit="s", low=0.1)
     mode: str = setting("auto", "auto: decide and train; advise: only decide", choices=("auto", "advise"))
     training_script: str = setting("tft_trainer.py", "program that trains")
+    engine: str = setting(
+        "local",
+        "where incremental trainings run: on this machine, or in the Ray cluster of `forecast.ray_address`",
+        choices=("local", "ray"),
+    )
     training_days: int = setting(30, "days of records exported for a training", unit="days", low=1)
     training_epochs: int = setting(5, "epochs asked of the trainer", low=1, high=1000)
     training_timeout_s: float = setting(7200.0, "the daemon kills a training after this", unit="s", low=1)

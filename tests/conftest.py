@@ -9,10 +9,15 @@ import logging
 import os
 import signal
 from collections.abc import Generator, Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from xdist.scheduler import LoadFileScheduling
+
+if TYPE_CHECKING:
+    from test_console import Terminal
+    from test_inference import World
 
 CONTRACT = "tests/contract/"
 
@@ -65,3 +70,22 @@ def unchanged_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     root.handlers[:] = log_handlers
     root.setLevel(level)
     logging.captureWarnings(capture=False)
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["World"]:
+    """A whole service in this process, in a folder that is the working directory."""
+    from test_inference import World  # here: most tests need none
+
+    monkeypatch.chdir(tmp_path)
+    own = World(tmp_path).start()
+    yield own
+    own.end()
+
+
+@pytest.fixture
+def terminal(world: "World", capsys: pytest.CaptureFixture[str]) -> "Terminal":
+    """What runs commands against that service."""
+    from test_console import Terminal
+
+    return Terminal(str(world.client.base_url), capsys)

@@ -20,7 +20,13 @@ class StubPrometheus:
     """Answers range queries about `node_load1` for some servers, and nothing for other series."""
 
     def __init__(
-        self, n_servers: int = 2, *, first_s: int = 0, max_points: int = 11_000, pause_s: float = 0.0
+        self,
+        n_servers: int = 2,
+        *,
+        first_s: int = 0,
+        max_points: int = 11_000,
+        pause_s: float = 0.0,
+        port: int = 0,
     ):
         self.asked: list[dict[str, str]] = []
         self.headers: list[Mapping[str, str]] = []
@@ -48,7 +54,7 @@ class StubPrometheus:
             def log_message(self, *args: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def answer(self, form: dict[str, str]) -> Answer:

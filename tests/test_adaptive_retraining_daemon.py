@@ -207,6 +207,7 @@ def test_drift_waits_for_a_quiet_period(
     check = own.run_check_cycle()
     assert check.decision.reason.startswith("not a quiet period; drift")
     assert check.quiet.reason.startswith(reason)
+    assert state()["last_decision"]["not_quiet"] == check.quiet.reason
     assert state()["attempts"] == []
 
 

@@ -285,6 +285,7 @@ def test_readings_taken_while_the_daemon_was_away_arrive_when_it_is_back(agent_p
         (["--interval", "nan"], "--interval must be in 0.1..3600 seconds, got nan"),
         (["--backlog", "0"], "--backlog must be at least 1, got 0"),
         (["--server-name", "a\nb"], "--server-name must be 1 to 128 printable characters"),
+        (["--server-name", "\u3164"], "at least one of them visible"),
     ],
 )
 def test_a_flag_that_makes_no_sense_ends_it_with_what_would_be_right(flags: list[str], message: str) -> None:

@@ -25,11 +25,13 @@ from test_alerts import CALM, Installation, row
 from test_inference import World
 from told_daemon import Told
 
-from fleetcast.alerts.channels import EmailChannel
-from fleetcast.alerts.command import main
-from fleetcast.alerts.messages import Sender, trial_notice
+from fleetcast.alerts.channels import AppriseChannel, EmailChannel
+from fleetcast.alerts.messages import Notice, Sender, text, title, trial_notice
+from fleetcast.alerts.rules import FIRING, Alert
 from fleetcast.alerts.state import SILENCES_FILE, ChannelState, Silence, add_silence
 from fleetcast.clock import FakeClock, SystemClock
+from fleetcast.console.alerts import main
+from fleetcast.console.command import main as check_settings
 from fleetcast.console.doctor import main as doctor
 from fleetcast.errors import ExitCode, NotDelivered, SettingsError
 from fleetcast.settings import AlertSettings
@@ -398,6 +400,106 @@ def test_a_test_prints_each_channels_answer(sink: Sink, terminal: Terminal) -> N
         assert "HTTP 403: invalid_token" in says
         assert "topsecret" not in says
         assert terminal.json("test", "pagerduty") == {"pagerduty": {"taken": True, "answer": "HTTP 200"}}
+
+
+def test_a_test_of_a_channel_that_hangs_in_a_library_ends(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    configure(apprise_urls=["json://127.0.0.1"], timeout_s=0.2)
+    monkeypatch.setattr("fleetcast.alerts.channels.find_spec", lambda _name: ModuleSpec("apprise", None))
+    monkeypatch.setattr(AppriseChannel, "send", lambda *_: str(go_on.wait(60)))
+    assert "no answer within 0.2 s" in terminal.run("test", "apprise", code=ExitCode.FAILED)
+    go_on.set()
+
+
+TEMPLATES = {
+    "title_template": "[{severity}] {rule} on {fleet}: {state} ({firing}) {{x}}",
+    "text_template": "was: {title}\n{lines}\n\nsee {page}",
+}
+
+
+def test_messages_are_in_the_words_of_a_template(tmp_path: Path, sink: Sink, told: Told) -> None:
+    page = "https://fleet.example.com/ui/"
+    own = Installation(tmp_path, told.url, slack_url=sink.url, page_url=page, **TEMPLATES)
+    for score in (0.2, 0.1):
+        own.check(score)
+    sentence = "the combined drift score is 0.2 (&gt; 0.15)"
+    began, ended = (body["text"].splitlines() for body in sink.bodies())
+    was = "was: fleetcast: DriftHigh"
+    head = "[warning] DriftHigh on fleetcast"
+    assert began[:3] == [f"{head}: firing (1) {{x}}", f"{was} (warning)", sentence]
+    assert ended[:3] == [f"{head}: over (0) {{x}}", f"{was} is over", f"over: {sentence}"]
+    assert began[3:] == ended[3:] == ["", f"see {page}"]
+
+
+def test_names_that_look_like_templates_are_only_names() -> None:
+    at = SystemClock().now()
+    labels = (("server", "{rule.__class__} {page} {0}\nX-Header: 1"),)
+    alert = Alert("ServersSilent", "warning", labels, FIRING, at, at, "it sent {lines}", at)
+    notice = Notice("ServersSilent", "warning", (alert,), (), (alert,))
+    sender = Sender("{page}", "https://x", "{fleet} {lines}", "{lines}|{fleet}")
+    assert title(notice, sender) == "{page} {rule.__class__} {page} {0} X-Header: 1: it sent {lines}"
+    assert text(notice, sender).splitlines()[1:] == [
+        "{rule.__class__} {page} {0} X-Header: 1: it sent {lines}|{page}"
+    ]
+    assert title(notice, Sender("f", title_template="{page} ")) == "f: ServersSilent (warning)", (
+        "nothing is left"
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{rules}", "unknown field {rules}, nearest is rule (known: {fleet}"),
+        ("{rule.__class__.__mro__}", "unknown field {rule.__class__.__mro__}"),
+        ("{rule[0]}", "unknown field {rule[0]}"),
+        ("{}", "unknown field {}"),
+        ("{0}", "unknown field {0}"),
+        ("{rule!r}", "must have {rule} alone in its braces"),
+        ("{rule:>9999999999}", "must have {rule} alone in its braces"),
+        ("{rule:{fleet}}", "must have {rule} alone in its braces"),
+        ("a { b", "cannot be read"),
+        ("a } b", "cannot be read"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_refused_and_costs_no_alert(
+    tmp_path: Path,
+    sink: Sink,
+    told: Told,
+    terminal: Terminal,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    template: str,
+    says: str,
+) -> None:
+    configure(slack_url=sink.url, text_template=template)
+    said = terminal.run("test", code=ExitCode.BAD_SETTINGS)
+    assert "alerts.text_template " in said
+    assert says in said
+    assert check_settings(["check"], prog="fleetcast settings") == ExitCode.BAD_SETTINGS
+    assert says in capsys.readouterr().err
+    assert sink.bodies() == []
+    own = Installation(tmp_path, told.url, slack_url=sink.url, text_template=template)
+    own.check(0.2)
+    (sent,) = sink.bodies()
+    assert sent["text"] == "fleetcast: DriftHigh (warning)\nthe combined drift score is 0.2 (&gt; 0.15)"
+    assert "the standard words are sent: alerts.text_template" in caplog.text
+
+
+def test_settings_with_which_no_daemon_starts_are_not_called_good(
+    terminal: Terminal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(slack_url="nonsense", rules=["X: nope > 3 warning"])
+    with Path("fleetcast.toml").open("a") as file:
+        file.write('\n[remote_write]\nrules = ["cpu_pct: ("]\n')
+    assert check_settings(["check"], prog="fleetcast settings") == ExitCode.BAD_SETTINGS
+    said = capsys.readouterr().err
+    assert doctor([]) == ExitCode.FAILED
+    told = capsys.readouterr().out
+    for name in ("alerts.slack_url", "alerts.rules", "remote_write.rules"):
+        assert name in said
+        assert name in told
 
 
 def test_a_test_reaches_channels_that_an_alertmanager_keeps_quiet(sink: Sink, terminal: Terminal) -> None:

@@ -149,3 +149,10 @@ def test_every_wrong_rule_is_named_at_once_with_what_would_be_right() -> None:
     assert "must look like NAME: FACT OP NUMBER" in first
     assert "unknown fact drift_scor, nearest is drift_score" in second
     assert "must end with one of info, warning, critical, got loud" in third
+
+
+def test_a_date_is_told_by_whole_days() -> None:
+    rule = parse_rules(["Full: disk_full_days < 7 warning"])[-1]
+    for days, says in ((0.0, "less than a day"), (0.9, "less than a day"), (2.5, "2.5 days")):
+        (alert,) = judge([rule], {"disk_full_days": [Sample.of(days, server="a")]}, [], AT)
+        assert alert.sentence == f"it is full in {says}, at the earliest (< 7 days)"

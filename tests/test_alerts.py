@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import hmac
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -13,12 +14,14 @@ from typing import Any
 import pytest
 from alert_sink import Sink
 from test_inference import World
+from test_outbound import dripping
 from told_daemon import Told
 
 from fleetcast.alerts import engine as module
 from fleetcast.alerts.engine import AlertEngine, CheckFigures, facts_of_check, facts_of_daemon
 from fleetcast.alerts.rules import FACTS, Sample
 from fleetcast.alerts.state import SILENCES_FILE, Silence, add_silence, load_state
+from fleetcast.capacity.dates import OVER
 from fleetcast.clock import FakeClock
 from fleetcast.errors import OwnershipLost, SettingsError, StorageFull, UnknownFormat
 from fleetcast.files import read_json
@@ -165,6 +168,58 @@ def test_a_channel_that_hangs_delays_no_check_and_no_other_channel(
         assert len(hanging.bodies()) == 1, "it is told later"
 
 
+@pytest.mark.parametrize("kind", ["slack", "webhook", "pagerduty", "email", "alertmanager", "heartbeat"])
+def test_a_channel_that_drips_is_given_up_with_its_connection_and_delays_no_other(
+    tmp_path: Path, sink: Sink, told: Told, kind: str
+) -> None:
+    start = b"220-\r\n" if kind == "email" else b"HTTP/1.1 200 OK\r\n"
+    more = b"220-still\r\n" if kind == "email" else b"X-A: b\r\n"
+    with dripping(start, more, waits=kind != "email") as (url, ended):
+        port = int(url.rsplit(":", 1)[1])
+        mail = {"email_to": ("a@example.com",), "smtp_host": "127.0.0.1", "smtp_port": port}
+        drips = {
+            "slack": {"slack_url": url},
+            "webhook": {"webhook_url": url},
+            "pagerduty": {"pagerduty_url": url, "pagerduty_key": "k" * 32},
+            "email": {**mail, "smtp_security": "none"},
+            "alertmanager": {"alertmanager_urls": (url, sink.url)},
+            "heartbeat": {"heartbeat_url": url},
+        }[kind]
+        healthy = {"webhook": {"slack_url": sink.url}, "alertmanager": {}}.get(
+            kind, {"webhook_url": sink.url}
+        )
+        own = Installation(tmp_path, told.url, timeout_s=0.5, **drips, **healthy)
+        own.check(0.2)
+        assert len(sink.requests) == 1
+        assert "no answer within 0.5 s" in own.state()["channels"][kind]["last_error"]
+        assert ended.wait(20), "the connection is not left open"
+        thread = own.engine._at_work[kind][0]
+        assert thread.join(20), "the thread is not kept"
+
+
+def test_a_look_up_that_hangs_costs_its_channel_and_no_other(
+    tmp_path: Path, sink: Sink, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr("fleetcast.outbound._addresses", lambda _host: go_on.wait(60) and [])
+    own = Installation(
+        tmp_path,
+        told.url,
+        slack_url="http://hooks.example.com/x",
+        webhook_url=sink.url,
+        email_to=("a@example.com",),
+        smtp_host="mail.example.com",
+        timeout_s=0.5,
+    )
+    own.check(0.2)
+    channels = own.state()["channels"]
+    assert len(sink.requests) == len(channels["webhook"]["told"]) == 1
+    for name in ("slack", "email"):
+        assert "no answer within 0.5 s" in channels[name]["last_error"]
+        assert own.engine._at_work[name][0].join(20), "the thread is not kept"
+    go_on.set()
+
+
 def test_a_slow_channel_has_the_limit_for_each_message(
     tmp_path: Path, sink: Sink, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,7 +344,9 @@ def test_a_silence_can_be_of_one_server_and_be_taken_back(tmp_path: Path, sink: 
 def row(server: str, p: float | None, state: str = "may pass") -> dict[str, Any]:
     first = "2026-01-15T14:00:00Z" if p else None
     times = {"first_possible": first, "likely": None, "since": None if p else "2026-01-15T09:00:00Z"}
-    return {"server": server, "metric": "mem_pct", "state": state, "now": 80.0, "p": p, **times}
+    times["silent_since"] = None
+    found = {"server": server, "metric": "mem_pct", "state": state, "now": 80.0, "p": p, **times}
+    return {**found, "since_or_before": False}
 
 
 def test_one_message_for_a_rule_and_check_names_ten_servers_and_counts_the_others(
@@ -331,6 +388,20 @@ def test_a_server_that_passed_the_limit_keeps_its_alert(tmp_path: Path, sink: Si
     assert last["alerts"][0]["sentence"] == "it is over the limit since 2026-01-15T09:00:00Z"
 
 
+def test_a_silent_server_keeps_an_alert_about_its_limit_and_begins_none(
+    tmp_path: Path, sink: Sink, told: Told
+) -> None:
+    rules = ("LimitLikely: capacity_p > 0.5 warning",)
+    own = Installation(tmp_path, told.url, webhook_url=sink.url, rules=rules)
+    silent = {"silent_since": "2026-01-15T09:30:00Z"}
+    told.answers["/capacity"] = {"rows": [row("web-1", 0.9), {**row("web-2", 0.9), **silent}]}
+    own.check()
+    told.answers["/capacity"] = {"rows": [{**row("web-1", 0.9), **silent}, {**row("web-2", 0.9), **silent}]}
+    own.check()
+    (body,) = sink.bodies()
+    assert [alert["labels"]["server"] for alert in body["alerts"]] == ["web-1"]
+
+
 def test_dates_of_full_disks_become_days(tmp_path: Path, sink: Sink, told: Told) -> None:
     rules = ("DiskFullSoon: disk_full_days < 7 warning",)
     own = Installation(tmp_path, told.url, webhook_url=sink.url, rules=rules)
@@ -338,13 +409,15 @@ def test_dates_of_full_disks_become_days(tmp_path: Path, sink: Sink, told: Told)
         "rows": [
             {"server": "a", "full_between": ["2026-01-20", "2026-01-25"], "why_no_date": None},
             {"server": "b", "full_between": ["2026-01-30", "2026-02-25"], "why_no_date": None},
-            {"server": "c", "full_between": None, "why_no_date": "it is over the limit"},
+            {"server": "c", "full_between": None, "why_no_date": OVER},
         ]
     }
     own.check()
     (body,) = sink.bodies()
     (alert,) = body["alerts"]
     assert alert["labels"] == {"server": "a"}
+    (full,) = module._dates(told.answers["/capacity/dates"]["rows"][2:], own.clock.now())
+    assert (full.value, full.text) == (None, "it was full on the newest whole day")
     assert (
         "it is full in 4.6 days, at the earliest (< 7 days); full between 2026-01-20 and 2026-01-25"
         in alert["sentence"]
@@ -608,6 +681,6 @@ def test_a_real_daemons_answers_become_facts(tmp_path: Path, monkeypatch: pytest
     assert silent.value == pytest.approx(10 / 12, abs=0.02)
     near = {dict(sample.labels)["server"]: sample for sample in facts["capacity_p"]}
     assert near["full"].value is None
-    assert "over the limit since 2020-01-01T00:00:00Z" in near["full"].text
+    assert "over the limit since 2020-01-01T00:00:00Z or before" in near["full"].text
     assert near["leak"].text == "it is not known at the moment", "no window has settled yet"
     assert row_keys == row("x", 0.5).keys()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fleetcast.errors import BadData
 from fleetcast.ingest.arrow import COLUMNS_MAX, ROWS_MAX, read_columns
-from fleetcast.ingest.columns import RowsOf
+from fleetcast.ingest.columns import CodedNames, RowsOf
 from fleetcast.ingest.records import Accepted, RecordRules, accept, accept_columns
 
 NOW = 1_768_471_200_000  # 2026-01-15T10:00:00Z
@@ -184,7 +184,10 @@ def test_many_rows_that_point_at_one_long_text_cost_nothing() -> None:
     names = pa.Array.from_buffers(pa.string_view(), 1000, [None, views, *one.buffers()[2:]])
     accepted = taken(stream({"timestamp": times([NOW] * 1000), "server_name": names}))
     assert len(accepted.rejections) == 1000
-    assert accepted.rejections[0].reason == "must be 1-128 printable characters, got None"
+    assert (
+        accepted.rejections[0].reason
+        == "must be 1-128 printable characters, at least one of them visible, got None"
+    )
 
 
 def test_rejected_rows_can_be_shown_as_records() -> None:
@@ -253,6 +256,43 @@ def test_names_that_are_no_utf8_do_not_pass_validation() -> None:
     body = stream(two())
     with pytest.raises(BadData, match=r"UTF8|UTF-8|utf-8"):
         read_columns(body.replace(b"web-01", b"web-\xff\xfe"))
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()])
+def test_of_a_dictionary_only_the_texts_that_a_row_has_are_read(kind: pa.DataType) -> None:
+    names = pa.array([f"web-{number:02}" for number in range(50)]).cast(kind)
+    codes = pa.array([7, None, 3, 7], pa.int16())
+    columns = {
+        "timestamp": times([NOW, NOW, NOW, NOW + 5_000]),
+        "server_name": pa.DictionaryArray.from_arrays(codes, names),
+        "cpu_pct": pa.array([1.0, 2.0, 3.0, 4.0]),
+    }
+    read = read_columns(stream(columns, n_batches=2))["server_name"]
+    assert isinstance(read, CodedNames)
+    assert set(read.names) <= {"web-07", "web-03", None}
+    found = taken(stream(columns))
+    assert [found.batch.server_names[code] for code in found.batch.server_codes] == [
+        "web-07",
+        "web-03",
+        "web-07",
+    ]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.string_view()])
+def test_rows_without_a_name_need_no_dictionary(kind: pa.DataType) -> None:
+    names = pa.DictionaryArray.from_arrays(pa.array([None, None], pa.int32()), pa.array([], kind))
+    found = taken(stream(two(cpu_pct=pa.array([1.0, 2.0])) | {"server_name": names}))
+    assert [(one.index, one.field) for one in found.rejections] == [(0, "server_name"), (1, "server_name")]
+
+
+def test_a_dictionary_that_comes_again_with_thousands_of_batches_is_refused() -> None:
+    """A small body would take gigabytes and minutes: each batch is checked with the whole dictionary."""
+    names = pa.DictionaryArray.from_arrays(
+        pa.array([1] * 2000, pa.int32()), pa.array(["x" * 200_000, "web-01"])
+    )
+    columns = {"timestamp": times([NOW] * 2000), "server_name": names}
+    with pytest.raises(BadData, match="over 256 MiB to check"):
+        read_columns(stream(columns, n_batches=2000))
 
 
 def test_codes_beyond_their_dictionary_do_not_pass_validation() -> None:

@@ -228,6 +228,7 @@ def test_a_past_that_comes_after_newer_bins_is_in_the_daemons_memory_too(
     assert world.client.post("/feed/data", json={"records": [now]}).status_code == 200
     world.clock.advance(minutes=10)
     world.service.cycle()
+    world.service.cycle()  # no more rows of the bin came meanwhile
     assert world.get("/status")["bins"]["newest_closed"] is not None
     with StubPrometheus(2) as stub:
         assert importer.run("prometheus", "--url", stub.url, "--days", "1")["accepted"] == 2 * 288

@@ -2,29 +2,33 @@
 
 import gc
 import json
+import os
+import subprocess
+import sys
 import tracemalloc
 import weakref
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from fleetcast.clock import FakeClock, to_ms
+from fleetcast.clock import FakeClock, iso_z, to_ms
 from fleetcast.ingest.rules import to_significant
 from fleetcast.schema import FleetForecast, Floats, RecordBatch
 from fleetcast.serving import board as board_module
 from fleetcast.serving.board import (
-    BadShare,
     ModelInfo,
     PredictionBoard,
     TooManyServers,
     UnknownServer,
     fleet_means,
-    share_of,
 )
-from fleetcast.serving.roster import Roster
+from fleetcast.serving.roster import BadShare, Roster, share_of
 from fleetcast.settings import ForecastSettings
 
 BIN = 300_000
@@ -358,3 +362,91 @@ def test_a_sweep_is_freed_when_the_next_one_is_published_and_its_last_reader_is_
         assert freed() is None, "without the collector of cycles, which may come late"
     finally:
         gc.enable()
+
+
+def read_table(pieces: Iterable[bytes]) -> pa.Table:
+    return pa.ipc.open_stream(b"".join(pieces)).read_all()
+
+
+def test_the_table_says_what_the_document_says(clock: FakeClock, roster: Roster) -> None:
+    board = PredictionBoard(roster, clock)
+    add(roster, clock, "new", 5.0)
+    board.publish(forecast(clock), MODEL)
+    told = json.loads(b"".join(board.document()))
+    table = read_table(board.table())
+    rows = {(row["server_name"], row["metric"]): row for row in table.to_pylist()}
+    assert [name for name, _ in rows] == list(told["predictions"])
+    for (name, metric), row in rows.items():
+        said = told["predictions"][name]
+        assert row["current"] == said["current"][metric]
+        assert row["stale"] == said["stale"]
+        if said["forecast"] is None:
+            assert (row["source"], row["p10"], row["start"]) == ("warming_up", None, None)
+            continue
+        assert row["source"] == said["sources"][metric]
+        for quantile in ("p10", "p50", "p90"):
+            assert row[quantile] == pytest.approx(said["forecast"][metric][quantile], rel=1e-4)
+        assert iso_z(row["start"]) == said["timestamps"][0]
+        assert row["step_s"] == 300.0
+    assert json.loads(table.schema.metadata[b"model"]) == told["model"]
+    assert json.loads(table.schema.metadata[b"timestamp"]) == told["timestamp"]
+
+
+def test_a_table_takes_a_fleet_of_any_size_in_batches_and_a_share_of_it(
+    clock: FakeClock, roster: Roster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(board_module, "_BATCH_SERVERS", 2)
+    board = PredictionBoard(roster, clock, max_servers=1)
+    for number in range(3):
+        add(roster, clock, f"db-{number}", 1.0)
+    names = ("web-01", "db-0", "web-02", "db-2")
+    board.publish(forecast(clock, names), MODEL)
+    with pytest.raises(TooManyServers, match="Arrow"):
+        board.document()
+    table = read_table(board.table())
+    assert table.column("server_name").to_pylist() == ["web-01", "web-02", "db-0", "db-1", "db-2"]
+    assert [row is None for row in table.column("p50").to_pylist()] == [False, False, False, True, False]
+    shares = [read_table(board.table(share=(which, 2))).column("server_name").to_pylist() for which in (0, 1)]
+    assert sorted(shares[0] + shares[1]) == sorted(table.column("server_name").to_pylist())
+    assert read_table(board.table(["db-2"])).column("server_name").to_pylist() == ["db-2"]
+    with pytest.raises(UnknownServer):
+        board.table(["gone"])
+
+
+def test_a_table_of_current_values_has_no_forecasts_and_an_empty_one_has_its_columns(
+    clock: FakeClock, roster: Roster
+) -> None:
+    board = PredictionBoard(roster, clock)
+    only_current = read_table(board.table(only_current=True))
+    assert only_current.column_names == ["server_name", "metric", "current", "source", "stale"]
+    assert only_current.column("source").to_pylist() == ["warming_up", "warming_up"]
+    assert read_table(board.table()).column("p50").null_count == 2
+    empty = read_table(PredictionBoard(Roster(ForecastSettings()), clock).table())
+    assert empty.num_rows == 0
+    assert empty.column_names[-3:] == ["p10", "p50", "p90"]
+
+
+def test_a_metric_without_a_whole_forecast_is_null_in_the_table(clock: FakeClock, roster: Roster) -> None:
+    board = PredictionBoard(roster, clock)
+    times = np.array([to_ms(clock.now())])
+    roster.add(RecordBatch(("web-01",), np.zeros(1, np.int32), times, {"mem_pct": np.array([7.0])}))
+    board.publish(forecast(clock), MODEL)
+    row = next(row for row in read_table(board.table()).to_pylist() if row["metric"] == "mem_pct")
+    assert (row["current"], row["source"], row["p50"], row["start"]) == (7.0, None, None, None)
+
+
+def test_a_table_loads_no_pandas_into_the_daemon() -> None:
+    code = """if True:
+        import sys
+        from test_board import *
+        clock, roster = FakeClock(), Roster(ForecastSettings())
+        add(roster, clock, "web-01", 1.0)
+        board = PredictionBoard(roster, clock)
+        early = b"".join(board.table())
+        board.publish(forecast(clock), MODEL)
+        assert len(b"".join(board.table())) > len(early)
+        assert "pandas" not in sys.modules
+    """
+    here = Path(__file__).parent
+    path = {**os.environ, "PYTHONPATH": f"{here.parent}{os.pathsep}{here}"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=here, env=path, timeout=60)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,11 @@ from data_buffer import DataBuffer
 from fleetcast.capacity.crossing import (
     FEWEST,
     FORECAST,
+    HARDLY_PASSED,
     HISTORY,
     LIMITS,
+    LOWEST,
+    NOTHING_SETTLED,
     ORIGINS_KEPT,
     TREND,
     Calibration,
@@ -23,9 +26,10 @@ from fleetcast.capacity.crossing import (
     guess,
 )
 from fleetcast.capacity.dates import OVER, Ratios, compare, find_trend, look_ahead
-from fleetcast.clock import DAY_MS, FakeClock, from_ms
+from fleetcast.clock import DAY_MS, FakeClock, from_ms, iso_z, parse_plain_utc
 from fleetcast.inference import build_fleet
 from fleetcast.schema import Floats
+from fleetcast.serving import fullness as fullness_module
 from fleetcast.serving.capacity import Capacity, CapacityQuestion, _Published, _Standing
 from fleetcast.serving.fullness import DatesQuestion, Fullness, FullnessGauges, Soonest
 from fleetcast.settings import Settings
@@ -60,7 +64,7 @@ def test_p_is_the_share_that_came_true() -> None:
     centre = np.array([90.0, 95.0, 85.0, 70.0])
     said = calibration.say(made_guess(centre, random))
     assert said.told[FORECAST, :, NINETY] == pytest.approx([0.5, 0.84, 0.16, 0.0], abs=0.05)
-    assert calibration.choose(NINETY) == FORECAST
+    assert calibration.choose(NINETY) == (FORECAST, LOWEST)
     n_windows, scores = calibration.brier_scores(NINETY)
     assert n_windows > 5000
     assert scores[FORECAST] < scores[HISTORY] < scores[TREND] + 0.05
@@ -73,7 +77,7 @@ def test_before_anything_settled_only_history_says_something() -> None:
     random = np.random.default_rng(3)
     said = calibration.say(made_guess(np.full(4, 95.0), random, 0.25))
     assert np.isnan(said.told[[FORECAST, TREND]]).all()
-    assert calibration.choose(NINETY) == HISTORY
+    assert calibration.choose(NINETY) == (HISTORY, NOTHING_SETTLED)
     calibration.settle(said, np.full(4, 96.0, np.float32))
     assert np.isnan(calibration.say(said.guess).raw[FORECAST]).all(), f"fewer than {FEWEST} settled"
 
@@ -85,7 +89,23 @@ def test_the_source_with_the_lower_settled_score_answers() -> None:
         found = made_guess(random.uniform(60, 110, N_SERIES), random)
         found.shares[:] = np.where(passes, 0.95, 0.05)[:, None]
         calibration.settle(calibration.say(found), np.where(passes, 99.0, 10.0).astype(np.float32))
-    assert calibration.choose(NINETY) == HISTORY
+    assert calibration.choose(NINETY) == (HISTORY, LOWEST)
+
+
+def test_a_source_that_is_hardly_better_answers_too_and_the_answer_shows_no_lower_score_beside_it() -> None:
+    calibration, random = Calibration(), np.random.default_rng(8)
+    for _ in range(
+        60
+    ):  # one window in two passes: the forecast knows all but a little, the history a little more
+        passes = random.uniform(size=N_SERIES) < 0.5
+        found = made_guess(np.where(passes, 96.0, 84.0), random)
+        found.shares[:] = np.where(passes, 0.9, 0.1)[:, None]
+        peaks = np.where(passes ^ (random.uniform(size=N_SERIES) < 0.1), 96.0, 84.0)
+        calibration.settle(calibration.say(found), peaks.astype(np.float32))
+    _, scores = calibration.brier_scores(NINETY)
+    best = int(np.argmin(scores))
+    assert scores[best] < scores[FORECAST] < 1.1 * scores[best], scores
+    assert calibration.choose(NINETY) == (best, LOWEST)
 
 
 def test_where_no_window_has_passed_yet_the_source_that_never_says_so_does_not_answer() -> None:
@@ -94,7 +114,7 @@ def test_where_no_window_has_passed_yet_the_source_that_never_says_so_does_not_a
         said = calibration.say(made_guess(np.full(N_SERIES, 75.0), random, 0.0))
         calibration.settle(said, np.full(N_SERIES, 76.0, np.float32))
     assert calibration.brier_scores(NINETY)[1][HISTORY] == 0
-    assert calibration.choose(NINETY) == FORECAST
+    assert calibration.choose(NINETY) == (FORECAST, HARDLY_PASSED)
 
 
 def test_what_is_said_too_high_is_told_lower() -> None:
@@ -199,9 +219,9 @@ def test_a_nightly_free_has_no_trend_in_its_daily_maxima() -> None:
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+def world_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.chdir(tmp_path)
-    world = World(tmp_path).start()
+    world = World(tmp_path, mode="system").start()
     yield world
     world.end()
 
@@ -214,6 +234,10 @@ def grow(world: World, n_bins: int, start: int = 0) -> None:
         world.service.cycle()
 
 
+def bin_start(number: int) -> datetime:
+    return datetime(2020, 1, 1, tzinfo=UTC) + timedelta(minutes=5 * number)
+
+
 def test_the_daemon_says_who_is_over_and_since_when(world: World) -> None:
     grow(world, 4)
     told = world.get("/capacity")
@@ -221,19 +245,66 @@ def test_the_daemon_says_who_is_over_and_since_when(world: World) -> None:
     assert told["rows"] == [
         {
             "server": 'odd <b>"', "metric": "cpu_pct", "state": "over", "now": 93.0, "p": None,
-            "first_possible": "2020-01-01T00:15:00Z", "likely": "2020-01-01T00:15:00Z",
-            "since": "2020-01-01T00:00:00Z",
+            "first_possible": None, "likely": None,
+            "since": "2020-01-01T00:00:00Z", "since_or_before": True, "silent_since": None,
         }
     ]  # fmt: skip
     assert told["metrics"]["cpu_pct"]["windows"] == 0
     assert told["metrics"]["cpu_pct"]["brier"] is None
+    assert told["metrics"]["cpu_pct"]["why"] == NOTHING_SETTLED
+    assert told["not_sent"] == ["mem_pct"]
     metrics = world.client.get("/metrics").text
     assert 'fleetcast_capacity_over{metric="cpu_pct"} 1.0' in metrics
     assert 'fleetcast_capacity_likely_crossings{metric="cpu_pct"} 0.0' in metrics
 
 
+def test_over_since_is_looked_for_in_all_of_the_memory_and_marked_where_that_holds_no_bin_below(
+    world: World,
+) -> None:
+    # Given: servers that are over for 17 hours, for an hour, and in all that is known of them
+    world.clock.advance(hours=8)
+    for number in range(207):
+        long, short = 95.0 if number > 2 else 50.0, 95.0 if number > 194 else 50.0
+        rows = [("long", number, long), ("short", number, short), ("always", number, 90.0)]
+        assert world.post(*rows).status_code == 200
+        world.service.cycle()
+    # Then: each has its own first bin, and only the last one may have been over before
+    told = {row["server"]: (row["since"], row["since_or_before"]) for row in world.get("/capacity")["rows"]}
+    assert told == {
+        "long": (iso_z(bin_start(3)), False),
+        "short": (iso_z(bin_start(195)), False),
+        "always": (iso_z(bin_start(0)), True),
+    }
+
+
+def test_where_all_servers_are_silent_the_rows_hold_their_last_values_and_no_past_times(
+    world_now: World,
+) -> None:
+    # Given: a server that is over and one that is forecast to get there, and then nobody sends any more
+    world = world_now
+    for number in range(141, 145):
+        rows = [("over", number, 95.0), ("falls", number, 97.0 if number < 144 else 89.0)]
+        assert world.post(*rows).status_code == 200
+        world.clock.advance(minutes=5)
+        world.service.cycle()
+    # When: two hours pass
+    for _ in range(24):
+        world.clock.advance(minutes=5)
+        world.service.cycle()
+    # Then: what is told is what was last known
+    told, now = world.get("/capacity?min_p=0"), iso_z(world.clock.now())
+    assert (told["silent"], told["not_sent"]) == (2, ["mem_pct"])
+    rows = {row["server"]: row for row in told["rows"]}
+    assert {name: (row["state"], row["now"]) for name, row in rows.items()} == {
+        "over": ("over", 95.0), "falls": ("not known yet", 89.0),
+    }  # fmt: skip
+    for row in rows.values():
+        assert all(row[name] is None or row[name] >= now for name in ("first_possible", "likely")), row
+    assert rows["over"]["since"] == iso_z(bin_start(141))
+
+
 def test_the_gauges_count_likely_crossings_of_servers_below_the_limit(tmp_path: Path) -> None:
-    capacity = Capacity(tmp_path, build_fleet(Settings(), FakeClock()).history, 96)
+    capacity = Capacity(tmp_path, build_fleet(Settings(), FakeClock()))
     told = np.full((len(LIMITS), 5), 0.1, np.float32)
     told[NINETY] = [0.5, 0.49, 0.9, np.nan, 1.0]
     now = np.array([50.0, 50.0, 50.0, 50.0, 95.0], np.float32)
@@ -268,10 +339,23 @@ def test_windows_settle_after_the_horizon_and_a_restart_keeps_what_they_taught(w
 def test_a_damaged_file_costs_only_what_it_held(tmp_path: Path) -> None:
     fleet = build_fleet(Settings(), FakeClock())
     (tmp_path / "capacity.npz").write_bytes(b"PK\x03\x04 torn")
-    capacity = Capacity(tmp_path, fleet.history, 96)
+    capacity = Capacity(tmp_path, fleet)
     assert capacity.answer(CapacityQuestion())["rows"] == []
     capacity.save()
-    assert Capacity(tmp_path, fleet.history, 96)._calibrations[0].n_settled[0] == 0
+    assert Capacity(tmp_path, fleet)._calibrations[0].n_settled[0] == 0
+
+
+@pytest.mark.parametrize("name", ["tallies", "brier", "n_settled"])
+@pytest.mark.parametrize("value", [np.nan, -1, np.inf])
+def test_a_file_with_impossible_sums_is_not_taken_up(tmp_path: Path, name: str, value: float) -> None:
+    fleet = build_fleet(Settings(), FakeClock())
+    capacity = Capacity(tmp_path, fleet)
+    calibration = capacity._calibrations[0]
+    calibration.n_settled[0] = 3
+    wrong = getattr(calibration, name)
+    wrong[...] = value if wrong.dtype.kind == "f" else -1
+    capacity.save()
+    assert Capacity(tmp_path, fleet)._calibrations[0].n_settled[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -349,6 +433,87 @@ def test_disks_get_dates_from_the_stored_days_although_they_are_not_forecast(tmp
 def test_dates_are_asked_over_http(world: World) -> None:
     answer = world.client.get("/capacity/dates")
     assert (answer.status_code, "known: none yet" in answer.json()["detail"]) == (422, True)
+
+
+def test_the_page_is_told_what_dates_wait_for_instead_of_a_refusal(world_now: World) -> None:
+    world = world_now
+    for _ in range(3):
+        world.service.cycle()
+    told = world.get("/ui/api/capacity/dates")
+    assert told["waits"] | {"first": ""} == {"is_reading": False, "is_sent": False, "first": ""}
+    record = {"timestamp": iso_z(world.clock.now()), "server_name": "a", "disk_usage_pct": 50.0}
+    assert world.client.post("/feed/data", json={"records": [record]}).status_code == 200
+    told = world.get("/ui/api/capacity/dates")
+    first = parse_plain_utc(told["waits"]["first"])
+    assert told["waits"]["is_sent"]
+    assert timedelta(0) < first - world.clock.now() <= timedelta(days=2)
+    world.clock.advance(seconds=(first - world.clock.now()).total_seconds())
+    for _ in range(50):
+        world.service.cycle()
+    told = world.get("/ui/api/capacity/dates")
+    assert (told["days"], told["known"]) == (1, ["disk_usage_pct"])
+    assert "limit must be" in world.client.get("/capacity/dates?limit=0").json()["detail"]
+
+
+def test_history_that_comes_later_counts_in_the_dates(
+    world_now: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given: a daemon that has looked at all days, and found none
+    world = world_now
+    for _ in range(3):
+        world.service.cycle()
+    assert world.client.get("/capacity/dates").status_code == 422
+    # When: forty days are imported
+    world.clock.advance(minutes=1)
+    days = [world.clock.now() - timedelta(days=40 - place) for place in range(40)]
+    rows = [
+        {"timestamp": day.isoformat(), "server_name": "a", "disk_usage_pct": float(value)}
+        for day, value in zip(days, climb(40), strict=True)
+    ]
+    assert world.client.post("/feed/data", json={"records": rows}).json()["records_received"] == 40
+    for _ in range(50):
+        world.service.cycle()
+    assert world.client.get("/capacity/dates").status_code == 422, "the import may still go on"
+    # Then: a pause later they are known
+    monkeypatch.setattr("fleetcast.serving.fullness._PAUSE_S", 0.0)
+    for _ in range(200):
+        world.service.cycle()
+    told = world.get("/capacity/dates")
+    assert (told["days"], told["rows"][0]["basis_days"]) == (40, 40)
+
+
+def test_a_day_that_changes_is_read_again_and_no_scrape_misses_the_dates(
+    disks: tuple[Fullness, Soonest, FakeClock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fullness, soonest, clock = disks
+    look(fullness, soonest)
+    yesterday = clock.now() - timedelta(days=1)
+    before = fullness.answer(DatesQuestion(server="steady"))
+    row = {"timestamp": yesterday.isoformat(), "server_name": "steady", "disk_usage_pct": 96.0}
+    fullness._buffer.append([row])
+    times_ms = np.array([int(yesterday.timestamp() * 1000)])
+    fullness.note(times_ms)
+    for _ in range(50):
+        fullness.step()
+    assert fullness.answer(DatesQuestion(server="steady")) == before, "records may still come"
+    monkeypatch.setattr("fleetcast.serving.fullness._PAUSE_MAX_S", 0.0)  # as one hour after the first of them
+    for _ in range(50):
+        fullness.step()
+        soonest.step()
+        assert soonest.gauges(100) is not None
+    after = fullness.answer(DatesQuestion(server="steady"))
+    assert after["rows"][0]["now"] == 96.0
+    told = soonest.gauges(100)
+    assert told is not None
+    assert told.full == {DISK: 2}
+
+
+def test_live_records_read_no_day_again(disks: tuple[Fullness, Soonest, FakeClock]) -> None:
+    fullness, soonest, clock = disks
+    look(fullness, soonest)
+    fullness.note(np.array([int(clock.now().timestamp() * 1000)]))
+    fullness.note(np.array([], dtype=np.int64))
+    assert fullness._changed == {}
 
 
 def test_days_before_the_oldest_record_cost_no_reading(
@@ -452,6 +617,60 @@ def test_disks_are_looked_at_once_a_day_and_their_dates_come_nearer_at_each_scra
     fullness.clear()
     soonest.step()
     assert soonest.gauges(100) is None
+
+
+def test_the_alert_asks_at_each_check_and_no_server_is_judged_again(
+    disks: tuple[Fullness, Soonest, FakeClock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fullness, soonest, clock = disks
+    while not fullness.is_known:
+        fullness.step()
+    made = fullness.answer(DatesQuestion())
+    of_70 = fullness.answer(DatesQuestion(limit=70.0))
+    look(fullness, soonest)
+    judged: list[float] = []
+    whole = fullness_module.dates.look_ahead
+
+    def count(maxima: Any, limit: float, ratios: Ratios) -> Any:
+        judged.append(limit)
+        return whole(maxima, limit, ratios)
+
+    monkeypatch.setattr(fullness_module.dates, "look_ahead", count)
+    assert fullness.answer(DatesQuestion()) == made
+    assert fullness.answer(DatesQuestion(n_rows=2))["rows"] == made["rows"][:2]
+    assert fullness.answer(DatesQuestion(limit=70.0)) == of_70
+    one = fullness.answer(DatesQuestion(server="later"))
+    assert (one["rows"], one["with_date"]) == ([row for row in made["rows"] if row["server"] == "later"], 1)
+    assert judged == []
+    # a new day: the look before answers until the next one is done, but not a question of one's own
+    clock.advance(days=1)
+    while fullness.whole_days() is None:
+        fullness.step()
+    assert fullness.answer(DatesQuestion())["newest_day"] == made["newest_day"]
+    assert judged == []
+    assert fullness.answer(DatesQuestion(limit=70.0))["newest_day"] > made["newest_day"]
+    assert judged
+    for _ in range(50):
+        soonest.step()
+    judged.clear()
+    after = fullness.answer(DatesQuestion())
+    assert (after["newest_day"] > made["newest_day"], judged) == (True, [])
+    # what was read is forgotten, and with it what was said of it
+    fullness.clear()
+    with pytest.raises(Exception, match="known: none yet"):
+        fullness.answer(DatesQuestion())
+
+
+def test_few_answers_are_kept_and_the_alerts_is_among_them(
+    disks: tuple[Fullness, Soonest, FakeClock],
+) -> None:
+    fullness, soonest, _clock = disks
+    look(fullness, soonest)
+    for limit in range(50, 60):
+        fullness.answer(DatesQuestion(limit=float(limit)))
+        fullness.answer(DatesQuestion())
+    assert len(fullness._looks) == 4
+    assert (DISK, 95.0) in fullness._looks
 
 
 def test_a_look_that_fails_is_told_and_tried_again_later(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from house import ROOT
 from small_fleet import SmallFleet
 from test_architecture import loaded_after
 
@@ -40,6 +41,25 @@ except Taken:
 else:
     raise AssertionError("the other routes were not opened")
 """
+
+
+FORECAST = f"""
+from pathlib import Path
+import numpy as np
+from fleetcast.forecast.predictor import Forecaster, set_threads
+from fleetcast.schema import HistoryWindow
+set_threads(1)
+model = Forecaster.load(Path({str(ROOT / "models" / "last.ckpt")!r}))
+values = np.full((1, 1, 600), 50, np.float32)
+bin_ms = model.description.grid.bin_ms
+answer = model.predict(HistoryWindow(("a",), ("cpu_pct",), values, 600 * bin_ms, bin_ms))
+assert np.isfinite(answer).all()
+"""
+
+
+def test_a_forecast_needs_no_torch(tmp_path: Path) -> None:
+    loaded = loaded_after(FORECAST, tmp_path)
+    assert loaded.isdisjoint({"torch", "lightning", "pytorch_forecasting", "scipy", "sklearn", "pandas"})
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,10 @@ import numpy as np
 import pytest
 from test_inference import World
 
+from fleetcast.capacity.crossing import HARDLY_PASSED
+from fleetcast.capacity.dates import OVER
 from fleetcast.cli import COMMANDS, main
+from fleetcast.console.command import _capacity_lines, _say_record
 from fleetcast.errors import ExitCode
 from fleetcast.sources.client import API_KEY_VARIABLE
 
@@ -36,19 +38,6 @@ class Terminal:
 
     def json(self, *words: str, code: int = 0) -> Any:
         return json.loads(self.run(*words, "--json", code=code))
-
-
-@pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.chdir(tmp_path)
-    world = World(tmp_path).start()
-    yield world
-    world.end()
-
-
-@pytest.fixture
-def terminal(world: World, capsys: pytest.CaptureFixture[str]) -> Terminal:
-    return Terminal(str(world.client.base_url), capsys)
 
 
 def grow(world: World, *names: str, bins: int = 16) -> None:
@@ -135,15 +124,36 @@ def test_accuracy_is_that_of_the_history_and_names_the_worst(world: World, termi
     assert "cpu_pct  5 min" in terminal.run("accuracy")
 
 
+def test_capacity_marks_silent_servers_and_says_what_it_is_of(world: World, terminal: Terminal) -> None:
+    for number in range(8):
+        assert (
+            world.post(("live", number, 95.0), *([("gone", 0, 95.0)] if not number else [])).status_code
+            == 200
+        )
+        world.service.cycle()
+    screen = terminal.run("capacity")
+    assert (
+        "2 series of 2 servers, 1 of them of servers that are silent; as of the bin 2020-01-01T00:30"
+        in screen
+    )
+    lines = [line.split() for line in screen.splitlines() if line.startswith(("live", "gone"))]
+    assert [(line[0], line[-1]) for line in lines] == [("live", "-"), ("gone", "2020-01-01T00:00:00Z")]
+    assert world.post(("live", 9, 95.0)).status_code == 200  # closes a bin that no sweep took yet
+    assert "1 newer bin not forecast from yet" in terminal.run("capacity")
+
+
 def test_capacity_tells_who_is_over_and_why_there_is_no_date(world: World, terminal: Terminal) -> None:
     for number in range(4):
         world.post(("high", number, 93.0), ("low", number, 3.0))
         world.service.cycle()
     screen = terminal.run("capacity")
-    assert "90 % within 8 hours: 1 of 2 servers" in screen
+    assert "90 % within 8 hours: 1 series of 2 servers" in screen
     assert "cpu_pct: by the history; no answer has settled yet, so none was checked" in screen
+    assert "mem_pct:" not in screen, "no server sends it"
+    assert "  no server sends mem_pct\n" in screen
     line = next(line for line in screen.splitlines() if line.startswith("high"))
-    assert line.split()[:5] == ["high", "cpu_pct", "over", "93.0", "-"]
+    assert line.split()[:7] == ["high", "cpu_pct", "over", "93.0", "-", "-", "-"], "no time ahead: it is over"
+    assert line.split()[7:] == ["2020-01-01T00:00:00Z", "or", "before", "-"]
     assert "by when: no day of 'disk_usage_pct' is known" in screen
     told = terminal.json("capacity", "--server", "low", "--limit", "80")
     assert (told["within"]["limit"], [row["server"] for row in told["within"]["rows"]]) == (80.0, ["low"])
@@ -260,6 +270,31 @@ def test_settings_show_where_each_value_comes_from(
     assert "nearest is FLEETCAST_SERVER_PORT" in says
 
 
+def test_settings_check_reads_what_the_daemons_would_refuse(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("fleetcast.toml").write_text("""
+[remote_write]
+server_pattern = ".*"
+rules = ["x_pct = sum(", "y = 1"]
+[alerts]
+rules = ["X: drift_score > nan critical"]
+slack_url = "ftp://secret"
+""")
+    terminal = Terminal("", capsys)
+    says = terminal.run("settings", "check", code=ExitCode.BAD_SETTINGS)
+    for wrong in (
+        "server_pattern needs a group",
+        "'x_pct = sum('",
+        "'y = 1'",
+        "alerts.slack_url",
+        "must look like",
+    ):
+        assert wrong in says
+    assert "secret" not in says
+
+
 def test_bash_completes_commands_and_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = Terminal("", capsys).run("completion", "bash")
     fake = tmp_path / "fleetcast"
@@ -293,4 +328,24 @@ def test_a_reader_that_leaves_early_is_no_failure(world: World) -> None:
 
 def test_every_answer_for_operators_has_a_json_form() -> None:
     ours = [name for name, (module, _) in COMMANDS.items() if ".console." in module]
-    assert ours == ["status", "servers", "accuracy", "capacity", "doctor", "settings", "completion"]
+    told = ["status", "servers", "accuracy", "capacity", "alerts", "doctor", "settings", "completion"]
+    assert ours == told
+
+
+def test_what_the_newest_whole_day_was_is_not_called_now() -> None:
+    soon = {"limit": 90.0, "horizon_s": 28800, "matching": 0, "servers": 1, "origin": None}
+    row = {"server": "a", "now": 96.0, "per_day": 1.0, "full_between": None, "why_no_date": OVER}
+    dates = {"metric": "disk_usage_pct", "limit": 95.0, "days": 9, "with_date": 0, "matching": 1}
+    lines = [
+        *_capacity_lines(
+            {**soon, "metrics": {}, "rows": []}, {**dates, "newest_day": "2026-01-13", "rows": [row]}
+        )
+    ]
+    assert lines[-2].split()[:3] == ["server", "newest", "day"]
+    assert "it was over the limit" in lines[-1]
+
+
+def test_capacity_says_why_its_source_answers() -> None:
+    scores = {"forecast": 0.02, "history": 0.0}
+    record = {"by": "forecast", "why": HARDLY_PASSED, "windows": 1200, "brier": scores}
+    assert f"by the forecast ({HARDLY_PASSED}); Brier score of 1,200" in _say_record(record)

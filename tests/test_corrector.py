@@ -185,6 +185,24 @@ def test_a_file_that_cannot_be_used_is_logged_and_learning_starts_afresh(
     assert fleet.forecast()[0, 1] == pytest.approx(MODEL, abs=0.01)
 
 
+@pytest.mark.parametrize("name", ["origins", "last", "offsets"])
+def test_open_lessons_of_another_kind_are_left_out_and_all_others_taken_up(fleet: Fleet, name: str) -> None:
+    fleet.close(30)
+    fleet.corrector.save(at_once=True)
+    path = fleet.folder / FILE
+    with np.load(path) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    fleet.start()
+    (_, whole, _) = fleet.corrector._layer._pending
+    assert np.isfinite(whole.last).any(), "what is of our kind is taken up"
+    key = f"pending_12_{name}"
+    np.savez(path, **(arrays | {key: arrays[key].astype("U")}))
+    fleet.start()
+    (_, hurt, other) = fleet.corrector._layer._pending
+    assert (np.isfinite(hurt.last).any(), np.isfinite(other.last).any()) == (False, True)
+    fleet.close(20)
+
+
 def test_it_is_saved_about_once_a_minute_not_at_every_bin(fleet: Fleet) -> None:
     fleet.close(1)
     fleet.corrector.save()

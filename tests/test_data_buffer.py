@@ -464,6 +464,24 @@ def test_a_probe_is_durable_and_seen_by_no_reader(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("quarantine/*"))
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "dangling"])
+@pytest.mark.parametrize("name", ["metrics_{:%Y-%m-%d}", "predictions_{:%Y-%m-%d}", "metrics_{:%Y-%m}"])
+def test_what_stands_in_the_place_of_a_day_stops_no_write(
+    tmp_path: Path, clock: FakeClock, kind: str, name: str
+) -> None:
+    place = tmp_path / f"{name.format(clock.now())}.parquet"
+    place.symlink_to(tmp_path / "unmounted") if kind == "dangling" else put(kind, place)
+    made = DataBuffer(tmp_path, clock=clock)
+    made.append([record(cpu_pct=1.0)])
+    made.flush()
+    assert made.get_stats()["total_records"] == len(content(made)) == 1
+    made.append([record(cpu_pct=2.0)])
+    made.close()
+    again = DataBuffer(tmp_path, clock=clock).open()
+    assert len(content(again)) == 1
+    again.close()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_odd_log_segment_costs_itself_only(
     tmp_path: Path, clock: FakeClock, kind: str, caplog: pytest.LogCaptureFixture

@@ -135,6 +135,16 @@ def test_a_foreign_day_file_with_our_columns_is_taken_over(tmp_path: Path, write
     assert content(tmp_path) == by_pandas(tmp_path) == expected
 
 
+def test_a_foreign_file_whose_names_are_numbers_stops_no_write(tmp_path: Path, writer: DayWriter) -> None:
+    writer.add(DAY, table(("a", NOON_MS, {"x": 1.0})), 1)
+    times = pd.to_datetime([NOON_MS, NOON_MS + 1], unit="ms", utc=True)
+    foreign = pd.DataFrame({"timestamp": times, "server_name": [7, 8], "x": [1.0, 2.0]})
+    foreign.to_parquet(day_folder(tmp_path) / PartName(2, 2).text)
+    writer.add(DAY, table(("a", NOON_MS, {"x": 9.0}), ("c", NOON_MS, {"x": 3.0})), 3)
+    seal(tmp_path, writer)
+    assert {("a", NOON_MS), ("c", NOON_MS)} <= content(tmp_path).keys()
+
+
 @pytest.mark.parametrize("junk", [b"", b"not parquet"])
 def test_a_junk_day_file_makes_way_and_is_kept_aside(tmp_path: Path, writer: DayWriter, junk: bytes) -> None:
     day_folder(tmp_path).write_bytes(junk)

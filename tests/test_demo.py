@@ -11,10 +11,9 @@ import pytest
 
 from fleetcast.clock import iso_z, plain_utc, to_ms
 from fleetcast.demo import splice
-from fleetcast.demo.claims import Outcome, claims, table
+from fleetcast.demo.claims import Outcome, Phase, claims, error_table, last_values, table
 from fleetcast.demo.harness import Reload, Seen, summary
 from fleetcast.demo.sabotage import Sabotage, TakenBack
-from fleetcast.demo.settled_errors import Phase, error_table, last_values
 from fleetcast.program import shipped_folder
 from fleetcast.schema import SettledForecasts
 

@@ -171,6 +171,15 @@ try:
 except OSError:
     pass
 """
+_A_FORECAST = """
+import sys
+from pathlib import Path
+from fleetcast.forecast.predictor import Forecaster, set_threads
+set_threads(1)
+Forecaster.load(Path("models/last.ckpt"))  # tries it once
+assert "torch" not in sys.modules
+print("forecast")
+"""
 _AN_LSTM = """
 import torch
 torch.set_num_threads(1)
@@ -182,7 +191,7 @@ print("forecast")
 
 def _run_confined(program: str) -> "subprocess.CompletedProcess[str]":
     done = subprocess.run(
-        [sys.executable, "-c", _UNDER_MDWE + program], capture_output=True, text=True, check=False
+        [sys.executable, "-c", _UNDER_MDWE + program], capture_output=True, text=True, check=False, cwd=ROOT
     )
     if "kernel without PR_SET_MDWE" in done.stderr:
         pytest.skip("this kernel has no PR_SET_MDWE (Linux 6.3)")
@@ -195,8 +204,13 @@ def test_torch_fails_without_writable_executable_memory_so_no_unit_with_torch_de
     done = _run_confined(_AN_LSTM)
 
     assert "could not create a primitive" in done.stderr
-    for unit in DAEMON_UNITS:
-        assert "MemoryDenyWriteExecute" not in _Unit(unit)["Service"]
+    retraining, inference = (_Unit(unit)["Service"] for unit in DAEMON_UNITS)
+    assert "MemoryDenyWriteExecute" not in retraining
+    assert inference["MemoryDenyWriteExecute"] == "yes"
+
+
+def test_a_model_is_loaded_and_forecasts_under_the_memory_rule_its_unit_claims() -> None:
+    assert "forecast" in _run_confined(_A_FORECAST).stdout
 
 
 def test_the_agent_reads_its_metrics_under_the_memory_rule_its_unit_claims() -> None:

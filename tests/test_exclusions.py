@@ -1,7 +1,6 @@
 """Servers left out: kept, but not forecast, not judged for drift, not trained on; back with their past."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,18 +112,9 @@ def test_a_buffer_passes_over_them_wherever_all_servers_are_read(tmp_path: Path)
 # the inference daemon
 
 
-@pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True)
+def folder_of_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLEETCAST_PATHS_DATA_BUFFER_DIR", "data")  # where the world has it
-    world = World(tmp_path).start()
-    yield world
-    world.end()
-
-
-@pytest.fixture
-def terminal(world: World, capsys: pytest.CaptureFixture[str]) -> Terminal:
-    return Terminal(str(world.client.base_url), capsys)
 
 
 def n_settled(world: World, server: str) -> int:

@@ -345,6 +345,21 @@ def test_a_leak_reaches_further_than_the_last_value_and_stays_a_percent() -> Non
     assert quantiles.max() <= 100
 
 
+@pytest.mark.parametrize("sign", [1, -1], ids=["grows", "falls"])
+def test_a_median_that_leaves_the_known_range_keeps_both_halves_of_its_interval(sign: int) -> None:
+    random = np.random.default_rng(3)
+    walk = np.cumsum(random.standard_normal(144))  # half a day of it: no straight line
+    series = (50 + sign * (walk * np.sign(walk[-1]) + random.standard_normal(144))).astype(np.float32)
+    model = series[-1] + sign * 0.25 * np.arange(1, 97)[:, None] + np.array([-6.0, 0.0, 6.0])
+    layer = ExpertLayer(PERCENT)
+    history = series[None, None]
+    quantiles = layer.serve(ROW, 0, layer.experts(history, DAY, 96), model[None, None].astype(np.float32))
+    low, median, high = quantiles[0, 0, -1]
+    beyond = median - series.max() if sign > 0 else series.min() - median
+    assert beyond > 0.1 * np.ptp(series), "it is past the range and its margin"
+    assert min(high - median, median - low) > 0.5 * min(6, beyond)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.floats(0, 100, width=32) | st.just(float("nan")), min_size=2, max_size=60))
 def test_quantiles_are_ordered_and_finite_whatever_came_before(values: list[float]) -> None:

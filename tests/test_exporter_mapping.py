@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetcast.errors import SettingsError
-from fleetcast.prometheus.series import IGNORED, REFUSED
+from fleetcast.prometheus.series import IGNORED, NAMELESS, REFUSED
 
 
 def test_gauges_become_a_record_at_their_first_scrape() -> None:
@@ -166,6 +166,22 @@ def test_series_of_other_exporters_that_never_come_together_are_counted_and_name
     assert sender.counted["incomplete"] > 500
     (said,) = [record.getMessage() for record in caplog.records if "unfinished" in record.getMessage()]
     assert "server=web-01 label=scraper" in said
+    assert "honor_timestamps" not in said
+
+
+def test_series_with_times_of_their_own_are_named_with_the_setting_of_the_scraper_that_helps(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # Given an exporter that stamps each series itself, some milliseconds apart
+    sender = Sender(rules=("requests = sum(rate(app_requests_total))",))
+    for at_s in range(0, 4000, 15):
+        for number, code in enumerate(("200", "404", "500")):
+            labels = series("app_requests_total", "web-01:80", code=code)
+            sender.send((labels, at_s + 0.003 * number, 5.0 * at_s))
+    assert sender.found == {}
+    (said,) = [record.getMessage() for record in caplog.records if "unfinished" in record.getMessage()]
+    assert "server=web-01" in said
+    assert "honor_timestamps: false" in said
 
 
 @pytest.mark.parametrize(
@@ -191,9 +207,10 @@ def test_the_server_is_named_by_label_and_pattern(
     assert list(sender.send(({"__name__": "node_load1", **labels}, 0, 1.0))) == [(name, 0)]
 
 
-@pytest.mark.parametrize("instance", ["", "tab\there:1", "x" * 200, "y" * 5000])
-def test_a_series_whose_server_has_no_usable_name_is_ignored(instance: str) -> None:
-    assert Sender().mapping.number(series("node_load1", instance)) == IGNORED
+@pytest.mark.parametrize("instance", ["", "tab\there:1", "x" * 200, "y" * 5000, "\u202eover:1"])
+def test_a_series_whose_server_has_no_usable_name_is_told_from_one_that_no_rule_wants(instance: str) -> None:
+    assert Sender().mapping.number(series("node_load1", instance)) == NAMELESS
+    assert Sender().mapping.number(series("go_goroutines", instance)) == IGNORED
 
 
 @pytest.mark.parametrize("pattern", ["(", ".*"])

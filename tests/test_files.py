@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +19,7 @@ from fleetcast.files import (
     open_append,
     read_json,
     read_json_lines,
+    read_regular,
     remove_leftover,
     remove_stale_temps,
     temp_beside,
@@ -300,3 +302,32 @@ def test_of_a_file_of_lines_out_of_bounds_the_newest_are_read_at_once(tmp_path: 
     path.write_bytes(numbered)
     kept = [item["n"] for item in read_json_lines(path)]
     assert kept == list(range(1_300_000 - bound // 16, 1_300_000)), "whole lines only, none lost"
+
+
+def test_reading_a_small_file_asks_for_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "small"
+    path.write_bytes(b"abc")
+    tracemalloc.start()
+    assert read_regular(path) == b"abc"
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000
+
+
+def test_what_a_file_gained_while_it_was_read_is_read_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a file whose size was asked for before it grew
+    path = tmp_path / "growing"
+    path.write_bytes(b"abcdef")
+    of_file = os.fstat
+
+    def smaller(descriptor: int) -> os.stat_result:
+        found = list(of_file(descriptor))
+        found[6] = 3
+        return os.stat_result(found)
+
+    monkeypatch.setattr("fleetcast.files.os.fstat", smaller)
+    assert read_regular(path) == b"abcdef"
+    with pytest.raises(CorruptFile, match="grew past 5 bytes"):
+        read_regular(path, 5)

@@ -16,7 +16,7 @@ from test_inference import START, World
 from fleetcast.client import FeedAnswer, Fleetcast
 from fleetcast.clock import FakeClock, SystemClock
 from fleetcast.errors import BadData, DaemonAway
-from fleetcast.sources.client import RequestRefused
+from fleetcast.sources.client import DaemonClient, RequestRefused
 
 CLOSED_PORT = "http://127.0.0.1:9"
 BIN = pd.Timedelta(minutes=5)
@@ -64,6 +64,31 @@ def test_what_was_fed_is_stored_once_however_often_it_is_sent(world: World, flee
     kept = stored(world).sort_values("server_name", ignore_index=True)
     assert kept.server_name.tolist() == ["a", "b"]
     assert kept.cpu_pct.tolist() == [10.0, 10.0]
+
+
+def test_the_forecasts_of_the_fleet_are_those_of_each_server(
+    world: World, fleet: Fleetcast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fleet.forecasts().empty
+    grow(world, fleet, "a", "b", "c")
+    fleet.feed(frame("new", bins=1, first=17))
+    monkeypatch.setattr("fleetcast.client._SHARE_SERVERS", 2)
+    found = fleet.forecasts()
+    assert sorted(found.server_name.unique()) == ["a", "b", "c"]
+    for server in ("a", "b", "c"):
+        own = fleet.forecast(server)
+        of_fleet = found[found.server_name == server].drop(columns="server_name").reset_index(drop=True)
+        of_fleet = of_fleet.astype({"metric": own.metric.dtype, "source": own.source.dtype})
+        pd.testing.assert_frame_equal(of_fleet[own.columns], own, check_dtype=False, rtol=1e-4)
+
+
+def test_an_answer_that_is_no_table_is_an_error_of_the_daemon() -> None:
+    with (
+        ScriptedDaemon() as daemon,
+        DaemonClient(daemon.url) as client,
+        pytest.raises(DaemonAway, match="not answer with an Arrow table"),
+    ):
+        client.table("/status")
 
 
 @pytest.mark.parametrize("has_arrow", [True, False])
@@ -180,7 +205,7 @@ def test_capacity_says_who_is_over_and_by_which_source(world: World, fleet: Flee
         world.service.cycle()
     told = fleet.capacity()
     assert (told.server.tolist(), told.state.tolist(), told.now.tolist()) == (["high"], ["over"], [93.0])
-    assert told.since[0] == START
+    assert (told.since[0], told.since_or_before[0]) == (START, True)
     assert told.by.tolist() == ["history"]
     assert np.isnan(told.brier[0])  # nothing has settled
     assert fleet.capacity("low").server.tolist() == ["low"]
@@ -279,6 +304,16 @@ def test_a_refusal_is_never_repeated_a_busy_daemon_is() -> None:
     with ScriptedDaemon(*replies) as daemon, Fleetcast(daemon.url) as fleet:
         assert fleet.feed(frame("a", bins=8)) == FeedAnswer(8, 0)
         assert len(daemon.headers) == 3
+
+
+def test_an_error_names_the_path_that_was_asked_for(fleet: Fleetcast) -> None:
+    for fields, path in (
+        ({}, "/nothing"),
+        ({"server": None, "metric": ()}, "/nothing"),
+        ({"n": 0}, "/nothing?n=0"),
+    ):
+        with pytest.raises(DaemonAway, match=f"{re.escape(path)} answered 404"):
+            fleet._ask("/nothing", **fields)
 
 
 def test_a_daemon_that_is_away_is_given_up_after_the_stated_time() -> None:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -228,19 +228,10 @@ def test_a_damaged_list_changes_nothing_and_is_not_written_over(tmp_path: Path, 
 # the inference daemon
 
 
-@pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True)
+def folder_of_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLEETCAST_PATHS_DATA_BUFFER_DIR", "data")  # where the world has it
     monkeypatch.setattr(corrector, "SAVE_S", 0.0)
-    world = World(tmp_path).start()
-    yield world
-    world.end()
-
-
-@pytest.fixture
-def terminal(world: World, capsys: pytest.CaptureFixture[str]) -> Terminal:
-    return Terminal(str(world.client.base_url), capsys)
 
 
 def grow(world: World, first: int, last: int, *names: str) -> None:

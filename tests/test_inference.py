@@ -416,7 +416,7 @@ def test_the_answers_are_what_the_interface_describes(world: World) -> None:
 def test_a_record_of_unusable_fields_alone_is_told_which_they_were(tmp_path: Path) -> None:
     world = World(tmp_path, "system").start()
     at = {"timestamp": START.isoformat(), "server_name": "a"}
-    useless = {**at, "CPU %": 12.5, "mem_pct": "12.5"}
+    useless = {**at, "CPU %": 12.5, "mem_pct": "12.5", "m" * 5000: 1.0}
 
     answer = world.client.post("/feed/data", json={"records": [{**at, "load": 1.0}, useless]}).json()
     usual = world.client.post("/feed/data", json={"records": [{**at, "load": 1.0, "state": "ok"}]}).json()
@@ -426,6 +426,10 @@ def test_a_record_of_unusable_fields_alone_is_told_which_they_were(tmp_path: Pat
     assert answer["fields_ignored"] == [
         {"field": "CPU %", "reason": "a metric's name is [a-z][a-z0-9_]* of up to 64 characters"},
         {"field": "mem_pct", "reason": "is text, not a number"},
+        {
+            "field": "m" * 64 + "...",
+            "reason": "a metric's name is [a-z][a-z0-9_]* of up to 64 characters",
+        },
     ]
     assert "fields_ignored" not in usual
     world.end()

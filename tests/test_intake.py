@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,12 @@ def test_records_that_make_a_bin_due_wake_the_sweep(world: World) -> None:
     world.clock.advance(seconds=331)
     world.intake.take([world.record(seconds=299)])
     assert world.n_wakes == 1
+
+
+def test_history_that_comes_in_does_not_wake_the_sweep_with_each_post(world: World) -> None:
+    world.clock.advance(seconds=1000)
+    world.intake.take([world.record(seconds=-700)])
+    assert (world.n_wakes, len(world.history.due(world.clock.now()))) == (0, 1)
 
 
 def test_what_is_stored_is_rounded_as_everybody_sees_it(world: World) -> None:
@@ -267,6 +274,15 @@ def test_a_deeply_nested_record_does_no_harm(tmp_path: Path) -> None:
 def test_a_long_record_is_cut(tmp_path: Path) -> None:
     RejectedRecords(tmp_path, 100_000).keep([{"a": "x" * 10_000}], [Rejection(0, "a", "bad")], NOW)
     assert len(lines(tmp_path / "quarantine.jsonl")[0]["record"]) == 2000
+
+
+@pytest.mark.parametrize("n_more", [0, 3000], ids=["whole", "cut"])
+def test_a_time_of_columns_is_kept_in_iso_8601(tmp_path: Path, n_more: int) -> None:
+    record = {"timestamp": NOW, "server_name": "a", "load": Decimal("1.50"), "note": "x" * n_more}
+    RejectedRecords(tmp_path, 100_000).keep([record], [Rejection(0, "timestamp", "bad")], NOW)
+    text = (tmp_path / "quarantine.jsonl").read_text()
+    assert "2026-01-15T10:00:00Z" in text.partition('"record"')[2]
+    assert "datetime" not in text
 
 
 def test_both_files_together_stay_within_the_bound(tmp_path: Path) -> None:

@@ -332,6 +332,26 @@ def test_a_file_of_format_1_is_read_with_the_median_that_was_given(tmp_path: Pat
     assert read_origin(path).model_median.tolist() == [[[1.0, 7.0]]]
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("quantiles", "U"),
+        ("quantiles", "int64"),
+        ("horizons", "U"),
+        ("is_model", "float32"),
+        ("model_median", "U"),
+    ],
+)
+def test_a_file_whose_arrays_are_of_other_kinds_is_refused(tmp_path: Path, name: str, kind: str) -> None:
+    path = tmp_path / "0.npz"
+    write_origin(path, cut_to_horizons(origin_forecast(), (1, 3)))
+    with np.load(io.BytesIO(path.read_bytes())) as arrays:
+        whole = {name: arrays[name] for name in arrays}
+    np.savez(path, **(whole | {name: whole[name].astype(kind)}))
+    with pytest.raises(CorruptFile, match="kinds"):
+        read_origin(path)
+
+
 def test_a_file_of_an_unknown_format_or_shape_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "0.npz"
     write_origin(path, cut_to_horizons(origin_forecast(), (1, 3)))

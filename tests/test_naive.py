@@ -80,6 +80,74 @@ def test_intervals_of_any_forecast_are_widened_and_never_narrowed() -> None:
     assert np.isnan(quantiles).all()
 
 
+def young_fleet(*groups: tuple[int, np.ndarray]) -> HistoryWindow:
+    """Return one window of groups of series, each (bins known, (series, bin)); the newest bins are known."""
+    blocks = []
+    for n_known, values in groups:
+        block = np.full((len(values), 2 * DAY), np.nan)
+        block[:, -n_known:] = values[:, -n_known:]
+        blocks.append(block)
+    return window_of(*np.concatenate(blocks))
+
+
+def honest_bands(window: HistoryWindow, n_rows: int) -> np.ndarray:
+    """Return (row, horizon, quantile) of the last rows, widened from no width around the middle of them."""
+    middle = np.nanmedian(window.values[:, 0], axis=1).astype(np.float32)
+    quantiles = np.tile(middle[:, None, None, None], (1, 1, 96, 3))
+    widen_young(window, quantiles)
+    return quantiles[-n_rows:, 0]
+
+
+@pytest.mark.parametrize("n_bins", [13, 24, 36, 60, 84])
+def test_a_noisy_group_does_not_widen_the_bands_of_a_quiet_newcomer(n_bins: int) -> None:
+    """150 servers of noise gave one of a constant 35 a band of 6 to 64, five hours after it had come."""
+    rng = np.random.default_rng(4)
+    old = (2 * DAY, 40 + np.cumsum(rng.normal(0, 0.3, (20, 2 * DAY)), axis=1))
+    noisy = (150, rng.uniform(0, 50, (45, 150)))
+    quiet = (n_bins, np.stack([np.full(n_bins, 35.0), 35 + rng.normal(0, 0.3, n_bins)]))
+    alone = honest_bands(young_fleet(old, quiet), 2)
+    beside = honest_bands(young_fleet(old, noisy, quiet), 2)
+    assert (np.abs(beside - 35) < 5).all()
+    assert (np.abs(beside - alone) < 2.5).all()
+
+
+@pytest.mark.parametrize("n_others", [0, 40])
+@pytest.mark.parametrize("n_bins", [6, 13, 36, 60, 84])
+def test_noise_gets_no_band_that_its_past_does_not_support(n_bins: int, n_others: int) -> None:
+    """Noise in 0..50 had bands of 0 to 100: its steps were taken for those of a walk."""
+    rng = np.random.default_rng(5)
+    old = (2 * DAY, 40 + np.cumsum(rng.normal(0, 0.3, (20, 2 * DAY)), axis=1))
+    noise = (n_bins, rng.uniform(0, 50, (10 + n_others, n_bins)))
+    bands = honest_bands(young_fleet(old, noise), 10)
+    assert bands[..., 2].max() < 80
+    assert (np.diff(bands[:, -1, ::2])[:, 0] > 20).all()  # of 40 that hold four in five of its values
+
+
+def test_a_walk_still_gets_a_band_that_grows_with_time() -> None:
+    walks = 50 + np.cumsum(np.random.default_rng(6).normal(0, 0.5, (10, 60)), axis=1)
+    bands = honest_bands(young_fleet((60, walks)), 10)
+    halves = (bands[..., 2] - bands[..., 0]).mean(axis=0) / 2
+    assert halves[-1] > 3  # of 6.3: half of 80 % after 96 steps of half a point
+    assert halves[-1] > 1.15 * halves[59]
+
+
+def test_each_series_of_a_fleet_counts_once() -> None:
+    """A few that were known for long were most of the steps that stood in for a newcomer's."""
+    rng = np.random.default_rng(7)
+    wild = (2 * DAY, rng.uniform(0, 100, (3, 2 * DAY)))
+    calm = (9, 30 + rng.normal(0, 0.1, (17, 9)))
+    bands = honest_bands(young_fleet(wild, calm, (1, np.full((1, 1), 35.0))), 1)[0]
+    assert bands[0, 2] - bands[0, 0] < 3
+    assert bands[-1, 2] - bands[-1, 0] < 15
+
+
+@pytest.mark.parametrize("n_bins", [20, 48, 80])
+def test_the_fallback_does_not_take_young_noise_for_a_walk(n_bins: int) -> None:
+    noise = np.random.default_rng(8).uniform(0, 50, (20, n_bins))
+    quantiles = NaiveForecaster(96).predict(young_fleet((n_bins, noise)))[:, 0]
+    assert np.median(quantiles[:, -1, 2]) < 75
+
+
 def test_before_a_day_the_last_value_is_the_median() -> None:
     history = np.array([10.0, 20.0, 30.0, 20.0] * 30)
     median = NaiveForecaster(96).predict(window_of(history))[0, 0, :, 1]

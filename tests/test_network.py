@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fleetcast.forecast.network import Batch, NetworkConfig, StaticNetwork, build, real_names
+from fleetcast.forecast.network import NetworkConfig, real_names
+from fleetcast.training.network import Batch, StaticNetwork, build
 
 N_PAST, N_KNOTS = 68, 26
 

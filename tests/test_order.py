@@ -71,6 +71,13 @@ def test_the_export_comes_first_and_is_done_by_a_child_too() -> None:
         assert step.argv[-2:] == ["--config", "own.toml"]
 
 
+def test_the_trainer_is_told_where_to_train_and_the_export_is_made_here() -> None:
+    on_ray = replace(Settings(), retraining=replace(Settings().retraining, engine="ray"))
+    export, train = training_steps(on_ray, ROOT / "adaptive_retraining_daemon.py", None)
+    assert train.env == {"FLEETCAST_RETRAINING_ENGINE": "ray"}
+    assert "FLEETCAST_RETRAINING_ENGINE" not in export.env
+
+
 def context(store: RowStore, *, with_baseline: bool = True, rule: str = "drift") -> dict[str, object]:
     source = DriftSource(store, Registry(Path("checkpoints")), DriftSettings(), BIN_MS)
     evidence = DriftEvidence(window_of(store), "v1", baseline() if with_baseline else None)

@@ -10,19 +10,26 @@ import pytest
 from alert_sink import Sink
 
 from fleetcast.errors import NotDelivered
-from fleetcast.outbound import request
+from fleetcast.outbound import TimeLimit, request
 
 
 @contextmanager
-def dripping(start: bytes, more: bytes, *, wait_s: float = 0.1) -> Iterator[tuple[str, threading.Event]]:
-    """Answer with `start`, then `more` again and again; the event tells that the sender hung up."""
+def dripping(
+    start: bytes, more: bytes, *, wait_s: float = 0.1, waits: bool = True
+) -> Iterator[tuple[str, threading.Event]]:
+    """Answer with `start`, then `more` again and again; the event tells that the sender hung up.
+
+    Args:
+        waits: for a request; a server of mail speaks first.
+    """
     ended = threading.Event()
     listener = socket.create_server(("127.0.0.1", 0))
 
     def answer() -> None:
         peer, _ = listener.accept()
         with peer:
-            peer.recv(65_536)
+            if waits:
+                peer.recv(65_536)
             try:
                 peer.sendall(start)
                 for _ in range(600):
@@ -73,3 +80,42 @@ def test_a_redirect_is_told_as_such() -> None:
             request("POST", sink.url, 5.0)
     assert str(caught.value) == "HTTP 302: a redirect, which is not followed"
     assert len(sink.requests) == 1
+
+
+def test_a_look_up_of_a_name_that_hangs_ends_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr("fleetcast.outbound.socket.getaddrinfo", lambda *_, **__: go_on.wait(60) and [])
+    try:
+        with pytest.raises(NotDelivered) as caught:
+            request("POST", "http://hooks.example.com/secret", 0.3)
+        assert str(caught.value) == "no answer within 0.3 s"
+    finally:
+        go_on.set()
+
+
+@pytest.mark.parametrize("host", ["no-such-name.invalid", f"{'a' * 80}.invalid"])
+def test_a_name_that_is_not_known_is_told_as_such(host: str) -> None:
+    with pytest.raises(NotDelivered) as caught:
+        request("POST", f"http://{host}/secret", 20.0)
+    assert str(caught.value).startswith(("no answer: gaierror: ", "no answer: OSError: "))
+    assert "secret" not in str(caught.value)
+
+
+def test_the_addresses_of_a_name_are_tried_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = ["127.0.0.2", "127.0.0.1"]  # the sink listens at the second one alone
+    monkeypatch.setattr("fleetcast.outbound._addresses", lambda _host: known)
+    with Sink() as sink:
+        place = f"hooks.example.com:{sink.url.rsplit(':', 1)[1]}"
+        assert request("POST", f"http://{place}/", 5.0) == "HTTP 200"
+        assert sink.requests[0].headers["Host"] == place
+
+
+def test_no_address_is_tried_once_the_limit_is_over() -> None:
+    with TimeLimit(0.0) as limit:
+        with pytest.raises(TimeoutError):
+            limit.left_s()
+        assert limit.is_over
+    with TimeLimit(60.0) as limit:
+        assert 0.0 < limit.left_s() <= 60.0
+        assert limit.look_up("::1") == ["::1"]
+        assert not limit.is_over

@@ -50,6 +50,8 @@ def test_promtool_finds_nothing_wrong_with_the_rules() -> None:
 
 def test_each_alert_does_in_promtool_what_its_trial_says() -> None:
     promtool("test", "rules", str(TRIALS))
+    printed = f"```bash\npromtool test rules {TRIALS.relative_to(ROOT)}\n```"
+    assert printed in (ROOT / "docs" / "dashboards.md").read_text()
 
 
 @every_alert

@@ -104,6 +104,13 @@ def test_json_answers_are_for_programs(capsys: pytest.CaptureFixture[str]) -> No
     assert json.loads(refused[1])["ended"]["phase"] == "refused"
 
 
+def test_a_refusal_names_the_order_that_a_person_gave(capsys: pytest.CaptureFixture[str]) -> None:
+    code, said, _ = run(f"approve {WAITS}", capsys)
+    assert code == 1
+    assert "(approve)" in said
+    assert "(approve)" in run("history --limit 1", capsys)[1]
+
+
 def test_a_folder_without_models_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     code, said, warned = run("models --checkpoint-dir none", capsys)
     assert code == 0
@@ -111,6 +118,15 @@ def test_a_folder_without_models_is_no_error(capsys: pytest.CaptureFixture[str])
     assert "base" in said or "no model yet" in said
     assert "nothing has happened yet" in run("history --checkpoint-dir none", capsys)[1]
     assert not Path("none").exists()
+
+
+def test_a_daemon_that_has_trained_nothing_yet_needs_no_folder_of_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "new" / "data_buffer").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "new")
+    code, _, warned = run("models", capsys)
+    assert (code, warned) == (0, "")
 
 
 @pytest.mark.parametrize("order", ["hold", "rollback", f"promote {A}", "train-now"])

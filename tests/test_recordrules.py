@@ -1,9 +1,11 @@
 """One record at a time: what contract §2 accepts, and what a rejection says."""
 
 from datetime import UTC, datetime, timedelta, timezone
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from fleetcast.ingest.rules import (
@@ -12,6 +14,7 @@ from fleetcast.ingest.rules import (
     check_record,
     is_server_name,
     parse_timestamp_ms,
+    quote_value,
 )
 from fleetcast.settings import BufferSettings
 
@@ -19,6 +22,17 @@ NOW = datetime(2026, 1, 15, 10, 0, tzinfo=UTC)
 RULES = RecordRules.at(NOW, BufferSettings())
 AT = "2026-01-15T10:00:00Z"
 AT_MS = 1_768_471_200_000
+INVISIBLE = [
+    "\u200b",
+    "\u2060",
+    "\ufeff",
+    "\u00ad",
+    "\u0301",
+    "\u034f\ufe0f",
+    "\u3164",
+    "\u2800",
+    "\u115f \uffa0",
+]
 
 
 def fault(record: object, rules: RecordRules = RULES) -> tuple[str, str]:
@@ -99,6 +113,39 @@ def test_printable_names_up_to_128_characters_are_servers(name: str) -> None:
     assert is_server_name(name)
 
 
+@pytest.mark.parametrize("name", INVISIBLE)
+def test_a_name_that_shows_nothing_is_refused_with_its_characters_written_out(name: str) -> None:
+    reason = fault({"timestamp": AT, "server_name": name})[1]
+    assert reason == f"must be 1-128 printable characters, at least one of them visible, got {name!a}"
+    assert RULES.server_name(f"web{name}") in (f"web{name}", None), "beside others, marks are part of a name"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (NOW, "2026-01-15T10:00:00Z"),
+        (NOW.replace(tzinfo=None, microsecond=5000), "2026-01-15T10:00:00.005Z"),
+        (pd.Timestamp(NOW), "2026-01-15T10:00:00Z"),
+        (pd.NaT, "NaT"),
+        (Decimal("12.50"), "12.50"),
+        (np.float32(1.5), "1.5"),
+        (np.bool_(True), "True"),
+        (b"web-01", "<6 bytes>"),
+        (NOW.date(), "2026-01-15"),
+        ([Decimal(1), NOW], "[1, 2026-01-15T10:00:00Z]"),
+    ],
+)
+def test_a_message_repeats_a_value_without_what_python_calls_it(value: object, text: str) -> None:
+    assert quote_value(value) == text
+
+
+def test_a_time_that_is_a_datetime_is_refused_in_iso_8601() -> None:
+    late = fault({"timestamp": NOW + timedelta(hours=1), "server_name": "a"})[1]
+    assert late.startswith("lies more than 5 min in the future: 2026-01-15T11:00:00Z; ")
+    early = fault({"timestamp": NOW - timedelta(days=400), "server_name": "a"})[1]
+    assert ": 2024-12-11T10:00:00Z; " in early
+
+
 @pytest.mark.parametrize("sent", [" web-é", "web-é\u00a0", "\t\nweb-é ", "web-e\u0301"])
 def test_blanks_around_a_name_and_forms_of_one_text_make_no_other_server(sent: str) -> None:
     assert RULES.server_name(sent) == "web-é"
@@ -162,7 +209,7 @@ def test_what_a_wrapped_counter_makes_is_refused_with_the_limit_named(
 
 
 @pytest.mark.parametrize(
-    "name", ["", "x" * 129, "a\nb", "a\x00", "\ud800", "\u202e", None, 7, ["a"], {"a": 1}]
+    "name", ["", "x" * 129, "a\nb", "a\x00", "\ud800", "\u202e", None, 7, ["a"], {"a": 1}, *INVISIBLE]
 )
 def test_other_names_are_refused(name: Any) -> None:
     field, reason = fault({"timestamp": AT, "server_name": name})

@@ -64,13 +64,21 @@ def test_a_server_of_rejected_records_only_is_not_in_the_batch() -> None:
         ({"cpu_idle_pct": 30.0, "cpu_user_pct": 1.0, "cpu_sys_pct": 1.0, "cpu_iowait_pct": 1.0}, 70.0),
         ({"cpu_idle_pct": 30.0, "cpu_pct": 12.0}, 12.0),
         ({"cpu_idle_pct": 30.0, "cpu_pct": None}, 70.0),
-        ({"cpu_idle_pct": 150.0}, 0.0),
+        ({"cpu_idle_pct": 100.4}, 0.0),
+        ({"cpu_idle_pct": 780.0, "cpu_user_pct": 15.0, "cpu_sys_pct": 5.0, "cpu_iowait_pct": 0.0}, 20.0),
     ],
 )
 def test_absent_cpu_is_derived(fields: dict[str, Any], cpu: float) -> None:
     assert only_value(record(**fields), "cpu_pct") == cpu
     many = accept([record(**fields)] * 5, RULES).batch
     assert many.metrics["cpu_pct"].tolist() == [cpu] * 5
+
+
+def test_an_idle_share_over_all_cpus_derives_nothing() -> None:
+    # 8 CPUs of which one is busy would be 0 %
+    for n_records in (1, 5):
+        batch = accept([record(cpu_idle_pct=700.0)] * n_records, RULES).batch
+        assert np.isnan(batch.metrics.get("cpu_pct", np.full(n_records, np.nan))).all()
 
 
 def test_cpu_is_not_guessed_from_some_of_its_parts() -> None:

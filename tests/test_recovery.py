@@ -7,7 +7,7 @@ import numpy as np
 
 from data_buffer import DataBuffer
 from fleetcast.clock import FakeClock, to_ms
-from fleetcast.inference import restore
+from fleetcast.inference import begin_account, restore
 from fleetcast.schema import FleetForecast, RecordBatch
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.ledger import Ledger
@@ -108,3 +108,28 @@ def test_a_stop_ends_the_restore_early(tmp_path: Path) -> None:
     world.buffer.append_batch(batch("a", T0, 10))
     restore(world.buffer, world.fleet, world.ledger, lambda: True)
     assert world.history.n_servers == 0
+
+
+def test_a_daemon_that_ends_before_its_first_forecast_goes_on_with_its_first_bin(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    begin_account(world.buffer, world.ledger, world.history)
+    world.buffer.append_batch(batch("a", T0, 13))  # and then it is killed, before its first sweep
+    world.buffer.close()
+    for _ in range(2):
+        world = World(tmp_path)
+        begin_account(world.buffer, world.ledger, world.history)  # only a new account begins
+        assert world.restore() == T0 - BIN
+        assert world.history.due(NOW + timedelta(hours=1)) == [T0, T0 + BIN, T0 + 2 * BIN]
+        world.buffer.close()
+
+
+def test_records_of_before_the_account_are_history_and_those_after_it_are_not(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.buffer.append_batch(batch("a", T0, 13))
+    begin_account(world.buffer, world.ledger, world.history)
+    world.buffer.append_batch(batch("a", T0 + 13 * 60_000, 10))
+    world.buffer.close()
+    world = World(tmp_path)
+    assert world.restore() == T0 + BIN
+    assert world.history.due(NOW + timedelta(hours=1)) == [T0 + 2 * BIN, T0 + 3 * BIN, T0 + 4 * BIN]
+    world.buffer.close()

@@ -113,6 +113,13 @@ def test_each_column_is_sealed_in_the_encoding_that_makes_it_smallest(
         assert size <= min(own[name] for own in sizes.values()), name
 
 
+def test_a_dictionary_is_judged_by_all_rows_that_share_it() -> None:
+    percents = np.random.default_rng(6).uniform(0, 100, 131_072).round(2)  # 10,001 values, 13 times each
+    some = [pa.table({"busy": nulls_for_nan(percents[:n])}) for n in (8_192, 131_072)]
+    chosen = [encodings_by_trial(table, table.schema)["busy"].form for table in some]
+    assert chosen == ["PLAIN", "RLE_DICTIONARY"], "and not by a few of them"
+
+
 def test_only_the_columns_that_gain_most_are_compressed_at_the_costly_level() -> None:
     rows = odd_day(n_rows=5_000)
     chosen = encodings_by_trial(rows, rows.schema)

@@ -60,6 +60,16 @@ class Daemon:
         told: dict[str, Any] = {"servers": list(servers), "only_current": only_current}
         return [json.dumps(told | ({"share": share} if share else {})).encode()]
 
+    def table(
+        self,
+        servers: Sequence[str] = (),
+        share: tuple[int, int] | None = None,
+        *,
+        only_current: bool = False,
+    ) -> Iterator[bytes]:
+        yield b"table of "
+        yield from self.document(servers, share, only_current=only_current)
+
     def is_held(self) -> bool:
         return self.held()
 
@@ -240,6 +250,32 @@ def test_predictions_may_be_narrowed(client: httpx.Client) -> None:
     assert (too_large.status_code, too_large.json()) == (413, {"detail": "20001 servers are too many"})
     for wrong in ("shard=1/1", "shard=x", "shard=0/2&server=a"):
         assert client.get(f"/predictions/current?{wrong}").status_code == 422, wrong
+
+
+def test_predictions_are_a_table_where_arrow_is_asked_for(client: httpx.Client) -> None:
+    kind = "application/vnd.apache.arrow.stream"
+    read_by_tables = (
+        kind, f"{kind}, */*;q=0.1", kind.upper(), f"{kind} ; Q=0.5, application/json;q=0.2", f"*/*, {kind}",
+        f"application/json, {kind}", "application/json;q=0, application/*",
+    )  # fmt: skip
+    for accept in read_by_tables:
+        answer = client.get("/predictions/current?server=a&fields=current", headers={"Accept": accept})
+        assert answer.headers["content-type"] == kind, accept
+        assert answer.content == b'table of {"servers": ["a"], "only_current": true}'
+    read_by_others = (
+        "*/*", "application/*", "application/json", "text/html", "", f"{kind};q=0", f"{kind};q=0.000, */*",
+        f"{kind};q=0.1, application/json", f"{kind};q=high", f"x{kind}", f"application/json;x={kind}",
+    )  # fmt: skip
+    for accept in read_by_others:
+        answer = client.get("/predictions/current", headers={"Accept": accept})
+        assert answer.headers["content-type"] == "application/json", accept
+        assert answer.headers["vary"] == "Accept"
+    twice = client.get(
+        "/predictions/current", headers=[("Accept", "application/json;q=0.5"), ("Accept", kind)]
+    )
+    assert twice.headers["content-type"] == kind
+    described = client.get("/openapi.json").json()["paths"]["/predictions/current"]["get"]["responses"]["200"]
+    assert set(described["content"]) == {"application/json", kind}
 
 
 def test_an_unknown_server_is_404_and_an_unknown_field_422(client: httpx.Client) -> None:

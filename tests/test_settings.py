@@ -180,3 +180,26 @@ def test_a_secret_is_in_no_message_about_it() -> None:
         "alerts.slack_url must be str, got a secret of type list (fleet.toml)",
         "alerts.webhook_url must be str, got a secret of type int (fleet.toml)",
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "wrong"),
+    [
+        ('[paths]\ndata_buffer_dir = "a\\u0000b"', "paths.data_buffer_dir must hold no NUL, got 'a\\x00b'"),
+        ('[server]\nallowed_hosts = ["a\\u0000"]', "must hold no NUL"),
+        (
+            '[remote_write]\npath = "write"',
+            "remote_write.path must be a path such as /api/v1/write, got 'write'",
+        ),
+        ('[remote_write]\npath = "/{x}"', "remote_write.path must be a path"),
+        ('[remote_write]\npath = "/a b"', "remote_write.path must be a path"),
+        ('[bins]\nforecast_metrics = ["CPU %"]', "must be names of the form [a-z][a-z0-9_]*, got 'CPU %'"),
+        ('[bins]\nforecast_metrics = ["cpu_pct", "cpu_pct"]', "must name each metric once"),
+    ],
+)
+def test_values_that_no_program_could_use_are_refused(tmp_path: Path, given: str, wrong: str) -> None:
+    config = tmp_path / "fleetcast.toml"
+    config.write_text(given)
+    with pytest.raises(SettingsError) as refused:
+        load_settings(config, environ={})
+    assert wrong in str(refused.value)

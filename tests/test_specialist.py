@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fleetcast.errors import BadCheckpoint
-from fleetcast.forecast.predictor import Forecaster, Specialist
-from fleetcast.schema import HistoryWindow
+from fleetcast.forecast.checkpoint import Specialist
+from fleetcast.forecast.predictor import Forecaster
+from fleetcast.schema import Floats32, HistoryWindow
 
 DATA = Path(__file__).parent / "data"
 METRICS = ("cpu_pct", "mem_pct", "disk_write_pct")
@@ -27,7 +28,7 @@ def plain() -> Forecaster:
     return Forecaster.load(DATA / "model_format_1.ckpt")
 
 
-def moved(model: Forecaster, by: float = 0.5) -> dict[str, torch.Tensor]:
+def moved(model: Forecaster, by: float = 0.5) -> dict[str, Floats32]:
     """Return weights whose answers differ everywhere."""
     return {**model.weights, "output_layer.bias": model.weights["output_layer.bias"] + by}
 

@@ -8,8 +8,9 @@ import torch
 from oracle_fleet import SHAPE, grid
 from test_specialist_scope import CHANGED, model, specialist
 
+from fleetcast.forecast.checkpoint import Specialist
 from fleetcast.forecast.naive import NaiveForecaster
-from fleetcast.forecast.predictor import Forecaster, Specialist
+from fleetcast.forecast.predictor import Forecaster
 from fleetcast.training.holdout import HoldOut, Losses, Sample, first_held_bins
 from fleetcast.training.specialists import route
 

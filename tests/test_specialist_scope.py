@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from oracle_fleet import grid
 
-from fleetcast.forecast.predictor import MOST_SPECIALISTS, Forecaster, Specialist
+from fleetcast.forecast.checkpoint import MOST_SPECIALISTS, Specialist
+from fleetcast.forecast.predictor import Forecaster
 from fleetcast.schema import ChangedSeries
 from fleetcast.training.specialists import choose_scope
 

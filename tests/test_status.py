@@ -1,5 +1,6 @@
 """Recorded time stands still while a sweep is due or a training runs."""
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +15,10 @@ from fleetcast.schema import RecordBatch
 from fleetcast.serving import status
 from fleetcast.serving.history import BinHistory
 from fleetcast.serving.roster import Fleet, Roster
-from fleetcast.serving.status import StatusReport, TrainingProbe
+from fleetcast.serving.status import FileCounts, StatusReport, TrainingProbe
 from fleetcast.serving.telemetry import Telemetry
 from fleetcast.settings import BinSettings, ForecastSettings, PathSettings, Settings
+from fleetcast.workers import Workers
 
 
 def report_of(folder: Path, fleet: Fleet, sweeper: Any) -> StatusReport:
@@ -97,3 +99,56 @@ def test_the_locks_are_asked_about_at_most_every_tenth_of_a_second(
     for _ in range(10):
         is_training()
     assert len(asked) == 1
+
+
+def test_counting_large_files_keeps_nobody_waiting_and_is_done_once_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(status, "monotonic", lambda: now[0])
+    monkeypatch.setattr(status, "_STATS_WAIT_S", 0.05)
+    may_end, started = threading.Event(), []
+    may_end.set()
+
+    def count() -> dict[str, Any]:
+        started.append(len(started))
+        assert may_end.wait(10)
+        now[0] += 30  # it takes half a minute
+        return {"total_records": len(started)}
+
+    counts = FileCounts(count, Workers(), pytest.fail)
+    assert counts.newest() == {"total_records": 1}  # the first is waited for
+    now[0] += 590  # a little less than 20 times as long as it took
+    assert counts.newest() == {"total_records": 1}
+    assert len(started) == 1
+    now[0] += 20
+    may_end.clear()
+    asked = [threading.Thread(target=counts.newest) for _ in range(5)]
+    for thread in asked:
+        thread.start()
+    for thread in asked:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert counts.newest() == {"total_records": 1}  # the one before, while it counts
+    assert len(started) == 2
+    may_end.set()
+    monkeypatch.setattr(status, "_STATS_WAIT_S", 10)
+    assert counts.newest() == {"total_records": 2}
+
+
+def test_a_count_that_fails_is_told_and_the_counts_before_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[Any] = [{"total_records": 7}, OSError("the disk is away")]
+    told: list[Exception] = []
+    monkeypatch.setattr(status, "_STATS_S", 0.0)
+    monkeypatch.setattr(status, "_STATS_REST", 0)
+
+    def count() -> dict[str, Any]:
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        found: dict[str, Any] = answer
+        return found
+
+    counts = FileCounts(count, Workers(), told.append)
+    assert [counts.newest(), counts.newest()] == [{"total_records": 7}] * 2
+    assert [str(error) for error in told] == ["the disk is away"]

@@ -125,16 +125,6 @@ def world(tmp_path: Path) -> Iterator[World]:
     world.buffer.close()
 
 
-def test_a_daemon_that_ends_before_its_first_forecast_goes_on_with_its_first_bin(world: World) -> None:
-    world.feed(*(("a", number, 10.0) for number in range(3)))
-    world.sweeper.cycle(lambda: True)  # the stop comes while the model still loads
-    assert world.settled() == []
-    again = Ledger(world.folder, world.settings.settle_horizons, BIN_S * 1000)
-    assert again.resume_bin_ms == to_ms(world.start) - BIN_S * 1000
-    again.begin(2**40)  # only a new account begins
-    assert again.resume_bin_ms == to_ms(world.start) - BIN_S * 1000
-
-
 def test_every_closed_bin_is_forecast_and_settled_oldest_first(world: World) -> None:
     world.feed(*(("a", number, 10.0 * number) for number in range(5)))
     world.sweeper.cycle()
@@ -520,6 +510,27 @@ def test_a_forecast_is_made_as_long_as_any_of_it_is_yet_to_come(
     world.sweeper.cycle()
     assert world.history.taken_bin_ms == to_ms(world.start) + BIN_S * 1000
     assert world.sweeper.counts.sweeps == (1 if bins_late < 5 else 0) == sweeps
+    world.buffer.close()
+
+
+def test_history_that_comes_in_is_forecast_once_it_is_all_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elapsed_s = [1000.0]
+    monkeypatch.setattr("fleetcast.serving.sweep.monotonic", lambda: elapsed_s[0])
+    world = World(tmp_path, every_bin=False)
+    world.clock.advance(seconds=5 * BIN_S + GRACE_S + 20)
+    for number in range(2):
+        world.feed(("a", number, 1.0), ("a", number + 1, 1.0))
+        world.sweeper.cycle()
+    assert (world.history.taken_bin_ms, world.sweeper.counts.sweeps) == (to_ms(world.start) + BIN_S * 1000, 0)
+    elapsed_s[0] += 61.0  # it goes on and on: clients must not wait for its end
+    world.feed(("a", 2, 1.0), ("a", 3, 1.0))
+    world.sweeper.cycle()
+    assert world.sweeper.counts.sweeps == 1
+    world.sweeper.cycle()
+    assert world.history.taken_bin_ms == to_ms(world.start) + 3 * BIN_S * 1000
+    assert world.sweeper.counts.sweeps == 2
     world.buffer.close()
 
 

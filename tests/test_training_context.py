@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from fleetcast.schema import ChangedSeries
-from fleetcast.training.context import TrainingContext
-from fleetcast.training.grid import TrainingGrid
+from fleetcast.training.grid import TrainingContext, TrainingGrid
 
 HOUR_MS = 3_600_000
 

@@ -3,10 +3,19 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-from remote_write_bodies import body, field, label_bytes, labels, packed, request_bytes, sample_bytes
+from remote_write_bodies import (
+    body,
+    field,
+    label_bytes,
+    labels,
+    packed,
+    request_bytes,
+    sample_bytes,
+    symbols_bytes,
+)
 
 from fleetcast.clock import monotonic
-from fleetcast.errors import BadData, SettingsError, StorageFull
+from fleetcast.errors import BadData, StorageFull
 from fleetcast.ingest.columns import RowsOf
 from fleetcast.ingest.records import RecordRules
 from fleetcast.schema import Rejection
@@ -112,6 +121,26 @@ def test_a_series_with_unusable_labels_costs_no_other_one_and_is_named(disk: Dis
     assert "'__name__', which is not UTF-8" in problem
 
 
+@pytest.mark.parametrize("has_symbols", [False, True])
+def test_a_wanted_series_whose_labels_name_no_server_is_named_at_each_request(
+    disk: Disk, has_symbols: bool
+) -> None:
+    writes = writes_of(disk)
+    without = {"__name__": "node_load1", "job": "otel", "host_name": "web-01"}
+    unwanted = {"__name__": "go_goroutines", "job": "otel"}
+    encode = symbols_bytes if has_symbols else request_bytes
+    for number in range(3):
+        at = NOW + 15_000 * number
+        sent = [(without, [(at, 1.0)]), (unwanted, [(at, 1.0)]), (LOAD, [(at, 1.0)])]
+        receipt = writes.take(packed(encode(sent)), has_symbols=has_symbols)
+        counted = {name: n for name, n in receipt.samples.items() if n}
+        assert counted == {"taken": 1, "invalid": 1, "ignored": 1}
+        (problem,) = receipt.problems
+        assert problem.startswith("1 series left out: node_load1{job='otel'} names no server: ")
+        assert problem.endswith("at least one of them visible, in the label remote_write.server_label")
+    assert len(disk.rows) == 3
+
+
 def test_records_beyond_a_limit_are_named_with_the_reason(disk: Disk) -> None:
     disk.rejections = (Rejection(0, "server_name", "is a new name beyond the limit of 1 servers"),)
     receipt = writes_of(disk).take(body([(LOAD, [(NOW, 1.0)])]))
@@ -140,9 +169,3 @@ def test_series_are_forgotten_and_learnt_anew_without_mixing_them_up(disk: Disk)
     writes.take(body([(labels("node_load1", f"web-{n}:1"), [(NOW, float(n))]) for n in range(3)]))
     assert sorted(disk.rows)[-1] == ("web-2", 0)
     assert {name for name, at in disk.rows if at == 0} == {"web-0", "web-1", "web-2"}
-
-
-@pytest.mark.parametrize("path", ["api/v1/write", "", "/{path}"])
-def test_a_path_that_is_none_is_a_settings_error(disk: Disk, path: str) -> None:
-    with pytest.raises(SettingsError, match=r"remote_write\.path must be"):
-        writes_of(disk, path=path)

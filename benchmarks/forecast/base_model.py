@@ -26,9 +26,10 @@ from benchmarks.forecast.parts.synthetic import synthetic_fleet
 from benchmarks.results_file import ROOT, machine, revision
 from fleetcast.bins import DAY_BINS
 from fleetcast.clock import SystemClock, from_ms, iso_z, monotonic
+from fleetcast.forecast.checkpoint import ModelDescription
 from fleetcast.forecast.encoding import GridShape, is_percent
 from fleetcast.forecast.network import NetworkConfig
-from fleetcast.forecast.predictor import Forecaster, ModelDescription
+from fleetcast.forecast.predictor import Forecaster
 from fleetcast.forecast.registry import MODEL_FILE, VERSIONS_FOLDER, Registry, new_version_id
 from fleetcast.settings import TrainerSettings
 from fleetcast.training.fit import Fit, fit

@@ -238,7 +238,7 @@ def play(world: World, model: Forecaster) -> Windows:
         said = calibration.say(guess(served[:, 0], history[:, 0], HORIZON))
         opened.append((origin, said))
         if origin >= WARM_DAYS * DAY_BINS:
-            by = [calibration.choose(column) for column in range(len(LIMITS))]
+            by = [calibration.choose(column)[0] for column in range(len(LIMITS))]
             chosen = np.stack([said.told[by[column], :, column] for column in range(len(LIMITS))], axis=1)
             lines = np.stack([_line(history[:, 0], hours * HOUR) for hours in WINDOWS_H])
             kept.append((said.told, chosen, _peaks(values, origin), values[:, origin], lines))

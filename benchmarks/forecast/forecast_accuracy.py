@@ -9,7 +9,9 @@ and `--rename odd_{}` under names that no training saw.
 "better" is, per server, metric and horizon, the better of last value and same time yesterday on
 the training days: the baseline to beat. "ours_feedback" is ours after the corrections that
 settled forecasts make in the daemon. Peers: LightGBM where it is installed, the stock recipe with
-`--stock-steps N`; a column of n/a otherwise. Prints tables, writes benchmarks/results/.
+`--stock-steps N`, statsforecast's MSTL with `--mstl` and neuralforecast's NHITS with `--nhits-steps N`
+where `parts/nixtla.py` finds them (it tells how to install them); a column of n/a otherwise. Prints
+tables, writes benchmarks/results/.
 """
 
 import argparse
@@ -22,13 +24,16 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.forecast.parts import nixtla
 from benchmarks.forecast.parts.lightgbm import LightGbm, available
+from benchmarks.forecast.parts.nixtla import MSTL, NHITS, Mstl, Nhits, Timed
 from benchmarks.forecast.parts.rounds import HORIZONS, OURS, OURS_FED, Forecasts, Walk, measured
 from benchmarks.forecast.parts.stock import StockRecipe
 from benchmarks.results_file import write_results
+from fleetcast.forecast.checkpoint import ModelDescription
 from fleetcast.forecast.encoding import GridShape
 from fleetcast.forecast.network import NetworkConfig
-from fleetcast.forecast.predictor import Forecaster, ModelDescription
+from fleetcast.forecast.predictor import Forecaster
 from fleetcast.settings import TrainerSettings
 from fleetcast.training.fit import Fit, Resumable, StateFile, fit
 from fleetcast.training.grid import TrainingGrid
@@ -65,12 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         tables = {
             name: measured(_part(grid, servers, 0, grid.n_bins), model, peers, walk, split)
             for name, servers in _groups(options.servers).items()
-            if len(grid.server_names[servers])
+            if len(grid.server_names[servers]) and options.only in (name, None)
         }
-        report["seeds"].append({"seed": trainer.seed, "training_cpu_s": cost, **tables})
+        costs = {"training_cpu_s": cost, "forecasts": _forecast_costs(peers)}
+        report["seeds"].append({"seed": trainer.seed, **costs, **tables})
         for name, table in tables.items():
             _print(f"{name} servers, seed {trainer.seed}", table)
-        print(f"training, CPU seconds: {cost}")
+        print(f"training, CPU seconds: {cost}; of forecasts: {costs['forecasts']}")
     path = write_results(f"{options.name}_{Path(options.data).stem}", report)
     print(f"written: {path}")
     return 0
@@ -129,8 +135,19 @@ def _peers(
     if options.stock_steps:
         metrics = tuple(options.stock_metrics.split(",")) if options.stock_metrics else train.metrics
         peers["stock"] = StockRecipe(train, metrics, options.stock_steps, seed)
-        cost["stock"] = round(process_time() - began, 1)
+        cost["stock"], began = round(process_time() - began, 1), process_time()
+    if options.nhits_steps and nixtla.available(NHITS):
+        peers[NHITS] = Timed(Nhits(train, options.nhits_steps, seed))
+        cost[NHITS] = round(process_time() - began, 1)
+    if options.mstl and nixtla.available(MSTL):
+        peers[MSTL] = Timed(Mstl())
     return peers
+
+
+def _forecast_costs(peers: Mapping[str, Forecasts]) -> dict[str, dict[str, float]]:
+    """Return the CPU seconds of all forecasts of the peers that are timed, and of how many series."""
+    timed = {name: peer for name, peer in peers.items() if isinstance(peer, Timed)}
+    return {name: {"cpu_s": round(peer.cpu_s, 1), "n_series": peer.n_series} for name, peer in timed.items()}
 
 
 def _print(title: str, table: dict[str, Any]) -> None:
@@ -143,7 +160,7 @@ def _print(title: str, table: dict[str, Any]) -> None:
             fed = table[OURS_FED][metric][horizon]
             row = "".join(f"{'n/a' if cell is None else format(cell, '.3f'):>14s}" for cell in cells)
             print(f"{metric:18s}{horizon:9s}{row}{fed['wape'] or 0:9.3f}{fed['coverage'] or 0:7.3f}")
-    missing = [name for name in ("lightgbm", "stock") if name not in names]
+    missing = [name for name in ("lightgbm", "stock", NHITS, MSTL) if name not in names]
     if missing:
         print(f"{', '.join(missing)}: n/a")
 
@@ -170,6 +187,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--without-peers", action="store_true", help="ours and the naive forecasts only")
     parser.add_argument("--lightgbm-windows", type=int, default=10_000)
     parser.add_argument("--stock-steps", type=int, default=0, help="steps of the stock recipe; 0: n/a")
+    parser.add_argument("--nhits-steps", type=int, default=0, help="steps of NHITS; 0: n/a")
+    parser.add_argument("--mstl", action="store_true", help="fit MSTL at every scored origin")
+    parser.add_argument("--only", choices=sorted(_groups(0)), help="score these servers alone")
     parser.add_argument("--stock-metrics", help="what it is trained for, comma separated; default: all")
     return parser
 

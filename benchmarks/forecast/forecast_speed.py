@@ -26,9 +26,10 @@ from benchmarks.forecast.parts.library import library_rates
 from benchmarks.results_file import write_results
 from fleetcast.bins import HISTORY_BINS
 from fleetcast.clock import DataClock, from_ms
+from fleetcast.forecast.checkpoint import ModelDescription
 from fleetcast.forecast.encoding import GridShape
-from fleetcast.forecast.network import NetworkConfig, build
-from fleetcast.forecast.predictor import Forecaster, ModelDescription, set_threads
+from fleetcast.forecast.network import NetworkConfig
+from fleetcast.forecast.predictor import Forecaster, set_threads
 from fleetcast.schema import FleetForecast, Floats, Floats32, HistoryWindow, RecordBatch
 from fleetcast.serving.board import PredictionBoard
 from fleetcast.serving.corrector import Corrector
@@ -36,6 +37,7 @@ from fleetcast.serving.history import BinGrid
 from fleetcast.serving.roster import Roster
 from fleetcast.serving.sweep import CHUNK_SERVERS
 from fleetcast.settings import ForecastSettings
+from fleetcast.training.network import as_arrays, build
 
 METRICS = ("cpu_pct", "mem_pct", "disk_io_mb_s", "latency_ms")
 BIN_MS, HORIZON = 300_000, 96
@@ -176,7 +178,7 @@ def _timed(took: dict[str, float], stage: str, work: Callable[[], Any]) -> Any:
 def _model() -> Forecaster:
     grid = GridShape(BIN_MS, HORIZON)
     config = NetworkConfig.for_grid(grid, 32)
-    return Forecaster(ModelDescription("v", "", METRICS, grid, config), build(config).state_dict())
+    return Forecaster(ModelDescription("v", "", METRICS, grid, config), as_arrays(build(config).state_dict()))
 
 
 def _memory_mb(name: str) -> float:

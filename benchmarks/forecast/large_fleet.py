@@ -14,6 +14,11 @@ With `--shards` the daemon has that many processes that forecast; their CPU seco
 
 measures a restart instead: sealed days of one record per server and `--interval` seconds, then ten minutes
 of an open day, are read as a new daemon does, with the kept means and without; and a daemon is started.
+
+    .venv/bin/python -m benchmarks.forecast.large_fleet --forget [--servers 10000] [--days 8] [--interval 300]
+
+measures `fleetcast servers forget` of one server and of 100 on such days: until all rows are gone, what the
+daemon and its children spend, and how long posts of 20 records take meanwhile.
 """
 
 import argparse
@@ -27,8 +32,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from datetime import datetime, timedelta
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,9 +43,10 @@ import psutil
 import pyarrow as pa
 
 from benchmarks.ingest.feed_latency import Fleet, Repeating, probe, promote, store
-from benchmarks.programs import InferenceDaemon, wait_for
+from benchmarks.programs import ROOT, InferenceDaemon, wait_for
 from benchmarks.results_file import write_results
 from fleetcast.clock import DAY_MS, FakeClock
+from fleetcast.exclusions import read_forgotten
 from fleetcast.forecast.registry import Registry
 from fleetcast.inference import restore
 from fleetcast.promotion.desk import Desk
@@ -50,7 +56,7 @@ from fleetcast.serving.history import BinHistory
 from fleetcast.serving.ledger import Ledger
 from fleetcast.serving.shards import MODULE as SHARD
 from fleetcast.settings import BinSettings, ForecastSettings
-from fleetcast.sources.client import DaemonClient
+from fleetcast.sources.client import ARROW, DaemonClient
 from fleetcast.storage.bin_days import make_bins
 from fleetcast.storage.days import day_of_ms, day_path
 from fleetcast.storage.parts import write_part
@@ -72,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shadow", action="store_true", help="with the model before beside the new one")
     parser.add_argument("--shards", type=int, default=1, help="processes that forecast")
     parser.add_argument("--restart", action="store_true", help="measure a restart instead")
-    parser.add_argument("--days", type=int, default=8, help="sealed days of a restart")
+    parser.add_argument("--forget", action="store_true", help="measure `fleetcast servers forget` instead")
+    parser.add_argument("--days", type=int, default=8, help="sealed days of a restart, or to forget in")
     parser.add_argument("--interval", type=int, default=60, help="seconds between a server's stored records")
     parser.add_argument("--restore", type=Path, help=argparse.SUPPRESS)  # the child: the folder
     options = parser.parse_args(argv)
@@ -83,6 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             figures = restart(Path(folder), options.servers, options.days, options.interval)
         print(write_results(f"large_fleet_restart_{options.interval}s", figures))
+        return 0
+    if options.forget:
+        with tempfile.TemporaryDirectory() as folder:
+            figures = forget(Path(folder), options.servers, options.days, options.interval)
+        print(write_results(f"large_fleet_forget_{options.interval}s", figures))
         return 0
     with tempfile.TemporaryDirectory() as folder:
         figures = run(Path(folder), options)
@@ -117,6 +129,7 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         prober.join()
         share = f"?shard=0/{2 * -(-n_servers // 20_000)}" if n_servers > 20_000 else ""
         documents = [_timed_read(daemon, share) for _ in range(2)]
+        tables = [_timed_read(daemon, "", ARROW) for _ in range(2)]
         peak_mb = _peak_mb(daemon.process.pid)
         shards_mb = [round(_peak_mb(pid)) for pid in _shards_of(daemon)]
         print(f"peak {peak_mb:.0f} MB, idle {idle_mb:.0f} MB, documents {documents}", flush=True)
@@ -133,7 +146,11 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "shards_peak_mb": shards_mb,
         "load_1_min": round(os.getloadavg()[0], 1),
         "document_mb": round(documents[0][1] / 1e6, 1),
-        "document_s_first_and_cached": [round(seconds, 2) for seconds, _ in documents],
+        "document_s_first_and_second": [round(seconds, 2) for seconds, _, _ in documents],
+        "document_cpu_s": [round(cpu_s, 2) for _, _, cpu_s in documents],
+        "table_mb": round(tables[0][1] / 1e6, 1),
+        "table_s": [round(seconds, 2) for seconds, _, _ in tables],
+        "table_cpu_s": [round(cpu_s, 2) for _, _, cpu_s in tables],
         "reloads_s_beside_sweeps": reloads,
     }
 
@@ -154,6 +171,63 @@ def restart(folder: Path, n_servers: int, n_days: int, interval_s: int) -> dict[
         figures[name] = json.loads(done.stdout)
         print(name, figures[name], flush=True)
     return figures
+
+
+def forget(folder: Path, n_servers: int, n_days: int, interval_s: int) -> dict[str, Any]:
+    """Return what forgetting one server, then 100 at once, takes in a buffer of sealed days."""
+    figures: dict[str, Any] = {"servers": n_servers, "days": n_days, "interval_s": interval_s}
+    figures |= store_days(folder / "data_buffer", n_servers, n_days, interval_s)
+    newest = datetime.fromtimestamp(_FIRST_MS / 1000, UTC) + timedelta(days=n_days, seconds=600 - interval_s)
+    daemon = InferenceDaemon(folder, "--clock", "data")
+    daemon.launch()
+    try:
+        wait_for("the start", partial(_answers, daemon, "/ready"), 1800)
+        figures["nothing to do"] = _beside_posts(daemon, newest, lambda: time.sleep(20))
+        for first, n_names in ((1, 1), (100, 100)):
+            names = [f"server-{number:05d}" for number in range(first, first + n_names)]
+            figures[f"forget {n_names}"] = _beside_posts(daemon, newest, partial(_forget, daemon, names))
+            print(figures, flush=True)
+    finally:
+        daemon.kill()
+    return figures
+
+
+def _forget(daemon: InferenceDaemon, names: Sequence[str]) -> None:
+    """Order it as a person does; return when all rows are gone."""
+    order = [sys.executable, "-m", "fleetcast.console.servers", "forget", *names, "--reason", "a benchmark"]
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "FLEETCAST_RETRAINING_DAEMON_URL": daemon.url}
+    subprocess.run(order, cwd=daemon.folder, env=environ, check=True, stdout=subprocess.DEVNULL)
+    wait_for("the rows", partial(_are_gone, daemon.folder / "checkpoints", names), 1800)
+
+
+def _are_gone(folder: Path, names: Sequence[str]) -> bool:
+    known = read_forgotten(folder)
+    return all(known[name].records_gone for name in names)
+
+
+def _beside_posts(daemon: InferenceDaemon, at: datetime, act: Callable[[], None]) -> dict[str, Any]:
+    """Return what something costs the daemon and its children, and posts while it goes on."""
+    latencies_ms: list[float] = []
+    cpu_before, began = _all_cpu_s(daemon), time.monotonic()
+    with Repeating(lambda: latencies_ms.extend(probe(daemon, lambda: at, 0.5)), pause_s=0.0):
+        act()
+        took_s = time.monotonic() - began
+        cpu_s = _all_cpu_s(daemon) - cpu_before
+    p50, p99 = np.quantile(latencies_ms, (0.5, 0.99))
+    return {
+        "took_s": round(took_s, 1),
+        "cpu_s": round(cpu_s, 1),
+        "posts": len(latencies_ms),
+        "post_p50_ms": round(float(p50), 1),
+        "post_p99_ms": round(float(p99), 1),
+        "post_max_ms": round(max(latencies_ms), 1),
+        "load_1_min": round(os.getloadavg()[0], 1),
+    }
+
+
+def _all_cpu_s(daemon: InferenceDaemon) -> float:
+    used = psutil.Process(daemon.process.pid).cpu_times()
+    return float(used.user + used.system + used.children_user + used.children_system)
 
 
 def restore_once(place: Path) -> dict[str, float]:
@@ -333,20 +407,21 @@ def _probe_until(
     n_bins: int,
 ) -> None:
     def moment() -> datetime:
-        return fleet.moment()
+        return fleet.moment() - timedelta(minutes=5)  # a closed bin: one that grows is not forecast from yet
 
     while len(sweeps) < n_bins:
         latencies_ms += probe(daemon, moment, 0.5)
 
 
-def _timed_read(daemon: InferenceDaemon, share: str) -> tuple[float, int]:
-    """Return the seconds a whole document took, and its bytes."""
-    started = time.monotonic()
+def _timed_read(daemon: InferenceDaemon, share: str, kind: str = "*/*") -> tuple[float, int, float]:
+    """Return the seconds a whole document took, its bytes, and the daemon's CPU seconds."""
+    process = psutil.Process(daemon.process.pid)
+    cpu_s, started = sum(process.cpu_times()[:2]), time.monotonic()
     link = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=60)
-    link.request("GET", f"/predictions/current{share}")
+    link.request("GET", f"/predictions/current{share}", headers={"Accept": kind})
     n_bytes = len(link.getresponse().read())
     link.close()
-    return time.monotonic() - started, n_bytes
+    return time.monotonic() - started, n_bytes, sum(process.cpu_times()[:2]) - cpu_s
 
 
 def _reload_beside_sweeps(daemon: InferenceDaemon, fleet: LargeFleet, folder: Path) -> list[float]:
@@ -367,7 +442,15 @@ def _serves_another(client: DaemonClient, version: str) -> bool:
 
 def _shards_of(daemon: InferenceDaemon) -> list[int]:
     children = psutil.Process(daemon.process.pid).children()
-    return [child.pid for child in children if SHARD in child.cmdline()]
+    return [child.pid for child in children if SHARD in _command_of(child)]
+
+
+def _command_of(process: psutil.Process) -> list[str]:
+    """Return its command line, empty for one that has just ended (a seal of a day, a count of ratios)."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def _cpu_used(daemon: InferenceDaemon, shards: Sequence[int], before: Sequence[float]) -> dict[str, Any]:

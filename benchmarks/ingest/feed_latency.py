@@ -197,16 +197,20 @@ def store(folder: Path, number: int) -> str:
     """Store a model of the real network with random weights; return its version."""
     import torch
 
+    from fleetcast.forecast.checkpoint import ModelDescription
     from fleetcast.forecast.encoding import GridShape
-    from fleetcast.forecast.network import NetworkConfig, build
-    from fleetcast.forecast.predictor import Forecaster, ModelDescription
+    from fleetcast.forecast.network import NetworkConfig
+    from fleetcast.forecast.predictor import Forecaster
+    from fleetcast.training.network import as_arrays, build
 
     torch.manual_seed(number)
     version = f"20260115T{100000 + number:06d}Z-0000"
     grid = GridShape(bin_ms=300_000, horizon_bins=96)
     config = NetworkConfig.for_grid(grid, 32)
     now = iso_z(datetime.now(UTC))
-    model = Forecaster(ModelDescription(version, now, METRICS, grid, config), build(config).state_dict())
+    model = Forecaster(
+        ModelDescription(version, now, METRICS, grid, config), as_arrays(build(config).state_dict())
+    )
     registry = Registry(folder / "checkpoints")
     if version not in registry.version_ids():
         contents = {"model.ckpt": model.to_bytes(), "baseline.npz": b""}

@@ -25,8 +25,8 @@ import numpy as np
 
 from benchmarks.results_file import write_results
 from fleetcast.clock import iso_z, monotonic, sleep, to_ms
+from fleetcast.demo.claims import Phase, in_phase, keys_of, last_values
 from fleetcast.demo.harness import ROOT, Loop, LoopFailed, Reload, Seen, Watcher, ledger_counts, summary
-from fleetcast.demo.settled_errors import Phase, in_phase, keys_of, last_values
 from fleetcast.files import read_json
 from fleetcast.schema import Floats, SettledForecasts
 from fleetcast.sources.recording import Cut, Recording, load_recording, parse_formula

@@ -8,7 +8,9 @@ channel is tried again (`engine`).
 import hashlib
 import hmac
 import json
+import logging
 import re
+import socket
 import ssl
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from datetime import datetime, timedelta
 from email.message import EmailMessage
 from email.utils import format_datetime, make_msgid
 from importlib.util import find_spec
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
@@ -23,21 +26,24 @@ from fleetcast.alerts.messages import (
     Notice,
     Sender,
     alertmanager_body,
+    find_template_problems,
     pagerduty_body,
     slack_body,
     text,
     title,
     webhook_body,
 )
-from fleetcast.alerts.rules import Alert
+from fleetcast.alerts.rules import Alert, parse_rules
 from fleetcast.alerts.state import Silence
 from fleetcast.clock import Clock
-from fleetcast.errors import NotDelivered, SettingsError
-from fleetcast.outbound import cause, request
+from fleetcast.errors import NotDelivered, SettingsError, quote
+from fleetcast.outbound import TimeLimit, cause, request
 from fleetcast.settings import AlertSettings
 
 if TYPE_CHECKING:
     import smtplib
+
+logger = logging.getLogger(__name__)
 
 ALERTMANAGER, SLACK, WEBHOOK, PAGERDUTY = "alertmanager", "slack", "webhook", "pagerduty"
 EMAIL, APPRISE, HEARTBEAT = "email", "apprise", "heartbeat"
@@ -114,26 +120,33 @@ class EmailChannel:
         message["References"] = f"<{self.sender.key(notice.rule).replace(':', '.')}@fleetcast>"
         message["Auto-Submitted"] = "auto-generated"  # an answering machine does not answer
         message.set_content(text(notice, self.sender))
+        limit = TimeLimit(own.timeout_s)
         try:
-            with self._connect() as server:
+            with limit, self._connect(limit) as server:
                 if own.smtp_user:
                     server.login(own.smtp_user, own.smtp_password)
                 server.send_message(message)
         except OSError as error:  # smtplib's are such, too
-            raise NotDelivered(f"{own.smtp_host}: {cause(error)}") from None
+            why = f"no answer within {own.timeout_s:g} s" if limit.is_over else cause(error)
+            raise NotDelivered(f"{own.smtp_host}: {why}") from None
+        finally:
+            limit.forget()
         return f"taken by {own.smtp_host}"
 
-    def _connect(self) -> "smtplib.SMTP":
+    def _connect(self, limit: TimeLimit) -> "smtplib.SMTP":
         import smtplib  # 10 ms of a check that sends nothing
 
-        own = self.settings
-        if own.smtp_security == "tls":
-            context = ssl.create_default_context()
-            return smtplib.SMTP_SSL(own.smtp_host, own.smtp_port, timeout=own.timeout_s, context=context)
-        server = smtplib.SMTP(own.smtp_host, own.smtp_port, timeout=own.timeout_s)
+        own, context = self.settings, ssl.create_default_context()
+
+        class Watched(smtplib.SMTP):
+            def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
+                made = limit.connect(host, port)
+                return context.wrap_socket(made, server_hostname=host) if own.smtp_security == "tls" else made
+
+        server = Watched(own.smtp_host, own.smtp_port, timeout=own.timeout_s)
         if own.smtp_security == "starttls":
             try:
-                server.starttls(context=ssl.create_default_context())
+                server.starttls(context=context)
             except OSError:
                 server.close()
                 raise
@@ -215,7 +228,7 @@ def make_channels(settings: AlertSettings, interval_s: float, clock: Clock) -> t
     """
     if problems := list(_problems(settings)):
         raise SettingsError(problems)
-    sender = Sender(settings.fleet, settings.page_url)
+    sender = make_sender(settings)
     beats: list[Channel] = []
     if settings.heartbeat_url:
         beats.append(HeartbeatChannel(settings.heartbeat_url, settings.timeout_s))
@@ -226,6 +239,33 @@ def make_channels(settings: AlertSettings, interval_s: float, clock: Clock) -> t
         )
         return (*managers, *beats)
     return (*message_channels(settings, sender, clock), *beats)
+
+
+def make_sender(settings: AlertSettings) -> Sender:
+    """Return who sends; for a template that cannot be used, which is logged, the standard words are sent."""
+    problems = _template_problems(settings)
+    for problem in chain(*problems.values()):
+        logger.error("the standard words are sent: %s", problem)
+    templates = {name: "" if texts else getattr(settings, name) for name, texts in problems.items()}
+    return Sender(settings.fleet, settings.page_url, **templates)
+
+
+def find_problems(settings: AlertSettings) -> list[str]:
+    """Return all that is wrong with the settings of alerts, each with what would be right."""
+    problems = [*_problems(settings)]
+    try:
+        parse_rules(settings.rules)
+    except SettingsError as error:
+        problems += error.problems
+    return [*problems, *chain(*_template_problems(settings).values())]
+
+
+def _template_problems(settings: AlertSettings) -> dict[str, list[str]]:
+    """Return by the name of each template what is wrong with it."""
+    return {
+        name: [f"alerts.{name} {problem}" for problem in find_template_problems(getattr(settings, name))]
+        for name in ("title_template", "text_template")
+    }
 
 
 def message_channels(settings: AlertSettings, sender: Sender, clock: Clock) -> Iterator[MessageChannel]:
@@ -269,7 +309,8 @@ def _problems(settings: AlertSettings) -> Iterator[str]:
             yield f"alerts.{name} must look like https://host/path"
     for address in (*settings.email_to, *filter(None, (settings.email_from,))):
         if not _EMAIL.fullmatch(address):
-            yield f"alerts.email_to and alerts.email_from must look like ops@example.com, got {address!r}"
+            right = "must look like ops@example.com"
+            yield f"alerts.email_to and alerts.email_from {right}, got {quote(address)}"
     if settings.apprise_urls and find_spec("apprise") is None:
         yield "alerts.apprise_urls needs the package apprise: pip install apprise"
 

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 CAPACITY = "/capacity?limit=90&min_p=0.05&rows=1000"
 DATES = "/capacity/dates?rows=1000"
-_OVER, _FULL = "over", "it is over the limit"  # state of a row; why a row has no date
+_OVER, _FULL = "over", "it was over the limit"  # state of a row; why a row has no date
 _READY = "ready"
 _PAGE, _MOST_SILENT = 200, 1000  # servers of an answer, and in all
 _NOT_KNOWN = (DaemonAway, KeyError, TypeError, ValueError)  # an older daemon, or one that says less
@@ -356,7 +356,7 @@ def _facts_of_status(status: Mapping[str, Any]) -> dict[str, tuple[Sample, ...]]
 def _silent_servers(client: DaemonClient, now: datetime) -> Iterator[Sample]:
     """Yield each silent server; after `forecast.gone_after_s` it is none any more."""
     for offset in range(0, _MOST_SILENT, _PAGE):
-        rows = client.get(f"/ui/api/fleet?state=stale&sort=name&limit={_PAGE}&offset={offset}")["rows"]
+        rows = client.get(f"/ui/api/fleet?state=silent&sort=name&limit={_PAGE}&offset={offset}")["rows"]
         for row in rows:
             yield Sample.of(_hours(now - parse_plain_utc(row["seen"])), server=str(row["server"]))
         if len(rows) < _PAGE:
@@ -364,14 +364,18 @@ def _silent_servers(client: DaemonClient, now: datetime) -> Iterator[Sample]:
 
 
 def _near_limits(rows: Sequence[Mapping[str, Any]]) -> Iterator[Sample]:
-    """Yield the probability of each series; one that is over the limit keeps an alert, and begins none.
+    """Yield each series' probability; a silent one and one over the limit keep an alert, and begin none.
 
     The threshold of an ordinary monitor tells of a limit that was passed; this tells of it before.
     """
     for row in rows:
         labels = {"server": str(row["server"]), "metric": str(row["metric"])}
-        if row["state"] == _OVER:
-            yield Sample.of(None, f"it is over the limit since {row['since'] or 'some time'}", **labels)
+        if row.get("silent_since"):
+            yield Sample.of(None, f"its server is silent since {row['silent_since']}", **labels)
+        elif row["state"] == _OVER:
+            before = " or before" if row.get("since_or_before") else ""
+            since = f"{row['since'] or 'some time'}{before}"
+            yield Sample.of(None, f"it is over the limit since {since}", **labels)
         elif row["p"] is None:
             yield Sample.of(None, "it is not known at the moment", **labels)
         else:
@@ -383,7 +387,7 @@ def _dates(rows: Sequence[Mapping[str, Any]], now: datetime) -> Iterator[Sample]
     """Yield the days until each disk is full, at the earliest; a full one keeps an alert, and begins none."""
     for row in rows:
         if row["why_no_date"] == _FULL:
-            yield Sample.of(None, "it is full", server=str(row["server"]))
+            yield Sample.of(None, "it was full on the newest whole day", server=str(row["server"]))
         elif row["full_between"]:
             early, late = row["full_between"]
             days = (parse_plain_utc(early) - now).total_seconds() / _DAY_S

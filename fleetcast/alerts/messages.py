@@ -1,8 +1,9 @@
 """What a channel is sent: which alerts it has not heard of, and in which words.
 
 Owns: one message for a rule and check, what is left out of it, repeats, silences, the limit of an hour,
-the texts and the fields of each kind of message. Does not know: how a message travels (`channels`).
-Texts hold names that strangers chose: each format escapes them where it is built.
+the texts, templates of them, and the fields of each kind of message. Does not know: how a message travels
+(`channels`). Texts hold names that strangers chose: each format escapes them where it is built. A template
+takes whole fields, once: nothing in a name or in a template is looked up or run.
 """
 
 import hashlib
@@ -10,15 +11,18 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from string import Formatter
 from typing import Any
 
 from fleetcast.alerts.rules import FIRING, SEVERITIES, Alert
 from fleetcast.alerts.state import RESEND, ChannelState, Silence
 from fleetcast.clock import iso_z
+from fleetcast.setting import nearest
 
 MOST_NAMED = 10  # alerts of a message
 MOST_IN_JSON = 1000  # of the message of a webhook
 SEVERAL = "several rules"
+TEMPLATE_FIELDS = ("fleet", "rule", "severity", "state", "firing", "title", "lines", "page")
 _SUMMARY_CHARACTERS = 1024  # PagerDuty takes no more
 _CONTROL = dict.fromkeys([*range(32), 127], " ")
 
@@ -46,6 +50,8 @@ class Sender:
 
     fleet: str
     page_url: str = ""
+    title_template: str = ""  # "" = the standard words
+    text_template: str = ""
 
     def key(self, rule: str) -> str:
         """Return what stays the same for a rule of this fleet, over restarts."""
@@ -138,6 +144,10 @@ def _sum_up(notices: Sequence[Notice]) -> Notice:
 
 def title(notice: Notice, sender: Sender) -> str:
     """Return a message's first line."""
+    return _plain(_fill(sender.title_template, notice, sender)).strip() or _standard_title(notice, sender)
+
+
+def _standard_title(notice: Notice, sender: Sender) -> str:
     if notice.is_over:
         return _plain(f"{sender.fleet}: {notice.rule} is over")
     count = f", {len(notice.firing)} fire" if len(notice.firing) > 1 else ""
@@ -154,7 +164,43 @@ def lines(notice: Notice) -> Iterator[str]:
 def text(notice: Notice, sender: Sender) -> str:
     """Return a message as plain text, with the address of the page where one is set."""
     page = [sender.page_url] if sender.page_url else []
-    return "\n".join([title(notice, sender), *lines(notice), *page])
+    filled = _fill(sender.text_template, notice, sender).strip()
+    others = [_plain(line) for line in filled.split("\n")] if filled else [*lines(notice), *page]
+    return "\n".join([title(notice, sender), *others])
+
+
+def find_template_problems(template: str) -> list[str]:
+    """Return what is wrong with a template, each with what would be right."""
+    known = ", ".join(f"{{{name}}}" for name in TEMPLATE_FIELDS)
+    try:
+        fields = [tuple(found[1:]) for found in Formatter().parse(template) if found[1] is not None]
+    except ValueError as error:
+        return [f"cannot be read: {error} (a brace that is meant as one is written {{{{ or }}}})"]
+    return [
+        f"must have {{{name}}} alone in its braces, without ! or :"
+        if name in TEMPLATE_FIELDS
+        else f"has an unknown field {{{name}}}{nearest(str(name), list(TEMPLATE_FIELDS))} (known: {known})"
+        for name, form, conversion in fields
+        if name not in TEMPLATE_FIELDS or form or conversion
+    ]
+
+
+def _fill(template: str, notice: Notice, sender: Sender) -> str:
+    """Return a template with its fields put in; it has no problems, or `make_sender` kept it back."""
+    if not template:
+        return ""
+    values = {
+        "fleet": sender.fleet,
+        "rule": notice.rule,
+        "severity": notice.severity,
+        "state": "over" if notice.is_over else "still firing" if notice.is_repeat else "firing",
+        "firing": str(len(notice.firing)),
+        "title": _standard_title(notice, sender),
+        "lines": "\n".join(lines(notice)),
+        "page": sender.page_url,
+    }
+    parts = Formatter().parse(template)
+    return "".join(literal + (values[name] if name else "") for literal, name, _form, _conversion in parts)
 
 
 def _name(alerts: Sequence[Alert], before: str, with_rule: bool) -> Iterator[str]:

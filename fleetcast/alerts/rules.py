@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from fleetcast.errors import SettingsError
+from fleetcast.errors import SettingsError, quote
 from fleetcast.schema import ALERT_RULES
 from fleetcast.setting import nearest
 
@@ -160,7 +160,7 @@ def parse_rules(lines: Sequence[str]) -> tuple[Rule, ...]:
         try:
             name, rule = _parse(line.strip())
         except ValueError as error:
-            problems.append(f"alerts.rules: {line!r} {error}")
+            problems.append(f"alerts.rules: {quote(line)} {error}")
             continue
         found.pop(name, None)
         if rule is not None:
@@ -255,7 +255,9 @@ def _say(rule: Rule, sample: Sample) -> str:
         return sample.text
     words = FACTS[rule.fact]
     limit = f" ({rule.condition})" if "{}" in words else ""
-    said = f"{words.format(_amount(rule.fact, sample.value))}{limit}"
+    is_a_date = rule.fact == "disk_full_days" and sample.value < 1.0  # of whole days
+    amount = "less than a day" if is_a_date else _amount(rule.fact, sample.value)
+    said = f"{words.format(amount)}{limit}"
     return f"{said}; {sample.text}" if sample.text else said
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
+from fleetcast.errors import quote
 from fleetcast.ingest.arrow import ROWS_MAX
 
 BODY_TIMEOUT_S = 30.0  # for the whole body, so that slow senders cannot pile up
@@ -63,7 +64,7 @@ class BodyReader:
                 raise refusal
             if found != encoding:
                 wanted = "uncompressed" if encoding == "identity" else f"with Content-Encoding {encoding}"
-                raise Refusal(415, f"send the body {wanted}, not with Content-Encoding {found[:40]!r}")
+                raise Refusal(415, f"send the body {wanted}, not with Content-Encoding {quote(found)}")
             whole = bytes(body)
             n_held = len(body)
             body.clear()  # only the copy is needed from here on

@@ -31,7 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fleetcast.api.bodies import LIGHT_BYTES, BodyReader, Refusal, check_unpacked, encode
 from fleetcast.api.lanes import Lanes, PostGroups, storage_refusal
 from fleetcast.clock import monotonic
-from fleetcast.errors import BadData, StorageBroken, StorageFull
+from fleetcast.errors import BadData, StorageBroken, StorageFull, quote
 from fleetcast.prometheus.protobuf import BodyTooLarge
 from fleetcast.serving.intake import Intake, Receipt
 from fleetcast.serving.telemetry import Telemetry
@@ -385,11 +385,11 @@ class BrowserGuard:
         if not self._is_ours(host):
             return (
                 _FOREIGN_HOST,
-                f"this daemon is not known as {host[:80]!r}: set server.allowed_hosts or a TFT_API_KEY",
+                f"this daemon is not known as {quote(host)}: set server.allowed_hosts or a TFT_API_KEY",
             )
         origin = headers.get(b"origin", b"").decode("latin-1")
         if origin and origin.partition("://")[2].lower() != host.lower():
-            return 403, f"a page of {origin[:80]!r} may not ask without a TFT_API_KEY"
+            return 403, f"a page of {quote(origin)} may not ask without a TFT_API_KEY"
         return 0, ""
 
     def _is_ours(self, host: str) -> bool:

@@ -24,7 +24,7 @@ from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBea
 from fleetcast.api.bodies import encode
 from fleetcast.api.connection import Pieces
 from fleetcast.api.feed import JSON, WRONG_KEY, Door
-from fleetcast.api.server import PROMETHEUS, Schema, answers, only, require_key
+from fleetcast.api.server import PROMETHEUS, Schema, answers, only, preference, require_key
 from fleetcast.errors import FleetcastError
 from fleetcast.serving.board import UnknownServer
 from fleetcast.serving.capacity import MOST_ROWS as MOST_CAPACITY_ROWS
@@ -33,6 +33,7 @@ from fleetcast.serving.export import Export
 from fleetcast.serving.fullness import DEFAULT_LIMIT, FIRST_METRIC, DatesQuestion, Fullness
 from fleetcast.serving.overview import MOST_ROWS, PAGE_ROWS, STATES, FleetQuery, Overview
 from fleetcast.serving.past import MOST_HOURS, AccuracyQuestion, Past
+from fleetcast.serving.roster import meant
 
 UI_FOLDER = Path(__file__).parents[1] / "ui"
 MAX_WAITING = 32
@@ -138,8 +139,18 @@ CAPACITY: Schema = {
         "horizon_s": {"type": "integer"},
         "limit": {"type": "number"},
         "servers": {"type": "integer"},
-        "metrics": {"type": "object", "description": "by metric: which source answers, and its scores"},
-        "matching": {"type": "integer"},
+        "metrics": {
+            "type": "object",
+            "description": "by metric: which source answers, why it, and all scores",
+        },
+        "not_sent": {
+            "type": "array",
+            "items": {"type": "string"},
+            "description": "those of the metrics that no server sends",
+        },
+        "matching": {"type": "integer", "description": "series"},
+        "silent": {"type": "integer", "description": "those of them whose server sends nothing any more"},
+        "bins_waiting": {"type": "integer", "description": "closed bins that are not forecast from yet"},
         "rows": _ROWS,
     },
 }
@@ -235,7 +246,8 @@ def add_page(
     guard = [Depends(require_key(door))]
     app.include_router(_history_route(past, desk.ask, guard))
     for prefix, is_shown in (("", True), ("/ui/api", False)):  # the page asks below its own path
-        router = _capacity_routes(past, capacity, fullness, desk.ask, guard)
+        dates = fullness.answer if is_shown else fullness.tell
+        router = _capacity_routes(past, capacity.answer, dates, desk.ask, guard)
         app.include_router(router, prefix=prefix, include_in_schema=is_shown)
     if export is not None:
         app.include_router(_export_route(export, desk, door))
@@ -276,7 +288,11 @@ def _history_route(past: Past, ask: Ask, guard: list[Any]) -> APIRouter:
 
 
 def _capacity_routes(
-    past: Past, capacity: Capacity, fullness: Fullness, ask: Ask, guard: list[Any]
+    past: Past,
+    near: Callable[[CapacityQuestion], dict[str, Any]],
+    dates: Callable[[DatesQuestion], dict[str, Any]],
+    ask: Ask,
+    guard: list[Any],
 ) -> APIRouter:
     router = APIRouter(dependencies=guard)
     rows_limit = Annotated[int, Query(ge=1, le=MOST_CAPACITY_ROWS)]
@@ -295,7 +311,7 @@ def _capacity_routes(
     ) -> Response:
         """Return which servers pass a limit within the horizon, how sure that is, and since when or when."""
         asked = CapacityQuestion(tuple(metric), limit, min_p, server, rows)
-        return await ask(lambda: capacity.answer(asked) if not server else _of_one(past, asked, capacity))
+        return await ask(lambda: near(_of_one(past, asked) if server else asked))
 
     @router.get(
         "/capacity/dates",
@@ -309,14 +325,13 @@ def _capacity_routes(
         rows: rows_limit = 100,
     ) -> Response:
         """Return by when servers reach a limit, days and weeks ahead, or why there is no date."""
-        return await ask(lambda: fullness.answer(DatesQuestion(metric, limit, server, rows)))
+        return await ask(lambda: dates(DatesQuestion(metric, limit, meant(server), rows)))
 
     return router
 
 
-def _of_one(past: Past, asked: CapacityQuestion, capacity: Capacity) -> dict[str, Any]:
-    past.require(asked.server)
-    return capacity.answer(replace(asked, min_p=0.0))
+def _of_one(past: Past, asked: CapacityQuestion) -> CapacityQuestion:
+    return replace(asked, server=past.require(asked.server), min_p=0.0)
 
 
 def _export_route(export: Export, desk: Desk, door: Door) -> APIRouter:
@@ -401,8 +416,9 @@ def _file_routes(files: Mapping[str, PageFile]) -> APIRouter:
 
     @router.get("/")
     async def root(request: Request) -> Response:
-        """Lead a browser to the page; programs get what they always got."""
-        if "text/html" not in request.headers.get("accept", ""):
+        """Lead to the page, unless a client asks for something else than HTML."""
+        accept = ",".join(request.headers.getlist("accept")) or "*/*"
+        if preference(accept, "text/html")[0] == 0.0:
             raise HTTPException(404)
         return Response(status_code=307, headers={"location": "ui/", "vary": "accept"})
 

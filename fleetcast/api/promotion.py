@@ -71,7 +71,8 @@ def _routes(
     @router.get("/promotion", responses=answers(OBJECT, e401="wrong or missing key"))
     def promotion() -> Response:
         """Say what people hold or pause, which version waits or is baked, and what happened."""
-        return Response(encode(report(desk, settings)), media_type=JSON)
+        told = {**report(desk, settings), "no_orders": given.why_not}
+        return Response(encode(told), media_type=JSON)
 
     described: dict[int | str, dict[str, Any]] = answers(
         OBJECT,
@@ -107,13 +108,18 @@ class _Orders:
         self._fingerprint = hashlib.sha256(api_key.encode()).hexdigest()[:8] if api_key else ""
         self._bodies = BodyReader(orders.MAX_BYTES)
 
+    @property
+    def why_not(self) -> str | None:
+        """Return why no order is taken, None where they are."""
+        return None if self._fingerprint else NO_KEY
+
     def door(self, kind: str) -> Callable[[Request], Awaitable[Response]]:
         """Return what answers one kind of order."""
 
         async def give(request: Request) -> Response:
             """Write an order down; the retraining daemon carries it out within seconds."""
-            if not self._fingerprint:
-                raise HTTPException(403, NO_KEY)
+            if self.why_not:
+                raise HTTPException(403, self.why_not)
             try:
                 async with self._bodies.read(request) as body:
                     order = self._order(kind, _fields(body))

@@ -6,10 +6,13 @@ the routes that take records in, and guards these. Does not know: models, bins, 
 """
 
 import copy
+import re
 from collections.abc import Awaitable, Callable
+from itertools import islice
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response
+from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import APIKeyHeader
 
@@ -18,7 +21,8 @@ from fleetcast.api.bodies import encode
 from fleetcast.api.connection import Pieces
 from fleetcast.api.feed import ARROW, FEED_PATH, JSON, PROTOBUF, WRONG_KEY, Door
 from fleetcast.clock import SystemClock, iso_z
-from fleetcast.serving.board import BadShare, PredictionBoard, TooManyServers, UnknownServer, share_of
+from fleetcast.serving.board import PredictionBoard, TooManyServers, UnknownServer
+from fleetcast.serving.roster import BadShare, share_of
 from fleetcast.serving.status import StatusReport
 from fleetcast.serving.telemetry import Telemetry
 from fleetcast.settings import ServerSettings
@@ -40,7 +44,7 @@ _PREDICTION: Schema = {
         "current": {"type": "object", "additionalProperties": {"type": "number"}},
         "forecast": {"type": ["object", "null"], "additionalProperties": _QUANTILES},
         "timestamps": {"type": "array", "items": {"type": "string", "format": "date-time"}},
-        "source": {"type": "string", "enum": ["model", "fallback", "warming_up"]},
+        "source": {"type": "string", "enum": ["model", "fallback", "warming_up", "not_forecast"]},
         "sources": {"type": "object", "additionalProperties": _SOURCE},
         "stale": {"type": "boolean"},
     },
@@ -173,7 +177,12 @@ PREDICTION_ANSWERS = answers(
     e422="too many servers named",
     e503="too many answers unread",
 )
+PREDICTION_ANSWERS[200]["content"][ARROW] = {"schema": BINARY}
 STATUS_ANSWERS = answers(OBJECT, e401=WRONG_KEY)
+_QUERY_FAULTS_MAX = 20
+_QUERY_SHOWN_CHARS = 80
+_BY_NAME = 2  # a media range that is no wildcard
+_QUALITY = re.compile(r"0(\.\d{0,3})?|1(\.0{0,3})?", re.ASCII)
 
 
 def create_app(
@@ -192,6 +201,7 @@ def create_app(
     """
     title, no_docs = "fleetcast inference daemon", None  # `page` serves /docs
     app = FastAPI(title=title, version=__version__, docs_url=no_docs, redoc_url=no_docs)
+    app.add_exception_handler(RequestValidationError, _refuse_query)
     door = Door(api_key, telemetry)
     app.include_router(_guarded_routes(board, report, door, settings.max_query_servers))
     if write_path is not None:
@@ -199,6 +209,28 @@ def create_app(
     app.include_router(_open_routes(report, telemetry))
     app.openapi = _with_present_example(app.openapi)  # type: ignore[method-assign]
     return app
+
+
+async def _refuse_query(_request: Request, error: Exception) -> Response:
+    """Answer 422 as the framework does, with no more than the start of what was sent."""
+    assert isinstance(error, RequestValidationError)
+    detail = [
+        {
+            **one,
+            "loc": list(map(_cut, one["loc"])),
+            **({"input": _cut(one["input"])} if "input" in one else {}),
+        }
+        for one in islice(error.errors(), _QUERY_FAULTS_MAX)
+    ]
+    return Response(encode({"detail": jsonable_encoder(detail)}), 422, media_type=JSON)
+
+
+def _cut(sent: Any) -> Any:
+    if isinstance(sent, list):
+        return list(map(_cut, sent[:_QUERY_FAULTS_MAX]))
+    if not isinstance(sent, str) or len(sent) <= _QUERY_SHOWN_CHARS:
+        return sent
+    return f"{sent[:_QUERY_SHOWN_CHARS]}..."
 
 
 def _with_present_example(describe: Callable[[], Schema]) -> Callable[[], Schema]:
@@ -242,13 +274,13 @@ def _guarded_routes(
         server: Annotated[list[str], Query(description="narrow to these servers")] = [],  # noqa: B006
         fields: Annotated[Literal["current"] | None, Query(description="leave the forecasts out")] = None,
         shard: Annotated[str | None, Query(description="K/N: share K of N of the fleet, K from 0")] = None,
+        accept: Annotated[list[str], Header(description=f"{ARROW}: as an Arrow table")] = [],  # noqa: B006
     ) -> Response:
         """Return the newest values and forecasts of the fleet."""
         if len(server) > max_query_servers:
             raise HTTPException(422, f"a query names at most {max_query_servers} servers; ask for all")
         try:
-            document = board.document(server, share_of(shard, server), only_current=fields == "current")
-            return Pieces(document)
+            return _predictions(board, server, share_of(shard, server), fields, ",".join(accept))
         except (UnknownServer, TooManyServers, BadShare) as error:
             raise HTTPException(_CODES[type(error)], str(error)) from error
 
@@ -258,6 +290,19 @@ def _guarded_routes(
         return Response(encode(report.status()), media_type=JSON)
 
     return router
+
+
+def _predictions(
+    board: PredictionBoard, servers: list[str], share: tuple[int, int] | None, fields: str | None, accept: str
+) -> Pieces:
+    """Return the fleet's forecasts as JSON, or as Arrow where a client asks for that by its name."""
+    table, document = preference(accept, ARROW), preference(accept, JSON)
+    is_equal = table == document and table[1] == _BY_NAME  # it reads both: a table costs less
+    is_table = table[0] > 0.0 and (table > document or is_equal)
+    told = (board.table if is_table else board.document)(servers, share, only_current=fields == "current")
+    answer = Pieces(told, ARROW if is_table else JSON)
+    answer.headers["vary"] = "Accept"
+    return answer
 
 
 def _write_route(path: str, door: "Door") -> APIRouter:
@@ -300,6 +345,26 @@ def _open_routes(report: StatusReport, telemetry: Telemetry) -> APIRouter:
         return Response(telemetry.render(report.snapshot()), media_type=PROMETHEUS)
 
     return router
+
+
+def preference(accept: str, media_type: str) -> tuple[float, int]:
+    """Return how much an Accept header wants a media type: its quality, and how exactly it is named.
+
+    The range that names it most exactly counts, in whatever case. One whose quality is no number from 0 to 1
+    is passed over. Source: RFC 9110, 12.5.1.
+
+    >>> accept = "text/*;q=0.5, TEXT/HTML ; Q=0.8, */*;q=0"
+    >>> [preference(accept, media_type) for media_type in ("text/html", "text/css", "a/b")]
+    [(0.8, 2), (0.5, 1), (0.0, 0)]
+    """
+    wanted = {"*/*": 0, f"{media_type.partition('/')[0]}/*": 1, media_type: _BY_NAME}
+    found = (-1, 0.0)
+    for part in accept.lower().split(","):
+        name, *parameters = (piece.strip() for piece in part.split(";"))
+        written = next((one[2:] for one in parameters if one.startswith("q=")), "1")
+        if name in wanted and _QUALITY.fullmatch(written):
+            found = max(found, (wanted[name], float(written)))
+    return found[1], max(found[0], 0)
 
 
 def require_key(door: Door) -> Callable[..., Awaitable[None]]:

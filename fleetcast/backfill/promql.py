@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 
 import numpy as np
 
-from fleetcast.errors import DaemonAway, SettingsError
+from fleetcast.errors import DaemonAway, SettingsError, quote
 from fleetcast.ingest.rules import RecordRules
 from fleetcast.loop import Stop
 from fleetcast.prometheus.rules import (
@@ -110,13 +110,13 @@ def parse_selector(text: str) -> tuple[Matcher, ...]:
         SettingsError: it is none.
     """
     if not text.lstrip().startswith("{"):  # the rules name the series
-        raise SettingsError([f"--match {text!r} begins with a name, not with {{"], hint=_SELECTOR)
+        raise SettingsError([f"--match {quote(text)} begins with a name, not with {{"], hint=_SELECTOR)
     try:
         matchers = parse_rule(f"x = sum(x{text})").terms[0].matchers
     except RuleFault as fault:
-        raise SettingsError([f"--match {text!r}: {fault}"], hint=_SELECTOR) from fault
+        raise SettingsError([f"--match {quote(text)}: {fault}"], hint=_SELECTOR) from fault
     if not matchers:
-        raise SettingsError([f"--match {text!r} selects nothing in particular"], hint=_SELECTOR)
+        raise SettingsError([f"--match {quote(text)} selects nothing in particular"], hint=_SELECTOR)
     return matchers
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fleetcast.backfill.delivery import PIECE_ROWS, SERVER, TIME
-from fleetcast.errors import BadData, SettingsError
+from fleetcast.errors import BadData, SettingsError, quote
 from fleetcast.ingest.rules import is_metric_name
 from fleetcast.setting import nearest
 
@@ -39,7 +39,8 @@ def parse_renames(texts: Sequence[str]) -> dict[str, str]:
         old, sign, new = text.rpartition("=")
         if not sign or not old or not (new in (TIME, SERVER) or is_metric_name(new)):
             hint = "for example --rename host=server_name --rename CPU=cpu_pct"
-            raise SettingsError([f"--rename {text!r}: expected COLUMN=NAME with a record's name"], hint=hint)
+            right = "expected COLUMN=NAME with a record's name"
+            raise SettingsError([f"--rename {quote(text)}: {right}"], hint=hint)
         if new in renames.values():
             raise SettingsError([f"--rename gives {new} twice"])
         renames[old] = new
@@ -126,9 +127,8 @@ class RecordedFile:
         have = ", ".join(schema.names) or "none"
         for old in self.renames:
             if old not in schema.names:
-                raise BadData(
-                    f"{self.path} has no column {old!r}{nearest(old, schema.names)}", hint=f"it has {have}"
-                )
+                close = nearest(old, schema.names)
+                raise BadData(f"{self.path} has no column {quote(old)}{close}", hint=f"it has {have}")
         names = {name: self.renames.get(name, name) for name in schema.names}
         self._check_names([names[name] for name in schema.names], have)
         types = {new: schema.field(old).type for old, new in names.items()}
@@ -153,7 +153,7 @@ class RecordedFile:
         """Raise BadData unless each column is there once; `have` are the names as the file has them."""
         twice = sorted(name for name in set(names) if names.count(name) > 1)
         if twice:
-            raise BadData(f"{self.path} has the column {twice[0]!r} twice", hint="drop or rename one")
+            raise BadData(f"{self.path} has the column {quote(twice[0])} twice", hint="drop or rename one")
         if self.kind == CSV and len(names) == 1:
             says = f"{self.path} has one column alone; those of a CSV are separated by commas"
             raise BadData(says, hint=f"its first line is {have}")

@@ -14,7 +14,7 @@ have reached the limit (split conformal prediction of the running maximum; Stank
 
 What was said is then held against what came true, in ten bins of P, and moved there: a P of 0.7 that
 came true in half of the windows is said as 0.5. The answer is the source whose settled Brier score was
-the lowest over the last two weeks; all three go on being kept.
+the lowest over the last two weeks, on windows of which all three had said a P; all go on being kept.
 """
 
 from dataclasses import dataclass, field
@@ -37,8 +37,13 @@ _TREND_FEWEST = 24
 # Windows that a said P counts as, before what came true moves it. Windows of one hour and the next share
 # seven hours, so these are about a dozen independent ones; with 400 rare crossings were told too often.
 _PRIOR = 100.0
-_CLOSE = 0.1  # another source answers once it was better than the forecast by more: chance picks fewer losers
 _LEAST_PASSED = 10  # windows over a limit before scores say which source knows
+LOWEST = "its Brier score is the lowest"
+NOTHING_SETTLED = "no window of which all sources had said a P has settled yet"
+HARDLY_PASSED = (
+    f"fewer than {_LEAST_PASSED} windows have passed the limit: until then the score is the lowest of the "
+    "source that never warns"
+)
 _N_SUMS = 3  # windows, sum of P as said raw, windows that passed
 
 
@@ -174,8 +179,8 @@ class Calibration:
                 self.brier[source, column, place] = len(errors), float((errors**2).sum())
         self.n_settled[0] += 1
 
-    def choose(self, column: int) -> int:
-        """Return the source that answers for a limit: the one with the lowest Brier score.
+    def choose(self, column: int) -> tuple[int, str]:
+        """Return the source that answers for a limit, and why: the one with the lowest Brier score.
 
         Where hardly a window has passed the limit yet, the best score is that of the source that never says
         so: plain history. The forecast answers there.
@@ -183,20 +188,20 @@ class Calibration:
         sums = self.brier[:, column].sum(axis=1, dtype=np.float64)
         has_scores = bool(np.isfinite(self.scores).any())
         n_passed = self.tallies[HISTORY, column, :, :, 2].sum(dtype=np.float64)
-        if not sums[0, 0] or (n_passed < _LEAST_PASSED and has_scores):
-            return FORECAST if has_scores else HISTORY
-        means = sums[:, 1] / sums[:, 0]
-        best = int(np.argmin(means))
-        return FORECAST if means[FORECAST] <= means[best] * (1 + _CLOSE) else best
+        if not sums[0, 0]:
+            return (FORECAST if has_scores else HISTORY), NOTHING_SETTLED
+        if n_passed < _LEAST_PASSED and has_scores:
+            return FORECAST, HARDLY_PASSED
+        return int(np.argmin(sums[:, 1])), LOWEST  # of the same windows; the forecast where two are equal
 
     def brier_scores(self, column: int) -> tuple[int, Floats]:
-        """Return how many windows settled, and each source's Brier score on them."""
+        """Return of how many settled windows all sources had said a P, and their Brier scores on these."""
         sums = self.brier[:, column].sum(axis=1, dtype=np.float64)
         n_windows = int(sums[0, 0])
         return n_windows, np.asarray(sums[:, 1] / max(n_windows, 1), np.float64)
 
     def reliability(self, source: int, column: int) -> Floats:
-        """Return (bin of P, [windows, mean raw P, share that passed]) of what one source said."""
+        """Return (bin of P, [windows, mean raw P, share that passed]) of all that one source said."""
         sums = self.tallies[source, column].sum(axis=0, dtype=np.float64)
         counts = np.maximum(sums[:, :1], 1.0)
         return np.concatenate([sums[:, :1], sums[:, 1:] / counts], axis=1)

@@ -13,16 +13,17 @@ in its daily maxima, and so no date.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
-from fleetcast.schema import Floats
+from fleetcast.schema import Floats, Longs
 
 FEWEST_DAYS = 7
 FEWEST_RATIOS = 30
 CLEAN_UP = 10.0  # points that a daily maximum falls by where someone made room
 WITHIN_DAYS = 30
-OVER = "it is over the limit"
+OVER = "it was over the limit"  # on the newest whole day
 _YEAR = 365.0
 _LOW, _HIGH = 0.1, 0.9
 _ALIKE = 3.0
@@ -53,16 +54,17 @@ class Trend:
 class Ratios:
     """Days that the fleet's past climbs took over the days they were to take; infinite = never."""
 
-    leads: Floats  # (comparison,) days it was to take
+    leads: Floats  # (comparison,) days it was to take, ascending
     clarities: Floats
     values: Floats
 
     def near(self, days: float, clarity: float) -> Floats:
         """Return those at leads from half to twice as long, of trends as clear where there are enough."""
-        is_near = (self.leads >= days / 2) & (self.leads <= days * 2)
-        is_alike = (self.clarities >= clarity / _ALIKE) & (self.clarities <= clarity * _ALIKE)
-        both = self.values[is_near & is_alike]
-        return both if len(both) >= FEWEST_RATIOS else self.values[is_near]
+        first = int(np.searchsorted(self.leads, days / 2, "left"))
+        end = int(np.searchsorted(self.leads, days * 2, "right"))
+        clarities, values = self.clarities[first:end], self.values[first:end]
+        both = values[(clarities >= clarity / _ALIKE) & (clarities <= clarity * _ALIKE)]
+        return both if len(both) >= FEWEST_RATIOS else values
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,11 @@ class Outlook:
     within_days: int = 0
     why_not: str = ""
 
+    @property
+    def has_date(self) -> bool:
+        """Whether it says between which days."""
+        return self.early_days is not None
+
 
 def find_trend(maxima: Floats) -> Trend | None:
     """Return the trend up to the last day of (day,) maxima, None where fewer than two days are known."""
@@ -89,16 +96,23 @@ def find_trend(maxima: Floats) -> Trend | None:
     n_days = len(days)
     if n_days < 2:
         return None
-    first, second = np.triu_indices(n_days, 1)
+    first, second = _pairs(n_days)
     slopes = np.sort((values[second] - values[first]) / (days[second] - days[first]))
-    slope = float(np.median(slopes))
-    level = float(np.median(values - slope * days) + slope * (len(maxima) - 1))
+    n_slopes = len(slopes)
+    slope = float(slopes[(n_slopes - 1) // 2] + slopes[n_slopes // 2]) / 2.0
+    start = float(np.median(values - slope * days))
+    level = start + slope * (len(maxima) - 1)
     # Sen's interval: as many slopes from the middle as Kendall's S varies by chance
     width = _SIGNIFICANT * np.sqrt(n_days * (n_days - 1) * (2 * n_days + 5) / 18.0)
     lowest = int((len(slopes) - width) / 2)
     is_climb = lowest >= 0 and slopes[lowest] > 0
-    residuals = values - np.median(values - slope * days) - slope * days
+    residuals = values - start - slope * days
     return Trend(level, slope, n_days, bool(is_climb), float(residuals.std()))
+
+
+@lru_cache(maxsize=64)  # as many as there are numbers of days
+def _pairs(n_days: int) -> tuple[Longs, Longs]:
+    return np.triu_indices(n_days, 1)
 
 
 def compare(maxima: Sequence[Floats]) -> Ratios:
@@ -127,7 +141,8 @@ def judge(series: Floats) -> list[Judged]:
 
 def gather(found: Sequence[Judged]) -> Ratios:
     """Return the comparisons of several series as one."""
-    return Ratios(*np.array(found, np.float64).reshape(-1, 3).T)
+    columns = np.array(found, np.float64).reshape(-1, 3)
+    return Ratios(*np.ascontiguousarray(columns[np.argsort(columns[:, 0], kind="stable")].T))
 
 
 def _judge_line(trend: Trend, now: float, ahead: Floats) -> Iterator[Judged]:

@@ -20,8 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from fleetcast.clock import SystemClock, parse_plain_utc
-from fleetcast.console.daemon import WORDS, add_flags, ago, connect, length, part, some, table, whole
-from fleetcast.errors import BadOrder, ExitCode
+from fleetcast.console.daemon import (
+    add_flags,
+    ago,
+    connect,
+    find_setting_problems,
+    length,
+    part,
+    some,
+    table,
+    whole,
+)
+from fleetcast.errors import BadOrder, ExitCode, SettingsError
 from fleetcast.program import run_program, tell
 from fleetcast.setting import SettingInfo, from_environment, from_file
 from fleetcast.settings import Settings, every_setting, load_settings
@@ -57,7 +67,7 @@ def _tell_status(options: argparse.Namespace) -> int:
     shown = {
         "url": daemon.url,
         "problems": problems,
-        "servers": {WORDS.get(name, name): count for name, count in strip["counts"].items()},
+        "servers": strip["counts"],
         "status": health["status"],
         "drift": {name: value for name, value in drift.items() if name != "points"},
         "training": {**trainings, "trainings": trainings["trainings"][:1]},
@@ -124,6 +134,8 @@ def _training_lines(training: Mapping[str, Any], now: datetime) -> Iterator[str]
     if decision is not None:
         asks = "asks for a training" if decision["should_retrain"] else "asks for none"
         yield f"          the newest check {asks}: {decision['reason']}"
+        if decision.get("not_quiet"):
+            yield f"          why it is not quiet: {decision['not_quiet']}"
 
 
 def _tell_accuracy(options: argparse.Namespace) -> int:
@@ -182,27 +194,54 @@ def _tell_capacity(options: argparse.Namespace) -> int:
 
 
 def _capacity_lines(soon: Mapping[str, Any], dates: Mapping[str, Any]) -> Iterator[str]:
-    ahead = length(soon["horizon_s"])
-    yield f"{soon['limit']:g} % within {ahead}: {soon['matching']} of {some(soon['servers'], 'server')}"
+    n_silent = soon.get("silent", 0)  # a daemon before 1.0.0 does not tell, nor what waits or is not sent
+    silent = f", {n_silent} of them of servers that are silent" if n_silent else ""
+    yield (
+        f"{soon['limit']:g} % within {length(soon['horizon_s'])}: {soon['matching']} series of "
+        f"{some(soon['servers'], 'server')}{silent}; as of the bin {soon['origin'] or '- (no forecast yet)'}"
+    )
+    if waiting := soon.get("bins_waiting"):
+        yield f"  {some(waiting, 'newer bin')} not forecast from yet"
+    not_sent = soon.get("not_sent", [])
     for metric, record in soon["metrics"].items():
-        yield f"  {metric}: {_say_record(record)}"
-    columns = ("server", "metric", "state", "now", "p", "first_possible", "likely", "since")
-    rows = [[row[name] for name in columns] for row in soon["rows"]]
-    if rows:
-        yield from table(["server", "metric", "state", "now", "P", "possible from", "likely", "since"], rows)
+        if metric not in not_sent:
+            yield f"  {metric}: {_say_record(record)}"
+    if not_sent:
+        yield f"  no server sends {', '.join(not_sent)}"
+    if soon["rows"]:
+        yield from _say_rows(soon["rows"])
     yield ""
     if "why_none" in dates:
         yield f"by when: {dates['why_none']}"
         return
     days, found = some(dates["days"], "day"), f"{dates['with_date']} of {dates['matching']} have a date"
     yield f"{dates['metric']} at {dates['limit']:g} %, of {days} up to {dates['newest_day'][:10]}: {found}"
-    named = ("server", "now", "per_day", "between", "p_within", "within_days", "why_no_date")
+    named = ("server", "now", "per_day", "between", "p_within", "within_days", "why_no_date", "silent_since")
     told = [
         {**row, "between": " to ".join(row["full_between"]) if row["full_between"] else None}
         for row in dates["rows"]
     ]
-    head = ["server", "now", "a day", "full between", "P", "within days", "why no date"]
-    yield from table(head, [[row[name] for name in named] for row in told])
+    head = [
+        "server",
+        "newest day",
+        "a day",
+        "full between",
+        "P",
+        "within days",
+        "why no date",
+        "silent since",
+    ]
+    yield from table(head, [[row.get(name) for name in named] for row in told])
+
+
+def _say_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the table of who passes a limit within the horizon."""
+    columns = ("server", "metric", "state", "now", "p", "first_possible", "likely", "since", "silent_since")
+    head = ["server", "metric", "state", "now", "P", "possible from", "likely", "over since", "silent since"]
+    told = [
+        {**row, "since": f"{row['since']} or before"} if row.get("since_or_before") else row for row in rows
+    ]
+    yield from table(head, [[row.get(name) for name in columns] for row in told])
 
 
 def _say_record(record: Mapping[str, Any]) -> str:
@@ -210,12 +249,15 @@ def _say_record(record: Mapping[str, Any]) -> str:
     if record["brier"] is None:
         return f"by the {record['by']}; no answer has settled yet, so none was checked"
     scores = ", ".join(f"{name} {score:.4f}" for name, score in record["brier"].items())
-    return f"by the {record['by']}; Brier score of {record['windows']:,} settled windows: {scores}"
+    why = f" ({record['why']})" if "why" in record else ""  # a daemon before 1.0.0 does not tell
+    return f"by the {record['by']}{why}; Brier score of {record['windows']:,} settled windows: {scores}"
 
 
 def _tell_settings(options: argparse.Namespace) -> int:
     config = Path(options.config) if options.config else None
     settings = load_settings(config)
+    if options.action == "check" and (problems := find_setting_problems(settings)):
+        raise SettingsError(problems)
     known: dict[str, SettingInfo] = {info.key: info for info in every_setting()}
     given = [*from_file(config, known, []), *from_environment(os.environ, known, [])]
     sources = {key: source for key, _, source in given}  # the environment goes before the file

@@ -10,19 +10,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import urlencode
 
+from fleetcast.alerts.channels import find_problems
 from fleetcast.clock import parse_plain_utc
-from fleetcast.errors import BadData, BadOrder, CannotLook, DaemonAway, printable
+from fleetcast.errors import BadData, BadOrder, CannotLook, DaemonAway, SettingsError, printable
+from fleetcast.prometheus.rules import parse_rules
+from fleetcast.prometheus.series import ExporterSeries
 from fleetcast.settings import Settings, load_settings
 from fleetcast.sources.client import API_KEY_VARIABLE, DaemonClient, RequestRefused
 
 TIMEOUT_S = 30.0
-# as an operator and the page call a server's state: the daemon's name of it
-STATES = {
-    **{"silent": "stale", "drifts": "drift", "high": "high", "warming-up": "warming_up", "calm": "ok"},
-}
-WORDS = {name: word for word, name in STATES.items()}
+SILENT = "silent"
+# of a server, worst first, as the daemon and the page name them
+STATES = (SILENT, "is-high", "drifts", "gets-high", "warming-up", "not-forecast", "calm")
 _NO_KEY = 401
 _NONE = "-"
 
@@ -49,10 +49,8 @@ class Daemon:
             BadOrder: it is about something that the daemon does not know; the message names the nearest.
             CannotLook: no daemon answers, or it refuses the key.
         """
-        given = [(name, value) for name, value in fields.items() if value not in ("", None, ())]
-        query = urlencode(given, doseq=True)
         try:
-            return self._client.get(f"{path}?{query}" if query else path)
+            return self._client.get(path, **fields)
         except RequestRefused as error:
             if error.is_about_the_question:
                 raise BadOrder(error.detail) from error
@@ -92,6 +90,18 @@ def read_settings(options: argparse.Namespace) -> Settings:
     return load_settings(
         Path(options.config) if options.config else None, {"retraining.daemon_url": options.url}
     )
+
+
+def find_setting_problems(settings: Settings) -> list[str]:
+    """Return what the daemons would find wrong with rules, addresses and templates at their start."""
+    problems = find_problems(settings.alerts)
+    own = settings.remote_write
+    for check in (lambda: parse_rules(own.rules), lambda: ExporterSeries((), own)):
+        try:
+            check()
+        except SettingsError as error:
+            problems += error.problems
+    return problems
 
 
 def connect(options: argparse.Namespace) -> Daemon:

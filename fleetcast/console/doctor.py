@@ -20,7 +20,16 @@ from urllib.parse import urlsplit
 
 from fleetcast import __version__
 from fleetcast.clock import SystemClock, parse_plain_utc
-from fleetcast.console.daemon import Daemon, add_flags, length, part, read_settings, some
+from fleetcast.console.daemon import (
+    SILENT,
+    Daemon,
+    add_flags,
+    find_setting_problems,
+    length,
+    part,
+    read_settings,
+    some,
+)
 from fleetcast.errors import CannotLook, CorruptFile, ExitCode, SettingsError
 from fleetcast.files import read_json
 from fleetcast.outbound import LOOPBACK
@@ -85,15 +94,16 @@ def _lines(findings: Sequence[Finding]) -> Iterator[str]:
 
 def examine(options: argparse.Namespace) -> Iterator[Finding]:
     """Yield what was found, the causes first."""
+    right = "fleetcast settings check after the change"
     try:
         settings = read_settings(options)
     except SettingsError as error:
-        yield from (
-            Finding("settings", BAD, text, "fleetcast settings check after the change")
-            for text in error.problems
-        )
+        yield from (Finding("settings", BAD, text, right) for text in error.problems)
         return
-    yield Finding("settings", OK, "every value is within its bounds")
+    problems = find_setting_problems(settings)
+    yield from (Finding("settings", BAD, text, right) for text in problems)
+    if not problems:
+        yield Finding("settings", OK, "every value is within its bounds")
     key = os.environ.get(API_KEY_VARIABLE, "")
     url = settings.retraining.daemon_url
     try:
@@ -101,7 +111,7 @@ def examine(options: argparse.Namespace) -> Iterator[Finding]:
             before = SystemClock().now()
             health = daemon.ask("/ui/api/health")
             after = SystemClock().now()
-            silent = daemon.ask("/ui/api/fleet", state="stale", limit=_NAMED)
+            silent = daemon.ask("/ui/api/fleet", state=SILENT, limit=_NAMED)
     except CannotLook as error:
         yield _cannot_look(error, key)
         yield from _local_disk(settings)

@@ -20,8 +20,8 @@ from typing import Any
 
 from fleetcast.clock import SystemClock, parse_plain_utc
 from fleetcast.console.daemon import (
+    SILENT,
     STATES,
-    WORDS,
     Daemon,
     add_flags,
     ago,
@@ -30,7 +30,7 @@ from fleetcast.console.daemon import (
     table,
     whole,
 )
-from fleetcast.errors import BadOrder, CannotLook, ExitCode
+from fleetcast.errors import BadOrder, CannotLook, ExitCode, is_visible, quote
 from fleetcast.exclusions import Forgotten, exclude, forget, include, read, read_forgotten
 from fleetcast.program import run_program, tell
 from fleetcast.promotion.orders import this_user
@@ -121,16 +121,15 @@ def _list(options: argparse.Namespace) -> int:
 
 def _servers(daemon: Daemon, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the servers asked for, in order of names."""
-    state, offset, left = STATES.get(options.state, ""), 0, options.limit or None
+    offset, left = 0, options.limit or None
     while left is None or left > 0:
         limit = _PAGE if left is None else min(_PAGE, left)
-        asked = {"state": state, "filter": options.filter, "offset": offset, "limit": limit}
+        asked = {"state": options.state, "filter": options.filter, "offset": offset, "limit": limit}
         rows = daemon.ask("/ui/api/fleet", **asked)["rows"]
         for row in rows:
             yield {
-                **{name: row[name] for name in ("server", "seen", "source", "current")},
-                "state": WORDS.get(row["state"], row["state"]),
-                "stale": row["state"] == STATES["silent"],
+                **{name: row[name] for name in ("server", "seen", "source", "current", "state")},
+                "stale": row["state"] == SILENT,
             }
         offset, left = offset + len(rows), None if left is None else left - len(rows)
         if len(rows) < limit:
@@ -166,7 +165,7 @@ def _how_far(one: Forgotten) -> str:
 
 def _reason(options: argparse.Namespace) -> str:
     reason = str(options.reason).strip()
-    if not reason or len(reason) > _MAX_REASON or not reason.isprintable():
+    if not is_visible(reason) or len(reason) > _MAX_REASON or not reason.isprintable():
         limits = f"one printable line of at most {_MAX_REASON} characters"
         raise BadOrder(f"--reason is needed: {limits}, for those who wonder later")
     return reason
@@ -220,7 +219,7 @@ def _include(options: argparse.Namespace, folder: Path) -> int:
     unknown = [name for name in options.names if name not in excluded]
     if unknown:
         have = ", ".join(sorted(excluded)[:20]) or "none is"
-        raise BadOrder(f"{unknown[0]!r} is not excluded", hint=f"excluded: {have}")
+        raise BadOrder(f"{quote(unknown[0])} is not excluded", hint=f"excluded: {have}")
     back = include(folder, options.names)
     lines = [f"{', '.join(back)}: included again, with all that was sent meanwhile", _SOON]
     tell(lines, {"included": back} if options.json else None)
@@ -250,10 +249,10 @@ def _check_names(
                 found = [row["server"] for row in rows]
                 if name not in found:
                     near = found[:5] or (stored.near(name) if stored else [])
-                    raise _unknown(f"the daemon knows no server {name!r}", near)
+                    raise _unknown(f"the daemon knows no server {quote(name)}", near)
     except CannotLook:
         if unknown and stored:
-            what = f"no record of a server {unknown[0]!r} is stored in {settings.paths.data_buffer_dir}"
+            what = f"no record of a server {quote(unknown[0])} is stored in {settings.paths.data_buffer_dir}"
             raise _unknown(what, stored.near(unknown[0])) from None
 
 

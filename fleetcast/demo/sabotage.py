@@ -78,7 +78,7 @@ def put_in_bad_model(folder: Path) -> Sabotage:
 
 def _make(registry: Registry) -> str:
     """Store the bad model as a version that did not pass the gate; return its id."""
-    from fleetcast.forecast.predictor import Forecaster  # torch
+    from fleetcast.forecast.predictor import Forecaster  # with torch, to write
 
     champion = registry.current()
     if champion is None:

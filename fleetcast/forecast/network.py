@@ -1,178 +1,57 @@
-"""The temporal fusion transformer: the library's, to be trained, and a static graph of its weights.
+"""The temporal fusion transformer of this program: its sizes, its weights, and its answers in numpy.
 
-Owns: how pytorch-forecasting's class is built for our variables (`build`), and the forward pass
-that training and serving run (`StaticNetwork`): the same weights and the same answer within 1e-5,
-with everything fused that can be, without lengths and interpretation. Weights keep the library's
-names. Only `build` imports the library, so a serving process never pays for it. Does not know:
-units, files, servers.
+Owns: the name and shape of every weight (`NetworkConfig`), which are the library's, and `SweepNetwork`, the
+forward pass of many windows of one origin, without gradients. A training runs the same weights in torch
+(`training.network`); both are equal within 1e-5. A daemon that forecasts so needs no torch, which would
+take more memory than all else that an idle daemon holds. Does not know: units, files, servers.
 Source: Lim et al., Temporal Fusion Transformers (arXiv:1912.09363).
+
+Arrays of sequences are (step, size, window): numpy's inner loops run over windows, norms and gates over
+full rows. Statics are computed for all windows at once, sequences for a few windows and a few steps
+at a time, so that their arrays stay in a core's cache.
+
+What helped:
+- exp is the one transcendental function that numpy vectorises well: every sigmoid and tanh is made of
+  it. Where an exponential overflows, its quotient is 0, as it should be.
+- Input, state and a one for the bias stand in one column, so an LSTM's step is one product.
+- All heads weigh the same values, so one product serves them, and a column of ones in it gives the
+  sums that softmax divides by.
+- The selection of variables reads tabulated curves (`selection`).
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+import numpy as np
 
-from fleetcast.forecast.encoding import AHEAD_REALS, PAST_REALS, STATIC_REALS, GridShape, ModelArrays
-from fleetcast.schema import QUANTILES, Longs
+from fleetcast.forecast.encoding import AHEAD_REALS, PAST_REALS, STATIC_REALS, GridShape
+from fleetcast.forecast.selection import (
+    CONTEXTS,
+    DECODER,
+    ENCODER,
+    EPSILON,
+    STATIC,
+    STEPS,
+    Selection,
+    Statics,
+    Weights,
+    column,
+    elu_plus_one,
+    fuse,
+    layer_of,
+    negative_half,
+    one_and_exp,
+    without_one,
+)
+from fleetcast.schema import QUANTILES, Floats32, Longs
 
 METRIC_SLOTS = 32  # slot 0: a metric never seen in training
 WIDEST = 512  # `train.hidden_size` allows no more
-_FIRST_WEIGHT, _FIRST_ANSWER = 0.3, (-0.2, 0.0, 0.2)
 _SMALL = 8  # size of a scalar's vector before it is widened; always smaller than the network's width
-NORM_EPSILON = 1e-5
-_STATIC, _ENCODER, _DECODER = (f"{part}_variable_selection" for part in ("static", "encoder", "decoder"))
-_CONTEXTS = ("variable_selection", "initial_hidden_lstm", "initial_cell_lstm", "enrichment")
-
-
-class GatedResidual:
-    """A gated residual network whose input and output have one size."""
-
-    def __init__(self, weights: Mapping[str, Tensor], name: str) -> None:
-        self._weights, self._name = weights, name
-        self._gate = _fuse(weights, f"{name}.fc2", f"{name}.gate_norm.glu.fc")
-        self._context = weights.get(f"{name}.context.weight")
-
-    def __call__(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        inner = linear(self._weights, f"{self._name}.fc1", x)
-        if context is not None and self._context is not None:
-            inner = inner + functional.linear(context, self._context)[:, None]  # the same at every step
-        gated = functional.glu(functional.linear(functional.elu(inner), *self._gate))
-        return norm(self._weights, f"{self._name}.gate_norm.add_norm.norm", gated + x)
-
-
-class VariableSelection:
-    """A variable selection network over scalars, and at most one embedded category before them."""
-
-    def __init__(
-        self, weights: Mapping[str, Tensor], name: str, reals: tuple[str, ...], embedded: str = ""
-    ) -> None:
-        self._weights, self._name, self._embedded = weights, name, embedded
-        self._scale = _stack(weights, [f"{name}.prescalers.{real}.weight" for real in reals])[..., 0]
-        self._shift = _stack(weights, [f"{name}.prescalers.{real}.bias" for real in reals])
-        self._hidden = weights[f"{name}.single_variable_grns.{reals[0]}.resample_norm.mask"].shape[0]
-        self._variables = [
-            Variable(weights, f"{name}.single_variable_grns.{real}", self._scale[index], self._shift[index])
-            for index, real in enumerate(reals)
-        ]
-        self._weigher = f"{name}.flattened_grn"
-        self._weigher_gate = _fuse(weights, f"{self._weigher}.fc2", f"{self._weigher}.gate_norm.glu.fc")
-        n_flat = weights[f"{self._weigher}.fc1.weight"].shape[1]
-        self._flat_resampling = _resampling(n_flat, weights[f"{self._weigher}.resample_norm.mask"].shape[0])
-
-    def __call__(self, x: Tensor, *, context: Tensor | None = None, embedded: Tensor | None = None) -> Tensor:
-        """Return the selected variables (window, [step,] hidden) of scalars (window, [step,] variable)."""
-        flat = x.reshape(-1, x.shape[-1])  # (row, variable)
-        scalars = flat.T.contiguous()[..., None]  # (variable, row, 1)
-        weigher_input = (flat[..., None] * self._scale + self._shift).flatten(1)
-        if embedded is not None:
-            weigher_input = torch.cat([embedded, weigher_input], dim=1)
-        n_step = x.shape[1] if x.dim() == 3 else 1
-        weights = self._weigh(weigher_input, context, n_step).T.contiguous()[..., None]  # (variable, row, 1)
-        vectors = [] if embedded is None else [self._category(embedded)]
-        vectors += [variable(scalars[index]) for index, variable in enumerate(self._variables)]
-        selected = weights[0] * vectors[0]
-        for weight, vector in zip(weights[1:], vectors[1:], strict=True):
-            selected = torch.addcmul(selected, weight, vector)
-        return selected.view(*x.shape[:-1], -1)
-
-    def _category(self, embedded: Tensor) -> Tensor:
-        name = f"{self._name}.single_variable_grns.{self._embedded}"
-        resampled = embedded @ _resampling(embedded.shape[1], self._hidden)
-        masked = resampled * 2 * torch.sigmoid(self._weights[f"{name}.mask"])
-        return norm(self._weights, f"{name}.norm", masked)
-
-    def _weigh(self, flat: Tensor, context: Tensor | None, n_step: int) -> Tensor:
-        """Return the softmax weight of every variable (row, variable)."""
-        name = self._weigher
-        skip = (flat @ self._flat_resampling) * 2 * torch.sigmoid(self._weights[f"{name}.resample_norm.mask"])
-        skip = norm(self._weights, f"{name}.resample_norm.norm", skip)
-        inner = linear(self._weights, f"{name}.fc1", flat)
-        if context is not None:
-            shared = functional.linear(context, self._weights[f"{name}.context.weight"])
-            inner = inner + shared.repeat_interleave(n_step, dim=0)
-        gated = functional.glu(functional.linear(functional.elu(inner), *self._weigher_gate))
-        return torch.softmax(norm(self._weights, f"{name}.gate_norm.add_norm.norm", gated + skip), dim=-1)
-
-
-class Variable:
-    """The gated residual network of one scalar variable, its scaler fused in."""
-
-    def __init__(self, weights: Mapping[str, Tensor], name: str, scale: Tensor, shift: Tensor) -> None:
-        self._weights, self._name = weights, name
-        first = weights[f"{name}.fc1.weight"]
-        self._slope, self._offset = first @ scale, first @ shift + weights[f"{name}.fc1.bias"]
-        self._gate = _fuse(weights, f"{name}.fc2", f"{name}.gate_norm.glu.fc")
-        mask = weights[f"{name}.resample_norm.mask"]
-        resample = _resampling(len(scale), len(mask)) * (2 * torch.sigmoid(mask))
-        # the skipped vector is affine in the scalar, so the mean and the variance that its norm
-        # divides by are known beforehand: the variance is a square polynomial of the scalar
-        slope, offset = _centre(scale @ resample), _centre(shift @ resample)
-        self._square, self._mixed, self._constant = (
-            slope.square().mean(),
-            2 * (slope * offset).mean(),
-            offset.square().mean() + NORM_EPSILON,
-        )
-        gain = weights[f"{name}.resample_norm.norm.weight"]
-        self._skip_slope, self._skip_offset = slope * gain, offset * gain
-        self._skip_shift = weights[f"{name}.resample_norm.norm.bias"]
-
-    def __call__(self, scalar: Tensor) -> Tensor:
-        """Return the variable's vector (row, hidden) of its scalar (row, 1)."""
-        inner = functional.elu(torch.addcmul(self._offset, scalar, self._slope))
-        gated = functional.glu(functional.linear(inner, *self._gate))
-        inverse = torch.rsqrt((scalar * self._square + self._mixed) * scalar + self._constant)
-        skip = torch.addcmul(
-            torch.addcmul(self._skip_shift, scalar * inverse, self._skip_slope), inverse, self._skip_offset
-        )
-        return norm(self._weights, f"{self._name}.gate_norm.add_norm.norm", gated + skip)
-
-
-def linear(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
-    """Apply a linear layer."""
-    return functional.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-
-def norm(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
-    """Apply a layer norm."""
-    weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
-    return functional.layer_norm(x, weight.shape, weight, bias, NORM_EPSILON)
-
-
-def gate_add_norm(weights: Mapping[str, Tensor], name: str, x: Tensor, skip: Tensor) -> Tensor:
-    """Gate a vector, add the skipped one, normalise."""
-    return norm(weights, f"{name}.add_norm.norm", functional.glu(linear(weights, f"{name}.glu.fc", x)) + skip)
-
-
-def _stack(weights: Mapping[str, Tensor], names: list[str]) -> Tensor:
-    return torch.stack([weights[name] for name in names])
-
-
-def join_linear(weights: Mapping[str, Tensor], names: list[str]) -> tuple[Tensor, Tensor]:
-    """Return several linear layers of one input as one."""
-    return (
-        torch.cat([weights[f"{name}.weight"] for name in names]),
-        torch.cat([weights[f"{name}.bias"] for name in names]),
-    )
-
-
-def _fuse(weights: Mapping[str, Tensor], first: str, second: str) -> tuple[Tensor, Tensor]:
-    """Return two linear layers with nothing between them as one."""
-    outer = weights[f"{second}.weight"]
-    return outer @ weights[f"{first}.weight"], outer @ weights[f"{first}.bias"] + weights[f"{second}.bias"]
-
-
-def _centre(rows: Tensor) -> Tensor:
-    return rows - rows.mean(dim=-1, keepdim=True)
-
-
-def _resampling(n_from: int, n_to: int) -> Tensor:
-    """Return the matrix (from, to) of the library's linear interpolation between vector sizes."""
-    unit = torch.eye(n_from)[:, None]
-    return functional.interpolate(unit, n_to, mode="linear", align_corners=True)[:, 0]
+_BLOCK = 128  # windows whose sequences are computed together
+_ATTENDING = 8  # windows whose attention is computed together
+_ONE, _TWO = np.float32(1), np.float32(2)
 
 
 @dataclass(frozen=True)
@@ -231,10 +110,10 @@ class NetworkConfig:
         for prefix, reals in _scaled_reals(self):
             for real in reals:
                 shapes |= _linear_shapes(f"{prefix}prescalers.{real}", 1, small)
-        shapes |= _selection_shapes(self, _STATIC, self.static_reals, has_category=True)
-        shapes |= _selection_shapes(self, _ENCODER, self.past_reals)
-        shapes |= _selection_shapes(self, _DECODER, self.ahead_reals)
-        for context in _CONTEXTS:
+        shapes |= _selection_shapes(self, STATIC, self.static_reals, has_category=True)
+        shapes |= _selection_shapes(self, ENCODER, self.past_reals)
+        shapes |= _selection_shapes(self, DECODER, self.ahead_reals)
+        for context in CONTEXTS:
             shapes |= _gated_shapes(f"static_context_{context}", wide, wide)
         shapes |= _gated_shapes("static_enrichment", wide, wide) | _gated_shapes("pos_wise_ff", wide, wide)
         shapes["static_enrichment.context.weight"] = (wide, wide)
@@ -253,9 +132,9 @@ def _scaled_reals(config: NetworkConfig) -> list[tuple[str, tuple[str, ...]]]:
     """Return which scalars have a scaler under which prefix: the library lists them all once more."""
     return [
         ("", tuple(real_names(config))),
-        (f"{_STATIC}.", config.static_reals),
-        (f"{_ENCODER}.", config.past_reals),
-        (f"{_DECODER}.", config.ahead_reals),
+        (f"{STATIC}.", config.static_reals),
+        (f"{ENCODER}.", config.past_reals),
+        (f"{DECODER}.", config.ahead_reals),
     ]
 
 
@@ -307,139 +186,210 @@ def _lstm_shapes(name: str, wide: int) -> dict[str, tuple[int, ...]]:
     return matrices | {f"{name}.bias_{kind}_l0": (4 * wide,) for kind in ("ih", "hh")}
 
 
-def build(config: NetworkConfig) -> nn.Module:
-    """Return the library's network with fresh weights, to be trained."""
-    from pytorch_forecasting.data.encoders import TorchNormalizer  # seconds: only a training pays
-    from pytorch_forecasting.metrics import QuantileLoss
-    from pytorch_forecasting.models.temporal_fusion_transformer import TemporalFusionTransformer
-
-    network: nn.Module = TemporalFusionTransformer(
-        hidden_size=config.hidden_size,
-        lstm_layers=1,
-        dropout=0.0,  # windows are drawn afresh at every step: there is little to overfit
-        output_size=len(QUANTILES),
-        loss=QuantileLoss(list(QUANTILES)),
-        attention_head_size=config.n_heads,
-        max_encoder_length=config.n_past,
-        static_categoricals=["metric"],
-        static_reals=list(config.static_reals),
-        time_varying_reals_encoder=list(config.past_reals),
-        time_varying_reals_decoder=list(config.ahead_reals),
-        x_reals=real_names(config),
-        x_categoricals=["metric"],
-        hidden_continuous_size=config.continuous_size,
-        embedding_sizes={"metric": (METRIC_SLOTS, config.continuous_size)},
-        output_transformer=TorchNormalizer("identity"),
-        logging_metrics=nn.ModuleList([]),
-    )
-    _start_at_last_value(network)
-    return network
-
-
-def _start_at_last_value(network: nn.Module) -> None:
-    """Let fresh weights answer "as now, give or take": a forecast that is hard to beat is the start."""
-    layer = network.get_submodule("output_layer")
-    assert isinstance(layer, nn.Linear)
-    with torch.no_grad():
-        layer.weight.mul_(_FIRST_WEIGHT)
-        layer.bias.copy_(torch.tensor(_FIRST_ANSWER))
-
-
 def real_names(config: NetworkConfig) -> list[str]:
     """Return the library's order of continuous variables."""
     return list(dict.fromkeys([*config.static_reals, *config.past_reals, *config.ahead_reals]))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Batch:
-    """Model arrays as tensors."""
+class _Gate:
+    """A gated linear unit, added to what skips it and normed; on (step, size, window), in place."""
 
-    past: Tensor  # (window, past step, variable)
-    ahead: Tensor  # (window, knot, variable)
-    static: Tensor  # (window, variable)
-    metric: Tensor  # (window,) slot of the metric
+    def __init__(self, weights: Weights, layer: tuple[Floats32, Floats32], norm: str) -> None:
+        self._weight, self._bias = negative_half(layer[0]), negative_half(column(layer[1]))
+        self._gain, self._shift = (column(part) for part in layer_of(weights, norm))
+        self._share = np.float32(1 / len(self._gain))
+
+    def __call__(self, x: Floats32, skip: Floats32) -> None:
+        """Turn `skip` into norm(skip + glu(layer(x)))."""
+        both = np.matmul(self._weight, x)
+        both += self._bias
+        gated, gate = both[:, : skip.shape[1]], both[:, skip.shape[1] :]
+        gated /= one_and_exp(gate)
+        skip += gated
+        skip -= np.add.reduce(skip, axis=1, keepdims=True) * self._share
+        squares = np.square(skip, out=gated)
+        skip /= np.sqrt(np.add.reduce(squares, axis=1, keepdims=True) * self._share + EPSILON)
+        skip *= self._gain
+        skip += self._shift
 
 
-class StaticNetwork:
-    """The network's forward pass over given weights.
+class _Residual:
+    """A gated residual network on (step, size, window), in place."""
 
-    Fused once: a variable's scalar goes through a linear scaler and a linear layer (one affine
-    map), and between its two last layers there is nothing non-linear (one matrix). Gradients
-    pass through the fusion, so a training runs the same code: half the cost of the library's.
+    def __init__(self, weights: Weights, name: str) -> None:
+        self._first, self._bias = weights[f"{name}.fc1.weight"], column(weights[f"{name}.fc1.bias"])
+        self._context = weights.get(f"{name}.context.weight")
+        layer = without_one(*fuse(weights, f"{name}.fc2", f"{name}.gate_norm.glu.fc"))
+        self._gate = _Gate(weights, layer, f"{name}.gate_norm.add_norm.norm")
+
+    def shift(self, context: Floats32) -> Floats32:
+        """Return what a context (size, window) adds at every step, the bias included."""
+        assert self._context is not None, "this network has no context"
+        return self._context @ context + self._bias
+
+    def __call__(self, x: Floats32, shift: Floats32 | None = None) -> None:
+        """Turn `x` into the network's answer."""
+        inner = np.matmul(self._first, x)
+        inner += self._bias if shift is None else shift
+        elu_plus_one(inner)
+        self._gate(inner, x)
+
+
+class SweepNetwork:
+    """The network's answers; safe from any thread. The weights must not change.
+
+    Weights that no training gives may answer NaN, without a warning: who loads a model tries it once.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], config: NetworkConfig) -> None:
-        self._weights = weights
-        self._metric = weights["input_embeddings.embeddings.metric.weight"]
-        self._static = VariableSelection(weights, _STATIC, config.static_reals, "metric")
-        self._past = VariableSelection(weights, _ENCODER, config.past_reals)
-        self._ahead = VariableSelection(weights, _DECODER, config.ahead_reals)
-        self._contexts = {name: GatedResidual(weights, f"static_context_{name}") for name in _CONTEXTS}
-        self._enrichment = GatedResidual(weights, "static_enrichment")
-        self._feed_forward = GatedResidual(weights, "pos_wise_ff")
-        self._n_heads = config.n_heads
-        attention = "multihead_attn"
-        heads = range(config.n_heads)
-        self._queries = join_linear(weights, [f"{attention}.q_layers.{head}" for head in heads])
-        self._keys = join_linear(weights, [f"{attention}.k_layers.{head}" for head in heads])
-        knot = torch.arange(config.n_knots)
-        self._is_hidden = torch.cat(  # a knot attends to the past and to knots before it
-            [torch.zeros(config.n_knots, config.n_past, dtype=torch.bool), knot[None] >= knot[:, None]], dim=1
+    @np.errstate(all="ignore")
+    def __init__(self, weights: Weights, config: NetworkConfig) -> None:
+        self._config = config
+        self._statics = Statics(weights, config.static_reals, config.hidden_size)
+        self._past = Selection(weights, ENCODER, config.past_reals)
+        self._ahead = Selection(weights, DECODER, config.ahead_reals)
+        self._lstms = _lstm_weights(weights, "lstm_encoder"), _lstm_weights(weights, "lstm_decoder")
+        gates = (
+            ("post_lstm_gate_encoder.fc", "post_lstm_add_norm_encoder.norm"),
+            ("post_attn_gate_norm.glu.fc", "post_attn_gate_norm.add_norm.norm"),
+            ("pre_output_gate_norm.glu.fc", "pre_output_gate_norm.add_norm.norm"),
         )
+        self._after_lstm, self._after_attention, self._last = (
+            _Gate(weights, layer_of(weights, layer), norm) for layer, norm in gates
+        )
+        self._enrichment, self._feed_forward = (
+            _Residual(weights, name) for name in ("static_enrichment", "pos_wise_ff")
+        )
+        self._attention = _Attention(weights, config)
+        weight, bias = layer_of(weights, "output_layer")
+        self._output = weight, column(bias)
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """Return the answer (window, knot, quantile)."""
-        static = self._static(batch.static, embedded=self._metric[batch.metric])
-        selection = self._contexts["variable_selection"](static)
-        past = self._past(batch.past, context=selection)
-        ahead = self._ahead(batch.ahead, context=selection)
-        local = self._local(past, ahead, static)
-        enriched = self._enrichment(local, context=self._contexts["enrichment"](static))
-        knots = slice(past.shape[1], None)
-        attended = self._attend(enriched[:, knots], enriched)
-        attended = gate_add_norm(self._weights, "post_attn_gate_norm", attended, enriched[:, knots])
-        output = self._feed_forward(attended)
-        output = gate_add_norm(self._weights, "pre_output_gate_norm", output, local[:, knots])
-        return linear(self._weights, "output_layer", output)
+    @np.errstate(all="ignore")
+    def __call__(self, past: Floats32, ahead: Floats32, static: Floats32, metric: Longs) -> Floats32:
+        """Return the answer (window, knot, quantile).
 
-    def _local(self, past: Tensor, ahead: Tensor, static: Tensor) -> Tensor:
-        """Run the two LSTMs and their skip connection; past and knots on one time axis."""
-        hidden = self._contexts["initial_hidden_lstm"](static)[None]
-        cell = self._contexts["initial_cell_lstm"](static)[None]
-        past_output, state = self._lstm("lstm_encoder", past, (hidden, cell))
-        ahead_output, _ = self._lstm("lstm_decoder", ahead, state)
-        output, skipped = torch.cat([past_output, ahead_output], dim=1), torch.cat([past, ahead], dim=1)
-        gated = functional.glu(linear(self._weights, "post_lstm_gate_encoder.fc", output))
-        return norm(self._weights, "post_lstm_add_norm_encoder.norm", gated + skipped)
+        Args:
+            past: (window, past step, variable); ahead: (window, knot, variable).
+            static: (window, variable); metric: (window,) slots.
+        """
+        answer = np.empty((len(past), self._config.n_knots, len(self._output[0])), np.float32)
+        contexts = self._statics.contexts(static, metric)
+        for start in range(0, len(past), _BLOCK):
+            rows = slice(start, start + _BLOCK)
+            columns = {name: np.ascontiguousarray(own[rows].T) for name, own in contexts.items()}
+            answer[rows] = self._sequences(past[rows], ahead[rows], columns)
+        return answer
 
-    def _lstm(
-        self, name: str, steps: Tensor, state: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        kinds = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
-        tensors = [self._weights[f"{name}.{kind}"] for kind in kinds]
-        output, hidden, cell = torch.lstm(steps, state, tensors, True, 1, 0.0, False, False, True)
-        return output, (hidden, cell)
+    def _sequences(self, past: Floats32, ahead: Floats32, contexts: Mapping[str, Floats32]) -> Floats32:
+        """Return the answer of a block, contexts given as (hidden, window)."""
+        n_window, n_past = past.shape[:2]
+        local = np.empty((n_past + ahead.shape[1], self._config.hidden_size, n_window), np.float32)
+        self._past.select(past, contexts["variable_selection"], local[:n_past])
+        self._ahead.select(ahead, contexts["variable_selection"], local[n_past:])
+        output = self._run_lstms(local, n_past, contexts)
+        shift = self._enrichment.shift(contexts["enrichment"])
+        enriched = np.empty((n_window, *local.shape[:2]), np.float32)  # (window, step, hidden)
+        for start in range(0, len(local), STEPS):
+            steps = slice(start, start + STEPS)
+            self._after_lstm(output[steps], local[steps])
+            vectors = np.positive(local[steps])
+            self._enrichment(vectors, shift)
+            enriched[:, steps] = vectors.transpose(2, 0, 1)
+        attended = self._attention(enriched, output[n_past:])
+        answer = np.empty((n_window, len(attended), len(self._output[0])), np.float32)
+        for start in range(0, len(attended), STEPS):
+            steps = slice(start, start + STEPS)
+            own = np.ascontiguousarray(enriched[:, n_past:][:, steps].transpose(1, 2, 0))
+            skipped = local[n_past:][steps]
+            self._after_attention(attended[steps], own)
+            self._feed_forward(own)
+            self._last(own, skipped)
+            answer[:, steps] = (self._output[0] @ skipped + self._output[1]).transpose(2, 0, 1)
+        return answer
 
-    def _attend(self, knots: Tensor, steps: Tensor) -> Tensor:
-        """Return interpretable multi-head attention: the heads share their values."""
-        size = self._queries[1].shape[0] // self._n_heads
+    def _run_lstms(self, local: Floats32, n_past: int, contexts: Mapping[str, Floats32]) -> Floats32:
+        """Return the outputs (step, hidden, window) of the one over the past and the one after it."""
+        _, size, n_window = local.shape
+        stacked = np.empty((2 * size + 1, n_window), np.float32)  # input, state and the bias' one
+        stacked[2 * size] = 1
+        entry, state = stacked[:size], stacked[size : 2 * size]
+        state[...] = contexts["initial_hidden_lstm"]
+        cell = contexts["initial_cell_lstm"].copy()
+        gates = np.empty((4 * size, n_window), np.float32)
+        admitted, kept, shown, new = gates.reshape(4, size, n_window)
+        squashed, output = np.empty_like(cell), np.empty_like(local)
+        for step, vectors in enumerate(local):
+            np.positive(vectors, out=entry)  # a ufunc: here numpy's copy takes five times as long
+            np.matmul(self._lstms[step >= n_past], stacked, out=gates)
+            one_and_exp(gates)
+            cell /= kept
+            _tanh_of(new)
+            new /= admitted
+            cell += new
+            np.multiply(cell, -_TWO, out=squashed)
+            _tanh_of(one_and_exp(squashed))
+            np.divide(squashed, shown, out=state)
+            np.positive(state, out=output[step])
+        return output
 
-        def by_head(vectors: Tensor) -> Tensor:  # (window, head, step, size)
-            return vectors.view(*vectors.shape[:2], self._n_heads, size).transpose(1, 2)
 
-        queries = by_head(functional.linear(knots, *self._queries))
-        keys = by_head(functional.linear(steps, *self._keys))
-        scores = torch.matmul(queries, keys.transpose(2, 3)) / size**0.5
-        attention = torch.softmax(scores.masked_fill(self._is_hidden, -1e9), dim=-1).mean(dim=1)
-        values = linear(self._weights, "multihead_attn.v_layer", steps)
-        return functional.linear(torch.matmul(attention, values), self._weights["multihead_attn.w_h.weight"])
+class _Attention:
+    """Interpretable multi-head attention of the knots: the heads share their values."""
+
+    def __init__(self, weights: Weights, config: NetworkConfig) -> None:
+        self._n_past, self._n_heads = config.n_past, config.n_heads
+        self._size = config.hidden_size // config.n_heads
+        heads = [_heads(weights, kind, config.n_heads) for kind in "qk"]
+        scale = np.float32(self._size**-0.5)
+        self._queries = heads[0][0].T * scale, heads[0][1] * scale
+        value, bias = layer_of(weights, "multihead_attn.v_layer")
+        self._rest = np.concatenate([heads[1][0], value]).T, np.concatenate([heads[1][1], bias])
+        self._mean_output = weights["multihead_attn.w_h.weight"].T / np.float32(config.n_heads)
+        knot = np.arange(config.n_knots)  # a knot attends to the past and to knots before it
+        self._hidden = np.where(knot >= knot[:, None], np.float32(-1e9), np.float32(0))
+
+    def __call__(self, steps: Floats32, attended: Floats32) -> Floats32:
+        """Return `attended` (knot, hidden, window), filled from all steps (window, step, hidden)."""
+        for start in range(0, len(steps), _ATTENDING):
+            some = slice(start, start + _ATTENDING)
+            attended[..., some] = self._attend(steps[some]).transpose(1, 2, 0)
+        return attended
+
+    def _attend(self, steps: Floats32) -> Floats32:
+        n_window, n_step, _ = steps.shape
+        n_knot, wide = n_step - self._n_past, self._n_heads * self._size
+        queries = steps[:, self._n_past :] @ self._queries[0] + self._queries[1]
+        rest = steps @ self._rest[0] + self._rest[1]
+        queries = queries.reshape(n_window, n_knot, self._n_heads, self._size).transpose(0, 2, 1, 3)
+        keys = rest[..., :wide].reshape(n_window, n_step, self._n_heads, self._size).transpose(0, 2, 3, 1)
+        scores = np.matmul(queries, keys)  # (window, head, knot, step)
+        scores[..., self._n_past :] += self._hidden
+        scores -= np.maximum.reduce(scores, axis=-1, keepdims=True)
+        np.exp(scores, out=scores)
+        values = np.ones((n_window, n_step, self._size + 1), np.float32)
+        values[..., :-1] = rest[..., wide:]
+        sums = np.matmul(scores.reshape(n_window, -1, n_step), values)
+        of_head = (sums[..., :-1] / sums[..., -1:]).reshape(n_window, self._n_heads, n_knot, self._size)
+        return np.asarray(np.add.reduce(of_head, axis=1) @ self._mean_output, np.float32)
 
 
-def as_batch(arrays: ModelArrays, slots: Longs) -> Batch:
-    """Return model arrays as tensors, without a copy."""
-    return Batch(
-        past=torch.from_numpy(arrays.past),
-        ahead=torch.from_numpy(arrays.ahead),
-        static=torch.from_numpy(arrays.static),
-        metric=torch.from_numpy(slots),
-    )
+def _heads(weights: Weights, kind: str, n_heads: int) -> tuple[Floats32, Floats32]:
+    """Return the layers of all heads as one."""
+    layers = [layer_of(weights, f"multihead_attn.{kind}_layers.{head}") for head in range(n_heads)]
+    return np.concatenate([layer[0] for layer in layers]), np.concatenate([layer[1] for layer in layers])
+
+
+def _lstm_weights(weights: Weights, name: str) -> Floats32:
+    """Return the weights of input, state and bias side by side, as the exponents that the gates are made of.
+
+    The gates come in the order in which they stand here: what is admitted, kept, shown, and what is new.
+    """
+    kinds = [weights[f"{name}.{kind}_l0"] for kind in ("weight_ih", "weight_hh")]
+    bias = weights[f"{name}.bias_ih_l0"] + weights[f"{name}.bias_hh_l0"]
+    admitted, kept, new, shown = np.split(np.concatenate([*kinds, bias[:, None]], axis=1), 4)
+    return np.concatenate([-admitted, -kept, -shown, -2 * new])
+
+
+def _tanh_of(x: Floats32) -> None:
+    """Turn 1 + exp(-2 y) into tanh(y)."""
+    np.divide(_TWO, x, out=x)
+    x -= _ONE

@@ -7,11 +7,12 @@ answers as for JSON. Does not know: HTTP, storage.
 Nothing in a stream is trusted. Sizes are read from the few offsets of the flatbuffers that frame it
 (format/Message.fbs of Apache Arrow) before anything is unpacked; compressed streams are refused,
 since a buffer states its own unpacked size. Every array is validated in full before it is read. In a
-view column many rows can point at one text, so texts beyond any use are left out.
+view column many rows can point at one text, so texts beyond any use are left out. Of a dictionary, which each
+batch of a stream comes with anew, no more texts are read than the batch has rows.
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.types as kinds
 from numpy.typing import NDArray
 
-from fleetcast.errors import BadData
+from fleetcast.errors import BadData, quote
 from fleetcast.ingest.columns import NO_NAME, NO_TIME, CodedNames, Column, Flags, NotNumbers, join_column
 from fleetcast.ingest.rules import REQUIRED, is_metric_name
 from fleetcast.schema import Longs
@@ -40,14 +41,21 @@ def is_text(kind: pa.DataType) -> bool:
 def coded_texts(array: pa.Array) -> CodedNames:
     """Return a validated text column as codes; what is absent or far too long is absent."""
     if kinds.is_string_view(array.type):
-        return _coded_views(array)
+        return _coded_views(array, _is_there(array))
     if not kinds.is_dictionary(array.type):
         array = array.dictionary_encode()
     indices, values = array.indices.cast(pa.int32()), array.dictionary
-    codes = np.where(_is_there(indices), _numbers(indices, np.int32), np.int32(NO_NAME))
+    is_there = _is_there(indices)
+    codes = np.where(is_there, _numbers(indices, np.int32), np.int32(NO_NAME))
     if kinds.is_string_view(values.type):
-        inner = _coded_views(values)
-        return CodedNames(inner.names, np.where(codes == NO_NAME, NO_NAME, inner.codes[codes]))
+        is_used = np.zeros(len(values), np.bool_)
+        is_used[codes[is_there]] = True
+        inner = _coded_views(values, is_used & _is_there(values))
+        codes[is_there] = inner.codes[codes[is_there]]
+        return CodedNames(inner.names, codes)
+    if len(values) > len(indices):
+        used, codes[is_there] = np.unique(codes[is_there], return_inverse=True)
+        values = values.take(pa.Array.from_buffers(pa.int32(), len(used), [None, pa.py_buffer(used)]))
     lengths = pc.binary_length(values).cast(pa.int64())
     is_long = _is_there(lengths) & (_numbers(lengths, np.int64) > TEXT_MAX_BYTES)
     if is_long.any():
@@ -57,9 +65,8 @@ def coded_texts(array: pa.Array) -> CodedNames:
     return CodedNames(values.to_pylist(), codes)
 
 
-def _coded_views(array: pa.Array) -> CodedNames:
-    """Read each distinct view once, and only those of rows that are there."""
-    is_there = _is_there(array)
+def _coded_views(array: pa.Array, is_there: Flags) -> CodedNames:
+    """Read each distinct view of these places once."""
     codes = np.full(len(array), NO_NAME, dtype=np.int32)
     if not is_there.any():
         return CodedNames((), codes)
@@ -135,6 +142,7 @@ def _field(metadata: bytes, table: int, number: int) -> int:
 
 ROWS_MAX = 2**18
 COLUMNS_MAX = 1024
+CHECKED_MAX_BYTES = 2**28  # of all batches, each with its dictionaries: they count again with each batch
 CELLS_MAX = 2**21  # as many values as a request of JSON may hold
 _ALWAYS_THERE = "each record needs timestamp and server_name"
 
@@ -147,27 +155,28 @@ def read_columns(body: bytes) -> dict[str, Column]:
     """
     check_messages(body)
     try:
-        batches = _batches(body)
-        columns = [_columns(batch) for batch in batches]
+        columns = [_columns(batch) for batch in _batches(body)]
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise BadData(f"the body is not an Arrow IPC stream: {str(error)[:200]}") from error
     names = columns[0].keys() if columns else REQUIRED
     return {name: join_column([one[name] for one in columns]) for name in names}
 
 
-def _batches(body: bytes) -> list[pa.RecordBatch]:
+def _batches(body: bytes) -> Iterator[pa.RecordBatch]:
     reader = pa.ipc.open_stream(pa.py_buffer(body))
     _check_schema(reader.schema)
-    n_rows = 0
-    batches = []
+    n_rows = n_bytes = 0
     for batch in reader:
+        n_bytes += batch.get_total_buffer_size()
+        if n_bytes > CHECKED_MAX_BYTES:
+            limit = f"over {CHECKED_MAX_BYTES >> 20} MiB to check in one stream"
+            raise BadData(limit, hint="each batch counts its dictionaries anew: send larger batches")
         n_rows += batch.num_rows
         if n_rows > ROWS_MAX or n_rows * batch.num_columns > CELLS_MAX:
             limit = min(ROWS_MAX, CELLS_MAX // max(batch.num_columns, 1))
             raise BadData(f"too many records in one stream, at most {limit} of {batch.num_columns} columns")
         batch.validate(full=True)
-        batches.append(batch)
-    return batches
+        yield batch
 
 
 def _check_schema(schema: pa.Schema) -> None:
@@ -176,7 +185,7 @@ def _check_schema(schema: pa.Schema) -> None:
         raise BadData(f"the Arrow stream has {len(names)} columns, at most {COLUMNS_MAX} are taken")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise BadData(f"the Arrow stream has the column {twice[0][:60]!r} twice")
+        raise BadData(f"the Arrow stream has the column {quote(twice[0])} twice")
     for name in REQUIRED:
         if name not in names:
             raise BadData(f"the Arrow stream has no column {name!r}; {_ALWAYS_THERE}")

@@ -8,6 +8,7 @@ again, one record at a time).
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from itertools import chain
 from typing import Any, overload
 
@@ -25,6 +26,7 @@ from fleetcast.schema import Codes, Floats, Longs
 
 NO_TIME = int(np.iinfo(np.int64).min)  # what a missing time is, in pandas' int64 too
 NO_NAME = -1
+_REPEATED_MAX, _REPEATED_CHARS = 2048, 256  # of names that are kept for the next post: 64 MB at the very most
 Flags = NDArray[np.bool_]
 
 
@@ -185,11 +187,46 @@ def server_codes(column: Column, known: dict[str, int], rules: RecordRules) -> C
         return NO_NAME if name is None else known.setdefault(name, len(known))
 
     if not isinstance(column, CodedNames):
-        return _look_up(column, (str,), code_of, NO_NAME).astype(np.int32)
+        repeated = None if known else _repeated_names(column, rules)
+        if repeated is None:
+            return _look_up(column, (str,), code_of, NO_NAME).astype(np.int32)
+        known.update(repeated[0])
+        return repeated[1]
     names = column.names
     is_used = np.bincount(column.codes + 1, minlength=len(names) + 1)[1:] > 0
-    codes = [code_of(name) if used else NO_NAME for name, used in zip(names, is_used.tolist(), strict=True)]
-    return np.array([*codes, NO_NAME], dtype=np.int32)[column.codes]  # the last one is NO_NAME's
+    repeated = None if known or not is_used.all() else _repeated_names(names, rules)
+    if repeated is None:
+        some = zip(names, is_used.tolist(), strict=True)
+        codes = np.array([code_of(name) if used else NO_NAME for name, used in some], dtype=np.int32)
+    else:
+        known.update(repeated[0])
+        codes = repeated[1]
+    return np.append(codes, np.int32(NO_NAME))[column.codes]  # the last one is NO_NAME's
+
+
+def _repeated_names(sent: Any, rules: RecordRules) -> tuple[dict[str, int], Codes] | None:
+    """Return the code of each usable name, and of each cell, as found when the same cells came before.
+
+    None for cells that are not all short texts, and for more than are worth keeping.
+    """
+    try:
+        if len(sent) <= _REPEATED_MAX and max(map(len, sent), default=0) <= _REPEATED_CHARS:
+            return _read_names(tuple(sent), rules.is_domain_cut, rules.is_lower_case)
+    except TypeError:  # a cell that is no text
+        pass
+    return None
+
+
+@lru_cache(maxsize=64)  # senders' posts name the same servers again and again
+def _read_names(
+    sent: tuple[object, ...], is_domain_cut: bool, is_lower_case: bool
+) -> tuple[dict[str, int], Codes]:
+    rules = RecordRules(None, is_domain_cut=is_domain_cut, is_lower_case=is_lower_case)
+    names = [rules.server_name(cell) for cell in sent]
+    places = {name: code for code, name in enumerate(dict.fromkeys(n for n in names if n is not None))}
+    codes = np.array([NO_NAME if name is None else places[name] for name in names], dtype=np.int32)
+    codes.flags.writeable = False
+    return places, codes
 
 
 def _time_of(value: Any) -> int:

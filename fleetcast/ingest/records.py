@@ -51,6 +51,7 @@ _CELLS_MAX = 2**22  # of the columns of one call: a few rows of each of many met
 _OTHER_FIELDS = "(others)"
 _IGNORED_NAMES_MAX = 20
 METRICS_MAX = 512  # distinct metrics of one call: bounds the columns a sender can make us keep
+_IDLE_HIGH = 101.0  # a point of rounding, as `_pct` values may go a point below 0
 _CPU_PARTS = ("cpu_user_pct", "cpu_sys_pct", "cpu_iowait_pct")
 _ANY: tuple[Any, ...] = ("a mapping of its own kind",)
 _LAST_MS = int(np.iinfo(np.int64).max)
@@ -233,7 +234,9 @@ class _Sheet:
 
     def _note_ignored(self, name: str) -> None:
         if len(self._ignored_names) < _IGNORED_NAMES_MAX:
-            self._ignored_names.setdefault(str(name)[:METRIC_NAME_MAX_CHARS])
+            told = str(name)  # of a long one the start: no metric's name, as the whole is none
+            is_long = len(told) > METRIC_NAME_MAX_CHARS
+            self._ignored_names.setdefault(f"{told[:METRIC_NAME_MAX_CHARS]}..." if is_long else told)
 
     def _metric(self, name: str) -> Floats:
         if name not in self._metrics:
@@ -315,7 +318,8 @@ def _derive_cpu(metrics: dict[str, Floats]) -> None:
     """Fill absent `cpu_pct` from the idle share, else from user + system + waiting, all present."""
     ways = []
     if "cpu_idle_pct" in metrics:
-        ways.append(100.0 - metrics["cpu_idle_pct"])
+        idle = metrics["cpu_idle_pct"]  # beyond 100 it is a sum over CPUs: of how many, it does not say
+        ways.append(np.where(idle <= _IDLE_HIGH, 100.0 - idle, np.nan))
     if all(part in metrics for part in _CPU_PARTS):
         user, system, waiting = (metrics[part] for part in _CPU_PARTS)
         ways.append(user + system + waiting)

@@ -13,7 +13,8 @@ import reprlib
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from functools import lru_cache
 from ipaddress import ip_address
 from typing import Self
@@ -21,6 +22,7 @@ from typing import Self
 import numpy as np
 
 from fleetcast.clock import from_ms, iso_z, to_ms
+from fleetcast.errors import is_visible
 from fleetcast.schema import Flags, Floats
 from fleetcast.settings import BufferSettings
 
@@ -124,9 +126,47 @@ METRIC_NAME_MAX_CHARS = 64
 _METRIC_NAME = re.compile(rf"[a-z][a-z0-9_]{{0,{METRIC_NAME_MAX_CHARS - 1}}}", re.ASCII)
 _RFC_3339 = re.compile(r"(\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d):(\d\d)((?:\.\d+)?(?:[zZ]|[+-]\d\d:\d\d))", re.ASCII)
 _TIME_MAX_CHARS = 64
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
-_SHORT.maxlevel = 2
+
+
+class _Shown(reprlib.Repr):
+    """What was sent, as a message repeats it: short, and in the sender's words rather than in Python's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 60
+        self.maxlevel = 2
+
+    def repr1(self, x: object, level: int) -> str:
+        """Return one value; texts that show nothing with their characters written out."""
+        if isinstance(x, datetime):
+            return _moment(x)
+        if isinstance(x, bytes):
+            return f"<{len(x)} bytes>"
+        if isinstance(x, (Decimal, date, timedelta, np.generic)) and not isinstance(x, str):
+            return str(x)[: self.maxother]
+        text = super().repr1(x, level)
+        is_plain = not isinstance(x, str) or is_visible(x)
+        return text if is_plain else text.encode("ascii", "backslashreplace").decode()
+
+
+_SHOWN = _Shown()
+
+
+def quote_value(value: object) -> str:
+    """Return a value that was sent as a message repeats it.
+
+    >>> quote_value(datetime(2026, 1, 15, 10, tzinfo=UTC)), quote_value(np.float64(1.5)), quote_value(b"web")
+    ('2026-01-15T10:00:00Z', '1.5', '<3 bytes>')
+    """
+    return _SHOWN.repr(value)
+
+
+def _moment(value: datetime) -> str:
+    try:
+        return iso_z(value.replace(tzinfo=UTC) if value.tzinfo is None else value)
+    except (OverflowError, ValueError, TypeError):  # year 1 or 9999 with an offset; pandas' NaT
+        return str(value)
+
 
 # A reason quotes what the sender sent; its first words say which rule it was (and `intake`).
 TOO_MANY_SERVERS = "too_many_servers"
@@ -241,14 +281,14 @@ def check_record(record: object, rules: RecordRules) -> CheckedRecord:
         RecordFault: names the first field that is wrong: time, server, then the others in order.
     """
     if not isinstance(record, Mapping):
-        raise RecordFault("", f"a record must be an object, got {_SHORT.repr(record)}")
+        raise RecordFault("", f"a record must be an object, got {quote_value(record)}")
     if len(record) > FIELDS_MAX:
         raise RecordFault("", f"must have at most {FIELDS_MAX} fields, got {len(record)}")
     timestamp_ms = _check_time(record.get("timestamp"), rules)
     server_name = rules.server_name(record.get("server_name"))
     if server_name is None:
-        limits = f"must be 1-{NAME_MAX_CHARS} printable characters"
-        raise RecordFault("server_name", f"{limits}, got {_SHORT.repr(record.get('server_name'))}")
+        limits = f"must be 1-{NAME_MAX_CHARS} printable characters, at least one of them visible"
+        raise RecordFault("server_name", f"{limits}, got {quote_value(record.get('server_name'))}")
     values: dict[str, float] = {}
     ignored: list[str] = []
     for name, value in record.items():
@@ -289,7 +329,9 @@ def _is_metric_text(name: str) -> bool:
 
 def is_server_name(name: object) -> bool:
     """Whether this is a usable server name."""
-    return isinstance(name, str) and 1 <= len(name) <= NAME_MAX_CHARS and name.isprintable()
+    if not isinstance(name, str) or not 1 <= len(name) <= NAME_MAX_CHARS:
+        return False
+    return name.isprintable() and (name.isascii() or is_visible(name))
 
 
 def _without_domain(name: str) -> str:
@@ -317,7 +359,7 @@ def parse_timestamp_ms(value: object) -> int:
     moment = _read_time(value) if isinstance(value, str) else value
     is_forged = isinstance(value, str) and "\0" in value  # CPython lets a trailing NUL pass
     if is_forged or not isinstance(moment, datetime):
-        raise ValueError(f"not a time: {_SHORT.repr(value)}")
+        raise ValueError(f"not a time: {quote_value(value)}")
     try:
         return to_ms(moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment)
     except (OverflowError, TypeError) as error:  # year 1 or 9999 with an offset; pandas' NaT
@@ -346,14 +388,14 @@ def _check_time(value: object, rules: RecordRules) -> int:
     try:
         moment_ms = parse_timestamp_ms(value)
     except ValueError:
-        reason = f"must be ISO 8601 text such as {_example(rules)}, got {_SHORT.repr(value)}"
+        reason = f"must be ISO 8601 text such as {_example(rules)}, got {quote_value(value)}"
         raise RecordFault("timestamp", reason) from None
     if rules.newest_ms is not None and moment_ms > rules.newest_ms:
         limit = f"; by this host's clock the newest accepted is {_z(rules.newest_ms)}"
-        raise RecordFault("timestamp", f"lies more than 5 min in the future: {_SHORT.repr(value)}{limit}")
+        raise RecordFault("timestamp", f"lies more than 5 min in the future: {quote_value(value)}{limit}")
     if rules.oldest_ms is not None and moment_ms < rules.oldest_ms:
         limit = f"; the oldest accepted is {_z(rules.oldest_ms)}"
-        raise RecordFault("timestamp", f"is older than {rules.oldest_is}: {_SHORT.repr(value)}{limit}")
+        raise RecordFault("timestamp", f"is older than {rules.oldest_is}: {quote_value(value)}{limit}")
     return moment_ms
 
 
@@ -369,13 +411,13 @@ def _z(milliseconds: int) -> str:
 
 def _check_number(name: str, value: object, rules: RecordRules) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise RecordFault(name, f"must be a number, got {_SHORT.repr(value)}")
+        raise RecordFault(name, f"must be a number, got {quote_value(value)}")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise RecordFault(name, f"must be a finite number, got {_SHORT.repr(value)}")
+        raise RecordFault(name, f"must be a finite number, got {quote_value(value)}")
     low, high = rules.bounds(name)
     if not low <= number <= high:
         setting = "" if name.endswith(PERCENT_SUFFIX) else f" ({_bound_setting(name)})"

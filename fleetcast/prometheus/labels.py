@@ -5,12 +5,13 @@ labels stand (`wire`, `symbols`), what a series means (`series`). Not thread saf
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import repeat
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fleetcast.errors import BadData
-from fleetcast.prometheus.series import REFUSED, roomy
+from fleetcast.prometheus.series import NAMELESS, REFUSED, roomy
 from fleetcast.schema import Codes
 
 LABELS_MAX = 256  # of one series; senders' own limits are about 30
@@ -40,10 +41,9 @@ class KnownSeries:
         self.numbers: Codes = np.empty(0, dtype=np.int32)  # (slot,)
         self._n_bytes = 0
 
-    def slots(self, heads: Iterable[bytes]) -> Codes:
+    def slots(self, heads: Iterable[bytes], n_heads: int) -> Codes:
         """Return the slot of each, UNKNOWN for bytes not seen before."""
-        slot = self._slots.get
-        return np.array([slot(head, UNKNOWN) for head in heads], dtype=np.int32)
+        return np.fromiter(map(self._slots.get, heads, repeat(UNKNOWN)), dtype=np.int32, count=n_heads)
 
     def slot(self, head: bytes) -> int:
         """Return the slot of one."""
@@ -53,9 +53,14 @@ class KnownSeries:
         """Return the number of a series by its labels; remember it by `head`, where that is their bytes.
 
         Raises:
-            BadData: the labels are not usable; says which one.
+            BadData: the labels are not usable; says which one, or that they name no server.
         """
-        number = self._number(labels_of(pairs))
+        labels = labels_of(pairs)
+        number = self._number(labels)
+        if number == NAMELESS:
+            right = "1-128 printable characters, at least one of them visible"
+            where = "in the label remote_write.server_label"
+            raise BadData(f"{_say(labels)} names no server: {right}, {where}")
         if head and number != REFUSED:
             self._keep(head, number)
         return number
@@ -100,8 +105,7 @@ def labels_of(found: Sequence[tuple[bytes, bytes]]) -> dict[str, str]:
     """
     pairs = found[:LABELS_MAX]
     labels = {_shown(name): _shown(value) for name, value in pairs}
-    own = ", ".join(f"{name}={labels[name]!r}" for name in ("instance", "job") if name in labels)
-    series = f"{labels.get('__name__', '')}{{{own}}}"
+    series = _say(labels)
     if len(found) > LABELS_MAX:
         raise BadData(f"{series} has over {LABELS_MAX} labels")
     if sum(len(name) + len(value) for name, value in pairs) > LABELS_BYTES_MAX:
@@ -118,6 +122,14 @@ def labels_of(found: Sequence[tuple[bytes, bytes]]) -> dict[str, str]:
         except UnicodeDecodeError:
             raise BadData(f"{series} has the label {_shown(name)!r}, which is not UTF-8") from None
     return {name.decode(): value.decode() for name, value in pairs}
+
+
+def _say(labels: Mapping[str, str]) -> str:
+    """Return a series as a message shows it."""
+    own = ", ".join(
+        f"{name}={labels[name][:_NAME_MAX_CHARS]!r}" for name in ("instance", "job") if name in labels
+    )
+    return f"{labels.get('__name__', '')[:_NAME_MAX_CHARS]}{{{own}}}"
 
 
 def _shown(text: bytes) -> str:

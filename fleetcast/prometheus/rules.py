@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fleetcast.errors import SettingsError
+from fleetcast.errors import SettingsError, quote
 from fleetcast.ingest.rules import is_metric_name
 from fleetcast.schema import Codes, Flags, Floats, Longs
 
@@ -217,7 +217,7 @@ def parse_rules(texts: Sequence[str], source: str = "remote_write.rules") -> tup
             rule = parse_rule(text)
             rules[rule.metric] = rule
         except RuleFault as fault:
-            problems.append(f"{source}: {fault} in {text!r}")
+            problems.append(f"{source}: {fault} in {quote(text)}")
     if problems:
         raise SettingsError(problems, hint="docs/ingest.md has the grammar")
     return tuple(rules.values())
@@ -248,11 +248,11 @@ class _Parser:
         """Read the whole line."""
         metric = self._take("name", "a metric name")
         if not is_metric_name(metric):
-            raise RuleFault(f"metric names match [a-z][a-z0-9_]*, got {metric!r}")
+            raise RuleFault(f"metric names match [a-z][a-z0-9_]*, got {quote(metric)}")
         self._expect("=")
         expression = self._sum()
         if self._peek()[0] != "end":
-            raise RuleFault(f"expected an operator or the end, got {self._peek()[1]!r}")
+            raise RuleFault(f"expected an operator or the end, got {quote(self._peek()[1])}")
         if not self._terms:
             raise RuleFault("expected at least one series, such as sum(node_load1)")
         return MetricRule(metric, expression, tuple(self._terms))
@@ -357,7 +357,7 @@ class _Parser:
         try:
             return Matcher(label, operator, text, re.compile(text))
         except re.error as error:
-            raise RuleFault(f"{text!r} is not a regular expression: {error}") from error
+            raise RuleFault(f"{quote(text)} is not a regular expression: {error}") from error
 
     def _peek(self) -> tuple[str, str]:
         return self._tokens[self._place] if self._place < len(self._tokens) else ("end", "")

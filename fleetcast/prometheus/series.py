@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetcast.errors import SettingsError
+from fleetcast.errors import SettingsError, quote
 from fleetcast.ingest.rules import RecordRules
 from fleetcast.prometheus.rules import Term
 from fleetcast.schema import Codes, Flags, Floats, Longs, increases
@@ -29,6 +29,7 @@ STALE_BITS = 0x7FF0000000000002  # the NaN by which Prometheus says that a serie
 IGNORED = -1  # the number of a series that no rule wants
 REFUSED = -2  # of one that has no room
 INVALID = -3  # of one whose labels are not usable
+NAMELESS = -4  # of one that a rule wants, and whose labels name no server
 _UNINDEXED_MAX = 256  # series that may come before the index of targets is made anew
 _LABEL_MAX_CHARS = 1024  # bounds the work of the operator's pattern on a sender's text
 FOREVER = 2**62
@@ -129,12 +130,12 @@ class ExporterSeries:
         return [self._server_names[server] for server in servers.tolist()]
 
     def number(self, labels: Mapping[str, str]) -> int:
-        """Return the number of a series, a new one where needed, IGNORED or REFUSED."""
+        """Return the number of a series, a new one where needed, IGNORED, NAMELESS or REFUSED."""
         wanted_by = self._by_name.get(labels.get("__name__", ""), ())
         places = tuple(place for place in wanted_by if self._terms[place].matches(labels))
         server_name = self.server_name(labels) if places else None
         if server_name is None:
-            return IGNORED
+            return NAMELESS if places else IGNORED
         own, of_target = self._split(labels, server_name)
         target = self._targets.get(of_target, len(self._targets))
         key = (target, self._own.get(own, len(self._own)))
@@ -322,6 +323,13 @@ def roomy(array: NDArray[Any], place: int, fill: Any = 0) -> NDArray[Any]:
     return np.concatenate((array, more))
 
 
+def longer(array: Any, n_more: int) -> Any:
+    """Return the array with so many rows of zeros more; they take no memory before they are written."""
+    more = np.zeros((len(array) + n_more, *array.shape[1:]), dtype=array.dtype)
+    more[: len(array)] = array
+    return more
+
+
 def _renumber(numbers: dict[Any, int], kept: Longs | Codes) -> dict[Any, int]:
     """Return the entries whose numbers are kept, numbered in the order of those."""
     names = list(numbers)  # in the order of their numbers
@@ -334,7 +342,7 @@ def _compile(text: str) -> re.Pattern[str]:
     except re.error as error:
         raise SettingsError([f"remote_write.server_pattern is no regular expression: {error}"]) from error
     if pattern.groups < 1:
-        raise SettingsError([f"remote_write.server_pattern needs a group ( ), got {text!r}"])
+        raise SettingsError([f"remote_write.server_pattern needs a group ( ), got {quote(text)}"])
     return pattern
 
 

@@ -10,7 +10,6 @@ requests, bounds, records. Not thread safe.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from fleetcast.prometheus.series import (
     LivingSeries,
     Samples,
     first_of_runs,
+    longer,
     ranks_of,
     rates_between,
     roomy,
@@ -35,6 +35,7 @@ _BYTES_MAX = 768 * 2**20  # of all shelves: beyond it a target keeps as many scr
 _PIECE_CELLS = 2**20  # bounds the arrays for samples that are looked at one by one
 _ABSENT_BITS = 0x7FF8000000000F0F  # a NaN that no sample is kept as
 _ABSENT = np.array([_ABSENT_BITS], dtype=np.int64).view(np.float64)[0]
+_APART_MS = 1000  # a series that lacks and has a sample so near was stamped apart from the others
 _NAMES_MAX = 100_000  # servers remembered whose unfinished scrapes have been named
 
 
@@ -67,6 +68,7 @@ class Fates:
     n_taken: int = 0
     n_incomplete: int = 0
     unfinished: dict[str, str] = field(default_factory=dict)  # by server: the label that splits its scrapes
+    apart: set[str] = field(default_factory=set)  # those of them whose series have times of their own
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,14 +87,13 @@ class _Rows:
 class _Shelf:
     """Arrays for targets whose window has room for `width` scrapes."""
 
-    def __init__(self, width: int, start: Floats, n_rules: int) -> None:
+    def __init__(self, width: int, n_terms: int, n_rules: int) -> None:
         self.width = width
-        self._start = start
-        shape = (0, width, len(start))
+        shape = (0, width, n_terms)
         self.times: Longs = np.empty((0, width), dtype=np.int64)  # (target, slot) NEVER = free
         self.heads: Longs = np.empty(0, dtype=np.int64)  # (target,) the slot that is used next
         self.counts: Codes = np.empty(shape, dtype=np.int32)  # (target, slot, term)
-        self.totals: Floats = np.empty(shape)
+        self.totals: Floats = np.empty(shape)  # of a free slot undefined, as its cells are
         self.waiting: Codes = np.empty(shape, dtype=np.int32)  # samples whose fate is open, by home term
         self.is_told: Flags = np.empty((0, width, n_rules), dtype=np.bool_)
         self.cells: Floats = np.empty((0, width))  # (series, slot)
@@ -102,7 +103,7 @@ class _Shelf:
     @property
     def bytes_per_target(self) -> int:
         """Return what one target takes besides its series."""
-        return self.width * (8 + 16 * len(self._start) + int(self.is_told.shape[2]))
+        return self.width * (8 + 16 * int(self.counts.shape[2]) + int(self.is_told.shape[2]))
 
     @property
     def n_bytes(self) -> int:
@@ -114,10 +115,8 @@ class _Shelf:
         n_old = len(self.times)
         if len(self._free_targets) < n_more:
             n_new = max(n_more, n_old // 2, 16)
-            for name, fill in (("times", NEVER), ("counts", 0), ("waiting", 0), ("heads", 0)):
-                setattr(self, name, _longer(getattr(self, name), n_new, fill))
-            self.totals = _longer(self.totals, n_new, self._start)
-            self.is_told = _longer(self.is_told, n_new, False)
+            for name in ("times", "heads", "counts", "totals", "waiting", "is_told"):
+                setattr(self, name, longer(getattr(self, name), n_new))
             self._free_targets += range(n_old + n_new - 1, n_old - 1, -1)
         places = np.array([self._free_targets.pop() for _ in range(n_more)], dtype=np.int64)
         self.heads[places] = 0
@@ -125,15 +124,13 @@ class _Shelf:
         return places
 
     def place_series(self, n_more: int) -> Longs:
-        """Return so many free places for series, cleared."""
+        """Return so many free places for series; what is in them is undefined."""
         n_old = len(self.cells)
         if len(self._free_series) < n_more:
             n_new = max(n_more, n_old // 2, 64)
-            self.cells = _longer(self.cells, n_new, _ABSENT)
+            self.cells = longer(self.cells, n_new)
             self._free_series += range(n_old + n_new - 1, n_old - 1, -1)
-        places = np.array([self._free_series.pop() for _ in range(n_more)], dtype=np.int64)
-        self.cells[places] = _ABSENT
-        return places
+        return np.array([self._free_series.pop() for _ in range(n_more)], dtype=np.int64)
 
     def free(self, targets: Longs, series: Longs) -> None:
         """Take places back."""
@@ -141,10 +138,9 @@ class _Shelf:
         self._free_series += series.tolist()
 
     def reset(self, places: Longs, slots: Longs) -> None:
-        """Clear scrapes, but for their samples."""
+        """Clear scrapes, but for their samples and totals, which are set where a scrape begins."""
         self.times[places, slots] = NEVER
         self.counts[places, slots] = 0
-        self.totals[places, slots] = self._start
         self.waiting[places, slots] = 0
         self.is_told[places, slots] = False
 
@@ -168,7 +164,7 @@ class ScrapeWindow:
         self._living = living
         self._window_ms = int(settings.reorder_window_s * 1000)
         self._gap_ms = settings.max_gap_s * 1000
-        self._shelves = [_Shelf(width, self._sums.starts, len(self._rules)) for width in WIDTHS]
+        self._shelves = [_Shelf(width, len(self._terms), len(self._rules)) for width in WIDTHS]
         self._shelf_of: Longs = np.zeros(16, dtype=np.int64)  # (target,)
         self._place_of: Longs = np.full(16, -1, dtype=np.int64)  # (target,) in its shelf
         self._cells_of: Longs = np.full(64, -1, dtype=np.int64)  # (series,) in its target's shelf
@@ -191,7 +187,8 @@ class ScrapeWindow:
             shelves = self._shelf_of[self._series.target_of[fresh]]
             for number in np.unique(shelves).tolist():
                 some = fresh[shelves == number]
-                self._cells_of[some] = self._shelves[number].place_series(len(some))
+                self._cells_of[some] = places = self._shelves[number].place_series(len(some))
+                self._shelves[number].cells[places] = _ABSENT
             self._n_series = n_series
 
     def keep(self, old_series: Longs, old_targets: Longs) -> int:
@@ -209,8 +206,7 @@ class ScrapeWindow:
             lost = np.flatnonzero(is_lost & (self._shelf_of[: self._n_targets] == number))
             places = self._place_of[lost]
             n_incomplete += int(shelf.waiting[places].sum())
-            for slot in range(shelf.width if len(places) else 0):
-                shelf.reset(places, np.full(len(places), slot))
+            shelf.reset(places[:, None], np.arange(shelf.width))
             shelf.free(places, self._cells_of[lost_series[shelf_of_series == number]])
         self._shelf_of = self._shelf_of[old_targets]
         self._place_of = self._place_of[old_targets]
@@ -312,8 +308,7 @@ class ScrapeWindow:
             getattr(new, name)[at, : old.width] = getattr(old, name)[places[:, None], in_turn]
         new.cells[at_cells, : old.width] = old.cells[cells[:, None], in_turn[rows]]
         new.heads[at] = old.width
-        for slot in range(old.width):
-            old.reset(places, np.full(len(places), slot))
+        old.reset(places[:, None], np.arange(old.width))
         old.free(places, cells)
         self._shelf_of[targets] = number + 1
         self._place_of[targets] = at
@@ -331,6 +326,7 @@ class ScrapeWindow:
             shelf.reset(places[was_there], slots[was_there])
         pairs, series = self._series.of_targets(targets)
         shelf.cells[self._cells_of[series], slots[pairs]] = _ABSENT
+        shelf.totals[places, slots] = self._sums.starts
         shelf.times[places, slots] = rows.times[fresh]
         shelf.heads += n_fresh
         shelf.heads %= shelf.width
@@ -349,6 +345,10 @@ class ScrapeWindow:
                 is_there = _are_there(shelf.cells[self._cells_of[series], slot])
                 label = self._series.label_between(series[is_there], series[~is_there])
                 fates.unfinished[server] = label
+                times = shelf.times[places[row]]
+                near = np.flatnonzero((abs(times - times[slot]) <= _APART_MS) & (times != times[slot]))
+                if _are_there(shelf.cells[self._cells_of[series[~is_there], None], near]).any():
+                    fates.apart.add(server)
 
     def _put(self, shelf: _Shelf, rows: _Rows, batch: Batch) -> "_Looks":
         """Keep the samples and add the fresh ones up; return which scrapes are to be looked at."""
@@ -490,9 +490,3 @@ def _pieces(rows: Longs, width: int) -> Iterator[Longs]:
 
 def _are_there(cells: Floats) -> Flags:
     return np.not_equal(cells.view(np.int64), _ABSENT_BITS)
-
-
-def _longer(array: Any, n_more: int, fill: Any) -> Any:
-    more = np.empty((n_more, *array.shape[1:]), dtype=array.dtype)
-    more[...] = fill
-    return np.concatenate((array, more))

@@ -16,6 +16,7 @@ here, which protobuf skips.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from fleetcast.prometheus.protobuf import (
 )
 from fleetcast.prometheus.series import IGNORED, INVALID, REFUSED, Samples
 from fleetcast.prometheus.tape import FULL_BYTES, ZERO_BYTES, Bytes, Series, Tape
-from fleetcast.schema import Codes, Flags
+from fleetcast.schema import Codes, Flags, Longs
 from fleetcast.settings import RemoteWriteSettings
 
 WriteRequestMessage, TimeSeriesMessage = message_classes(
@@ -51,9 +52,11 @@ _TIME_BYTES = 6  # ms since 1970 from 1971 to 2109
 _FULL_MARK = np.frombuffer(b"\x12\x10\x09", dtype=np.uint8)
 _ZERO_MARK = np.frombuffer(b"\x12\x07\x10", dtype=np.uint8)
 _TIME_TAG_PLACE = 11
+_CUTS: Any = (slice(-ZERO_BYTES), slice(-FULL_BYTES))  # by whether the value is written out
 _LABEL_TAG, _SAMPLE_TAG, _SERIES_TAG = 0x0A, 0x12, 0x0A
 # where a request repeats the tape less than that, it is looked up instead
-_LOOKS_FREE, _SERIES_PER_LOOK = 4, 64
+_LOOKS_FREE, _SERIES_PER_LOOK = 5, 64
+_FOLLOWED_SHARE = 8  # a request that repeats less than one in so many makes the next one be looked at once
 _FAULTS_NAMED = 3
 
 
@@ -77,6 +80,7 @@ class WriteDecoder:
         """Take the function that numbers a series by its labels; a negative number is not wanted."""
         self._settings = settings
         self._tape = Tape()
+        self._looks_free = _LOOKS_FREE
         self._known = KnownSeries(number, on_move=lambda: self._tape.clear())
 
     @property
@@ -106,6 +110,7 @@ class WriteDecoder:
         except DecodeError as error:
             raise BadData(NO_REQUEST) from error
         n_followed = found.n_samples
+        self._looks_free = _LOOKS_FREE if n_followed * _FOLLOWED_SHARE >= len(chunks) else 1
         odd += self._take_known(chunks, rest, n_followed, found)
         for chunk in odd:
             self._take_one(chunk, found)
@@ -124,7 +129,7 @@ class WriteDecoder:
         odd: list[bytes] = []
         missed: list[bytes] = []  # since the last series that did
         place = n_looks = reached = 0
-        while place < len(content) and n_looks <= _LOOKS_FREE + found.n_samples // _SERIES_PER_LOOK:
+        while place < len(content) and n_looks < self._looks_free + found.n_samples // _SERIES_PER_LOOK:
             n_looks += 1
             chunk, end = _chunk_at(content, place)
             if not end:
@@ -158,34 +163,24 @@ class WriteDecoder:
         Args:
             content: the bytes that the chunks are of.
         """
-        slots = np.full(len(chunks), UNKNOWN, dtype=np.int32)
-        are_full = np.zeros(len(chunks), dtype=np.bool_)
-        left = np.arange(len(chunks))
-        for size in (FULL_BYTES, ZERO_BYTES):
-            if not len(left):
-                break
-            some = chunks if len(left) == len(chunks) else [chunks[place] for place in left.tolist()]
-            its_slots = self._known.slots([chunk[:-size] for chunk in some])
-            is_known = its_slots != UNKNOWN
-            tails = [chunk[-size:] for chunk in some]
-            if not is_known.all():
-                tails = [tails[place] for place in np.flatnonzero(is_known).tolist()]
-            is_known[is_known] = found.add_tails(
-                b"".join(tails), size, self._known.numbers[its_slots[is_known]]
-            )
-            taken = left[is_known]
-            slots[taken], are_full[taken] = its_slots[is_known], size == FULL_BYTES
-            left = left[~is_known]
-        if self._tape.may_record(n_followed, len(chunks)):
-            self._record(chunks, content, slots, are_full)
-        return [chunks[place] for place in left.tolist()]
-
-    def _record(self, chunks: list[bytes], content: bytes, slots: Codes, are_full: Flags) -> None:
-        """Put series on the tape, where the request is nothing but them, one after the other."""
         sizes = np.fromiter(map(len, chunks), dtype=np.int64, count=len(chunks))
         ends = np.cumsum(sizes + 2 + (sizes >= 2**7) + (sizes >= 2**14) + (sizes >= 2**21))
-        if ends[-1] == len(content):  # a longer tag or length, or another field, would have taken more
-            self._tape.record(np.frombuffer(content, np.uint8), ends, slots, are_full, slots != UNKNOWN)
+        is_bare = bool(len(ends)) and ends[-1] == len(content)
+        if not is_bare:  # a longer tag or length, or another field, took more
+            content, ends = b"".join(chunks), np.cumsum(sizes)
+        cells = np.frombuffer(content, dtype=np.uint8)
+        are_full = ~_end_with(_ZERO_MARK, cells, ends - ZERO_BYTES)
+        heads: Any = map(getitem, chunks, map(_CUTS.__getitem__, are_full.tolist()))
+        slots = self._known.slots(heads, len(chunks))
+        for size, is_it in ((FULL_BYTES, are_full), (ZERO_BYTES, ~are_full)):
+            some = np.flatnonzero(is_it & (slots != UNKNOWN))
+            if len(some):
+                tails = cells[ends[some][:, None] + np.arange(-size, 0)]
+                are_plain = found.add_tails(tails.tobytes(), size, self._known.numbers[slots[some]])
+                slots[some[~are_plain]] = UNKNOWN
+        if self._tape.may_record(n_followed, len(chunks)) and is_bare:
+            self._tape.record(cells, ends, slots, are_full, slots != UNKNOWN)
+        return [chunks[place] for place in np.flatnonzero(slots == UNKNOWN).tolist()]
 
     def _take_one(self, chunk: bytes, found: "Found") -> None:
         """Take a series of unknown labels, of several samples, or of an odd layout."""
@@ -370,6 +365,14 @@ def _chunk_at(content: bytes, place: int) -> tuple[bytes, int]:
             end = place + 1 + length
             return (content[place + 1 : end], end) if end <= len(content) else (b"", 0)
     return b"", 0
+
+
+def _end_with(mark: Bytes, cells: Bytes, places: Longs) -> Flags:
+    """Return where the bytes of a mark stand; what lies before the first byte is no mark."""
+    found = places >= 0
+    for place, byte in enumerate(mark.tolist() if found.any() else ()):
+        found &= cells[np.maximum(places, 0) + place] == byte
+    return found
 
 
 def _varint_times(cells: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

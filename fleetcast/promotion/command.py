@@ -61,10 +61,12 @@ def _run(options: argparse.Namespace) -> int:
         names = ("held", "paused", "waiting", "bake", "race", "cooldown")
         shown = {**desk.models(), **{name: standing[name] for name in names}}
         tell(_table(shown), shown if options.json else None)
-        _warn_of_absence(desk.folder)
+        _warn_of_absence(desk.folder, options, settings)
         return ExitCode.OK
     if options.command == HISTORY:
-        return _tell_history(desk, options)
+        code = _tell_history(desk, options)
+        _warn_of_absence(desk.folder, options, settings)
+        return code
     return _order(desk, options, settings)
 
 
@@ -75,8 +77,7 @@ def _order(desk: Desk, options: argparse.Namespace, settings: Settings) -> int:
     now, user = SystemClock().now(), orders.this_user()
     order = orders.new_order(options.command, options.reason, user, now, force=force, **given)
     require_own_folder(desk.folder)
-    is_fresh = options.checkpoint_dir is None and Path(settings.paths.data_buffer_dir).is_dir()
-    if not (desk.folder.is_dir() or is_fresh):  # no daemon would ever see the order
+    if not (desk.folder.is_dir() or _is_fresh(options, settings)):  # no daemon would ever see the order
         raise CannotLook(f"{desk.folder} is no folder of models", hint=_NAME_IT)
     ended = desk.give(order)
     shown = {"order": order.id, "ended": ended.as_json() if ended else None}
@@ -91,8 +92,13 @@ def _who_takes(kind: str) -> str:
     return "a trainer moves models just now: it, or the retraining daemon, carries it out next"
 
 
-def _warn_of_absence(folder: Path) -> None:
-    if not folder.is_dir():
+def _is_fresh(options: argparse.Namespace, settings: Settings) -> bool:
+    """Return whether a daemon works here that has trained nothing yet: it serves the shipped model."""
+    return options.checkpoint_dir is None and Path(settings.paths.data_buffer_dir).is_dir()
+
+
+def _warn_of_absence(folder: Path, options: argparse.Namespace, settings: Settings) -> None:
+    if not (folder.is_dir() or _is_fresh(options, settings)):
         print(f"{folder} is no folder of models yet: {_NAME_IT}", file=sys.stderr)
 
 
@@ -104,7 +110,6 @@ def _tell_history(desk: Desk, options: argparse.Namespace) -> int:
     lines = [sentence(entry) for entry in shown] or [f"nothing has happened yet in {desk.folder}"]
     lines += [f"waiting: {order.kind} by {order.by}: {order.reason}" for order in given]
     tell(lines, [entry.as_json() for entry in shown] if options.json else None)
-    _warn_of_absence(desk.folder)
     return ExitCode.OK
 
 

@@ -305,7 +305,8 @@ class Desk:
         try:
             entry = _PLANS[order.kind](self, order)
         except OrderRefused as refusal:
-            self.audit.append(replace(self._of(order), phase=audit.REFUSED, why=str(refusal)))
+            refused = replace(self._of(order), event=order.kind, phase=audit.REFUSED, why=str(refusal))
+            self.audit.append(refused)
             logger.info("order refused kind=%s by=%s why=%s", order.kind, order.by, refusal)
         else:
             self._perform(entry)

@@ -20,7 +20,7 @@ from typing import Any
 
 from fleetcast import files
 from fleetcast.clock import iso_z, parse_plain_utc
-from fleetcast.errors import BadOrder, CorruptFile, StorageBroken
+from fleetcast.errors import BadOrder, CorruptFile, StorageBroken, is_visible
 from fleetcast.forecast.registry import ORDERS_FOLDER
 from fleetcast.promotion.audit import APPROVE, HOLD, PAUSE, PROMOTE, RESUME, ROLLBACK, TRAIN_NOW, VETO
 
@@ -186,7 +186,7 @@ def _read(path: Path) -> Order:
 
 def _check_text(name: str, text: object, longest: int) -> None:
     """Refuse what would not print as one line; a reason is for people to read."""
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not is_visible(text):
         raise BadOrder(f"{name} is needed: a sentence for the people who read the audit later")
     if len(text) > longest:
         raise BadOrder(f"{name} has {len(text)} characters, at most {longest}")

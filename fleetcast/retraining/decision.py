@@ -18,7 +18,7 @@ from typing import Any
 
 from fleetcast import clock as clocks
 from fleetcast.clock import DAY_MS, Clock, SystemClock, Uptime
-from fleetcast.errors import BadData
+from fleetcast.errors import BadData, quote
 from fleetcast.schema import SafeguardCheck
 from fleetcast.setting import override
 from fleetcast.settings import DecisionSettings
@@ -165,7 +165,7 @@ class SafeguardLimits:
         for name, value in asdict(self).items():
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not is_number or not 0 <= value < float("inf"):
-                raise BadData(f"{name} must be a number >= 0, got {value!r}")
+                raise BadData(f"{name} must be a number >= 0, got {quote(value)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +288,7 @@ def _demand(
     if not isinstance(needs, bool):
         raise BadData(
             "drift_metrics must hold needs_retraining: true or false, "
-            f"as DriftMonitor.calculate_drift_metrics() returns, got {drift_metrics!r}"
+            f"as DriftMonitor.calculate_drift_metrics() returns, got {quote(drift_metrics)}"
         )
     shown = ", ".join(f"{name} {drift_metrics[name]:.3f}" for name in _SHOWN if name in drift_metrics)
     if initial_due:

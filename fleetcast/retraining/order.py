@@ -121,6 +121,8 @@ def training_steps(settings: Settings, program: Path, config: Path | None) -> li
     }
     elsewhere = settings.paths.data_buffer_dir != PathSettings().data_buffer_dir
     settled = {name: exported[name] for name in (_BUFFER_DIR,) if elsewhere}  # for the drift reference
+    if settings.retraining.engine != RetrainingSettings().engine:
+        settled["FLEETCAST_RETRAINING_ENGINE"] = settings.retraining.engine
     named = [] if config is None else ["--config", str(config)]
     return [
         Step([sys.executable, str(program), "--export", EXPORT_FILE, *named], exported),

@@ -39,6 +39,7 @@ from fleetcast.retraining.decision import (
     safeguards_json,
 )
 from fleetcast.retraining.order import CONTEXT_FILE, drifting_before
+from fleetcast.retraining.quiet import BUSY as NOT_QUIET
 from fleetcast.retraining.report import RetrainingCheck
 from fleetcast.retraining.state import (
     BUSY,
@@ -241,6 +242,7 @@ class Trainings:
             "rule": check.decision.rule,
             "reason": check.decision.reason,
             "outcome": check.action,
+            "not_quiet": check.quiet.reason if check.decision.reason.startswith(NOT_QUIET) else "",
             "safeguards": safeguards_json(check.decision.safeguards),
         }
         self._state = replace(self._state, last_decision=decision)

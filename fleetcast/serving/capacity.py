@@ -10,7 +10,7 @@ restart the windows still open are lost, eight hours of them; what settled windo
 
 import io
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from fleetcast import files
 from fleetcast.archive import open_arrays
 from fleetcast.capacity.crossing import LIMITS, SOURCES, Calibration, Guess, Said, guess
-from fleetcast.clock import from_ms, iso_z
-from fleetcast.errors import CorruptFile
+from fleetcast.clock import from_ms, iso_z, to_ms
+from fleetcast.errors import CorruptFile, quote
 from fleetcast.forecast.encoding import is_percent
-from fleetcast.schema import FleetForecast, Floats32, HistoryWindow
-from fleetcast.serving.history import BinHistory
+from fleetcast.schema import FleetForecast, Floats, Floats32, HistoryWindow, Longs
 from fleetcast.serving.ledger import pack_lines, unpack_lines
 from fleetcast.serving.past import BadQuestion
+from fleetcast.serving.roster import Fleet
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +65,16 @@ class _Standing:
     """What is said now of one metric."""
 
     told: Floats32  # (limit, series) by the source that answers
-    now: Floats32  # (series,)
+    now: Floats32  # (series,) the newest mean that is known, also of a silent server
     possible: NDArray[np.uint16]  # (series, limit) steps until p90 is over, 0 = not within the horizon
     likely: NDArray[np.uint16]  # the same of p50
     records: tuple[dict[str, Any], ...]  # by limit: which source answers, and how good all were
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether a server sends the metric, or sent it in the time that is remembered."""
+        is_known = np.isfinite(self.now).any() or np.isfinite(self.told).any()
+        return bool(is_known or any(record["windows"] for record in self.records))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,6 +82,14 @@ class _Published:
     origin_ms: int
     server_names: tuple[str, ...]
     standings: dict[str, _Standing]  # by metric
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Nearness:
+    """How near servers are to `ALERT_LIMIT`, by that metric in percent which is the likeliest to pass it."""
+
+    p: Floats  # (server,) the probability; NaN = not known, or over it already
+    at_ms: Longs  # (server,) the bin in which p50 passes it, or else p90; 0 = not within the horizon
 
 
 @dataclass(frozen=True)
@@ -92,12 +106,14 @@ class CapacityGauges:
 class Capacity:
     """Keeps what is said until it is true or false, and learns from that."""
 
-    def __init__(self, folder: Path, history: BinHistory, horizon_bins: int) -> None:
+    def __init__(self, folder: Path, fleet: Fleet) -> None:
         """Take up what was kept, or begin anew."""
         self._path = folder / FILE
-        self._history = history
-        self._horizon_bins = horizon_bins
+        self._fleet = fleet
+        self._history = history = fleet.history
+        self._horizon_bins = fleet.settings.horizon_bins
         self._bin_ms = history.bin_ms
+        self._gone_bins = max(1, int(fleet.settings.gone_after_s * 1000) // history.bin_ms)
         self._columns = [place for place, metric in enumerate(history.metrics) if is_percent(metric)]
         self._metrics = tuple(history.metrics[place] for place in self._columns)
         self._calibrations = [Calibration() for _ in self._columns]
@@ -119,6 +135,7 @@ class Capacity:
         """
         due = [window for window in self._open if window.origin_ms + self._reach_ms <= forecast.origin_ms]
         guesses: list[list[Guess]] = [[] for _ in self._columns]
+        newest: list[list[Floats32]] = [[] for _ in self._columns]
         peaks: list[list[Floats32]] = [[] for _ in due]
         names: list[str] = []
         for part in parts:
@@ -126,6 +143,7 @@ class Capacity:
             for place, column in enumerate(self._columns):
                 quantiles = forecast.quantiles[rows, column]
                 guesses[place].append(guess(quantiles, part.values[:, column], self._horizon_bins))
+                newest[place].append(_newest(part.values[:, column, -self._gone_bins :]))
             for place, window in enumerate(due):
                 peaks[place].append(self._peaks(part, window.origin_ms))
             names += part.server_names
@@ -134,7 +152,8 @@ class Capacity:
         for window, found in zip(due, peaks, strict=True):
             self._settle(window, names, np.concatenate(found))
         self._open = [window for window in self._open if window not in due]
-        self._publish(forecast, [_join(found) for found in guesses])
+        now = [np.concatenate(found) for found in newest]
+        self._publish(forecast, [_join(found) for found in guesses], now)
         if due:
             self.save()
 
@@ -162,6 +181,8 @@ class Capacity:
     def answer(self, asked: CapacityQuestion) -> dict[str, Any]:
         """Return who may pass the limit, the likeliest first, and how good such answers were.
 
+        Silent servers come last: what is said of them rests on old values.
+
         Raises:
             BadQuestion: with what would be right.
         """
@@ -172,29 +193,61 @@ class Capacity:
         unknown = [metric for metric in metrics if metric not in self._metrics]
         if unknown:
             known = ", ".join(self._metrics) or "none"
-            raise BadQuestion(f"{unknown[0][:80]!r} is no metric in percent that is forecast: {known} are")
+            raise BadQuestion(f"{quote(unknown[0])} is no metric in percent that is forecast: {known} are")
         published, column = self._published, LIMITS.index(asked.limit)
         standings = {name: published.standings[name] for name in metrics if name in published.standings}
-        rows = [row for name in standings for row in self._rows(published, name, column, asked)]
-        rows.sort(key=lambda row: (row["state"] != OVER, -(row["p"] or 0.0), row["server"]))
+        silent = self._fleet.servers().silent_since()
+        rows = [
+            {**row, "silent_since": silent.get(row["server"])}
+            for name in standings
+            for row in self._rows(published, name, column, asked, silent)
+        ]
+        rows.sort(key=_rank)
         return {
             "origin": iso_z(from_ms(published.origin_ms)) if standings else None,
             "horizon_s": self._horizon_bins * self._bin_ms // 1000,
             "limit": asked.limit,
             "servers": len(published.server_names),
             "metrics": {name: standing.records[column] for name, standing in standings.items()},
+            "not_sent": [name for name, standing in standings.items() if not standing.is_sent],
             "matching": len(rows),
+            "silent": sum(row["silent_since"] is not None for row in rows),
+            "bins_waiting": self._count_waiting(published),
             "rows": [self._with_since(row, asked.limit) for row in rows[: asked.n_rows]],
         }
 
-    def gauges(self, n_servers: int) -> CapacityGauges:
-        """Return what a scrape reads, with labels for the first `n_servers` at most."""
+    def _count_waiting(self, published: _Published) -> int:
+        """Return how many closed bins are newer than what is published."""
+        closed = {*self._fleet.due_bins(), self._history.taken_bin_ms or 0}
+        return sum(bin_ms > published.origin_ms for bin_ms in closed)
+
+    def nearness(self, server_names: Sequence[str]) -> Nearness:
+        """Return how near these servers are to the limit, as the newest sweep says it."""
         published, column = self._published, LIMITS.index(ALERT_LIMIT)
+        n_published = len(published.server_names)
+        p = np.full(n_published + 1, np.nan)  # the last place: of a server that is not known
+        steps = np.zeros(n_published + 1, np.int64)
+        for standing in published.standings.values():
+            told = np.where(standing.now < ALERT_LIMIT, standing.told[column], np.nan)
+            likely, possible = standing.likely[:, column], standing.possible[:, column]
+            is_nearer = told > np.nan_to_num(p[:-1], nan=-1.0)
+            p[:-1][is_nearer] = told[is_nearer]
+            steps[:-1][is_nearer] = np.where(likely > 0, likely, possible)[is_nearer]
+        places = {name: place for place, name in enumerate(published.server_names)}
+        rows = np.fromiter((places.get(name, -1) for name in server_names), np.int64, len(server_names))
+        at_ms = np.where(steps > 0, published.origin_ms + steps * self._bin_ms, 0)
+        return Nearness(p[rows], at_ms[rows])
+
+    def gauges(self, n_servers: int) -> CapacityGauges:
+        """Return what a scrape reads, without silent servers; labels for the first `n_servers` at most."""
+        published, column = self._published, LIMITS.index(ALERT_LIMIT)
+        silent = self._fleet.servers().silent_since()
+        is_silent = np.array([name in silent for name in published.server_names], np.bool_)
         found = CapacityGauges({}, {}, {}, {}, {})
         for metric, standing in published.standings.items():
-            below = standing.now < ALERT_LIMIT
-            told = standing.told[column]
-            found.over[metric] = int((standing.now >= ALERT_LIMIT).sum())
+            below = (standing.now < ALERT_LIMIT) & ~is_silent
+            told = np.where(is_silent, np.nan, standing.told[column])
+            found.over[metric] = int(((standing.now >= ALERT_LIMIT) & ~is_silent).sum())
             found.likely[metric] = int((told[below] >= LIKELY).sum())  # NaN is not
             if np.isfinite(told).any():
                 found.expected[metric] = float(np.nansum(told[below]))
@@ -225,14 +278,14 @@ class Capacity:
             of_series = np.where(rows >= 0, peaks[rows, place], np.nan).astype(np.float32)
             self._calibrations[place].settle(said, of_series)
 
-    def _publish(self, forecast: FleetForecast, guesses: Sequence[Guess]) -> None:
+    def _publish(self, forecast: FleetForecast, guesses: Sequence[Guess], newest: Sequence[Floats32]) -> None:
         said = tuple(
             calibration.say(found) for calibration, found in zip(self._calibrations, guesses, strict=True)
         )
         standings = {
-            metric: _stand(calibration, one, forecast.quantiles[:, column])
-            for metric, column, calibration, one in zip(
-                self._metrics, self._columns, self._calibrations, said, strict=True
+            metric: _stand(calibration, one, now, forecast.quantiles[:, column])
+            for metric, column, calibration, one, now in zip(
+                self._metrics, self._columns, self._calibrations, said, newest, strict=True
             )
         }
         self._published = _Published(forecast.origin_ms, forecast.server_names, standings)
@@ -241,8 +294,14 @@ class Capacity:
             self._open.append(_Window(forecast.origin_ms, forecast.server_names, said))
 
     def _rows(
-        self, published: _Published, metric: str, column: int, asked: CapacityQuestion
+        self,
+        published: _Published,
+        metric: str,
+        column: int,
+        asked: CapacityQuestion,
+        silent: Mapping[str, str],
     ) -> Iterable[dict[str, Any]]:
+        """Yield a row of each chosen server: one that is over has no times, a silent one no past ones."""
         standing = published.standings[metric]
         told, now, possible = standing.told[column], standing.now, standing.possible[:, column]
         is_over = now >= asked.limit
@@ -252,34 +311,55 @@ class Capacity:
         chosen |= (asked.min_p <= 0.0) & np.isfinite(now)
         if asked.server:
             chosen &= np.array([name == asked.server for name in published.server_names])
+        now_ms = to_ms(self._fleet.clock.now())
         for row in np.flatnonzero(chosen).tolist():
             state = OVER if is_over[row] else UNKNOWN if is_unknown[row] else MAY_PASS
+            name = published.server_names[row]
+            steps = (0, 0) if is_over[row] else (possible[row], standing.likely[row, column])
+            first, likely = (self._when(published, int(one), now_ms * (name in silent)) for one in steps)
             yield {
-                "server": published.server_names[row],
+                "server": name,
                 "metric": metric,
                 "state": state,
                 "now": _round(now[row], 2),
                 "p": _round(told[row], 3) if state == MAY_PASS else None,
-                "first_possible": self._when(published, int(possible[row])),
-                "likely": self._when(published, int(standing.likely[row, column])),
+                "first_possible": first,
+                "likely": likely,
             }
 
-    def _when(self, published: _Published, steps: int) -> str | None:
-        return iso_z(from_ms(published.origin_ms + steps * self._bin_ms)) if steps else None
+    def _when(self, published: _Published, steps: int, oldest_ms: int) -> str | None:
+        at_ms = published.origin_ms + steps * self._bin_ms
+        return iso_z(from_ms(at_ms)) if steps and at_ms >= oldest_ms else None
 
     def _with_since(self, row: dict[str, Any], limit: float) -> dict[str, Any]:
-        """Return a row with the bin since which its server is over the limit, None where it is not."""
-        since, end_ms = None, self._history.taken_bin_ms
-        if row["state"] == OVER and end_ms is not None:
-            past = self._history.past(row["server"], end_ms, 2 * self._horizon_bins)
-            if past is not None:
-                values = past[self._history.metrics.index(row["metric"])]
-                below = np.flatnonzero(values < limit)  # bins without a record end nothing
-                known = np.flatnonzero(np.isfinite(values))
-                after = known[known > (below[-1] if len(below) else -1)]
-                if len(after):
-                    since = iso_z(from_ms(end_ms - (len(values) - 1 - int(after[0])) * self._bin_ms))
-        return {**row, "since": since}
+        """Return a row with the bin since which its server is over the limit, None where it is not.
+
+        `since_or_before` is true where no bin in memory lies below the limit: who knows what was before.
+        """
+        since_ms, is_open = None, False
+        end_ms, oldest_ms = self._history.taken_bin_ms, self._history.oldest_kept_ms
+        if row["state"] == OVER and end_ms is not None and oldest_ms is not None:
+            n_kept = (end_ms - oldest_ms) // self._bin_ms + 1
+            for n_bins in (min(self._horizon_bins, n_kept), n_kept):  # most have not been over for long
+                since_ms, is_open = self._find_since(row, limit, end_ms, n_bins)
+                if not is_open:
+                    break
+        since = None if since_ms is None else iso_z(from_ms(since_ms))
+        return {**row, "since": since, "since_or_before": since is not None and is_open}
+
+    def _find_since(
+        self, row: Mapping[str, Any], limit: float, end_ms: int, n_bins: int
+    ) -> tuple[int | None, bool]:
+        """Return the first bin after the newest one below the limit, and whether there was none below."""
+        past = self._history.past(row["server"], end_ms, n_bins)
+        if past is None:
+            return None, False
+        values = past[self._history.metrics.index(row["metric"])]
+        below = np.flatnonzero(values < limit)  # bins without a record end nothing
+        known = np.flatnonzero(np.isfinite(values))
+        after = known[known > (below[-1] if len(below) else -1)]
+        since_ms = end_ms - (n_bins - 1 - int(after[0])) * self._bin_ms if len(after) else None
+        return since_ms, not len(below)
 
     def _take_up(self) -> None:
         with open_arrays(self._path, "a file of capacity") as archive:
@@ -295,6 +375,8 @@ class Capacity:
                 own, found = getattr(self._calibrations[place], name), stack[kept.index(metric)]
                 if own.shape != found.shape or own.dtype != found.dtype:
                     raise CorruptFile(self._path, f"{name} is not {own.dtype} of shape {own.shape}")
+                if name != "scores" and not (np.isfinite(found) & (found >= 0)).all():  # sums and counts
+                    raise CorruptFile(self._path, f"{name} holds other than sums from 0 on")
                 own[...] = found
 
 
@@ -311,24 +393,38 @@ def _join(guesses: Sequence[Guess]) -> Guess:
     )
 
 
-def _stand(calibration: Calibration, said: Said, quantiles: Floats32) -> _Standing:
+def _newest(values: Floats32) -> Floats32:
+    """Return (series,): the newest known one of means (series, bin); NaN = none is known.
+
+    >>> _newest(np.array([[1.0, 2.0], [3.0, np.nan], [np.nan, np.nan]], np.float32)).tolist()
+    [2.0, 3.0, nan]
+    """
+    newest = values[:, -1].copy()
+    rows = np.flatnonzero(np.isnan(newest))
+    past = values[rows, ::-1]
+    newest[rows] = past[np.arange(len(rows)), np.isfinite(past).argmax(axis=1)]
+    return newest
+
+
+def _stand(calibration: Calibration, said: Said, now: Floats32, quantiles: Floats32) -> _Standing:
     """Return what one metric's answers need."""
-    sources = [calibration.choose(column) for column in range(len(LIMITS))]
-    told = np.stack([said.told[source, :, column] for column, source in enumerate(sources)])
+    choices = [calibration.choose(column) for column in range(len(LIMITS))]
+    told = np.stack([said.told[source, :, column] for column, (source, _why) in enumerate(choices)])
     first = []
     for quantile in (2, 1):
         reached = quantiles[..., quantile, None] >= np.array(LIMITS, np.float32)  # (series, step, limit)
         first.append(np.where(reached.any(axis=1), reached.argmax(axis=1) + 1, 0).astype(np.uint16))
-    records = tuple(_record(calibration, column, source) for column, source in enumerate(sources))
-    return _Standing(told, said.guess.now, first[0], first[1], records)
+    records = tuple(_record(calibration, column, *choice) for column, choice in enumerate(choices))
+    return _Standing(told, now, first[0], first[1], records)
 
 
-def _record(calibration: Calibration, column: int, source: int) -> dict[str, Any]:
+def _record(calibration: Calibration, column: int, source: int, why: str) -> dict[str, Any]:
     """Return which source answers for a limit, and how good all were."""
     n_windows, scores = calibration.brier_scores(column)
     kept = calibration.reliability(source, column)
     return {
         "by": SOURCES[source],
+        "why": why,
         "windows": n_windows,
         "brier": dict(zip(SOURCES, np.round(scores, 4).tolist(), strict=True)) if n_windows else None,
         "reliability": [
@@ -337,6 +433,11 @@ def _record(calibration: Calibration, column: int, source: int) -> dict[str, Any
             if n
         ],
     }
+
+
+def _rank(row: Mapping[str, Any]) -> tuple[bool, bool, float, str]:
+    """Return what rows are sorted by: silent servers last, those over the limit first, then the likeliest."""
+    return row["silent_since"] is not None, row["state"] != OVER, -(row["p"] or 0.0), row["server"]
 
 
 def _round(value: Any, digits: int) -> float | None:

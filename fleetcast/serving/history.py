@@ -20,7 +20,7 @@ import numpy as np
 from fleetcast.bins import HISTORY_BINS, NO_MEAN, RECENT_BINS, BinCodes, MeanCodes, bin_means
 from fleetcast.clock import from_ms, to_ms
 from fleetcast.forecast.encoding import is_percent
-from fleetcast.schema import ClosedBin, Codes, Floats, Floats32, HistoryWindow, Longs, RecordBatch
+from fleetcast.schema import ClosedBin, Codes, Floats, Floats32, HistoryWindow, Longs, NameRows, RecordBatch
 from fleetcast.settings import BinSettings, ForecastSettings
 
 _REFRESH_BINS = 288  # bins read again per call: a bound on how long one call takes
@@ -59,7 +59,7 @@ class BinHistory:
 
     def _begin(self) -> None:
         # the lock guards what `add` touches, down to _late_bins; the rest is the sweeping thread's
-        self._rows: dict[str, int] = {}
+        self._rows = NameRows()
         self._newest_ms: Longs = np.full(64, _UNSEEN, dtype=np.int64)  # (server row,)
         self._open: dict[int, list[_Rows]] = {}
         self._taken_ms: int | None = None  # the newest closed bin
@@ -92,7 +92,7 @@ class BinHistory:
 
     def unknown(self, server_names: Iterable[str]) -> list[str]:
         """Return those names of which nothing is remembered."""
-        return [name for name in server_names if name not in self._rows]
+        return self._rows.unknown(server_names)
 
     @property
     def taken_bin_ms(self) -> int | None:
@@ -143,9 +143,12 @@ class BinHistory:
 
     def due(self, now: datetime) -> list[int]:
         """Return the starts of the bins that hold rows and are closed by `now`, oldest first."""
-        last_ms = to_ms(now) - self._grace_ms - self.bin_ms
         with self._lock:
-            return sorted(start for start in self._open if start <= last_ms)
+            return sorted(start for start in self._open if start <= self.newest_due_ms(now))
+
+    def newest_due_ms(self, now: datetime) -> int:
+        """Return the latest time at which a bin may start that is closed by `now`."""
+        return to_ms(now) - self._grace_ms - self.bin_ms
 
     def n_open_rows(self, bin_ms: int) -> int:
         """Return how many rows a bin that is not closed yet holds."""
@@ -319,11 +322,9 @@ class BinHistory:
 
     def _rows_of(self, batch: RecordBatch) -> Codes:
         """Return the history's row of each record; caller holds the lock."""
-        row_of_code = np.empty(len(batch.server_names), dtype=np.int32)
-        for code, name in enumerate(batch.server_names):
-            row_of_code[code] = self._rows.setdefault(name, len(self._rows))
+        rows: Codes = self._rows.of(batch.server_names)[batch.server_codes]
         self._newest_ms = _grow(self._newest_ms, len(self._rows))
-        return row_of_code[batch.server_codes]
+        return rows
 
     def _note_seen(self, codes: Codes, starts: Longs) -> None:
         self._seen_bin_ms = _grow(self._seen_bin_ms, len(self._rows))
@@ -340,7 +341,7 @@ class BinHistory:
                 return
             new_row = np.full(len(names), -1, dtype=np.int32)
             new_row[kept] = np.arange(len(kept), dtype=np.int32)
-            self._rows = {names[row]: index for index, row in enumerate(kept)}
+            self._rows = NameRows(names[row] for row in kept)
             self._newest_ms = _grow(self._newest_ms[kept], 64)
             self._seen_bin_ms = _grow(_grow(self._seen_bin_ms, len(names))[kept], 64)
             self._open = {

@@ -30,8 +30,8 @@ from fleetcast.clock import Clock, iso_z, monotonic
 from fleetcast.errors import StorageBroken, StorageFull
 from fleetcast.ingest.columns import Flags, join_rows
 from fleetcast.ingest.records import REJECTIONS_KEPT, RecordRules, accept
-from fleetcast.ingest.rules import TOO_MANY_SERVERS, rule_of
-from fleetcast.schema import RecordBatch, RefusedField, Rejection
+from fleetcast.ingest.rules import TOO_MANY_SERVERS, quote_value, rule_of
+from fleetcast.schema import Longs, RecordBatch, RefusedField, Rejection
 from fleetcast.serving.roster import Fleet
 from fleetcast.settings import BufferSettings, ServerSettings
 from fleetcast.storage.store import DataBuffer
@@ -102,18 +102,20 @@ def _is_of(line: str, servers: Collection[str]) -> bool:
 
 
 def _line(stamp: str, rejection: Rejection, record: object) -> str:
-    shown: Any = record
+    kept: Any = record
     text = _text(record)
     if len(text) > RECORD_MAX_CHARS:
-        shown = text[:RECORD_MAX_CHARS]
-    entry = {"received_at": stamp, **rejection.as_dict(), "record": shown}
+        kept = text[:RECORD_MAX_CHARS]
+    entry = {"received_at": stamp, **rejection.as_dict(), "record": kept}
     try:
-        return msgspec.json.encode(entry, enc_hook=repr).decode()
+        return msgspec.json.encode(entry, enc_hook=quote_value).decode()
     except (UnicodeEncodeError, TypeError, ValueError, RecursionError):  # lone surrogates, odd keys
         return json.dumps({**entry, "record": text[:RECORD_MAX_CHARS]})
 
 
 def _text(record: object) -> str:
+    if isinstance(record, dict):  # of columns a time is no text
+        record = {k: quote_value(v) if isinstance(v, datetime) else v for k, v in record.items()}
     try:
         return ascii(record)
     except RecursionError:
@@ -217,6 +219,7 @@ class Intake:
         self._buffer_settings = buffer_settings
         self._wake = wake
         self.writes = WriteHealth()
+        self.note_times: Callable[[Longs], None] = lambda times_ms: None  # told of what was made durable
 
     def forget(self, servers: Collection[str]) -> bool:
         """Forget what was rejected of some servers; see `RejectedRecords.forget`."""
@@ -256,8 +259,9 @@ class Intake:
         if len(batch):
             self.writes.write(lambda: self._buffer.append_batch(batch))
             self._fleet.add(batch)
+            self.note_times(batch.timestamps_ms)
             due = self._fleet.due_bins()
-            if due and self._fleet.is_of_use(due[-1]):  # history from long ago waits for the next tick
+            if due and self._fleet.is_present(due[-1]):  # history that comes in waits for the next tick
                 self._wake()
         rejections = sorted((*accepted.rejections, *refused), key=lambda rejection: rejection.index)
         n_ignored = [accepted.ignored_text_fields] + [0] * (len(parts) - 1)

@@ -225,6 +225,7 @@ def _say_decision(decision: Document) -> Document:
         "at": _z(decision.get("at")),
         "should_retrain": decision.get("should_retrain") is True,
         "reason": decision.get("reason"),
+        "not_quiet": decision.get("not_quiet") or "",  # states of before have none
         "safeguards": [{"name": name, **check} for name, check in checks.items() if isinstance(check, dict)],
     }
 

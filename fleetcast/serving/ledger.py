@@ -434,6 +434,9 @@ def read_origin(path: Path) -> OpenForecasts:
         raise CorruptFile(path, f"quantiles of shape {kept.quantiles.shape}, expected {shape}")
     if kept.model_median.shape != shape[:3]:
         raise CorruptFile(path, f"medians of shape {kept.model_median.shape}, expected {shape[:3]}")
+    found = (kept.horizons, kept.quantiles, kept.is_model, kept.model_median)
+    if (kinds := "".join(array.dtype.kind for array in found)) != "ifbf":
+        raise CorruptFile(path, f"arrays of kinds {kinds}, expected ifbf")
     return kept
 
 

@@ -7,8 +7,10 @@ beside that of repeating the last value. Does not know: HTTP; how bins close or 
 One answer reads files: those who ask take turns (`api/page.py`), and nothing here waits for a sweep.
 """
 
+import logging
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +19,22 @@ from numpy.typing import NDArray
 
 from fleetcast.bins import bin_means
 from fleetcast.clock import DAY_MS, HOUR_MS, from_ms, iso_z, to_ms
-from fleetcast.errors import FleetcastError
+from fleetcast.errors import FleetcastError, quote
 from fleetcast.ingest.rules import parse_timestamp_ms, to_significant
 from fleetcast.schema import Floats, Floats32, Longs, SettledForecasts
 from fleetcast.serving.board import SIGNIFICANT_DIGITS, UnknownServer
-from fleetcast.serving.roster import Fleet
+from fleetcast.serving.roster import Fleet, meant
 from fleetcast.setting import nearest
 from fleetcast.storage.store import DataBuffer
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_HOURS = 48
 MOST_DAYS = 31
 MOST_VALUES = 100_000  # bins x metrics of one answer
 MOST_ROWS = 2_000_000  # settled forecasts that one answer about accuracy reads
 MOST_HOURS = 168
+_ROWS_AT_ONCE = 300_000  # settled forecasts read within an answer about the fleet: half a second
 _FEWEST_BINS = 12  # settled forecasts of a series from which it is compared with others
 _MEMORY, _BUFFER = "memory", "buffer"
 _QUANTILES = ("p10", "p50", "p90")
@@ -73,6 +78,10 @@ class Past:
         self._history = fleet.history
         self._buffer = buffer
         self._horizons = tuple(sorted(set(settle_horizons)))
+        self._ratios: tuple[int, dict[str, float]] = (-1, {})  # of which closed bin; by server
+        self._aside = ThreadPoolExecutor(1, "ratios")  # begins a thread at its first work
+        self._is_counting = False
+        self._oldest: tuple[int, int | None] = (-1, None)  # of which closed bin; milliseconds
 
     def answer(
         self, server: str, metrics: Sequence[str] = (), start: str | None = None, end: str | None = None
@@ -97,13 +106,18 @@ class Past:
         """
         bin_ms = self._history.bin_ms
         closed_ms = self._closed_end_ms()
-        end_ms = closed_ms if end is None else min(_up(_time("end", end), bin_ms), closed_ms)
+        last = closed_ms if end is None else _time("end", end)
+        end_ms = min(_up(last, bin_ms), closed_ms)
         first = end_ms - DEFAULT_HOURS * HOUR_MS if start is None else _time("start", start)
+        if start is not None and end is not None and first >= last:
+            what = f"end must be after start, got end {quote(end)} and start {quote(start)}"
+            raise BadQuestion(what)
         start_ms = first // bin_ms * bin_ms
         names = tuple(dict.fromkeys(metrics)) or self._history.metrics
         unknown = [name for name in names if name not in self._known_metrics()]
         if unknown:
-            raise BadQuestion(f"no server sent a metric {unknown[0][:80]!r}", hint="see /predictions/current")
+            what = f"no server sent a metric {quote(unknown[0])}"
+            raise BadQuestion(what, hint="see /predictions/current")
         if end_ms <= start_ms and start is not None:
             newest = iso_z(from_ms(closed_ms))
             raise BadQuestion(
@@ -111,7 +125,8 @@ class Past:
             )
         if end_ms - start_ms > MOST_DAYS * DAY_MS:
             raise BadQuestion(f"one question is about at most {MOST_DAYS} days", hint="ask piece by piece")
-        asked = Question(server, names, start_ms, end_ms, bin_ms)
+        start_ms, end_ms = max(start_ms, 0), max(end_ms, 0)  # no record is older than 1970
+        asked = Question(meant(server), names, start_ms, end_ms, bin_ms)
         if asked.n_bins * len(names) > MOST_VALUES:
             raise BadQuestion(
                 f"{asked.n_bins} bins of {len(names)} metrics are over the limit of {MOST_VALUES} values",
@@ -125,11 +140,16 @@ class Past:
         Raises:
             UnknownServer: nothing is known of the server in this stretch.
         """
+        oldest_ms = self.oldest_ms()
+        if oldest_ms is not None and asked.end_ms <= oldest_ms:
+            oldest = f"the oldest record of any server is of {iso_z(from_ms(oldest_ms))}"
+            what = f"{quote(asked.server)} sent nothing between start and end"
+            raise UnknownServer(what, hint=oldest)
         reach = max(self._horizons, default=0) * asked.bin_ms  # a forecast's last value lies so far back
         actuals, source = self._actuals(asked, asked.start_ms - reach)
         settled = self._buffer.read_server_predictions(asked.server, asked.start_ms, asked.end_ms)
         if np.isnan(actuals).all() and not len(settled) and self._is_unknown(asked.server):
-            raise self._unknown_server(asked.server, f"{asked.server!r} sent nothing between start and end")
+            raise self._unknown_server(asked.server, "it sent nothing between start and end")
         forecast = set(self._history.metrics)
         horizons = {metric: self._horizons if metric in forecast else () for metric in asked.metrics}
         return {
@@ -146,6 +166,19 @@ class Past:
             },
         }
 
+    def oldest_ms(self) -> int | None:
+        """Return when the oldest stored record is of, None before the first; looked up once a bin."""
+        end_ms = self._closed_end_ms()
+        if self._oldest[0] != end_ms or self._oldest[1] is None:
+            oldest = self._buffer.oldest_record_time()
+            self._oldest = (end_ms, None if oldest is None else to_ms(oldest))
+        return self._oldest[1]
+
+    def stored_span(self, server: str) -> tuple[int, int] | None:
+        """Return when the oldest and the newest stored record of a server are of; None: there is none."""
+        batch = self._buffer.read_server(meant(server), 0, self._closed_end_ms(), ())
+        return (int(batch.timestamps_ms[0]), int(batch.timestamps_ms[-1])) if len(batch) else None
+
     def accuracy(self, asked: "AccuracyQuestion") -> dict[str, Any]:
         """Return how good settled forecasts were, over the fleet or one server, and where they were worst.
 
@@ -158,10 +191,9 @@ class Past:
         unknown = [name for name in metrics if name not in self._history.metrics]
         if unknown:
             known = ", ".join(self._history.metrics)
-            raise BadQuestion(f"{unknown[0][:80]!r} is not forecast", hint=f"one of {known}")
-        if asked.server:
-            self.require(asked.server)
-        names = (asked.server,) if asked.server else self._fleet.servers().server_names
+            raise BadQuestion(f"{quote(unknown[0])} is not forecast", hint=f"one of {known}")
+        server = self.require(asked.server) if asked.server else None
+        names = (server,) if server else self._fleet.servers().server_names
         bin_ms, end_ms = self._history.bin_ms, self._closed_end_ms()
         a_bin = max(1, len(names) * len(metrics) * len(self._horizons))
         n_bins = max(1, min(asked.hours * HOUR_MS // bin_ms, MOST_ROWS // a_bin))
@@ -170,7 +202,7 @@ class Past:
         worst = np.argsort(-sums.ratios().ravel(), kind="stable")[: asked.n_worst]
         told = [sums.one(names, metrics, self._horizons, int(place)) for place in worst]
         return {
-            "server": asked.server or None,
+            "server": server,
             "servers": len(names),
             "bin_s": bin_ms // 1000,
             "start": iso_z(from_ms(start_ms)),
@@ -179,14 +211,50 @@ class Past:
             "worst": [item for item in told if item["ratio"] is not None and item["bins"] >= _FEWEST_BINS],
         }
 
-    def require(self, server: str) -> None:
-        """Make sure that a server is known.
+    def ratios(self, server_names: Sequence[str]) -> Floats:
+        """Return each server's error over that of repeating the last value: the mean of its series of a day.
+
+        Of a large fleet it is a shorter time, as in `accuracy`, and it is counted beside the answers: until
+        then the ratios are those of the bin before. One thread asks at a time. NaN = too few settled.
+        """
+        end_ms = self._closed_end_ms()
+        if self._ratios[0] != end_ms and not self._is_counting:
+            metrics, bin_ms = self._history.metrics, self._history.bin_ms
+            a_bin = max(1, len(server_names) * len(metrics) * len(self._horizons))
+            n_bins = max(1, min(DAY_MS // bin_ms, MOST_ROWS // a_bin))
+            asked = tuple(server_names), end_ms - n_bins * bin_ms, end_ms
+            if n_bins * a_bin <= _ROWS_AT_ONCE:
+                self._count_ratios(*asked)
+            else:
+                self._is_counting = True
+                self._aside.submit(self._count_aside, *asked)
+        return np.array([self._ratios[1].get(name, np.nan) for name in server_names], dtype=np.float64)
+
+    def _count_aside(self, names: Sequence[str], start_ms: int, end_ms: int) -> None:
+        try:
+            self._count_ratios(names, start_ms, end_ms)
+        except Exception as error:  # the table says it without this column
+            logger.warning("how good forecasts were is not known for the fleet's table: %s", error)
+        finally:
+            self._is_counting = False
+
+    def _count_ratios(self, names: Sequence[str], start_ms: int, end_ms: int) -> None:
+        found = self._sum_errors(names, self._history.metrics, start_ms, end_ms).ratios()
+        n_known = (found >= 0.0).sum(axis=(1, 2))
+        sums = np.where(found >= 0.0, found, 0.0).sum(axis=(1, 2))
+        means = np.where(n_known > 0, sums / np.maximum(n_known, 1), np.nan)
+        self._ratios = (end_ms, dict(zip(names, means.tolist(), strict=True)))
+
+    def require(self, server: str) -> str:
+        """Return the name of a server that is known.
 
         Raises:
             UnknownServer: it is not; the message names the nearest.
         """
-        if self._is_unknown(server):
-            raise self._unknown_server(server, f"{server!r} sent nothing within 8 days")
+        name = meant(server)
+        if self._is_unknown(name):
+            raise self._unknown_server(server, "it sent nothing within 8 days")
+        return name
 
     def _sum_errors(
         self, names: Sequence[str], metrics: Sequence[str], start_ms: int, end_ms: int
@@ -221,7 +289,7 @@ class Past:
 
     def _unknown_server(self, server: str, hint: str) -> UnknownServer:
         close = nearest(server, list(self._fleet.servers().server_names))
-        return UnknownServer(f"unknown server {server!r}{close}", hint=hint)
+        return UnknownServer(f"unknown server {quote(server)}{close}", hint=hint)
 
     def _actuals(self, asked: Question, first_ms: int) -> tuple[Floats, str]:
         """Return (metric, bin) from `first_ms` to the question's end, and where they come from."""
@@ -394,12 +462,10 @@ def _time(field: str, text: str) -> int:
         BadQuestion: it is none.
     """
     try:  # an unencoded "+" of an offset arrives as a space
-        moment_ms = parse_timestamp_ms(text.replace(" ", "+") if "T" in text else text)
-    except (ValueError, OverflowError):
-        moment_ms = -1
-    if moment_ms < 0:
-        raise BadQuestion(f"{field} must be ISO 8601 such as 2026-01-15T10:00:00Z, got {text[:40]!r}")
-    return moment_ms
+        return parse_timestamp_ms(text.replace(" ", "+") if "T" in text else text)
+    except (ValueError, OverflowError) as error:
+        what = f"{field} must be ISO 8601 such as 2026-01-15T10:00:00Z, got {quote(text)}"
+        raise BadQuestion(what) from error
 
 
 def _up(moment_ms: int, bin_ms: int) -> int:

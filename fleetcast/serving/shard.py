@@ -168,12 +168,12 @@ class Answerer:
     """Answers questions with models that it loads once."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        """Import what a forecast needs: seconds, once.
+        """Import what a forecast needs, once.
 
         Args:
             settings: as the daemon tells them: `bin_ms`, `horizon_bins`, `min_history_s`, `threads`.
         """
-        from fleetcast.forecast.predictor import Forecaster, set_threads  # torch
+        from fleetcast.forecast.predictor import Forecaster, set_threads
 
         set_threads(settings["threads"])
         self._load: Callable[[Path], Predictor] = partial(

@@ -31,9 +31,9 @@ from fleetcast.workers import GrowingPause
 logger = logging.getLogger(__name__)
 
 MODULE = "fleetcast.serving.shard"
-RAY_MODULE = "fleetcast.cluster.ray_shards"  # only ever a process of its own: nothing here imports Ray
+RAY_MODULE = "fleetcast.cluster.ray_actors"  # only ever a process of its own: nothing here imports Ray
 GONE = "gone"
-START_LIMIT_S = 120.0  # a shard imports torch and is ready
+START_LIMIT_S = 120.0  # a shard starts Python and is ready
 _MISSING_S = 30.0  # a shard that is started again is back sooner
 ANSWER_LIMIT_S = 60.0  # a part takes less than a second; a shard that is stopped answers never
 _NEXT_LIMIT_S = 15.0  # after another shard did not answer in this sweep
@@ -274,7 +274,9 @@ def make_engine(settings: Settings, is_stopping: Callable[[], bool] = lambda: Fa
     if own.engine == "local" and own.shards == 1:
         return OneProcess(own.horizon_bins)
     is_ray = own.engine == "ray"
-    shards = Shards(settings, (RAY_MODULE, own.ray_address) if is_ray else (MODULE,), share_process=is_ray)
+    shards = Shards(
+        settings, (RAY_MODULE, "shards", own.ray_address) if is_ray else (MODULE,), share_process=is_ray
+    )
     shards.is_stopping = is_stopping
     return shards
 

@@ -5,9 +5,11 @@ Does not know: HTTP; the parts it asks do not know it.
 """
 
 import os
+import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,14 @@ from fleetcast.serving.sweep import Sweeper
 from fleetcast.serving.telemetry import Snapshot, Telemetry
 from fleetcast.settings import Settings
 from fleetcast.storage.store import DataBuffer
+from fleetcast.workers import Workers
 
 _PROBE_S = 0.1  # asking takes the lock for an instant: not more often than needed
 _LATE_BINS = 3  # bins that wait for their sweep
 _FULL_SHARE = 0.9  # of a limit on names
 _STATS_S = 1.0  # reading the statistics touches every day's footers
+_STATS_REST = 20  # times as long as it took: a twentieth of a core at most
+_STATS_WAIT_S = 1.0
 
 
 class TrainingProbe:
@@ -72,8 +77,11 @@ class StatusReport:
         self._workers = telemetry.workers
         self._is_training = TrainingProbe(Path(settings.paths.checkpoint_dir))
         self._started_at = SystemClock().now()
-        self._stats: dict[str, Any] = {}
-        self._stats_at = float("-inf")
+        self._counts = FileCounts(
+            lambda: self._buffer.get_stats(),
+            telemetry.workers,
+            partial(self._errors.note, "buffer statistics"),
+        )
         self.phase = "the history is being restored"  # set by the daemon; "" = it is at work
         self.capacity: Capacity | None = None  # set by the daemon
         self.soonest: Soonest | None = None  # set by the daemon
@@ -108,6 +116,11 @@ class StatusReport:
         """Return the bin that the newest forecasts start from, None before the first."""
         return _time(self._sweeper.counts.last_origin_ms)
 
+    @property
+    def backlog(self) -> int:
+        """Return how many closed bins have no stored forecast yet."""
+        return self._sweeper.backlog
+
     def status(self) -> dict[str, Any]:
         """Return the summary for `/status`."""
         not_ready = self.not_ready
@@ -134,7 +147,7 @@ class StatusReport:
             "buffer": {
                 "folder": str(self._buffer.folder),
                 "oldest_accepted": self._oldest_accepted(),
-                **self._buffer_stats(),
+                **self._counts.newest(),
             },
             "last_errors": self._errors.newest_first(),
         }
@@ -206,7 +219,7 @@ class StatusReport:
     def snapshot(self) -> Snapshot:
         """Return the states a scrape reads."""
         present = self._fleet.servers()
-        stats, limits = self._buffer_stats(), self._limits()
+        stats, limits = self._counts.newest(), self._limits()
         model, shards = self._model.report(), self._sweeper.engine.report()
         most_named = self._settings.server.max_server_labels
         shown = range(min(len(present.server_names), most_named))
@@ -244,14 +257,47 @@ class StatusReport:
             },
         )
 
-    def _buffer_stats(self) -> dict[str, Any]:
-        if monotonic() - self._stats_at >= _STATS_S:
-            try:
-                self._stats = self._buffer.get_stats()
-            except (FleetcastError, OSError) as error:  # the rest of the report must not suffer
-                self._errors.note("buffer statistics", error)
-            self._stats_at = monotonic()
-        return self._stats
+
+class FileCounts:
+    """What the buffer's files hold, counted by one thread at a time, and rarely where that takes long.
+
+    Which rows of the log are no newer copies of sealed ones is a comparison of keys: of 100,000 servers it
+    takes seconds, and nothing that asks for a status may wait for it or repeat it.
+    """
+
+    def __init__(
+        self, count: Callable[[], dict[str, Any]], workers: Workers, on_error: Callable[[Exception], None]
+    ) -> None:
+        """Begin with nothing known.
+
+        Args:
+            count: returns the counts; may take long, and may raise FleetcastError and OSError.
+            on_error: takes what it raised; the counts before stay.
+        """
+        self._count, self._on_error = count, on_error
+        self._newest: dict[str, Any] = {}
+        self._counted_at, self._took_s = float("-inf"), 0.0
+        self._lock = threading.Lock()
+        self._thread = workers.thread("file counts", self._run, once=True)
+
+    def newest(self) -> dict[str, Any]:
+        """Return the newest counts, {} if they never succeeded; waits a second at most, but for the first."""
+        with self._lock:
+            is_due = monotonic() - self._counted_at >= max(_STATS_S, _STATS_REST * self._took_s)
+            if is_due and not self._thread.is_alive and not self._thread.worker.rest_s:
+                self._thread.start()
+        self._thread.join(_STATS_WAIT_S if self._newest else None)
+        return self._newest
+
+    def _run(self) -> None:
+        started = monotonic()
+        try:
+            self._newest = self._count()
+        except (FleetcastError, OSError) as error:  # the rest of the report must not suffer
+            self._on_error(error)
+        finally:
+            self._counted_at = monotonic()
+            self._took_s = self._counted_at - started
 
 
 def _time(milliseconds: int | None) -> str | None:

@@ -11,8 +11,8 @@ Rows that come soon after their bin has closed correct what was settled: the bin
 rows of the same key replace the first ones. The expert layer keeps what it learned.
 
 With the data clock every closed bin gets a forecast, oldest first; with the system clock a
-sweep that overran takes the newest closed bin and counts the others as skipped. So does one whose bins
-are so old that nothing a forecast from them says is yet to come (history that is brought in): it makes none.
+sweep that overran takes the newest closed bin and counts the others as skipped. History that is brought in
+gets no forecast while more of it comes (but for one a minute), nor one of which nothing is yet to come.
 """
 
 import logging
@@ -55,6 +55,7 @@ _MODEL_WAIT_S = 120.0  # data clock: recorded hours must not run past a model th
 _MODEL_WAIT_STEP_S = 0.25  # between two looks at whether to stop
 _REFRESH_S = 5.0
 _RIPE_S = 7200.0  # of data: a model that forecasts none of such series is no use to the fleet
+_GROWING_S = 60.0  # between two forecasts while history comes in: each would be outdated within a second
 _RECENT_BINS = 12  # without a value in them a series is not forecast
 Flags = NDArray[np.bool_]
 
@@ -102,7 +103,8 @@ class Sweeper:
         self._now_ms = 0
         self._waits_for_disk = ""
         self._said: set[str] = set()
-        self._newest_old = (0, 0)  # a bin from long ago, and how many rows it held
+        self._newest_old = (0, 0)  # a bin of history that comes in, and how many rows it held
+        self._grows_since: float | None = None  # when more of it came than in the cycle before, or a forecast
         self._settled: dict[int, ClosedBin] = {}  # what the newest bins were settled with
         self._newest_champion: Champion | None = None  # of the newest forecast
         self._model_failure = ""  # of the newest forecast
@@ -153,14 +155,18 @@ class Sweeper:
         self.keep_feedback()
 
     def _without_growing(self, due: list[int]) -> list[int]:
-        """Leave the newest of bins from long ago open while rows still come into it.
+        """Leave the newest bin of history that is brought in open while rows still come into it.
 
         History comes in faster than life: a bin closed in the middle would have to be read again.
         """
-        if not due or self._fleet.is_of_use(due[-1]):
+        before, self._newest_old = self._newest_old, (0, 0)
+        if due and not self._fleet.is_present(due[-1]):
+            self._newest_old = due[-1], self._history.n_open_rows(due[-1])
+        if before == self._newest_old or not self._newest_old[1]:
+            self._grows_since = None
             return due
-        before, self._newest_old = self._newest_old, (due[-1], self._history.n_open_rows(due[-1]))
-        return due if before == self._newest_old else due[:-1]
+        self._grows_since = self._grows_since or monotonic()
+        return due[:-1]
 
     def keep_feedback(self, *, at_once: bool = False) -> None:
         """Save what settled forecasts taught, when it is time; a full disk costs memory, no forecast."""
@@ -209,7 +215,6 @@ class Sweeper:
         self._model.notice()
         every_bin = self._fleet.is_data_clock
         if every_bin:
-            self._begin_account(due[0])
             self._wait_for_model(should_stop)
         n_closed = 0
         while n_closed < len(due) and not should_stop():
@@ -221,16 +226,11 @@ class Sweeper:
                 self._end_round(closed[-1].bin_ms, 0 if every_bin else len(due) - 1)
                 self._in_hand = due[n_closed:]
 
-    def _begin_account(self, first_bin_ms: int) -> None:
-        """Let a daemon that ends before its first forecast go on with this bin when it starts again."""
-        try:
-            self._ledger.begin(first_bin_ms - self._history.bin_ms)
-        except (StorageFull, StorageBroken) as error:
-            self._telemetry.errors.note("ledger", error)
-
     def _end_round(self, bin_ms: int, n_others: int) -> None:
         """Forecast from the newest closed bin, where that is of use; the others count as skipped."""
-        if self._fleet.is_of_use(bin_ms):
+        is_early = self._grows_since is not None and monotonic() - self._grows_since < _GROWING_S
+        if not is_early and self._fleet.is_of_use(bin_ms):
+            self._grows_since = self._grows_since and monotonic()
             self._forecast(bin_ms, n_others)
             return
         self._ledger.pass_over(bin_ms)

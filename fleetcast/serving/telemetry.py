@@ -9,7 +9,7 @@ import logging
 import threading
 from collections import Counter as Tally
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from prometheus_client import (
@@ -400,73 +400,71 @@ class _States(Collector):
 
 def _by_label(name: str, text: str, label: str, values: Mapping[str, float | None]) -> Metric:
     """Return a gauge with a sample for each known value."""
-    family = GaugeMetricFamily(name, text, labels=[label])
-    for key, value in values.items():
+    return _by_labels(name, text, (label,), (((key,), value) for key, value in values.items()))
+
+
+def _by_labels(
+    name: str, text: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float | None]]
+) -> Metric:
+    """Return a gauge of several labels with a sample for each known value."""
+    family = GaugeMetricFamily(name, text, labels=labels)
+    for key, value in values:
         if value is not None:
-            family.add_metric([key], float(value))
+            family.add_metric(key, float(value))
     return family
 
 
 def _capacity_families(gauges: CapacityGauges) -> Iterable[Metric]:
     """Yield who passes 90 % within the horizon, and how good such answers were."""
-    expected = GaugeMetricFamily(
+    expected = {metric: gauges.expected[metric] for metric in gauges.over if metric in gauges.expected}
+    yield _by_label(
         "fleetcast_capacity_expected_crossings",
         "sum of the probabilities of servers below 90 % to reach it within the horizon",
-        labels=["metric"],
+        "metric",
+        expected,
     )
-    over = GaugeMetricFamily("fleetcast_capacity_over", "servers at 90 % or more now", labels=["metric"])
-    brier = GaugeMetricFamily(
-        "fleetcast_capacity_brier_score",
-        "mean squared error of settled probabilities for 90 %, of two weeks",
-        labels=["metric", "source"],
-    )
-    probability = GaugeMetricFamily(
-        "fleetcast_capacity_probability",
-        "probability to reach 90 % within the horizon, for the first servers up to server.max_server_labels",
-        labels=["server", "metric"],
-    )
-    likely = GaugeMetricFamily(
+    yield _by_label(
         "fleetcast_capacity_likely_crossings",
         "servers below 90 % that reach it within the horizon with a probability of 0.5 or more",
-        labels=["metric"],
+        "metric",
+        {metric: gauges.likely[metric] for metric in gauges.over},
     )
-    for metric in gauges.over:
-        over.add_metric([metric], gauges.over[metric])
-        likely.add_metric([metric], gauges.likely[metric])
-        if metric in gauges.expected:
-            expected.add_metric([metric], gauges.expected[metric])
-    for labels, score in gauges.brier.items():
-        brier.add_metric(list(labels), score)
-    for labels, p in gauges.probability.items():
-        probability.add_metric(list(labels), p)
-    yield from (expected, likely, over, brier, probability)
+    yield _by_label("fleetcast_capacity_over", "servers at 90 % or more now", "metric", gauges.over)
+    yield _by_labels(
+        "fleetcast_capacity_brier_score",
+        "mean squared error of settled probabilities for 90 %, of two weeks",
+        ("metric", "source"),
+        gauges.brier.items(),
+    )
+    yield _by_labels(
+        "fleetcast_capacity_probability",
+        "probability to reach 90 % within the horizon, for the first servers up to server.max_server_labels",
+        ("server", "metric"),
+        gauges.probability.items(),
+    )
 
 
 def _fullness_families(gauges: FullnessGauges) -> Iterable[Metric]:
     """Yield how many servers are full soon, and when those that are first."""
-    within = GaugeMetricFamily(
+    yield _by_labels(
         "fleetcast_capacity_full_within",
         "servers that reach 95 % in less than so many days, at the earliest; those at it are in none",
-        labels=["metric", "within_days"],
+        ("metric", "within_days"),
+        (((metric, str(days)), n_servers) for (metric, days), n_servers in gauges.within.items()),
     )
-    for (metric, days), n_servers in gauges.within.items():
-        within.add_metric([metric, str(days)], n_servers)
-    early = GaugeMetricFamily(
-        "fleetcast_capacity_full_early_timestamp_seconds",
-        "first day on which a server may reach 95 %, of the soonest (server.max_server_labels, at most 100)",
-        labels=["server", "metric"],
-    )
-    late = GaugeMetricFamily(
-        "fleetcast_capacity_full_late_timestamp_seconds",
-        "last day on which the same server will have reached 95 %",
-        labels=["server", "metric"],
-    )
-    for family, values in ((early, gauges.early), (late, gauges.late)):
-        for labels, at in values.items():
-            family.add_metric(list(labels), at)
     full = "servers that were at 95 % or more on the newest whole day"
     first = "earliest day on which any server may reach 95 %"
-    yield within
     yield _by_label("fleetcast_capacity_full", full, "metric", gauges.full)
     yield _by_label("fleetcast_capacity_earliest_full_timestamp_seconds", first, "metric", gauges.earliest)
-    yield from (early, late)
+    yield _by_labels(
+        "fleetcast_capacity_full_early_timestamp_seconds",
+        "first day on which a server may reach 95 %, of the soonest (server.max_server_labels, at most 100)",
+        ("server", "metric"),
+        gauges.early.items(),
+    )
+    yield _by_labels(
+        "fleetcast_capacity_full_late_timestamp_seconds",
+        "last day on which the same server will have reached 95 %",
+        ("server", "metric"),
+        gauges.late.items(),
+    )

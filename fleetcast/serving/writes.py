@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fleetcast.clock import monotonic
-from fleetcast.errors import SettingsError, StorageBroken, StorageFull
+from fleetcast.errors import StorageBroken, StorageFull
 from fleetcast.ingest.columns import CodedNames, Column, RowsOf
 from fleetcast.ingest.rules import RecordRules
 from fleetcast.prometheus.protobuf import unpack
@@ -75,11 +75,7 @@ class WriteIntake:
         rules: Callable[[], RecordRules],
         wall_s: Callable[[], float] = monotonic,
     ) -> None:
-        """Raises SettingsError where the path, a rule or a pattern is not usable."""
-        if not settings.path.startswith("/") or "{" in settings.path:
-            raise SettingsError(
-                [f"remote_write.path must be a path such as /api/v1/write, got {settings.path!r}"]
-            )
+        """Raises SettingsError where a rule or a pattern is not usable."""
         self.path = settings.path
         self.max_unpacked_bytes = settings.max_unpacked_bytes
         self._settings = settings
@@ -242,7 +238,8 @@ class ExporterMapping:
         columns = self._columns(whole, rules)
         fates, self._fates = self._fates, Fates()
         for server, label in fates.unfinished.items():
-            logger.warning(_UNFINISHED, server, label or "none")
+            text = _APART if server in fates.apart else _UNFINISHED
+            logger.warning(text, server, label[:_LABEL_SHOWN_CHARS] or "none")
         return Derived(
             columns,
             n_out_of_bounds=len(samples) - len(usable),
@@ -327,6 +324,12 @@ class ExporterMapping:
         return columns
 
 
+_APART = (
+    "scrapes of a server were left unfinished: its series have times of their own, less than a second apart "
+    "server=%s label=%s (let the scraper stamp all series of a scrape alike: honor_timestamps: false; "
+    "two scrapers of one host: name the label that tells them apart in remote_write.ignored_labels)"
+)
+_LABEL_SHOWN_CHARS = 80  # a sender chose it
 _UNFINISHED = (
     "scrapes of a server were left unfinished: its series never came together server=%s label=%s "
     "(two scrapers of one host: name the label that tells them apart in remote_write.ignored_labels)"

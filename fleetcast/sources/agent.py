@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 
 from fleetcast.clock import Clock, SystemClock, iso_z, monotonic
-from fleetcast.errors import BadData, DaemonAway, ExitCode, SettingsError
+from fleetcast.errors import BadData, DaemonAway, ExitCode, SettingsError, is_visible, quote
 from fleetcast.loop import Stop, SystemdNotifier, configure_logging, run_every
 from fleetcast.program import run_program
 from fleetcast.schema import VIRTUAL_DISKS, VIRTUAL_NICS, increase
@@ -342,8 +342,9 @@ def _client(options: argparse.Namespace) -> DaemonClient:
     if options.backlog < 1:
         problems.append(f"--backlog must be at least 1, got {options.backlog}")
     name = options.server_name
-    if not 1 <= len(name) <= 128 or not name.isprintable():
-        problems.append(f"--server-name must be 1 to 128 printable characters, got {name!r}")
+    if not 1 <= len(name) <= 128 or not name.isprintable() or not is_visible(name):
+        limits = "1 to 128 printable characters, at least one of them visible"
+        problems.append(f"--server-name must be {limits}, got {quote(name)}")
     try:
         client = DaemonClient(options.url, timeout_s=REQUEST_TIMEOUT_S)
     except BadData as error:

@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, urlencode, urlsplit
 
 import requests
 
 from fleetcast.clock import monotonic
-from fleetcast.errors import BadData, DaemonAway
+from fleetcast.errors import BadData, DaemonAway, quote
 from fleetcast.loop import Stop
 from fleetcast.outbound import LOOPBACK, TimeLimit
 
@@ -117,7 +117,7 @@ class JsonClient:
         self, url: str, *, whose: str, example: str, headers: Mapping[str, str], timeout_s: float
     ) -> None:
         if not _is_address(url):
-            raise BadData(f"{whose} address must look like {example}, got {url!r}")
+            raise BadData(f"{whose} address must look like {example}, got {quote(url)}")
         parts = urlsplit(url)
         is_open = parts.username is None  # no password in messages and files
         netloc = parts.netloc if is_open else parts.netloc.rpartition("@")[2]
@@ -132,9 +132,10 @@ class JsonClient:
         self._session.trust_env = parts.hostname not in LOOPBACK
         self._session.headers.update(headers)
 
-    def get(self, path: str) -> dict[str, Any]:
-        """Return the JSON object at `path`; raises as `request` does."""
-        return self.request("GET", path, None)
+    def get(self, path: str, **fields: object) -> dict[str, Any]:
+        """Return the JSON object at `path`, asked with the fields that say something; raises as `request`."""
+        given = [(name, value) for name, value in fields.items() if value not in ("", None, ())]
+        return self.request("GET", f"{path}?{urlencode(given, doseq=True)}" if given else path, None)
 
     def close(self) -> None:
         """Close the connection."""
@@ -158,7 +159,17 @@ class JsonClient:
             RequestRefused: the server answered with an error status.
             DaemonAway: it did not answer in time, or not with a JSON object of at most `most_bytes`.
         """
-        answer, content = self._exchange(method, path, body, kind)
+        try:
+            value = json.loads(self._ask(method, path, body, {} if body is None else {"Content-Type": kind}))
+        except (ValueError, RecursionError) as error:
+            raise DaemonAway(f"{self.url}{path} did not answer with JSON") from error
+        if not isinstance(value, dict):
+            raise DaemonAway(f"{self.url}{path} did not answer with a JSON object")
+        return value
+
+    def _ask(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> bytes:
+        """Return the content of an answer; raises as `request` does."""
+        answer, content = self._exchange(method, path, body, headers)
         if answer.status_code != 200:
             detail = _detail(content)
             raise RequestRefused(
@@ -168,19 +179,12 @@ class JsonClient:
                 retry_after_s=_seconds(answer.headers.get("Retry-After")),
                 hint=self.hints.get(answer.status_code, ""),
             )
-        try:
-            value = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise DaemonAway(f"{self.url}{path} did not answer with JSON") from error
-        if not isinstance(value, dict):
-            raise DaemonAway(f"{self.url}{path} did not answer with a JSON object")
-        return value
+        return content
 
     def _exchange(
-        self, method: str, path: str, body: bytes | None, kind: str
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
     ) -> tuple[requests.Response, bytes]:
         """Return the head of an answer, and its content; of a refusal, how it begins."""
-        headers = {"Content-Type": kind} if body is not None else None
         late = f"{self.url}{path} was not answered whole within {WHOLE * self._timeout_s:g} s"
         try:
             with (
@@ -189,7 +193,7 @@ class JsonClient:
                     method,
                     self.url + path,
                     data=body,
-                    headers=headers,
+                    headers=dict(headers),
                     timeout=self._timeout_s,
                     allow_redirects=False,
                     stream=True,
@@ -250,6 +254,16 @@ class DaemonClient(JsonClient):
     def status(self) -> dict[str, Any]:
         """Return the daemon's `/status`."""
         return self.get("/status")
+
+    def table(self, path: str) -> "pa.Table":
+        """Return the Arrow table at `path`; raises as `request` does."""
+        import pyarrow as pa
+
+        content = self._ask("GET", path, None, {"Accept": ARROW})
+        try:
+            return pa.ipc.open_stream(content).read_all()
+        except (pa.ArrowException, OSError) as error:
+            raise DaemonAway(f"{self.url}{path} did not answer with an Arrow table") from error
 
 
 def _encode(records: Records) -> tuple[bytes, str]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fleetcast.clock import DAY_MS, from_ms, iso_z, to_ms
-from fleetcast.errors import BadData, CorruptFile, SettingsError
+from fleetcast.errors import BadData, CorruptFile, SettingsError, quote
 from fleetcast.files import name_regular
 from fleetcast.schema import Codes, Floats, Longs
 
@@ -69,7 +69,8 @@ def parse_formula(text: str) -> Formula:
     metric, _, right = text.partition("=")
     metric = metric.strip()
     if not METRIC_NAME.fullmatch(metric):
-        raise SettingsError([f"--map {text!r}: a metric is named [a-z][a-z0-9_]*, got {metric!r}"])
+        right = "a metric is named [a-z][a-z0-9_]*"
+        raise SettingsError([f"--map {quote(text)}: {right}, got {quote(metric)}"])
     if "=" not in text:
         right = metric
     return Formula(metric, tuple(_parse_term(term, text) for term in right.split("+")))
@@ -84,7 +85,7 @@ def _parse_term(term: str, text: str) -> tuple[str, float]:
         factor = math.nan
     if not column or not math.isfinite(factor):
         raise SettingsError(
-            [f"--map {text!r}: expected COLUMN or COLUMN*FACTOR, got {term.strip()!r}"],
+            [f"--map {quote(text)}: expected COLUMN or COLUMN*FACTOR, got {quote(term.strip())}"],
             hint="for example cpu_pct=cpu_r_norm01*100 or io=read+write*0.5",
         )
     return column, factor

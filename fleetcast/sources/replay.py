@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fleetcast.clock import Clock, SystemClock, from_ms, iso_z, monotonic, parse_plain_utc
-from fleetcast.errors import BadData, DaemonAway, ExitCode, SettingsError
+from fleetcast.errors import BadData, DaemonAway, ExitCode, SettingsError, quote
 from fleetcast.loop import Stop, configure_logging
 from fleetcast.program import run_program
 from fleetcast.settings import BinSettings, LoggingSettings
@@ -249,7 +249,7 @@ def _moment(text: str) -> datetime:
         return parse_plain_utc(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"expected ISO 8601 like 2026-01-15T10:00:00, got {text!r}"
+            f"expected ISO 8601 like 2026-01-15T10:00:00, got {quote(text)}"
         ) from None
 
 
@@ -265,7 +265,7 @@ def _speed(text: str) -> float:
     try:
         return _positive("--speed", float(text))
     except ValueError:
-        raise SettingsError([f"--speed must be a number or max, got {text!r}"]) from None
+        raise SettingsError([f"--speed must be a number or max, got {quote(text)}"]) from None
 
 
 def _prepare(options: argparse.Namespace, speed: float, clock: Clock) -> Recording:
@@ -287,7 +287,7 @@ def _shift_target(text: str) -> datetime:
     try:
         return parse_plain_utc(text)
     except ValueError:
-        raise SettingsError([f"--shift-to must be now or ISO 8601, got {text!r}"]) from None
+        raise SettingsError([f"--shift-to must be now or ISO 8601, got {quote(text)}"]) from None
 
 
 if __name__ == "__main__":

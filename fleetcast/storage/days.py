@@ -8,6 +8,7 @@ Does not know: Parquet (`parts`), the log.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -101,6 +102,7 @@ def holds_forgotten(part: OpenPart, kind: TableKind, drops: Drops) -> bool:
 
 DAYS_NOTE = "fleetcast.days"
 _HELD_ROWS = 524_288  # of days of a month that are read together
+_NO_FILE = (errno.ELOOP, errno.ENXIO)  # opening a link to itself, or a socket
 _RETRIES = 50  # each one means that the writer swapped the day just then
 
 
@@ -244,6 +246,10 @@ def part_names(path: Path) -> list[PartName]:
         names = [entry.name for entry in os.scandir(path)]
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link to itself is no folder, either
+            return []
+        raise
     return sorted(name for text in names if (name := PartName.parse(text)) is not None)
 
 
@@ -285,6 +291,11 @@ class Days:
                     continue
                 month = self._open_month(day)  # a day goes only after its month is there
                 return DaySnapshot([month.day(day)] if month else [], is_sealed=month is not None)
+            except OSError as error:
+                if error.errno not in _NO_FILE:
+                    raise
+                logger.warning("skipped an unreadable file path=%s error=%s", path, error)
+                return DaySnapshot([], is_sealed=True, damaged=(path.name,))
             if snapshot is not None:
                 return snapshot
         logger.warning("gave up opening a day that changes all the time path=%s", path)
@@ -344,7 +355,7 @@ def _open_part(path: Path, shown: Path, name: PartName | None, kind: TableKind) 
 def _is_same(path: Path, status: os.stat_result) -> bool:
     try:
         now = path.stat()
-    except FileNotFoundError:
+    except OSError:
         return False
     return (now.st_dev, now.st_ino) == (status.st_dev, status.st_ino)
 
@@ -355,7 +366,7 @@ def folder_bytes(path: Path) -> int:
         if not path.is_dir():
             return path.stat().st_size
         return sum(entry.stat().st_size for entry in path.iterdir() if entry.is_file())
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:  # gone, or a link to itself
         return 0
 
 

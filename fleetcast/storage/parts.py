@@ -269,14 +269,17 @@ class OpenPart:
         return [group for group, own in ranges if own is None or (own[1] >= names[0] and own[0] <= names[1])]
 
     def name_ranges(self) -> list[tuple[str, str] | None]:
-        """Return the first and last server of each row group; None where the footer does not say."""
+        """Return the first and last server of each row group; None where the footer names none, as in a
+        foreign file whose names are numbers.
+        """
         metadata = self._file.metadata
         place = self.column_names.index(self._kind.key[0])
         found: list[tuple[str, str] | None] = []
         for group in range(metadata.num_row_groups):
             statistics = metadata.row_group(group).column(place).statistics
             is_known = statistics is not None and statistics.has_min_max
-            found.append((statistics.min, statistics.max) if is_known else None)
+            ends = (statistics.min, statistics.max) if is_known else ()
+            found.append((ends[0], ends[1]) if ends and all(isinstance(end, str) for end in ends) else None)
         return found
 
     def tables(
@@ -355,8 +358,8 @@ _STRONG_CELLS = 80_000  # of a day are written so: 0.04 CPU s more, beside 0.33 
 _STRONG_ROWS = 65_536  # of the first row group, at most: a day of a larger one has many
 _ARCHIVE_DICTIONARY = Encoding("RLE_DICTIONARY", 19)  # three times the CPU of level 9
 _ARCHIVE_PAGE_BYTES = 2**24  # a column of a row group in one page, its dictionary in another
-_TRIAL_SHARE = 16
-_TRIAL_ROWS = (1_024, 8_192)  # at least and at most, in `_TRIAL_PIECES` stretches of the first row group
+_TRIAL_SHARE = 4  # of the first row group's rows: all of them share what a dictionary costs
+_TRIAL_ROWS = (1_024, 32_768)  # at least and at most, in `_TRIAL_PIECES` stretches
 _TRIAL_PIECES = 4
 
 

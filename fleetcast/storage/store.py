@@ -125,7 +125,9 @@ class DataBuffer:
             n_seen += size
             self._flush_if_due()
         if rejections:
-            logger.warning("rejected records count=%d first=%s", len(rejections), rejections[0])
+            first = rejections[0]
+            why = f"{first.field} {first.reason}".strip()
+            logger.warning("rejected records count=%d first=%d: %s", len(rejections), first.index, why)
         return AppendReport(n_accepted, tuple(rejections), n_ignored)
 
     def append_batch(self, batch: RecordBatch) -> None:

@@ -25,7 +25,13 @@ TIME = pa.timestamp("ms", tz="UTC")
 TEXT = pa.dictionary(pa.int32(), pa.string())
 NUMBER = pa.float64()
 Flags = NDArray[np.bool_]
-_NUMPY_TYPES = {NUMBER: np.float64, TIME: np.int64, pa.int64(): np.int64, pa.int32(): np.int32}
+_NUMPY_TYPES = {
+    NUMBER: np.float64,
+    TIME: np.int64,
+    pa.int64(): np.int64,
+    pa.int32(): np.int32,
+    pa.float32(): np.float32,
+}
 
 
 def column_of(values: NDArray[Any], kind: pa.DataType, validity: pa.Buffer | None = None) -> pa.Array:
@@ -40,7 +46,7 @@ def column_of(values: NDArray[Any], kind: pa.DataType, validity: pa.Buffer | Non
 def nulls_for_nan(values: Floats) -> pa.Array:
     """Return an Arrow column with null for NaN; it shares the memory of `values`."""
     is_present = ~np.isnan(values)
-    validity = None if is_present.all() else _bits(is_present)
+    validity = None if is_present.all() else bits(is_present)
     return column_of(values, NUMBER, validity)
 
 
@@ -59,7 +65,7 @@ def text_of_codes(names: Sequence[str | None], codes: NDArray[np.int32]) -> pa.A
     dictionary = pa.Array.from_buffers(pa.string(), len(names), data)
     validity = None
     if None in names:
-        validity = _bits(np.array([name is not None for name in names], dtype=np.bool_)[codes])
+        validity = bits(np.array([name is not None for name in names], dtype=np.bool_)[codes])
     return pa.DictionaryArray.from_arrays(column_of(codes, pa.int32(), validity), dictionary)
 
 
@@ -106,7 +112,7 @@ def codes_of(column: pa.ChunkedArray) -> tuple[list[str | None], NDArray[np.int3
 
 def choose(table: pa.Table, is_chosen: Flags) -> pa.Table:
     """Return the rows of a table that are chosen."""
-    mask = pa.Array.from_buffers(pa.bool_(), len(is_chosen), [None, _bits(is_chosen)])
+    mask = pa.Array.from_buffers(pa.bool_(), len(is_chosen), [None, bits(is_chosen)])
     return table.filter(mask)
 
 
@@ -115,7 +121,8 @@ def in_order(table: pa.Table, places: Longs) -> pa.Table:
     return table.take(column_of(places, pa.int64()))
 
 
-def _bits(flags: Flags) -> pa.Buffer:
+def bits(flags: Flags) -> pa.Buffer:
+    """Return flags as Arrow keeps them, eight to a byte."""
     return pa.py_buffer(np.packbits(flags, bitorder="little"))
 
 

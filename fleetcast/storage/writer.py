@@ -29,6 +29,7 @@ from fleetcast.files import (
     publish,
     remove_leftover,
     remove_stale_temps,
+    set_aside,
     storage_error,
     temp_beside,
 )
@@ -145,6 +146,8 @@ class DayBuild:
         if self._path.exists():
             swap(self._built, self._path, self._step)
         else:
+            if self._path.is_symlink():
+                set_aside(self._path, "a link that leads nowhere")
             publish(self._built, self._path)
             self._step("day published")
 
@@ -427,7 +430,7 @@ class DayWriter:
             publish(temp, final)
         except OSError as error:
             raise storage_error(path, error) from error
-        self._facts[day][PartName(number, len(table))] = facts
+        self._facts.setdefault(day, {})[PartName(number, len(table))] = facts
         self._step("part published")
 
     def _widen_columns(self, day: date, schema: pa.Schema) -> None:

@@ -16,10 +16,12 @@ import numpy as np
 from fleetcast.bins import count_trainable, enough_to_train
 from fleetcast.clock import DAY_MS, from_ms, iso_z
 from fleetcast.errors import BadCheckpoint, NotEnoughData
+from fleetcast.forecast.checkpoint import ModelDescription, Specialist
 from fleetcast.forecast.encoding import GridShape
 from fleetcast.forecast.network import METRIC_SLOTS, NetworkConfig
-from fleetcast.forecast.predictor import Forecaster, ModelDescription, Specialist, Weights
+from fleetcast.forecast.predictor import Forecaster
 from fleetcast.forecast.registry import Registry
+from fleetcast.forecast.selection import Weights
 from fleetcast.schema import ChangedSeries, Floats, Longs
 from fleetcast.settings import Settings
 from fleetcast.training.fit import Fit, Resumable, StateFile, fit
@@ -278,7 +280,7 @@ def _with_new_metrics(
     weights: Weights, metrics: tuple[str, ...], description: ModelDescription
 ) -> dict[str, Any]:
     """Return a model's weights, a metric it did not know starting as the unknown one."""
-    embedding = weights[_EMBEDDING].clone()
+    embedding = weights[_EMBEDDING].copy()
     for metric in description.metrics[len(metrics) :]:
         embedding[description.slot(metric)] = embedding[0]
     return {**weights, _EMBEDDING: embedding}

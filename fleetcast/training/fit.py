@@ -16,7 +16,7 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,12 @@ from torch import Tensor, nn
 from fleetcast.clock import monotonic
 from fleetcast.errors import CorruptFile
 from fleetcast.files import read_regular, remove_leftover, write_atomic
+from fleetcast.forecast.checkpoint import UNREADABLE
 from fleetcast.forecast.encoding import GridShape
-from fleetcast.forecast.network import Batch, NetworkConfig, StaticNetwork, as_batch, build
-from fleetcast.forecast.predictor import UNREADABLE
-from fleetcast.schema import QUANTILES
+from fleetcast.forecast.network import NetworkConfig
+from fleetcast.forecast.selection import Weights
+from fleetcast.schema import QUANTILES, Floats32
+from fleetcast.training.network import Batch, StaticNetwork, as_arrays, as_batch, as_tensors, build
 from fleetcast.training.sampler import TrainingBatch, WindowSampler
 
 logger = logging.getLogger(__name__)
@@ -310,13 +312,13 @@ def _copy(network: nn.Module) -> dict[str, Tensor]:
 def fit(
     config: NetworkConfig,
     grid: GridShape,
-    weights: Mapping[str, Tensor] | None,
+    weights: Weights | None,
     draw: Callable[[], TrainingBatch],
     plan: Fit,
     *,
     validation: TrainingBatch | None = None,
     state: Resumable | None = None,
-) -> dict[str, Tensor]:
+) -> dict[str, Floats32]:
     """Train and return the weights: the best epoch's by the validation windows, else the last ones.
 
     Args:
@@ -333,9 +335,10 @@ def fit(
         # the libraries warn of loaders and hyperparameters that this training has none of
         warnings.simplefilter("ignore")
         network = build(config)
-        if weights is not None:
-            network.load_state_dict(dict(weights))
-        parent = StaticNetwork(weights, config) if weights is not None and plan.keep_weight > 0 else None
+        start = None if weights is None else as_tensors(weights)
+        if start is not None:
+            network.load_state_dict(start)
+        parent = StaticNetwork(start, config) if start is not None and plan.keep_weight > 0 else None
         fitting = _Fitting(network, config, grid, plan, parent)
         epochs = Epochs(
             fitting,
@@ -345,7 +348,7 @@ def fit(
             state,
         )
         if epochs.is_over:
-            return epochs.result()
+            return as_arrays(epochs.result())
         trainer = lightning.Trainer(
             accelerator="cpu",
             devices=1,
@@ -358,7 +361,7 @@ def fit(
             callbacks=[epochs],
         )
         trainer.fit(fitting, train_dataloaders=_Steps(draw, plan.steps_per_epoch))
-    return epochs.result()
+    return as_arrays(epochs.result())
 
 
 class _Steps:

@@ -25,7 +25,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetcast.forecast.predictor import MOST_SPECIALISTS, Forecaster, Specialist, Weights, series_of
+from fleetcast.forecast.checkpoint import MOST_SPECIALISTS, Specialist, series_of
+from fleetcast.forecast.predictor import Forecaster
+from fleetcast.forecast.selection import Weights
 from fleetcast.schema import ChangedSeries, Series
 from fleetcast.training.gate import CONFIDENCE, MIN_BLOCKS, compare
 from fleetcast.training.grid import TrainingGrid

@@ -20,7 +20,8 @@ from fleetcast.drift.literal.baseline import Baseline
 from fleetcast.drift.seasonal.reference import Reference
 from fleetcast.drift.seasonal.renewal import learn_reference
 from fleetcast.drift.seasonal.settled import read_grid
-from fleetcast.forecast.predictor import Forecaster, series_of
+from fleetcast.forecast.checkpoint import series_of
+from fleetcast.forecast.predictor import Forecaster
 from fleetcast.forecast.registry import Version
 from fleetcast.schema import ChangedSeries, Floats32, Longs, ReadForecasts
 from fleetcast.settings import DriftSettings, Settings

@@ -3,6 +3,11 @@
 import { clock, day, fill, of } from "./text.js";
 
 const HEIGHT = 196;
+const FOLLOWED = ["mousemove", "mouseleave"]; // what charts in step tell each other: a drag is told once
+const ZOOM_KEYS = ["+", "=", "-", "Escape"];
+const FONT = "12px system-ui, sans-serif";
+const NARROWEST = 56; // of the axis of values: charts of percentages stand in line
+const pen = document.createElement("canvas").getContext("2d");
 const live = new Set();
 const scheme = matchMedia("(prefers-color-scheme: dark)");
 scheme.addEventListener("change", () => { for (const chart of live) chart.build(); });
@@ -11,13 +16,20 @@ function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
+/** The width that an axis of values needs beside its ticks, so that no label is cut off. */
+function roomFor(labels) {
+  pen.font = FONT;
+  return Math.max(NARROWEST, ...(labels ?? []).map((label) => Math.ceil(pen.measureText(label).width) + 20));
+}
+
 /**
  * One chart. `lines`: [{ label, colour: "--accent", dash, width, isHidden }], the same order as the data;
- * `bands`: [{ series: [upper, lower], fill: "--band" }] by places of lines from 1.
+ * `bands`: [{ series: [upper, lower], fill: "--band" }] by places of lines from 1; `zoom(from, to)`, in seconds,
+ * is told what the reader drags over or zooms to, and null to see everything again.
  */
 export class Chart {
-  constructor({ lines, bands = [], write, tick = write, limit, ceiling, sync, label }) {
-    Object.assign(this, { lines, bands, write, tick, limit, ceiling, sync });
+  constructor({ lines, bands = [], write, tick = write, limit, ceiling, sync, label, zoom }) {
+    Object.assign(this, { lines, bands, write, tick, limit, ceiling, sync, zoom });
     this.data = [[], ...lines.map(() => [])];
     this.now = null;
     this.plot = null;
@@ -50,28 +62,38 @@ export class Chart {
     if (!this.table.hidden) this.fillTable();
   }
 
+  /** Show another stretch of the same data, until there is more. */
+  aim(span) {
+    this.span = span;
+    this.plot?.setData(this.data);
+  }
+
   build() {
     this.plot?.destroy();
     const width = this.holder.clientWidth;
     if (!width) return;
-    const axis = { stroke: colour("--muted"), grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line"), width: 1 }, font: "12px system-ui, sans-serif" };
+    const axis = { stroke: colour("--muted"), grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line"), width: 1 }, font: FONT };
     this.plot = new uPlot({
       width, height: HEIGHT, tzDate: (seconds) => new Date(seconds * 1000),
       legend: { show: false },
-      cursor: { drag: { x: false, y: false }, points: { size: 6 }, ...(this.sync ? { sync: { key: this.sync } } : {}) },
+      cursor: {
+        drag: { x: Boolean(this.zoom), y: false, setScale: false, dist: 6 }, points: { size: 6 },
+        bind: { dblclick: () => () => this.zoom?.(null) },
+        ...(this.sync ? { sync: { key: this.sync, filters: { pub: (type) => FOLLOWED.includes(type) } } } : {}),
+      },
       scales: {
         x: { range: (_plot, low, high) => this.span ?? [low, high] },
         y: { range: (_plot, low, high) => this.heights(low, high) },
       },
       axes: [
-        { ...axis, size: 32, values: (_plot, ticks, _axis, _space, step) => ticks.map((tick) => (step >= 86400 || new Date(tick * 1000).getHours() + new Date(tick * 1000).getMinutes() === 0 ? day(tick).replace(/[, ]*00:00$/, "") : clock(tick))) },
-        { ...axis, size: 56, values: (_plot, ticks) => ticks.map((tick) => this.tick(tick)) },
+        { ...axis, size: 32, values: (_plot, ticks, _axis, _space, step) => ticks.map((tick) => (step >= 86400 || new Date(tick * 1000).getHours() + new Date(tick * 1000).getMinutes() === 0 ? day(tick, false).replace(/[, ]*00:00$/, "") : clock(tick))) },
+        { ...axis, size: (_plot, labels) => roomFor(labels), values: (_plot, ticks) => ticks.map((tick) => this.tick(tick)) },
       ],
       series: [{}, ...this.lines.map((line) => ({
         stroke: line.isHidden ? "transparent" : colour(line.colour), width: line.width ?? 1.5, dash: line.dash, points: { show: false }, spanGaps: false,
       }))],
       bands: this.bands.map((band) => ({ series: band.series, fill: colour(band.fill) })),
-      hooks: { drawClear: [(plot) => this.paintFuture(plot)], draw: [(plot) => this.paintLimit(plot)], setCursor: [(plot) => this.read(plot.cursor.idx)] },
+      hooks: { drawClear: [(plot) => this.paintFuture(plot)], draw: [(plot) => this.paintLimit(plot)], setSelect: [(plot) => this.choose(plot)], setCursor: [(plot) => this.read(plot.cursor.idx)] },
     }, this.data, this.holder);
   }
 
@@ -86,6 +108,7 @@ export class Chart {
     if (this.now === null) return;
     const { left, top, width, height } = plot.bbox;
     const at = Math.max(left, plot.valToPos(this.now, "x", true));
+    if (at >= left + width) return;
     plot.ctx.save();
     plot.ctx.fillStyle = colour("--future");
     plot.ctx.fillRect(at, top, left + width - at, height);
@@ -102,7 +125,7 @@ export class Chart {
     if (this.limit === undefined) return;
     const { left, width } = plot.bbox, at = plot.valToPos(this.limit, "y", true);
     plot.ctx.save();
-    plot.ctx.strokeStyle = colour("--stale");
+    plot.ctx.strokeStyle = colour("--silent");
     plot.ctx.lineWidth = 1.5;
     plot.ctx.setLineDash([6, 4]);
     plot.ctx.beginPath();
@@ -125,13 +148,36 @@ export class Chart {
     fill(this.reads, when, words);
   }
 
+  /** Tell what was dragged over, and let go of it. */
+  choose(plot) {
+    const { left, width } = plot.select;
+    if (!width || !this.zoom) return;
+    const ends = [plot.posToVal(left, "x"), plot.posToVal(left + width, "x")];
+    plot.setSelect({ left: 0, width: 0, top: 0, height: 0 }, false);
+    this.zoom(...ends);
+  }
+
+  /** Plus and minus zoom about what is read, which stays where it is, or about the middle; Escape shows everything. */
+  zoomBy(key) {
+    if (key === "Escape") return this.zoom(null);
+    const [from, to] = this.span, read = this.data[0][this.plot.cursor.idx ?? -1];
+    const at = read >= from && read <= to ? read : (from + to) / 2, factor = key === "-" ? 2 : 0.5;
+    this.zoom(at - (at - from) * factor, at + (to - at) * factor);
+  }
+
   press(event) {
+    if (this.plot && this.zoom && ZOOM_KEYS.includes(event.key)) {
+      event.preventDefault();
+      return this.zoomBy(event.key === "=" ? "+" : event.key);
+    }
     const count = this.data[0].length, steps = { ArrowRight: 1, ArrowLeft: -1, PageDown: 12, PageUp: -12 };
-    if (!this.plot || !count || !(event.key in steps)) return;
+    if (!this.plot || !count || !Object.hasOwn(steps, event.key)) return;
     event.preventDefault();
-    const from = this.plot.cursor.idx ?? Math.max(0, this.data[0].findIndex((time) => this.now !== null && time >= this.now));
-    const place = Math.min(count - 1, Math.max(0, from + steps[event.key]));
-    this.plot.setCursor({ left: this.plot.valToPos(this.data[0][place], "x"), top: 10 });
+    const times = this.data[0], [from, to] = this.span ?? [times[0], times.at(-1)];
+    const start = this.now >= from && this.now <= to ? this.now : from; // without a now (null): from
+    const place = (this.plot.cursor.idx ?? times.findIndex((time) => time >= start)) + steps[event.key];
+    const within = Math.max(times.findIndex((time) => time >= from), Math.min(times.findLastIndex((time) => time <= to), place));
+    this.plot.setCursor({ left: this.plot.valToPos(times[within], "x"), top: 10 });
   }
 
   resize() {

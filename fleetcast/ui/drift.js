@@ -2,7 +2,7 @@
 
 import { get } from "./ask.js";
 import { Chart } from "./chart.js";
-import { fill, moment, number, of, percent, serverLink, span } from "./text.js";
+import { fill, moment, number, of, percent, serverLink, silence, span } from "./text.js";
 
 const SCORES = [
   ["per", "Prediction error"], ["dss", "Distribution shift"], ["fds", "Feature drift"], ["anomaly_rate", "Anomaly rate"], ["combined_score", "Combined"],
@@ -42,7 +42,7 @@ export function drift(view, title) {
 
 function verdictOf(found) {
   if (!found.status) return "No drift check yet. The retraining daemon makes one every five minutes; is it running in this folder?";
-  const says = found.recommendation === "RETRAIN NOW" ? of("b", { class: "drift" }, "The fleet has drifted: retrain.") : found.recommendation === "OK" ? of("b", { class: "ok" }, "No drift.") : of("b", {}, `No verdict yet: ${found.status_reason || found.status}.`);
+  const says = found.recommendation === "RETRAIN NOW" ? of("b", { class: "drifts" }, "The fleet has drifted: retrain.") : found.recommendation === "OK" ? of("b", { class: "calm" }, "No drift.") : of("b", {}, `No verdict yet: ${found.status_reason || found.status}.`);
   return [says, " Checked ", moment(found.made_at), found.calibrated?.compared_series ? `, ${found.calibrated.series_in_alarm ?? 0} of ${found.calibrated.compared_series} series in alarm.` : ".", waitingOf(found)];
 }
 
@@ -69,6 +69,6 @@ function namedOf(found) {
   return [
     of("h2", {}, all > found.drifting.length ? `Series in alarm: the worst ${found.drifting.length} of ${all}` : "Series in alarm"),
     of("div", { class: "scroll" }, of("table", {}, of("thead", {}, of("tr", {}, ["Server", "Metric", "What happened", "Changed", "In alarm since"].map((word) => of("th", { scope: "col" }, word)), of("th", { scope: "col", class: "number" }, "Times its limit"))),
-      of("tbody", {}, found.drifting.map((item) => of("tr", {}, of("th", { scope: "row" }, serverLink(item.server)), of("td", {}, item.metric), of("td", { class: "wide" }, item.sentence), of("td", {}, moment(item.since)), of("td", {}, moment(item.in_alarm_since)), of("td", { class: "number" }, number(item.score))))))),
+      of("tbody", {}, found.drifting.map((item) => of("tr", {}, of("th", { scope: "row" }, serverLink(item.server)), of("td", {}, item.metric), of("td", { class: `wide${item.silent_since ? " old" : ""}` }, item.sentence, item.silent_since && silence(item.silent_since)), of("td", {}, moment(item.since)), of("td", {}, moment(item.in_alarm_since)), of("td", { class: "number" }, number(item.score))))))),
   ];
 }

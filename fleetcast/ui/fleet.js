@@ -1,26 +1,35 @@
 // The fleet: counts, a strip with a cell per server, and a table that the daemon sorts and pages.
 
-import { get } from "./ask.js";
-import { STATES, amount, count, fill, isPercent, moment, number, of, serverLink, span, state, unit } from "./text.js";
+import { get, Refused } from "./ask.js";
+import { STATES, amount, clock, count, fill, isPercent, lateness, moment, of, percent, serverLink, span, state } from "./text.js";
 
 const ROWS = 100;
-const WORST_FIRST = ["stale", "drift", "high", "warming_up", "ok"];
+const LONGEST = 128; // of a server's name
+const MOST = 10_000_000; // servers that a question may pass over
+const WORST_FIRST = Object.keys(STATES);
+const USUAL = { sort: "state", order: "desc" }; // who needs attention first, then by name
+
+/** What an address asks for; what makes no sense in it counts as not there. */
+function askedIn(fields) {
+  const offset = Number(fields.get("offset")), order = fields.get("order"), state = fields.get("state");
+  return {
+    sort: fields.get("sort") || USUAL.sort,
+    order: ["asc", "desc"].includes(order) ? order : USUAL.order,
+    filter: [...(fields.get("filter") ?? "")].slice(0, LONGEST).join(""),
+    state: Object.hasOwn(STATES, state) ? state : "",
+    offset: Number.isSafeInteger(offset) && offset > 0 && offset <= MOST ? Math.floor(offset / ROWS) * ROWS : 0,
+    limit: ROWS,
+  };
+}
 
 export function fleet(view, title, fields) {
   title.textContent = "Fleet";
-  const asked = {
-    sort: fields.get("sort") ?? "name",
-    order: fields.get("order") ?? "asc",
-    filter: fields.get("filter") ?? "",
-    state: fields.get("state") ?? "",
-    offset: Number(fields.get("offset") ?? 0) || 0,
-    limit: ROWS,
-  };
-  const total = of("p", { class: "muted" });
+  const asked = askedIn(fields);
+  const total = of("p", { class: "muted" }), late = of("div", { role: "status" });
   const tiles = of("div", { class: "tiles" });
   const strip = new Strip();
   const found = of("p", { class: "muted", role: "status" });
-  const search = of("input", { type: "search", "aria-label": "Part of a server's name", placeholder: "Find a server", value: asked.filter, maxlength: 128 });
+  const search = of("input", { type: "search", "aria-label": "Part of a server's name", placeholder: "Find a server", value: asked.filter, maxlength: LONGEST });
   const table = of("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Table of servers" });
   const pager = of("div", { class: "tools" });
   const leftOut = of("section", { class: "card", "aria-label": "Servers that are left out", hidden: true });
@@ -28,7 +37,7 @@ export function fleet(view, title, fields) {
 
   function ask(change) {
     Object.assign(asked, { offset: 0 }, change);
-    const query = new URLSearchParams(Object.entries(asked).filter(([name, value]) => value !== "" && value !== 0 && name !== "limit" && !(name === "sort" && value === "name") && !(name === "order" && value === "asc")));
+    const query = new URLSearchParams(Object.entries(asked).filter(([name, value]) => value !== "" && value !== 0 && name !== "limit" && (!Object.hasOwn(USUAL, name) || asked.sort !== USUAL.sort || asked.order !== USUAL.order)));
     history.replaceState(null, "", `#/${query.size ? `?${query}` : ""}`);
     return rows();
   }
@@ -40,11 +49,19 @@ export function fleet(view, title, fields) {
   let latest = 0;
   async function rows() {
     const mine = ++latest;
-    const answer = await get("fleet", asked);
+    let answer;
+    try {
+      answer = await get("fleet", asked);
+    } catch (error) {
+      if (!(error instanceof Refused) || error.status !== 422 || asked.sort === USUAL.sort) throw error;
+      return ask(USUAL); // no column of this fleet
+    }
     if (mine !== latest) return; // a newer question is on its way
+    if (!answer.rows.length && answer.matching) return ask({ offset: Math.floor((answer.matching - 1) / ROWS) * ROWS }); // beyond the last page
+    fill(late, lateness(answer));
     fill(table, tableOf(answer, asked, ask));
     const last = answer.offset + answer.rows.length;
-    found.textContent = answer.matching === 0 ? "No server matches." : `${count(answer.offset + 1)} to ${count(last)} of ${count(answer.matching)}`;
+    found.textContent = answer.matching === 0 ? (answer.servers ? "No server matches." : "") : `${count(answer.offset + 1)} to ${count(last)} of ${count(answer.matching)}`;
     fill(pager,
       of("button", { type: "button", disabled: answer.offset === 0, "data-focus": "before", onclick: () => ask({ offset: Math.max(0, answer.offset - ROWS) }) }, "Previous page"),
       of("button", { type: "button", disabled: last >= answer.matching, "data-focus": "after", onclick: () => ask({ offset: answer.offset + ROWS }) }, "Next page"));
@@ -52,7 +69,7 @@ export function fleet(view, title, fields) {
   }
 
   view.replaceChildren(
-    of("div", { class: "head" }, title, total), tiles, strip.card,
+    of("div", { class: "head" }, title, total), late, tiles, strip.card,
     of("section", { class: "card", "aria-label": "Servers" }, of("div", { class: "tools" }, search, found), table, pager), leftOut);
 
   return {
@@ -60,7 +77,7 @@ export function fleet(view, title, fields) {
     async refresh() {
       const [seen] = await Promise.all([get("strip"), rows()]);
       total.textContent = seen.servers === 1 ? "1 server" : `${seen.servers.toLocaleString("en-US")} servers`;
-      fill(tiles, WORST_FIRST.map((name) => tileOf(name, seen, asked, ask)));
+      fill(tiles, WORST_FIRST.filter((name) => name !== "not-forecast" || seen.counts[name] || asked.state === name).map((name) => tileOf(name, seen, asked, ask)));
       strip.show(seen);
       showLeftOut(leftOut, seen.left_out);
     },
@@ -92,35 +109,57 @@ function tileOf(name, seen, asked, ask) {
 }
 
 function tableOf(answer, asked, ask) {
-  const heads = [["name", "Server"], ["state", "State"], ...answer.metrics.flatMap((metric) => [[metric, metric], [`${metric}.peak`, `peak in ${span(answer.horizon_s)}`]]), ["seen", "Last seen"]];
-  const head = heads.map(([name, word]) => {
-    const isSorted = asked.sort === name;
-    const next = isSorted && asked.order === "desc" ? "asc" : isSorted ? "desc" : name === "name" ? "asc" : "desc";
-    const arrow = isSorted ? (asked.order === "desc" ? " ↓" : " ↑") : "";
-    const hint = name.endsWith(".peak") ? `the highest p90 of ${name.slice(0, -5)} ahead` : name;
-    return of("th", { scope: "col", class: answer.metrics.includes(name.replace(".peak", "")) ? "number" : null, "aria-sort": isSorted ? (asked.order === "desc" ? "descending" : "ascending") : null },
-      of("button", { type: "button", title: `Sort by ${hint}`, "data-focus": `sort ${name}`, onclick: () => ask({ sort: name, order: next }) }, word, of("span", { "aria-hidden": "true" }, arrow)));
-  });
-  const body = answer.rows.map((row) => of("tr", {},
+  const metrics = answer.metrics.filter((metric) => !answer.unsent.includes(metric)), ahead = span(answer.horizon_s);
+  const hints = { state: "what needs attention first", limit: `the probability that a metric in percent passes ${answer.limit} % within ${ahead}`, error: "how far forecasts were off in a day, beside repeating the last value", seen: "the newest record" };
+  const sorter = (name, word, hint) => {
+    const isSorted = asked.sort === name, next = isSorted ? (asked.order === "desc" ? "asc" : "desc") : name === "name" ? "asc" : "desc";
+    return of("button", { type: "button", class: isSorted ? "sorted" : null, title: `Sort by ${hint}`, "data-focus": `sort ${name}`, onclick: () => ask({ sort: name, order: next }) },
+      word, isSorted && of("span", { "aria-hidden": "true" }, asked.order === "desc" ? " ↓" : " ↑"));
+  };
+  const head = (names, look, ...children) => of("th", { scope: "col", class: look, "aria-sort": names.includes(asked.sort) ? (asked.order === "desc" ? "descending" : "ascending") : null }, children);
+  const plain = (name, word, look = null) => head([name], look, sorter(name, word, hints[name] ?? name));
+  const heads = [plain("name", "Server"), plain("state", "State"), plain("limit", `Passes ${answer.limit} %`),
+    ...metrics.map((metric) => head([metric, `${metric}.peak`], "number", sorter(metric, metric, metric), sorter(`${metric}.peak`, `peak in ${ahead}`, `the highest p90 of ${metric} ahead`))),
+    plain("error", "Forecast is"), plain("seen", "Last seen", "last")];
+  const body = answer.rows.map((row) => of("tr", { class: row.state === "silent" ? "old" : null },
     of("th", { scope: "row" }, serverLink(row.server)),
-    of("td", {}, state(row.state)),
-    answer.metrics.flatMap((metric) => cellsOf(metric, row)),
-    of("td", {}, moment(row.seen))));
+    of("td", {}, state(row.state, row.seen, answer.now)),
+    of("td", { class: "nowrap", "data-label": `Passes ${answer.limit} %` }, passesOf(row.limit)),
+    metrics.map((metric) => cellOf(metric, row)),
+    of("td", { class: "nowrap", "data-label": "Forecast is" }, errorOf(row.error)),
+    of("td", { class: "last", "data-label": "Last seen" }, moment(row.seen))));
   if (!body.length) body.push(of("tr", {}, of("td", { class: "empty", colspan: heads.length }, answer.servers ? "No server matches." : "No server has sent anything yet. docs/ingest.md shows how to send the first record.")));
-  return of("table", {}, of("caption", { class: "hidden" }, "Servers, their newest values, and the highest p90 ahead"), of("thead", {}, of("tr", {}, head)), of("tbody", {}, body));
+  return of("table", { class: "fleet" }, of("caption", { class: "hidden" }, "Servers, their newest values, and the highest p90 ahead"), of("thead", {}, of("tr", {}, heads)), of("tbody", {}, body));
 }
 
-function cellsOf(metric, row) {
+/** Whether a limit is passed within the horizon: how likely, and from when on. */
+function passesOf({ is_over: isOver, p, at }) {
+  if (isOver) return of("span", { class: "state is-high" }, "is over");
+  if (p === null) return of("span", { class: "muted" }, "–");
+  const written = p < 0.01 ? "under 1 %" : percent(p);
+  if (p < 0.1) return of("span", { class: "muted" }, written);
+  return [of("b", { class: p >= 0.5 ? "gets-high" : null }, written), at && of("span", { class: "muted" }, ` from `, of("time", { datetime: at, title: at }, clock(Date.parse(at) / 1000)))];
+}
+
+function errorOf(ratio) {
+  if (ratio === null) return of("span", { class: "muted", title: "too few forecasts came due" }, "–");
+  const gain = Math.round(Math.abs(1 - ratio) * 100);
+  if (gain < 2) return of("span", { class: "muted" }, "about equal");
+  return of("span", { class: ratio < 1 ? "better" : "worse" }, `${gain} % ${ratio < 1 ? "better" : "worse"}`);
+}
+
+/** A metric's newest value, and below it the highest p90 ahead. */
+function cellOf(metric, row) {
   const now = row.current[metric], peak = row.peak[metric];
-  const cells = [of("td", { class: "number", title: unit(metric)[2] }, amount(metric, now))];
-  const written = of("td", { class: "number muted" }, of("span", { class: "peak" }, isPercent(metric) && peak !== null ? `${number(peak)} %` : number(peak)));
-  if (isPercent(metric)) {
+  const value = of("span", { class: "now" }, amount(metric, now));
+  if (isPercent(metric) && now !== null) {
     const meter = of("span", { class: `meter${peak >= 90 ? " hot" : ""}`, "aria-hidden": "true" }, of("i"), of("b"));
     meter.firstChild.style.width = `${Math.min(100, peak ?? 0)}%`; // through the DOM: the policy allows no style in the text
-    meter.lastChild.style.width = `${Math.min(100, now ?? 0)}%`;
-    written.append(meter);
+    meter.lastChild.style.width = `${Math.min(100, now)}%`;
+    value.append(meter);
   }
-  return [...cells, written];
+  const look = now === null && peak === null ? "number none" : "number";
+  return of("td", { class: look, "data-label": metric }, value, " ", of("span", { class: peak === null ? "peak none" : "peak" }, amount(metric, peak)));
 }
 
 /** One cell per server, in order of names, on a canvas; the arrow keys move over it. */
@@ -167,7 +206,7 @@ class Strip {
     this.canvas.height = Math.round(height * scale);
     this.canvas.style.height = `${height}px`;
     const paint = this.canvas.getContext("2d"), style = getComputedStyle(document.documentElement);
-    const colours = this.states.map((name) => style.getPropertyValue(name === "warming_up" ? "--warming" : `--${name}`).trim());
+    const colours = this.states.map((name) => style.getPropertyValue(`--${name}`).trim());
     paint.scale(scale, scale);
     const gap = side > 8 ? 2 : 1;
     for (let cell = 0; cell < count; cell += 1) {
@@ -191,7 +230,7 @@ class Strip {
     const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: this.columns, ArrowUp: -this.columns };
     if (event.key === "Enter") return this.open();
     let cell;
-    if (event.key in steps) cell = Math.max(this.chosen, this.chosen < 0 ? 0 : this.chosen) + (this.chosen < 0 ? 0 : steps[event.key]);
+    if (Object.hasOwn(steps, event.key)) cell = Math.max(this.chosen, this.chosen < 0 ? 0 : this.chosen) + (this.chosen < 0 ? 0 : steps[event.key]);
     else if (event.key === "Home") cell = 0;
     else if (event.key === "End") cell = this.cells.length - 1;
     else return;
@@ -207,11 +246,12 @@ class Strip {
     const word = STATES[this.states[this.cells[cell]]].word;
     clearTimeout(this.timer);
     this.timer = setTimeout(async () => {
-      const { rows } = await get("fleet", { offset: cell, limit: 1 });
+      const { rows, now } = await get("fleet", { offset: cell, limit: 1 });
       if (cell !== this.chosen || !rows.length) return;
       this.name = rows[0].server;
       const values = Object.entries(rows[0].current).map(([metric, value]) => `${metric} ${amount(metric, value)}`);
-      this.says.textContent = `${this.name}: ${word}. ${values.join(", ")}`;
+      const isOld = rows[0].state === "silent";
+      fill(this.says, `${this.name}: `, isOld ? state("silent", rows[0].seen, now) : word, isOld ? ". Its last values: " : ". ", values.join(", "));
     }, 80);
   }
 

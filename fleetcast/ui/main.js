@@ -19,13 +19,13 @@ let generation = 0;
 
 function place() {
   const [path, query] = location.hash.replace(/^#\/?/, "").split("?", 2);
-  return { path: path in PAGES ? path : "", fields: new URLSearchParams(query ?? "") };
+  return { path: Object.hasOwn(PAGES, path) ? path : "", fields: new URLSearchParams(query ?? "") };
 }
 
 async function show() {
   const mine = ++generation;
   const { path, fields } = place();
-  shown?.end?.();
+  const before = shown;
   shown = null;
   const name = NAMES[path] ?? path;
   for (const link of document.querySelectorAll("nav a")) {
@@ -33,9 +33,16 @@ async function show() {
     else link.removeAttribute("aria-current");
   }
   const title = of("h1", { tabindex: "-1" });
-  const page = PAGES[path](view, title, fields);
-  shown = page;
-  await refresh(page);
+  view.classList.remove("unknown");
+  try {
+    before?.end?.();
+    const page = PAGES[path](view, title, fields, () => again(page));
+    shown = page;
+  } catch (error) {
+    view.replaceChildren(title); // the pulse goes on, and another view may do
+    return complain(explain(error));
+  }
+  await refresh(shown);
   if (mine !== generation) return;
   document.title = `${title.textContent || "fleetcast"} · fleetcast`;
   if (pulse.moved) title.focus({ preventScroll: true });
@@ -48,17 +55,32 @@ async function refresh(page) {
   try {
     await page.refresh();
     page.refreshedAt = performance.now();
+    page.isOwed = false;
+    if (shown === page) view.classList.remove("unknown");
     complain("");
   } catch (error) {
-    if (shown === page) complain(explain(error));
+    if (shown === page) {
+      page.isOwed = !(error instanceof Refused) || error.status >= 500; // the same question may be answered later
+      view.classList.toggle("unknown", !page.refreshedAt || error.status === 404); // empty cards say nothing
+      complain(explain(error));
+    }
   } finally {
     page.isBusy = false;
   }
+  if (page.isAsked) return again(page);
+}
+
+/** Ask anew because the reader chose something else: right away, or after the answer on its way. */
+function again(page) {
+  page.isAsked = page.isBusy;
+  return refresh(page);
 }
 
 function explain(error) {
   if (error instanceof Refused) return error.status === 404 ? `Not found: ${error.message}` : error.message;
-  if (error instanceof TypeError && error.message.includes("fetch")) return "The daemon does not answer. This page shows what it said last and goes on asking.";
+  if (error instanceof TypeError && /fetch|network/i.test(error.message)) {
+    return `The daemon does not answer. ${shown?.refreshedAt ? "This page shows what it said last and" : "Nothing was received for this view yet; the page"} goes on asking.`;
+  }
   return `The page failed: ${error.message}`;
 }
 
@@ -76,12 +98,12 @@ async function beat() {
       const before = pulse.last;
       pulse.last = found;
       tell(found);
-      if (before && ["origin", "check", "trainings", "model", "problems"].some((name) => before[name] !== found[name])) {
+      if (before && ["origin", "check", "trainings", "model", "problems", "bins_waiting"].some((name) => before[name] !== found[name])) {
         return refresh(shown);
       }
     }
     const isDue = shown?.refreshEvery && performance.now() - (shown.refreshedAt ?? 0) > shown.refreshEvery;
-    if (pulse.failures || isDue) await refresh(shown);
+    if (pulse.failures || shown?.isOwed || isDue) await refresh(shown);
     pulse.failures = 0;
   } catch (error) {
     pulse.failures += 1;
@@ -96,11 +118,12 @@ function tell(found) {
   badge.setAttribute("aria-label", `${found.problems} problems`);
   fill(document.getElementById("pulse"),
     found.origin ? of("span", {}, "Forecast of ", moment(found.origin)) : "No forecast yet",
+    found.bins_waiting ? of("span", { class: "warning" }, ` · ${found.bins_waiting} newer ${found.bins_waiting === 1 ? "bin waits" : "bins wait"}`) : "",
     of("span", {}, found.model ? ` · model ${found.model}` : " · no model yet, the naive forecast serves"));
 }
 
 window.addEventListener("hashchange", show);
 document.addEventListener("visibilitychange", beat);
+setInterval(beat, PULSE_MS); // whatever becomes of the first view
 await show();
 await beat();
-setInterval(beat, PULSE_MS);

@@ -19,7 +19,7 @@ export function promotion() {
   const refresh = async () => {
     const [{ aliases }, found] = await Promise.all([get("../../models"), get("../../promotion")]);
     fill(card, of("h2", {}, "Which model serves"), facts(factsOf(aliases, found)), comparedOf(found),
-      of("p", { class: "tools" }, buttonsOf(aliases, found).map((given) => button(given, says, refresh))), says, logOf(found.history));
+      of("p", { class: "tools" }, buttonsOf(aliases, found).map((given) => button(given, found.no_orders, says, refresh)), of("span", { class: "muted" }, found.no_orders ?? "")), says, logOf(found.history));
   };
   return { card, refresh };
 }
@@ -60,7 +60,7 @@ function buttonsOf(aliases, { held, paused, waiting }) {
   ];
 }
 
-function button({ kind, version, about }, says, refresh) {
+function button({ kind, version, about }, whyNot, says, refresh) {
   const [word, effect] = ORDERS[kind];
   const ordered = async () => {
     const reason = await askForReason(`${word}${about ?? version ? ` ${about ?? version}` : ""}`, effect);
@@ -73,7 +73,7 @@ function button({ kind, version, about }, says, refresh) {
       says.textContent = `Nothing was ordered: ${error.message}`;
     }
   };
-  return of("button", { type: "button", onclick: ordered, title: effect, "data-focus": `order ${kind}` }, `${word} …`);
+  return of("button", { type: "button", onclick: ordered, disabled: Boolean(whyNot), title: whyNot ?? effect, "data-focus": `order ${kind}` }, `${word} …`);
 }
 
 /** Ask why; null where the person thinks better of it. */

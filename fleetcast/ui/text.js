@@ -1,12 +1,15 @@
 // Building elements and writing numbers, times and states. Text only ever becomes a text node.
 
 export const STATES = {
-  stale: { shape: "■", word: "silent" },
-  drift: { shape: "◆", word: "drifts" },
-  high: { shape: "▲", word: "gets high" },
-  warming_up: { shape: "○", word: "warming up" },
-  ok: { shape: "●", word: "calm" },
+  silent: { shape: "■", word: "silent" },
+  "is-high": { shape: "▲", word: "is high" },
+  drifts: { shape: "◆", word: "drifts" },
+  "gets-high": { shape: "△", word: "gets high" },
+  "warming-up": { shape: "○", word: "warming up" },
+  "not-forecast": { shape: "–", word: "not forecast" },
+  calm: { shape: "●", word: "calm" },
 };
+const GONE = { shape: "■", word: "gone" }; // of a server's own page alone
 const UNITS = [["_pct", " %", "%"], ["_mb_s", " MB/s", "MB/s"], ["_gb", " GB", "GB"], ["_ms", " ms", "ms"], ["_s", " s", "s"]];
 
 /** Make an element: `of("p", { class: "muted" }, "text", another)`. Strings become text nodes. */
@@ -35,7 +38,9 @@ export function number(value) {
   const size = Math.abs(value);
   if (size >= 1e6) return value.toExponential(2);
   if (size >= 1000) return Math.round(value).toLocaleString("en-US");
-  return value.toFixed(size >= 100 || size === 0 ? 0 : size >= 10 ? 1 : 2);
+  if (size > 0 && size < 0.1) return size < 1e-6 ? value.toExponential(1) : String(+value.toPrecision(2)); // 0.0042, not 0.00
+  const written = +size.toPrecision(3); // 99.97 is written as 100 is
+  return written >= 1000 ? Math.round(value).toLocaleString("en-US") : value.toFixed(written >= 100 || size === 0 ? 0 : written >= 10 ? 1 : 2);
 }
 
 /** A count or a limit: whole numbers stay whole. */
@@ -59,24 +64,30 @@ export function difference(metric) {
 }
 
 export function percent(share, digits = 0) {
-  return share === null || share === undefined ? "–" : `${(share * 100).toFixed(digits)} %`;
+  return share === null || share === undefined ? "–" : `${(share * 100).toFixed(digits)}\u00a0%`;
 }
 
 const DAY = new Intl.DateTimeFormat(undefined, { month: "short", day: "numeric", hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
+const YEAR = new Intl.DateTimeFormat(undefined, { year: "numeric", month: "short", day: "numeric", hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
 const CLOCK = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
 
 /** A moment in the reader's own time zone; the element tells UTC as its title. */
 export function moment(iso) {
   if (!iso) return "–";
-  return of("time", { datetime: iso, title: iso }, DAY.format(new Date(iso)));
+  return of("time", { datetime: iso, title: iso }, dated(new Date(iso)));
 }
 
 export function clock(seconds) {
   return CLOCK.format(new Date(seconds * 1000));
 }
 
-export function day(seconds) {
-  return DAY.format(new Date(seconds * 1000));
+export function day(seconds, hasYear = true) {
+  return hasYear ? dated(new Date(seconds * 1000)) : DAY.format(new Date(seconds * 1000));
+}
+
+/** A date and time, with the year where it is not this one. */
+function dated(date) {
+  return (date.getFullYear() === new Date().getFullYear() ? DAY : YEAR).format(date);
 }
 
 /** "5 min", "8 h", "2 days". */
@@ -87,13 +98,39 @@ export function span(seconds) {
   return `${Math.round(seconds / 86400)} days`;
 }
 
-export function state(name) {
-  const { shape, word } = STATES[name] ?? { shape: "?", word: name };
-  return of("span", { class: `state ${name}` }, of("span", { class: "shape", "aria-hidden": "true" }, shape), word);
+/** A state in words; of a silent or gone server since when, with the day where `now` is of another one. */
+export function state(name, seen, now) {
+  const { shape, word } = STATES[name] ?? (name === "gone" ? GONE : { shape: "?", word: name });
+  return of("span", { class: `state ${name === "gone" ? "silent" : name}` }, of("span", { class: "shape", "aria-hidden": "true" }, shape), word,
+    isQuiet(name) && seen ? [" since ", since(seen, now)] : null);
 }
 
+/** Whether a server of this state sends nothing: its values are old. */
+export function isQuiet(name) {
+  return ["silent", "gone"].includes(name);
+}
+
+/** A time of the day of `now` (about), else with its date. */
+export function since(iso, now) {
+  const hasDay = !now || Math.abs(Date.parse(now) - Date.parse(iso)) > 20 * 3600e3;
+  return of("time", { datetime: iso, title: iso }, hasDay ? dated(new Date(iso)) : CLOCK.format(new Date(iso)));
+}
+
+/** What stands beside a value that is old: since when its server is silent. */
+export function silence(iso, now) {
+  return of("span", { class: "silence" }, " silent since ", since(iso, now));
+}
+
+/** A link to a server; its name may break behind a sign that parts it, not within a word. */
 export function serverLink(name) {
-  return of("a", { href: `#/server?name=${encodeURIComponent(name)}`, "data-focus": `server ${name}` }, name);
+  const parts = name.split(/(?<=[._/:@-])/u).flatMap((part) => [of("wbr"), part]).slice(1);
+  return of("a", { href: `#/server?name=${encodeURIComponent(name)}`, "data-focus": `server ${name}` }, parts);
+}
+
+/** What stands beside values where closed bins wait: of when the forecast is. */
+export function lateness({ origin, bins_waiting: waiting }) {
+  if (!waiting || !origin) return null;
+  return of("p", { class: "warning" }, "▲ What is forecast is as of ", moment(origin), `: ${count(waiting)} newer ${waiting === 1 ? "bin waits" : "bins wait"} for a forecast, the values now are newer.`);
 }
 
 /** Replace what stands in `parent`; keep the focus on what has the same `data-focus`. */

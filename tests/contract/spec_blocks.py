@@ -52,6 +52,12 @@ def _goes_on(command: str) -> bool:
     return quotes.count("'") % 2 == 1 or quotes.count('"') % 2 == 1 or command.endswith(("\\", "|"))
 
 
+def commands(document: Path) -> list[str]:
+    """Return the commands of a document's shell blocks, as printed, in order."""
+    blocks = [Block("", *match.groups()) for match in FENCE.finditer(document.read_text(encoding="utf-8"))]
+    return [command for block in blocks if block.language == "bash" for command in block.commands()]
+
+
 def _blocks() -> Iterator[Block]:
     text = SPEC.read_text(encoding="utf-8")
     headings = [(match.start(), _slug(match.group(2))) for match in HEADING.finditer(text)]

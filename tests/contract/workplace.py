@@ -1,6 +1,7 @@
 """A working directory as a user has one: the five programs in it, and a shell that finds `python`."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -100,6 +101,11 @@ class Workplace:
             f"python -m fleetcast.sources.replay --data {SAMPLE} --servers {servers} --days {minutes / 1440} "
             f"--map {' '.join(MAPPING)} --shift-to now --url http://localhost:8000 {' '.join(flags)}"
         )
+
+
+def installed(command: str) -> str:
+    """Return a command of the installed package as a checkout has it."""
+    return re.sub(r"^fleetcast ", "python -m fleetcast ", command)
 
 
 def is_free(port: int) -> bool:

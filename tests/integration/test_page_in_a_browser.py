@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.browser import CHROMIUM, Browser
 from benchmarks.programs import InferenceDaemon, wait_for
-from fleetcast.clock import iso_z
+from fleetcast.clock import iso_z, parse_plain_utc
 from fleetcast.errors import DaemonAway
 from fleetcast.files import write_json
 from fleetcast.sources.replay import main as replay
@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "samples" / "smd_fleet.parquet"
 MAPPED = ("cpu_pct=cpu_r_norm01*100", "mem_pct=mem_u_norm01*100", "disk_io_mb_s=disk_wb_norm01*50")
 SERVER = "smd-machine-1-2"
+SILENT = "zz-silent"
 VENDOR = ROOT / "tests" / "vendor"
 HOURS = 14  # forecasts of 8 h before have come due
 CONFIG = """
@@ -83,16 +84,12 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InferenceDaemon
         assert replay(asked) == 0
         newest = daemon.status()["newest_record_time"]
         daemon.client.post_records([{"timestamp": newest, "server_name": HOSTILE, "cpu_pct": 1.0}])
+        before = iso_z(parse_plain_utc(newest) - timedelta(hours=2))
+        daemon.client.post_records([{"timestamp": before, "server_name": SILENT, "cpu_pct": 42.0}])
         wait_for("the last sweep", lambda: not daemon.status()["backlog"])
         leave_drift_files(folder, SERVER)
         yield daemon
         assert daemon.stop() == 0
-
-
-@pytest.fixture
-def browser() -> Iterator[Browser]:
-    with Browser() as browser:
-        yield browser
 
 
 def is_local(url: str, daemon: InferenceDaemon) -> bool:
@@ -119,6 +116,17 @@ def has_ink(selector: str) -> str:
         " const dots = it.getContext('2d').getImageData(0, 0, it.width, it.height).data;"
         " let n = 0; for (let i = 3; i < dots.length; i += 4) n += dots[i] > 0; return n > 500; })()"
     )
+
+
+WATCH_LABELS = """
+window.labels = [];  // those of axes of values: their text, and where it begins
+const pen = CanvasRenderingContext2D.prototype, write = pen.fillText;
+pen.fillText = function (text, x, ...rest) {
+  const place = this.getTransform().transformPoint({ x: x - this.measureText(text).width, y: 0 });
+  if (this.textAlign === "right") labels.push([text, place.x]);
+  return write.call(this, text, x, ...rest);
+};
+"""
 
 
 def test_the_root_leads_to_the_fleet_with_its_strip_and_table(
@@ -150,8 +158,7 @@ def test_a_server_s_charts_show_the_past_the_fan_and_what_was_said(
 ) -> None:
     browser.open(f"{daemon.url}/ui/#/server?name={SERVER}")
     browser.wait(has_ink(".plot canvas"))
-    points = int(browser.evaluate("document.querySelector('.plot').dataset.points"))
-    assert points == 48 * 12 + 96
+    assert points(browser) == 48 * 12 + 96
     assert "Ahead" in text(browser, "table.small")
     assert "8 h" in text(browser, "table.small")
     assert "Next 8 h" in text(browser, "figcaption")
@@ -161,6 +168,63 @@ def test_a_server_s_charts_show_the_past_the_fan_and_what_was_said(
     browser.evaluate("document.querySelector('input[value=\"96\"]').click()")
     browser.wait("location.hash.includes('said=96')")
     check_quiet(browser, daemon)
+
+
+def points(browser: Browser) -> int:
+    return int(browser.evaluate("document.querySelector('.plot').dataset.points"))
+
+
+def test_a_time_is_chosen_and_a_link_shows_the_same(browser: Browser, daemon: InferenceDaemon) -> None:
+    browser.open(f"{daemon.url}/ui/#/server?name={SERVER}")
+    browser.wait(has_ink(".plot canvas"))
+    browser.evaluate("document.querySelector('input[value=\"6h\"]').click()")
+    browser.wait(f"document.querySelector('.plot').dataset.points === '{6 * 12 + 96}'")
+    assert "span=6h" in browser.evaluate("location.hash")
+    browser.evaluate("document.querySelector('[data-focus=\"earlier\"]').click()")
+    browser.wait("location.hash.includes('from=')")
+    browser.wait("document.querySelector('.range').textContent.includes(' to ')")
+    browser.wait("document.querySelector('.plot').dataset.points === '72'")  # nothing ahead is in sight
+    assert [url for url in browser.requests if url.startswith(f"{daemon.url}/history?")]
+    asked, told = browser.evaluate("[location.href, document.querySelector('.range').textContent]")
+    assert "6 h" in told
+    check_quiet(browser, daemon)
+    with Browser() as other:
+        other.open(asked)
+        other.wait(has_ink(".plot canvas"))
+        assert text(other, ".range") == told
+        assert points(other) == points(browser)
+        assert other.evaluate("document.querySelector('input[value=\"6h\"]').checked")
+        other.evaluate("document.querySelector('[data-focus=\"to now\"]').click()")
+        other.wait("document.querySelector('.plot').dataset.points === '168'")
+        assert "from=" not in other.evaluate("location.hash")
+
+
+def test_a_chart_is_zoomed_by_dragging_and_by_keys(browser: Browser, daemon: InferenceDaemon) -> None:
+    browser.open(f"{daemon.url}/ui/#/server?name={SERVER}")
+    browser.wait(has_ink(".plot canvas"))
+    browser.drag(".plot .u-over", 0.7, 0.8)
+    browser.wait("location.hash.includes('from=')")
+    browser.wait("document.querySelector('.range').textContent.includes('to')")
+    reset = "document.querySelector('.plot .u-over').dispatchEvent(new MouseEvent('dblclick'))"
+    browser.evaluate(reset)
+    browser.wait("!location.hash.includes('from=')")
+    browser.evaluate("document.querySelector('.plot').focus()")
+    for key, has_zoomed in (("+", True), ("Escape", False)):
+        browser.press(key)
+        browser.wait(f"location.hash.includes('from=') === {json.dumps(has_zoomed)}")
+    check_quiet(browser, daemon)
+
+
+@pytest.mark.parametrize("width", [1400, 390])
+def test_no_label_of_an_axis_is_cut_off(browser: Browser, daemon: InferenceDaemon, width: int) -> None:
+    browser.resize(width, 900)
+    browser.open(f"{daemon.url}/ui/")
+    browser.evaluate(WATCH_LABELS)
+    browser.evaluate(f"location.hash = '#/server?name={SERVER}'")
+    browser.wait(has_ink("section[aria-label=disk_io_mb_s] canvas"))
+    labels = browser.evaluate("labels")
+    assert any(text.endswith(" MB/s") and text != "0 MB/s" for text, _ in labels)
+    assert [text for text, left in labels if left < 0] == []
 
 
 def test_the_keyboard_reaches_a_server_and_its_values(browser: Browser, daemon: InferenceDaemon) -> None:
@@ -186,18 +250,51 @@ def test_sorting_keeps_the_focus_and_is_told_to_a_screen_reader(
     browser.wait("document.querySelectorAll('tbody tr').length > 5")
     press = "document.querySelector('[data-focus=\"sort cpu_pct\"]')"
     browser.evaluate(f"{press}.focus(); {press}.click()")
-    browser.wait("document.querySelector('th[aria-sort=descending]')")
+    browser.wait("document.querySelector('th[aria-sort=descending] button').dataset.focus === 'sort cpu_pct'")
     assert browser.evaluate("document.activeElement.dataset.focus") == "sort cpu_pct"
     values = browser.evaluate(
-        "[...document.querySelectorAll('tbody tr')].map((row) => parseFloat(row.cells[2].textContent))"
+        "[...document.querySelectorAll('tbody tr')].map((row) => parseFloat(row.cells[3].textContent))"
     )
     assert values == sorted(values, reverse=True)
     assert "sort=cpu_pct" in browser.evaluate("location.hash")
+    browser.evaluate("document.querySelector('[data-focus=\"sort error\"]').click()")
+    browser.wait("document.querySelector('th[aria-sort] button').dataset.focus === 'sort error'")
+    assert browser.evaluate("document.querySelectorAll('th[aria-sort]').length") == 1
+
+
+def test_a_silent_server_comes_first_and_its_values_read_as_old(
+    browser: Browser, daemon: InferenceDaemon
+) -> None:
+    browser.open(f"{daemon.url}/ui/")
+    browser.wait("document.querySelectorAll('tbody tr').length > 5")
+    assert text(browser, "th[aria-sort=descending]").startswith("State")
+    assert "sort=" not in browser.evaluate("location.hash")
+    first = text(browser, "tbody tr.old")
+    assert browser.evaluate("document.querySelector('tbody tr').className") == "old"
+    assert first.startswith(SILENT)
+    assert "silent since 11:" in first
+    assert "latency_ms" not in text(browser, "thead")  # no server sends it
+    browser.evaluate("document.querySelector('tbody a').click()")
+    browser.wait("document.querySelector('h2 .number.old')")
+    assert text(browser, "h2 .number.old").startswith("42.0 %")
+    assert "silent since 11:" in text(browser, "h2 .number.old")
+    assert "silent since 11:" in text(browser, ".head")
+    check_quiet(browser, daemon)
+
+
+def test_accuracy_is_whole_on_a_telephone(browser: Browser, daemon: InferenceDaemon) -> None:
+    browser.resize(360, 800)
+    browser.open(f"{daemon.url}/ui/#/server?name={SERVER}")
+    browser.wait("document.querySelectorAll('.scroll table.small').length > 2")
+    cut = "[...document.querySelectorAll('.scroll')].filter((it) => it.scrollWidth > it.clientWidth).length"
+    assert browser.evaluate(cut) == 0
+    assert browser.evaluate("document.querySelector('.scroll:has(table.small)').tabIndex") == 0
 
 
 @pytest.mark.parametrize(
     ("page", "words"),
     [
+        ("capacity", ("90 % within 8 h", "No server sends disk_usage_pct, so no disk has a date.")),
         ("drift", ("Prediction error", "has left its usual values", "over the limit")),
         (
             "trainings",
@@ -217,17 +314,31 @@ def test_the_other_pages_say_what_they_are_for(
     check_quiet(browser, daemon)
 
 
-def test_an_order_is_given_with_a_reason_and_refused_in_the_daemons_words(
-    browser: Browser, daemon: InferenceDaemon
-) -> None:
+def test_without_a_configured_key_no_order_is_offered(browser: Browser, daemon: InferenceDaemon) -> None:
     browser.open(f"{daemon.url}/ui/#/trainings")
-    browser.wait("document.querySelector('[data-focus=\"order hold\"]')")
+    browser.wait("document.querySelector('[data-focus=\"order hold\"]')?.disabled")
+    assert "orders need a configured key: set TFT_API_KEY" in text(browser, "main")
+
+
+def test_an_order_is_given_with_a_reason_and_refused_in_the_daemons_words(
+    tmp_path: Path, browser: Browser
+) -> None:
+    with InferenceDaemon(tmp_path, environ={"TFT_API_KEY": "right-key"}) as daemon:
+        browser.open(f"{daemon.url}/ui/#/trainings")
+        browser.wait("document.getElementById('ask').open")
+        answer_dialog(browser, "right-key")
+        order_a_hold(browser, "Written down.")
+        browser.evaluate("sessionStorage.setItem('fleetcast-key', 'wrong-key')")
+        order_a_hold(browser, "Nothing was ordered: ")
+
+
+def order_a_hold(browser: Browser, told: str) -> None:
+    browser.wait("document.querySelector('[data-focus=\"order hold\"]:enabled')")
     browser.evaluate("document.querySelector('[data-focus=\"order hold\"]').click()")
     browser.wait("document.querySelector('dialog[open] #reason')")
     browser.evaluate("document.querySelector('#reason').focus()")
     browser.write("release week")
     browser.evaluate("document.querySelector('dialog[open] button.main').click()")
-    told = "Nothing was ordered: orders need a configured key"
     browser.wait(f"document.querySelector('main').innerText.includes({json.dumps(told)})")
 
 
@@ -340,6 +451,12 @@ def test_a_daemon_that_went_away_is_told_and_found_again(tmp_path: Path, browser
         browser.wait("document.getElementById('alert').innerText.includes('does not answer')")
         daemon.start()
         browser.wait("document.getElementById('alert').hidden")
+        daemon.kill()
+        browser.wait("!document.getElementById('alert').hidden")
+        daemon._environ["TFT_API_KEY"] = "right-key"
+        daemon.start()
+        browser.wait("document.getElementById('ask').open")
+        assert browser.evaluate("document.getElementById('alert').hidden"), "the daemon answers"
 
 
 def test_a_daemon_without_records_says_what_to_do(tmp_path: Path, browser: Browser) -> None:

@@ -25,15 +25,17 @@ def untrained_model(version: str, seed: int) -> bytes:
     """Return a checkpoint of the real network with random weights."""
     import torch
 
+    from fleetcast.forecast.checkpoint import ModelDescription
     from fleetcast.forecast.encoding import GridShape
-    from fleetcast.forecast.network import NetworkConfig, build
-    from fleetcast.forecast.predictor import Forecaster, ModelDescription
+    from fleetcast.forecast.network import NetworkConfig
+    from fleetcast.forecast.predictor import Forecaster
+    from fleetcast.training.network import as_arrays, build
 
     torch.manual_seed(seed)
     grid = GridShape(bin_ms=300_000, horizon_bins=96)
     config = NetworkConfig.for_grid(grid, 16)
     description = ModelDescription(version, iso_z(datetime.now(UTC)), ("cpu_pct",), grid, config)
-    return Forecaster(description, build(config).state_dict()).to_bytes()
+    return Forecaster(description, as_arrays(build(config).state_dict())).to_bytes()
 
 
 def promote(folder: Path, version: str, content: bytes) -> None:

@@ -49,7 +49,8 @@ def wait_for_shards(daemon: InferenceDaemon, n: int) -> None:
 
 def shards_of(daemon: InferenceDaemon) -> list[psutil.Process]:
     children = psutil.Process(daemon.process.pid).children()
-    return [child for child in children if "fleetcast.serving.shard" in child.cmdline()]
+    alive = (child for child in children if child.status() != psutil.STATUS_ZOMBIE)
+    return [child for child in alive if "fleetcast.serving.shard" in child.cmdline()]
 
 
 def settled(folder: Path) -> dict[tuple[Any, ...], tuple[float, float]]:

@@ -82,7 +82,7 @@ class NestedSystemd:
         self._do(
             f"useradd --system --home-dir {STATE} --shell /usr/sbin/nologin tft",
             "mkdir -p /etc/fleetcast",
-            f"cp -r {TREE}/*.py {TREE}/fleetcast {INSTALLED}",
+            f"cp -r {TREE}/*.py {TREE}/fleetcast {TREE}/models {INSTALLED}",
             "systemctl daemon-reload",
         )
 

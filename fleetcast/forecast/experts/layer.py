@@ -210,18 +210,24 @@ class ExpertLayer:
     def _bound(
         self, scaled: Floats32, z: Floats32, experts: RuleForecasts, shape: tuple[int, int, int]
     ) -> None:
-        """Keep the interval in the known range and a margin, or as far as the model itself goes."""
+        """Keep the interval in the known range and a margin.
+
+        Where the median itself leaves the range, as on a series that grows, the band goes as far past the
+        median as that goes past the range, and the margin: what was seen does not bound what is new.
+        """
         n_row, n_metric, _ = shape
         lowest, highest = (
             values.reshape(n_row, n_metric, 1, 1) for values in (experts.lowest, experts.highest)
         )
-        margin = 0.1 * (highest - lowest) + 1e-3
-        floor = np.where(lowest >= 0, np.maximum(lowest - margin, 0), lowest - margin)
-        ceiling = highest + margin
+        margin, median = 0.1 * (highest - lowest) + 1e-3, scaled[..., 1:2]
+        below, above = median - scaled[..., :1], scaled[..., 2:] - median
+        floor = np.minimum(lowest - margin, median - np.minimum(below, margin + lowest - median))
+        floor = np.where(lowest >= 0, np.maximum(floor, 0), floor)
+        ceiling = np.maximum(highest + margin, median + np.minimum(above, margin + median - highest))
         is_capped = self._is_percent[None, :, None, None] & (highest <= 100)
         ceiling = np.where(is_capped, np.minimum(ceiling, 100), ceiling)
-        floor = np.minimum(np.nan_to_num(floor, nan=-np.inf), scaled[..., 1:2])
-        ceiling = np.maximum(np.nan_to_num(ceiling, nan=np.inf), scaled[..., 1:2])
+        floor = np.minimum(np.nan_to_num(floor, nan=-np.inf), median)
+        ceiling = np.maximum(np.nan_to_num(ceiling, nan=np.inf), median)
         np.clip(scaled, floor, ceiling, out=scaled)
 
     def _follow_trend(self, rows: Longs, experts: RuleForecasts, native: Floats32, leads: Longs) -> Floats32:
@@ -340,7 +346,7 @@ class _Pending:
         self.last, self.offsets = other.last[:, rows], other.offsets[:, rows]
 
     def restore(self, arrays: Mapping[str, NDArray[Any] | None]) -> None:
-        """Take up arrays of an earlier run, if they fit."""
+        """Take up arrays of an earlier run, if they fit in shape and kind."""
         origins, last, offsets = (arrays[name] for name in self.ARRAYS)
         if origins is None or last is None or offsets is None or origins.shape != self.origins.shape:
             return
@@ -349,6 +355,9 @@ class _Pending:
             *last.shape,
             _N_KEPT,
         ):
+            return
+        kinds = origins.dtype, last.dtype, offsets.dtype
+        if kinds != (self.origins.dtype, self.last.dtype, self.offsets.dtype):
             return
         self.origins, self.last, self.offsets = origins.copy(), last.copy(), offsets.copy()
 

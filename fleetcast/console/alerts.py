@@ -12,6 +12,7 @@ rule or channel that is not set; 3 no permission; 6 no daemon with a channel has
 
 import argparse
 import math
+import queue
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
@@ -22,10 +23,12 @@ from fleetcast.alerts.channels import (
     AlertmanagerChannel,
     Channel,
     HeartbeatChannel,
+    find_problems,
     make_channels,
+    make_sender,
     message_channels,
 )
-from fleetcast.alerts.messages import Sender, end, trial_notice
+from fleetcast.alerts.messages import end, trial_notice
 from fleetcast.alerts.rules import parse_rules
 from fleetcast.alerts.state import (
     ALERTS_FILE,
@@ -38,12 +41,15 @@ from fleetcast.alerts.state import (
 )
 from fleetcast.clock import SystemClock, iso_z
 from fleetcast.console.daemon import Daemon, ago, table
-from fleetcast.errors import BadOrder, CannotLook, ExitCode, NotDelivered, printable
+from fleetcast.errors import BadOrder, CannotLook, ExitCode, NotDelivered, SettingsError, printable, quote
+from fleetcast.outbound import cause
 from fleetcast.program import require_own_folder, run_program, tell
 from fleetcast.promotion.orders import this_user
 from fleetcast.setting import nearest
 from fleetcast.settings import AlertSettings, Settings, load_settings
+from fleetcast.workers import Workers
 
+_SLACK_S = 1.0  # beyond the limits of a channel, for what it does itself
 LIST, TEST, SILENCE = "list", "test", "silence"
 _CODES = (
     "exit codes: 0 done, and nothing fires; 1 something fires, or a channel did not take the test; "
@@ -104,6 +110,8 @@ def _screen(shown: dict[str, Any], now: datetime) -> Iterator[str]:
 
 def _test(options: argparse.Namespace) -> int:
     own = _settings(options)
+    if problems := find_problems(own.alerts):
+        raise SettingsError(problems)
     channels = {channel.name: channel for channel in _every_channel(own)}
     if not channels:
         raise BadOrder("no channel is set", hint="docs/alerts.md shows the settings of each")
@@ -113,7 +121,7 @@ def _test(options: argparse.Namespace) -> int:
             f"no channel {options.name} is set{nearest(options.name, list(channels))}; set: {known}"
         )
     wanted = [channels[options.name]] if options.name else list(channels.values())
-    answers = {channel.name: _try(channel) for channel in wanted}
+    answers = {channel.name: _try(channel, own.alerts.timeout_s) for channel in wanted}
     told = {name: {"taken": is_taken, "answer": says} for name, (is_taken, says) in answers.items()}
     rows = [[name, "taken" if is_taken else "not taken", says] for name, (is_taken, says) in answers.items()]
     tell(table(["channel", "test", "answer"], rows), told if options.json else None)
@@ -127,15 +135,31 @@ def _every_channel(settings: Settings) -> list[Channel]:
     made = make_channels(own, settings.retraining.interval_s, clock)
     if not own.alertmanager_urls:
         return list(made)
-    return [*made, *message_channels(own, Sender(own.fleet, own.page_url), clock)]
+    return [*made, *message_channels(own, make_sender(own), clock)]
 
 
-def _try(channel: Channel) -> tuple[bool, str]:
-    """Send a test, and to a channel that keeps incidents its end; return whether it was taken, and why."""
+def _try(channel: Channel, timeout_s: float) -> tuple[bool, str]:
+    """Send a test, and to a channel that keeps incidents its end; return whether it was taken, and why.
+
+    What a channel does inside a library of others may take for ever, so it is waited for no longer than the
+    daemon does.
+    """
+    answers: queue.SimpleQueue[tuple[bool, str]] = queue.SimpleQueue()
+    Workers().thread("test", lambda: answers.put(_answer(channel)), once=True).start()
+    n_messages = 1 if getattr(channel, "can_sum_up", True) else 2
+    try:
+        return answers.get(timeout=n_messages * timeout_s + _SLACK_S)
+    except queue.Empty:
+        return False, f"no answer within {timeout_s:g} s"
+
+
+def _answer(channel: Channel) -> tuple[bool, str]:
     try:
         return True, _send_test(channel)
     except NotDelivered as error:
         return False, str(error)
+    except Exception as error:  # the boundary, as in the daemon: its text may hold an address
+        return False, f"failed: {cause(error)}"
 
 
 def _send_test(channel: Channel) -> str:
@@ -156,7 +180,7 @@ def _silence(options: argparse.Namespace) -> int:
     if options.name not in names:
         raise BadOrder(f"no rule {options.name}{nearest(options.name, names)}; rules: {', '.join(names)}")
     require_own_folder(Path.cwd())
-    now = SystemClock().now()
+    now = SystemClock().now().replace(microsecond=0)
     until = now + timedelta(hours=options.hours)
     silence = Silence(options.name, until, options.reason, this_user(), now, options.server)
     add_silence(Path(SILENCES_FILE), silence)
@@ -213,7 +237,7 @@ def _hours(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value <= 24 * 365:
-        raise argparse.ArgumentTypeError(f"must be hours, from 0 to 8760, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be hours, from 0 to 8760, got {quote(text)}")
     return value
 
 
