@@ -345,8 +345,7 @@ class LargeFleet(Fleet):
     """A fleet that is sent in several posts per bin; its first bin was 7 hours ago: forecasts are of use."""
 
     def __init__(self, daemon: InferenceDaemon, n_servers: int) -> None:
-        super().__init__(daemon, n_servers)
-        self._bin_start += timedelta(days=20) - timedelta(hours=7)
+        super().__init__(daemon, n_servers, n_history=0)
 
     def send_a_bin(self) -> None:
         """Send one record per server of the next bin."""
@@ -406,11 +405,8 @@ def _probe_until(
     sweeps: list[dict[str, Any]],
     n_bins: int,
 ) -> None:
-    def moment() -> datetime:
-        return fleet.moment() - timedelta(minutes=5)  # a closed bin: one that grows is not forecast from yet
-
     while len(sweeps) < n_bins:
-        latencies_ms += probe(daemon, moment, 0.5)
+        latencies_ms += probe(daemon, fleet.moment, 0.5)
 
 
 def _timed_read(daemon: InferenceDaemon, share: str, kind: str = "*/*") -> tuple[float, int, float]:

@@ -4,9 +4,9 @@
 
 One real daemon per phase, fed over loopback by one keep-alive connection that sends 20 records,
 waits 20 ms and sends again; every answer is durable (fdatasync). A second connection keeps the
-fleet's bins closing, so that a sweep of the real network (random weights, hidden 32) follows the
-other. `sweeping_share` says how much of the time a sweep was running. On shared cores these are
-upper bounds.
+fleet's bins closing, at most five a second, from 7 hours ago on: older bins get no forecast. So sweeps of the
+real network (random weights, hidden 32) follow each other. `sweeping_share` says how much of the time a
+sweep was running. On shared cores these are upper bounds.
 """
 
 import argparse
@@ -32,6 +32,9 @@ from fleetcast.forecast.registry import Registry
 
 PAUSE_S = 0.02
 HISTORY_BINS = 300
+BACKLOG = timedelta(hours=7)  # how long ago bins begin to close; a forecast made 8 hours late is of no use
+BIN = timedelta(minutes=5)
+CLOSE_PAUSE_S = 0.2
 METRICS = ("cpu_pct", "mem_pct", "disk_io_mb_s", "latency_ms")
 
 
@@ -77,7 +80,7 @@ def run(phase: Phase, folder: Path, seconds: float) -> dict[str, Any]:
         numbers = itertools.count(1)
         renew = partial(promote, folder) if phase.reloads else id
         with (
-            Repeating(fleet.close_a_bin, pause_s=0.0),
+            Repeating(fleet.close_a_bin, pause_s=CLOSE_PAUSE_S),
             Repeating(lambda: renew(next(numbers)), pause_s=1.0),
         ):
             started = time.monotonic()
@@ -125,20 +128,21 @@ def probe(daemon: InferenceDaemon, moment: Callable[[], datetime], seconds: floa
 class Fleet:
     """Servers whose bins close one after the other, as fast as they are forecast."""
 
-    def __init__(self, daemon: InferenceDaemon, n_servers: int) -> None:
+    def __init__(self, daemon: InferenceDaemon, n_servers: int, n_history: int = HISTORY_BINS) -> None:
         self._daemon = daemon
+        self._n_history = n_history
         self._names = [f"server-{i:04d}" for i in range(n_servers)]
         now = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
-        self._bin_start = now - timedelta(days=20)
+        self._bin_start = now - BACKLOG - n_history * BIN
         self._rng = np.random.default_rng(7)
 
     def moment(self) -> datetime:
-        """Return the start of the open bin."""
-        return self._bin_start
+        """Return the start of the newest closed bin: records of the open one would keep it from closing."""
+        return self._bin_start - BIN
 
     def give_history(self) -> None:
         """Send one record per server and bin for a day and some."""
-        for _ in range(HISTORY_BINS if self._names else 0):
+        for _ in range(self._n_history if self._names else 0):
             self._send()
 
     def close_a_bin(self) -> None:
@@ -151,7 +155,7 @@ class Fleet:
         wait_for("the sweep", lambda: self._daemon.status()["sweep"]["count"] > count)
 
     def _send(self) -> None:
-        self._bin_start += timedelta(minutes=5)
+        self._bin_start += BIN
         text = iso_z(self._bin_start)
         values = np.round(50 + 20 * self._rng.standard_normal(len(self._names)).clip(-2, 2), 2)
         self._daemon.client.post_records(
