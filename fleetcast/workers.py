@@ -127,19 +127,20 @@ class WorkerThread:
         self._work = work
         self._once = once
         self._ending = threading.Event()
+        self._starting = threading.Lock()  # until it is alive, it looks as if it were gone
         self._is_wanted = False
         self._thread: threading.Thread | None = None
 
     @property
     def is_alive(self) -> bool:
         """Whether it works, or pauses before it works again."""
-        return self._thread is not None and self._thread.is_alive()
+        with self._starting:
+            return self._is_there()
 
     def start(self) -> None:
         """Begin; daemon threads, since a stop does not wait for them without a limit."""
-        self._is_wanted = True
-        self._thread = threading.Thread(target=self._run, name=self.worker.name, daemon=True)
-        self._thread.start()
+        with self._starting:
+            self._begin()
 
     def stop(self) -> None:
         """End a pause, and begin nothing again after the next failure; the work has to be told itself."""
@@ -147,15 +148,29 @@ class WorkerThread:
 
     def join(self, timeout_s: float | None = None) -> bool:
         """Wait for the end; return whether it came."""
-        if self._thread is not None:
-            self._thread.join(timeout_s)
+        with self._starting:
+            thread = self._thread
+        if thread is not None:
+            thread.join(timeout_s)
         return not self.is_alive
 
     def look_after(self) -> None:
         """Start it again if it is gone without having come to its end."""
-        if self._is_wanted and not self.is_alive and not self._ending.is_set() and not self.worker.rest_s:
-            self.worker.note_failure(RuntimeError("its thread was gone"))
-            self.start()
+        with self._starting:
+            is_gone = self._is_wanted and not self._is_there() and not self._ending.is_set()
+            if is_gone and not self.worker.rest_s:
+                self.worker.note_failure(RuntimeError("its thread was gone"))
+                self._begin()
+
+    def _is_there(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _begin(self) -> None:
+        """Start the thread; caller holds the lock."""
+        self._is_wanted = True
+        thread = threading.Thread(target=self._run, name=self.worker.name, daemon=True)
+        thread.start()
+        self._thread = thread
 
     def _run(self) -> None:
         while True:

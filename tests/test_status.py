@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from fleetcast.clock import FakeClock, to_ms
+from fleetcast.clock import FakeClock, sleep, to_ms
 from fleetcast.locks import OwnerLock
 from fleetcast.schema import RecordBatch
 from fleetcast.serving import status
@@ -152,3 +152,33 @@ def test_a_count_that_fails_is_told_and_the_counts_before_stay(monkeypatch: pyte
     counts = FileCounts(count, Workers(), told.append)
     assert [counts.newest(), counts.newest()] == [{"total_records": 7}] * 2
     assert [str(error) for error in told] == ["the disk is away"]
+
+
+def test_askers_and_the_loop_that_looks_after_threads_start_a_count_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A thread that is being started is neither gone nor to be waited for yet."""
+    begin = threading.Thread.start
+
+    def begin_late(thread: threading.Thread) -> None:
+        if thread.name == "file counts":
+            sleep(0.2)
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", begin_late)
+    started: list[int] = []
+    found: list[dict[str, Any]] = []
+    failures: list[tuple[str, BaseException]] = []
+    workers = Workers(lambda name, error: failures.append((name, error)))
+
+    def count() -> dict[str, Any]:
+        started.append(len(started))
+        return {"total_records": 7}
+
+    counts = FileCounts(count, workers, pytest.fail)
+    asked = [threading.Thread(target=lambda: found.append(counts.newest())) for _ in range(5)]
+    for thread in asked:
+        begin(thread)
+    while any(thread.is_alive() for thread in asked):
+        workers.look_after()
+    assert (found, started, failures) == ([{"total_records": 7}] * 5, [0], [])
