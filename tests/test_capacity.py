@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,35 @@ def test_what_is_said_too_high_is_told_lower() -> None:
         passed = random.uniform(size=N_SERIES) < 0.3
         calibration.settle(said, np.where(passed, 99.0, 10.0).astype(np.float32))
     assert calibration.say(said.guess).told[HISTORY, 0, NINETY] == pytest.approx(0.32, abs=0.03)
+
+
+def test_a_noisy_series_is_not_held_against_the_surprises_of_flat_ones() -> None:
+    """Flat series often leave their small scale by far; noisy ones never do."""
+    calibration, random = Calibration(), np.random.default_rng(10)
+    is_noisy = np.arange(N_SERIES) % 2 == 1
+    scale = np.where(is_noisy, 20.0, 0.5).astype(np.float32)
+    found = Guess(
+        np.where(is_noisy, 50.0, 80.0).astype(np.float32)[None].repeat(2, axis=0),
+        scale[None].repeat(2, axis=0),
+        np.full((N_SERIES, len(LIMITS)), 0.1, np.float32),
+        np.full(N_SERIES, 50.0, np.float32),
+    )
+    for _ in range(40):
+        jumps = 12.0 * (random.uniform(size=N_SERIES) < 0.3)  # 24 scales of a flat series
+        peaks = np.where(is_noisy, 50.0 + random.uniform(-5, 10, N_SERIES), 80.0 + jumps)
+        calibration.settle(calibration.say(found), peaks.astype(np.float32))
+    told = calibration.say(found).raw[FORECAST, :, NINETY]
+    assert told[is_noisy].max() < 0.1, "half of what all series together say, .15"
+    assert 0.2 < told[~is_noisy].min() <= told[~is_noisy].max() < 0.3
+
+
+def test_scores_kept_before_scales_were_count_for_all() -> None:
+    calibration = Calibration()
+    random = teach(calibration, 60)
+    found = made_guess(np.array([90.0, 70.0]), random)
+    before = calibration.say(found).raw[FORECAST]
+    calibration.scales[:] = np.nan
+    assert calibration.say(found).raw[FORECAST] == pytest.approx(before)
 
 
 def test_windows_that_begin_over_the_limit_and_silent_ones_teach_nothing_about_it() -> None:
@@ -345,8 +375,29 @@ def test_a_damaged_file_costs_only_what_it_held(tmp_path: Path) -> None:
     assert Capacity(tmp_path, fleet)._calibrations[0].n_settled[0] == 0
 
 
-@pytest.mark.parametrize("name", ["tallies", "brier", "n_settled"])
-@pytest.mark.parametrize("value", [np.nan, -1, np.inf])
+def test_what_was_learnt_before_scales_were_kept_is_taken_over(tmp_path: Path) -> None:
+    fleet = build_fleet(Settings(), FakeClock())
+    capacity = Capacity(tmp_path, fleet)
+    teach(capacity._calibrations[0], 3)
+    capacity.save()
+    with np.load(tmp_path / "capacity.npz") as archive:
+        older = {name: archive[name] for name in archive.files if name != "scales"} | {"format": np.int64(1)}
+    np.savez_compressed(tmp_path / "capacity.npz", **older)
+
+    kept = Capacity(tmp_path, fleet)._calibrations[0]
+
+    assert kept.n_settled[0] == 3
+    assert np.array_equal(kept.scores, capacity._calibrations[0].scores, equal_nan=True)
+    assert np.isnan(kept.scales).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *product(("tallies", "brier", "n_settled"), (np.nan, -1, np.inf)),
+        *product(["scales"], (0, -1, np.inf)),
+    ],
+)
 def test_a_file_with_impossible_sums_is_not_taken_up(tmp_path: Path, name: str, value: float) -> None:
     fleet = build_fleet(Settings(), FakeClock())
     capacity = Capacity(tmp_path, fleet)

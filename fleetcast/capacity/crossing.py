@@ -7,6 +7,9 @@ The quantiles of single bins do not answer the question: the maximum of 96 bins 
 often than once in ten. So a source only gives a centre and a scale of the maximum ahead, and what
 settled says how far maxima lay from the centre, in scales: P is the share of settled scores that would
 have reached the limit (split conformal prediction of the running maximum; Stankeviciute et al. 2021).
+A flat series is surprised by many of its small scales, a noisy one by few of its large ones; so settled
+scores have a say by the scale they had (Mondrian conformal prediction; Vovk et al. 2005, section 4.5), and
+all of them together as much again: in small groups the largest scores, which decide, are few.
 
 - forecast: centre max p50, scale max p90 - max p50;
 - trend: the line through the last six hours, drawn to the horizon's end; scale its residuals;
@@ -31,6 +34,8 @@ ORIGINS_KEPT = 336  # settled origins that are remembered: two weeks, one an hou
 P_BINS = 10
 SCORES_KEPT = 200  # of each origin: a fleet's largest part says what all of it would
 FEWEST = 50  # settled scores before a source says anything
+_GROUPS = 4  # of settled scores by their scale, as many of them as hold enough scores
+_FEWEST_IN_GROUP = 50
 _SCALE_FLOOR = 0.5  # points of a percent: closer than any sensor matters
 _TREND_BINS = 72
 _TREND_FEWEST = 24
@@ -131,6 +136,10 @@ class Calibration:
     scores: Floats32 = field(
         default_factory=lambda: np.full((2, ORIGINS_KEPT, SCORES_KEPT), np.nan, np.float32)
     )
+    # the scale of each score; NaN = kept before scales were: it counts in each group
+    scales: Floats32 = field(
+        default_factory=lambda: np.full((2, ORIGINS_KEPT, SCORES_KEPT), np.nan, np.float32)
+    )
     # (source, limit, origin, bin of P, [windows, sum of raw P, windows that passed])
     tallies: Floats32 = field(
         default_factory=lambda: np.zeros(
@@ -147,9 +156,10 @@ class Calibration:
         """Return each source's P of passing each limit; NaN where it knows too little."""
         raw = np.full((len(SOURCES), len(found.now), len(LIMITS)), np.nan, dtype=np.float32)
         for source in (FORECAST, TREND):
-            settled = self.scores[source][np.isfinite(self.scores[source])]
-            if len(settled) >= FEWEST:
-                raw[source] = _reach(found.centres[source], found.scales[source], np.sort(settled))
+            is_settled = np.isfinite(self.scores[source])
+            if is_settled.sum() >= FEWEST:
+                settled = self.scores[source][is_settled], self.scales[source][is_settled]
+                raw[source] = _reach(found.centres[source], found.scales[source], *settled)
         raw[HISTORY] = found.shares
         return Said(found, raw, self._tell(raw))
 
@@ -160,13 +170,14 @@ class Calibration:
             peaks: (series,) the highest bin of the horizon; NaN = no record.
         """
         place = int(self.n_settled[0]) % ORIGINS_KEPT
-        self.scores[:, place] = np.nan
+        self.scores[:, place] = self.scales[:, place] = np.nan
         self.tallies[:, :, place] = self.brier[:, :, place] = 0.0
         for source in (FORECAST, TREND):
             scores = (peaks - said.guess.centres[source]) / said.guess.scales[source]
-            scores = scores[np.isfinite(scores)]
-            kept = scores[np.linspace(0, len(scores) - 1, min(len(scores), SCORES_KEPT)).astype(int)]
-            self.scores[source, place, : len(kept)] = kept
+            known = np.flatnonzero(np.isfinite(scores))
+            kept = known[np.linspace(0, len(known) - 1, min(len(known), SCORES_KEPT)).astype(int)]
+            self.scores[source, place, : len(kept)] = scores[kept]
+            self.scales[source, place, : len(kept)] = said.guess.scales[source, kept]
         for column, limit in enumerate(LIMITS):
             was_below = np.isfinite(peaks) & (said.guess.now < limit)
             is_common = was_below & np.isfinite(said.told[:, :, column]).all(axis=0)
@@ -249,9 +260,41 @@ def _p_bin(values: Floats32) -> NDArray[np.intp]:
     return np.clip((values * P_BINS).astype(np.intp), 0, P_BINS - 1)
 
 
-def _reach(centre: Floats32, scale: Floats32, settled: Floats32) -> Floats32:
-    """Return (series, limit): the share of settled scores that would have reached each limit."""
+def _group(scores: Floats32, scales: Floats32) -> list[tuple[float, Floats32]]:
+    """Return (logarithm of the middle scale, its sorted scores) of groups of about equal size."""
+    is_known = np.isfinite(scales)
+    if not is_known.any():
+        return [(0.0, np.sort(scores))]
+    order = np.argsort(scales[is_known], kind="stable")
+    known, logs = scores[is_known][order], np.log(scales[is_known][order])
+    n_groups = max(1, min(_GROUPS, len(known) // _FEWEST_IN_GROUP))
+    # a group begins with the first of equal scales, so that each scale belongs to one group alone
+    starts = np.unique(np.searchsorted(logs, logs[np.arange(n_groups) * len(logs) // n_groups]))[1:]
+    of_any = scores[~is_known]
+    return [
+        (float(np.median(its_logs)), np.sort(np.concatenate([its_scores, of_any])))
+        for its_scores, its_logs in zip(np.split(known, starts), np.split(logs, starts), strict=True)
+    ]
+
+
+def _reach(centre: Floats32, scale: Floats32, scores: Floats32, scales: Floats32) -> Floats32:
+    """Return (series, limit): the share of settled scores that would have reached each limit.
+
+    Half of it is of all scores, half of those with about this scale: a series between two groups gets of
+    both, by how near it is to each.
+    """
     needed = (np.array(LIMITS, np.float32) - centre[:, None]) / scale[:, None]
-    n_below = np.searchsorted(settled, needed, side="left")
-    reached = (len(settled) - n_below + 0.5) / (len(settled) + 1.0)
+    groups = _group(scores, scales)
+    places = np.interp(np.log(scale), [middle for middle, _ in groups], np.arange(len(groups)))
+    own = np.zeros(needed.shape)
+    for number, (_, settled) in enumerate(groups):
+        nearness = np.maximum(0.0, 1.0 - np.abs(places - number))
+        own += nearness[:, None] * _share_reached(settled, needed)
+    reached = (own + _share_reached(np.sort(scores), needed)) / 2
     return np.where(np.isfinite(needed), reached, np.nan).astype(np.float32)
+
+
+def _share_reached(settled: Floats32, needed: Floats32) -> Floats:
+    """Return the share of sorted scores that are as high as needed, never quite none or all."""
+    n_below = np.searchsorted(settled, needed, side="left")
+    return np.asarray((len(settled) - n_below + 0.5) / (len(settled) + 1.0), np.float64)

@@ -32,7 +32,7 @@ from fleetcast.serving.roster import Fleet
 logger = logging.getLogger(__name__)
 
 FILE = "capacity.npz"
-FORMAT = 1
+FORMAT = 2  # format 1 had no scales; it is taken over
 ALERT_LIMIT = 90.0  # of the gauges
 LIKELY = 0.5
 MOST_ROWS = 1000
@@ -364,10 +364,11 @@ class Capacity:
     def _take_up(self) -> None:
         with open_arrays(self._path, "a file of capacity") as archive:
             made_for = tuple(int(archive[name]) for name in ("format", "bin_ms", "horizon_bins"))
-            if made_for != (FORMAT, self._bin_ms, self._horizon_bins):
+            if made_for[0] not in (1, FORMAT) or made_for[1:] != (self._bin_ms, self._horizon_bins):
                 raise CorruptFile(self._path, f"made for format, bins and horizon {made_for}")
             kept = unpack_lines(archive["metrics"])
-            arrays = {name: archive[name] for name in _ARRAYS}
+            names = _ARRAYS if made_for[0] == FORMAT else [name for name in _ARRAYS if name != "scales"]
+            arrays = {name: archive[name] for name in names}
         for place, metric in enumerate(self._metrics):
             if metric not in kept:
                 continue
@@ -375,12 +376,15 @@ class Capacity:
                 own, found = getattr(self._calibrations[place], name), stack[kept.index(metric)]
                 if own.shape != found.shape or own.dtype != found.dtype:
                     raise CorruptFile(self._path, f"{name} is not {own.dtype} of shape {own.shape}")
-                if name != "scores" and not (np.isfinite(found) & (found >= 0)).all():  # sums and counts
+                if name == "scales" and not (np.isnan(found) | (np.isfinite(found) & (found > 0))).all():
+                    raise CorruptFile(self._path, "scales holds other than numbers above 0")
+                if name in _SUMS and not (np.isfinite(found) & (found >= 0)).all():
                     raise CorruptFile(self._path, f"{name} holds other than sums from 0 on")
                 own[...] = found
 
 
 _ARRAYS = tuple(item.name for item in fields(Calibration))
+_SUMS = ("tallies", "brier", "n_settled")
 
 
 def _join(guesses: Sequence[Guess]) -> Guess:
