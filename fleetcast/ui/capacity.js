@@ -1,7 +1,7 @@
 // Capacity: who passes a limit within the horizon, how sure and how good such answers were; which disks are full by when.
 
 import { get, Refused } from "./ask.js";
-import { amount, count, fill, lateness, moment, number, of, percent, serverLink, silence, span } from "./text.js";
+import { amount, blocks, count, fill, lateness, moment, number, of, percent, serverLink, silence, span } from "./text.js";
 
 const LIMITS = [70, 80, 90, 95];
 const USUAL = 90;
@@ -53,8 +53,7 @@ function soonOf(found) {
     head,
     lateness(found),
     of("p", { class: "muted" }, `${count(found.matching)} series of ${count(found.servers)} ${found.servers === 1 ? "server" : "servers"}${found.matching > found.rows.length ? `, the first ${found.rows.length} are shown` : ""}.${silent} Possible from: the p90 gets there; likely: the p50 does.`),
-    of("div", { class: "scroll" }, of("table", {}, of("thead", {}, of("tr", {}, words.map((word, place) => of("th", { scope: "col", class: place === 2 ? "number" : null }, word)))),
-      of("tbody", {}, found.rows.map(rowOf)))),
+    blocks("Servers that are over the limit or may pass it", words, [2], found.rows.map(rowOf)),
   ];
 }
 
@@ -81,6 +80,15 @@ function waitOf({ metric, known, waits }) {
   return `No server sends ${metric}, so no disk has a date. Dates begin with the first whole day of it. ${others}`;
 }
 
+function dateOf(row, metric) {
+  return of("tr", {}, of("th", { scope: "row" }, serverLink(row.server)),
+    of("td", { class: `number${row.silent_since ? " old" : ""}` }, amount(metric, row.now), row.silent_since && silence(row.silent_since)),
+    of("td", { class: "number" }, row.per_day === null ? "–" : `${row.per_day > 0 ? "+" : ""}${number(row.per_day)}`),
+    of("td", {}, row.full_between ? row.full_between.join(" to ") : "–"),
+    of("td", { class: "number" }, row.p_within === null ? "–" : `${percent(row.p_within)} in ${row.within_days} days`),
+    of("td", { class: "wide" }, row.why_no_date ?? ""));
+}
+
 function laterOf(dates, choose) {
   const names = [...new Set([dates.metric, ...dates.known])];
   const choice = names.length > 1 && of("p", {}, of("label", { for: "metric" }, "Metric "),
@@ -90,8 +98,6 @@ function laterOf(dates, choose) {
   return [
     of("h2", {}, `${dates.metric} at ${dates.limit} %`), choice,
     of("p", { class: "muted" }, `${dates.with_date} of ${dates.matching} servers have a date, of ${dates.days} days up to ${dates.newest_day.slice(0, 10)} and ${dates.comparisons.toLocaleString("en-US")} comparisons of earlier climbs with what came. A date holds unless room is made.`),
-    of("div", { class: "scroll" }, of("table", {}, of("thead", {}, of("tr", {}, words.map((word, place) => of("th", { scope: "col", class: [1, 2, 4].includes(place) ? "number" : null }, word)))),
-      of("tbody", {}, dates.rows.map((row) => of("tr", {}, of("th", { scope: "row" }, serverLink(row.server)), of("td", { class: `number${row.silent_since ? " old" : ""}` }, amount(dates.metric, row.now), row.silent_since && silence(row.silent_since)), of("td", { class: "number" }, row.per_day === null ? "–" : `${row.per_day > 0 ? "+" : ""}${number(row.per_day)}`),
-        of("td", {}, row.full_between ? row.full_between.join(" to ") : "–"), of("td", { class: "number" }, row.p_within === null ? "–" : `${percent(row.p_within)} in ${row.within_days} days`), of("td", { class: "wide" }, row.why_no_date ?? "")))))),
+    blocks("By when the limit is reached", words, [1, 2, 4], dates.rows.map((row) => dateOf(row, dates.metric))),
   ];
 }

@@ -2,7 +2,7 @@
 
 import { get } from "./ask.js";
 import { Chart } from "./chart.js";
-import { fill, moment, number, of, percent, serverLink, silence, span } from "./text.js";
+import { blocks, fill, moment, number, of, percent, serverLink, silence, span } from "./text.js";
 
 const SCORES = [
   ["per", "Prediction error"], ["dss", "Distribution shift"], ["fds", "Feature drift"], ["anomaly_rate", "Anomaly rate"], ["combined_score", "Combined"],
@@ -68,7 +68,7 @@ function namedOf(found) {
   const all = found.calibrated?.series_in_alarm;
   return [
     of("h2", {}, all > found.drifting.length ? `Series in alarm: the worst ${found.drifting.length} of ${all}` : "Series in alarm"),
-    of("div", { class: "scroll" }, of("table", {}, of("thead", {}, of("tr", {}, ["Server", "Metric", "What happened", "Changed", "In alarm since"].map((word) => of("th", { scope: "col" }, word)), of("th", { scope: "col", class: "number" }, "Times its limit"))),
-      of("tbody", {}, found.drifting.map((item) => of("tr", {}, of("th", { scope: "row" }, serverLink(item.server)), of("td", {}, item.metric), of("td", { class: `wide${item.silent_since ? " old" : ""}` }, item.sentence, item.silent_since && silence(item.silent_since)), of("td", {}, moment(item.since)), of("td", {}, moment(item.in_alarm_since)), of("td", { class: "number" }, number(item.score))))))),
+    blocks("Series in alarm", ["Server", "Metric", "What happened", "Changed", "In alarm since", "Times its limit"], [5], found.drifting.map((item) => of("tr", {}, of("th", { scope: "row" }, serverLink(item.server)), of("td", {}, item.metric),
+      of("td", { class: `wide${item.silent_since ? " old" : ""}` }, item.sentence, item.silent_since && silence(item.silent_since)), of("td", {}, moment(item.since)), of("td", {}, moment(item.in_alarm_since)), of("td", { class: "number" }, number(item.score))))),
   ];
 }

@@ -22,7 +22,7 @@ function askedIn(fields) {
   };
 }
 
-export function fleet(view, title, fields) {
+export function fleet(view, title, fields, again) {
   title.textContent = "Fleet";
   const asked = askedIn(fields);
   const total = of("p", { class: "muted" }), late = of("div", { role: "status" });
@@ -36,28 +36,33 @@ export function fleet(view, title, fields) {
   let timer = 0;
 
   function ask(change) {
+    choose(change);
+    return again();
+  }
+
+  function choose(change) {
     Object.assign(asked, { offset: 0 }, change);
     const query = new URLSearchParams(Object.entries(asked).filter(([name, value]) => value !== "" && value !== 0 && name !== "limit" && (!Object.hasOwn(USUAL, name) || asked.sort !== USUAL.sort || asked.order !== USUAL.order)));
     history.replaceState(null, "", `#/${query.size ? `?${query}` : ""}`);
-    return rows();
   }
   search.addEventListener("input", () => {
     clearTimeout(timer);
     timer = setTimeout(() => ask({ filter: search.value }), 250);
   });
 
-  let latest = 0;
   async function rows() {
-    const mine = ++latest;
     let answer;
     try {
       answer = await get("fleet", asked);
     } catch (error) {
       if (!(error instanceof Refused) || error.status !== 422 || asked.sort === USUAL.sort) throw error;
-      return ask(USUAL); // no column of this fleet
+      choose(USUAL); // no column of this fleet
+      return rows();
     }
-    if (mine !== latest) return; // a newer question is on its way
-    if (!answer.rows.length && answer.matching) return ask({ offset: Math.floor((answer.matching - 1) / ROWS) * ROWS }); // beyond the last page
+    if (!answer.rows.length && answer.matching) { // beyond the last page
+      choose({ offset: Math.floor((answer.matching - 1) / ROWS) * ROWS });
+      return rows();
+    }
     fill(late, lateness(answer));
     fill(table, tableOf(answer, asked, ask));
     const last = answer.offset + answer.rows.length;
@@ -129,7 +134,7 @@ function tableOf(answer, asked, ask) {
     of("td", { class: "nowrap", "data-label": "Forecast is" }, errorOf(row.error)),
     of("td", { class: "last", "data-label": "Last seen" }, moment(row.seen))));
   if (!body.length) body.push(of("tr", {}, of("td", { class: "empty", colspan: heads.length }, answer.servers ? "No server matches." : "No server has sent anything yet. docs/ingest.md shows how to send the first record.")));
-  return of("table", { class: "fleet" }, of("caption", { class: "hidden" }, "Servers, their newest values, and the highest p90 ahead"), of("thead", {}, of("tr", {}, heads)), of("tbody", {}, body));
+  return of("table", { class: "fleet blocks" }, of("caption", { class: "hidden" }, "Servers, their newest values, and the highest p90 ahead"), of("thead", {}, of("tr", {}, heads)), of("tbody", {}, body));
 }
 
 /** Whether a limit is passed within the horizon: how likely, and from when on. */
@@ -246,7 +251,7 @@ class Strip {
     const word = STATES[this.states[this.cells[cell]]].word;
     clearTimeout(this.timer);
     this.timer = setTimeout(async () => {
-      const { rows, now } = await get("fleet", { offset: cell, limit: 1 });
+      const { rows, now } = await this.ask(cell);
       if (cell !== this.chosen || !rows.length) return;
       this.name = rows[0].server;
       const values = Object.entries(rows[0].current).map(([metric, value]) => `${metric} ${amount(metric, value)}`);
@@ -255,9 +260,19 @@ class Strip {
     }, 80);
   }
 
+  /** The server of a cell; without an answer there is none, and the line below the strip says why. */
+  async ask(cell) {
+    try {
+      return await get("fleet", { offset: cell, limit: 1 });
+    } catch (error) {
+      this.says.textContent = error instanceof Refused ? error.message : "The daemon does not answer, so this cell has no name.";
+      return { rows: [] };
+    }
+  }
+
   async open() {
     if (this.chosen < 0) return;
-    const name = this.name ?? (await get("fleet", { offset: this.chosen, limit: 1 })).rows[0]?.server;
+    const name = this.name ?? (await this.ask(this.chosen)).rows[0]?.server;
     if (name !== undefined) location.hash = `#/server?name=${encodeURIComponent(name)}`;
   }
 }

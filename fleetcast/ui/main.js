@@ -33,13 +33,14 @@ async function show() {
     else link.removeAttribute("aria-current");
   }
   const title = of("h1", { tabindex: "-1" });
-  view.classList.remove("unknown");
+  view.classList.add("unknown"); // until something is known of it: empty cards say nothing
   try {
     before?.end?.();
     const page = PAGES[path](view, title, fields, () => again(page));
     shown = page;
   } catch (error) {
     view.replaceChildren(title); // the pulse goes on, and another view may do
+    view.classList.remove("unknown");
     return complain(explain(error));
   }
   await refresh(shown);
@@ -52,6 +53,7 @@ async function show() {
 async function refresh(page) {
   if (!page || page.isBusy) return;
   page.isBusy = true;
+  if (shown === page && !page.refreshedAt) view.setAttribute("aria-busy", "true");
   try {
     await page.refresh();
     page.refreshedAt = performance.now();
@@ -66,6 +68,7 @@ async function refresh(page) {
     }
   } finally {
     page.isBusy = false;
+    if (shown === page) view.removeAttribute("aria-busy");
   }
   if (page.isAsked) return again(page);
 }

@@ -143,6 +143,16 @@ export function fill(parent, ...children) {
   }
 }
 
+/** A table that scrolls; on a narrow page its rows become blocks, in which each cell names its column. `numbers`: places of columns. */
+export function blocks(label, words, numbers, rows) {
+  for (const [place, cell] of rows.flatMap((row) => [...row.cells].map((cell, place) => [place, cell]))) {
+    if (place) cell.dataset.label = words[place];
+    cell.classList.toggle("none", ["", "–"].includes(cell.textContent));
+  }
+  const heads = words.map((word, place) => of("th", { scope: "col", class: numbers.includes(place) ? "number" : null }, word));
+  return of("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label }, of("table", { class: "blocks" }, of("thead", {}, of("tr", {}, heads)), of("tbody", {}, rows)));
+}
+
 export function facts(pairs) {
   return of("dl", { class: "facts" }, pairs.filter(Boolean).flatMap(([name, value]) => [of("dt", {}, name), of("dd", {}, value)]));
 }

@@ -126,6 +126,47 @@ def test_a_view_that_nothing_was_received_for_shows_no_empty_cards(tmp_path: Pat
         says(browser, "main", "No forecast yet")
 
 
+def test_a_choice_among_servers_without_an_answer_is_told_and_made_up_for(
+    tmp_path: Path, browser: Browser
+) -> None:
+    (tmp_path / "fleetcast.toml").write_text(CONFIG)
+    with InferenceDaemon(tmp_path) as daemon:
+        bin_of(daemon, 0, web_1=5.0, db_1=5.0)
+        browser.open(f"{daemon.url}/ui/")
+        browser.wait("document.querySelectorAll('tbody tr').length === 2")
+        daemon.kill()
+        browser.evaluate("document.querySelector('input[type=search]').focus()")
+        browser.write("web")
+        says(browser, "#alert", "The daemon does not answer")
+        browser.evaluate("document.querySelector('.strip').focus()")
+        browser.press("ArrowRight")
+        says(browser, ".strip-says", "this cell has no name")
+        browser.press("Enter")
+        daemon.start()
+        browser.wait("document.querySelectorAll('tbody tr').length === 1")
+        assert browser.evaluate(NAMES) == ["web-1"]
+        assert [one for one in browser.complaints if "ERR_CONNECTION_REFUSED" not in one] == []
+
+
+@pytest.mark.parametrize("place", ["", "capacity", "drift", "health", "server?name=web-1"])
+def test_a_view_waits_in_words_for_a_slow_first_answer(
+    browser: Browser, daemon: InferenceDaemon, place: str
+) -> None:
+    browser.open(f"{daemon.url}/ui/#/trainings")
+    says(browser, "main", "No training yet")
+    browser.evaluate("""const ask = window.fetch; window.answer = new Promise((go) => { window.go = go; });
+      window.fetch = async (...all) => { await window.answer; return ask(...all); }; 1""")
+    browser.evaluate(f"location.hash = '#/{place}'")
+    browser.wait(f"{VISIBLE} === 1")
+    waits = "getComputedStyle(document.querySelector('main'), '::after')"
+    browser.wait(f"{waits}.content.includes('Asking') && {waits}.visibility === 'visible'")
+    browser.evaluate("window.go(); 1")
+    browser.wait(f"{VISIBLE} > 1 && {waits}.content === 'none'")
+    if place in ("", "server?name=web-1"):
+        browser.wait("document.querySelector('main canvas').width > 300")
+    assert browser.complaints == []
+
+
 @pytest.mark.parametrize("metric", ["%3Cimg%3E", "nope", "toString", "__proto__"])
 def test_a_metric_without_dates_in_an_address_is_the_usual_one(
     browser: Browser, daemon: InferenceDaemon, metric: str

@@ -35,6 +35,7 @@ mode = "data"
 models_dir = "no_models"
 """
 HOSTILE = "<img src=x onerror=\"document.title='taken'\">"
+CUT = "[...document.querySelectorAll('.scroll')].filter((it) => it.scrollWidth > it.clientWidth).length"
 LIMITS = {"per": 0.1, "dss": 0.2, "fds": 0.15, "anomaly_rate": 0.05, "combined_score": 0.12}
 
 
@@ -286,9 +287,22 @@ def test_accuracy_is_whole_on_a_telephone(browser: Browser, daemon: InferenceDae
     browser.resize(360, 800)
     browser.open(f"{daemon.url}/ui/#/server?name={SERVER}")
     browser.wait("document.querySelectorAll('.scroll table.small').length > 2")
-    cut = "[...document.querySelectorAll('.scroll')].filter((it) => it.scrollWidth > it.clientWidth).length"
-    assert browser.evaluate(cut) == 0
+    assert browser.evaluate(CUT) == 0
     assert browser.evaluate("document.querySelector('.scroll:has(table.small)').tabIndex") == 0
+
+
+@pytest.mark.parametrize("width", [1024, 768, 360])
+@pytest.mark.parametrize(("page", "column"), [("capacity?limit=70", "Metric"), ("drift", "In alarm since")])
+def test_tables_of_capacity_and_drift_need_no_sideways_scrolling(
+    browser: Browser, daemon: InferenceDaemon, page: str, column: str, width: int
+) -> None:
+    browser.resize(width, 800)
+    browser.open(f"{daemon.url}/ui/#/{page}")
+    browser.wait("document.querySelectorAll('.blocks tbody tr').length > 0")
+    assert browser.evaluate(CUT) == 0
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    label = f"getComputedStyle(document.querySelector('td[data-label=\"{column}\"]'), '::before').content"
+    assert browser.evaluate(label) == ("none" if width > 860 else f'"{column}"')
 
 
 @pytest.mark.parametrize(
